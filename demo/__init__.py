@@ -1,1 +1,1 @@
-"""Data of the demo, and the models that are shipped: made from packages of registries."""
+"""The demo's data, and the shipped models, made from packages of registries."""

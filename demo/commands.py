@@ -1,7 +1,4 @@
-"""``ratchet demo`` with its data, and the commands that build and score the shipped bases.
-
-The command line finds :func:`add_to` by the entry point of the group ``ratchet.commands``.
-"""
+"""``ratchet demo``, and commands for the shipped bases; :func:`add_to` is an entry point of ``ratchet.commands``."""
 
 from __future__ import annotations
 
@@ -21,7 +18,6 @@ data = typer.Typer(help="Free image-text data that package registries ship.", no
 
 
 def add_to(ratchet: typer.Typer) -> None:
-    """Add the commands to ``ratchet``."""
     app.add_typer(data, name="data")
     ratchet.add_typer(app, name="demo", rich_help_panel="Run")
     bases.app.command()(build)

@@ -1,7 +1,4 @@
-"""A first start on one machine: the shipped bases, and the demo data that their gates and trainers use.
-
-`ratchet up` finds the two functions by the entry points of the group ``ratchet.bases``.
-"""
+"""The shipped bases and their demo data. `ratchet up` finds the functions by entry points of ``ratchet.bases``."""
 
 from __future__ import annotations
 
@@ -17,19 +14,19 @@ from updater.gate.suites import load_suites
 
 
 def make_clip_ready(settings: Settings) -> None:
-    """Build the base "shipped" and prepare its data where they are missing. Raises RatchetError."""
+    """Build the base "shipped" and prepare its data where missing. Raises RatchetError."""
     make_clip(settings)
     _prepare(clip_data(settings), settings)
 
 
 def make_vlm_ready(settings: Settings) -> None:
-    """Build the base "shipped-vlm" and prepare its data where they are missing. Raises RatchetError."""
+    """Build the base "shipped-vlm" and prepare its data where missing. Raises RatchetError."""
     make_vlm(settings)
     _prepare(vlm_data(settings), settings)
 
 
 def make_clip(settings: Settings) -> None:
-    """Build the base "shipped" where it is wanted and missing. Raises RatchetError."""
+    """Build the base "shipped" if it is configured and missing. Raises RatchetError."""
     from demo.clip import build_base  # PyTorch takes seconds
 
     if settings.base.clip == SHIPPED and SHIPPED not in list_bases(settings.home, "clip"):
@@ -38,7 +35,7 @@ def make_clip(settings: Settings) -> None:
 
 
 def make_vlm(settings: Settings) -> None:
-    """Build the base "shipped-vlm" where it is wanted and missing. Raises RatchetError."""
+    """Build the base "shipped-vlm" if it is configured and missing. Raises RatchetError."""
     from demo.vlm import build_vlm  # PyTorch takes seconds
 
     if settings.base.vlm == SHIPPED_VLM and SHIPPED_VLM not in list_bases(settings.home, "vlm"):
@@ -46,7 +43,7 @@ def make_vlm(settings: Settings) -> None:
 
 
 def clip_data(settings: Settings) -> list[DemoData]:
-    """The reference pool of the shipped CLIP, and what suites ask it: of a domain that only they use, their split."""
+    """Reference pool and suite data of the shipped CLIP; of domains only used by suites, just their split."""
     if settings.base.clip != SHIPPED:
         return []
     pool: Sequence[str] = () if settings.updater.reference else REFERENCE
@@ -54,14 +51,13 @@ def clip_data(settings: Settings) -> list[DemoData]:
 
 
 def vlm_data(settings: Settings) -> list[DemoData]:
-    """The reference pool of the shipped VLM, and what suites ask it."""
     if settings.base.vlm != SHIPPED_VLM:
         return []
     return [*map(DemoData, VLM_REFERENCE), *(each for each in _suite_data(settings) if each.name in QUESTIONS)]
 
 
 def _suite_data(settings: Settings) -> list[DemoData]:
-    """The demo data that the built-in suites ask about; none when the operator named suites."""
+    """Demo data of the built-in suites; none if the operator named suites."""
     if settings.gate.suites:
         return []
     data = (settings.home / "data").resolve()

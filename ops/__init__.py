@@ -1,1 +1,1 @@
-"""What operators use: the command line, the console, dashboards, alerts and recovery."""
+"""Operators' tools: command line, console, dashboards, alerts and recovery."""

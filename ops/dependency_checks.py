@@ -1,7 +1,4 @@
-"""Asks what Ratchet depends on how it is, for ``ratchet status``, ``ratchet doctor`` and the console.
-
-Each is asked on a thread of its own and for a bounded time: what hangs is told as ``slow``.
-"""
+"""Checks Ratchet's dependencies in threads with a time limit; those that hang are reported as ``slow``."""
 
 from __future__ import annotations
 
@@ -26,15 +23,11 @@ from streams.store.sample_store import SampleStore
 
 LOOK_SECONDS: Final = 8.0
 CALL_SECONDS: Final = 4.0
-"""Of one call of an object store, and of a connection to the broker."""
+"""Limit of one object-store call, and of a connection to the broker."""
 
 
 def look(settings: Settings, write: bool = False) -> dict[Dependency, DependencyState]:
-    """The state of each dependency of these settings, within :data:`LOOK_SECONDS`.
-
-    Args:
-        write: also write an object to artifacts and lake, and delete it.
-    """
+    """The state of each dependency, within :data:`LOOK_SECONDS`. ``write``: also write and delete an object."""
     checks: dict[Dependency, Callable[[], str]] = {
         "ledger": partial(_ledger, settings),
         "artifacts": partial(_artifacts, settings, write),
@@ -43,7 +36,7 @@ def look(settings: Settings, write: bool = False) -> dict[Dependency, Dependency
     }
     if settings.kafka.schema_registry:
         checks["registry"] = partial(_registry, settings)
-    logging.getLogger("kafka").setLevel(logging.CRITICAL)  # a page of lines for what one state tells
+    logging.getLogger("kafka").setLevel(logging.CRITICAL)  # it logs a page of lines about a single state
     with ThreadPoolExecutor(len(checks)) as threads:
         return dict(zip(checks, threads.map(_state, checks.values()), strict=True))
 
@@ -88,7 +81,7 @@ def _registry(settings: Settings) -> str:
     auth = settings.kafka.schema_registry_auth
     client = RegistryClient(settings.kafka.schema_registry, None if auth is None else auth.get_secret_value())
     try:
-        with suppress(RecordError):  # it answers, and has no such schema
+        with suppress(RecordError):  # it answers, without such a schema
             client.by_id(1)
     finally:
         client.close()
@@ -96,11 +89,7 @@ def _registry(settings: Settings) -> str:
 
 
 def check_storage(url: str, setting: str, kind: type[StoreUnavailable | ArtifactsUnavailable], write: bool) -> None:
-    """Make sure that a folder or a bucket can be read; with ``write`` that objects can be written and deleted there.
-
-    Raises:
-        kind: it is away, slow, or refuses.
-    """
+    """Check that a folder or bucket can be read (``write``: written and deleted from). Raises ``kind`` if not."""
     shown = redact_url(url)
     try:
         filesystem, root = open_filesystem(url)
@@ -124,8 +113,8 @@ def check_storage(url: str, setting: str, kind: type[StoreUnavailable | Artifact
     for doing, step in steps:
         try:
             step()
-        except Exception as error:  # every store has a tree of errors of its own
+        except Exception as error:  # each store has its own exceptions
             state, cause = storage_state(error)
-            if not isinstance(error, FileNotFoundError) or state == "refused":  # that bucket, or only this object
+            if not isinstance(error, FileNotFoundError) or state == "refused":  # the bucket is missing
                 fix = f"Check `{setting}`, its credentials and permissions."
                 raise kind(f"{shown} cannot be {doing}: {cause}.", fix, state) from error

@@ -1,8 +1,6 @@
-"""The state of the stream for the command line and the console: losses, what is waited for, maintenance.
-
-What lasts comes from the sample store, and deletions from the ledger. What ingest and maintenance are doing now is read
-from their metrics, where they run on this machine; it is None where they cannot be reached, as from another container.
-"""
+"""State of the stream for command line and console: losses, unavailable dependencies, maintenance. Lasting facts come
+from the sample store, deletions from the ledger. Current activity comes from the metrics of ingest and maintenance on
+this machine; it is None where they cannot be reached, as from another container."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
 SCRAPE_SECONDS: Final = 1.0
 GAPS: Final = 5
 RECENT: Final = timedelta(days=1)
-"""For how long a loss counts as a problem of the present, and how long a deletion may take."""
+"""How long a loss is reported as a problem, and how long a deletion may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,60 +31,48 @@ class Gap:
     """Offsets that were gone before they were read."""
 
     partition: str
-    """``topic:partition``."""
     first: int
     last: int
     reason: str
-    """``retention`` or ``skipped``; ``truncated`` in gaps of earlier versions, which were stored before."""
+    """``retention`` or ``skipped``; ``truncated`` in rows stored by earlier versions."""
     time: datetime
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Gap:
-        """From a row of the store."""
         place = f"{row['topic']}:{row['partition']}"
         return cls(place, row["offset"], row["until"] - 1, row["reason"], row["ingested_at"])
 
     @property
     def shown(self) -> str:
-        """For people."""
         return f"{self.partition} {self.first}..{self.last} ({self.reason})"
 
 
 @dataclass(frozen=True, slots=True)
 class StreamState:
-    """Counts of the store, and the state of the parts that write to it."""
-
     samples: dict[str, int] = field(default_factory=lambda: {"train": 0, "fresh_eval": 0})
     """By split."""
     records: int = 0
-    """Records that ingest has taken in, whatever became of them."""
+    """Records that ingest consumed, including duplicates and quarantined ones."""
     offsets: dict[str, int] = field(default_factory=dict)
-    """Next offset of each partition."""
     fragments: int = 0
     lost: int = 0
-    """Offsets that were lost, ever."""
     gaps: tuple[Gap, ...] = ()
-    """The newest ones, newest first."""
+    """The newest, newest first."""
     rewritten: int = 0
-    """Offsets that were cut off the log after they were stored, ever."""
+    """Total of offsets that were cut off the log after they were stored."""
     waiting_for: str | None = None
-    """The dependency that ingest waits for; empty: none; None: not known."""
+    """Dependency that ingest waits for; empty: none; None: unknown."""
     quarantine_failing: bool = False
-    """True if refused records cannot be published now."""
     waiting_state: str = ""
-    """The state of what ingest waits for: a word of :data:`core.dependencies.State`."""
+    """State of the dependency that ingest waits for: a value of :data:`core.dependencies.State`."""
     maintained: datetime | None = None
-    """Time at which a run of maintenance last came to its end; None: not known, or none yet."""
+    """End of the last completed maintenance run; None: unknown, or none yet."""
     maintenance_failing: bool = False
-    """True if the newest run failed."""
     maintenance_known: bool = False
-    """True if maintenance could be asked."""
     deletions: int = 0
-    """Deletions that are not complete."""
     oldest_deletion: timedelta = timedelta(0)
 
     def problems(self) -> list[str]:
-        """Problems in words; empty when all is well."""
         problems = []
         if self.waiting_for:
             problems.append(f"Ingest waits for the {self.waiting_for}: {self.waiting_state}.")
@@ -102,12 +88,7 @@ class StreamState:
 
 
 def stream_state(settings: Settings, store: SampleStore, ledger: Ledger) -> StreamState:
-    """Ask the store, the ledger and, on this machine, ingest and maintenance.
-
-    Raises:
-        StoreError: the store cannot be read.
-        LedgerError: the ledger cannot be read.
-    """
+    """Read the state from store, ledger and the metrics of this machine. Raises StoreError, LedgerError."""
     tally = store.tally()
     ingest, maintain = scrape(settings, "ingest"), scrape(settings, "maintain")
     done, failed = (maintain.get(f"ratchet_maintain_last_run_timestamp_seconds {how}") for how in ("done", "failed"))
@@ -133,10 +114,8 @@ def stream_state(settings: Settings, store: SampleStore, ledger: Ledger) -> Stre
 
 
 def scrape(settings: Settings, part: Literal["ingest", "maintain"]) -> dict[str, float]:
-    """Own metrics of a part on this machine, by their name and, where there are labels, a space and their values.
-
-    Empty where it does not answer.
-    """
+    """Ratchet's metrics of a part on this machine, by name, followed by a space and the values of labels if there are
+    any. Empty if it does not answer."""
     port = settings.ingest.metrics_port if part == "ingest" else settings.maintain.metrics_port
     if not port:
         return {}
@@ -154,6 +133,6 @@ def scrape(settings: Settings, part: Literal["ingest", "maintain"]) -> dict[str,
 
 
 def _labelled(metrics: dict[str, float], name: str) -> str | None:
-    """The label of a metric whose value is not 0; empty where all are 0, None where there is no such metric."""
+    """The label of a metric whose value is not 0; empty if all are 0, None without such a metric."""
     values = {key.removeprefix(f"{name} "): value for key, value in metrics.items() if key.startswith(f"{name} ")}
     return next((label for label, value in values.items() if value), "") if values else None

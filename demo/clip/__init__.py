@@ -1,7 +1,4 @@
-"""The base "shipped", made from packages of PyPI.
-
->>> base = build_base(Path(".ratchet"))
-"""
+"""The base "shipped", made from packages of PyPI."""
 
 from demo.clip.scores import score_base
 from demo.clip.shipped import build_base

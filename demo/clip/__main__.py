@@ -1,8 +1,4 @@
-"""Rebuild the committed assets.
-
-python -m demo.clip HOME                 train the projections, score the result
-python -m demo.clip HOME --scores-only   score again what is committed
-"""
+"""Rebuild the committed assets: ``python -m demo.clip HOME``; with ``--scores-only`` just the scores."""
 
 from __future__ import annotations
 
@@ -16,7 +12,6 @@ from demo.clip.shipped import ASSETS, build_base, export_projections
 
 
 def main(home: Path, train: bool) -> None:
-    """Write ``assets/projections.safetensors`` (if ``train``) and ``assets/scores.json``."""
     base = build_base(home, retrain=train)
     if train:
         say(f"wrote {export_projections(base)}")

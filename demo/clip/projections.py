@@ -1,13 +1,11 @@
-"""Training what joins the two frozen towers, on cached features: two linear maps and a logit scale.
+"""Trains what joins the two frozen towers on cached features: two linear maps and a logit scale.
 
-The text map starts as the identity and learns slowly: MiniLM's space already knows which words are near each other, so
-images are drawn into it rather than both being bent to fit 12,000 pairs, and concepts that no picture showed keep a
-sensible place.
+The text map starts as the identity and learns slowly: images are mapped into MiniLM's space, which already relates
+words, instead of fitting both to 12,000 pairs, so concepts without pictures keep a sensible place.
 
-The image tower brings more knowledge than those pairs: its ImageNet classifier. Under the classifier's own model
-(linear discriminant: one covariance C, class means m_c, weights w_c = C^-1 (m_c - m)) the means are m_c = m + C w_c, so
-features of 1,000 classes of photos can be drawn without one photo, and paired with the names of the classes.
-On photos the base never saw this doubles recall; the drawn domains gain a little too.
+The image tower's ImageNet classifier adds knowledge. Under its linear discriminant model (covariance C, class means
+m_c, weights w_c = C^-1 (m_c - m)) the means are m_c = m + C w_c, so features of 1,000 photo classes can be sampled
+without photos and paired with class names. On photos new to the base this doubles recall; drawn domains gain a little.
 """
 
 from __future__ import annotations
@@ -26,23 +24,21 @@ from core.progress import track
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionRecipe:
-    """Hyperparameters of the projections. The defaults made the committed asset."""
-
     epochs: int = 25
     batch: int = 512
-    """Pairs per step; each is a negative for the others unless their texts are equal."""
+    """Pairs per step; all others are negatives unless their texts are equal."""
     lr: float = 1e-3
     text_lr: float = 0.3
     """Learning rate of the text map, relative to ``lr``."""
     weight_decay: float = 0.1
     warmup_steps: int = 50
     dropout: float = 0.3
-    """On image features: they come from one network and are redundant."""
+    """On image features, which are redundant."""
     class_weight: float = 0.3
-    """Weight of the ImageNet term; 0 leaves it out."""
+    """Weight of the ImageNet term; 0 disables it."""
     class_batch: int = 256
     class_noise: float = 0.5
-    """Spread of drawn class features, in standard deviations of the real ones."""
+    """Spread of sampled class features, in standard deviations of the real ones."""
     start_scale: float = 20.0
     max_scale: float = 100.0
     seed: int = 0
@@ -50,8 +46,6 @@ class ProjectionRecipe:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Cached features of image-text pairs."""
-
     images: torch.Tensor
     """``float32 [n, image width]``."""
     texts: torch.Tensor
@@ -62,18 +56,14 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Classes:
-    """A linear classifier over the image features, and what its classes are called."""
-
     head: torch.Tensor
-    """``float32 [classes, image width]``; the bias shifts no mean and is not needed."""
+    """``float32 [classes, image width]``; the bias does not shift means."""
     names: torch.Tensor
-    """``float32 [classes, text width]``: features of the names."""
+    """``float32 [classes, text width]``."""
 
 
 @dataclass(frozen=True)
 class Projections:
-    """The result, ready to be put into the model."""
-
     image: torch.Tensor
     """``float32 [dim, image width]``."""
     text: torch.Tensor
@@ -81,7 +71,6 @@ class Projections:
     logit_scale: torch.Tensor
     """Natural logarithm of the factor from cosine to logit; scalar."""
     losses: Sequence[float]
-    """Mean loss of each epoch."""
 
 
 def train_projections(
@@ -141,7 +130,7 @@ def train_projections(
 
 
 def multi_positive_loss(logits: torch.Tensor, text_of: torch.Tensor) -> torch.Tensor:
-    """Mean of both directions' cross entropy of ``[n, n]`` logits, target mass shared among pairs of equal text."""
+    """Mean cross entropy of both directions of ``[n, n]`` logits; pairs of equal text share the target mass."""
     same = (text_of[:, None] == text_of[None, :]).float()
     target = same / same.sum(dim=1, keepdim=True)
     rows = -(target * logits.log_softmax(dim=1)).sum(dim=1).mean()
@@ -150,20 +139,20 @@ def multi_positive_loss(logits: torch.Tensor, text_of: torch.Tensor) -> torch.Te
 
 
 class _ClassFeatures:
-    """Draws image features of classes from the classifier's weights and the covariance of real features."""
+    """Samples image features of classes from the classifier's weights and the covariance of real features."""
 
     def __init__(self, real: torch.Tensor, classes: Classes, how: ProjectionRecipe, generator: torch.Generator) -> None:
         covariance = torch.cov(real.T)
         ridge = torch.eye(real.shape[1]) * covariance.diagonal().mean()
         towards = (classes.head - classes.head.mean(dim=0)) @ (0.9 * covariance + 0.1 * ridge)
-        # All classes as far from the centre as real features are, whatever the classifier's temperature was.
+        # All classes as far from the centre as real features, whatever the classifier's temperature.
         radius = real.std(dim=0).norm()
         self.means = real.mean(dim=0) + towards * (radius / towards.norm(dim=1, keepdim=True))
         self.spread = how.class_noise * torch.linalg.cholesky(covariance + 1e-3 * ridge)
         self.count, self.generator = how.class_batch, generator
 
     def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """``float32 [k, width]`` and their classes ``int64 [k]``; pooled ReLU6 features are never negative."""
+        """``float32 [k, width]`` and classes ``int64 [k]``; pooled ReLU6 features are never negative."""
         which = torch.randint(len(self.means), (self.count,), generator=self.generator)
         noise = torch.randn(self.count, self.means.shape[1], generator=self.generator) @ self.spread.T
         return (self.means[which] + noise).clamp(min=0), which

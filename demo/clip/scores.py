@@ -1,9 +1,5 @@
-"""Zero-shot scores of a base over the demo domains, through the same scorer as the gate's.
-
-Recall counts both directions and averages them (at most 300 test items a domain); accuracy is zero-shot
-classification with a few prompts where a domain has classes. All are fractions of 1. ``assets/scores.json`` holds
-what the shipped base scored when it was committed; a test scores some domains again and compares.
-"""
+"""Zero-shot scores of a base on the demo domains, by the gate's scorer, as fractions of 1. Recall is the mean of both
+directions on at most 300 test items per domain; domains with classes have an accuracy, too."""
 
 from __future__ import annotations
 
@@ -32,7 +28,7 @@ TEMPLATES = {
     "stamp_photo": ("{}", "a photo of {}.", "a picture of {}."),
     "fashion": ("{}", "a picture of a {}.", "a grey photo of a {}."),
 }
-"""Domains with classes, and the prompts for them."""
+"""Domains with classes, and their prompts."""
 _NO_RETRIEVAL = ("fashion",)
 """Ten templated texts for thousands of pictures are not a retrieval task."""
 
@@ -40,26 +36,20 @@ _NO_RETRIEVAL = ("fashion",)
 def score_base(
     home: Path | str, name: str = SHIPPED, domains: Sequence[str] | None = None, choice: EngineChoice = FLOAT32
 ) -> dict[str, dict[str, float]]:
-    """Scores by domain: ``recall@1``, ``recall@5``, ``accuracy`` (fractions), ``items``. Takes minutes for all.
-
-    Args:
-        choice: the engine and precision that answer.
-
-    Raises :class:`core.errors.BaseModelError` when the base is not registered.
-    """
+    """Scores by domain: ``recall@1``, ``recall@5``, ``accuracy`` (fractions), ``items``. Takes minutes for all domains.
+    Raises :class:`core.errors.BaseModelError` when the base is not registered."""
     base = load_base(home, name)
     engine = ClipEngine(base, choice=choice)
     result: dict[str, dict[str, float]] = {}
     for domain in domains or (*DOMAINS, *UNSEEN):
         folder = prepare_domain(domain, Path(home))
-        result[domain] = _score(Scorer(engine), domain, folder)  # a scorer keeps vectors: one for each domain
+        result[domain] = _score(Scorer(engine), domain, folder)  # a scorer caches vectors, so one per domain
         shown = ", ".join(f"{key} {value:.3g}" for key, value in result[domain].items())
         say(f"{domain}: {shown}")
     return result
 
 
 def committed_scores() -> dict[str, dict[str, float]]:
-    """Scores of the shipped base when its projections were committed."""
     value: dict[str, Any] = json.loads((ASSETS / SCORES).read_text())
     scores: dict[str, dict[str, float]] = value["domains"]
     return scores

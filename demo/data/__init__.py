@@ -1,12 +1,5 @@
-"""Demo data: real, freely licensed image-text sets that package registries ship.
-
-    >>> from demo.data import DOMAINS, prepare_domain
-    >>> folder = prepare_domain("noto", Path(".ratchet"))
-    >>> items = read_folder(folder, split="train")
-
-Each builder says which rows a set has; `domain` draws and writes them; `packages` brings the archives;
-`preparation` does several at once, in processes.
-"""
+"""Demo data: real, freely licensed image-text sets from package registries. Builders yield the rows of a set, `domain`
+draws and writes them, `packages` fetches the archives, and `preparation` makes several sets in parallel processes."""
 
 from demo.data.domain import DomainInfo
 from demo.data.domains import DOMAINS, prepare_domain

@@ -17,21 +17,20 @@ from demo.data.small_sets import read_countries
 
 _ROOT: Final = "usr/share/openclipart/svg/"
 _SAMENESS: Final = ("shapes/stars/",)
-"""1,378 stars made by a program, under one title: nothing to tell them apart by."""
+"""1,378 generated stars with the same title."""
 _DRAWN_ALIKE: Final = frozenset((
     "computer-icons-flat-theme-action-gear", "computer-icons-flat-theme-applications-dia",
     "computer-icons-flat-theme-applications-im-yahoo", "computer-icons-flat-theme-applications-package_wordprocessing",
     "computer-icons-flat-theme-applications-plan", "food-sugarbox_01",
     "signs_and_symbols-flags-australia_mike_honeychur_01", "signs_and_symbols-high_tension_danger_yve_r",
 ))  # fmt: skip
-"""Drawings of the test split that are in the train split too, under another title. Left out, so that the test split has
-the same rows whether or not the other is drawn."""
+"""Test drawings that are also in the train split. Always left out, so that the test split is the same in any case."""
 _TITLE: Final = re.compile(rb"<dc:title[^>]*>(.*?)</dc:title>", re.DOTALL)
 _CREATOR: Final = re.compile(rb"<dc:creator\b.*?<dc:title[^>]*>(.*?)</dc:title>", re.DOTALL)
 _SUBJECT: Final = re.compile(rb"<dc:subject[^>]*>(.*?)</dc:subject>", re.DOTALL)
 _WORD: Final = re.compile(rb"<rdf:li[^>]*>([^<]*)</rdf:li>")
 _HEAD_BYTES: Final = 65_536
-"""Metadata is looked for in so much of a file."""
+"""Length of the part of a file that is searched for metadata."""
 # fmt: off
 _EMPTY_WORDS: Final = frozenset((
     "", "hash", "unsorted", "special", "theme", "icon", "icons", "lemon_theme_icon",
@@ -91,11 +90,9 @@ def _first(pattern: re.Pattern[bytes], head: bytes) -> str:
 
 
 def _title(stem: str, title: str, creator: str) -> str:
-    """The file's own title, or its name where the title is that of a whole collection.
-
-    Of a title of its own, half of the first words are in the name: `grapes_leif_lodahl_02` is "Grapes", but
-    `crosswind` is not "SVG Road Signs". A name is freed of its author's, often cut short: `ganson`.
-    """
+    """The file's title, or its name if the title is that of a collection. A title is a file's own if half of its first
+    words are in the name: `grapes_leif_lodahl_02` is "Grapes", but `crosswind` is not "SVG Road Signs". The author's
+    name, often truncated (`ganson`), is removed from file names."""
     if card := _CARD.fullmatch(stem):
         return f"{_RANKS.get(card[2], card[2])} of {_SUITS[card[1]]}"
     title = re.sub(r"(?i)\s*-\s*rpg map elements.*$", "", " ".join(title.replace("_", " ").split()))
@@ -115,7 +112,7 @@ def _words(head: bytes) -> list[str]:
     subject = _SUBJECT.search(head)
     matches = _WORD.findall(subject[1]) if subject else []
     words = (html.unescape(word.decode("utf-8", "replace")).strip() for word in matches)
-    # Three words and more are an author's name or a remark.
+    # Three and more words are an author's name or a remark.
     subjects = (
         word
         for word in words
@@ -125,7 +122,7 @@ def _words(head: bytes) -> list[str]:
 
 
 def game_icons(archive: Path) -> Iterator[Draft]:
-    """Builder for black-on-white icons; `abstract-001` and its like depict nothing, and are left out."""
+    """Builder for black-on-white icons, without those that depict nothing, such as `abstract-001`."""
     for _, content in read_members(archive, "package/icons.json".__eq__):
         icons = json.loads(content)
         for name, icon in sorted(icons["icons"].items()):

@@ -1,8 +1,5 @@
-"""From the drafts of a builder to a folder dataset on disk.
-
-The same thing drawn by another artist has the same concept, and a concept is wholly in `train` or wholly in `test`, in
-every domain: nothing that a test asks for was seen in training, in any style.
-"""
+"""From a builder's drafts to a folder dataset on disk. The same thing drawn by other artists has the same concept, and
+in every domain a concept is wholly in `train` or in `test`, so no test item was seen in training in any style."""
 
 from __future__ import annotations
 
@@ -41,27 +38,25 @@ def concept_of(text: str) -> str:
 
 
 def flag_concept(code: str) -> str:
-    """Of a country's flag, by ISO 3166 code, since sources spell country names differently."""
+    """Concept of a country's flag by ISO 3166 code, since spellings of country names differ."""
     return f"flag {code.casefold()}"
 
 
 def split_of(concept: str) -> str:
-    """`test` for about `TEST_SHARE` of all concepts, else `train`; a function of the concept alone."""
+    """`test` for about `TEST_SHARE` of all concepts, else `train`; only depends on the concept."""
     return "test" if share_of(f"split:{concept}") < TEST_SHARE else "train"
 
 
 VERSION: Final = 1
-"""Raise it when builders give other rows or pictures, so that folders made before are made again."""
+"""Increase it when builders change rows or pictures, so that existing folders are made again."""
 RECEIPT: Final = "domain.json"
 THREADS: Final = 2
 WAITING: Final = 64
-"""Drafts in flight: enough to keep the threads busy, few enough that a large package is not held in memory."""
+"""Drafts in flight: enough to keep the threads busy without holding a large package in memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """One row to be: `picture` is drawn later, in a pool."""
-
     name: str
     """File name without suffix, unique in the domain."""
     text: str
@@ -75,8 +70,6 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class DomainInfo:
-    """A demo dataset: where it comes from, under which licence, and how it is built."""
-
     name: str
     packages: tuple[Package, ...]
     licence: str
@@ -86,7 +79,6 @@ class DomainInfo:
     suffix: str = "png"
     crisp: bool = False
     templates: tuple[str, ...] = ("a picture of {}.",)
-    """Prompts for zero-shot classification by label."""
 
     @property
     def package(self) -> str:
@@ -95,10 +87,7 @@ class DomainInfo:
 
 
 def build(info: DomainInfo, home: Path, split: str | None = None) -> Path:
-    """The folder dataset of `info` under `home`/data; made unless it is there already.
-
-    With `split` only that part is drawn, or the whole where another part is there already.
-    """
+    """Make the dataset of `info` under `home`/data if missing: only `split`, or the whole if another part exists."""
     target = home / "data" / info.name
     if current(target, split=split):
         return target
@@ -173,7 +162,7 @@ def _split_of(draft: Draft) -> str:
 def _ahead(
     pool: ThreadPoolExecutor, info: DomainInfo, archives: list[Path], split: str | None
 ) -> Iterator[tuple[Draft, Future[bytes]]]:
-    """Drafts (of one split) in the builder's order, with at most `WAITING` of them being drawn."""
+    """Drafts (of one split) in the builder's order, with at most `WAITING` being drawn."""
 
     def draw(draft: Draft) -> bytes:
         return encode(on_canvas(draft.picture(), info.crisp), info.suffix)
@@ -187,7 +176,7 @@ def _ahead(
 
 
 def current(target: Path, version: int | None = None, split: str | None = None) -> bool:
-    """True where `target` is a finished folder dataset, of this split at least, made by this version of its builder."""
+    """True if `target` is a finished folder dataset of this version, with at least this split."""
     receipt = _receipt(target)
     wanted = VERSION if version is None else version
     covers = receipt.get("split", "") in ("", split)
@@ -195,7 +184,7 @@ def current(target: Path, version: int | None = None, split: str | None = None) 
 
 
 def _receipt(target: Path) -> dict[str, Any]:
-    """The receipt next to a dataset; empty where there is none. A receipt without a split is of the whole."""
+    """The receipt of a dataset; empty if there is none. A receipt without split covers the whole."""
     try:
         receipt: dict[str, Any] = json.loads((target / RECEIPT).read_text())
     except (OSError, ValueError):

@@ -124,11 +124,9 @@ DOMAINS: Final[dict[str, DomainInfo]] = {info.name: info for info in _ALL}
 
 
 def prepare_domain(name: str, home: Path | str, split: str | None = None) -> Path:
-    """The folder dataset of domain `name` in `home`/data/`name`; downloads and draws it where it is missing.
-
-    With `split` (`train` or `test`) that part of it is enough. Takes seconds; safe to call again and from several
-    processes. Raises `ConfigError` for a name that is not in `DOMAINS`, `PackageError` when a package cannot be had.
-    """
+    """The folder dataset of domain `name` in `home`/data/`name`, downloaded and drawn if missing (seconds). `split`
+    (`train` or `test`): only that part is needed. Safe to call repeatedly and from several processes. Raises
+    `ConfigError` for an unknown name, `PackageError` when a package is unavailable."""
     if name not in DOMAINS:
         raise ConfigError(f"there is no demo domain {name!r}.", f"Known: {', '.join(DOMAINS)}.")
     return build(DOMAINS[name], Path(home), split)

@@ -1,4 +1,4 @@
-"""Emoji sets: one meaning, drawn by many hands; labels and tags from emojibase."""
+"""Emoji sets: the same meanings in several styles; labels and tags from emojibase."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def emoji_codes(name: str) -> str:
 
 
 def read_emoji(emojibase: Path) -> dict[str, Emoji]:
-    """By code. Regional letters and skin-tone components, which are not pictures of a thing, are left out."""
+    """Emoji by code, without regional letters and skin-tone components, which depict nothing."""
     for _, content in read_members(emojibase, _LABELS.__eq__):
         records = json.loads(content)
         return {
@@ -85,7 +85,7 @@ def by_code(folder: str, picture: Callable[[bytes], Image.Image] = decode) -> Ca
 
 
 def by_label(folder: str) -> Callable[..., Iterable[Draft]]:
-    """Builder for a set of SVGs in `folder` that are named by label: `a-button-blood-type.svg`."""
+    """Builder for a set of SVGs in `folder` named by label: `a-button-blood-type.svg`."""
 
     def build(emojibase: Path, pictures: Path) -> Iterator[Draft]:
         known = {_slug(emoji.label): emoji for emoji in read_emoji(emojibase).values()}

@@ -1,8 +1,5 @@
-"""Data packages from the npm and Debian registries: fetched once, read without unpacking.
-
-An archive is streamed and only the wanted members are kept, in memory: nothing of it is written to disk, so
-no member can land outside a folder, whatever its name. Sizes are bounded on the way.
-"""
+"""Data packages from the npm and Debian registries, downloaded once and read without unpacking: wanted members stay in
+memory, so no member name can escape a folder. Sizes are bounded."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ class PackageError(RatchetError):
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A package of a registry. npm versions are exact; Debian's are what the machine's release has."""
+    """A package of a registry. npm versions are exact; Debian's are those of the machine's release."""
 
     kind: Literal["npm", "deb"]
     name: str
@@ -47,7 +44,7 @@ class Package:
         return f"{self.kind}:{self.name}{'@' + self.version if self.version else ''}"
 
     def fetch(self, folder: Path) -> Path:
-        """The package's archive in `folder`, downloaded if it is not there. Raises `PackageError`."""
+        """The package's archive in `folder`, downloaded if missing. Raises `PackageError`."""
         if archives := sorted(folder.glob(self._pattern())):
             return archives[-1]
         with lock(folder / f".{self._pattern().partition('*')[0].removesuffix('.tgz')}.lock"):
@@ -77,7 +74,7 @@ class Package:
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Of two processes that want one thing, the second waits and finds it made."""
+    """Serialise processes that make the same thing: the second waits and finds it made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -101,7 +98,7 @@ def _apt(package: Package, scratch: Path) -> None:
     try:
         _run([apt, "-q", "download", package.name], scratch, package)
     except PackageError:
-        # Package lists may be missing or stale, as in a fresh container. Of two at once, apt refuses one.
+        # Package lists may be missing or stale, as in a fresh container. Concurrent apt updates fail.
         say(f"downloading {package}: refreshing the package lists first")
         with lock(scratch.parent / ".lists.lock"):
             _run([apt, "-q", "update"], scratch, package)
@@ -123,10 +120,8 @@ def _run(command: list[str], scratch: Path, package: Package) -> None:
 
 
 def read_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Name and content of the regular files in `archive` (.tgz or .deb) that are `wanted`, in archive order.
-
-    Names come without a leading `./`. Raises `PackageError` when the archive is damaged, or a bound is passed.
-    """
+    """Name and content of the regular files in `archive` (.tgz or .deb) that are `wanted`, in archive order. Names have
+    no leading `./`. Raises `PackageError` for a damaged archive or an exceeded limit."""
     try:
         with _tar_stream(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             total = 0
@@ -150,7 +145,7 @@ def read_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple
 
 @contextmanager
 def _tar_stream(archive: Path) -> Iterator[IO[bytes]]:
-    """The tar inside. At the end it is read out, so that the checksums behind it are checked too."""
+    """The tar inside, read to its end on exit so that trailing checksums are verified."""
     if archive.suffix == ".tgz":
         with gzip.open(archive, "rb") as packed:
             stream = cast(IO[bytes], packed)
@@ -169,12 +164,12 @@ def _tar_stream(archive: Path) -> Iterator[IO[bytes]]:
             if process.wait():
                 raise PackageError(f"{archive} is damaged: dpkg-deb cannot unpack it.", _AGAIN)
         finally:
-            # A reader that stops early would leave dpkg-deb writing into a pipe that is not read.
+            # Otherwise a reader that stops early leaves dpkg-deb blocked on its pipe.
             process.kill()
 
 
 def _read_out(stream: IO[bytes]) -> None:
-    """The rest after the end of a tar is padding of some kilobytes."""
+    """Read the padding after the end of a tar, a few kilobytes."""
     for _ in range(MAX_MEMBER_BYTES // tarfile.RECORDSIZE):
         if not stream.read(tarfile.RECORDSIZE):
             return

@@ -36,7 +36,7 @@ LABELS: Final = {
     "WHEEL": "vehicle part",
     "ENGINE": "vehicle part",
 }
-"""The game's object types that are things one can see, as eleven classes."""
+"""Visible object types of the game, as eleven classes."""
 MAX_TEXT: Final = 160
 _MAX_PARENTS: Final = 8
 _MARKUP: Final = re.compile(r"<[^>]*>")
@@ -76,7 +76,7 @@ def _is_object(record: Any) -> bool:
 
 
 def _things(records: list[dict[str, Any]]) -> dict[str, tuple[str, str, str]]:
-    """Tile id -> name, description, label. A description may be inherited through `copy-from`."""
+    """Tile ID -> name, description, label. A description may be inherited through `copy-from`."""
     parents = {str(r.get("id") or r.get("abstract")): r for r in records}
 
     def description(record: dict[str, Any]) -> str:
@@ -101,7 +101,7 @@ def _things(records: list[dict[str, Any]]) -> dict[str, tuple[str, str, str]]:
 
 
 def _plain(value: Any) -> str:
-    """A game text, which may be wrapped for plurals: `{"str": "apple"}`, `{"str_sp": "bread"}`."""
+    """A game text, possibly wrapped for plurals: `{"str": "apple"}`, `{"str_sp": "bread"}`."""
     if isinstance(value, dict):
         value = value.get("str") or value.get("str_sp") or ""
     return " ".join(_MARKUP.sub("", value).split()) if isinstance(value, str) else ""
@@ -110,7 +110,7 @@ def _plain(value: Any) -> str:
 def _drafts(
     config: dict[str, Any], sheets: dict[str, bytes], things: dict[str, tuple[str, str, str]]
 ) -> Iterator[Draft]:
-    """One draft for each tile whose id is known. Sprites are numbered through all sheets, in order."""
+    """A draft per tile with a known ID. Sprites are numbered through all sheets, in order."""
     width, height = config["tile_info"][0]["width"], config["tile_info"][0]["height"]
     tables: list[tuple[int, Image.Image, int, int]] = []
     first = 0
@@ -142,7 +142,7 @@ def _drafts(
 
 
 def _sprite(value: Any) -> int:
-    """The sprite number in `fg` or `bg`: a number, rotations of it, or weighted variants. -1: none."""
+    """The sprite number in `fg` or `bg`, which may be a list of rotations or weighted variants; -1: none."""
     while isinstance(value, list | dict):
         value = value.get("sprite") if isinstance(value, dict) else (value[0] if value else None)
     return value if isinstance(value, int) else -1

@@ -1,4 +1,4 @@
-"""Demo data prepared in processes of their own, while this one goes on."""
+"""Prepares demo data in child processes, in the background."""
 
 from __future__ import annotations
 
@@ -23,33 +23,27 @@ from demo.data.questions import QUESTIONS, prepare_questions
 from demo.data.questions import VERSION as QUESTIONS_VERSION
 
 NICE: Final = 10
-"""Of the processes: other work comes first."""
 
 
 @dataclass(frozen=True, slots=True)
 class DemoData:
-    """A domain or a question set, or one split of a domain."""
-
     name: str
     split: str | None = None
 
     def ready(self, home: Path) -> bool:
-        """True where it is there already."""
         version = QUESTIONS_VERSION if self.name in QUESTIONS else None
         return current(home / "data" / self.name, version, self.split)
 
     def prepare(self, home: Path) -> Path:
-        """Make it here. Raises `ConfigError` for an unknown name, `PackageError` when a package cannot be had."""
+        """Make it in this process. Raises `ConfigError` for an unknown name, `PackageError`."""
         if self.name in QUESTIONS:
             return prepare_questions(self.name, home)
         return prepare_domain(self.name, home, self.split)
 
 
 def merged(wanted: Iterable[DemoData]) -> list[DemoData]:
-    """Each name once, in the order in which it was first named; the whole where several splits are wanted.
-
-    Questions come last, behind the domains whose pictures they ask about: these are drawn side by side.
-    """
+    """Each name once, in order of first mention; the whole if several splits are wanted. Questions come last, after the
+    domains of their pictures, which are drawn in parallel."""
     splits: dict[str, str | None] = {}
     wanted = list(wanted)
     domains = [each for each in wanted if each.name not in QUESTIONS]
@@ -61,21 +55,15 @@ def merged(wanted: Iterable[DemoData]) -> list[DemoData]:
 
 
 class Preparation:
-    """Prepares data sets in the order given, as many at a time as there are cores.
+    """Prepares data sets in the given order, one per core at a time. Starts no process if nothing is missing.
 
     >>> with Preparation([DemoData("fluent3d"), DemoData("openclipart", "test")], home) as data:
     ...     data.wait("fluent3d")      # goes on with the others
     ...     data.wait_for_all()
-
-    What is there already costs nothing: where nothing is missing, no process is started.
     """
 
     def __init__(self, wanted: Iterable[DemoData], home: Path, processes: int = 0) -> None:
-        """``processes``: most at a time; 0: one for each core.
-
-        Raises:
-            ConfigError: a name is unknown.
-        """
+        """``processes``: maximum at a time; 0: one per core. Raises ConfigError for an unknown name."""
         data = merged(wanted)
         for each in data:
             if each.name not in DOMAINS and each.name not in QUESTIONS:
@@ -85,7 +73,7 @@ class Preparation:
         self._pool: ProcessPoolExecutor | None = None
         if not missing:
             return
-        context = multiprocessing.get_context("spawn")  # a fork would copy locks that this process's threads hold
+        context = multiprocessing.get_context("spawn")  # a fork would copy locks held by this process's threads
         self._lines: SimpleQueue[str | None] = context.SimpleQueue()
         self._reader = Thread(target=self._show, name="demo-data", daemon=True)
         self._reader.start()
@@ -98,22 +86,21 @@ class Preparation:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._pool is not None:
-            if kind is not None:  # its data is not needed any more, and a Ctrl-C does not reach the workers
+            if kind is not None:  # its data is not needed, and Ctrl-C does not reach the workers
                 kill_workers(self._pool)
             else:
                 self._pool.shutdown(wait=True)
-                self._lines.put(None)  # a worker that was killed may hold the queue
+                self._lines.put(None)  # a killed worker may hold the queue
                 self._reader.join()
             self._pool = None
 
     def wait(self, *names: str) -> None:
-        """Return when these are there. Raises what preparing one of them raised."""
+        """Wait until these are prepared. Raises what preparing one of them raised."""
         for name in names:
             if name in self._jobs:
                 self._jobs[name].result()
 
     def wait_for_all(self) -> None:
-        """Return when everything is there. Raises what preparing one of them raised."""
         self.wait(*self._jobs)
 
     def _show(self) -> None:
@@ -122,7 +109,7 @@ class Preparation:
 
 
 def _begin(lines: SimpleQueue[str | None]) -> None:
-    """In each process: give way to others, and tell the parent what would be shown."""
+    """In each process: lower the priority, and send output to the parent."""
     os.setsid()
     end_with_parent()
     nice_process(NICE)

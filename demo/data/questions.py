@@ -1,4 +1,4 @@
-"""Question-answer datasets made of the demo domains: folder datasets with columns question, answer and answers.
+"""Question-answer datasets from the demo domains: folder datasets with columns question, answer and answers.
 
     >>> folder = prepare_questions("vqa_base", Path(".ratchet"))
     >>> items = [item for item in read_folder(folder, "test") if item.label == "colour"]
@@ -36,7 +36,7 @@ SYNONYMS: Final = {"trousers": "pants", "pullover": "sweater", "sneaker": "runni
 
 
 def fashion_questions(folder: Path) -> Iterator[Question]:
-    """Splits are the original's; no picture is asked about twice."""
+    """Questions on Fashion-MNIST with its original splits; no picture is used twice."""
     for split, (garments, pairs) in SIZES.items():
         dice = random.Random(f"fashion:{split}")  # noqa: S311
         items = read_folder(folder, split)
@@ -62,26 +62,22 @@ def fashion_questions(folder: Path) -> Iterator[Question]:
 
 
 VERSION: Final = 2
-"""Raise it when other questions come out, so that folders made before are made again."""
+"""Increase it when questions change, so that existing folders are made again."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionsInfo:
-    """A question-answer dataset: the domains whose pictures it asks about, and who makes the questions."""
-
     name: str
     sources: tuple[str, ...]
     make: Callable[[Path, dict[str, Path]], Iterable[Question]]
-    """Takes the home and the folder of each source."""
 
     @property
     def licence(self) -> str:
-        """All licences of the pictures, in one line; the questions are under Ratchet's own."""
+        """All licences of the pictures in one line; the questions are under Ratchet's own."""
         return ", ".join(dict.fromkeys(DOMAINS[source].licence for source in self.sources))
 
     @property
     def attribution(self) -> str:
-        """The makers of the pictures."""
         return "; ".join(dict.fromkeys(DOMAINS[source].attribution for source in self.sources))
 
 
@@ -108,15 +104,12 @@ QUESTIONS: Final[dict[str, QuestionsInfo]] = {
         ),
     )
 }
-"""The sets that :func:`prepare_questions` can make. The shipped VLM is trained on the first; the other is new to it."""
+"""Sets for :func:`prepare_questions`. The shipped VLM is trained on the first; the other is new to it."""
 
 
 def prepare_questions(name: str, home: Path | str) -> Path:
-    """The folder dataset of questions `name` in `home`/data/`name`; made with its domains where it is missing.
-
-    Safe to call again and from several processes. Raises `ConfigError` for a name that is not in `QUESTIONS`,
-    `PackageError` when a package cannot be had.
-    """
+    """The question dataset `name` in `home`/data/`name`, made with its domains if missing. Safe to call repeatedly and
+    from several processes. Raises `ConfigError` for an unknown name, `PackageError` when a package is unavailable."""
     if name not in QUESTIONS:
         raise ConfigError(f"there are no demo questions {name!r}.", f"Known: {', '.join(QUESTIONS)}.")
     info, target = QUESTIONS[name], Path(home) / "data" / name
@@ -173,7 +166,6 @@ def _write(info: QuestionsInfo, questions: Iterable[Question], folder: Path) -> 
 
 
 def _place(source: Path, target: Path) -> None:
-    """The same file under another name where the file system can, else a copy: pictures are never changed."""
     try:
         os.link(source, target)
     except OSError:

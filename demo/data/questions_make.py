@@ -1,11 +1,9 @@
-"""From pictures that are known by name, category and colours to questions with answers.
+"""From pictures with known name, category and colours to questions with answers.
 
-A picture is in one split with all its questions. `test` holds two kinds of pictures: those of concepts that no
-training picture shows (a siamese cat, where there were other cats), and drawings that training does not have, of
-concepts that it has in another hand. Names are asked of both, colours and categories of the first alone.
-
-Yes/no questions come in pairs: the same words about a picture where the answer is yes and about one where it is no,
-so that the words alone tell nothing.
+A picture is in one split with all its questions. `test` has pictures of concepts that no training picture shows (a
+siamese cat, where there were other cats), and held-out drawings of trained concepts in another style. Both are asked
+for names, only the first for colours and categories. Yes/no questions come in pairs with the same words and opposite
+answers, so that words alone are uninformative.
 """
 
 from __future__ import annotations
@@ -25,15 +23,15 @@ from PIL import Image
 from demo.data import questions_words as words
 
 HELD_OUT: Final = 0.6
-"""Share of concepts drawn by several hands of which one drawing is kept for the test."""
+"""Share of concepts with several drawings of which one is held out for the test."""
 SOME: Final = 0.2
-"""A colour that covers so much is there; one below `HARDLY` is not; between, nothing is asked."""
+"""Share from which a colour counts as present; below `HARDLY` it counts as absent; between, it is not asked about."""
 HARDLY: Final = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Caps:
-    """Most questions for each answer (or each thing asked for), so that no answer is the safe guess."""
+    """Maximum questions per answer (or thing asked for), so that no answer is the safe guess."""
 
     answers: int
     things: int
@@ -45,28 +43,25 @@ CAPS: Final = {"train": Caps(answers=400, things=30, kinds=120), "test": Caps(an
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture with what is known about it. Strings are empty where it has none, or it is not clear."""
+    """A picture and its known facts. Empty strings: none, or unclear."""
 
     path: Path
     hand: str
-    """The domain, which is who drew it."""
+    """The domain, which determines the style."""
     concept: str
     split: str
-    """Of the concept, in its domain."""
     title: str = ""
-    """Its exact name, the same for all hands."""
+    """Its exact name, equal in all styles."""
     name: str = ""
     """The name that a person would give it at first sight."""
     category: str = ""
     colours: dict[str, float] = field(default_factory=dict)
     related: frozenset[str] = frozenset()
-    """Words that may be in it, apart from its name: not asked about as absent."""
+    """Further words that may apply to it: not asked about as absent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One row to be."""
-
     picture: Picture
     split: str
     kind: str
@@ -76,7 +71,7 @@ class Question:
 
 
 def make_questions(pictures: Sequence[Picture]) -> list[Question]:
-    """All questions, in an order where the first few hundred of a split and kind are as mixed as all of them."""
+    """All questions, shuffled so that the first few hundred of a split and kind are representative."""
     held_out = held_out_drawings(pictures)
     trained = [p for p in pictures if p.split == "train" and p.path not in held_out]
     rows: list[Question] = []
@@ -99,7 +94,7 @@ def make_questions(pictures: Sequence[Picture]) -> list[Question]:
 
 
 def held_out_drawings(pictures: Iterable[Picture]) -> frozenset[Path]:
-    """One drawing each of a share of the trained concepts that several hands drew; by hash, so it never moves."""
+    """One drawing each of a share of the trained concepts with several drawings; stable, by hash."""
     hands: dict[str, list[Picture]] = defaultdict(list)
     for picture in pictures:
         if picture.title and picture.split == "train":
@@ -127,7 +122,6 @@ def _open(
     cap: int,
     dice: random.Random,
 ) -> Iterator[Question]:
-    """One question about each picture that has an answer, at most `cap` for each answer."""
     seen: Counter[str] = Counter()
     for picture in dice.sample(pictures, len(pictures)):
         answer = about(picture)
@@ -154,7 +148,7 @@ def _presence(
 
 
 def _near(kind: str) -> frozenset[str]:
-    """Categories that may be said of the same picture."""
+    """Categories that may apply to the same picture."""
     groups = (
         ("animal", "bird", "insect", "creature"), ("creature", "person", "face"), ("vehicle", "vehicle part"),
         ("symbol", "arrow", "clock", "flag", "heart"), ("food", "drink", "plant"), ("tool", "gun"),
@@ -180,18 +174,18 @@ def _pairs(
 
 
 NAMES: Final = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "grey", "black", "")
-"""The last one: pale or between two names, which is never asked about."""
+"""The last one means pale or between two names, and is never asked about."""
 _NONE: Final = len(NAMES) - 1
 PAPER: Final = 240
-"""From here on in all three channels a pixel is the white canvas."""
+"""A pixel with at least this value in all three channels is the white canvas."""
 MIN_COVER: Final = 0.04
-"""A drawing that covers less of the canvas has no colour to speak of."""
+"""A drawing that covers less of the canvas has no colour."""
 MAIN_SHARE: Final = 0.55
-"""The main colour covers at least so much of the drawing, and the second at most half as much."""
+"""Minimum share of the main colour; the second may have at most half as much."""
 
 
 def colour_shares(image: Image.Image) -> dict[str, float]:
-    """Share of the drawing (what is not white) by colour name; empty for a drawing that is hardly there."""
+    """Share of the drawn (non-white) pixels by colour name; empty for a nearly blank drawing."""
     rgb = np.asarray(image.convert("RGB"))
     drawn = rgb.min(axis=2) < PAPER
     if drawn.mean() < MIN_COVER:
@@ -202,7 +196,6 @@ def colour_shares(image: Image.Image) -> dict[str, float]:
 
 
 def main_colour(shares: dict[str, float]) -> str:
-    """The colour that anybody would name first, or empty where that is not clear."""
     order = sorted(shares, key=lambda name: (-shares[name], name))
     if not order or shares[order[0]] < MAIN_SHARE:
         return ""

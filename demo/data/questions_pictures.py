@@ -22,9 +22,8 @@ from demo.data.questions_make import Picture, colour_shares
 from streams.publish.folders import FolderItem, read_folder
 
 EMOJI: Final = ("noto", "twemoji", "openmoji")
-"""Three hands that draw the same things."""
 _UNNAMED: Final = frozenset(("flag", "face", "person", "symbol", "hand", "clock", "arrow", ""))
-"""Categories whose members are told apart by a sentence rather than by a name."""
+"""Categories whose members need a sentence instead of a name."""
 _SHORT: Final = re.compile(r"[a-z]+(?:[ -][a-z]+){0,2}")
 _LEAD: Final = re.compile(r"^(?:an? |the |some |flag |pair |set |piece |of )+")
 _BREAK: Final = re.compile(r"\s+(?:of|with|in|on|at|for|from|and|without|to|by|behind|showing|over)\s+|[,.;:!?(\[—]")
@@ -33,7 +32,7 @@ MAX_TITLE: Final = 18
 
 
 def read_pictures(home: Path, folders: dict[str, Path]) -> Iterator[Picture]:
-    """Every different picture of the domains in `folders`. One that both splits have is left out of `test`."""
+    """Every distinct picture of the domains in `folders`. Pictures in both splits are left out of `test`."""
     subgroups = _subgroups(home)
     items = [(domain, item) for domain, folder in folders.items() for item in read_folder(folder)]
     items.sort(key=lambda pair: (pair[1].split == "test", pair[0], pair[1].path))
@@ -72,10 +71,8 @@ def _picture(domain: str, item: FolderItem, colours: dict[str, float], subgroups
 
 
 def basic_name(text: str, category: str) -> str:
-    """The name at first sight of what a text calls more closely; empty where there is none.
-
-    `"a pair of army boots, worn"` -> `"shoe"`, `"cat with tears of joy"` -> `"cat"`, `"dog face"` -> `"dog"`.
-    """
+    """The basic name of a thing that a text describes more closely; empty if there is none. `"a pair of army boots,
+    worn"` -> `"shoe"`, `"cat with tears of joy"` -> `"cat"`, `"dog face"` -> `"dog"`."""
     plain = _LEAD.sub("", text.casefold().strip().removeprefix("flag: "))
     content = _WORDS.findall(_BREAK.split(plain, maxsplit=1)[0])
     if len(content) > 1 and content[-1] == "face" and category != "face":

@@ -1,4 +1,4 @@
-"""The words that questions and answers are made of: categories of what the demo domains show, colours, phrasings."""
+"""Words of questions and answers: categories, colours, names and phrasings."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ CATEGORIES: Final[dict[str, tuple[str, ...]]] = {
     "symbol": ("symbol", "sign"),
     "musical instrument": ("musical instrument", "instrument"),
 }
-"""Category -> what counts as naming it; at most two, so that a metric that wants three agreeing answers sees one."""
+"""Category -> accepted names; at most two, so that metrics that want three agreeing answers see one."""
 MASS: Final = frozenset(("clothing", "food", "furniture", "terrain"))
-"""Categories without an article."""
 
 _SUBGROUPS: Final = {
     "animal": "cat-face monkey-face animal-mammal animal-amphibian animal-reptile animal-marine",
@@ -58,7 +57,6 @@ _SUBGROUPS: Final = {
     "symbol": "av-symbol alphanum keycap math punctuation zodiac religion other-symbol transport-sign warning",
 }
 SUBGROUPS: Final = {subgroup: kind for kind, names in _SUBGROUPS.items() for subgroup in names.split()}
-"""Subgroup of emojibase -> category."""
 # fmt: off
 NOT_OF_KIND: Final = frozenset((
     "love letter", "station", "bus stop", "motorway", "railway track", "oil drum", "fuel pump", "wheel", "anchor",
@@ -81,7 +79,6 @@ LABELS: Final = {
         "person": "person",
     },
 }  # fmt: skip
-"""Label of a domain -> category."""
 FOLDERS: Final = {
     "animals-mammals": "animal", "animals-birds": "bird", "animals-bugs": "insect", "animals-fish": "animal",
     "animals-reptiles": "animal", "food-beverages": "drink", "food": "food", "plants": "plant",
@@ -89,7 +86,7 @@ FOLDERS: Final = {
     "signs_and_symbols-flags": "flag", "transportation-vehicles": "vehicle", "transportation-boating": "vehicle",
     "buildings": "building", "tools-handtools": "tool", "tools-hand_tools": "tool",
 }  # fmt: skip
-"""Beginning of a file's name in openclipart -> category; the longest one holds."""
+"""Prefix of an openclipart file name -> category; the longest applies."""
 
 COLOURS: Final[dict[str, tuple[str, ...]]] = {
     "red": ("red",),
@@ -133,13 +130,12 @@ _NOUNS: Final = {
     "diamond", "medal": "", "balloon": "balloons", "eye": "eyes", "globe": "planet", "envelope": "letter e-mail",
 }  # fmt: skip
 NOUNS: Final = {word: name for name, words in _NOUNS.items() for word in (name, *words.split())}
-"""Last word of what a thing is called -> the name that a person would give it at first sight."""
+"""Last word of a thing's description -> its basic name."""
 SYNONYMS: Final = {
     "plane": "airplane", "bicycle": "bike", "trousers": "pants", "shoe": "boot", "coat": "jacket", "gem": "jewel",
     "boat": "ship", "glasses": "sunglasses", "face": "smiley", "phone": "telephone", "bug": "insect", "meat": "steak",
     "floor": "carpet", "cake": "pie", "bread": "bun", "house": "home",
 }  # fmt: skip
-"""Another name that is as right."""
 
 ASK_NAME: Final = ("what is this?", "what is shown here?", "what does the picture show?")
 ASK_CATEGORY: Final = ("what kind of thing is this?", "which category does this belong to?")
@@ -150,7 +146,7 @@ ASK_SHADE: Final = ("is there anything {} here?", "is some of it {}?")
 
 
 def with_article(thing: str) -> str:
-    """`"apple"` -> `"an apple"`; plurals and masses have none."""
+    """`"apple"` -> `"an apple"`; plurals and mass nouns have no article."""
     if thing in MASS or (thing.endswith("s") and not thing.endswith(("ss", "us", "bus"))):
         return thing
     return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"

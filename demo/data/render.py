@@ -1,4 +1,4 @@
-"""Pictures of any kind, brought to one: 128 px square, RGB on white, PNG or JPEG."""
+"""Converts any picture to one format: 128 px square, RGB on white, PNG or JPEG."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from PIL import Image
 
 SIDE: Final = 128
 MAX_PIXELS: Final = 20_000_000
-"""A larger source picture is skipped; some of openclipart's exceed 100 megapixels."""
+"""Larger source pictures are skipped; some of openclipart's exceed 100 megapixels."""
 DPI: Final = 96.0
-"""Of an SVG's lengths in cm or pt; CSS's value. resvg draws nothing without one."""
+"""CSS's value, for SVG lengths in cm or pt. resvg draws nothing without one."""
 MAX_DRAWN: Final = 1024
-"""Widest that an SVG is drawn, to enlarge what is small on its paper."""
+"""Maximum width of a drawn SVG, to enlarge small content."""
 MAX_SVG_BYTES: Final = 4 * 2**20
 _OUTSIDE: Final = re.compile(rb"""(<image\b[^>]*?)\s[\w:]*href\s*=\s*(?:"(?!#|data:)[^"]*"|'(?!#|data:)[^']*')""")
-"""A bitmap by path or URL: a file of the artist's machine, often a tracing aid. Never to be looked up on this."""
+"""A bitmap by path or URL: a file of the artist's machine, often a tracing aid. Must never be looked up here."""
 
 
 class Unfit(Exception):
@@ -26,7 +26,7 @@ class Unfit(Exception):
 
 
 def decode(data: bytes) -> Image.Image:
-    """A PNG or WebP picture. Raises `Unfit`."""
+    """Decode a PNG, WebP or JPEG picture. Raises `Unfit`."""
     try:
         image = Image.open(io.BytesIO(data), formats=("PNG", "WEBP", "JPEG"))
         if image.width * image.height > MAX_PIXELS:
@@ -38,10 +38,7 @@ def decode(data: bytes) -> Image.Image:
 
 
 def draw_svg(data: bytes, trim: bool = False) -> Image.Image:
-    """An SVG, drawn `SIDE` wide; `trim` draws what is there that large, without the empty paper around it.
-
-    Fonts and files of the machine are not used. Raises `Unfit`.
-    """
+    """Draw an SVG `SIDE` wide (`trim`: only its content), without fonts or files of the machine. Raises `Unfit`."""
     if len(data) > MAX_SVG_BYTES:
         raise Unfit("SVG over the size limit")
     data = _OUTSIDE.sub(rb"\1", data)
@@ -62,7 +59,7 @@ def draw_svg(data: bytes, trim: bool = False) -> Image.Image:
 
 def _drawn(text: str, width: int) -> Image.Image:
     try:
-        # Given one side alone, resvg keeps the aspect ratio. A tall picture comes out larger than needed.
+        # Given one side, resvg keeps the aspect ratio; a tall picture becomes larger than needed.
         png = resvg_py.svg_to_bytes(text, width=width, dpi=DPI, skip_system_fonts=True)
         return decode(png).convert("RGBA")
     except ValueError as error:
@@ -70,10 +67,7 @@ def _drawn(text: str, width: int) -> Image.Image:
 
 
 def on_canvas(image: Image.Image, crisp: bool = False) -> Image.Image:
-    """`image` scaled to fit a white `SIDE` square, centred. `crisp` keeps the edges of pixel art.
-
-    Raises `Unfit` when nothing is to be seen.
-    """
+    """`image` scaled to fit a white `SIDE` square; `crisp` keeps the edges of pixel art. Raises `Unfit` if blank."""
     image = image.convert("RGBA")
     if image.getchannel("A").getbbox() is None:
         raise Unfit("blank")

@@ -1,4 +1,4 @@
-"""Small sets with a builder each: flags of countries, handwritten digits, Fashion-MNIST, and Tux Paint's stamps."""
+"""Builders of small sets: flags of countries, handwritten digits, Fashion-MNIST, and Tux Paint's stamps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COUNTRIES: Final = "usr/share/iso-codes/json/iso_3166-1.json"
 
 
 def read_countries(iso_codes: Path) -> dict[str, tuple[str, ...]]:
-    """Two-letter code in lower case -> names, the one to show first."""
+    """Two-letter code in lower case -> names, the preferred one first."""
     for _, content in read_members(iso_codes, _COUNTRIES.__eq__):
         return {
             record["alpha_2"].casefold(): tuple(
@@ -45,7 +45,7 @@ def _spoken(name: str) -> str:
 
 
 def flags(iso_codes: Path, pictures: Path) -> Iterator[Draft]:
-    """Builder for the flags of countries, named by ISO 3166; those of regions and organisations are left out."""
+    """Builder for flags of countries, named by ISO 3166, without regions and organisations."""
     countries = read_countries(iso_codes)
     for name, content in read_members(pictures, lambda name: name.startswith(_FLAGS)):
         code = PurePosixPath(name).stem
@@ -65,11 +65,11 @@ _LEVELS: Final = 16
 DIGITS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _DIGIT_PHRASES: Final = ("the digit {}", "a handwritten {}", "{}, written by hand", "the number {}")
 _TEST_FROM: Final = 1197
-"""The rows from here on are `test`: they are in the order of their writers."""
+"""First row of `test`: rows are in order of their writers."""
 
 
 def digits(archive: Path) -> Iterator[Draft]:
-    """Builder for digits of 8x8 pixels, as scikit-learn ships them. Every class is in both splits."""
+    """Builder for scikit-learn's digits of 8x8 pixels. Every class is in both splits."""
     for _, content in read_members(archive, _DIGITS.__eq__):
         with gzip.open(io.BytesIO(content), "rt") as lines:
             for number, row in enumerate(csv.reader(lines)):
@@ -115,11 +115,11 @@ GARMENTS: Final = (
 )
 _GARMENT_PHRASES: Final = ("a photo of {}", "a grey product photo of {}", "{}, on black", "a small picture of {}")
 _PARTS: Final = (("train", "train", 400), ("t10k", "test", 100))
-"""Files of the original, our split, and pictures of each class: the first so many, so 4,000 and 1,000."""
+"""Original file prefix, split, and number of pictures per class: the first ones, 4,000 and 1,000 in total."""
 
 
 def fashion(archive: Path) -> Iterator[Draft]:
-    """Builder for grey 28 px pictures of clothes, as published (light on black). Splits are the original's."""
+    """Builder for grey 28 px pictures of clothes, as published (light on black), with the original splits."""
     files = dict(read_members(archive, lambda name: name.startswith(_FASHION)))
     for prefix, split, each in _PARTS:
         pixels = _read_idx(files, f"{prefix}-images-idx3-ubyte.gz", 16)
@@ -177,11 +177,11 @@ STAMP_LABELS: Final = {
     "town": "building or road sign",
     "vehicles": "vehicle",
 }
-"""By top folder. `symbols` (letters, digits, coins) is left out."""
+"""By top folder; `symbols` (letters, digits, coins) is left out."""
 
 
 def stamps(drawings: bool) -> Callable[..., Iterable[Draft]]:
-    """Builder for the drawings, which are in folders named `cartoon`, or else for the photographs."""
+    """Builder for the drawings, in folders named `cartoon`, or else for the photographs."""
 
     def build(archive: Path) -> Iterator[Draft]:
         texts: dict[str, str] = {}

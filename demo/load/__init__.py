@@ -1,1 +1,1 @@
-"""HTTP load whose every answer is checked: what the demo, the benchmarks and the tests put on a server."""
+"""HTTP load for demo, benchmarks and tests; every answer is checked."""

@@ -1,6 +1,4 @@
-"""Compares the answers of a load with what local engines, which share nothing with the server but files, answer under
-the release that each was stamped with.
-"""
+"""Compares answers of a load with those of local engines under the release that each answer is stamped with."""
 
 from __future__ import annotations
 
@@ -25,8 +23,6 @@ from serving.releases.types import BASE
 
 
 class ExpectedVectors:
-    """Vectors of the probes under any adapter."""
-
     def __init__(self, settings: Settings, images: Sequence[bytes], texts: Sequence[str]) -> None:
         self.artifacts = Artifacts(settings.artifacts)
         self.engine = ClipEngine.of(settings)
@@ -61,11 +57,10 @@ class ExpectedAnswers:
         self._answers: dict[str, list[str]] = {}
 
     def prepare(self, adapters: Sequence[str]) -> None:
-        """Answer under each adapter, with one engine for all."""
         missing = [adapter for adapter in dict.fromkeys(adapters) if adapter not in self._answers]
         if not missing:
             return
-        from serving.engines.vlm.hf_engine import TransformersEngine  # slow to import, and not every load asks
+        from serving.engines.vlm.hf_engine import TransformersEngine  # slow to import, and only needed with questions
         from serving.engines.vlm.open import SyncVlm
 
         base = load_vlm_base(self.settings.home, self.settings.base.vlm)
@@ -79,20 +74,18 @@ class ExpectedAnswers:
                     engine.unload(name)
 
     def of(self, adapter: str) -> list[str]:
-        """An answer for each question."""
         self.prepare([adapter])
         return self._answers[adapter]
 
 
 TOLERANCE = 1e-3
-"""Largest difference of a component, a probability or a score. Batching changes the sixth digit; adapters differ in the
-second."""
+"""Largest difference of a value. Batching changes the sixth digit; adapters differ in the second."""
 HALF_TOLERANCE = 6e-3
-"""The same where the server computes in half precision: batching changes the third digit."""
+"""The same for a server in half precision: batching changes the third digit."""
 
 
 class AnswerCheck:
-    """Expected answers by adapter. Engines are made when the first answer of a family needs one."""
+    """Expected answers by adapter. Engines are made for the families that were answered."""
 
     def __init__(
         self,
@@ -104,7 +97,7 @@ class AnswerCheck:
         sample_ids: Sequence[str],
         rows: Sequence[dict[str, Any]],
     ) -> None:
-        """``sample_ids``: of the images in the catalog. ``rows``: what the generator wrote."""
+        """``sample_ids``: of the images in the catalog; ``rows``: the generator's output."""
         self.probes = probes
         self.images = len(images)
         self.sample_ids = list(sample_ids)
@@ -120,7 +113,7 @@ class AnswerCheck:
             self.answers.prepare([r["a"] for r in rows if r["c"] == 200 and self.probes[r["p"]].family == "vlm"])
 
     def difference(self, row: dict[str, Any]) -> str:
-        """In what way an answer is not that of its release; empty when it is."""
+        """How an answer differs from that of its release; empty if it does not."""
         probe, stamped = self.probes[row["p"]], f"release {row['r']} ({row['a']})"
         if self.adapters.get((probe.family, row["r"])) != row["a"]:
             return f"{stamped} is stamped with an adapter that it does not have"

@@ -1,8 +1,8 @@
-"""The process that makes HTTP load. Run by :mod:`demo.load.traffic`; ends when its standard input closes. A line there,
-a JSON list of URLs, names the servers that further requests go to.
+"""The process that makes HTTP load for :mod:`demo.load.traffic`. Ends when its standard input closes; a line there, a
+JSON list of URLs, sets the servers of further requests.
 
-Open loop: requests start on a schedule, whether or not earlier ones were answered, and latency counts from the moment a
-request was *due*. A closed loop (``concurrency`` in the plan) measures capacity instead.
+Open loop: requests start on a schedule regardless of earlier answers, and latency counts from the time a request was
+*due*. A closed loop (``concurrency`` in the plan) measures capacity instead.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ TIMEOUT_SECONDS = 60.0
 
 
 Request = tuple[str, bytes]
-"""Path and JSON body."""
 
 
 def content(answer: dict[str, Any]) -> Any:
-    """The part that is compared: vectors (base64) or labels' probabilities by input, hits (id, score), or a text."""
+    """The part to compare: vectors (base64) or label probabilities by input, hits (ID, score), or a text."""
     if "choices" in answer:
         return answer["choices"][0]["message"]["content"]
     data = answer["data"]
@@ -34,7 +33,7 @@ def content(answer: dict[str, Any]) -> Any:
 
 
 async def one(client: httpx.AsyncClient, url: str, probe: int, request: Request, due: float, out: IO[str]) -> None:
-    """Send one request and write down what came back. ``due``: seconds since the epoch."""
+    """Send one request and write a row about the answer. ``due``: seconds since the epoch."""
     row: dict[str, Any] = {"t": due, "p": probe, "b": time.time()}
     path, body = request
     try:
@@ -53,7 +52,7 @@ async def one(client: httpx.AsyncClient, url: str, probe: int, request: Request,
 
 
 async def drive(plan: dict[str, Any], out: IO[str], stop: asyncio.Event) -> None:
-    """Make the load of a plan: ``urls``, ``requests``, ``key``, and either ``rate`` (a second) or ``concurrency``."""
+    """Make the load of a plan: ``urls``, ``requests``, ``key``, and either ``rate`` (per second) or ``concurrency``."""
     requests: list[Request] = [(path, body.encode()) for path, body in plan["requests"]]
     limits = httpx.Limits(max_connections=256, max_keepalive_connections=256)
     headers = {"content-type": "application/json"}
@@ -74,7 +73,7 @@ async def drive(plan: dict[str, Any], out: IO[str], stop: asyncio.Event) -> None
                     break
                 except TimeoutError:
                     pass
-            # A server that is added must get all kinds of requests, whatever both numbers are.
+            # Every server must get all kinds of requests, whatever both counts are.
             url = plan["urls"][(count + count // len(requests)) % len(plan["urls"])]
             number = count % len(requests)
             task = asyncio.create_task(one(client, url, number, requests[number], due, out))
@@ -94,7 +93,7 @@ async def _loop(
 
 
 async def main(plan: dict[str, Any], path: Path) -> None:
-    """Until the parent closes the pipe (also by dying)."""
+    """Run until the parent closes the pipe, also by dying."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()

@@ -1,4 +1,4 @@
-"""The requests of a load, each of a kind whose answer can be computed elsewhere."""
+"""The requests of a load, of kinds whose answers can be computed elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from core.ledger.rows import Family
 from ratchet_client import data_uri
 
 Question = tuple[bytes, str]
-"""An encoded image, and what is asked about it."""
 ANSWER_TOKENS = 16
 RequestKind = Literal["embeddings", "classify", "search", "chat"]
 PATHS: Final[dict[RequestKind, str]] = {
@@ -23,26 +22,22 @@ PATHS: Final[dict[RequestKind, str]] = {
 
 @dataclass(frozen=True)
 class Probe:
-    """One request that is sent again and again."""
-
     kind: RequestKind
     items: tuple[int, ...]
-    """Numbers of images and texts (images first), or the number of one question."""
+    """Indices of images and texts (images first), or the index of one question."""
     body: dict[str, Any] = field(repr=False)
 
     @property
     def family(self) -> Family:
-        """Whose adapter answers."""
         return "vlm" if self.kind == "chat" else "clip"
 
     @property
     def path(self) -> str:
-        """The path that it is sent to."""
         return PATHS[self.kind]
 
 
 def embedding_probes(images: Sequence[bytes], texts: Sequence[str]) -> list[Probe]:
-    """Single images, single texts, and pairs of both, which must be of one release."""
+    """Single images, single texts, and pairs of both, which must be answered by one release."""
     everything: list[Any] = [*({"image": data_uri(image)} for image in images), *texts]
 
     def probe(*items: int) -> Probe:
@@ -58,7 +53,7 @@ def embedding_probes(images: Sequence[bytes], texts: Sequence[str]) -> list[Prob
 
 
 def batch_probes(images: Sequence[bytes], texts: Sequence[str], items: int) -> list[Probe]:
-    """So many images, and so many texts, in one request each."""
+    """One request with ``items`` images, and one with as many texts."""
     pictures = [number % len(images) for number in range(items)]
     words = [number % len(texts) for number in range(items)]
     image_inputs: list[Any] = [{"image": data_uri(images[number])} for number in pictures]
@@ -72,7 +67,6 @@ def batch_probes(images: Sequence[bytes], texts: Sequence[str], items: int) -> l
 
 
 def classify_probes(images: Sequence[bytes], texts: Sequence[str]) -> list[Probe]:
-    """Each image, with all texts as labels."""
     return [
         Probe("classify", (number,), {"images": [data_uri(image)], "labels": list(texts), "templates": ["{}"]})
         for number, image in enumerate(images)
@@ -80,19 +74,18 @@ def classify_probes(images: Sequence[bytes], texts: Sequence[str]) -> list[Probe
 
 
 def search_probes(images: Sequence[bytes], texts: Sequence[str]) -> list[Probe]:
-    """Each text; as many hits as there are images, which are all that the catalog has."""
+    """Each text; as many hits as there are images, which are the whole catalog."""
     return [
         Probe("search", (len(images) + number,), {"text": text, "k": len(images)}) for number, text in enumerate(texts)
     ]
 
 
 def chat_probes(questions: Sequence[Question]) -> list[Probe]:
-    """Greedy answers about one image each."""
     return [_chat(number, question) for number, question in enumerate(questions)]
 
 
 def interleaved(clip: list[Probe], vlm: list[Probe]) -> list[Probe]:
-    """Two of CLIP, one of the VLM, until each was asked at least once."""
+    """Two of CLIP, then one of the VLM, until each was used at least once."""
     if not vlm:
         return clip
     rounds = max((len(clip) + 1) // 2, len(vlm))

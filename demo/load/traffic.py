@@ -1,12 +1,12 @@
-"""HTTP load whose every answer is checked: it must be that of the release which the answer was stamped with.
+"""HTTP load whose every answer is checked: it must be that of the release it is stamped with.
 
 >>> with Traffic(url, images=images, texts=texts, questions=questions, rate=4.0, settings=settings) as traffic:
 ...     ...                                  # swap, kill, publish
 >>> traffic.report()
 Report(requests=812, failed=0, mixed=0, ...)
 
-The load is made by a process of its own. Checking happens in :meth:`Traffic.report`, so it takes nothing from the
-server while it is measured: :mod:`demo.load.answers` answers the same inputs.
+A child process makes the load. :meth:`Traffic.report` checks it afterwards with :mod:`demo.load.answers`, so checking
+does not slow the server during the measurement.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from demo.load.probes import (
 
 @dataclass(frozen=True)
 class CheckedSample:
-    """One request: when it was due (seconds since the epoch), how long it took, which release answered (0: none)."""
+    """A request: due time (seconds since the epoch), duration, and the answering release (0: none)."""
 
     due: float
     seconds: float
@@ -51,12 +51,12 @@ class CheckedSample:
     family: Family = "clip"
     kind: RequestKind = "embeddings"
     began: float = 0.0
-    """Time at which it was sent; with an open loop a busy machine sends late."""
+    """Time at which it was sent; in an open loop a busy machine sends late."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome of the requests. ``mixed``: answers that are not those of the release they were stamped with."""
+    """Outcome of a load. ``mixed``: answers that differ from those of the release they are stamped with."""
 
     requests: int
     failed: int
@@ -67,19 +67,15 @@ class Report:
 
 
 class Traffic:
-    """A steady load. CLIP: embeddings of single images, single texts, and pairs of both (which must be of one
-    release); classification and search, where the images are what is in the catalog. VLM: chat about one image, greedy;
-    every third request where there are questions.
-    """
+    """A steady load. CLIP: embeddings of single images, single texts, and pairs; with ``sample_ids`` also
+    classification and search. VLM: every third request, if there are questions, is a greedy chat about one image."""
 
     def __init__(
         self, url: str, *, images: Sequence[bytes], texts: Sequence[str], settings: Settings,
         questions: Sequence[Question] = (), rate: float = 4.0, concurrency: int = 0, sample_ids: Sequence[str] = (),
         batch: int = 0, key: str = "",
     ) -> None:  # fmt: skip
-        """``sample_ids``: of the images, when these are all that is in the catalog. ``batch``: inputs of some more
-        requests for embeddings. ``key``: an API key.
-        """
+        """``sample_ids``: of the images, if they are the whole catalog; ``batch``: inputs of additional requests."""
         if not images or not texts:
             raise RatchetError("a load needs images and texts.", "Prepare a domain with test items first.")
         self.settings = settings
@@ -118,7 +114,7 @@ class Traffic:
         self.stop()
 
     def stop(self) -> None:
-        """Let requests under way finish, and end. Twice is once."""
+        """Let running requests finish, and end. Calling it again does nothing."""
         if self._process is not None and self._process.stdin is not None and self._process.poll() is None:
             self._process.stdin.close()
             try:
@@ -129,13 +125,12 @@ class Traffic:
             self._process.wait()
 
     def send_to(self, *urls: str) -> None:
-        """Send further requests to these servers, in turn."""
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.write(json.dumps(urls).encode() + b"\n")
             self._process.stdin.flush()
 
     def wait_for(self, requests: int, timeout_seconds: float = 60.0) -> None:
-        """Return when so many requests were answered. Raises RatchetError when none is for so long, or it ends."""
+        """Wait until ``requests`` were answered. Raises RatchetError when the load ends or stands still."""
 
         def answered() -> bool:
             if self._process is not None and self._process.poll() is not None:
@@ -149,11 +144,10 @@ class Traffic:
             raise RatchetError(f"the load stands still: {error}.", "Is the server up?") from None
 
     def releases(self) -> set[int]:
-        """Numbers of the releases that answered so far."""
         return {int(row["r"]) for row in self._rows() if row["c"] == 200}
 
     def report(self) -> Report:
-        """Check every answer so far. Stop first for a final one."""
+        """Check every answer so far. Stop first for a final report."""
         rows = self._rows()
         check = AnswerCheck(self.settings, self.probes, self.images, self.texts, self.questions, self.sample_ids, rows)
         samples, problems = [], []
@@ -173,9 +167,9 @@ class Traffic:
         if not self._results.exists():
             return []
         lines = self._results.read_text().split("\n")
-        return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is being written
+        return [json.loads(line) for line in lines[:-1]]  # the text after the last newline is being written
 
 
 def percentile(seconds: Sequence[float], share: float) -> float:
-    """Linear between neighbours; not a number when there is nothing."""
+    """Linearly interpolated; NaN without data."""
     return float(np.percentile(seconds, share * 100)) if seconds else float("nan")

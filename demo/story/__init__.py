@@ -1,1 +1,1 @@
-"""``ratchet demo``: the whole loop on real data, told as a story, checked as it goes."""
+"""``ratchet demo``: the whole loop on real data, as a story that is checked while it runs."""

@@ -17,15 +17,13 @@ from streams.publish.folders import read_folder
 
 DOMAIN = "fluent3d"
 SEARCHES_AT_ONCE = 4
-BETTER, WORSE = 4, 2  # searches on the page: those that gained most, and those that lost most
-HITS = 6  # that are shown
-DEPTH = 100  # hits looked through for the right image; deeper counts as one more
+BETTER, WORSE = 4, 2  # searches on the page: largest gains and largest losses
+HITS = 6  # hits shown
+DEPTH = 100  # hits searched for the right image; deeper counts as one more
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One answer of a search."""
-
     id: str
     text: str
     score: float
@@ -33,45 +31,36 @@ class Hit:
 
 @dataclass(frozen=True)
 class Search:
-    """One query under one release: the first hits, and the rank (from 1) of the image whose caption is the query."""
+    """A query under one release: the first hits, and the rank (from 1) of the image whose caption is the query."""
 
     query: str
     hits: tuple[Hit, ...]
     rank: int
 
     def right(self, hit: Hit) -> bool:
-        """True where the caption of a hit is the query."""
         return hit.text.strip().lower() == self.query.strip().lower()
 
 
 @dataclass(frozen=True)
 class Change:
-    """One query before and after the update."""
-
     before: Search
     after: Search
 
     @property
     def gain(self) -> float:
-        """Factor by which the right image came nearer to the top: 1 -> 2 counts as much as 10 -> 20."""
+        """Ratio of ranks: 2 -> 1 counts as much as 20 -> 10."""
         return self.before.rank / self.after.rank
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The searches that changed most, of all that were made before and after the update."""
-
     title: str
     changes: tuple[Change, ...]
 
 
 def stream(stage: Stage, began: float) -> tuple[float, float]:
-    """Bring the new domain. ``began``: when the demo did (monotonic).
-
-    Returns:
-        The seconds from the beginning to the first search that found something, and those from publishing one image
-        until a search finds it.
-    """
+    """Stream the new domain. ``began``: start of the demo (monotonic). Returns the seconds from there to the first
+    search with a result, and from publishing an image until a search finds it."""
     stage.stream(DOMAIN)
     text = stage.store.scan(columns=["text"], having="text").column("text").to_pylist()[0]
     with step("waiting for the first search that finds something"):
@@ -88,7 +77,7 @@ def stream(stage: Stage, began: float) -> tuple[float, float]:
 
 
 def learn(stage: Stage) -> tuple[Lesson, Comparison]:
-    """Train both updates, release the one that passes, take it back and forward, and compare it with the base."""
+    """Train both updates, release the one that passes, roll it back and forward, and compare it with the base."""
     with stage.screen.chapter("naive"):
         naive = stage.learn("naive")
     with stage.screen.chapter("default"):
@@ -101,13 +90,13 @@ def learn(stage: Stage) -> tuple[Lesson, Comparison]:
         rollback_seconds = stage.back_and_forth(
             "clip", default.adapter, lambda number: bool(search(stage.client, queries[0], f"clip@{number}").hits)
         )
-    with stage.screen.chapter("compare"):  # last: hundreds of searches would be seen in the latencies of the swap
+    with stage.screen.chapter("compare"):  # last: hundreds of searches would distort the latencies of the swap
         comparison = _compare(stage, queries)
     return stage.lesson(naive, default, swap, rollback_seconds), comparison
 
 
 def _event_to_searchable(stage: Stage) -> float:
-    """Publish one image of a domain of its own, and ask until a search for that domain finds it."""
+    """Publish one image in its own domain, and search for that domain until it is found."""
     item = next(iter(read_folder(stage.settings.home / "data" / DOMAIN, split="test")))
     with connect_producer(stage.settings.kafka) as producer:
         began = time.monotonic()

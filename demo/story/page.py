@@ -1,4 +1,4 @@
-"""``demo.html``: the story of a demo with pictures, in one file that needs nothing from outside."""
+"""``demo.html``: the story of a demo with pictures, in one self-contained file."""
 
 from __future__ import annotations
 
@@ -26,18 +26,16 @@ from updater.gate.report import TEMPLATES as PALETTE
 
 TEMPLATES = Path(__file__).parent / "templates"
 SIDE = 96  # pixels of a thumbnail
-QUALITY = 80  # of a thumbnail as JPEG: 2 to 5 KB
+QUALITY = 80  # JPEG quality of a thumbnail: 2 to 5 KB
 BEFORE_SECONDS, AFTER_SECONDS = 20.0, 12.0  # of the chart: before the first release and after the last
 INK, FAILED, RELEASES = "#808080", "#d7191c", ("#1a9641", "#7b8fb2")
-"""Colours of the chart, which has no background: they are seen on a light and on a dark page."""
+"""Colours visible on light and dark pages: the chart has no background."""
 MOST_BYTES = 1_500_000
-"""Of all pictures together, encoded; those behind are left out."""
+"""Total of all encoded pictures; later ones are left out."""
 
 
 @dataclass(frozen=True)
 class Story:
-    """The content of the page."""
-
     facts: Facts
     chapters: Sequence[Chapter]
     searches: Comparison
@@ -46,20 +44,19 @@ class Story:
     releases: Sequence[ReleaseRow]
     """Oldest first."""
     about: Mapping[str, str]
-    """Descriptions of suites, by name."""
 
 
 def write_page(story: Story, image: Callable[[str], bytes], path: Path) -> Path:
-    """Write the page. ``image``: the encoded picture of a sample, by id."""
+    """Write the page. ``image``: returns the encoded picture of a sample by ID."""
     replace_file(path, render(story, image, path.parent).encode())
     return path
 
 
 def render(story: Story, image: Callable[[str], bytes], home: Path) -> str:
-    """The page, as it lies in ``home``. Texts of samples are escaped; pictures are inside, of bounded size."""
+    """Render the page with links relative to ``home``. Sample texts are escaped, pictures embedded in bounded size."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([TEMPLATES, PALETTE]),
-        autoescape=True,  # captions come from outside
+        autoescape=True,  # captions are untrusted
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -85,7 +82,7 @@ def render(story: Story, image: Callable[[str], bytes], home: Path) -> str:
 
 
 class Pictures:
-    """Thumbnails as data URIs, each made once, until :data:`MOST_BYTES` are spent."""
+    """Thumbnails as data URIs, cached, until :data:`MOST_BYTES` are spent."""
 
     def __init__(self, image: Callable[[str], bytes]) -> None:
         self._image = image
@@ -93,13 +90,13 @@ class Pictures:
         self._left = MOST_BYTES
 
     def of(self, sample_id: str) -> str:
-        """Of a sample; empty where there is no room."""
+        """Thumbnail of a sample; empty if there is no room."""
         if sample_id not in self._made:
             self._made[sample_id] = self.encoded(self._image(sample_id))
         return self._made[sample_id]
 
     def encoded(self, picture: bytes) -> str:
-        """Of an encoded picture; empty where there is no room."""
+        """Thumbnail of an encoded picture; empty if there is no room."""
         thumbnail = Image.open(io.BytesIO(picture)).convert("RGB")
         thumbnail.thumbnail((SIDE, SIDE))
         buffer = io.BytesIO()
@@ -112,7 +109,7 @@ class Pictures:
 
 
 def suite_rows(lesson: Lesson, about: Mapping[str, str]) -> list[dict[str, Any]]:
-    """A row for each suite: what it asks, and what base, naive and default update scored (0 to 1). Gains come first."""
+    """A row per suite: description, and scores (0 to 1) of base, naive and default update. Gains come first."""
     naive = lesson.naive.summary["suites"]
     rows = [
         {
@@ -129,14 +126,11 @@ def suite_rows(lesson: Lesson, about: Mapping[str, str]) -> list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Mark:
-    """A release: when it was committed (seconds since the epoch), and what to write next to it."""
-
     at: float
     label: str
 
 
 def marks(releases: Sequence[ReleaseRow]) -> list[Mark]:
-    """CLIP's swap, its rollback and the way forward: the releases that changed the CLIP adapter."""
     changed = [release for before, release in pairwise(releases) if release.clip != before.clip]
     labels = ("the update", "rolled back", "forward again")
     return [
@@ -150,7 +144,6 @@ class Chart:
     """The latency of each request around the swap and the rollback."""
 
     picture: str
-    """A PNG as a data URI."""
     requests: int
     failed: int
     median_ms: float
@@ -158,7 +151,7 @@ class Chart:
 
 
 def latency_chart(samples: Sequence[CheckedSample], marks: Sequence[Mark]) -> Chart | None:
-    """The requests around the marks, latency on a logarithmic axis; None where there is nothing to draw."""
+    """The requests around the marks, with logarithmic latency; None without data."""
     if not marks:
         return None
     swap, last = marks[0].at, marks[-1].at
@@ -171,7 +164,6 @@ def latency_chart(samples: Sequence[CheckedSample], marks: Sequence[Mark]) -> Ch
 
 
 def _drawn(samples: Sequence[CheckedSample], times: Sequence[float], marks: Sequence[Mark]) -> str:
-    """A dot for each request, coloured by its release; seconds count from the swap."""
     from matplotlib.figure import Figure  # takes a second
 
     figure = Figure(figsize=(8, 3), layout="constrained")
@@ -205,7 +197,7 @@ def _side(search: Search, pictures: Pictures) -> dict[str, Any]:
 
 
 def _links(lesson: Lesson, home: Path) -> dict[str, str]:
-    """The gate's pages, as seen from this one."""
+    """Links to the gate's pages, relative to ``home``."""
     return {
         name: os.path.relpath(report, home)
         for name, report in (("naive", lesson.naive_report), ("default", lesson.report))

@@ -11,20 +11,17 @@ from demo.story.summary import Lesson
 from streams.publish.folders import FolderItem, read_folder
 
 DOMAIN = "vqa_fashion"
-ASKED = 120  # held-out questions that are asked before and after
+ASKED = 120  # held-out questions asked before and after
 BETTER, WORSE = 8, 4  # answers on the page: that became right, and that became wrong
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One question with its answer before and after the update."""
-
     item: FolderItem
     before: str
     after: str
 
     def right(self, answer: str) -> bool:
-        """True for one of the reference answers."""
         return answer.strip().lower() in {each.lower() for each in (self.item.answers or (self.item.answer,))}
 
     @property
@@ -41,21 +38,18 @@ def held_out(settings: Settings, domain: str, count: int) -> list[FolderItem]:
 
 @dataclass(frozen=True)
 class AnswerComparison:
-    """The answers that changed, of all that were asked for before and after the update."""
-
     title: str
     answers: tuple[Answered, ...]
 
 
 def stream(stage: Stage) -> None:
-    """Bring the questions."""
     stage.stream(DOMAIN)
     counts = [stage.store.count(split=split, having="question") for split in ("train", "fresh_eval")]
     say(f"{counts[0]} questions to train on, {counts[1]} kept for the gate")
 
 
 def learn(stage: Stage) -> tuple[Lesson, AnswerComparison]:
-    """Train both updates, release the one that passes, compare it with the base, and take it back and forward."""
+    """Train both updates, release the one that passes, compare it with the base, and roll it back and forward."""
     screen = stage.screen
     with screen.chapter("vlm-naive"):
         naive = stage.learn("vlm-naive")

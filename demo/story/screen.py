@@ -1,4 +1,4 @@
-"""The chapters of the demo, and what it shows while it runs: one screen on a terminal, lines elsewhere."""
+"""The chapters of the demo and its display: a full screen on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -26,15 +26,14 @@ from core.child_process import reaped, stop_reaped
 from core.errors import RatchetError
 
 LINES = 10
-"""Of what is happening now: the last so many."""
 LEAST_LINES = 3
 OTHER_LINES = 11
-"""Of the screen, apart from these and the chapters: a head, frames, and the chapter's title and reason."""
+"""Screen lines used by the head, frames, and the chapter's title and reason."""
 REFRESHES_PER_SECOND = 4
 STOP_SECONDS = 10.0
-"""For a command to end when the demo is stopped: nothing goes on with what it has not finished."""
+"""Time for a command to end when the demo is stopped."""
 _HEAD = re.compile(r"^\d{4}-\d\d-\d\dT[\d:.]+Z [A-Z]+ [\w.]+: ")
-"""The beginning of lines of a child's log; they get the time of their arrival here."""
+"""Prefix of a child's log lines; the screen shows the time of arrival instead."""
 
 
 @dataclass
@@ -42,21 +41,19 @@ class Chapter:
     """One part of the story. Times are monotonic seconds."""
 
     name: str
-    """Names it to the program, and in the summary."""
     title: str
     why: str
     began: float | None = None
     ended: float | None = None
 
     def seconds(self) -> float:
-        """The time that it has taken so far."""
         if self.began is None:
             return 0.0
         return (time.monotonic() if self.ended is None else self.ended) - self.began
 
 
 def plan_chapters(domain: str, questions: str = "") -> list[Chapter]:
-    """The plan. ``domain``: what the stream brings to CLIP. ``questions``: what it brings to the VLM; empty: no VLM."""
+    """The chapters. ``domain``: new to CLIP; ``questions``: new to the VLM, empty without a VLM."""
     plan = [
         Chapter(
             "start", "A base model, a broker, a server and a console start",
@@ -116,7 +113,7 @@ def plan_chapters(domain: str, questions: str = "") -> list[Chapter]:
 
 
 class StoryProgress:
-    """Knows which chapter is being told. Reading it from another thread is safe."""
+    """Tracks the current chapter. Safe to read from other threads."""
 
     def __init__(self, plan: Sequence[Chapter]) -> None:
         self.plan = tuple(plan)
@@ -124,7 +121,6 @@ class StoryProgress:
 
     @property
     def current(self) -> Chapter | None:
-        """The one that has begun and not ended."""
         return next((each for each in self.plan if each.began is not None and each.ended is None), None)
 
     def number(self, chapter: Chapter) -> int:
@@ -133,7 +129,6 @@ class StoryProgress:
 
     @contextmanager
     def chapter(self, name: str) -> Iterator[Chapter]:
-        """The time inside is that of the chapter ``name``."""
         chapter = next(each for each in self.plan if each.name == name)
         chapter.began = time.monotonic()
         try:
@@ -142,12 +137,11 @@ class StoryProgress:
             chapter.ended = time.monotonic()
 
     def seconds(self) -> dict[str, float]:
-        """Of every chapter so far, by name."""
         return {each.name: each.seconds() for each in self.plan if each.began is not None}
 
 
 class Screen:
-    """Shows a story's progress. On a terminal it has the whole screen until the end of the block.
+    """Shows a story's progress. On a terminal it uses the whole screen until the end of the block.
 
     >>> with Screen(StoryProgress(plan), {"console": "http://127.0.0.1:8001"}) as screen:
     ...     with screen.chapter("start"):
@@ -155,7 +149,6 @@ class Screen:
     """
 
     def __init__(self, story: StoryProgress, links: dict[str, str], console: Console | None = None) -> None:
-        """``links``: URLs by what they lead to; shown all the time."""
         self.story = story
         self.links = links
         self._console = console or Console(stderr=True)
@@ -186,16 +179,15 @@ class Screen:
                 self._console.print(line, highlight=False)
 
     def add(self, line: str) -> None:
-        """Show one more line (Rich's markup) of what is happening now."""
+        """Add a line of output (Rich markup)."""
         try:
             text = Text.from_markup(line)
-        except MarkupError:  # brackets of a text from outside
+        except MarkupError:  # brackets of an untrusted text
             text = Text(line)
         self._lines.append(Text.assemble((time.strftime("%H:%M:%S ", time.gmtime()), "dim"), text))
 
     @contextmanager
     def chapter(self, name: str) -> Iterator[None]:
-        """Tell a chapter: say what happens and why it matters, and measure how long it takes."""
         with self.story.chapter(name) as chapter:
             if self._live is None:
                 self._console.rule(f"[bold]{self.story.number(chapter)}  {chapter.title}", align="left")
@@ -203,7 +195,7 @@ class Screen:
             yield
 
     def run(self, command: Sequence[str]) -> None:
-        """Run a command and show what it says. Raises RatchetError when it fails."""
+        """Run a command and show its output. Raises RatchetError when it fails."""
         shown: dict[str, Any] = {} if self._live is None else {
             "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace",
             "env": {**os.environ, "COLUMNS": str(self._console.width), "RATCHET_LOGS__FORMAT": "text"},
@@ -223,7 +215,6 @@ class Screen:
             raise RatchetError(f"`{' '.join(command[1:])}` ended with status {status}.", "Its last lines say why.")
 
     def render(self) -> RenderableType:
-        """The screen, as it is now."""
         table = Table.grid(padding=(0, 1), expand=True)
         table.add_column(width=2)
         table.add_column(ratio=1)

@@ -1,4 +1,4 @@
-"""The stage that the chapters of the demo share: the running parts, and the steps that both models go through alike."""
+"""The running parts, and the steps that the chapters of both models share."""
 
 from __future__ import annotations
 
@@ -23,13 +23,11 @@ from streams.publish.publisher import publish
 from streams.store.sample_store import SampleStore
 
 SOME_ANSWERS_SECONDS = 3.0
-"""Time for which the load is answered under a release before the next one: a dozen requests."""
+"""Time for load under one release before the next: a dozen requests."""
 
 
 @dataclass
 class Stage:
-    """A running Ratchet."""
-
     context: Context
     screen: Screen
     parts: Supervisor
@@ -40,11 +38,10 @@ class Stage:
 
     @property
     def settings(self) -> Settings:
-        """The demo's settings."""
         return self.context.settings
 
     def stream(self, domain: str) -> None:
-        """Publish a prepared domain's training split through Kafka, and wait until ingest has stored it."""
+        """Publish a domain's training split through Kafka, and wait until ingest has stored it."""
         report = publish(self.settings, self.settings.home / "data" / domain, split="train", source="demo")
         say(str(report))
         self.published += report.delivered
@@ -58,11 +55,7 @@ class Stage:
             )
 
     def until(self, condition: Callable[[], bool], what: str, progress: Callable[[], str], pause: float = 0.25) -> None:
-        """Return when the condition holds, for as long as it takes while something moves, and say how far it is.
-
-        Raises:
-            RatchetError: nothing moves any more, or a part has ended.
-        """
+        """Wait for a condition while there is progress. Raises RatchetError when nothing moves any more."""
         trouble = ""
 
         def holds() -> bool:
@@ -70,7 +63,7 @@ class Stage:
             self.parts.check()
             try:
                 return condition()
-            except ServerError as error:  # a busy server answers late, and the next question may be in time
+            except ServerError as error:  # a busy server answers late; the next call may be in time
                 trouble = f"; {error.message}"
                 return False
 
@@ -89,13 +82,12 @@ class Stage:
             raise RatchetError(f"{what} stands still: {error}.", f"The logs in {logs} say why.") from None
 
     def embedded(self) -> str:
-        """The share of each image space that the catalog has."""
         catalog = self.client.status()["catalog"]
         spaces = (f"{space['rows']} of {catalog['corpus_rows']}" for space in catalog["spaces"].values())
         return f"pictures embedded for search: {', '.join(spaces)}"
 
     def learn(self, recipe: str) -> VerdictRow:
-        """Train one update and let the gate judge it, in a process of its own."""
+        """Train an update in a child process and let the gate judge it."""
         self.screen.run(self.context.command("trainer", "--once", "--recipe", recipe, "--retry"))
         verdict = self.ledger.verdicts(1)[0]
         why = f", caught by {', '.join(verdict.summary['caught_by'])}" if verdict.summary["caught_by"] else ""
@@ -103,7 +95,7 @@ class Stage:
         return verdict
 
     def await_release(self, family: Family, verdict: VerdictRow) -> dict[str, float]:
-        """Wait until the adapter is live everywhere; returns the times that the controller measured."""
+        """Wait until the adapter is live everywhere; returns the times measured by the controller."""
         if verdict.outcome != "passed":
             raise RatchetError(f"the default update was {verdict.outcome}.", f"See {self.report(verdict)}.")
         with step("preparing and committing the release"):
@@ -112,10 +104,8 @@ class Stage:
         return self._served() or {}
 
     def back_and_forth(self, family: Family, adapter: str, check: Callable[[int], bool]) -> float:
-        """Take one model back and forward again; returns the seconds until every replica served the older release.
-
-        ``check`` is asked with the number of the release that went back.
-        """
+        """Roll one model back and forward; returns the seconds until every replica served the older release. ``check``:
+        called with the number of the rollback's release."""
         other: Family = "vlm" if family == "clip" else "clip"
         kept = self._newest()[other]
         began = time.monotonic()
@@ -135,7 +125,6 @@ class Stage:
         return seconds
 
     def lesson(self, naive: VerdictRow, default: VerdictRow, swap: dict[str, float], rollback_seconds: float) -> Lesson:
-        """The facts of one model's part of the story."""
         cost = self.ledger.update(default.update_id).cost
         return Lesson(
             naive=naive, default=default, prepare_seconds=swap["prepare_seconds"],
@@ -145,7 +134,6 @@ class Stage:
         )  # fmt: skip
 
     def report(self, verdict: VerdictRow) -> Path:
-        """The gate's page about an update."""
         return Path(self.settings.artifacts) / verdict.report_key / "report.html"
 
     def _newest(self) -> dict[str, Any]:
@@ -162,7 +150,6 @@ class Stage:
         return next(iter(self.ledger.proposals(1)), None)
 
     def _how_far(self) -> str:
-        """Of a release: its proposal, what serves, and what the catalog has of it."""
         proposal, controller = self._proposal(), self.client.status()["controller"]
         state = f"proposal {proposal.id} is {proposal.state}" if proposal is not None else "nothing is proposed"
         resident = ", ".join(str(each["release"]) for each in controller["resident"])
@@ -170,7 +157,7 @@ class Stage:
         return f"{state}; resident releases: {resident}; {self.embedded()}{trouble}"
 
     def _served(self) -> dict[str, float] | None:
-        """The times that the controller recorded when every replica had acknowledged the live release."""
+        """Times recorded by the controller once every replica acknowledged the live release."""
         subject = f"release {self.client.live()}"
         rows = (row for row in self.ledger.audit_rows() if row.subject == subject and row.action == "released")
         return next((row.detail for row in rows), None)

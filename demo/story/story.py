@@ -1,4 +1,4 @@
-"""The story of the demo. Every figure it prints was measured while it ran."""
+"""The story of the demo. All figures it prints are measured while it runs."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from streams.publish.folders import FolderItem, read_folder
 from streams.store.sample_store import SampleStore
 from updater.gate.suites import load_suites
 
-REQUESTS_PER_SECOND = 4.0  # steady, and most of two cores is left to learning
-PROBES = 12  # images, as many texts, and as many questions that the load asks about
+REQUESTS_PER_SECOND = 4.0  # steady; leaves most of two cores to learning
+PROBES = 12  # number of images, of texts, and of questions in the load
 GFLOPS_PER_UPDATE = 2_300.0
-"""Of the default CLIP update about 117 steps of 200: most of what 1,300 pictures teach, in six tenths of the time."""
+"""About 117 of 200 steps of the default CLIP update: most of what 1,300 pictures teach, in 60% of the time."""
 PARTS = ["console", "broker", "serve", "ingest"]
 PORTS = 20
-"""So many are tried for each of server, console and broker, from the usual one on."""
+"""Ports tried for each of server, console and broker, from the usual one on."""
 
 
 def tell(folder: Path, keep: bool, with_vlm: bool = False) -> None:
-    """Run the demo in ``folder``. Raises RatchetError when something that was promised did not happen."""
+    """Run the demo in ``folder``. Raises RatchetError when it did not show what it promises."""
     story = StoryProgress(plan_chapters(captions.DOMAIN, questions.DOMAIN if with_vlm else ""))
     context = _settle(folder, with_vlm)
     settings = context.settings
@@ -67,7 +67,7 @@ def _tell(context: Context, screen: Screen, keep: bool) -> Facts:
     wanted = _data(settings)
     with ExitStack() as running:
         with screen.chapter("start"):
-            with undisturbed():  # on the stack, before anything breaks off
+            with undisturbed():  # on the stack before an interrupt can come
                 data = running.enter_context(Preparation(wanted, settings.home))
             make_clip(settings)
             make_vlm(settings)
@@ -109,7 +109,7 @@ def _tell(context: Context, screen: Screen, keep: bool) -> Facts:
 
 
 def _settle(folder: Path, with_vlm: bool) -> Context:
-    """Forget an earlier demo, but for its downloads and its bases, and write the settings where a reader finds them."""
+    """Delete an earlier demo except downloads and bases, and write the settings file."""
     home = folder.resolve()
     for name in ("artifacts", "lake", "logs", "updates", "cache"):
         shutil.rmtree(home / name, ignore_errors=True)
@@ -134,7 +134,7 @@ def _settle(folder: Path, with_vlm: bool) -> Context:
 
 
 def _free_ports(*usual: str) -> list[str]:
-    """Each address, or one with a port behind it where another process listens: none is given out twice."""
+    """Each address, or a later port if another process listens there; all are distinct."""
     free: list[str] = []
     for address in usual:
         host, _, first = address.rpartition(":")
@@ -144,13 +144,12 @@ def _free_ports(*usual: str) -> list[str]:
 
 
 def _data(settings: Settings) -> list[DemoData]:
-    """The data that the demo uses, in the order in which it does."""
     of_questions = [DemoData(questions.DOMAIN)] if settings.base.vlm else []
     return [DemoData(captions.DOMAIN), *clip_data(settings), *vlm_data(settings), *of_questions]
 
 
 def _traffic(settings: Settings, vlm_probes: Sequence[Question] = ()) -> Traffic:
-    """A load about held-out items of the new domain, whose vectors an update moves."""
+    """Load on held-out items of the new domain, whose vectors an update changes."""
     items = [item for item in read_folder(settings.home / "data" / captions.DOMAIN, split="test") if item.text]
     probes = items[:PROBES]
     return Traffic(
@@ -160,7 +159,7 @@ def _traffic(settings: Settings, vlm_probes: Sequence[Question] = ()) -> Traffic
 
 
 def _questions(settings: Settings) -> list[Question]:
-    """Held-out questions of the new kind, and of the one that the VLM knows."""
+    """Held-out questions of the new kind and of the one that the VLM knows."""
     items: list[FolderItem] = []
     for name in (questions.DOMAIN, "vqa_base"):
         items += questions.held_out(settings, name, PROBES // 2)

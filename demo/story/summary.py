@@ -1,4 +1,4 @@
-"""The end of the demo: a table for people, one JSON line for machines, and the checks that decide the exit status."""
+"""The end of the demo: tables, JSON lines, and the checks that decide the exit status."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rich.table import Table
 
 from core.ledger import VerdictRow
 
-ROLLBACK_SECONDS = 1.0  # what operators are promised
-LOG_COLUMNS = 130  # a log has no width of its own, and 80 columns would cut the tables
+ROLLBACK_SECONDS = 1.0  # promised to operators
+LOG_COLUMNS = 130  # a log has no width, and 80 columns would cut the tables
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """The course of one model: a naive update, the default one, and its way into service and back. Seconds."""
+    """One model's course: a naive update, the default one, its release and rollback. Times are seconds."""
 
     naive: VerdictRow
     default: VerdictRow
@@ -32,33 +32,30 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Facts:
-    """The figures that the story measured. Times are seconds."""
+    """Figures measured by the story. Times are seconds."""
 
     release: int
     clip: Lesson
     vlm: Lesson | None
-    """None where the demo was told without it."""
     requests: int
     vlm_requests: int
-    """Of them, those to the VLM."""
     failed: int
     mixed: int
     event_to_searchable_seconds: float
     seconds: float
     first_search_seconds: float = 0.0
-    """From the start to the first search that found something."""
+    """From the start to the first search with a result."""
     chapters: Mapping[str, float] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     page: str = ""
 
     @property
     def lessons(self) -> dict[str, Lesson]:
-        """By the name of the model."""
         return {"CLIP": self.clip} | ({} if self.vlm is None else {"VLM": self.vlm})
 
 
 def as_json(facts: Facts) -> dict[str, Any]:
-    """The last line of the demo: CLIP's figures on top, the VLM's in ``vlm`` (null without it)."""
+    """The demo's last line: CLIP's figures at the top level, the VLM's in ``vlm`` (null without it)."""
     return {
         "release": facts.release,
         **_lesson(facts.clip),
@@ -97,7 +94,7 @@ def _lesson(lesson: Lesson) -> dict[str, Any]:
 
 
 def broken_promises(facts: Facts) -> list[str]:
-    """Promises that the demo should have kept and did not, in words; empty when all is well."""
+    """Promises that the demo did not keep, in words; empty if it kept all."""
     broken = []
     unasked = facts.vlm is not None and not facts.vlm_requests
     if facts.failed or not facts.requests or unasked:
@@ -124,7 +121,7 @@ def _broken(lesson: Lesson) -> list[str]:
 
 
 def show(facts: Facts) -> None:
-    """Print the tables, where to look, a JSON line of times, and that of the figures (last)."""
+    """Print the tables, links, a JSON line of times, and the JSON line of figures (last)."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=LOG_COLUMNS)

@@ -1,7 +1,4 @@
-"""The base "shipped-vlm", made from committed assets.
-
->>> base = build_vlm(Path(".ratchet"))
-"""
+"""The base "shipped-vlm", made from committed assets."""
 
 from demo.vlm.scores import score_vlm
 from demo.vlm.shipped import build_vlm

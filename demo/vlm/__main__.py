@@ -1,8 +1,4 @@
-"""Rebuild the committed assets.
-
-python -m demo.vlm HOME                 train the model (half an hour), score the result
-python -m demo.vlm HOME --scores-only   score again what is committed
-"""
+"""Rebuild the committed assets: ``python -m demo.vlm HOME`` (half an hour); ``--scores-only``: just the scores."""
 
 from __future__ import annotations
 
@@ -17,7 +13,6 @@ from demo.vlm.shipped import ASSETS, MODEL, build_vlm
 
 
 def main(home: Path, train: bool) -> None:
-    """Write ``assets/model`` (if ``train``) and ``assets/scores.json``."""
     base = build_vlm(home, retrain=train)
     if train:
         shutil.rmtree(MODEL, ignore_errors=True)

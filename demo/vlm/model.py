@@ -1,8 +1,5 @@
-"""The shape of the shipped VLM: an Idefics3 (the architecture of SmolVLM) of 4 million parameters.
-
-An image is 64 px square, 64 patches for the vision tower, of which the connector joins 2 x 2: 16 image tokens. Heads of
-64 dimensions, so that vLLM's CPU kernels take it.
-"""
+"""The shipped VLM: an Idefics3 (SmolVLM's architecture) of 4 million parameters. The 64 patches of a 64 px image are
+joined 2 x 2 to 16 image tokens; attention heads have 64 dimensions, as vLLM's CPU kernels require."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from transformers import (
 )
 
 SIDE, PATCH, JOINED = 64, 8, 2
-"""Pixels of an image and of a patch, and how many patches a side the connector joins."""
+"""Pixels per side of an image and of a patch, and patches per side joined by the connector."""
 VOCABULARY = 1024
 VISION = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 5, "num_attention_heads": 3}
 TEXT = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -36,11 +33,11 @@ TEMPLATE = (
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-"""SmolVLM's, but that no space comes before an answer: an answer has the same tokens wherever it stands."""
+"""SmolVLM's template without the space before answers, so that an answer has the same tokens everywhere."""
 
 
 def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of the words in `texts`; every other text can be written too, in more tokens."""
+    """Byte-level BPE of the words in `texts`; other texts take more tokens."""
     plain = Tokenizer(models.BPE())
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     plain.decoder = decoders.ByteLevel()
@@ -58,7 +55,6 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> Any:
-    """Chat template, tokenizer and image preprocessing as one, as transformers and vLLM use it."""
     pictures = Idefics3ImageProcessor(
         size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False
     )
@@ -67,7 +63,7 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> Any:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Any:
-    """Random weights, from torch's generator as it stands."""
+    """A model with random weights from torch's global generator."""
     ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL}
     ends = {"pad_token_id": ids[PAD], "bos_token_id": ids[START], "eos_token_id": ids[END]}
     config = Idefics3Config(
@@ -85,7 +81,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Any:
 
 
 def write_model(model: Any, processor: Any, folder: Path) -> Path:
-    """The Hugging Face folder of both, weights in float16."""
+    """Save both as a Hugging Face folder, weights in float16."""
     copy.deepcopy(model).to(torch.float16).save_pretrained(folder)
     processor.save_pretrained(folder)
     for path in folder.iterdir():

@@ -1,4 +1,4 @@
-"""Pictures for training: read once, then turned, moved, mirrored and recoloured each time they are shown."""
+"""Pictures for training: read once, then warped, mirrored and recoloured each time they are shown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from demo.vlm.model import SIDE
 from ratchet_client.images import decode_image
 
 STORED = 128
-"""Pixels at which pictures are kept and warped; the model sees half of it."""
+"""Pixels per side of stored and warped pictures; the model sees half of it."""
 
 
 def read_pictures(paths: Sequence[Path], label: str) -> torch.Tensor:
@@ -35,7 +35,7 @@ def read_pictures(paths: Sequence[Path], label: str) -> torch.Tensor:
 
 
 def warp(images: torch.Tensor, generator: torch.Generator, strength: float = 1.0) -> torch.Tensor:
-    """``float [n, 3, 128, 128]`` in 0..1: each image turned, scaled, moved and maybe mirrored, on white."""
+    """``float [n, 3, 128, 128]`` in 0..1: images rotated, scaled, moved and sometimes mirrored, on white."""
     n = len(images)
 
     def spread(low: float, high: float) -> torch.Tensor:
@@ -56,7 +56,7 @@ def warp(images: torch.Tensor, generator: torch.Generator, strength: float = 1.0
 
 
 def recolour(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Some in grey, some in swapped colours, some inverted, some on another paper: shape has to do."""
+    """Make some grey, with swapped or inverted colours, or on tinted paper, so that only shape is informative."""
     images = images.clone()
     dice = torch.rand(len(images), generator=generator)
     grey, swapped = dice < 0.15, (dice >= 0.15) & (dice < 0.3)
@@ -73,12 +73,12 @@ def recolour(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def shade(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A little brighter or darker, with more or less contrast: no colour takes another's name."""
+    """Vary brightness and contrast slightly, without changing the names of colours."""
     factor = 0.88 + 0.24 * torch.rand(len(images), 1, 1, 1, generator=generator)
     return (1 - (1 - images) * factor).clamp(0, 1)
 
 
 def seen(images: torch.Tensor) -> torch.Tensor:
-    """The output of the model's processor for images in 0..1: 64 px, in -1..1."""
+    """Images in 0..1 as the model's processor outputs them: 64 px, in -1..1."""
     small = functional.interpolate(images, size=(SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
     return small.clamp(0, 1) * 2 - 1

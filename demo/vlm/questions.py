@@ -1,4 +1,4 @@
-"""Second stage: connector and language model learn to answer, the vision tower goes on learning."""
+"""Second stage: connector and language model learn to answer, and the vision tower learns on."""
 
 from __future__ import annotations
 
@@ -19,17 +19,15 @@ from serving.engines.vlm.prompts import answer_tokens, inputs
 from streams.publish.folders import FolderItem
 
 SHAPE_SHARE = 0.5
-"""Share of pictures that are shown in other colours, and asked about shape alone."""
+"""Share of pictures that are recoloured and asked about shape only."""
 ABOUT_COLOUR = ("is there anything ", "is some of it ")
-"""Beginnings of the yes/no questions that a recoloured picture would answer differently."""
+"""Prefixes of yes/no questions whose answer changes with recolouring."""
 NAME_WEIGHT = 2.0
-"""Factor by which a picture with a name is shown more often: names are the hardest to learn."""
+"""Weight of pictures with a name: names are the hardest to learn."""
 
 
 @dataclass(frozen=True)
 class TokenizedQuestion:
-    """One question, as tokens."""
-
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     colour: bool
@@ -37,10 +35,7 @@ class TokenizedQuestion:
 
 
 def learn(model: Any, processor: Any, items: Sequence[FolderItem], how: VlmRecipe, first: int = 0) -> float:
-    """Train all of `model` on the questions in `items`; returns the mean loss of the last tenth of the steps.
-
-    Rounds before `first` are taken as done.
-    """
+    """Train `model` on the questions, from round `first` on; returns the mean loss of the last tenth of the steps."""
     pictures = _Pictures(processor, items)
     model.train()
     loss = 0.0
@@ -69,8 +64,6 @@ def _round(model: Any, pictures: _Pictures, how: VlmRecipe, number: int) -> floa
 
 
 class _Pictures:
-    """Pictures with their questions, to be drawn from."""
-
     def __init__(self, processor: Any, items: Sequence[FolderItem]) -> None:
         paths = sorted({item.path for item in items})
         self.images = read_pictures(paths, "reading pictures")
@@ -84,7 +77,7 @@ class _Pictures:
     def draw(
         self, how: VlmRecipe, generator: torch.Generator
     ) -> tuple[torch.Tensor, list[TokenizedQuestion], torch.Tensor]:
-        """Pixels ``[how.pictures, 3, 64, 64]``, questions, and the number of each question's picture."""
+        """Pixels ``[how.pictures, 3, 64, 64]``, questions, and the picture index of each question."""
         chosen = torch.multinomial(self.weights, how.pictures, generator=generator)
         shape = torch.rand(how.pictures, generator=generator) < SHAPE_SHARE
         rows: list[TokenizedQuestion] = []
@@ -102,7 +95,7 @@ class _Pictures:
 
 
 def tokenize(processor: Any, items: Sequence[FolderItem]) -> list[TokenizedQuestion]:
-    """Prompts as the engines build them, and answers; equal questions are rendered once."""
+    """Prompts as in the engines, and answers; equal questions are rendered once."""
     blank = np.full((SIDE, SIDE, 3), 255, np.uint8)
     prompts: dict[str, tuple[int, ...]] = {}
     rows = []
@@ -138,7 +131,7 @@ def answer_loss(
         embedded = model.model.text_model.get_input_embeddings()(ids)
         seats = ids == model.config.image_token_id
         embedded = embedded.masked_scatter(seats[..., None], features[owner].to(embedded.dtype))
-        # Padding is on the right, behind all that counts: causal attention needs no mask.
+        # Right padding after the counted tokens: causal attention needs no mask.
         hidden = model.model.text_model(inputs_embeds=embedded).last_hidden_state
         logits = model.lm_head(hidden[target >= 0])
     return functional.cross_entropy(logits.float(), target[target >= 0])

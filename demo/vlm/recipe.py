@@ -1,9 +1,6 @@
-"""The training of the shipped VLM, in about 25 minutes of one core.
-
-The committed asset was made with the defaults, but its first round was asked the questions of version 1 of `vqa_base`
-(exact titles in place of names), its second round those of version 2. `python -m demo.vlm` asks version 2
-alone.
-"""
+"""Training of the shipped VLM, about 25 minutes of one core. The committed asset used the defaults, with questions of
+version 1 of `vqa_base` (exact titles instead of names) in its first round and version 2 in its second. `python -m
+demo.vlm` uses only version 2."""
 
 from __future__ import annotations
 
@@ -20,16 +17,15 @@ class VlmRecipe:
     """Both stages. A step of the first shows `tower_batch` pictures, one of the second `pictures` with questions."""
 
     views: int = 2
-    """Augmented views of each picture that the teacher looks at."""
+    """Augmented views per picture for the teacher."""
     tower_steps: int = 330
     tower_batch: int = 128
     steps: tuple[int, ...] = (650, 520)
-    """Of the second stage, by round: the learning rate falls to nothing in each, and starts again."""
+    """Of the second stage, per round; the learning rate decays to zero in each."""
     pictures: int = 72
     questions: int = 3
-    """Most questions about one picture in a step."""
     lr: float = 2e-3
-    """Of matrices; the rest learns at half of it."""
+    """For matrices; other parameters use half."""
     tower_lr: float = 0.6
     """Learning rate of the vision tower in the second stage, relative to `lr`."""
     weight_decay: float = 0.05
@@ -39,16 +35,14 @@ class VlmRecipe:
 
 
 def half_precision() -> torch.autocast:
-    """bfloat16 where the processor multiplies it fast (AVX-512); without that it is many times slower than float32."""
+    """Autocast to bfloat16 with AVX-512; without it bfloat16 is many times slower than float32."""
     fast = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return torch.autocast("cpu", torch.bfloat16, enabled=fast)
 
 
 class Optimizer:
-    """Muon for the matrices inside the layers, AdamW for embeddings, norms and heads; warm up, then down to nothing.
-
-    Muon (Jordan et al. 2024) needs about half the steps here; its step is scaled to AdamW's size.
-    """
+    """Muon for matrices inside the layers, AdamW for embeddings, norms and heads; warmup, then cosine decay to zero.
+    Muon (Jordan et al. 2024) needs about half the steps here; its step is scaled to AdamW's size."""
 
     def __init__(self, groups: Iterable[tuple[nn.Module, float]], how: VlmRecipe, steps: int) -> None:
         self.parameters: list[nn.Parameter] = []
@@ -71,7 +65,6 @@ class Optimizer:
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in self.inner]
 
     def step(self, loss: torch.Tensor) -> None:
-        """One step down `loss`."""
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer, schedule in zip(self.inner, self.schedules, strict=True):

@@ -1,9 +1,6 @@
-"""Scores of a VLM on the questions of a folder, against what can be had without looking.
-
-Each kind of question has three figures, fractions of 1: ``model``; ``majority``, the best single answer of the kind;
-and ``blind``, the better of two that see no image: the same model with a blank one, and the most frequent answer to the
-same words in training. ``assets/scores.json`` holds those of the shipped VLM; a test scores some items again.
-"""
+"""Scores of a VLM on a folder's questions, compared with answers that do not see the image. Per kind of question, as
+fractions of 1: ``model``; ``majority``, the best single answer; and ``blind``, the better of the model with a blank
+image and the most frequent training answer to the same words. ``assets/scores.json`` has those of the shipped VLM."""
 
 from __future__ import annotations
 
@@ -28,16 +25,14 @@ from streams.publish.folders import FolderItem, read_folder
 SCORES = "scores.json"
 BATCH = 48
 MAX_TOKENS = 12
-"""The longest answer of the demo questions has fewer."""
+"""Answers to the demo questions are shorter."""
 
 
 def score_vlm(
     base: VlmBase, name: str = TRAINED_ON, limit: int | None = None, home: Path | None = None
 ) -> dict[str, dict[str, float]]:
-    """Scores by kind of question on the test split of dataset `name`: ``model``, ``majority``, ``blind``, ``items``.
-
-    At most `limit` items a kind. The dataset is made in `home` (the base's own) where it is missing.
-    """
+    """Scores by kind of question on the test split of dataset `name`: ``model``, ``majority``, ``blind``, ``items``. At
+    most `limit` items per kind. The dataset is made in `home` (default: the base's) if it is missing."""
     folder = prepare_questions(name, home or base.directory.parent.parent)
     by_kind: dict[str, list[FolderItem]] = defaultdict(list)
     for item in read_folder(folder, "test"):
@@ -64,7 +59,7 @@ def score_vlm(
 def answer(
     model: Any, processor: Any, items: Sequence[FolderItem], label: str = "answering", blank: bool = False
 ) -> list[str]:
-    """Greedy answers; with `blank`, to a white image in place of each item's own."""
+    """Greedy answers; with `blank`, to a white image."""
     order = sorted(range(len(items)), key=lambda i: (len(items[i].question), items[i].question))
     replies = [""] * len(items)
     for start in track(range(0, len(order), BATCH), label):
@@ -80,7 +75,7 @@ def answer(
 
 
 def accuracy(items: Sequence[FolderItem], replies: Sequence[str]) -> float:
-    """Share of replies that are one of the item's answers, whatever their case."""
+    """Share of replies that equal one of the item's answers, ignoring case."""
     right = [
         reply.strip().casefold() in {a.casefold() for a in (item.answer, *item.answers)}
         for item, reply in zip(items, replies, strict=True)
@@ -89,13 +84,11 @@ def accuracy(items: Sequence[FolderItem], replies: Sequence[str]) -> float:
 
 
 def committed_scores() -> dict[str, dict[str, float]]:
-    """Scores of the shipped VLM when it was committed."""
     scores: dict[str, dict[str, float]] = json.loads((ASSETS / SCORES).read_text())["kinds"]
     return scores
 
 
 def usual_answers(items: Sequence[FolderItem]) -> dict[str, str]:
-    """The most frequent answer to each question of a dataset."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for item in items:
         counts[item.question][item.answer] += 1

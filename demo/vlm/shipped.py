@@ -1,8 +1,6 @@
-"""The base "shipped-vlm": a small Idefics3 trained from nothing by this package, committed next to this file.
-
-A first start copies the assets (a second). ``retrain`` makes them again from the demo data: it warms the vision tower
-up on a teacher's features, then trains the whole on the question dataset ``vqa_base`` (half an hour on two cores).
-"""
+"""The base "shipped-vlm": a small Idefics3 trained from scratch by this package, committed next to this file. A first
+start copies the assets (a second). ``retrain`` trains it from the demo data: first the vision tower on a teacher's
+features, then all of it on the questions ``vqa_base`` (half an hour on two cores)."""
 
 from __future__ import annotations
 
@@ -35,11 +33,8 @@ ABOUT = {
 
 
 def build_vlm(home: Path | str, retrain: bool = False, recipe: VlmRecipe | None = None) -> VlmBase:
-    """Make (or find) the base "shipped-vlm" in ``home`` and return it.
-
-    With ``retrain`` it is trained here and replaces what was there; adapters of another base then no longer fit.
-    Raises :class:`BaseModelError` when the assets are missing from the installation.
-    """
+    """Make or find the base "shipped-vlm" in ``home``. ``retrain`` trains and replaces it; its adapters then no longer
+    fit. Raises :class:`BaseModelError` when the assets are missing from the installation."""
     there = base_directory(home, SHIPPED_VLM) / DESCRIPTION
     if there.is_file() and not retrain:
         return load_vlm_base(home, SHIPPED_VLM)
@@ -56,7 +51,7 @@ def build_vlm(home: Path | str, retrain: bool = False, recipe: VlmRecipe | None 
 
 
 def train_vlm(home: Path, folder: Path, how: VlmRecipe) -> Path:
-    """Train the model on the demo data and write it into ``folder``. The same recipe gives the same on one machine."""
+    """Train the model on the demo data and write it into ``folder``. Deterministic per recipe and machine."""
     items = read_folder(prepare_questions(TRAINED_ON, home), "train")
     before = torch.get_num_threads()
     torch.set_num_threads(how.threads)
@@ -77,7 +72,7 @@ def train_vlm(home: Path, folder: Path, how: VlmRecipe) -> Path:
 
 
 def _texts(items: Sequence[FolderItem]) -> Iterator[str]:
-    """Texts for the tokenizer to learn its words from: answers as they follow a prompt, and as in a sentence."""
+    """Training texts of the tokenizer: answers as they follow a prompt, and within a sentence."""
     for item in items:
         yield item.question
         yield from item.answers

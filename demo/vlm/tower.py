@@ -1,9 +1,8 @@
-"""First stage: the vision tower learns to see as EfficientNet-Lite0 does, before any question is asked.
+"""First stage: the vision tower learns features of EfficientNet-Lite0 before any question is asked.
 
-The teacher (ImageNet weights, the same as the shipped CLIP's image tower) looks at 128 px, the student at 64 px of the
-same view. At 128 px its last feature map has 4 x 4 places, which are the places of the 16 image tokens, and a middle
-one has 8 x 8, those of the patches: so every place has a target of its own, and not the picture as a whole alone.
-Besides, the tower names the concept of the pictures that have one in several drawings.
+The teacher (ImageNet weights, as in the shipped CLIP's image tower) sees 128 px, the student 64 px of the same view. At
+128 px the teacher's last map has 4 x 4 places, like the 16 image tokens, and a middle one 8 x 8, like the patches, so
+every place has its own target. The tower also classifies the concept of pictures with several drawings of it.
 """
 
 from __future__ import annotations
@@ -28,16 +27,15 @@ from demo.vlm.recipe import Optimizer, VlmRecipe, half_precision
 from streams.publish.folders import FolderItem, read_folder
 
 DOMAINS = ("game_icons", "pixel_mshock", "pixel_retro")
-"""More pictures for the tower, without questions: their train splits."""
+"""Further pictures for the tower without questions: their train splits."""
 LAST, MIDDLE = 192, 48
-"""Principal components of the teacher's maps that are learnt."""
 _TEACHER_BATCH = 64
 _CONCEPT_WEIGHT = 0.15
 
 
 @dataclass(frozen=True)
 class Views:
-    """Pictures as the student sees them, and the teacher's maps of them, [n] views of some pictures."""
+    """Pictures as the student sees them, and the teacher's maps: [n] views."""
 
     pixels: torch.Tensor
     """``uint8 [n, 3, 64, 64]``."""
@@ -50,14 +48,14 @@ class Views:
 
 
 def tower_items(home: Path, questions: Sequence[FolderItem]) -> list[FolderItem]:
-    """One row per picture: those with questions in training, and the train splits of `DOMAINS`."""
+    """One row per picture: those with training questions, and the train splits of `DOMAINS`."""
     by_path = {item.path: item for item in questions}
     more = [item for domain in DOMAINS for item in read_folder(prepare_domain(domain, home), "train")]
     return [*by_path.values(), *more]
 
 
 def warm_up(model: Any, items: Sequence[FolderItem], how: VlmRecipe) -> float:
-    """Train `model`'s vision tower on views of `items`; returns the mean loss of the last tenth of the steps."""
+    """Train the vision tower on views of `items`; returns the mean loss of the last tenth of the steps."""
     views = _views(items, how)
     vision = model.model.vision_model
     width, joined = VISION["hidden_size"], VISION["hidden_size"] * JOINED**2
@@ -112,7 +110,7 @@ def _views(items: Sequence[FolderItem], how: VlmRecipe) -> Views:
 
 
 class _Teacher:
-    """EfficientNet-Lite0 and the principal components of its maps, found on the first pictures it is shown."""
+    """EfficientNet-Lite0 with principal components of its maps, computed from its first batch."""
 
     def __init__(self) -> None:
         self.net: Any = timm.create_model(towers.TRUNK, pretrained=False, num_classes=0)
@@ -122,7 +120,7 @@ class _Teacher:
 
     @torch.inference_mode()
     def maps(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``float16 [n, 16, LAST]`` and ``[n, 64, MIDDLE]`` of images in 0..1, each component of like variance."""
+        """``float16 [n, 16, LAST]`` and ``[n, 64, MIDDLE]`` of images in 0..1, with components of similar variance."""
         x = (images * 2 - 1).contiguous(memory_format=torch.channels_last)
         with half_precision():
             x = self.net.bn1(self.net.conv_stem(x))
@@ -141,7 +139,7 @@ class _Teacher:
             mean = flat.mean(dim=0)
             values, vectors = torch.linalg.eigh(torch.cov((flat - mean).T))
             values, vectors = values[-count:].clamp(min=1e-6), vectors[:, -count:]
-            # The root of the deviation: the first components matter more, the last still count.
+            # Fourth-root scaling: the first components matter more, the last still count.
             self.components[name] = mean, vectors * (values[-1] ** -0.25) * values**-0.25
         mean, project = self.components[name]
         return ((places - mean) @ project).to(torch.float16)

@@ -1,8 +1,5 @@
-"""Alerting and recording rules for Prometheus, and the configuration that makes it scrape Ratchet.
-
-The rules are the YAML files of this folder, one for each topic. Every alert has a severity (``page``: act now;
-``ticket``: within days), values in its description, and a page in ``docs/runbooks``.
-"""
+"""Alerting and recording rules (this folder's YAML files) and scrape configuration for Prometheus. Every alert has a
+severity (``page``: act now; ``ticket``: within days) and a page in ``docs/runbooks``."""
 
 from __future__ import annotations
 
@@ -14,23 +11,20 @@ import yaml
 
 FOLDER = Path(__file__).parent
 SCRAPE_SECONDS = 15
-"""Interval of scrapes and of evaluating rules. The shortest window of a rule (5 minutes) holds 20 scrapes."""
+"""Interval of scrapes and rule evaluation: the shortest window of a rule (5 minutes) holds 20 scrapes."""
 
 
 class Target(TypedDict):
-    """Addresses to scrape, as Prometheus writes them in ``static_configs`` and in files of ``file_sd_configs``."""
-
     targets: list[str]
     labels: dict[str, str]
 
 
 def rule_files() -> list[Path]:
-    """The files with rules."""
     return sorted(FOLDER.glob("*.yaml"))
 
 
 def rule_groups(runbooks: str = "") -> list[dict[str, Any]]:
-    """The groups of all files. ``runbooks``: URL of the folder with the pages, for links that lead there."""
+    """The groups of all files. ``runbooks``: URL of the runbook folder for links to its pages."""
     groups = [group for file in rule_files() for group in yaml.safe_load(file.read_text())["groups"]]
     for group in groups:
         for rule in group["rules"]:
@@ -43,13 +37,7 @@ def rule_groups(runbooks: str = "") -> list[dict[str, Any]]:
 def prometheus_config(
     targets: Sequence[Target], *, alertmanagers: Sequence[str] | None = None, rules: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """The contents of ``prometheus.yml``.
-
-    Args:
-        targets: what is scraped.
-        alertmanagers: host:port of each Alertmanager.
-        rules: rule files to load; by default those of this folder.
-    """
+    """The contents of ``prometheus.yml``. ``alertmanagers``: host:port of each; ``rules``: default: shipped files."""
     config: dict[str, Any] = {
         "global": {"scrape_interval": f"{SCRAPE_SECONDS}s", "evaluation_interval": f"{SCRAPE_SECONDS}s"},
         "rule_files": list(rules or map(str, rule_files())),
@@ -61,7 +49,7 @@ def prometheus_config(
 
 
 def as_yaml(value: Any) -> str:
-    """YAML in the order given, without anchors: some readers of rules do not follow them."""
+    """YAML in the given order, without anchors, which some readers of rules do not support."""
     return yaml.dump(value, Dumper=_Plain, sort_keys=False, width=120)
 
 

@@ -1,1 +1,1 @@
-"""The command line. The only room of ``ops`` that knows the other parts; it imports them when a command needs them."""
+"""The command line. The only package of ``ops`` that knows the other parts; commands import them when needed."""

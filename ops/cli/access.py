@@ -1,7 +1,4 @@
-"""``ratchet keys`` and ``ratchet audit``: who may call the servers, and who did what.
-
-Keys are made and revoked in the ledger; a running server follows within two seconds.
-"""
+"""``ratchet keys`` and ``ratchet audit``. Running servers follow changes of keys within two seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``ratchet admin``: the upkeep of an installation: backup and restore, garbage, capacity, the ledger's tables."""
+"""``ratchet admin``: backup and restore, garbage collection, capacity planning, migration."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ops.collection import Collector, Item
 
 SHOWN = 100
-"""Rows of each table of `gc`, unless all are wanted."""
+"""Rows per table of `gc`, without --all."""
 
 app = typer.Typer(help="Back up and restore, collect garbage, plan capacity, migrate the ledger.", no_args_is_help=True)
 
@@ -94,9 +94,7 @@ def collect(
 
 
 def collect_garbage(settings: Settings) -> None:
-    """One run for maintenance; nothing is done while another collector or a backup is at work. Raises as
-    :meth:`ops.collection.Collector.run`.
-    """
+    """Collect garbage once for maintenance, unless a collector or backup is running. Raises as its ``run``."""
     with _collector(settings) as collector:
         plan = collector.run()
     if plan is not None and plan.items:

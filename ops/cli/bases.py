@@ -1,4 +1,4 @@
-"""``ratchet base``: the frozen checkpoints, and changing the CLIP's for another one with what was learned."""
+"""``ratchet base``: the frozen checkpoints, and upgrading the CLIP's to another one."""
 
 from __future__ import annotations
 
@@ -174,11 +174,7 @@ def switch(context: typer.Context, name: _NAME, reason: Reason) -> None:
 
 
 def tell_outcome(update: UpdateRow, verdict: VerdictRow | None) -> None:
-    """Print the gate's outcome with its reasons, and the error that ended the update, if one did.
-
-    Raises:
-        typer.Exit: with status 1 unless the gate let it through, and it is finished.
-    """
+    """Print the gate's outcome and the update's error. Raises typer.Exit(1) unless the finished update passed."""
     reasons = f": {'; '.join(map(str, verdict.summary.get('reasons', [])))}" if verdict else ""
     error = f" ({update.error})" if update.error else ""
     typer.echo(f"{verdict.outcome if verdict else update.state}{reasons}{error}")
@@ -187,12 +183,10 @@ def tell_outcome(update: UpdateRow, verdict: VerdictRow | None) -> None:
 
 
 def line(base: Any) -> str:
-    """A base in one line."""
     return f"{base.name} {base.digest[:12]} in {base.directory}"
 
 
 def _registered(home: Path, family: Family | None) -> list[Any]:
-    """Every base of a family, CLIPs first."""
     from serving.engines.clip_base import list_bases as registered
     from serving.engines.clip_base import load_base
     from serving.engines.vlm.vlm_base import load_vlm_base

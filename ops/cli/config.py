@@ -1,4 +1,4 @@
-"""``ratchet config``: the settings, where each comes from, and the file that has them all."""
+"""``ratchet config``: the settings, their origins, and the generated settings file."""
 
 from __future__ import annotations
 
@@ -52,20 +52,16 @@ def check(context: typer.Context) -> None:
 
 
 def settings_yaml(chosen: Mapping[str, Any]) -> str:
-    """A settings file with every setting: what was chosen and is not the default is set, the others are commented out.
-
-    Prose begins with ``# ``, a setting that is commented out with ``#`` alone: without that sign it is set.
-
-    Args:
-        chosen: values by dotted name (``{"serve.port": 9000}``), those of no secret.
-    """
+    """A settings file with every setting; those in ``chosen`` that differ from the default are set, others commented
+    out. Prose begins with ``# ``, a commented setting with ``#`` alone. ``chosen``: values by dotted name
+    (``{"serve.port": 9000}``), without secrets."""
     defaults = {name: value for name, value, _, _ in describe(Settings())}
     chosen = {name: value for name, value in chosen.items() if value != defaults[name]}
     return HEAD + "".join(f"{line}\n" for line in _lines(Settings, "", chosen, live=True))
 
 
 def _lines(model: type[BaseModel], prefix: str, chosen: Mapping[str, Any], live: bool) -> Iterator[str]:
-    """Lines of a section's settings. ``live``: true if the section itself is set, and not commented out."""
+    """Lines of a section's settings. ``live``: the section itself is not commented out."""
     indent = "  " * prefix.count(".")
     for name, field in model.model_fields.items():
         if field.exclude:

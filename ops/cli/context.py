@@ -1,4 +1,4 @@
-"""The context of every command: settings, the command line of a child under the same ones, a client of the server."""
+"""The context of every command: settings, command lines of children, and a client of the server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ratchet_client import Client
 
 SERVICES = frozenset({"up", "broker", "serve", "ingest", "maintain", "trainer", "console"})
-"""Commands that run until they are stopped."""
 
 ServerOption = Annotated[
     str | None, typer.Option("--server", help="URL of the model server; server_url of the settings by default.")
@@ -31,47 +30,43 @@ ServerOption = Annotated[
 
 @dataclass
 class Context:
-    """The global flags."""
-
     file: Path | None
     flags: list[str]
     role: str = "ratchet"
-    """The name of this process in the log: that of the command."""
+    """Name of this process in the log: its command."""
 
     @cached_property
     def settings(self) -> Settings:
-        """The settings; from now on the log is as they say. Raises ConfigError."""
+        """Load the settings and configure the log by them. Raises ConfigError."""
         settings = load_settings(self.file, self.overrides)
         configure_logging(settings, self.role, service=self.role in SERVICES)
         return settings
 
     def calling(self, server: str | None) -> Settings:
-        """The settings of a command that calls the model server; ``server`` is its ``--server``. Raises ConfigError."""
+        """The settings of a command that calls the server; ``server`` is its ``--server``. Raises ConfigError."""
         return self.settings if server is None else load_settings(self.file, {**self.overrides, "server_url": server})
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """The values of ``--set``, by dotted name. Raises ConfigError."""
+        """Values of ``--set`` by dotted name. Raises ConfigError."""
         return dict(_assignment(flag) for flag in self.flags)
 
     def command(self, *words: str) -> list[str]:
-        """The command line that runs ``ratchet`` with ``words`` in a child, under the same settings."""
+        """The command line of a child ``ratchet`` process with the same settings."""
         return ratchet_command(*words, file=self.file, flags=self.flags)
 
 
 def of(context: typer.Context) -> Context:
-    """The :class:`Context` of a typer command."""
     shared = context.find_object(Context)
     return shared if shared is not None else Context(None, [])
 
 
 def ledger_of(context: typer.Context) -> Ledger:
-    """The ledger that the settings name. Raises ConfigError, LedgerError."""
     return Ledger.open(of(context).settings.ledger)
 
 
 def person() -> str:
-    """The user who runs this command, for the audit log: the system's name for them, if it can be recorded."""
+    """The system's name of the user, for the audit log, or ``operator`` if it cannot be recorded."""
     try:
         return OPERATOR.actor(getpass.getuser())
     except (AccessError, KeyError, OSError):  # in a container the user may have no name, or that of a part
@@ -79,15 +74,8 @@ def person() -> str:
 
 
 def operator_client(settings: Settings, timeout: float = 60.0) -> Client:
-    """A client of the server at ``settings.server``, with the operators' key and the caller's name.
-
-    Args:
-        timeout: seconds of one call.
-
-    Raises:
-        ConfigError: the server is another machine's, and this one has no key for it. The server would not know a key
-            that is made here.
-    """
+    """A client of ``settings.server`` with the operators' key and the caller's name; ``timeout``: seconds per call.
+    Raises ConfigError when ``server_url`` is set and there is no key: the server would not know one made here."""
     from ratchet_client import Client
 
     if settings.server_url is not None and not settings.has_operator_key:

@@ -108,7 +108,6 @@ def _one(ledger: Ledger, deletion_id: str) -> DeletionRow:
 
 
 def _follow(ledger: Ledger, deletion_id: str) -> DeletionRow:
-    """Wait until a deletion is done, or the bucket holds it, and say how far it is."""
     state, warned = "", False
     with meter(deletion_id) as progress:
         while (row := _one(ledger, deletion_id)).state not in ("held", "done"):

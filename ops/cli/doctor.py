@@ -1,4 +1,4 @@
-"""``ratchet doctor``: what is missing on this machine, and whether a model server answers as it should."""
+"""``ratchet doctor``: checks this machine, or a model server's answers."""
 
 from __future__ import annotations
 
@@ -72,14 +72,8 @@ def doctor(
 
 
 def check_server(settings: Settings, wait: float = 0.0) -> str:
-    """Ask the model server for embeddings, and check them; returns a line about them. The last step of an installation.
-
-    Args:
-        wait: seconds to wait until the server is ready.
-
-    Raises:
-        RatchetError: it does not answer, or with wrong embeddings.
-    """
+    """Check the embeddings of a model server, the last step of an installation; returns a line about them. ``wait``:
+    seconds to wait until it is ready. Raises RatchetError when it does not answer, or incorrectly."""
     import numpy as np
 
     with ctx.operator_client(settings) as client:
@@ -93,7 +87,7 @@ def check_server(settings: Settings, wait: float = 0.0) -> str:
 
 
 def fault_of(vectors: npt.NDArray[np.float32]) -> str:
-    """The fault of the embeddings [3, dim] of :data:`TEXTS`; empty if they are right."""
+    """The fault in the embeddings [3, dim] of :data:`TEXTS`; empty if they are right."""
     import numpy as np
 
     if vectors.ndim != 2 or len(vectors) != len(TEXTS):
@@ -111,7 +105,7 @@ def fault_of(vectors: npt.NDArray[np.float32]) -> str:
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """Look at everything; a check that itself breaks is a finding too."""
+    """Run all checks; an error of a check is a finding too."""
     findings = []
     for check in _CHECKS:
         try:
@@ -192,7 +186,7 @@ def _registered(settings: Settings, what: str, name: str, family: Family) -> Fin
 
 
 def _suites(settings: Settings) -> Finding:
-    """The suites of each model that has a base. Without them no update begins."""
+    """Each model with a base needs suites: without them no update begins."""
     from updater.data.pools import check_reference
     from updater.families import families_with_a_base, family_recipe, reference_of
     from updater.service.learning_state import check_suites
@@ -213,7 +207,7 @@ def _suites(settings: Settings) -> Finding:
 
 
 def _vlm_engine(settings: Settings) -> Finding:
-    """Importing vLLM takes seconds and finds what a look at the packages does not: libraries that do not load."""
+    """Imports vLLM, which takes seconds, to find libraries that do not load."""
     from serving.engines.vlm.vllm_start import INSTALL
 
     engine = settings.serve.vlm_engine
@@ -237,7 +231,7 @@ def _vlm_engine(settings: Settings) -> Finding:
 
 
 def _dependencies(settings: Settings) -> list[Finding]:
-    """A broker that is away stops nothing: `ratchet up` starts one."""
+    """An unavailable broker is only a warning: `ratchet up` starts one."""
     return [
         Finding(
             "ok" if found.state == "ok" else "warn" if (name, found.state) == ("broker", "away") else "fail",

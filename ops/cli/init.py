@@ -1,7 +1,4 @@
-"""``ratchet init``: checks a model, a broker and data of your own, and writes a settings file and suites.
-
-Told by options, by answers on a terminal, or by defaults. Nothing is written before everything has been checked.
-"""
+"""``ratchet init``: checks your model, broker and data, and only then writes a settings file and suites."""
 
 from __future__ import annotations
 
@@ -30,18 +27,15 @@ if TYPE_CHECKING:
     from ops.cli.init_suites import LabelledSample, SuitePlan, SuitePower
 
 REFERENCE_PICTURES = 2000
-"""Copied for the reference pool; the recipe `default` takes 1,500 of them."""
+"""Copied for the reference pool; the recipe `default` uses 1,500 of them."""
 EMBEDDED = "embedded"
-"""Stands for the broker that `ratchet up` starts."""
+"""Means the broker that `ratchet up` starts."""
 BROKER_SECONDS = 5.0
 EXAMPLES = 3
-"""Rows that cannot be used of which the reason is shown."""
 
 
 @dataclass(frozen=True)
 class InitAnswers:
-    """The answers to what was asked, or given as options."""
-
     model: str
     weights: Path | None
     data: Path | None
@@ -52,13 +46,11 @@ class InitAnswers:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """The model that becomes the base."""
-
     model: str
-    """A registered base, a folder, or an architecture of open_clip."""
+    """A registered base, a folder, or an open_clip architecture."""
     weights: Path | None
     name: str
-    """The name that it is, or will be, registered under."""
+    """Name that it is, or will be, registered under."""
     registered: bool
 
 
@@ -119,7 +111,7 @@ def init(
     choice = _choose_model(settings.home, answers.model, answers.weights, name)
     chosen["base.clip"] = choice.name
     if choice.name != SHIPPED:
-        chosen.setdefault("base.vlm", "")  # the shipped VLM takes minutes to make ready, and is asked for with --set
+        chosen.setdefault("base.vlm", "")  # the shipped VLM takes minutes to prepare: only with --set
     broker_line, suites_line = _broker(settings, answers, offline), ""
     if answers.data or answers.labels:
         from ops.cli.init_suites import plan_suites, read_sample, suite_power, write_suites
@@ -145,12 +137,10 @@ def init(
 
 
 def on_terminal() -> bool:
-    """True where someone can be asked."""
     return sys.stdin.isatty()
 
 
 def _ask(shared: ctx.Context, home: Path | None, given: InitAnswers, yes: bool) -> InitAnswers:
-    """Options that were given, answers on a terminal, and defaults."""
     defaults = _load(shared, {} if home is None else {"home": home})
     by_flag = {each for each, origin in defaults.origins.items() if origin == "flag"}
     asking = on_terminal() and not yes
@@ -183,7 +173,7 @@ def _ask(shared: ctx.Context, home: Path | None, given: InitAnswers, yes: bool) 
 
 
 def _settings(shared: ctx.Context, answers: InitAnswers, home: Path | None) -> tuple[Settings, dict[str, Any]]:
-    """The settings that will be in effect, and those of them that were chosen."""
+    """The resulting settings, and the chosen ones by name."""
     named: dict[str, Any] = {"kafka.topic": answers.topic}
     if answers.broker != EMBEDDED:
         named["kafka.bootstrap"] = answers.broker
@@ -200,7 +190,7 @@ def _settings(shared: ctx.Context, answers: InitAnswers, home: Path | None) -> t
 
 
 def _load(shared: ctx.Context, named: dict[str, Any]) -> Settings:
-    """Without a settings file: the one that is there is to be replaced."""
+    """Loads no settings file: an existing one will be replaced."""
     return load_settings(Path(os.devnull), {**shared.overrides, **named})
 
 
@@ -211,7 +201,7 @@ def _bases(home: Path) -> list[str]:
 
 
 def _choose_model(home: Path, model: str, weights: Path | None, name: str | None) -> ModelChoice:
-    """Find out what ``--model`` names; nothing is written. Raises ConfigError: nothing that this disk has."""
+    """Resolve ``--model`` without writing anything. Raises ConfigError when it is not on this disk."""
     from ops.cli.init_suites import slug
 
     if model in _bases(home) or model == SHIPPED:
@@ -259,9 +249,7 @@ def _check_architecture(home: Path, model: str, weights: Path | None) -> None:
 
 
 def _register_model(home: Path, choice: ModelChoice) -> str:
-    """Load the model, registering it where it is not; returns a line about it. The shipped one is built by `up`.
-    Raises ConfigError.
-    """
+    """Load the model, registering it if necessary; returns a line about it. Raises ConfigError."""
     from serving.engines.clip_base import load_base
     from updater.bases.register import add_base
 
@@ -300,7 +288,7 @@ def _broker(settings: Settings, answers: InitAnswers, offline: bool) -> str:
 
 
 def _tell(settings: Settings, sample: LabelledSample, plan: SuitePlan, powers: list[SuitePower]) -> None:
-    """Print which pictures are used for what, and the loss and the gain that the suites can show."""
+    """Print how pictures are used, and which loss and gain the suites can detect."""
     from ops.cli.init_suites import fresh_needed
     from updater.gate.statistics import POWER
 

@@ -1,6 +1,4 @@
-"""Suites of your own pictures, for ``ratchet init``: read a labelled sample, hold out a part of it as suites of the
-gate, keep the rest as the reference pool, and say what these suites can show.
-"""
+"""Makes suites and a reference pool of your pictures for ``ratchet init``, and computes what they can detect."""
 
 from __future__ import annotations
 
@@ -27,53 +25,41 @@ from updater.gate.statistics import items_needed, smallest_difference
 from updater.gate.suites import Suite, load_suites
 
 MAX_ROWS = 200_000
-"""Rows that are listed: about 200 MB of names and texts."""
+"""Maximum listed rows: about 200 MB of names and texts."""
 MAX_COPIED_BYTES = 2 * 2**30
-"""Of all pictures that are copied together."""
+"""Total of the copied pictures."""
 FORMATS = "subfolders that are classes, a data.csv, or a metadata.csv; or name a CSV or JSON Lines file with --labels"
 HELD_OUT, REST = "test", "train"
-"""Splits of the folder dataset: what the suites ask, and the reference pool."""
+"""Splits of the folder dataset: suites, and the reference pool."""
 TEMPLATES = '["a photo of {}.", "a picture of {}."]'
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture with all that is said about it."""
-
     digest: str
-    """Of its bytes, 64 hex digits."""
     path: Path
     rows: tuple[FolderItem, ...]
 
     @property
     def label(self) -> str:
-        """Its class; empty where it has none."""
         return self.rows[0].label
 
 
 @dataclass
 class LabelledSample:
-    """Pictures with a class or a caption each, in an order that depends on their names alone."""
+    """Pictures with a class or a caption, in an order that only depends on their names."""
 
     name: str
     pictures: list[Picture] = field(default_factory=list)
     listed: int = 0
-    """Pictures with a class or a caption; more than ``pictures`` where not all were needed."""
+    """Pictures with a class or a caption; more than ``pictures`` if not all were needed."""
     unusable: list[str] = field(default_factory=list)
-    """Reasons why rows cannot be used."""
 
 
 def read_sample(data: Path | None, labels: Path | None, bounds: Ingest, most: int) -> LabelledSample:
-    """Read at most ``most`` pictures, drawn by a hash of their names.
-
-    Args:
-        data: the folder with the pictures; that of ``labels`` where it is None.
-        labels: a CSV or JSON Lines file; what lies in ``data`` says it where it is None.
-        bounds: on each picture: bytes, pixels and sides, as of a record.
-
-    Raises:
-        ConfigError: names the option that is wrong, and what to do.
-    """
+    """Read at most ``most`` pictures, sampled by a hash of their names. ``data``: None: the folder of ``labels``;
+    ``labels``: CSV or JSON Lines file; None: labels come from the contents of ``data``; ``bounds``: limits as for
+    records. Raises ConfigError, which names the wrong option and the fix."""
     option = "--labels" if labels else "--data"
     source = _source(data, labels)
     sample = LabelledSample(source.domain)
@@ -124,7 +110,6 @@ def _rows(source: Source, labels: Path | None) -> Iterator[DatasetRow]:
 
 
 def _open(sample: LabelledSample, drawn: list[tuple[Path, list[FolderItem]]], bounds: Ingest) -> None:
-    """Decode the pictures, and take equal ones once."""
     taken: dict[str, Picture] = {}
     size = 0
     for path, rows in track(drawn, "looking at the pictures"):
@@ -151,26 +136,17 @@ def _open(sample: LabelledSample, drawn: list[tuple[Path, list[FolderItem]]], bo
 
 @dataclass(frozen=True)
 class SuitePlan:
-    """The suites and the folder dataset that are to be written."""
-
     held_out: list[Picture]
     rest: list[Picture]
     home: Path
     data: Path
     """Folder dataset with copies of the pictures."""
     files: dict[str, Path]
-    """Suite files by task."""
 
 
 def plan_suites(sample: LabelledSample, share: float, most: int, home: Path, folder: Path, replace: bool) -> SuitePlan:
-    """Hold out pictures; they go to ``home/data/NAME``, a suite for each task to ``folder``. Nothing is written.
-
-    Args:
-        share: of the pictures, held out; ``most`` of them at most.
-
-    Raises:
-        ConfigError: there is nothing to ask, or something is there already and ``replace`` is not set.
-    """
+    """Plan to hold out ``share`` of the pictures, at most ``most``; the data goes to ``home/data/NAME``, suites to
+    ``folder``. Raises ConfigError when no task is possible, or files exist and ``replace`` is not set."""
     name, (held_out, rest) = slug(sample.name), _divide(sample.pictures, share, most)
     classes = Counter(picture.label for picture in held_out if picture.label)
     captioned = any(row.text != row.label.replace("_", " ") for picture in held_out for row in picture.rows)
@@ -194,7 +170,7 @@ def plan_suites(sample: LabelledSample, share: float, most: int, home: Path, fol
 
 
 def _divide(pictures: Sequence[Picture], share: float, most: int) -> tuple[list[Picture], list[Picture]]:
-    """Hold out a share of each class, at least two pictures, by a hash of the pictures: the same ones each time."""
+    """Hold out a share of each class, at least two pictures, deterministically by digest."""
     classes: dict[str, list[Picture]] = defaultdict(list)
     for picture in sorted(pictures, key=lambda picture: picture.digest):
         classes[picture.label].append(picture)
@@ -208,7 +184,7 @@ def _divide(pictures: Sequence[Picture], share: float, most: int) -> tuple[list[
 
 
 def write_suites(plan: SuitePlan, margin: float) -> list[Suite]:
-    """Copy the pictures and write the suites; returns them as the gate reads them."""
+    """Copy the pictures and write the suites; returns them as loaded by the gate."""
     _write_data(plan)
     for task, file in plan.files.items():
         replace_file(file, _suite_yaml(plan.data.name, task, len(plan.held_out), margin).encode())
@@ -216,13 +192,13 @@ def write_suites(plan: SuitePlan, margin: float) -> list[Suite]:
 
 
 def slug(name: str) -> str:
-    """A name that bases, suites and folders may have."""
+    """Convert to a name valid for bases, suites and folders."""
     text = "".join(char if char.isascii() and char.isalnum() else "-" for char in name.lower()).strip("-")[:40]
     return text or "mine"
 
 
 def _write_data(plan: SuitePlan) -> None:
-    """Written next to its place and moved into it: a folder that is replaced is the old one or the new one."""
+    """Written next to its place and moved there, so that readers see either the old or the new folder."""
     target = plan.data
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
@@ -263,27 +239,26 @@ margin: {margin:g}  # the loss that an update must exclude; {margin:g} is {100 *
 
 @dataclass(frozen=True)
 class SuitePower:
-    """The smallest loss that a retention suite shows with the usual chance (POWER), by the gate's statistics."""
+    """Smallest loss that a retention suite detects with power POWER, by the gate's statistics."""
 
     suite: Suite
     items: int
     units: int
-    """Items that are independent of each other: each, or each caption."""
+    """Independent items: each item, or each caption."""
     excludes: float
-    """The smallest loss that is excluded where nothing has changed; a share."""
+    """Smallest loss, as a share, that is excluded if nothing has changed."""
     margin: float
     needed: int
-    """Independent items with which the margin is excluded."""
+    """Independent items needed to exclude the margin."""
     min_items: int
 
     @property
     def enough(self) -> bool:
-        """True where an update that changes nothing passes it, with the usual chance (POWER)."""
+        """True if an update that changes nothing passes with power POWER."""
         return self.units >= max(self.needed, self.min_items)
 
     @property
     def advice(self) -> str:
-        """Advice where there are too few items; else empty."""
         if self.enough:
             return ""
         wider = math.ceil(100 * self.excludes) / 100
@@ -294,7 +269,7 @@ class SuitePower:
 
 
 def suite_power(suite: Suite, gate: Gate) -> SuitePower:
-    """Reads the suite's items. The level is that of a single look, the spread what the gate assumes."""
+    """Compute a suite's power for a single look, with the spread that the gate assumes."""
     level, units = gate.alpha, suite.units()
     margin = suite.margin or gate.margin
     return SuitePower(
@@ -309,6 +284,6 @@ def suite_power(suite: Suite, gate: Gate) -> SuitePower:
 
 
 def fresh_needed(gate: Gate) -> int:
-    """Held-out new pairs with which the first candidate's gain of ``gate.detect`` shows."""
+    """Held-out new pairs needed to detect the first candidate's gain of ``gate.detect``."""
     level = candidate_alpha(gate.alpha, 0)
     return needed_items(None, detect=gate.detect, alpha=level, fewest=gate.min_items, most=gate.max_items)

@@ -1,4 +1,4 @@
-"""``ratchet gate``, ``ratchet adapters`` and ``ratchet recipes``: judge adapters, exchange them, ways to train them."""
+"""``ratchet gate``, ``ratchet adapters`` and ``ratchet recipes``: judge, import, export and train adapters."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""``ratchet``: one command for every part.
-
-Installed packages add commands by an entry point of the group ``ratchet.commands``: a function that takes the
-:class:`typer.Typer` below. The demo is one of them; benchmarks are those of a checkout.
-"""
+"""The ``ratchet`` command. Installed packages add commands by entry points of the group ``ratchet.commands``: functions
+of the :class:`typer.Typer` below. The demo is one; benchmarks need a checkout."""
 
 from __future__ import annotations
 
@@ -87,8 +84,8 @@ def bench(context: typer.Context, name: Annotated[str, typer.Argument(help="Benc
         )
     sys.path.insert(0, str(CHECKOUT))
     paths = [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # of the processes that benchmarks start
-    stop_on_signals()  # a benchmark ends what it started, as on Ctrl-C
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # for the processes that benchmarks start
+    stop_on_signals()  # a benchmark stops what it started, as on Ctrl-C
     importlib.import_module("benchmarks").run(name, of(context).settings, context.args)
 
 
@@ -122,7 +119,7 @@ for _point in entry_points(group="ratchet.commands"):
 
 
 def main() -> None:
-    """Run the command line; a known error is shown without a traceback and ends with status 1."""
+    """Run the command line; known errors are shown without traceback and exit with status 1."""
     configure_logging(service=False)  # until the settings are read
     try:
         app()

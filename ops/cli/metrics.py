@@ -1,4 +1,4 @@
-"""``ratchet metrics``: where Prometheus finds them, what it is to make of them, and a port for those of one machine."""
+"""``ratchet metrics``: scrape targets, Prometheus configuration, rules, and an exporter of one machine's replicas."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, help="Where Prometheus finds the metrics
 
 
 def targets_of(settings: Settings, host: str) -> list[Target]:
-    """The scrape targets of a Ratchet on one machine: its own processes, and Ray where that is switched on."""
+    """The scrape targets on one machine: Ratchet's processes, and Ray if enabled."""
     ports = {
         "serve": settings.serve.port,
         "ingest": settings.ingest.metrics_port,

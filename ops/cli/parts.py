@@ -1,6 +1,4 @@
-"""Commands that run a part until SIGTERM: ``up`` all of them, ``serve``, ``ingest``, ``maintain``, ``trainer`` and so
-on; and what an operator does about a partition or an update.
-"""
+"""Commands that run a part until SIGTERM, and operators' commands on partitions and updates."""
 
 from __future__ import annotations
 
@@ -75,15 +73,9 @@ def up(
 
 
 def make_ready(settings: Settings) -> None:
-    """Have the bases that the settings name made where an installed package provides them; others must be registered.
-
-    A package provides a base by an entry point of the group ``ratchet.bases``: under the base's name, a function of the
-    settings that makes the base and the data that its gate and trainer use, where they are missing. Of a base of your
-    own, suites and reference pool are yours to choose. An empty ``base.vlm`` is none, and needs nothing.
-
-    Raises:
-        RatchetError: a base is not registered.
-    """
+    """Make sure that the configured bases exist. Installed packages make theirs by entry points of the group
+    ``ratchet.bases``: functions of the settings, named after the base, that also prepare the data of its gate and
+    trainer. Raises RatchetError when another base is not registered."""
     from serving.engines.clip_base import list_bases
 
     provided = {point.name: point for point in entry_points(group="ratchet.bases")}
@@ -198,7 +190,7 @@ def trainer(
     from updater.service.process import be_nice, use_environment
 
     settings = ctx.of(context).settings
-    be_nice()  # before imports that take seconds, and start threads
+    be_nice()  # before imports that take seconds and start threads
     use_environment()
 
     from updater.service.update_loop import run_update

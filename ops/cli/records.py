@@ -1,4 +1,4 @@
-"""``ratchet publish`` and ``ratchet quarantine``: records into the topic, and those that ingest refused."""
+"""``ratchet publish`` and ``ratchet quarantine``: publish records, and list or resubmit quarantined ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``ratchet releases``: look at releases, take one back, hold updates."""
+"""``ratchet releases``: list, show, create and roll back releases, and hold updates."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def resume(context: typer.Context, reason: Reason, server: ServerOption = None) 
 
 
 def adapters(clip: str | None, vlm: str | None) -> str:
-    """The names of both, one below the other, so that they are whole in a narrow terminal too."""
+    """Both names on separate lines, so that narrow terminals show them whole."""
     return f"{clip or 'clip: base'}\n{vlm or 'vlm: base'}"
 
 

@@ -1,4 +1,4 @@
-"""``ratchet samples``: what is stored, and what became of a record."""
+"""``ratchet samples``: stored samples, and traces of records."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Look at samples, export or delete them; trace a record.", no_args_is_help=True)
 TOP: Final = 15
 MAX_CARDS: Final = 500
-"""Samples on one page: some 5 MB of thumbnails."""
+"""Samples per page: about 5 MB of thumbnails."""
 SIDE: Final = 192
 MAX_VALUE_CHARS: Final = 2000
 
@@ -202,7 +202,6 @@ app.command("deletions")(deletions.list_deletions)
 
 
 def show_counts(groups: Mapping[str, list[tuple[str, int]]]) -> None:
-    """A table for each group that has rows: value and count."""
     for title, rows in groups.items():
         if rows:
             show_rows(({title: value or "(none)", "count": count} for value, count in rows), "")
@@ -236,7 +235,6 @@ def _one(store: SampleStore, sample_id: str) -> dict[str, Any]:
 
 
 def _facts(row: Mapping[str, Any]) -> dict[str, str]:
-    """All fields of a sample that are set, but its image."""
     facts = {}
     for name, value in sorted(row.items(), key=lambda item: item[0] != "id"):
         if name in ("image", "topic", "partition", "offset") or value in (None, "", []):
@@ -247,7 +245,7 @@ def _facts(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _write_page(path: Path, title: str, rows: Iterable[Mapping[str, Any]], limits: Ingest) -> int:
-    """Write samples with thumbnails as one HTML file without scripts; returns how many. Raises ConfigError."""
+    """Write samples with thumbnails as one HTML file without scripts; returns their number. Raises ConfigError."""
     from jinja2 import Environment
 
     cards = [{"picture": _thumbnail(row["image"], limits), "facts": list(_facts(row).items())} for row in rows]
@@ -259,7 +257,7 @@ def _write_page(path: Path, title: str, rows: Iterable[Mapping[str, Any]], limit
 
 
 def _thumbnail(image: bytes, limits: Ingest) -> str | None:
-    """An image as a small JPEG in a data URI; None where it does not decode."""
+    """An image as a small JPEG data URI; None if it does not decode."""
     from ratchet_client.images import decode_image
 
     try:

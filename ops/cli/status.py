@@ -1,4 +1,4 @@
-"""``ratchet status``: what an operator wants to know at a glance."""
+"""``ratchet status``: the state of an installation at a glance."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def status(
     """
     settings = ctx.of(context).calling(server)
     if as_json:
-        show_json({name: value for name, value in collect(settings).items() if name != "stream"})  # its parts are there
+        show_json(
+            {name: value for name, value in collect(settings).items() if name != "stream"}
+        )  # its fields are there
         return
     console = Console()
     if not watch:
@@ -64,9 +66,7 @@ def status(
 
 
 def collect(settings: Settings) -> dict[str, Any]:
-    """The facts behind the screen. What needs a dependency that is not well is left out, or that does not answer within
-    :data:`FACTS_SECONDS`.
-    """
+    """The data of the screen, without what needs an unhealthy dependency or takes longer than :data:`FACTS_SECONDS`."""
     dependencies = _dependencies(settings)
     facts: dict[str, Any] = {
         "dependencies": {name: asdict(found) for name, found in dependencies.items()},
@@ -116,14 +116,13 @@ def _stream_facts(settings: Settings) -> dict[str, Any]:
 
 
 def _dependencies(settings: Settings) -> dict[Dependency, DependencyState]:
-    """At most :data:`LOOKED_SECONDS` old: the screen is drawn every second."""
+    """Cached for :data:`LOOKED_SECONDS`: the screen is drawn every second."""
     if not _looked or _looked[0][0] is not settings or time.monotonic() - _looked[0][1] > LOOKED_SECONDS:
         _looked[:] = [(settings, time.monotonic(), look(settings))]
     return dict(_looked[0][2])
 
 
 def screen(settings: Settings, parts: Supervisor | None = None) -> RenderableType:
-    """The screen, from fresh facts."""
     facts = collect(settings)
     top = [_serving(facts), *(panel(facts) for panel in (_stream, _learning) if "stream" in facts)]
     if parts is not None:
@@ -134,7 +133,6 @@ def screen(settings: Settings, parts: Supervisor | None = None) -> RenderableTyp
 
 
 def dependency_lines(dependencies: dict[str, dict[str, str]]) -> Text:
-    """Those that are well in one line, and a line for each that is not."""
     well = [name for name, found in dependencies.items() if found["state"] == "ok"]
     lines = [Text(f"{', '.join(well)}: ok", "dim")] if well else []
     for name, found in dependencies.items():
@@ -156,10 +154,9 @@ def _health(settings: Settings) -> dict[str, Any]:
 
 
 def _controller(settings: Settings) -> dict[str, Any]:
-    """``vlm``: its base, and what each replica says of itself. ``replicas``: those of each deployment by state.
-    ``rollout``: what the guard watches. ``trouble``: why the controller cannot do its work, or cannot be asked.
-    ``catalog``: rows, backfill and index of each image space; None while the server does not answer.
-    """
+    """State of the controller. ``vlm``: its base and replicas. ``replicas``: by deployment and state. ``rollout``:
+    watched by the guard. ``trouble``: why the controller cannot work or be asked. ``catalog``: each image space's rows,
+    backfill and index; None while the server does not answer."""
     from ratchet_client import ServerError
     from serving.engines.clip_base import list_bases
 
@@ -172,7 +169,7 @@ def _controller(settings: Settings) -> dict[str, Any]:
         with operator_client(settings, timeout=3.0) as client:
             status = client.status()
     except RatchetError as error:
-        if not (isinstance(error, ServerError) and error.status == 0):  # that it does not answer is in its health
+        if not (isinstance(error, ServerError) and error.status == 0):  # an unreachable server shows in health
             facts["trouble"] = f"{error.message} {error.fix}".strip()
         return facts
     controller = status["controller"]
@@ -182,7 +179,6 @@ def _controller(settings: Settings) -> dict[str, Any]:
 
 
 def replica_lines(replicas: dict[str, dict[str, int]]) -> str:
-    """Each deployment of which a replica does not run (yet)."""
     return "".join(
         f"{name}: {', '.join(f'{count} {state.lower()}' for state, count in sorted(states.items()))}\n"
         for name, states in sorted(replicas.items())
@@ -191,7 +187,7 @@ def replica_lines(replicas: dict[str, dict[str, int]]) -> str:
 
 
 def rollout_line(rollout: dict[str, Any]) -> str:
-    """The release that the guard watches, in one line; empty when it watches none."""
+    """The release that the guard watches, in one line; empty if there is none."""
     if "release" not in rollout:
         return ""
     what = {"guard": "guard watches", "shadow": "shadow"}.get(rollout["state"], f"canary {rollout['share']:.0%}")
@@ -204,7 +200,6 @@ def rollout_line(rollout: dict[str, Any]) -> str:
 
 
 def catalog_lines(catalog: dict[str, Any] | None) -> str:
-    """Rows that can be searched, and each image space that is being embedded, with an estimate."""
     if catalog is None:
         return ""
     lines = f"catalog: {catalog['corpus_rows']:,} samples, {catalog['coverage']:.1%} searchable everywhere\n"
@@ -280,7 +275,6 @@ def _stream(facts: dict[str, Any]) -> Panel:
 
 
 def maintenance_line(stream: StreamState) -> tuple[str, str]:
-    """The state of maintenance, and the style that it is written in."""
     if stream.maintained is None:
         if stream.maintenance_failing:
             return "maintenance fails", "red"
@@ -303,7 +297,6 @@ def _learning(facts: dict[str, Any]) -> Panel:
 
 
 def learning_line(family: str, state: dict[str, Any]) -> str:
-    """Fresh items and alpha of one model, and the candidate that waits for more of them."""
     line = f"{family}: {state['fresh_items']:,} of {state['fresh_items_needed']:,} fresh items"
     if state["lacks"]:
         line += f"\n  nothing is trained: {state['lacks']}"
@@ -339,7 +332,6 @@ def _updates(facts: dict[str, Any]) -> Table:
 
 
 def _outcome(verdict: VerdictRow | None) -> Text:
-    """The outcome, which look it is of those that were made, and what it spent of what its candidate may spend."""
     if verdict is None:
         return Text("-")
     look, spent = verdict.summary.get("look"), ""
@@ -351,7 +343,7 @@ def _outcome(verdict: VerdictRow | None) -> Text:
 
 
 def _spent(update: UpdateRow) -> str:
-    """Compute; a further look at a candidate was not trained again."""
+    """Compute spent; none for further looks, which train nothing."""
     return "-" if "trained_by" in update.cost else f"{update.cost.get('gflops_spent', 0):,.0f}"
 
 

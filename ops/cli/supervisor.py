@@ -1,4 +1,4 @@
-"""Starts the parts on one machine, keeps them running, and stops them in order."""
+"""Starts the parts on one machine, restarts them when they die, and stops them in order."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 
 
 class Supervisor:
-    """The parts of one Ratchet on one machine.
-
-    >>> with Supervisor(context, ["broker", "serve", "ingest"]) as parts: ...
-    """
+    """The parts of one Ratchet on one machine; a context manager that starts and stops them."""
 
     ORDER = ("broker", "serve", "ingest", "maintain", "trainer", "console")
 
@@ -46,22 +43,18 @@ class Supervisor:
             self.stop()
 
     def part(self, name: str) -> ChildProcess:
-        """One part by name."""
         return next(part for part in self.parts if part.name == name)
 
     def restart_dead(self) -> None:
-        """Restart what ended. Call about once a second."""
+        """Restart dead parts. Call about once a second."""
         now = time.monotonic()
         for part in self.parts:
             part.restart_dead(now)
 
     def wait_until_ready(self, model: Family = "vlm") -> StartProgress:
-        """Wait until the server answers for a model (``vlm``: for every model that it serves), and say how far it is.
-        Returns the progress, which goes on where another model is still starting.
-
-        Raises:
-            RatchetError: a part ended instead, with the end of its log; or nothing moves any more.
-        """
+        """Wait until the server answers for a model (``vlm``: for all its models), reporting progress. Returns the
+        progress, which continues while another model starts. Raises RatchetError when a part dies, with the end of its
+        log, or when nothing moves any more."""
         from ratchet_client import Client
         from serving.app import serves_vlm
         from serving.start_progress import StartProgress
@@ -73,19 +66,18 @@ class Supervisor:
         return progress
 
     def check(self) -> None:
-        """Raise RatchetError with the end of its log when a part has ended."""
         for part in self.parts:
             if not part.running:
                 raise RatchetError(f"{part.name} ended:\n{tail(part.log)}", f"The whole log: {part.log}")
 
     def work(self) -> tuple[float, int]:
-        """A sign that the parts do something: how much they have computed, and written into their logs."""
+        """CPU seconds and log bytes of the parts, as a sign of activity."""
         running = [part for part in self.parts if part.process is not None]
         computed = sum(processor_seconds(part.process.pid) for part in running if part.process is not None)
         return computed, sum(part.log.stat().st_size for part in running)
 
     def stop(self) -> None:
-        """Stop the parts: readers of the log first, the broker last; one deadline for all."""
+        """Stop the parts, the broker last, with one deadline for all."""
         deadline = time.monotonic() + STOP_SECONDS
         for part in reversed(self.parts):
             if part.name != "broker":

@@ -1,4 +1,4 @@
-"""Parts that commands share: options that many have, times as people write them, tables and their JSON."""
+"""Shared parts of commands: common options, times, tables and JSON."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ COLOURS: Final = {
     "fail": "red", "failed": "red", "rejected": "red",
     "collected": "dim",
 }  # fmt: skip
-"""Styles of states, in whichever table they are."""
 
 
 def parse_since(text: str | None) -> datetime | None:
-    """A time, or how long ago (``90m``). Raises typer.BadParameter."""
+    """Parse a time or an age (``90m``). Raises typer.BadParameter."""
     if text is None:
         return None
     ago = _AGO.fullmatch(text)
@@ -48,12 +47,7 @@ def parse_since(text: str | None) -> datetime | None:
 def show_rows(
     rows: Iterable[Mapping[str, Any]], title: str, as_json: bool = False, *, data: Any = None, whole: Sequence[str] = ()
 ) -> None:
-    """Print rows with equal keys as a table, or as JSON.
-
-    Args:
-        data: for JSON, where it says more than the rows.
-        whole: see :func:`table_of`.
-    """
+    """Print rows with equal keys as a table, or as JSON (``data`` if given). ``whole``: see :func:`table_of`."""
     if as_json:
         show_json(list(rows) if data is None else data)
     elif listed := list(rows):
@@ -63,7 +57,7 @@ def show_rows(
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], title: str, *, whole: Sequence[str] = ()) -> Table:
-    """A table of rows with equal keys. The columns ``whole`` are never broken: names can be copied."""
+    """A table of rows with equal keys. Columns in ``whole`` are never broken, so that names can be copied."""
     table = Table(title=Text(title) if title else None)
     for name, value in (rows[0] if rows else {}).items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -76,7 +70,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], title: str, *, whole: Sequence[s
 
 
 def show_facts(facts: Mapping[str, Any], title: str = "", as_json: bool = False) -> None:
-    """Print the facts of one thing: a line for each, or a JSON object."""
+    """Print facts about one thing, as lines or a JSON object."""
     if as_json:
         show_json(facts)
         return
@@ -87,7 +81,7 @@ def show_facts(facts: Mapping[str, Any], title: str = "", as_json: bool = False)
 
 
 def show_json(value: Any) -> None:
-    """Print JSON for machines; times are ISO 8601."""
+    """Print JSON; times are ISO 8601."""
     typer.echo(json.dumps(value, default=_plain, indent=2))
 
 
@@ -98,7 +92,7 @@ def _plain(value: Any) -> Any:
 
 
 def cell(value: Any) -> Text:
-    """A value as text: no markup, and nothing that a terminal would act on. Times are in UTC."""
+    """A value as text without markup or terminal control characters. Times are in UTC."""
     match value:
         case Text():
             return value
@@ -109,7 +103,7 @@ def cell(value: Any) -> Text:
         case datetime():
             text = f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
         case int():
-            text = f"{value:,}" if value >= 10_000 else str(value)  # numbers of releases can be copied
+            text = f"{value:,}" if value >= 10_000 else str(value)  # release numbers can be copied
         case float():
             text = f"{value:,.3f}".rstrip("0").rstrip(".")
         case list() | tuple():
@@ -122,7 +116,7 @@ def cell(value: Any) -> Text:
 
 
 def facts_text(facts: Mapping[str, Any]) -> str:
-    """One fact per line, the reason first. Numbers are rounded to what people read."""
+    """One rounded fact per line, the reason first."""
     order = sorted(facts.items(), key=lambda item: item[0] != "reason")
     return "\n".join(f"{name}: {_short(value)}" for name, value in order if value is not None)
 
@@ -134,5 +128,5 @@ def _short(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """A text without control characters but line ends."""
+    """Replace control characters other than line ends."""
     return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)

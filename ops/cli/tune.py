@@ -1,4 +1,4 @@
-"""``ratchet doctor --tune``: measure how the base runs fastest here, and write it into the settings."""
+"""``ratchet doctor --tune``: measures how the base runs fastest here, and writes it into the settings."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from serving.engines.clip_base import ClipBase
 
 MARK = "tuned"
-"""File in ``home/engines`` that says that this was done."""
+"""File in ``home/engines`` that marks a tuned home."""
 
 
 def run_tune(shared: Context) -> None:
-    """Measure, print, write. Raises ConfigError, BaseModelError."""
+    """Measure, print and write. Raises ConfigError, BaseModelError."""
     from serving.engines.clip_base import load_base
     from serving.engines.engine_choice import WORKLOADS
     from serving.engines.tuning import tune
@@ -63,10 +63,7 @@ def run_tune(shared: Context) -> None:
 
 
 def _objection(settings: Settings, base: ClipBase, choice: EngineChoice) -> str:
-    """The reason why half precision must not serve: the base scores differently with it on a suite of the gate.
-
-    Empty when nothing is against it.
-    """
+    """Reason against serving in half precision: other scores on a suite of the gate. Empty if there is none."""
     from serving.engines.backends import usable_cores
     from updater.gate.gate_command import engine_scores
     from updater.gate.suites import load_suites
@@ -83,12 +80,11 @@ def _objection(settings: Settings, base: ClipBase, choice: EngineChoice) -> str:
 
 
 def is_tuned(settings: Settings) -> bool:
-    """True when this home was tuned at least once."""
     return (settings.home / "engines" / MARK).exists()
 
 
 def _change(settings: Settings, name: str, value: Any) -> dict[str, str]:
-    """A setting before and now, and what still goes before it."""
+    """A setting before and after, and a higher-ranking origin that still overrides it."""
     before, origin = getattr(settings.serve, name), settings.origins.get(f"serve.{name}", "default")
     shadowed = origin == "flag" or origin.startswith("environment")
     note = f" (the {origin} still says {before})" if shadowed else ""

@@ -1,4 +1,4 @@
-"""Deletes what a plan says, in an order that a kill at any point leaves right."""
+"""Deletes what a plan lists, in an order that is safe against a kill at any point."""
 
 from __future__ import annotations
 
@@ -22,16 +22,13 @@ from ops.collection.plan import CollectionPlan, Item, home_items, make_plan
 T = TypeVar("T")
 LEASE_SECONDS: Final = 120.0
 TRIES: Final = 3
-"""A release in the middle of the decision makes it void."""
+"""A release during the decision invalidates it."""
 TOGETHER: Final = 50
-"""Adapters whose files are deleted before the ledger is told, and the lease is looked at."""
+"""Adapters deleted between updates of the ledger and checks of the lease."""
 
 
 class Collector:
-    """Collects the garbage of one installation. One at a time does, by a lease in the ledger.
-
-    >>> Collector(settings, ledger, Artifacts(settings.artifacts)).run(actor="ann")
-    """
+    """Collects the garbage of one installation. A lease in the ledger allows one collector at a time."""
 
     def __init__(self, settings: Settings, ledger: Ledger, artifacts: Artifacts) -> None:
         self.settings = settings
@@ -40,18 +37,15 @@ class Collector:
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 
     def plan(self) -> CollectionPlan:
-        """The plan of a run now. Raises LedgerError, ArtifactsUnavailable."""
+        """The current plan. Raises LedgerError, ArtifactsUnavailable."""
         plan = make_plan(self.settings, self.ledger, self.artifacts)
         local = home_items(self.settings.home, self.ledger, self.settings.gc.keep_days)
         return CollectionPlan(plan.live, (*plan.items, *local))
 
     def run(self, actor: str = "ratchet") -> CollectionPlan | None:
-        """Delete it. None when another collector, or a backup, is at work: nothing was done.
-
-        Raises:
-            LedgerError, ArtifactsUnavailable: a store is away, or the clocks do not fit. Before the first deletion
-                nothing was changed; after it, the next run goes on.
-        """
+        """Delete what the plan lists. None, with nothing done, while another collector or a backup is running. Raises
+        LedgerError, ArtifactsUnavailable when a store is unavailable or clocks disagree. Before the first deletion
+        nothing has changed; after it, the next run continues."""
         epoch = self.ledger.acquire_lease(COLLECT_LEASE, self._holder, LEASE_SECONDS)
         if epoch is None:
             return None

@@ -1,9 +1,5 @@
-"""The plan of a collection: what goes and what stays of the artifacts and of this machine's folder, and why. It deletes
-nothing.
-
-Ages are counted back from the newest entry of the ledger, not from a clock: an installation that rests loses nothing,
-and a machine whose clock is wrong deletes nothing.
-"""
+"""Plans a collection: which artifacts and local files to delete or keep, and why. Deletes nothing. Ages count back from
+the newest ledger entry, not from a clock: an idle installation loses nothing, and a wrong clock deletes nothing."""
 
 from __future__ import annotations
 
@@ -30,9 +26,8 @@ from updater.service.process import work_folders
 
 Kind = Literal["adapter", "carry-over", "report", "work folder", "score cache", "engine cache"]
 FOLDERS: Final[dict[Kind, str]] = {"adapter": "adapters", "carry-over": "memories", "report": "reports"}
-"""Of the artifacts."""
 MAX_SKEW: Final = timedelta(minutes=5)
-"""An entry of the ledger that is so much younger than the database's clock is one of a clock that is wrong."""
+"""A ledger entry this much ahead of the database's clock comes from a wrong clock."""
 UNKNOWN: Final = "the ledger does not know it"
 FRESH: Final = "fresh"
 DAY: Final = 86_400.0
@@ -40,8 +35,6 @@ DAY: Final = 86_400.0
 
 @dataclass(frozen=True)
 class Item:
-    """One directory or file, and what becomes of it."""
-
     kind: Kind
     name: str
     bytes: int
@@ -50,29 +43,26 @@ class Item:
 
     @property
     def key(self) -> str:
-        """Of the artifacts."""
         return f"{FOLDERS[self.kind]}/{self.name}"
 
 
 @dataclass(frozen=True)
 class CollectionPlan:
-    """Items of a collection; it holds as long as release ``live`` is the live one (0: none)."""
+    """Items of a collection, valid while ``live`` is the live release (0: none)."""
 
     live: int
     items: tuple[Item, ...]
 
     @cached_property
     def going(self) -> list[Item]:
-        """Those that go."""
         return [item for item in self.items if item.goes]
 
     @property
     def freed(self) -> int:
-        """Bytes of it."""
         return sum(item.bytes for item in self.going)
 
     def summary(self) -> dict[str, Any]:
-        """Counts and bytes by kind, for machines."""
+        """Counts and bytes by kind."""
         counts: dict[str, dict[str, int]] = {"goes": Counter(), "stays": Counter()}
         for item in self.items:
             counts["goes" if item.goes else "stays"][item.kind] += 1
@@ -82,8 +72,6 @@ class CollectionPlan:
 
 @dataclass(frozen=True)
 class _Known:
-    """Facts from the ledger."""
-
     live: int
     newest: datetime
     uses: Mapping[str, AdapterUse]
@@ -91,18 +79,13 @@ class _Known:
     needed: Mapping[str, str]
 
     def age(self, moment: datetime) -> float:
-        """Days."""
+        """Age in days."""
         return (self.newest - moment) / timedelta(days=1)
 
 
 def make_plan(settings: Settings, ledger: Ledger, artifacts: Artifacts) -> CollectionPlan:
-    """The plan for the artifacts. The ledger is read before they are listed: what is stored meanwhile is unknown to it
-    and stays.
-
-    Raises:
-        LedgerError: the ledger has an entry of the future, or is away.
-        ArtifactsUnavailable: the artifacts cannot be listed.
-    """
+    """Plan for the artifacts. The ledger is read before they are listed: what is stored meanwhile is unknown and stays.
+    Raises LedgerError when the ledger is unavailable or has an entry from the future, ArtifactsUnavailable."""
     known = _read(settings, ledger)
     if known is None:
         return CollectionPlan(0, ())
@@ -120,7 +103,6 @@ def make_plan(settings: Settings, ledger: Ledger, artifacts: Artifacts) -> Colle
 
 
 def _read(settings: Settings, ledger: Ledger) -> _Known | None:
-    """None for a ledger without an entry."""
     newest, clock = ledger.newest_entry(), ledger.clock()
     if newest is None:
         return None
@@ -155,7 +137,7 @@ def _adapter(settings: Settings, known: _Known, name: str) -> tuple[bool, str]:
 
 
 def _carry_over(known: _Known, name: str, adapter: tuple[bool, str] | None) -> tuple[bool, str]:
-    """An update may begin from an adapter that stays and was released, or that is not decided."""
+    """Carry-over stays with adapters that stay and were released, or are undecided: an update may begin from them."""
     use = known.uses.get(name)
     if use is None or adapter is None:
         return False, UNKNOWN
@@ -185,9 +167,8 @@ def _report(
 
 
 def needed_adapters(ledger: Ledger, settings: Settings) -> dict[str, str]:
-    """Adapters that must stay, each with one reason: what answers, what a rollback or a switch of the base goes back
-    to, what the gate compares with, what is not decided.
-    """
+    """Adapters to keep, with a reason each: in service, needed for a rollback or base switch, the gate, or
+    undecided."""
     needed: dict[str, str] = {}
     for name, reason in _reasons(ledger, settings):
         if name is not None:
@@ -214,7 +195,7 @@ def _reasons(ledger: Ledger, settings: Settings) -> Iterator[tuple[str | None, s
 
 
 def _resident(ledger: Ledger, settings: Settings, base: str | None) -> Iterator[tuple[str | None, str]]:
-    """Adapters that answer or that a rollback goes back to, with releases of one base; None: of all."""
+    """Adapters that answer or that a rollback returns to, in releases of one base; None: of all."""
     size = max(settings.gc.keep_releases, settings.serve.rollback_window)
     rows = read_residency(ledger, size, base)
     for row in rows.answering:
@@ -234,11 +215,11 @@ def _resident(ledger: Ledger, settings: Settings, base: str | None) -> Iterator[
 
 
 def best_adapters(ledger: Ledger, family: str, base: str) -> dict[str, str]:
-    """Released adapters of a base with the highest score on any suite, which candidates are compared with."""
+    """Released adapters of a base with the highest score on any suite; candidates are compared with them."""
     verdicts = ledger.released_verdicts(family, base)
     judged = [pair for verdict in verdicts for pair in verdict.summary.get("suites", {}).items()]
     names = {name for name, suite in judged if suite.get("role") != "gain" or name.startswith(FRESH)}
-    # The fresh suite of a domain stands for its memory suite, too.
+    # The fresh suite of a domain also stands for its memory suite.
     names |= {f"{MEMORY}{name.removeprefix(FRESH)}" for name in names if name.startswith(FRESH)}
     best: dict[str, str] = {}
     for suite in sorted(names):
@@ -248,9 +229,7 @@ def best_adapters(ledger: Ledger, family: str, base: str) -> dict[str, str]:
 
 
 def home_items(home: Path, ledger: Ledger, keep_days: float) -> list[Item]:
-    """Items with paths relative to ``home`` as their names. All of them can be made again; files whose times are in the
-    future stay.
-    """
+    """Local files by path relative to ``home``. All can be made again; files with times in the future stay."""
     return [*_work_folders(home, ledger), *_scores(home, keep_days), *_engines(home, keep_days)]
 
 
@@ -270,7 +249,7 @@ def _scores(home: Path, keep_days: float) -> Iterator[Item]:
 
 
 def _engines(home: Path, keep_days: float) -> Iterator[Item]:
-    """Graphs and measurements of bases: their names begin with 12 digits of the base's digest."""
+    """Graphs and measurements of bases; names begin with 12 digits of the base's digest."""
     digests = {digest[:12] for digest in names_by_digest(home)}
     for path in sorted((home / "engines").glob("[0-9a-f]" * 12 + "*")):
         age, known = _days_unused(path), path.name[:12] in digests
@@ -287,5 +266,4 @@ def _days_unused(path: Path) -> float:
 
 
 def largest_first(items: Iterable[Item]) -> list[Item]:
-    """For people."""
     return sorted(items, key=lambda item: (-item.bytes, item.kind, item.name))

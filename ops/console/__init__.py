@@ -1,12 +1,12 @@
-"""The console: a web page for operators and first-time visitors, rendered on the server.
+"""The console: a server-rendered web page for operators and first-time visitors.
 
-app               `ratchet console`: the application and its process, which has no state
-security          what holds for every request: host, size, session, headers, and the path of a proxy
-public            the read-only mode without a key: methods, request rate, what is left out, answers that are shared
-request_context   one request: who asks, what they may do, and how the answer is rendered
-data              where the facts come from: ledger, artifacts, sample store, and the server over HTTP
-timeline          releases as a story; what the guard watches, and what it took back
-action_preview    what an operator's action will do, in words, before it is done
-template_filters  how facts are written: numbers, times, names
-pages/            a module for each page
+app               `ratchet console`: the stateless application and its process
+security          rules for every request: host, size, session, headers, path prefix
+public            read-only mode without keys
+request_context   a request's visitor, rights and rendering
+data              ledger, artifacts, sample store, and the server over HTTP
+timeline          history of releases, and the guard's view
+action_preview    effect of an operator's action, in words
+template_filters  formats of numbers, times and names
+pages/            a module per page
 """

@@ -1,4 +1,4 @@
-"""The effect of an operator's action, in words, before it is done."""
+"""Previews the effect of an operator's action in words."""
 
 from __future__ import annotations
 
@@ -21,21 +21,19 @@ PERCENT = re.compile(r"[0-9]{1,2}(\.[0-9]{1,3})?")
 NO_SHARE = "Say how many percent of the requests it answers: more than 0 and less than 100."
 REQUESTS = "Requests that have begun end under the release that they began with; no request fails or waits."
 OFFERED = 60
-"""Releases and adapters that a form offers."""
 Action = Literal["rollback", "release", "promote", "hold", "resume"]
 WORDS: Mapping[Action, tuple[str, str]] = {
     "rollback": ("Roll back", "Roll back now"), "release": ("Release an adapter", "Release now"),
     "promote": ("Promote", "Promote now"), "hold": ("Hold updates", "Hold updates"),
     "resume": ("Resume updates", "Resume"),
 }  # fmt: skip
-"""Title of the dialog, and text of its button."""
 How = Literal["all", "canary", "shadow"]
-"""The requests that a release answers: all, a share of them, or none."""
+"""Requests that a release answers: all, a share, or none."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The contents of a form. An empty adapter leaves what is live; ``base`` is the base alone."""
+    """The contents of a form. An empty adapter means no change; ``base`` is the base without adapter."""
 
     to: int | None = None
     family: Family | None = None
@@ -43,23 +41,22 @@ class Choice:
     vlm: str = ""
     how: How = "all"
     percent: str = ""
-    """Of the requests, as typed; for a canary."""
+    """Percentage of requests as typed, for a canary."""
 
     @classmethod
     def of(cls, to: str, family: str, clip: str, vlm: str, how: How = "all", percent: str = "") -> Choice:
-        """From a form's fields; what makes no sense counts as not said, but a percentage stays as it was typed."""
+        """From a form's fields; invalid values count as missing, except that a percentage stays as typed."""
         number = int(to) if to.isascii() and to.isdigit() and int(to) > 0 else None
         named = next((each for each in FAMILIES if each == family), None)
         return cls(number, named, clip.strip(), vlm.strip(), how, percent.strip() if how == "canary" else "")
 
     @property
     def adapters(self) -> dict[str, str]:
-        """Those that are named, by family."""
         return {family: name for family, name in (("clip", self.clip), ("vlm", self.vlm)) if name}
 
     @property
     def share(self) -> float | None:
-        """Of the requests, see :attr:`ReleaseRow.share`; None when the percentage is none."""
+        """Share of requests, see :attr:`ReleaseRow.share`; None for an invalid percentage."""
         if self.how != "canary":
             return 1.0 if self.how == "all" else 0.0
         share = float(self.percent) / 100 if PERCENT.fullmatch(self.percent) else 0.0
@@ -67,7 +64,6 @@ class Choice:
 
     @property
     def query(self) -> str:
-        """The same choice as a link's query."""
         said = {"to": self.to, "family": self.family, "clip": self.clip, "vlm": self.vlm}
         said |= {"how": self.how, "percent": self.percent} if self.how != "all" else {}
         return urlencode({name: value for name, value in said.items() if value})
@@ -75,24 +71,21 @@ class Choice:
 
 @dataclass(frozen=True)
 class ActionPreview:
-    """The effect of an action."""
-
     happens: tuple[str, ...]
     possible: bool = True
     warnings: tuple[str, ...] = ()
     force: tuple[str, ...] = ()
-    """Adapters that the warnings are about. The server wants to be told that just these are meant."""
+    """Adapters that the warnings concern; the server requires them to be confirmed."""
     targets: tuple[ReleaseRow, ...] = ()
     adapters: Mapping[Family, tuple[tuple[str, str], ...]] = field(default_factory=dict)
-    """Choices by family: name and what the gate said."""
+    """Choices by family: name and the gate's verdict."""
     title: str = ""
     verb: str = ""
     live: int = 0
-    """The release that is live now: if it is another one when the action arrives, nothing is done."""
+    """The current live release; the action is refused if it has changed by then."""
 
 
 def preview(ledger: Ledger, action: Action, choice: Choice, resident: Mapping[int, object]) -> ActionPreview:
-    """The plan of one action, from what the ledger has now."""
     live = ledger.live()
     if action == "rollback":
         made = _rollback(ledger, live, choice, resident)
@@ -107,7 +100,7 @@ def preview(ledger: Ledger, action: Action, choice: Choice, resident: Mapping[in
 
 
 def unproven(ledger: Ledger, names: Sequence[str | None]) -> dict[str, str]:
-    """Those of some adapters that are not released without force, and why, in words."""
+    """Adapters that need force to be released, with the reason in words."""
     withdrawn = ledger.withdrawn(names)
     judged = {verdict.adapter: verdict.outcome for verdict in reversed(ledger.verdicts(OFFERED))}
     return {
@@ -194,7 +187,6 @@ def _resume(ledger: Ledger, live: ReleaseRow | None) -> ActionPreview:
 
 
 def _answering(choice: Choice, number: int, stable: int) -> list[str]:
-    """Lines about the requests that a release made by hand answers."""
     lasts = (
         "The guard compares both, and takes it back when a bound is broken. Otherwise the trial lasts until someone "
         "promotes it, rolls back or releases something else; updates wait until then."
@@ -211,7 +203,7 @@ def _answering(choice: Choice, number: int, stable: int) -> list[str]:
 
 
 def _moves(live: ReleaseRow | None, others: ReleaseRow, wanted: Mapping[Family, str | None]) -> list[str]:
-    """Lines about what changes for those who are answered by ``others``, and about a trial that ends."""
+    """Lines about changes for requests answered by ``others``, and about a trial that ends."""
     lines, trial = [], on_trial(live)
     if trial is not None:
         lines.append(f"The trial of release {trial.number} ({answers(trial.share)}) ends.")
@@ -229,7 +221,6 @@ def _serves(row: ReleaseRow, wanted: Mapping[Family, str | None]) -> bool:
 
 
 def _said(ledger: Ledger) -> dict[str, str]:
-    """Adapters that could be released, newest first, and what is known of each."""
     verdicts: dict[str, str] = {verdict.adapter: verdict.outcome for verdict in reversed(ledger.verdicts(OFFERED))}
     known = dict.fromkeys(name for name, _ in reversed(trained(ledger).items()))
     for row in ledger.releases(OFFERED):

@@ -1,4 +1,4 @@
-"""`ratchet console`: the console's application, with errors as pages and static files, and its process."""
+"""`ratchet console`: the application with error pages and static files, and its process."""
 
 from __future__ import annotations
 
@@ -39,9 +39,8 @@ from updater.gate.report import styles
 
 log = logging.getLogger("ratchet.console")
 FORM_BYTES = 256 * 1024
-"""Room for the texts of a form next to its picture."""
 PUBLIC_REQUESTS_PER_MINUTE = 300
-"""Of one address, in public mode: an open page makes six a minute, so that fifty screens may share an address."""
+"""Per address in public mode: an open page makes six a minute, so fifty screens may share an address."""
 PAGES = (overview, playground, releases, models, gate, stream, quarantine, budget, audit, pictures, sign_in)
 PUBLIC_PAGES = (overview, releases, models, gate, stream, budget)
 STOP_SECONDS = 5
@@ -49,7 +48,7 @@ STATIC = Path(__file__).parent / "static"
 
 
 def build_console(settings: Settings) -> FastAPI:
-    """The application of one console. It opens its connections with the first request."""
+    """The console's application. Opens its connections with the first request."""
     console, serve = settings.console, settings.serve
     app = FastAPI(title="Ratchet console", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.data = ConsoleData(settings)
@@ -72,7 +71,7 @@ def build_console(settings: Settings) -> FastAPI:
     )  # fmt: skip
     if console.path_prefix:
         app.add_middleware(PathPrefix, prefix=console.path_prefix)
-    app.middleware_stack = RequestIds(app.build_middleware_stack())  # also around what answers an unexpected error
+    app.middleware_stack = RequestIds(app.build_middleware_stack())  # also around answers to unexpected errors
     return app
 
 
@@ -139,7 +138,7 @@ def _errors(app: FastAPI) -> None:
 
 
 def _trouble(request: Request, status: int, title: str, message: str, fix: str) -> Response:
-    """An error as a page, or as a box where a part of a page was asked for. Needs no ledger."""
+    """An error as a page, or as a box in place of a part of a page. Needs no ledger."""
     session: Session = request.state.session
     data: ConsoleData = request.app.state.data
     public = data.settings.console.public
@@ -155,10 +154,9 @@ def _trouble(request: Request, status: int, title: str, message: str, fix: str) 
 
 
 def run_console(settings: Settings) -> None:
-    """Serve the console until SIGTERM."""
     console = settings.console
     say(f"console on http://{console.host}:{console.port}")
-    uvicorn.run(  # without a configuration of the log: that of every other process holds
+    uvicorn.run(  # no log_config: the logging setup is the same as in other processes
         build_console(settings), host=console.host, port=console.port, log_config=None, log_level="warning",
         server_header=False, timeout_graceful_shutdown=STOP_SECONDS, limit_concurrency=256,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Sources of the console's facts: the ledger, the artifacts, the sample store, and the server over HTTP."""
+"""Sources of the console's data: ledger, artifacts, sample store, and the server over HTTP."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from updater.service.learning_state import LearningState, learning_states
 
 Result = TypeVar("Result")
 STATUS_SECONDS = 2.0
-"""Facts that many viewers poll are asked for once in so long, however many look."""
+"""Minimum interval between queries for data that many viewers poll."""
 STREAM_SECONDS = 5.0
-"""The same for the stream, where gaps are looked for in the whole store, and for the items that the gate could ask."""
+"""The same for the stream, which scans the store for gaps, and for the gate's items."""
 PATIENCE_SECONDS = 5.0
-"""Longest wait of a page for the store, and for the server, before it shows what it can without."""
+"""Longest wait of a page for the store and the server before it shows what it can without."""
 ACTION_SECONDS = 900.0
 """A release of a new adapter waits for its catalog."""
 KEPT_PICTURES = 600
 EXAMPLES = 12
 EXAMPLE_ROWS = 20_000
-"""A larger store is not looked through for examples: the newest samples of each partition have to do."""
+"""Larger stores are not searched for examples; the newest samples of each partition are used."""
 
 
 class ConsoleData:
-    """Everything a page may ask. Safe to use from several threads; connects when it is first asked."""
+    """Data for all pages. Thread safe; connects on first use."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -55,41 +55,35 @@ class ConsoleData:
 
     @cached_property
     def ledger(self) -> Ledger:
-        """The ledger. Raises LedgerError while it is away; the next request tries again."""
+        """The ledger. Raises LedgerError while it is unavailable; the next request tries again."""
         return Ledger.open(self.settings.ledger)
 
     @cached_property
     def access(self) -> Access:
-        """Keys and their holders."""
         return Access(self.ledger, self.settings)
 
     @cached_property
     def artifacts(self) -> Artifacts:
-        """Adapters and reports."""
         return Artifacts(self.settings.artifacts)
 
     def client(self, key: str, timeout: float = 60.0) -> Client:
-        """The server as the holder of ``key`` sees it; an empty key is that of an anonymous caller."""
+        """A client with ``key``; an empty key is anonymous."""
         own = key == self.settings.operator_key().get_secret_value()
-        actor = "operator" if own else "console"  # a key's name is put before it: key:ana/console
+        actor = "operator" if own else "console"  # the server prefixes a key's name: key:ana/console
         return Client(self.settings.server, key, actor=actor, timeout=timeout, retries=0)
 
     def status(self, *, fresh: bool = False) -> dict[str, Any] | None:
-        """The state of the controller and the catalog; None when the server does not answer.
-
-        Args:
-            fresh: ask now, for a visitor who is about to act; one who only watches gets what is a little older.
-        """
+        """State of controller and catalog; None if the server does not answer. ``fresh``: bypass the cache."""
         return self.cached("status", self._status, seconds=0.0 if fresh else STATUS_SECONDS)
 
     def resident_releases(self, *, fresh: bool = False) -> dict[int, dict[str, Any]]:
-        """Resident releases, which can be asked by number; empty when the server does not answer."""
+        """Resident releases by number; empty if the server does not answer."""
         status = self.status(fresh=fresh)
         rows = [] if status is None else status["controller"]["resident"]
         return {row["release"]: row for row in rows}
 
     def cached(self, name: str, make: Callable[[], Result], seconds: float = STATUS_SECONDS) -> Result:
-        """The result of ``make`` in the last seconds. Callers that ask while it is being made wait for it."""
+        """The result of ``make``, at most ``seconds`` old. Concurrent callers wait for one result."""
         with self._lock:
             turn = self._turns.setdefault(name, threading.Lock())
         with turn:
@@ -101,7 +95,6 @@ class ConsoleData:
             return result
 
     def invalidate(self) -> None:
-        """Forget what is kept: something was changed."""
         for name in ("status", "overview"):
             self._cache.pop(name, None)
 
@@ -114,30 +107,28 @@ class ConsoleData:
             return None
 
     def report(self, update_id: str, name: str) -> bytes:
-        """A file of a gate report. Raises AdapterError when it is not there."""
+        """A file of a gate report. Raises AdapterError when it is missing."""
         return self.artifacts.read_bytes(f"reports/{update_id}/{name}")
 
     def report_data(self, update_id: str) -> dict[str, Any] | None:
-        """A gate report as data; None when it is missing or damaged."""
+        """A gate report as data; None if it is missing or damaged."""
         with suppress(RatchetError, OSError, ValueError):
             found = json.loads(self.report(update_id, "report.json"))
             return found if isinstance(found, dict) else None
         return None
 
     def samples(self, ids: Collection[str]) -> dict[str, dict[str, Any]]:
-        """Texts of the samples that the store has of some, by id."""
         if not ids:
             return {}
         rows = self.store.scan(ids=sorted(ids), columns=["id", "text", "question", "answer"])
         return {row["id"]: row for row in rows.to_pylist()}
 
     def picture(self, sample_id: str) -> bytes | None:
-        """A sample's image as it was sent."""
         return self.store.image([sample_id]).get(sample_id)
 
     def thumbnail(self, sample_id: str, size: int) -> bytes | None:
-        """A sample's picture as PNG, drawn again so that no byte of a producer reaches a browser."""
-        # What was drawn before a deletion is not shown after it: the number of deletions is part of the key.
+        """A sample's picture as PNG, re-encoded so that no producer's bytes reach a browser."""
+        # The number of deletions is part of the key, so that deleted pictures are not served from the cache.
         deleted = self.cached("deleted", lambda: self.store.tally()["deleted"], STATUS_SECONDS)
         return self._thumbnails(sample_id, size, deleted)
 
@@ -146,7 +137,7 @@ class ConsoleData:
         return None if data is None else self.draw(data, size)
 
     def draw(self, data: bytes, size: int) -> bytes | None:
-        """Any image from outside as a PNG of at most ``size`` pixels a side; None if it does not decode."""
+        """An untrusted image as PNG of at most ``size`` pixels a side; None if it does not decode."""
         ingest = self.settings.ingest
         try:
             image = decode_image(data, max_pixels=ingest.max_pixels, max_bytes=ingest.max_image_bytes)
@@ -158,7 +149,7 @@ class ConsoleData:
         return buffer.getvalue()
 
     def examples(self) -> list[dict[str, Any]]:
-        """Samples to play with, spread over the store; newest data included."""
+        """Samples to play with, spread over the store, including the newest data."""
         return self.cached("examples", self._examples, seconds=30.0)
 
     def _examples(self) -> list[dict[str, Any]]:
@@ -179,19 +170,16 @@ class ConsoleData:
             raise StoreUnavailable(message, state="slow") from None
 
     def learning(self) -> dict[Family, LearningState]:
-        """Fresh items and alpha of each model."""
         return self.cached("learning", lambda: learning_states(self.settings, self.ledger, self.store), STREAM_SECONDS)
 
     def base_names(self) -> dict[str, str]:
-        """Names of the bases that are registered here, by digest."""
         return self.cached("bases", lambda: names_by_digest(self.settings.home), seconds=60.0)
 
     def live(self) -> ReleaseRow | None:
-        """The live release, as the ledger has it."""
         return self.ledger.live()
 
 
 def short_texts(rows: Sequence[dict[str, Any]], column: str = "text", most: int = 5, chars: int = 40) -> list[str]:
-    """Short texts of samples, to try a search or a question with, each once."""
+    """Distinct short texts of samples, as suggestions for searches and questions."""
     texts = dict.fromkeys(row[column].strip() for row in rows if 3 <= len(row[column].strip()) <= chars)
     return list(texts)[:most]

@@ -1,8 +1,6 @@
-"""The public mode: a read-only console that needs no key, for a team's screen.
-
-What it never shows: keys, names of people, what operators wrote, messages of errors, names of sources, and, unless
-``console.public_samples`` is set, anything of a sample. It has no form and no session, and takes no method but GET.
-"""
+"""Public mode: a read-only console without keys, for a team's screen. It never shows keys, people's names, operators'
+texts, error messages or source names, nor anything of a sample unless ``console.public_samples`` is set. It has no
+forms and no sessions, and accepts only GET."""
 
 from __future__ import annotations
 
@@ -22,14 +20,11 @@ from serving.http.health import Recent
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD"})
 SPEAKERS: Final = frozenset({"updater", "guard"})
-"""Actors whose reasons are made by Ratchet from names and numbers; those of others may say anything."""
+"""Actors whose reasons Ratchet makes from names and numbers; others may write anything."""
 PAGES: Final = ("/", "/releases", "/models", "/gate", "/stream", "/budget")
 REFRESH_SECONDS: Final = 10
-"""A page asks for itself again after this."""
 SHARED_SECONDS: Final = 5.0
-"""Age from which on a shared answer is made again."""
 MOST_SHARED: Final = 128
-"""Answers that are kept, the last ones."""
 UNSHARED: Final = ("/health/", "/static/")
 VARY: Final = (b"hx-request", b"hx-target", b"hx-current-url")
 """Headers that a page depends on."""
@@ -37,12 +32,8 @@ Key = tuple[str, str, bytes, tuple[bytes, ...]]
 
 
 class ReadOnly:
-    """Refuses every method that could change something, and more requests than an address may make. Pure ASGI.
-
-    Args:
-        requests_per_minute: of one address; probes under ``/health/`` are not counted.
-        trusted_proxies: networks whose ``X-Forwarded-For`` is believed.
-    """
+    """Refuses methods that could change something, and limits requests per address. Pure ASGI. Probes under
+    ``/health/`` are not counted; ``trusted_proxies``: networks whose ``X-Forwarded-For`` is believed."""
 
     def __init__(self, app: ASGIApp, requests_per_minute: int, trusted_proxies: Sequence[str] = ()) -> None:
         self.app = app
@@ -51,7 +42,6 @@ class ReadOnly:
         self._proxies = TrustedProxies(trusted_proxies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] == "http":
             scope.setdefault("state", {})["no_cookie"] = True
             refusal = self._refusal(scope)
@@ -73,16 +63,13 @@ class ReadOnly:
 
 
 class SharedPages:
-    """Gives all who ask for a page within SHARED_SECONDS one answer, made for a visitor without a key: the ledger is
-    asked as often for a hundred screens as for one. Pure ASGI.
-    """
+    """Shares one answer per page among all visitors for SHARED_SECONDS, made for a visitor without a key. Pure ASGI."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self._answers: OrderedDict[Key, Recent[list[Message]]] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] != "http" or scope["path"].startswith(UNSHARED):
             await self.app(scope, receive, send)
             return
@@ -107,7 +94,7 @@ class SharedPages:
 
         async def receive() -> Message:
             if not body:
-                await asyncio.Event().wait()  # no visitor of many goes away for all
+                await asyncio.Event().wait()  # a shared answer has no client that disconnects
             return body.pop()
 
         async def send(message: Message) -> None:
@@ -118,7 +105,7 @@ class SharedPages:
 
 
 def without_samples(report: Mapping[str, Any]) -> dict[str, Any]:
-    """A gate report without anything of a sample: no regressions, no pairs of images that look alike."""
+    """A gate report without regressions and pairs of similar images, which show samples."""
     diagnostics = report.get("diagnostics")
     suites = [{**suite, "worst": []} for suite in report.get("suites") or ()]
     if not diagnostics:

@@ -1,4 +1,4 @@
-"""One request: who asks, what they may do, and how the answer is rendered."""
+"""The context of a request: the visitor, their rights, and how answers are rendered."""
 
 from __future__ import annotations
 
@@ -33,18 +33,16 @@ NAV = (
 )
 
 MAX_NEXT: Final = 1000
-"""Characters of a path to come back to, as JSON."""
 LOOK: Final[tuple[KeyScope, ...]] = ("search", "operate")
-"""Pages show samples of the corpus: who looks needs one of these scopes."""
+"""Pages show samples of the corpus, so viewing needs one of these scopes."""
 
 
 def nav(public_mode: bool) -> list[tuple[str, str]]:
-    """Links and names of the pages that a visitor may see."""
     return [(link, name) for link, name in NAV if not public_mode or link in public.PAGES]
 
 
 class ErrorPage(Exception):
-    """The answer is a page that says what is wrong, and what to do."""
+    """Raised to answer with a page that shows a problem and its fix."""
 
     def __init__(self, status: int, title: str, message: str, fix: str = "") -> None:
         super().__init__(message)
@@ -52,7 +50,7 @@ class ErrorPage(Exception):
 
 
 class SignIn(Exception):
-    """This page wants a key, and there is none."""
+    """Raised when a page needs a key and the visitor has none."""
 
     def __init__(self, next_page: str) -> None:
         super().__init__(next_page)
@@ -61,8 +59,6 @@ class SignIn(Exception):
 
 @dataclass(frozen=True)
 class RequestContext:
-    """A request, its visitor, and the ways to answer it."""
-
     request: Request
     data: ConsoleData
     session: Session
@@ -70,27 +66,23 @@ class RequestContext:
 
     @property
     def public(self) -> bool:
-        """True if the console is in public mode, see :mod:`ops.console.public`."""
+        """True in public mode, see :mod:`ops.console.public`."""
         return self.data.settings.console.public
 
     @property
     def operator(self) -> bool:
-        """True if the caller may act."""
         return self.principal is not None and self.principal.may("operate")
 
     @property
     def signed_in(self) -> bool:
-        """True if the caller showed a key."""
         return self.principal is not None and self.principal.kind != "anonymous"
 
     @property
     def partial(self) -> bool:
-        """True if a part of a page is wanted (htmx), not a whole one."""
         return self.request.headers.get("hx-request") == "true"
 
     @property
     def here(self) -> str:
-        """Path and query of the page that is open, to come back to after signing in."""
         current = self.request.headers.get("hx-current-url", "") if self.partial else str(self.request.url)
         parts = urlsplit(current)
         if self.request.method != "GET" or not parts.path.startswith("/"):
@@ -98,23 +90,20 @@ class RequestContext:
         return f"{parts.path}?{parts.query}" if parts.query else parts.path
 
     def client(self, timeout: float = 60.0) -> Client:
-        """The server, asked with the visitor's own key."""
         return self.data.client(self.session.key, timeout)
 
     def page(self, template: str, title: str, status: int = 200, **facts: Any) -> HTMLResponse:
-        """A whole page."""
         path = self.request.url.path
         section = next((link for link, _ in reversed(NAV) if path == link or path.startswith(f"{link}/")), "/")
         return self.part(template, status, title=title, nav=nav(self.public), section=section, here=self.here, **facts)
 
     def dialog(self, template: str, title: str, status: int = 200, **facts: Any) -> HTMLResponse:
-        """A part that opens over the page; without a script it is a page of its own."""
+        """A part that opens over the page; a page of its own without scripts."""
         if self.partial:
             return self.part(template, status, title=title, **facts)
         return self.page("alone.html", title, status, inner=template, **facts)
 
     def part(self, template: str, status: int = 200, **facts: Any) -> HTMLResponse:
-        """A part of a page, for htmx to put in its place."""
         return HTMLResponse(
             TEMPLATES.get_template(template).render(context=self, csrf=self.session.csrf, public=self.public, **facts),
             status,
@@ -122,7 +111,7 @@ class RequestContext:
 
 
 def request_context(request: Request) -> RequestContext:
-    """The context of a request; also for pages that everyone may see."""
+    """The context of a request, also for pages that everyone may see."""
     data: ConsoleData = request.app.state.data
     session: Session = request.state.session
     if data.settings.console.public:
@@ -136,7 +125,7 @@ def request_context(request: Request) -> RequestContext:
 
 
 async def intended(request: Request) -> None:
-    """Refuse a POST that none of our pages sent: each carries the session's token, as header or field."""
+    """Refuse a POST that does not carry the session's token as header or field."""
     if request.method in ("GET", "HEAD"):
         return
     token = request.headers.get("x-csrf-token") or (await request.form()).get("csrf") or ""
@@ -148,7 +137,7 @@ async def intended(request: Request) -> None:
 
 
 def reader(context: Annotated[RequestContext, Depends(request_context)]) -> RequestContext:
-    """A visitor who may look; in public mode, every visitor. Raises SignIn."""
+    """A visitor who may view; in public mode, every visitor. Raises SignIn."""
     if context.public:
         return context
     if context.principal is None or not context.principal.may(*LOOK):
@@ -157,7 +146,7 @@ def reader(context: Annotated[RequestContext, Depends(request_context)]) -> Requ
 
 
 def operator(context: Annotated[RequestContext, Depends(reader)]) -> RequestContext:
-    """A visitor who may act. Raises SignIn, or Refused when the key may not."""
+    """A visitor who may act. Raises SignIn, or ErrorPage when the key may not."""
     if context.public:
         raise ErrorPage(403, "This console is read-only", "It is in public mode.", "Use one that is not, or `ratchet`.")
     if not context.signed_in:
@@ -174,9 +163,8 @@ def operator(context: Annotated[RequestContext, Depends(reader)]) -> RequestCont
 
 
 def local_path(target: str) -> str:
-    """A path of this console: no one is sent elsewhere after signing in. A long one is left out: it goes to the
-    identity provider and back in a cookie.
-    """
+    """``target`` if it is a path of this console, else ``/``: sign-in never redirects elsewhere. Long ones are dropped,
+    since they travel to the identity provider and back in a cookie."""
     parts = urlsplit(target)
     right = target.startswith("/") and not target.startswith(("//", "/\\")) and not parts.scheme and not parts.netloc
     short = len(json.dumps(target)) <= MAX_NEXT
@@ -184,7 +172,6 @@ def local_path(target: str) -> str:
 
 
 def sign_in_link(next_page: str) -> str:
-    """The link to sign in, and come back."""
     return "/sign-in?" + urlencode({"next": next_page})
 
 

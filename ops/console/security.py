@@ -1,9 +1,6 @@
-"""Sessions, and the rules for every request whatever its page: host, size, session, headers.
-
-A session is one cookie, encrypted and signed (Fernet), so that the console itself remembers nothing. It holds the API
-key that the visitor signed in with. Each request asks who that key belongs to, so a key that is revoked ends its
-sessions, and what the console does for a visitor the server sees under the visitor's own key.
-"""
+"""Sessions, and the rules for every request: host, size, session, headers. A session is one encrypted and signed cookie
+(Fernet) with the visitor's API key; the console stores nothing. Every request resolves the key again, so revoking a key
+ends its sessions, and the server sees what the console does for a visitor under the visitor's own key."""
 
 from __future__ import annotations
 
@@ -45,11 +42,11 @@ HEADERS = {
     "permissions-policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
     "cache-control": "no-store",
 }
-"""On every answer, unless its page says otherwise (thumbnails may be kept)."""
+"""On every answer, unless its page says otherwise (thumbnails may be cached)."""
 STATIC = {**HEADERS, "cache-control": "max-age=300"}
-"""On files that a browser may keep, and asks about after a while."""
+"""On files that a browser may cache for a while."""
 LINK = re.compile(rb'((?:href|src|action|hx-get|hx-post)=")(?=/(?!/))')
-"""Before a path in an attribute. Texts of a page have no plain quote: they are escaped."""
+"""Precedes a path in an attribute. Texts of a page are escaped and contain no plain quote."""
 REDIRECTS = ("location", "hx-redirect")
 WITHOUT_COOKIE = ("/static/", "/health/")
 MAX_REQUESTS = 64
@@ -61,28 +58,24 @@ class Session:
     """A visitor. ``key`` is empty before the sign-in."""
 
     csrf: str
-    """Every form sends it back; a page of another site cannot know it."""
+    """Every form returns it; pages of other sites cannot know it."""
     key: str = ""
     provider: Mapping[str, Any] = field(default_factory=dict)
-    """Facts for the way to the identity provider and back (Authlib's), and then for signing out there; empty for a
-    sign-in by a key."""
+    """Authlib's data during the sign-in, then for signing out at the provider; empty for a sign-in by key."""
 
     @classmethod
     def new(cls, key: str = "") -> Session:
-        """A session with a token of its own: a sign-in never keeps the one from before."""
+        """A session with a new token: a sign-in never keeps the previous one."""
         return cls(secrets.token_urlsafe(24), key)
 
     def sent_by_it(self, token: str) -> bool:
-        """True if a form carries this session's token; in constant time."""
+        """True if ``token`` is this session's; in constant time."""
         return hmac.compare_digest(token.encode(), self.csrf.encode())
 
 
 class Sessions:
-    """Seals sessions into cookies and opens them again.
-
-    The secret comes from the operators' key: consoles side by side open each other's cookies, and changing that key
-    ends every session.
-    """
+    """Seals sessions into cookies and opens them. The secret derives from the operators' key: replicas of the console
+    open each other's cookies, and changing the key ends every session."""
 
     def __init__(self, operator_key: SecretStr, hours: float) -> None:
         secret = hmac.digest(operator_key.get_secret_value().encode(), PURPOSE, hashlib.sha256)
@@ -90,11 +83,10 @@ class Sessions:
         self.seconds = int(hours * 3600)
 
     def seal(self, session: Session) -> str:
-        """The cookie's value."""
         return self._fernet.encrypt(json.dumps([session.csrf, session.key, dict(session.provider)]).encode()).decode()
 
     def open(self, cookie: str | None) -> Session | None:
-        """The session of a cookie; None when there is none, it is too old, or it was tampered with."""
+        """The session of a cookie; None if it is missing, expired or invalid."""
         if not cookie or len(cookie) > MAX_COOKIE_CHARS:
             return None
         try:
@@ -105,21 +97,14 @@ class Sessions:
 
 
 class TooLarge(HTTPException):
-    """A body grew larger than allowed while it was read."""
-
     def __init__(self) -> None:
         super().__init__(413)
 
 
 class SecurityMiddleware:
-    """Refuses strange hosts (on loopback), large bodies and too many requests; opens the session; adds the headers.
-    Pure ASGI, so that bodies are counted while they come in.
-
-    Args:
-        local: the console listens on loopback. Then only its own names are answered, so that no page of another site
-            can reach it under a name that it points here (DNS rebinding), and cookies need no TLS where none is used.
-        names: further names that are answered then.
-    """
+    """Refuses unknown hosts (on loopback), large bodies and too many requests; opens the session and adds headers. Pure
+    ASGI, so that bodies are counted while they arrive. ``local``: the console listens on loopback. Then only its own
+    names and ``names`` are answered, against DNS rebinding, and cookies need no TLS where none is used."""
 
     def __init__(
         self, app: ASGIApp, sessions: Sessions, max_body_bytes: int, local: bool, names: Sequence[str] = ()
@@ -132,7 +117,6 @@ class SecurityMiddleware:
         self.running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -162,7 +146,7 @@ class SecurityMiddleware:
             if refusal is not None:
                 await refusal(scope, receive, guarded)
             elif known is None and _came_from_elsewhere(scope, headers):
-                # A Strict cookie is not sent along a link on another site. Asked for by our own page, it is.
+                # Browsers do not send a Strict cookie along a link on another site, but do when our own page asks.
                 state["no_cookie"] = True
                 await PlainTextResponse(BOUNCE, media_type="text/html")(scope, receive, guarded)
             else:
@@ -232,19 +216,15 @@ def _came_from_elsewhere(scope: Scope, headers: Headers) -> bool:
 
 
 class PathPrefix:
-    """Serves an application under a path (``console.path_prefix``), whether or not a proxy takes that away.
-
-    Pages know their own paths alone; this adds the prefix to what leaves, and takes it off what comes in. Pure ASGI.
-    """
+    """Serves an application under a path (``console.path_prefix``), whether or not a proxy strips it. Adds the prefix
+    to responses and removes it from requests; pages only know their own paths. Pure ASGI."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
-        """``prefix``: as in ``/ratchet``."""
         self.app = app
         self.prefix = prefix
         self._in_url = re.compile(rf"^([a-z]+://[^/]*)?{re.escape(prefix)}(?=[/?]|$)")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

@@ -1,4 +1,4 @@
-"""The templates, and their words for times, numbers, shares and names."""
+"""The templates, and their filters for times, numbers, shares and names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ops.console.timeline import ranges, records
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-    autoescape=True,  # captions, reasons and names come from outside
+    autoescape=True,  # captions, reasons and names are untrusted
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -28,7 +28,6 @@ TONES = {
     "inconclusive": "open", "held": "open", "pending": "open", "preparing": "open", "abandoned": "open",
     "training": "busy", "trained": "busy", "gated": "busy", "sending": "busy", "canary": "busy", "shadow": "busy",
 }  # fmt: skip
-"""The colour that goes with a word; the word is always there too."""
 STATES = {
     "training": "training", "trained": "being judged", "gated": "being proposed", "done": "finished",
     "failed": "failed", "abandoned": "given up",
@@ -40,7 +39,6 @@ KINDS = {
 
 
 def ago(moment: datetime | None, now: datetime | None = None) -> str:
-    """Time since a moment, in one unit."""
     if moment is None:
         return "never"
     count = ((now or datetime.now(UTC)) - moment).total_seconds()
@@ -54,17 +52,14 @@ def ago(moment: datetime | None, now: datetime | None = None) -> str:
 
 
 def utc(moment: datetime | None) -> str:
-    """The exact time."""
     return "" if moment is None else f"{moment:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def iso(moment: datetime | None) -> str:
-    """For machines."""
     return "" if moment is None else moment.isoformat()
 
 
 def duration(seconds: float | None) -> str:
-    """A time span in words."""
     if seconds is None:
         return "–"
     if seconds < 1:
@@ -77,34 +72,31 @@ def duration(seconds: float | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """A count or amount, with separators; small ones with a decimal."""
+    """A number with separators; one decimal for small fractions."""
     if value is None:
         return "–"
     return f"{value:,.1f}" if value and abs(value) < 10 and value != int(value) else f"{value:,.0f}"
 
 
 def points(share: float | None) -> str:
-    """A difference of shares in points, with its sign."""
+    """A difference of shares in percentage points, with sign."""
     return "–" if share is None else f"{100 * share:+.1f}".replace("-", "−")
 
 
 def percent(share: float | None, digits: int = 0) -> str:
-    """A share in percent."""
     return "–" if share is None else f"{100 * share:.{digits}f}%"
 
 
 def odds(chance: float) -> str:
-    """The odds of a chance event, in words."""
     return "less than once in a billion times" if chance < 1e-9 else f"once in {1 / chance:,.0f} times"
 
 
 def adapter(name: str | None) -> str:
-    """An adapter as people say it."""
     return name or "the base alone"
 
 
 def pairs(value: Any) -> str:
-    """A small JSON value in a line, for the audit log."""
+    """A small JSON value in one line, for the audit log."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {pairs(child)}" for key, child in value.items() if child not in (None, "", [], {}))
     if isinstance(value, (list, tuple)):

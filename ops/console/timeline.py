@@ -1,6 +1,4 @@
-"""Releases as a story: what changed in each, on what data, by which recipe, at what cost, judged how, by whom, why;
-what the guard watches now, and what it took back.
-"""
+"""The history of releases: their changes, data, recipe, cost, verdict, actor and reason, and the guard's view."""
 
 from __future__ import annotations
 
@@ -15,49 +13,41 @@ from serving.releases.guard import ACTOR
 FAMILIES: Final[tuple[Family, Family]] = ("clip", "vlm")
 NAMES: Final[Mapping[Family, str]] = {"clip": "CLIP", "vlm": "VLM"}
 HISTORY = 500
-"""Updates among which the origin of an adapter is looked for; what is older is shown by its name alone."""
+"""Updates searched for the origin of an adapter; older ones are shown by name only."""
 ROWS_OF_AN_ACT = 4
-"""Audit rows that the guard leaves with each release it makes, at most."""
+"""Maximum audit rows that the guard writes per release."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One model's part of a release."""
-
     family: Family
     before: str | None
     after: str | None
     update: UpdateRow | None
-    """The update that trained the adapter, where it was trained here."""
     verdict: VerdictRow | None
     withdrawn: str = ""
-    """Why the guard withdrew the adapter, if it did."""
     collected: datetime | None = None
-    """Time at which the garbage collector took its files, if it did."""
+    """Time at which the garbage collector removed its files."""
 
     @property
     def name(self) -> str:
-        """CLIP or VLM."""
         return NAMES[self.family]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One release of the timeline."""
-
     row: ReleaseRow
     kind: str
     changes: tuple[Change, ...]
     live: bool
     resident: bool
     stable: bool = False
-    """True if it answers what a trial leaves."""
+    """True if it answers the requests that a trial does not."""
     taken_back: Mapping[str, Any] | None = None
-    """Detail of the audit log where the guard took it back: reason, back_to, adapters, guardrails."""
+    """Audit detail if the guard rolled it back: reason, back_to, adapters, guardrails."""
 
 
 def timeline(ledger: Ledger, resident: Mapping[int, object], limit: int = 30) -> list[Entry]:
-    """The newest releases, newest first."""
     rows = ledger.releases(limit + 1)
     updates_by_adapter, stable, back = trained(ledger), ledger.stable(), taken_back(ledger, limit)
     names = [row.adapter(family) for row in rows for family in FAMILIES]
@@ -71,7 +61,7 @@ def timeline(ledger: Ledger, resident: Mapping[int, object], limit: int = 30) ->
 
     entries = []
     for index, row in enumerate(rows[:limit]):
-        older = rows[index + 1] if index + 1 < len(rows) else row  # the first one of all changes nothing
+        older = rows[index + 1] if index + 1 < len(rows) else row  # the very first release changes nothing
         pairs = [(family, older.adapter(family), row.adapter(family)) for family in FAMILIES]
         kind = "initial" if row.proposal_id is None else ledger.proposal(row.proposal_id).kind
         entries.append(
@@ -85,39 +75,36 @@ def timeline(ledger: Ledger, resident: Mapping[int, object], limit: int = 30) ->
 
 
 def trained(ledger: Ledger) -> dict[str, UpdateRow]:
-    """The newest update that made each adapter."""
     return {update.adapter: update for update in reversed(ledger.updates(HISTORY)) if update.adapter}
 
 
 def unreleased(ledger: Ledger) -> list[ProposalRow]:
-    """The newest proposals that wait, or failed."""
     return [proposal for proposal in ledger.proposals(20) if proposal.state != "committed"]
 
 
 def records(update: UpdateRow) -> int:
-    """Number of records of the stream that an update learned from."""
+    """Number of stream records that an update learned from."""
     return sum(max(0, end - update.data_from.get(place, 0)) for place, end in update.data_to.items())
 
 
 def ranges(update: UpdateRow) -> str:
-    """The same, exactly: offsets by partition."""
+    """Offsets by partition that an update learned from."""
     parts = (f"{place} from {update.data_from.get(place, 0)} to {end}" for place, end in sorted(update.data_to.items()))
     return "; ".join(parts)
 
 
 def on_trial(live: ReleaseRow | None) -> ReleaseRow | None:
-    """The canary or the shadow that is live."""
     return None if live is None or live.plain else live
 
 
 def watching(status: Mapping[str, Any] | None, live: ReleaseRow | None) -> dict[str, Any] | None:
-    """The guard's view, as the server tells it. None when nothing is watched, or it has not seen ``live`` yet."""
+    """The guard's view from the server's status; None if nothing is watched or it has not seen ``live`` yet."""
     watched: dict[str, Any] = {} if status is None else status["controller"]["rollout"]
     return watched if live is not None and watched.get("release") == live.number else None
 
 
 def taken_back(ledger: Ledger, limit: int) -> dict[int, dict[str, Any]]:
-    """Details of the audit log about releases that the guard took back, among the newest ``limit``."""
+    """Audit details of releases that the guard rolled back, by number, among the newest ``limit``."""
     found = {}
     for row in reversed(ledger.audit_rows(limit * ROWS_OF_AN_ACT, subject="release", actor=ACTOR)):
         number = row.subject.removeprefix("release ")

@@ -1,1 +1,1 @@
-"""Capacity for a load, from what benchmarks measured: ``ratchet admin plan``."""
+"""Capacity planning from benchmark figures: ``ratchet admin plan``."""

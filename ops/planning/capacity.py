@@ -1,9 +1,6 @@
-"""From a load to how many of everything, and why.
-
-Requests that wait for encoders are simulated event by event. Each encoder takes what waits, up to a batch, as soon as
-it is free, as the server's batching does. Requests have one input. What a request costs outside of the encoders is part
-of the times where both share a machine.
-"""
+"""Computes from a load how many encoders, workers and machines are needed, and why. Requests waiting for encoders are
+simulated event by event: as in the server, a free encoder takes all waiting requests up to a batch. Requests have one
+input. Costs of a request outside of the encoders are part of the measured times if both share a machine."""
 
 from __future__ import annotations
 
@@ -18,12 +15,10 @@ from core.errors import ConfigError
 from ops.planning.measured import Kind, Machine, Measured, ServiceTimes, fit
 
 MAX_BATCH = 32
-"""Inputs that an encoder takes at once at most, by default."""
 BUSY = 0.8
-"""Share of their time that processors are planned to work: the rest is for bursts, releases and a lost node."""
+"""Planned share of busy time; the rest is for bursts, releases and a lost node."""
 MOST_ENCODERS = 100_000
 REQUESTS = 20_000
-"""That are simulated."""
 HOURS_A_MONTH = 730.0
 KIB, GIB = 1024, 1024**3
 INGEST_PEAK = 3.0
@@ -32,7 +27,7 @@ INGEST_PEAK = 3.0
 
 @dataclass(frozen=True)
 class Load:
-    """The load to plan for. Rates are of the busiest minute; 0 is none of it."""
+    """The load to plan for. Rates are of the busiest minute; 0 means none."""
 
     images_per_second: float = 0.0
     texts_per_second: float = 0.0
@@ -40,18 +35,15 @@ class Load:
     stream_per_day: float = 0.0
     image_kb: float = 100.0
     corpus: float = 0.0
-    """Samples that are to be found by searches."""
     p99_seconds: float = 1.0
     backfill_hours: float = 24.0
-    """Within which the corpus is embedded again after an update of the image tower."""
+    """Time in which the corpus is embedded again after an update of the image tower."""
     price_hour: float = 0.0
-    """Of one machine like the measured one."""
+    """Price of one machine like the measured one."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One line of a plan."""
-
     name: str
     count: float
     unit: str
@@ -60,23 +52,16 @@ class Part:
 
 @dataclass(frozen=True)
 class CapacityPlan:
-    """Lines with counts, warnings, and the sources of the figures."""
-
     parts: list[Part] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
 
     def add(self, name: str, count: float, unit: str, why: str) -> None:
-        """Append a line."""
         self.parts.append(Part(name, count, unit, why))
 
 
 def make_plan(load: Load, measured: Measured, machine: Machine) -> CapacityPlan:
-    """Count.
-
-    Raises:
-        ConfigError: a figure is not a number of its kind, or no number of encoders answers in time.
-    """
+    """Plan for a load. Raises ConfigError for an invalid figure, or when no number of encoders answers in time."""
     for name, value in vars(load).items():
         least = 0.0 if name not in ("p99_seconds", "image_kb", "backfill_hours") else 1e-3
         if not (math.isfinite(value) and value >= least):
@@ -96,7 +81,6 @@ def make_plan(load: Load, measured: Measured, machine: Machine) -> CapacityPlan:
 
 
 def _serving(plan: CapacityPlan, load: Load, measured: Measured, machine: Machine) -> float:
-    """Machines of encoders, ingress and catalog."""
     plan.sources.append(machine.source)
     texts = load.texts_per_second + load.searches_per_second
     rates: dict[Kind, float] = {"image": load.images_per_second, "text": texts}
@@ -124,18 +108,15 @@ def _serving(plan: CapacityPlan, load: Load, measured: Measured, machine: Machin
 
 
 def encoders_for(times: ServiceTimes, rate: float, p99_seconds: float) -> tuple[int, Outcome]:
-    """The fewest that answer 99% of independent requests in time, and are busy at most for :data:`BUSY`.
-
-    Raises:
-        ConfigError: one request alone takes longer, or it would take more than :data:`MOST_ENCODERS`.
-    """
+    """The fewest encoders that answer 99% of independent requests in time and are busy at most :data:`BUSY`. Raises
+    ConfigError when one request alone takes longer, or more than :data:`MOST_ENCODERS` are needed."""
     alone = times.batch(1, 1)
     if alone > p99_seconds:
         raise ConfigError(
             f"one request takes {alone:.3f} s on this machine, without any other.",
             "Allow a longer p99, or measure a faster machine (`ratchet admin plan --measured`).",
         )
-    # Many encoders take turns with what waits: so many that the events of one stay in proportion are simulated.
+    # Many encoders share the queue, so a proportional part of at most about 64 is simulated.
     share = max(1, math.ceil(rate / times.most(MAX_BATCH) / 64))
 
     def outcome(count: int) -> Outcome:
@@ -147,14 +128,14 @@ def encoders_for(times: ServiceTimes, rate: float, p99_seconds: float) -> tuple[
 
     least = max(1, math.ceil(rate / share / times.most(MAX_BATCH)))
     most = min(4096, 16 * least + 16)
-    count = least + bisect_left(range(least, most + 1), True, key=enough)  # more never is worse
+    count = least + bisect_left(range(least, most + 1), True, key=enough)  # more encoders are never worse
     if count > most or count * share > MOST_ENCODERS:
         raise ConfigError(f"{rate:g} requests a second cannot be answered within {p99_seconds:g} s here.")
     return count * share, outcome(count)
 
 
 def _searching(plan: CapacityPlan, load: Load, measured: Measured, machine: Machine, encoders: float) -> float:
-    """Machines that a backfill needs besides the encoders for requests."""
+    """Add catalog and backfill; returns the machines a backfill needs beyond the encoders for requests."""
     search = measured.search
     plan.sources.append(search.source)
     scale = max(load.corpus, 1.0) / search.rows
@@ -187,7 +168,6 @@ def _searching(plan: CapacityPlan, load: Load, measured: Measured, machine: Mach
 
 
 def _streaming(plan: CapacityPlan, load: Load, measured: Measured, machine: Machine) -> float:
-    """Machines of ingest."""
     if not load.stream_per_day:
         return 0.0
     ingest = measured.ingest
@@ -196,7 +176,7 @@ def _streaming(plan: CapacityPlan, load: Load, measured: Measured, machine: Mach
     size = math.log(load.image_kb)
     one = math.exp(float(np.interp(size, sizes, rates)))
     if size > sizes[-1]:
-        one *= math.exp(sizes[-1] - size)  # decoding goes with the bytes
+        one *= math.exp(sizes[-1] - size)  # decoding time is proportional to bytes
     peak = INGEST_PEAK * load.stream_per_day / 86_400
     workers = math.ceil(peak / (BUSY * one))
     why = f"{peak:,.0f} records/s in the busiest hour ({INGEST_PEAK:g} x the mean), one does {one:,.0f}"
@@ -209,7 +189,6 @@ def _streaming(plan: CapacityPlan, load: Load, measured: Measured, machine: Mach
 
 
 def _learning(plan: CapacityPlan, load: Load, measured: Measured) -> int:
-    """Machines of updaters: there is one, where something is to be learned."""
     if not load.stream_per_day:
         return 0
     learning = measured.learning
@@ -230,19 +209,18 @@ def _learning(plan: CapacityPlan, load: Load, measured: Measured) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one simulated load; times in seconds."""
+    """Outcome of a simulated load; times in seconds."""
 
     requests_per_second: float
     p50: float
     p99: float
     busy: float
-    """Share of the encoders' time."""
 
 
 def open_loop(
     times: ServiceTimes, rate: float, encoders: int, max_batch: int, requests: int = REQUESTS, seed: int = 0
 ) -> Outcome:
-    """Requests that come independently of each other (Poisson), so many a second."""
+    """Simulate independent requests (Poisson arrivals) at ``rate`` per second."""
     arrivals = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, requests)).tolist()
     taken = 0
     free = [0.0] * encoders

@@ -1,4 +1,4 @@
-"""Figures of the benchmarks as ``ratchet admin plan`` reads them, and times of a batch from rates of a closed loop."""
+"""Benchmark figures for ``ratchet admin plan``, and batch times fitted to closed-loop rates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_BYTES = 64 << 20
 Kind = Literal["image", "text"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Cell = tuple[Kind, Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Positive]
-"""Kind, inputs a request, clients that each wait for their answer, inputs a second."""
+"""Kind, inputs per request, clients that each wait for their answer, inputs per second."""
 
 
 class _Group(BaseModel):
@@ -29,22 +29,18 @@ class _Group(BaseModel):
 
 
 class Machine(_Group):
-    """One machine with the server on it."""
-
     cores: Positive
     cells: tuple[Cell, ...] = Field(min_length=3)
 
 
 class Ingress(_Group):
-    """Processor time of a request outside of the encoders, in milliseconds."""
+    """CPU time of a request outside of the encoders, in milliseconds."""
 
     image_cpu_ms: Positive
     text_cpu_ms: Positive
 
 
 class Search(_Group):
-    """The catalog at so many rows."""
-
     rows: Positive
     searches_per_second: Positive
     memory_gib: Positive
@@ -52,24 +48,18 @@ class Search(_Group):
 
 
 class Ingest(_Group):
-    """One worker."""
-
     records_per_second: tuple[tuple[Positive, Positive], ...] = Field(min_length=1)
     written_per_byte: Positive
     memory_mib: Positive
 
 
 class Learning(_Group):
-    """One updater at its default budget."""
-
     pairs_per_update: Positive
     seconds_per_update: Positive
     memory_gib: Positive
 
 
 class Measured(_Group):
-    """All of it."""
-
     machines: dict[str, Machine] = Field(min_length=1)
     ingress: Ingress
     search: Search
@@ -83,11 +73,8 @@ def built_in() -> Measured:
 
 
 def machine_of(path: Path) -> Machine:
-    """A machine from what ``ratchet bench encode`` has printed there: its last line, the first model.
-
-    Raises:
-        ConfigError: the file cannot be read, or its last line is not of that benchmark.
-    """
+    """A machine from the output of ``ratchet bench encode``: its last line, the first model. Raises ConfigError when
+    the file cannot be read or is not of that benchmark."""
     try:
         with path.open() as file:
             lines = file.read(MAX_BYTES).strip().splitlines()
@@ -115,26 +102,23 @@ def _cells(rows: Sequence[dict[str, Any]]) -> tuple[Cell, ...]:
 
 @dataclass(frozen=True)
 class ServiceTimes:
-    """Seconds of a batch of one kind: ``first + inputs * each + requests * request``."""
+    """Seconds per batch of one kind: ``first + inputs * each + requests * request``."""
 
     first: float
     each: float
     request: float
 
     def batch(self, inputs: float, requests: float) -> float:
-        """Of so many inputs that came in so many requests."""
+        """Seconds of a batch of ``inputs`` that arrived in ``requests``."""
         return self.first + inputs * self.each + requests * self.request
 
     def most(self, max_batch: int, items: int = 1) -> float:
-        """Inputs a second where batches are full and each request has so many."""
+        """Inputs per second with full batches and ``items`` inputs per request."""
         return max_batch / self.batch(max_batch, max_batch / items)
 
 
 def fit(cells: Iterable[Cell], kind: Kind, max_batch: int) -> ServiceTimes:
-    """The times that come nearest to measured rates, each relative to its own (non-negative least squares).
-
-    A server whose clients wait for their answers works on all of them at once, as far as they fit into a batch.
-    """
+    """Fit times to rates by non-negative least squares on relative errors. Concurrent requests share a batch."""
     rows, times = [], []
     for own, items, clients, rate in cells:
         if own != kind:

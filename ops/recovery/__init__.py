@@ -1,9 +1,9 @@
 """Backup of a running installation, and its restore elsewhere.
 
-A backup has the ledger, the artifacts and the lake, in this order: what the ledger names is stored before the ledger
-names it, so all of it is there to be copied afterwards, and the collector (:mod:`ops.collection`) is kept from
-deleting it by its lease. The sample store is younger than the ledger, never older; it holds how far the topic was read,
-so ingest goes on after a restore where it was.
+Ledger, artifacts and lake are copied in this order: everything is stored before the ledger names it, so it can be
+copied afterwards, and the backup holds the lease of the collector (:mod:`ops.collection`) so that nothing is deleted.
+The copied sample store is never older than the ledger; it records how far the topic was read, so ingest continues from
+there after a restore.
 """
 
 from ops.recovery.backup import Report, back_up

@@ -1,8 +1,5 @@
-"""Writes a backup of an installation that goes on working.
-
-A data set of the lake (Lance) is a folder of files that are written once, and a manifest for each version. The files of
-a version that is pinned stay; without a pin, another process may clean them up while they are copied.
-"""
+"""Writes a backup of a running installation. A data set of the lake (Lance) has immutable files and a manifest per
+version; unless a version is pinned, another process may clean up its files during the copy."""
 
 from __future__ import annotations
 
@@ -36,34 +33,30 @@ from streams.store.sample_store import BACKUP_PIN, SampleStore
 
 FORMAT: Final = 1
 SUMMARY: Final = "backup.json"
-"""Written last: a backup that has it is complete."""
+"""Written last: marks a backup as complete."""
 FILES: Final = "files.json.gz"
 BEGUN: Final = "backup-begun.json"
-"""In a backup that is not complete yet."""
+"""Present in an incomplete backup."""
 LEASE_SECONDS: Final = 300.0
 AT_ONCE: Final = 4
 TRIES: Final = 3
 DIRECTORIES: Final = ("adapters", "memories", "bases")
-"""Of the artifacts: their files never change."""
 SAMPLES: Final = "samples.lance"
 LAST_VERSION: Final = (1 << 64) - 1
-"""Manifests are named by the distance to it, so that a listing has the newest one first."""
+"""Manifests are named by their distance to it, so that listings have the newest first."""
 
 
 @dataclass(frozen=True)
 class File:
-    """One file of a backup; its name begins with ``artifacts/`` or ``lake/``."""
+    """A file of a backup; its name starts with ``artifacts/`` or ``lake/``."""
 
     name: str
     bytes: int
     digest: str
-    """SHA-256, 64 hex digits."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The contents of a backup."""
-
     id: str
     created_at: str
     release: int
@@ -73,16 +66,15 @@ class Report:
     ledger: File
     files: int
     size: int
-    """Bytes of them."""
     files_digest: str
     """SHA-256 of the list of files."""
     missing: tuple[str, ...]
-    """Adapters that the ledger names and the artifacts lack, as they did before."""
+    """Adapters that the ledger names but the artifacts lacked already."""
     format: int = FORMAT
 
     @classmethod
     def parse(cls, data: bytes) -> Report:
-        """Raises ConfigError where it is none that this version can read."""
+        """Parse a summary. Raises ConfigError when this version cannot read it."""
         try:
             values = json.loads(data)
             if values["format"] != FORMAT:
@@ -93,16 +85,9 @@ class Report:
 
 
 def back_up(settings: Settings, url: str, actor: str) -> Report:
-    """Copy ledger, artifacts and lake to a folder or an object store. A call that was interrupted may be repeated.
-
-    Args:
-        url: of nothing yet, or of a backup that was begun.
-        actor: for the audit log.
-
-    Raises:
-        ConfigError: there is something else at ``url``.
-        LedgerError, StoreError: a store is away; or the collector, or another backup, is at work.
-    """
+    """Copy ledger, artifacts and lake to a folder or object store. An interrupted call may be repeated. ``url``: an
+    empty place, or a backup that was begun, else ConfigError. Raises LedgerError, StoreError when a store is
+    unavailable, or the collector or another backup is running."""
     target = Place(url)
     _claim(target)
     ledger = Ledger.open(settings.ledger)
@@ -162,7 +147,7 @@ def _copy_all(settings: Settings, ledger: Ledger, target: Place, folder: Path) -
 
 @contextmanager
 def _pinned(store: SampleStore, name: str) -> Iterator[int]:
-    """The newest version of the sample store, which maintenance keeps meanwhile; 0 where there is none."""
+    """Pin the newest version of the sample store, so that maintenance keeps it; 0 if there is none."""
     version, pin = store.version(), f"{BACKUP_PIN}{name}"
     store.pin(pin, version)
     try:
@@ -172,7 +157,7 @@ def _pinned(store: SampleStore, name: str) -> Iterator[int]:
 
 
 def _artifact_files(artifacts: Place) -> dict[str, int]:
-    """All files but those of directories that are not complete, and the manifests, which a restore writes again."""
+    """All artifact files except incomplete directories, and manifests, which a restore writes again."""
     files = artifacts.files()
     complete = {name.removesuffix(f"/{MARKER}") for name in files if name.endswith(f"/{MARKER}")}
 
@@ -186,7 +171,7 @@ def _artifact_files(artifacts: Place) -> dict[str, int]:
 
 
 def _datasets(lake: Place, version: int) -> dict[str, dict[int, list[str]]]:
-    """Of each data set the versions that are copied, with the pins that stay on them."""
+    """The versions to copy of each data set, with the pins to keep."""
     folders = {name.partition("/_versions/")[0] for name in lake.files() if ".lance/_versions/" in name}
     wanted: dict[str, dict[int, list[str]]] = {folder: {} for folder in sorted(folders)}
     if version:
@@ -201,14 +186,8 @@ def _datasets(lake: Place, version: int) -> dict[str, dict[int, list[str]]]:
 
 
 def version_files(lake: Place, name: str, versions: dict[int, list[str]]) -> dict[str, int]:
-    """Bytes of each file that some versions of a data set consist of, by its name in the lake, the manifests last.
-
-    Args:
-        versions: with the pins on each.
-
-    Raises:
-        StoreUnavailable: one is not complete any more, or the lake is away.
-    """
+    """Size of each file of some versions of a data set, by name in the lake, manifests last. ``versions``: each with
+    its pins. Raises StoreUnavailable when a version is no longer complete, or the lake is unavailable."""
     listed = lake.files(name)
     inside = [path.removeprefix(f"{name}/") for path in listed]
     wanted: list[str] = []
@@ -235,7 +214,7 @@ def version_files(lake: Place, name: str, versions: dict[int, list[str]]) -> dic
 
 
 def _copy_dataset(lake: Place, name: str, versions: dict[int, list[str]], target: Place) -> list[File]:
-    """Copy a data set. Where no version is pinned, files may be cleaned up meanwhile: then take the next version."""
+    """Copy a data set. Unpinned files may be cleaned up meanwhile: then the next version is tried."""
     for tries_left in reversed(range(TRIES)):
         try:
             chosen = versions or {int(lance.dataset(f"{lake.url.rstrip('/')}/{name}").version): []}

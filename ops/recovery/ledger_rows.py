@@ -1,8 +1,6 @@
-"""The ledger as a file, and back into an empty database of either kind.
-
-SQLite is copied by its online backup. PostgreSQL is written as lines of JSON inside of one transaction of isolation
-level REPEATABLE READ. Both are read into a database at the migration that they were written at, and then migrated.
-"""
+"""Exports the ledger to a file, and imports it into an empty database of either kind. SQLite uses its online backup;
+PostgreSQL is written as JSON lines in one REPEATABLE READ transaction. Both are loaded into a database at the migration
+of the export, which is then migrated."""
 
 from __future__ import annotations
 
@@ -30,26 +28,21 @@ SQLITE: Final = "ledger.db"
 LINES: Final = "ledger.jsonl.gz"
 REVISION: Final = "alembic_version"
 LEFT_OUT: Final = frozenset({REVISION, "leases"})
-"""Leases are of processes of the old installation."""
+"""Leases belong to processes of the old installation."""
 TOGETHER: Final = 500
 Row = tuple[str, dict[str, Any]]
-"""Table and columns."""
 
 
 def write_ledger(url: str, folder: Path) -> tuple[Path, str]:
-    """A consistent copy of a ledger that is in use; returns the file and the migration that it is at.
-
-    Raises:
-        LedgerError: another version of Ratchet has migrated it.
-        LedgerUnavailable: it is away.
-    """
+    """Write a consistent copy of a ledger in use; returns the file and its migration. Raises LedgerError when another
+    version of Ratchet has migrated it, LedgerUnavailable."""
     database = open_database(url, migrate=False)
     try:
         if database.engine.dialect.name == "sqlite":
             target = folder / SQLITE
             path = str(make_url(url).database)
             with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(target)) as to:
-                source.backup(to)  # in one step, which in WAL mode holds up no writer
+                source.backup(to)  # in one step, which in WAL mode blocks no writer
             with _sqlite(target) as connection:
                 return target, _revision(connection)
         target = folder / LINES
@@ -65,15 +58,9 @@ def write_ledger(url: str, folder: Path) -> tuple[Path, str]:
 
 
 def load_ledger(file: Path, revision: str, url: str, audit: dict[str, Any]) -> int:
-    """Fill an empty ledger, all or nothing, and migrate it; returns the number of rows.
-
-    Args:
-        revision: that the file is at.
-        audit: columns of a row that is added to the audit log.
-
-    Raises:
-        LedgerError: the ledger is not empty, or this version of Ratchet does not know the migration.
-    """
+    """Fill an empty ledger, all or nothing, and migrate it; returns the number of rows. ``revision``: the file's;
+    ``audit``: columns of a row added to the audit log. Raises LedgerError when the ledger is not empty, or this version
+    of Ratchet does not know the migration."""
     _check_known(revision)
     database = open_database(url, migrate=False, check=False)
     try:
@@ -96,7 +83,7 @@ def load_ledger(file: Path, revision: str, url: str, audit: dict[str, Any]) -> i
 
 
 def is_empty(url: str) -> bool:
-    """True if a ledger has no rows, or no tables yet. Raises LedgerError."""
+    """True if a ledger has no rows or no tables yet. Raises LedgerError."""
     if make_url(url).get_backend_name() == "sqlite" and not Path(str(make_url(url).database)).exists():
         return True
     database = open_database(url, migrate=False, check=False)
@@ -126,7 +113,7 @@ def _check_known(revision: str) -> None:
 
 
 def _tables(connection: Connection) -> dict[str, Table]:
-    """As they are in the database, referenced ones first."""
+    """Tables as in the database, referenced ones first."""
     metadata = MetaData()
     metadata.reflect(connection)
     return {table.name: table for table in metadata.sorted_tables if table.name not in LEFT_OUT}
@@ -170,7 +157,6 @@ def _sqlite(file: Path) -> Iterator[Connection]:
 
 
 def _together(rows: Iterable[Row]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Rows of one table, some at a time."""
     for table, group in groupby(rows, key=itemgetter(0)):
         while some := [row for _, row in islice(group, TOGETHER)]:
             yield table, some
@@ -193,7 +179,7 @@ def _lock(connection: Connection) -> None:
 
 
 def _migrate_to(connection: Connection, revision: str) -> None:
-    """Tables as they were in the backup; the target may have been migrated further, before anything was written."""
+    """Bring the tables to the backup's migration; an empty target may be at a later one."""
     present = MigrationContext.configure(connection).get_current_revision()
     if present is not None and present > revision:
         _check_empty(connection, _tables(connection))
@@ -210,12 +196,11 @@ def _check_empty(connection: Connection, tables: dict[str, Table]) -> None:
 
 
 def _filled(connection: Connection, tables: dict[str, Table]) -> list[str]:
-    """Names of the tables that have a row."""
     return [name for name, table in tables.items() if connection.execute(select(table).limit(1)).first() is not None]
 
 
 def _continue_numbers(connection: Connection, tables: dict[str, Table]) -> None:
-    """PostgreSQL's sequences do not notice numbers that are given."""
+    """Advance PostgreSQL's sequences, which ignore inserted numbers."""
     if connection.dialect.name != "postgresql":
         return
     for table in tables.values():

@@ -1,4 +1,4 @@
-"""Files under a URL: a folder, or an object store that fsspec knows. A file is there whole or not at all."""
+"""Files under a URL: a folder, or an object store that fsspec knows. Files are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CALL_SECONDS: Final = 60.0
 
 
 class Place:
-    """Names are relative to the URL, with ``/`` between their parts. Raises ArtifactsUnavailable while it is away."""
+    """Names are relative to the URL, separated by ``/``. Methods raise ArtifactsUnavailable while it is unavailable."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -29,7 +29,7 @@ class Place:
         self._store = ObjectStore(filesystem, CALL_SECONDS)
 
     def files(self, below: str = "") -> dict[str, int]:
-        """Bytes of each file below a name, by its whole name; unfinished files are left out."""
+        """Size of each file below a name, by full name, without unfinished files."""
         prefix = f"{below}/" if below else ""
         if self.local is None:
             sizes = self._store.sizes(f"{self._root}/{below}" if below else self._root)
@@ -43,22 +43,19 @@ class Place:
         return {f"{prefix}{name}": size for name, size in sizes.items() if name and STAGING not in name}
 
     def has(self, name: str) -> bool:
-        """True if there is a file of this name."""
         return (self.local / name).is_file() if self.local else self._store.has(f"{self._root}/{name}")
 
     def read(self, name: str) -> bytes:
-        """All of a file. Raises FileNotFoundError."""
+        """Read a file. Raises FileNotFoundError."""
         return (self.local / name).read_bytes() if self.local else self._store.read(f"{self._root}/{name}")
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file."""
         if self.local:
             replace_file(self.local / name, data, prefix=STAGING)
         else:
             self._store.write(f"{self._root}/{name}", data)
 
     def delete(self, name: str) -> None:
-        """Delete a file; no error where there is none."""
         if self.local:
             (self.local / name).unlink(missing_ok=True)
         else:
@@ -66,7 +63,7 @@ class Place:
 
     @contextmanager
     def opened(self, name: str, size: int) -> Iterator[Path]:
-        """A local file with the contents of a file of ``size`` bytes. Raises FileNotFoundError."""
+        """A local copy of a file of ``size`` bytes, or the file itself. Raises FileNotFoundError."""
         if self.local:
             yield self.local / name
             return
@@ -76,7 +73,6 @@ class Place:
             yield path
 
     def put(self, source: Path, name: str) -> None:
-        """Write a file from a local one."""
         if self.local:
             with replacing(self.local / name, prefix=STAGING) as staging:
                 shutil.copyfile(source, staging)
@@ -87,15 +83,7 @@ class Place:
 def copy(
     source: Place, name: str, size: int, target: Place, as_name: str, digest: str | None = None
 ) -> tuple[int, str]:
-    """Copy a file; returns its bytes and its SHA-256.
-
-    Args:
-        digest: what it has to be.
-
-    Raises:
-        StoreError: it is something else.
-        FileNotFoundError: there is no such file (any more).
-    """
+    """Copy a file; returns size and SHA-256. Raises StoreError when it differs from ``digest``, FileNotFoundError."""
     if size <= CHUNK:  # in one piece: another process may replace it meanwhile
         data = source.read(name)
         actual = hashlib.sha256(data).hexdigest()
@@ -110,12 +98,11 @@ def copy(
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check(name: str, actual: str, digest: str | None) -> None:
-    """Raise StoreError where a digest is not the one that it has to be."""
+    """Raise StoreError when a digest differs from the expected one."""
     if digest is not None and actual != digest:
         raise StoreError(f"{name} of the backup is damaged: its SHA-256 is another one.", "Use another backup.")

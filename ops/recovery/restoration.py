@@ -25,19 +25,13 @@ from ops.recovery.place import Place, check, copy, file_digest
 
 T = TypeVar("T")
 BEGUN: Final = "restore-begun.json"
-"""Next to what was restored so far, with the id of the backup."""
+"""Next to restored files, with the backup's ID."""
 
 
 def restore(settings: Settings, url: str, actor: str) -> Report:
-    """Bring back what :func:`ops.recovery.back_up` wrote to ``url``. A call that was interrupted may be repeated.
-
-    The ledger is filled last, in one transaction: as long as it is empty the restore is not complete.
-
-    Raises:
-        ConfigError: there is no complete backup, or something is in the ledger, the artifacts or the lake.
-        StoreError: a file of the backup is damaged, or a store is away.
-        LedgerError: the ledger is away, or the backup is of a later version of Ratchet.
-    """
+    """Restore what :func:`ops.recovery.back_up` wrote to ``url``. An interrupted call may be repeated: the ledger is
+    filled last, in one transaction. Raises ConfigError for an incomplete backup or a target that is not empty,
+    StoreError for a damaged file, LedgerError for a backup of a later version."""
     source = Place(url)
     try:
         report = Report.parse(source.read(SUMMARY))
@@ -60,7 +54,7 @@ def restore(settings: Settings, url: str, actor: str) -> Report:
 
 
 def _claim(settings: Settings, targets: dict[str, Place], report: Report) -> None:
-    """Refuse to overwrite anything, before anything is written."""
+    """Check before writing anything that nothing would be overwritten."""
     begun = {what: _begun(what, target, report) for what, target in targets.items()}
     if not is_empty(settings.ledger) and not (any(begun.values()) and _is_restored(settings, report)):
         raise ConfigError("the ledger is not empty.", "Set ledger_url to a new database.")
@@ -70,7 +64,7 @@ def _claim(settings: Settings, targets: dict[str, Place], report: Report) -> Non
 
 
 def _begun(what: str, target: Place, report: Report) -> bool:
-    """True if an earlier call was at this. Raises ConfigError where something else is there."""
+    """True if an earlier call began here. Raises ConfigError when there is something else."""
     elsewhere = f"Set {what}_url to a new place."
     if target.has(BEGUN):
         if json.loads(target.read(BEGUN)) != {"backup": report.id}:
@@ -82,18 +76,18 @@ def _begun(what: str, target: Place, report: Report) -> bool:
 
 
 def _is_restored(settings: Settings, report: Report) -> bool:
-    """True if the ledger was filled from this backup: then only the marks are left to remove."""
+    """True if the ledger was filled from this backup, so that only the marks remain to be removed."""
     with closing(Ledger.open(settings.ledger)) as ledger:
         return bool(ledger.audit_rows(1, subject=f"restore {report.id}"))
 
 
 def _restore_lake(source: Place, files: list[File], lake: Place) -> None:
-    """Manifests are last in their data sets, so that none is seen before all of it is there."""
+    """Copies the manifests of each data set last, so that no incomplete version is visible."""
     present = lake.files()
 
     def one(file: File) -> None:
         name = file.name.removeprefix("lake/")
-        if present.get(name) != file.bytes:  # else an earlier call has written and checked it
+        if present.get(name) != file.bytes:  # otherwise an earlier call has written and checked it
             copy(source, file.name, file.bytes, lake, name, file.digest)
 
     last = {file for file in files if "/_versions/" in file.name or "/_refs/" in file.name}
@@ -109,7 +103,7 @@ def _restore_artifacts(source: Place, files: list[File], artifacts: Artifacts) -
             directories["/".join(parts[1:3])].append(file)
 
     def directory(key: str) -> None:
-        if artifacts.exists(key):  # it is whole, and was checked by an earlier call
+        if artifacts.exists(key):  # complete, and checked by an earlier call
             return
         with tempfile.TemporaryDirectory(prefix="ratchet-restore-") as folder:
             local = Place(folder)

@@ -1,8 +1,6 @@
-"""The catalog of one server: which image spaces are resident, searches in them, and the loops that keep them.
-
-`reconcile` brings every sample into every resident space, `index_maintainer` makes their indexes, `claims` tells
-other servers on the same lake which tables are needed here.
-"""
+"""The catalog of one server: resident image spaces, searches, and the loops that maintain them. `reconcile` brings
+every sample into every resident space, `index_maintainer` builds the indexes, `claims` tells other servers on the same
+lake which tables are needed here."""
 
 from __future__ import annotations
 
@@ -36,22 +34,19 @@ from streams.store.sample_store import SampleStore
 log = logging.getLogger("ratchet.catalog")
 Result = TypeVar("Result")
 STALL_SECONDS: Final = 600.0
-"""A release that waits for its image space fails when no row was added for so long."""
+"""A release that waits for its image space fails when no row was added for this long."""
 LOOK_SECONDS: Final = 1.0
 IDLE_SECONDS: Final = 0.5
-"""From one look at the corpus to the next while nothing is missing."""
 INDEX_SECONDS: Final = 5.0
-"""From one look at the indexes to the next while nothing changes."""
 SEARCH_THREADS: Final = 4
 READ_SECONDS: Final = 10.0
-"""Longest time of a search, or of another read for a client: an exact one reads all vectors of a space, 100 MB at most
-before there is an index."""
+"""Longest read for a client: an exact search reads all vectors of a space, at most 100 MB before there is an index."""
 RETRY_SECONDS: Final = 5.0
-"""While the store hangs, one read in this time tries it."""
+"""Interval of trial reads while the store hangs."""
 
 
 class Catalog:
-    """Holds the tables complete for the resident releases, and searches them. Use from one event loop."""
+    """Keeps the tables of resident releases complete and searches them. Use from one event loop."""
 
     def __init__(
         self, tables: Tables, corpus: SampleStore, pixels: Pixels, encode: Encode,
@@ -63,25 +58,18 @@ class Catalog:
         self.reconciler = Reconciler(tables, corpus, pixels, encode)
         self.maintainer = IndexMaintainer(tables, settings or CatalogSettings(), self.reconciler.spaces, self.sample)
         self._awaited: Counter[str] = Counter()
-        """Calls that wait for a space to be complete. It stays meanwhile: the release that it is prepared for is not
-        among those that a controller retires others for."""
+        """Calls that wait for a space to be complete. It is kept although the prepared release is not resident yet."""
         self.cross_version: dict[str, str] = {}
-        """Spaces that may be searched by the vectors of another one until they are complete, and which one."""
+        """Incomplete spaces that may be searched by the vectors of another one, with that space."""
         self.read = _BoundedReads().call
         self._in_memory = ThreadPoolExecutor(SEARCH_THREADS, "search")
         self._live = 0
         self._claim_changed, self._index_changed = asyncio.Event(), asyncio.Event()
 
     async def cover(self, snapshot: ReleaseSnapshot, wait: bool = True, most_seconds: float | None = None) -> int:
-        """Make the space resident; with ``wait``, return when it holds every row of the corpus, and its index is made.
-        Returns its rows.
-
-        Args:
-            most_seconds: to wait; a space of :attr:`cross_version` may go live before it is complete.
-
-        Raises:
-            StoreError: no row was added for :data:`STALL_SECONDS`.
-        """
+        """Make a space resident and return its rows; with ``wait``, once it has every row of the corpus and its index.
+        ``most_seconds``: longest wait; a space of :attr:`cross_version` may go live before it is complete. Raises
+        StoreError when no row was added for :data:`STALL_SECONDS`."""
         space = snapshot.image_space
         fresh = space not in self.reconciler.fills
         self.reconciler.add_space(snapshot)
@@ -101,9 +89,8 @@ class Catalog:
         return self.reconciler.fills[space].coverage.rows
 
     async def adopt(self, window: Sequence[ReleaseSnapshot]) -> None:
-        """The resident releases, newest first. Spaces of others stay until :meth:`retire`. A window whose live release
-        is older than the one that is known came late, and changes nothing.
-        """
+        """Take over the resident releases, newest first; other spaces stay until :meth:`retire`. A window whose live
+        release is older than the known one is late and ignored."""
         live = max((snapshot.release for snapshot in window), default=0)
         if live < self._live:
             return
@@ -114,13 +101,9 @@ class Catalog:
         self._residency_changed()
 
     async def retire(self, keep: Sequence[ReleaseSnapshot], spare: Collection[str] | None = ()) -> list[str]:
-        """Let go of the spaces that no kept release has, and that no call waits for. Returns those whose tables were
-        dropped too: all that no other server on this lake holds resident.
-
-        Args:
-            spare: spaces whose tables stay, as those of releases that are proposed. None: no table is dropped, which
-                only the one server may do whose controller changes what is live.
-        """
+        """Drop spaces that no kept release has and no call awaits. Returns those whose tables were dropped too, because
+        no other server on this lake holds them. ``spare``: spaces whose tables stay, as those of proposed releases;
+        None: drop no table; only the server whose controller changes what is live may drop them."""
         spaces = {snapshot.image_space: snapshot for snapshot in keep}
         for space in set(self.reconciler.fills) - set(spaces) - set(self._awaited):
             self.reconciler.remove_space(space)
@@ -132,12 +115,8 @@ class Catalog:
         return gone
 
     async def search(self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters) -> list[Hit]:
-        """See :meth:`Tables.search`.
-
-        Raises:
-            StoreError: the space is not resident.
-            StoreUnavailable: the store does not answer, and is needed: the space has no index.
-        """
+        """Search a resident space, see :meth:`Tables.search`. Raises StoreError when the space is not resident,
+        StoreUnavailable when it has no index and the store does not answer."""
         if space not in self.reconciler.fills:
             raise StoreError(f"image space {space} has no index here.", "Use a resident release.")
         self.maintainer.searched(space, vector)
@@ -160,27 +139,26 @@ class Catalog:
             self._in_memory, self.tables.search_index, space, *indexed, vector, k, filters
         )
         if lacking:
-            with contextlib.suppress(StoreUnavailable):  # hits without their texts are better than none
+            with contextlib.suppress(StoreUnavailable):  # hits without texts are better than no hits
                 return await self.read(self.tables.with_texts, space, hits, lacking)
         return hits
 
     async def image(self, sample_id: str) -> bytes | None:
-        """The encoded image of one sample, or None. Raises StoreError."""
+        """The encoded image of a sample, or None. Raises StoreError."""
         rows = await self.read(lambda: self.corpus.scan(columns=["id", "image"], ids=[sample_id]))
         return bytes(rows["image"][0].as_py()) if rows.num_rows else None
 
     def searchable(self) -> tuple[str, int]:
-        """The live image space, and how many rows its table has."""
         fill = self.reconciler.fills.get(self.reconciler.live_space)
         return self.reconciler.live_space, fill.coverage.rows if fill is not None else 0
 
     def newest(self, space: str, count: int) -> list[str]:
-        """The samples of a space that were ingested last, the newest last."""
+        """The last ingested samples of a space, newest last."""
         fill = self.reconciler.fills.get(space)
         return [] if fill is None else self.reconciler.ids.names(fill.coverage.held()[-count:])
 
     def sample(self, space: str, count: int) -> list[str]:
-        """Some samples of a space, spread evenly over it."""
+        """Up to ``count`` samples, spread evenly over a space."""
         fill = self.reconciler.fills.get(space)
         held = fill.coverage.held() if fill is not None else np.empty(0, np.int64)
         return self.reconciler.ids.names(held[:: max(1, len(held) // count)][:count])
@@ -202,7 +180,7 @@ class Catalog:
         }
 
     async def run(self) -> None:
-        """Keep the spaces complete, their indexes good and the claim on them known, for ever."""
+        """Run the loops that keep spaces, indexes and the claim current, forever."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(repeat(self._claim, self._claim_changed, RENEW_SECONDS / 2))
@@ -240,10 +218,9 @@ class Catalog:
         return gone
 
     async def _claim(self) -> bool:
-        """Keep the claim on the resident spaces, whatever the reconciling waits for."""
         try:
             await self.read(self.claims.renew, tuple(self.reconciler.fills))
-        except Exception as error:  # of any client of an object store
+        except Exception as error:  # object-store clients raise anything
             log.warning("the claim on the image spaces could not be written: %s", error)
         return False
 
@@ -253,9 +230,8 @@ class Catalog:
 
 
 async def repeat(step: Callable[[], Awaitable[bool]], woken: asyncio.Event, seconds: float) -> None:
-    """Make a step for ever: at once while there is work, else when it is woken, or after ``seconds``. A failure (store
-    away, encoder restarting) is logged and tried again.
-    """
+    """Repeat a step forever: at once while there is work, otherwise when woken or after ``seconds``. Failures (store
+    away, encoder restarting) are logged and tried again."""
     while True:
         woken.clear()
         worked = False
@@ -267,19 +243,17 @@ async def repeat(step: Callable[[], Awaitable[bool]], woken: asyncio.Event, seco
         except Exception:
             log.exception("catalog")
         if not worked:
-            # Not asyncio.wait_for, which in Python 3.11 swallows a cancellation that comes as its wait ends: a loop
-            # that is woken as it is cancelled would go on for ever.
+            # Not asyncio.wait_for: in Python 3.11 it swallows a cancellation that arrives as its wait ends, so a loop
+            # woken and cancelled together would go on forever.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     await woken.wait()
 
 
 class _BoundedReads:
-    """Calls functions that read in threads, with a bound on each call, and a breaker. Use from one event loop.
-
-    Nothing ends a read of a store that hangs but Lance's own retries, minutes later: its thread is taken until then.
-    So when one took too long, the others fail at once, and now and then one tries whether the store answers again.
-    """
+    """Runs reads in threads with a time limit and a circuit breaker. Use from one event loop. A read of a hanging store
+    ends only with Lance's own retries, minutes later, and holds its thread until then. So after one timeout other reads
+    fail at once, and an occasional one tests whether the store answers again."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(SEARCH_THREADS, "read")
@@ -287,7 +261,7 @@ class _BoundedReads:
         self._try_at = 0.0
 
     async def call(self, function: Callable[..., Result], *args: Any) -> Result:
-        """The function's result. Raises StoreUnavailable: the store does not answer."""
+        """Call a function in a thread. Raises StoreUnavailable when the store does not answer."""
         if self._hangs:
             if time.monotonic() < self._try_at:
                 raise self._unavailable()

@@ -1,9 +1,6 @@
-"""The image spaces that the catalogs of other servers on the same lake hold, so that none drops another's tables.
-
-Each catalog keeps one small file next to the tables, which it rewrites every :data:`RENEW_SECONDS`. A catalog that is
-about to drop a table reads the files of the others. No clocks are compared: a claim is over when its file did not
-change for :data:`CLAIM_SECONDS`, by the reader's own clock, since the reader first saw it as it is.
-"""
+"""Claims on image spaces, so that catalogs on the same lake do not drop each other's tables. Each catalog rewrites a
+small file next to the tables every :data:`RENEW_SECONDS`, and reads the others' before it drops a table. No clocks are
+compared: a claim expires when its content has not changed for :data:`CLAIM_SECONDS` on the reader's clock."""
 
 from __future__ import annotations
 
@@ -21,13 +18,10 @@ FOLDER: Final = "claims"
 
 
 class SpaceClaims:
-    """Writes one claim, and reads those of others. Use from one thread."""
+    """Writes one claim and reads those of others. Use from one thread."""
 
     def __init__(self, url: str, holder: str, now: Callable[[], float] = time.monotonic) -> None:
-        """Args:
-        url: of the catalog's folder.
-        holder: hexadecimal digits that name this process and no other.
-        """
+        """``url``: the catalog's folder; ``holder``: hexadecimal digits unique to this process."""
         self._files, root = fsspec.core.url_to_fs(url)
         self._folder = f"{root}/{FOLDER}"
         self._name = f"{holder}.json"
@@ -38,7 +32,7 @@ class SpaceClaims:
         self._seen: dict[str, tuple[bytes, float]] = {}
 
     def renew(self, spaces: Collection[str]) -> None:
-        """Claim these spaces, and no others any more. Writes when they changed, or when it is time."""
+        """Claim exactly these spaces. Writes when they changed or a renewal is due."""
         claimed = tuple(sorted(spaces))
         if claimed == self._spaces and self._now() - self._written < RENEW_SECONDS:
             return
@@ -48,9 +42,7 @@ class SpaceClaims:
         self._spaces, self._count, self._written = claimed, self._count + 1, self._now()
 
     def claimed_by_others(self, spaces: Collection[str]) -> set[str]:
-        """Those of some spaces that another claim names which is not over. A claim that is over is removed; one that
-        cannot be read may name anything.
-        """
+        """Those of ``spaces`` that others claim. Removes expired claims; an unreadable one counts for all spaces."""
         claimed: set[str] = set()
         seen: dict[str, tuple[bytes, float]] = {}
         for path in self._others():
@@ -65,7 +57,7 @@ class SpaceClaims:
                 continue
             try:
                 claimed.update(map(str, json.loads(content)["spaces"]))
-            except (ValueError, KeyError, TypeError):  # it is being written at this moment, or is damaged
+            except (ValueError, KeyError, TypeError):  # being written, or damaged
                 claimed.update(spaces)
         self._seen = seen
         return claimed.intersection(spaces)

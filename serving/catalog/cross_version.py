@@ -1,9 +1,6 @@
-"""Searches in a space that is still being embedded: rows are found by the vectors of the space before it.
-
-Only where a verdict says that new queries find old vectors as well as old queries did. What is found is ranked again
-by the new vectors, as far as there are some. Scores of both kinds do not mean the same: the same row scores lower by
-its old vector. So scores by old vectors are shifted by the mean difference over the rows that have both.
-"""
+"""Searches an incomplete space with the help of the previous space's vectors. Used only if a verdict says that new
+queries find old vectors as well as old queries did. Hits are ranked again by new vectors where they exist. The same row
+scores lower by its old vector, so old scores are shifted by the mean difference over rows that have both."""
 
 from __future__ import annotations
 
@@ -26,9 +23,9 @@ if TYPE_CHECKING:
 
 
 CANDIDATES: Final = 4
-"""So many times the asked number of rows are found by old vectors, and ranked again."""
+"""Multiple of the requested rows that are found by old vectors and ranked again."""
 LEAST_PAIRS: Final = 3
-"""Rows with both vectors from which on their mean difference is used."""
+"""Minimum rows with both vectors for the shift by their mean difference."""
 
 log = logging.getLogger("ratchet.catalog")
 _MOST_SPACES: Final = 64
@@ -37,10 +34,8 @@ _MOST_SPACES: Final = 64
 def search_across(
     tables: Tables, new: str, old: str, vector: npt.NDArray[np.float32], k: int, filters: Filters
 ) -> tuple[list[Hit], list[str]]:
-    """The ``k`` nearest rows to a query of the space ``new``, best first; and those found that have no new vector yet.
-
-    Raises StoreError where the spaces have different dimensions.
-    """
+    """The ``k`` nearest rows to a query of the space ``new``, best first, and those that have no new vector yet. Raises
+    StoreError when the spaces have different dimensions."""
     by_old = tables.search(old, vector, CANDIDATES * k, filters)
     by_new = {hit.id: hit for hit in tables.search(new, vector, k, filters)}
     missing_score = [hit.id for hit in by_old if hit.id not in by_new]
@@ -53,7 +48,7 @@ def search_across(
 
 
 def rank_across(by_old: Sequence[Hit], scores: Mapping[str, float]) -> list[Hit]:
-    """Hits by old vectors with their scores by new ones, or shifted where there is none; best first."""
+    """Hits by old vectors, scored by new ones or shifted without one; best first."""
     pairs = [scores[hit.id] - hit.score for hit in by_old if hit.id in scores]
     shift = float(np.mean(pairs)) if len(pairs) >= LEAST_PAIRS else 0.0
     hits = [replace(hit, score=scores.get(hit.id, min(1.0, hit.score + shift))) for hit in by_old]
@@ -61,26 +56,25 @@ def rank_across(by_old: Sequence[Hit], scores: Mapping[str, float]) -> list[Hit]
 
 
 def usable(cross_version: Mapping[str, str], space: str, complete: Collection[str]) -> str | None:
-    """The space by whose vectors a space is searched; None: by its own."""
+    """The space whose vectors are used to search ``space``; None: its own."""
     old = cross_version.get(space)
     return old if old in complete and space not in complete else None
 
 
 class CrossVersionVerdicts:
-    """Reads what the gate measured, and remembers the image spaces of releases, by which their incumbents are known."""
+    """Reads the gate's cross-version verdicts; remembers releases' image spaces to find those of incumbents."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._spaces: dict[str | None, str] = {}
 
     def remember(self, window: Sequence[ReleaseSnapshot]) -> None:
-        """Releases that are resident."""
         self._spaces.update({snapshot.clip: snapshot.image_space for snapshot in window})
         for clip in list(self._spaces)[:-_MOST_SPACES]:
             del self._spaces[clip]
 
     async def read(self, snapshots: Sequence[ReleaseSnapshot], complete: Collection[str]) -> dict[str, str]:
-        """By image space of those that are not complete: the space by whose vectors it may be searched until then."""
+        """For each incomplete image space, the space whose vectors may be searched until it is complete."""
         cross_version: dict[str, str] = {}
         for snapshot in snapshots:
             if snapshot.clip is None or snapshot.image_space in complete:

@@ -1,4 +1,4 @@
-"""From samples to vectors: several chunks at once, over all encoder replicas, as fast as serving leaves room for."""
+"""Samples to vectors: several chunks at once over all encoder replicas, as fast as serving leaves room for."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ log = logging.getLogger("ratchet.catalog")
 CHUNK_ROWS: Final = 32
 """Rows of one background call: 0.4 s of encoding at 12 ms an image, and 5 MB of pixels."""
 MOST_CHUNKS: Final = 16
-"""Chunks that are embedded at once, over all encoders, at most."""
 DECODING_THREADS: Final = 2
 DECODING_NICE: Final = 10
 """Requests come first."""
 SLOWER: Final = 2.0
-"""A chunk that takes this multiple of the fastest one waits for requests, or for other chunks."""
+"""A chunk slower than the fastest one by this factor waits for requests or other chunks."""
 REMEMBERED: Final = 64
-"""Chunks among which the fastest one is looked for: what else runs on the machine changes with time."""
+"""Recent chunks among which the fastest is taken: other load on the machine changes."""
 
 Pixels = Callable[[bytes], npt.NDArray[np.uint8]]
 """Encoded image to uint8 [S, S, 3]. Raises RecordError for one that can never be embedded."""
@@ -52,24 +51,17 @@ def _with_text(rows: pa.Table) -> pa.Table:
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """Rows of the corpus with their vectors [n, dim]."""
-
     rows: pa.Table
     vectors: npt.NDArray[np.float32]
     unreadable: tuple[str, ...] = ()
     """Samples that can never be embedded."""
     present: frozenset[str] = frozenset()
-    """Samples that were in the table before."""
 
 
 class Pace:
-    """The number of chunks that are embedded at once.
-
-    Additive increase, multiplicative decrease (Chiu and Jain, "Analysis of the increase and decrease algorithms for
-    congestion avoidance in computer networks", 1989): one more after each full set of chunks that were about as fast as
-    the fastest one, half as many after one that was much slower. Encoders put requests before chunks, so a busy server
-    makes chunks slow; and more chunks than replicas make each other slow, so the number follows that of the replicas.
-    """
+    """The number of concurrent chunks, by additive increase and multiplicative decrease (Chiu and Jain 1989): one more
+    after each full set of chunks about as fast as the fastest, half as many after a much slower one. A busy server, or
+    more chunks than replicas, slows chunks down."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -78,7 +70,6 @@ class Pace:
 
     @property
     def width(self) -> int:
-        """Chunks at once, 1 at least."""
         return int(self._width)
 
     def ended(self, rows: int, seconds: float) -> None:
@@ -103,10 +94,7 @@ class Embedder:
         )
 
     async def embed(self, samples: Sequence[str], clip: str | None) -> Embedded:
-        """Vectors of samples under an adapter. Samples that were deleted meanwhile count as unreadable.
-
-        Raises whatever ``encode`` raises.
-        """
+        """Embed samples under an adapter; deleted ones count as unreadable. Raises whatever ``encode`` raises."""
         loop = asyncio.get_running_loop()
         rows, pixels, unreadable = await loop.run_in_executor(self._threads, self._read, list(samples))
         if not pixels:
@@ -123,10 +111,10 @@ class Embedder:
         seen: set[str] = set()
         for index, (sample, image) in enumerate(zip(rows["id"].to_pylist(), rows["image"], strict=True)):
             if sample in seen:
-                continue  # workers that share no index stored the same content twice
+                continue  # workers without a common index may store the same content twice
             try:
                 pixels.append(self._pixels(bytes(image.as_py())))
-            except RecordError as error:  # ingest accepted it under other bounds
+            except RecordError as error:  # ingest accepted it under other limits
                 log.warning("sample %s is left out of the catalog: %s", sample, error)
                 continue
             seen.add(sample)

@@ -1,7 +1,5 @@
-"""The index of one image space, made from its table, and kept on the local disk so that a start need not make it again.
-
-A file holds codes of vectors and digests of ids; what hits say of their rows is read from the table.
-"""
+"""Builds the index of an image space from its table, and keeps it on the local disk between starts. A file holds codes
+of vectors and digests of IDs; other fields are read from the table."""
 
 from __future__ import annotations
 
@@ -36,12 +34,12 @@ _faiss: Any = faiss
 """Its stubs lack readers and writers."""
 COLUMNS: Final = ["id", "vector", "domain", "source", "time", "text"]
 _TRAINING_ROWS: Final = 64
-"""For each partition."""
+"""Per partition."""
 ROUNDS: Final = 10
 _DIMENSIONS_A_CODE: Final = 4
-"""Whose residuals share one of 16 codes."""
+"""Dimensions whose residuals share one of 16 codes."""
 TEXTS: Final = 1000
-"""Rows whose texts are measured before memory is planned."""
+"""Rows whose texts are measured to plan memory."""
 SEED: Final = 0
 _QUANTIZERS: Final = {
     16: faiss.ScalarQuantizer.QT_fp16, 8: faiss.ScalarQuantizer.QT_8bit, 4: faiss.ScalarQuantizer.QT_4bit,
@@ -54,11 +52,8 @@ ROW_COLUMNS: Final = [name for name in COLUMNS if name != "vector"]
 
 
 def build_index(dataset: lance.LanceDataset, most_bytes: float) -> MemoryIndex:
-    """An index of all rows of a version. Takes about a minute of processor time for a million of 512 dimensions.
-
-    Raises:
-        IndexTooLarge: it does not fit into so many bytes, however it is coded.
-    """
+    """Index all rows of a table version; about a minute of CPU time per million rows of 512 dimensions. Raises
+    IndexTooLarge when no coding fits into ``most_bytes``."""
     threads = max(1, (os.cpu_count() or 1) // 2)
     faiss.omp_set_num_threads(threads)  # of this thread
     rows = dataset.count_rows()
@@ -73,9 +68,7 @@ def build_index(dataset: lance.LanceDataset, most_bytes: float) -> MemoryIndex:
 
 
 def _empty_index(sample: Vectors, coding: Coding, rows: int) -> MemoryIndex:
-    """One without rows, trained on a sample [n, dim] of those that are to be added: as many partitions as the root of
-    their number.
-    """
+    """An empty index trained on a sample [n, dim] of the rows to add, with sqrt(rows) partitions."""
     dimension = sample.shape[1]
     count = max(1, min(len(sample), round(math.sqrt(rows))))
     clustering: Any = faiss.Kmeans(
@@ -110,13 +103,13 @@ def _sample(dataset: lance.LanceDataset, rows: int) -> Vectors:
 
 
 class IndexFiles:
-    """The indexes of the tables under one URL, one file each. Use for a space from one thread at a time."""
+    """Index files of the tables under one URL, one per space. Use one thread at a time per space."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def save(self, space: str, index: MemoryIndex, built_rows: int) -> None:
-        """Keep an index, whose writers wait meanwhile. Raises OSError."""
+        """Write an index to disk; its writers wait meanwhile. Raises OSError."""
         about = [FORMAT, faiss.__version__, space, index.coding.name, built_rows]
         parts = {PARTITIONS: index.partitions, FINER: index.finer}
         with replacing(self._path(space), mode=0o600, durable=False) as work, zipfile.ZipFile(work, "w") as archive:
@@ -129,13 +122,12 @@ class IndexFiles:
                 np.save(file, index.columns.digests())
 
     def load(self, space: str, dataset: lance.LanceDataset) -> tuple[MemoryIndex, int] | None:
-        """The index that was kept, with those of its rows that a version of the table has; and of how many rows it was
-        made. None where there is none, or where it is damaged or of another version: then its file is removed.
-        """
+        """Load an index without rows that the table no longer has, and the number of rows it was built from. None if
+        there is none; damaged files and those of another version are removed."""
         if not self.exist(space):
             return None
         try:
-            with zipfile.ZipFile(self._path(space)) as archive:  # which checks CRC-32 of each part
+            with zipfile.ZipFile(self._path(space)) as archive:  # checks CRC-32 of each part
                 return self._load(space, archive, dataset)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
             log.warning("the index of image space %s that was kept is made again: %s", space, error)
@@ -149,7 +141,7 @@ class IndexFiles:
         self._path(space).unlink(missing_ok=True)
 
     def remove_others(self, spaces: set[str]) -> None:
-        """Remove the files of all other spaces, and what a process that has ended did not finish."""
+        """Remove the files of all other spaces, and abandoned temporary files."""
         kept = {self._path(space).name for space in spaces}
         for path in self._folder.iterdir() if self._folder.is_dir() else ():
             finished = not path.name.startswith(".")
@@ -171,7 +163,7 @@ class IndexFiles:
             raise ValueError("its vectors have another dimension")
         index = MemoryIndex(partitions, finer, coding, RowColumns())
         if _fill(index, digests, dataset):
-            self.remove(space)  # it holds rows that were removed
+            self.remove(space)  # it contains removed rows
         return index, int(built_rows)
 
     def _path(self, space: str) -> Path:
@@ -184,7 +176,7 @@ def _read(archive: zipfile.ZipFile, name: str) -> Any:
 
 
 def _fill(index: MemoryIndex, digests: Any, dataset: lance.LanceDataset) -> int:
-    """Read what the index says of its rows, and take out those that the table has no more: returns how many."""
+    """Read the rows' fields, and remove rows that the table no longer has; returns their number."""
     columns = index.columns
     columns.allocate(len(digests))
     keys = keys_of(digests)

@@ -1,9 +1,6 @@
-"""Makes the index of each resident space, keeps it up to date, and lets it be used only while its recall is enough.
-
-Recall is that of the ten nearest rows against exact search, for stored vectors and for the last queries of clients:
-texts are far from all images in CLIP's space, so that an index which finds the neighbours of images well may find those
-of texts badly.
-"""
+"""Builds the index of each resident space, keeps it current, and enables it only while its recall is sufficient. Recall
+of the ten nearest rows is measured against exact search, for stored vectors and for clients' last queries: texts are
+far from all images in CLIP's space, so an index good for images may be bad for texts."""
 
 from __future__ import annotations
 
@@ -28,50 +25,45 @@ from serving.catalog.tables import Neighbours, Tables
 
 log = logging.getLogger("ratchet.catalog")
 INDEX_ROWS: Final = 50_000
-"""An image space of fewer rows is searched without an index: the exact search takes milliseconds there."""
+"""Spaces with fewer rows are searched exactly, in milliseconds."""
 NICE: Final = 10
-"""Of the thread that makes indexes and measures them: requests come first."""
+"""Niceness of the thread that builds and measures: requests come first."""
 LEAST_SHARES: Final = 2
-"""Parts that the memory for indexes is divided into, at least: an update of the image tower makes a second space."""
+"""Minimum parts of the memory for indexes: an update of the image tower makes a second space."""
 SAVE_SHARE: Final = 0.02
 SAVE_SECONDS: Final = 300.0
-"""An index is kept on the disk again when such a share of its rows has changed, and not more often than that."""
+"""An index is written again when this share of its rows has changed, at most this often."""
 GROWTH: Final = 4.0
-"""An index is made again when its table has this multiple of the rows that it was made of: its partitions then are
-too large, and no longer where the vectors are."""
+"""An index is rebuilt when its table has this multiple of its rows: partitions are then too large and misplaced."""
 BETTER: Final = 0.07
-"""The effort of searches is raised until recall is so much above the bound: it is measured on few queries."""
+"""Effort is raised until recall exceeds the bound by this much, because few queries are measured."""
 MEASURE_SHARE: Final = 0.02
-"""Of the time that may go into measuring recall. A measurement reads the whole table once."""
+"""Share of time spent on measuring recall. Each measurement reads the whole table."""
 RECALL_QUERIES: Final = 40
-"""Stored vectors, and as many queries of clients, that recall is measured with."""
+"""Number of stored vectors, and of clients' queries, per measurement."""
 RECENT: Final = 256
-"""Last queries of a space that those are drawn from."""
+"""Last queries per space that clients' queries are drawn from."""
 NEIGHBOURS: Final = 10
 EXACT: Final = 3 * NEIGHBOURS
-"""Neighbours that are looked for exactly: more, because of equal scores, and because rows come and go meanwhile."""
+"""Exact neighbours to find: more than compared, because of ties and of rows that change meanwhile."""
 SAME: Final = 1e-5
 """Scores that differ by less are equal: rows with equal vectors may come in any order."""
 RETRY_SHARE: Final = 0.1
-"""An index whose recall was not enough is made again when its table has changed by this share."""
+"""An index of insufficient recall is rebuilt when its table has changed by this share."""
 
 
 @dataclass(slots=True)
 class IndexStatus:
-    """The state of one space's index."""
-
     recent: deque[Vectors] = field(default_factory=lambda: deque(maxlen=RECENT))
-    """The last queries of clients."""
     rows: int = 0
-    """Of the table."""
     recall: float | None = None
-    """By the last measurement, at the effort that is used or at the highest one; None: not measured yet."""
+    """Last measured, at the effort in use or the highest one; None: not measured yet."""
     measured_rows: int = -1
     measured_until: float = 0.0
     build_seconds: float = 0.0
     building: bool = False
     built_share: float = float("inf")
-    """Memory that it might take when it was made."""
+    """Memory limit at which it was built."""
     saved_at: float = float("-inf")
     last_error: str = ""
 
@@ -86,16 +78,13 @@ class RecallQuestion:
 
 
 class IndexMaintainer:
-    """Looks at one space after the other. Use from one event loop; indexes are made in a thread of its own."""
+    """Maintains one space after the other. Use from one event loop; indexes are built in a separate thread."""
 
     def __init__(
         self, tables: Tables, settings: CatalogSettings, spaces: Callable[[], Mapping[str, bool]],
         sample: Callable[[str, int], list[str]],
     ) -> None:  # fmt: skip
-        """Args:
-        spaces: the resident ones, the live one first, with whether each has every row of the corpus.
-        sample: some ids of rows of a space; called in another thread.
-        """
+        """``spaces``: resident, live one first, True if complete; ``sample``: row IDs, called in another thread."""
         self.tables = tables
         self.settings = settings
         self._spaces = spaces
@@ -109,14 +98,13 @@ class IndexMaintainer:
             known.recent.append(np.asarray(vector, np.float32))
 
     def is_ready(self, space: str, rows: int) -> bool:
-        """True when a space of so many rows is searched as fast as it is going to be."""
+        """True if a space of this many rows is searched as fast as it is going to be."""
         if rows < INDEX_ROWS:
             return True
         known = self._known.get(space, IndexStatus())
         return not known.building and (bool(known.last_error) or known.recall is not None)
 
     async def step(self) -> bool:
-        """One look at each space. True when an index was changed or measured."""
         spaces = self._spaces()
         self._known = {space: self._known.get(space, IndexStatus()) for space in spaces}
         worked = False
@@ -129,7 +117,6 @@ class IndexMaintainer:
         return worked
 
     def status(self, space: str) -> dict[str, Any]:
-        """Of one space: rows in the index, its coding and memory, recall, and whether searches use it."""
         known = self._known.get(space, IndexStatus())
         held = self.tables.indexes.of(space)
         index = held.index
@@ -159,7 +146,7 @@ class IndexMaintainer:
         return worked
 
     def _bring_up(self, space: str) -> bool:
-        """True when an index was taken from the disk."""
+        """True if an index was loaded from disk."""
         indexes = self.tables.indexes
         if indexes.of(space).index is not None:
             indexes.follow(space)
@@ -177,12 +164,11 @@ class IndexMaintainer:
         return differs and (index.bytes > share or recall < self.settings.min_recall)
 
     def _share(self) -> float:
-        """Bytes of memory for one space's index."""
         large = sum(each.rows >= INDEX_ROWS for each in self._known.values())
         return self.settings.cache_gib * 2**30 / max(LEAST_SHARES, large)
 
     async def _build(self, space: str, known: IndexStatus) -> bool:
-        """False when it would take too much memory: then there is none, and searches are exact."""
+        """Build an index. False if it would need too much memory: searches then stay exact."""
         began, share = time.monotonic(), self._share()
         known.building = True
         log.info("the index of image space %s is made of %d rows", space, known.rows)
@@ -209,7 +195,7 @@ class IndexMaintainer:
         if held.index is None or time.monotonic() - known.saved_at < SAVE_SECONDS:
             return
         if held.saved_rows < 0 or abs(held.index.rows - held.saved_rows) > SAVE_SHARE * held.index.rows:
-            known.saved_at = time.monotonic()  # also when it fails: searches do not need it
+            known.saved_at = time.monotonic()  # set before it can fail: searches do not need the file
             await self._in_thread(self.tables.indexes.save, space)
 
     async def _measure_if_due(self, space: str, known: IndexStatus, changed: bool) -> bool:
@@ -230,10 +216,9 @@ class IndexMaintainer:
         return True
 
     def _choose_effort(self, space: str, index: MemoryIndex) -> tuple[Effort | None, float]:
-        """The cheapest effort whose recall is well above the bound, or the highest one when that is above it; and the
-        recall. None: no effort is enough.
-        """
-        end = index.columns.end  # rows from here on are newer than what is looked for exactly
+        """The cheapest effort with recall well above the bound, or the highest if that is above it, and the recall.
+        None: no effort is sufficient."""
+        end = index.columns.end  # later rows are newer than the exact neighbours
         levels, recalls = [], []
         for question in self._questions(space):
             for level in LEVELS:
@@ -245,7 +230,7 @@ class IndexMaintainer:
         return (Effort(*levels) if min(recalls) >= self.settings.min_recall else None), min(recalls)
 
     def _questions(self, space: str) -> tuple[RecallQuestion, RecallQuestion]:
-        """Stored vectors and clients' queries; and stored vectors among those of the same domain."""
+        """Stored vectors and clients' queries unfiltered, and stored vectors filtered by a domain."""
         stored = self.tables.vectors(space, self._sample(space, RECALL_QUERIES))
         recent = list(self._known[space].recent) if space in self._known else []
         drawn = (recent[index] for index in self._random.permutation(len(recent))[:RECALL_QUERIES])
@@ -261,7 +246,7 @@ class IndexMaintainer:
         return plain, filtered
 
     def _recall(self, space: str, index: MemoryIndex, question: RecallQuestion, effort: Effort, end: int) -> float:
-        """Of the rows at positions below ``end``; 1 when there is nothing to find."""
+        """Recall among rows at positions below ``end``; 1 if there is nothing to find."""
         recalls = []
         for vector, exact in zip(question.vectors, question.exact, strict=True):
             hits, _ = self.tables.search_index(space, index, effort, vector, NEIGHBOURS, question.filters)
@@ -287,13 +272,8 @@ class IndexMaintainer:
 
 
 def recall_of(keys: Keys, exact: Neighbours, newer: int = 0) -> float:
-    """Share of the nearest rows that were found: a hit is right when its exact score is that of the last of them, or
-    better. The score that comes with it does not count: an index rounds it.
-
-    Args:
-        keys: of the hits.
-        newer: further hits, that were not there when the neighbours were looked for.
-    """
+    """Share of nearest rows found. A hit counts if its exact score, not the index's rounded one, is at least that of
+    the last neighbour. ``keys``: of the hits; ``newer``: number of hits added after the neighbours were searched."""
     count = min(NEIGHBOURS - newer, len(exact.scores))
     if count <= 0:
         return 1.0

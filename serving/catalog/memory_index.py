@@ -1,9 +1,8 @@
-"""The approximate index of one image space, in memory: faiss for the vectors, :class:`RowColumns` for the rest.
+"""The approximate in-memory index of one image space: faiss for vectors, :class:`RowColumns` for the rest.
 
-Vectors lie in partitions around centroids. Each row has a product-quantized code of its residual, an eighth of a byte a
-dimension, which finds candidates (Jégou et al., "Product quantization for nearest neighbor search", 2011; in the layout
-of André et al., "Quicker ADC", 2019, which computes 32 rows at a time), and a finer code, which ranks them. The finer
-code is the finest one that fits into memory. Positions are faiss's ids.
+Vectors are partitioned around centroids. A product-quantized code of each row's residual (1/8 byte per dimension) finds
+candidates (Jégou et al. 2011; in the layout of André et al., "Quicker ADC", 2019, for 32 rows at a time), and a second
+code, the finest that fits into memory, ranks them. Positions are faiss's IDs.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ from serving.catalog.row_columns import (
 )
 
 _faiss: Any = faiss
-"""Its stubs lack keywords of parameters, and what lists of blocks have."""
+"""Its stubs lack keyword parameters and block lists."""
 ADD_ROWS: Final = 128
-"""Rows that are added in one go: searches wait for some milliseconds."""
+"""Rows added under one lock: searches wait some milliseconds."""
 FEW_ROWS: Final = 512
-"""So few rows that meet a filter are all scored."""
+"""Up to this many rows that meet a filter are all scored."""
 FILTERS: Final = 32
-"""Filters whose rows are remembered, in a bit for each row, until the index changes."""
+"""Filters whose rows are cached, as one bit per row, until the index changes."""
 LEAST_CANDIDATES_A_HIT: Final = 4
 ID_BYTES: Final = 8
 ROOM: Final = 1.15
@@ -50,36 +49,24 @@ ROOM: Final = 1.15
 
 
 class IndexTooLarge(StoreError):
-    """An index does not fit into memory, however it is coded."""
+    """An index does not fit into memory with any coding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Coding:
-    """The finer code of each vector."""
-
     name: str
     bits: int
-    """Of each dimension; 0: there is none, and candidates are ranked by what found them."""
+    """Bits per dimension; 0: no finer code, and candidates are ranked by the first one."""
 
     def row_bytes(self, dimension: int) -> float:
-        """Of both codes."""
         return dimension / 8 + ID_BYTES + dimension * self.bits / 8
 
 
 CODINGS: Final = (Coding("16 bits", 16), Coding("8 bits", 8), Coding("4 bits", 4), Coding("quantized alone", 0))
-"""The finest first."""
 
 
 def choose_coding(rows: int, dimension: int, text_bytes: float, most_bytes: float) -> Coding:
-    """The finest one with which an index of so many rows fits.
-
-    Args:
-        text_bytes: of a row's text, on average.
-        most_bytes: for all of the index.
-
-    Raises:
-        IndexTooLarge: none fits.
-    """
+    """The finest coding that fits ``most_bytes`` in total. ``text_bytes``: mean per row. Raises IndexTooLarge."""
     for coding in CODINGS:
         size = estimated_bytes(rows, dimension, text_bytes, coding)
         if size <= most_bytes:
@@ -96,24 +83,18 @@ def estimated_bytes(rows: int, dimension: int, text_bytes: float, coding: Coding
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """The effort of a search."""
-
     partitions: int
-    """That are looked into; more of them where a filter leaves few rows."""
+    """Partitions searched; more if a filter leaves few rows."""
     candidates: int
-    """That are ranked by the finer code, at least."""
 
 
 LEVELS: Final = (
     Level(4, 80), Level(8, 120), Level(16, 160), Level(32, 160), Level(64, 240), Level(128, 480), Level(256, 960),
 )  # fmt: skip
-"""The cheapest first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """The levels at which a space is searched through its index: without a filter, and with one."""
-
     plain: Level
     filtered: Level
 
@@ -122,13 +103,11 @@ class Effort:
 
 
 class MemoryIndex:
-    """Any number of threads may search; one at a time may write."""
+    """Any number of threads may search, one at a time may write."""
 
     def __init__(self, partitions: Any, finer: Any | None, coding: Coding, columns: RowColumns) -> None:
-        """Args:
-        partitions: an ``IndexIVFPQFastScan`` (see :mod:`index_files`), its ids the positions in ``columns``.
-        finer: an ``IndexScalarQuantizer`` of all positions, or None.
-        """
+        """``partitions``: an ``IndexIVFPQFastScan`` (see :mod:`index_files`) whose IDs are positions in ``columns``;
+        ``finer``: an ``IndexScalarQuantizer`` of all positions, or None."""
         self.partitions = partitions
         self.finer = finer
         self.coding = coding
@@ -147,16 +126,12 @@ class MemoryIndex:
         return round(self.columns.bytes + self.columns.end * self.coding.row_bytes(self.dimension))
 
     def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """For each key, whether its row is here. Only the writer may ask."""
+        """True for keys whose row is here. For the writing thread only."""
         return self.columns.positions(keys) >= 0
 
     def add(self, data: pa.RecordBatch | pa.Table, at_once: int = ADD_ROWS, threads: int = 1) -> None:
-        """Add those rows (id, vector, domain, source, time, text) that are not here.
-
-        Args:
-            at_once: rows for which searches wait.
-            threads: that compute.
-        """
+        """Add the rows (id, vector, domain, source, time, text) that are new. ``at_once``: rows per lock, for which
+        searches wait; ``threads``: that compute."""
         faiss.omp_set_num_threads(threads)  # of this thread
         keys = keys_of(digests_of(data.column("id")))
         _, first = np.unique(keys, return_index=True)
@@ -165,7 +140,7 @@ class MemoryIndex:
             self._add(data.take(pa.array(new[start : start + at_once], pa.int64())))
 
     def remove(self, keys: Keys) -> None:
-        """Take rows out, with their bytes. Unknown ones are passed over."""
+        """Remove rows and overwrite their bytes. Unknown keys are ignored."""
         positions = np.unique(self.columns.positions(keys))
         positions = positions[positions >= 0]
         with self._lock.writing():
@@ -174,7 +149,7 @@ class MemoryIndex:
             self._masks.clear()
 
     def drop_codes(self, positions: Positions) -> None:
-        """Take out the codes of positions that no row is at. Not while others search."""
+        """Remove the codes of positions without a row. Not while others search."""
         if not len(positions):
             return
         _take_out(self.partitions, positions)
@@ -183,14 +158,13 @@ class MemoryIndex:
             codes.reshape(-1, self.finer.code_size)[positions] = 0
 
     def search(self, vector: Vectors, k: int, filters: Filters, effort: Effort) -> tuple[list[Hit], list[str]]:
-        """The ``k`` nearest rows, best first, equal scores by id; and the ids of those hits whose text is in the table
-        alone. Scores have the precision of the finer code.
-        """
+        """The ``k`` nearest rows, best first, ties by ID, and the IDs of hits whose text is only in the table. Scores
+        have the precision of the finer code."""
         query = np.ascontiguousarray(vector / max(math.sqrt(float(vector @ vector)), 1e-12), np.float32)[None]
-        faiss.omp_set_num_threads(1)  # of this thread: callers at once use a core each
+        faiss.omp_set_num_threads(1)  # of this thread: concurrent callers use a core each
         with self._lock.reading():
             scores, positions = self._nearest(query, min(k, max(1, self.rows)), filters, effort)
-            count = len(positions) - positions.count(-1)  # what is missing is last
+            count = len(positions) - positions.count(-1)  # missing hits are last
             hits, lacking = self.columns.hits(positions[:count], scores[:count])
         return sorted(hits, key=lambda hit: (-hit.score, hit.id)), lacking
 
@@ -210,7 +184,7 @@ class MemoryIndex:
 
     def _score_all(self, query: Vectors, positions: Positions, k: int) -> tuple[list[float], list[int]]:
         vectors = self.finer.reconstruct_batch(positions)  # type: ignore[union-attr]
-        scores = np.einsum("nd,d->n", vectors, query[0])  # not BLAS, whose threads callers at once would wait for
+        scores = np.einsum("nd,d->n", vectors, query[0])  # not BLAS, whose threads concurrent callers would wait for
         best = np.argsort(-scores, kind="stable")[:k]
         return scores[best].tolist(), positions[best].tolist()
 
@@ -222,7 +196,7 @@ class MemoryIndex:
         return scores[0].tolist(), positions[0].tolist()
 
     def _mask(self, filters: Filters) -> tuple[Any, int]:
-        """Positions that meet the conditions when they are few, else a bit for each position; and their number."""
+        """Positions that meet the conditions if they are few, else a bit per position; and their number."""
         if (known := self._masks.get(filters)) is not None:
             return known
         mask = self.columns.matching(filters)
@@ -248,7 +222,7 @@ class MemoryIndex:
 
 @lru_cache(maxsize=64)
 def _parameters(partitions: int, factor: float | None, selector: Any) -> Any:
-    """Of a search, which only reads them. Made once without a selector: they take as long as a tenth of a search."""
+    """Search parameters, read only. Cached without a selector: making them takes a tenth of a search."""
     chosen = {} if selector is None else {"sel": selector}
     parameters = _faiss.SearchParametersIVF(nprobe=partitions, **chosen)
     if factor is None:
@@ -257,9 +231,7 @@ def _parameters(partitions: int, factor: float | None, selector: Any) -> Any:
 
 
 def _refined(partitions: Any, finer: Any) -> Any:
-    """faiss's two-stage search over both. Its constructor wants as many rows in the one as in the other, and positions
-    of removed rows are in the finer code alone.
-    """
+    """faiss's two-stage search, whose constructor requires equal row counts; only ``finer`` has removed positions."""
     rows, partitions.ntotal = partitions.ntotal, finer.ntotal
     engine = faiss.IndexRefine(partitions, finer)
     partitions.ntotal = rows
@@ -267,7 +239,7 @@ def _refined(partitions: Any, finer: Any) -> Any:
 
 
 def _take_out(partitions: Any, positions: Positions) -> None:
-    """Remove codes, and overwrite what faiss leaves of them behind the end of their lists."""
+    """Remove codes, and overwrite what faiss leaves behind the end of its lists."""
     lists = _faiss.downcast_InvertedLists(partitions.invlists)
     before = [lists.list_size(number) for number in range(partitions.nlist)]
     partitions.remove_ids(faiss.IDSelectorBatch(positions))
@@ -283,7 +255,7 @@ def _take_out(partitions: Any, positions: Positions) -> None:
 
 
 class _ReadWriteLock:
-    """A lock that readers share and the one writer has alone. A writer that waits goes before later readers."""
+    """A lock that readers share and the writer holds alone. A waiting writer goes before later readers."""
 
     def __init__(self) -> None:
         self._free = threading.Condition()

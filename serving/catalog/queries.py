@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Conditions that every hit meets. Times are UTC; ``since`` is included, ``until`` is not."""
+    """Conditions that every hit meets. Times are UTC; ``since`` is inclusive, ``until`` exclusive."""
 
     domain: tuple[str, ...] = ()
     source: tuple[str, ...] = ()
@@ -17,7 +17,7 @@ class Filters:
     until: datetime | None = None
 
     def sql(self) -> str:
-        """A DataFusion expression, empty when there is no condition. Texts are quoted, never pasted."""
+        """A DataFusion expression with quoted texts; empty without conditions."""
         parts = [
             f"{name} IN ({', '.join(_quote(value) for value in values)})"
             for name, values in (("domain", self.domain), ("source", self.source))
@@ -32,7 +32,7 @@ class Filters:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One search result. ``score`` is the cosine similarity."""
+    """A search result; ``score`` is the cosine similarity."""
 
     id: str
     score: float

@@ -1,8 +1,5 @@
-"""The reconcile loop: every corpus row, in every resident image space, and no row that was deleted in any table.
-
-Backfill, catch-up and dual-write are all this one loop. It continues from what is in the tables, so a kill loses what
-was embedded in the last seconds, and nothing else.
-"""
+"""The reconcile loop: every corpus row in every resident image space, and no deleted row in any table. It is backfill,
+catch-up and dual-write in one, and resumes from the tables: a kill loses only the last seconds."""
 
 from __future__ import annotations
 
@@ -26,25 +23,22 @@ from streams.store.sample_store import SampleStore
 
 log = logging.getLogger("ratchet.catalog")
 EXPUNGE_SECONDS: Final = 120.0
-"""After deletions, removed rows are written out after this long, and the versions that have them go after as long
-again: far longer than a search takes."""
+"""Tables are rewritten this long after deletions, and old versions removed after as long again."""
 OVERLAP: Final = timedelta(minutes=10)
-"""Deletions are looked for from this long before the last one: clocks of those who delete differ."""
+"""Deletion receipts are read from this long before the last one, because the clocks of the deleting hosts differ."""
 
 
 class Reconciler:
-    """Brings the tables of the resident spaces to the corpus. Use from one event loop."""
+    """Brings the tables of the resident spaces in line with the corpus. Use from one event loop."""
 
     def __init__(self, tables: Tables, corpus: SampleStore, pixels: Pixels, encode: Encode) -> None:
         self.ids = CorpusIds()
         self.fills: dict[str, SpaceFill] = {}
-        """The resident spaces."""
         self.live_space = ""
         self.embedder = Embedder(corpus, pixels, encode)
         self.woken = asyncio.Event()
-        """Something has changed: the next step is made at once."""
+        """Set to make the next step at once."""
         self.changed = asyncio.Condition()
-        """Notified when a space has become complete."""
         self.searchable_seconds: float | None = None
         self.last_error = ""
         self._tables = tables
@@ -56,7 +50,7 @@ class Reconciler:
         self._reported = (-1, "")
 
     def add_space(self, snapshot: ReleaseSnapshot) -> SpaceFill:
-        """Hold the snapshot's image space from now on."""
+        """Keep the snapshot's image space filled from now on."""
         fill = self.fills.get(snapshot.image_space)
         if fill is None:
             fill = SpaceFill(snapshot.image_space, snapshot.clip, self.ids, self._tables, self.in_thread)
@@ -67,7 +61,7 @@ class Reconciler:
         self.fills.pop(space).cancel()
 
     def reopen(self, space: str) -> None:
-        """Look again at a table that cannot be read: if it is gone, it is made again."""
+        """Open an unreadable table again; if it is gone, it is made again."""
         self._tables.forget(space)
         old = self.fills.pop(space, None)
         if old is not None:
@@ -76,24 +70,23 @@ class Reconciler:
         self.woken.set()
 
     def spaces(self) -> dict[str, bool]:
-        """The resident spaces, the live one first, and true for each that has (or had) every row."""
+        """Resident spaces, the live one first; True for those that have, or had, every row."""
         return {fill.space: fill.complete >= 0 for fill in self._ordered()}
 
     def complete(self) -> set[str]:
-        """The resident spaces that have, or had, every row."""
+        """Resident spaces that have, or had, every row."""
         return {fill.space for fill in self.fills.values() if fill.complete >= 0}
 
     def prefer(self, space: str, samples: Collection[str]) -> None:
-        """Embed these first for a space."""
         if samples and (fill := self.fills.get(space)) is not None:
             fill.coverage.prefer(self.ids.numbers(samples))
 
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call something in the one thread that writes tables."""
+        """Run a function in the single thread that writes tables."""
         return await asyncio.get_running_loop().run_in_executor(self._io, function, *args)
 
     async def step(self) -> bool:
-        """Look at the corpus, keep the encoders busy, and take over what they have done. True when there was work."""
+        """Check the corpus, keep the encoders busy, and store their results. True if there was work."""
         version = await self.in_thread(self._corpus.version)
         if version != self._version:
             await self._look(version)
@@ -133,7 +126,7 @@ class Reconciler:
         self._version = version
 
     async def _start(self, fill: SpaceFill, version: int) -> bool:
-        """Start chunks as long as there is room. True when the space is not complete."""
+        """Start chunks while there is room. True if the space is not complete."""
         if fill.complete == version or self.fills.get(fill.space) is not fill:
             return False
         if not fill.loaded:
@@ -147,7 +140,7 @@ class Reconciler:
 
     async def _store(self, fill: SpaceFill) -> None:
         rows = await fill.store()
-        if rows is not None and fill.space == self.live_space and fill.complete >= 0:  # else it is a backfill
+        if rows is not None and fill.space == self.live_space and fill.complete >= 0:  # otherwise it is a backfill
             self._record_delays(rows["ingested_at"].to_pylist())
 
     def _report(self) -> None:
@@ -162,7 +155,7 @@ class Reconciler:
         )
 
     def _record_delays(self, ingested: list[datetime | None]) -> None:
-        """Samples became searchable under the live release."""
+        """Record how long samples took to become searchable under the live release."""
         for moment in ingested:
             if moment is not None:
                 aware = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
@@ -170,12 +163,11 @@ class Reconciler:
                 metrics.catalog.searchable(self.searchable_seconds)
 
     def _ordered(self) -> list[SpaceFill]:
-        """The live space first: what is searched now matters most."""
         return sorted(self.fills.values(), key=lambda fill: fill.space != self.live_space)
 
 
 class DeletionFollower:
-    """Takes out of every table on the disk, resident or not, what was deleted. Use from one event loop."""
+    """Removes deleted samples from every table on disk, resident or not. Use from one event loop."""
 
     def __init__(self, tables: Tables, corpus: SampleStore, ids: CorpusIds, in_thread: InThread) -> None:
         self._tables = tables
@@ -190,7 +182,7 @@ class DeletionFollower:
         self._expunge_left = 0
 
     async def follow(self, version: int, spaces: Mapping[str, SpaceCoverage]) -> None:
-        """Take out what was deleted since the last call. ``spaces``: those whose rows are known."""
+        """Remove what was deleted since the last call. ``spaces``: those whose rows are known."""
         if not self._started:
             await self._take_stock(version)
             self._started = True
@@ -206,29 +198,26 @@ class DeletionFollower:
         for space in await self._in_thread(self._tables.spaces):
             await self._remove(space, gone, spaces.get(space))
         self._ids.remove(gone)
-        self._ids.add(again["id"].to_pylist())  # deleted, and sent again since: embedded again
+        self._ids.add(again["id"].to_pylist())  # deleted and sent again since: embedded again
         self._count, self._followed = count, receipts
         self._until = max([self._until, *(when for _, when in receipts)])
 
     async def expunge(self) -> bool:
-        """Remove the bytes of deleted rows, once no search reads the versions that have them.
-
-        In two passes: the first rewrites the rows that stay, the second removes the versions from before the first.
-        Returns True when it was time for a pass.
-        """
+        """Remove the bytes of deleted rows once no search reads versions that contain them. Two passes: the first
+        rewrites the remaining rows, the second removes the older versions. True if a pass was due."""
         if not self._expunge_left or time.monotonic() < self._expunge_at:
             return False
-        self._expunge_at = time.monotonic() + EXPUNGE_SECONDS  # also when it fails: the loop goes on meanwhile
+        self._expunge_at = time.monotonic() + EXPUNGE_SECONDS  # set first: it may fail
         for space in await self._in_thread(self._tables.spaces):
             await self._in_thread(self._tables.expunge, space, timedelta(seconds=EXPUNGE_SECONDS / 2))
         self._expunge_left -= 1
         return True
 
     async def _take_stock(self, version: int) -> None:
-        """At the first look: take out what was deleted while no catalog ran, and note what there is to follow."""
+        """At the first call, remove what was deleted while no catalog ran, and note the receipts to follow."""
         for space in await self._in_thread(self._tables.spaces):
             await self._remove(space, await self._in_thread(self._not_in_corpus, space), None)
-            self._expunge_soon()  # a catalog that removed rows may have died before their bytes were gone
+            self._expunge_soon()  # an earlier catalog may have died before the bytes were gone
         self._count = (await self._in_thread(self._corpus.tally, version))["deleted"]
         self._until = datetime.now(UTC)
         self._followed = await self._receipts(version)

@@ -1,6 +1,6 @@
-"""Rows of a catalog table as arrays: digests of ids, unit vectors, and what hits say, by position in an index.
+"""Rows of a catalog table as arrays by index position: ID digests, unit vectors, and the fields of hits.
 
-Sample ids are SHA-256 digests in 64 hexadecimal digits; a key is the first 64 bits of one.
+Sample IDs are SHA-256 digests in 64 hexadecimal digits; a key is the first 64 bits.
 
 >>> digests = digests_of(["00" * 7 + "2a" + "00" * 24])
 >>> digests.shape, keys_of(digests)
@@ -22,26 +22,25 @@ from serving.catalog.queries import Filters, Hit
 Digests = npt.NDArray[np.uint8]
 """uint8 [n, 32]."""
 Keys = npt.NDArray[np.uint64]
-"""The first 64 bits of digests: two of a million samples share them with a probability of 3e-8."""
+"""First 64 bits of digests; among a million samples two are equal with a probability of 3e-8."""
 DIGITS: Final = 64
 Vectors = npt.NDArray[np.float32]
 BATCH_ROWS: Final = 4096
-"""Rows that are read from a table at once."""
 Positions = npt.NDArray[np.int64]
 GROWTH: Final = 1.25
 LEAST_LENGTH: Final = 1024
 MOST_TEXT_BYTES: Final = 1024
-"""A longer text is not kept: it is read from the table when its row is found."""
+"""Longer texts are not kept here but read from the table with each hit."""
 PENDING_ROWS: Final = 65_536
 ROW_BYTES: Final = 32 + 1 + 8 + (8 + 4) + 2 * 4 + 2 * 8
-"""Of digest, liveness, time, place of the text, domain and source, and the key's place."""
+"""Digest, liveness, time, text position, domain and source, and key position."""
 NO_TIME: Final = np.iinfo(np.int64).min
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
 def digests_of(ids: list[str] | pa.Array | pa.ChunkedArray) -> Digests:
-    """Digests [n, 32] of ids. Raises StoreError when one is not a digest."""
+    """Digests [n, 32] of IDs. Raises StoreError for an ID that is not a digest."""
     names = ids if isinstance(ids, list) else ids.to_pylist()
     try:
         data = bytes.fromhex("".join(names))
@@ -53,19 +52,17 @@ def digests_of(ids: list[str] | pa.Array | pa.ChunkedArray) -> Digests:
 
 
 def keys_of(digests: Digests) -> Keys:
-    """Keys [n] of digests [n, 32]."""
     return np.ascontiguousarray(digests[:, :8]).view(">u8").reshape(-1).astype(np.uint64)
 
 
 def unit_rows(vectors: Vectors) -> Vectors:
-    """Vectors [n, dim] of unit length; those without a direction become zeros."""
+    """Vectors [n, dim] of unit length; zeros for those without a direction."""
     vectors = np.asarray(vectors, np.float32)
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return np.ascontiguousarray(np.nan_to_num(unit, posinf=0.0, neginf=0.0), np.float32)
 
 
 def vectors_of(rows: pa.RecordBatch | pa.Table) -> Vectors:
-    """The vectors [n, dim] of some rows."""
     column = rows.column("vector")
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     flat = column.flatten().to_numpy(zero_copy_only=False)
@@ -73,16 +70,14 @@ def vectors_of(rows: pa.RecordBatch | pa.Table) -> Vectors:
 
 
 class RowColumns:
-    """Digest, domain, source, time and text by position, without a Python object for a row. One writer at a time.
-
-    77 bytes a row, and its text. A position is never used twice; that of a removed row stays empty.
-    """
+    """Digest, domain, source, time and text by position, without Python objects per row. One writer at a time. 77 bytes
+    a row plus its text. Positions are never reused; that of a removed row stays empty."""
 
     def __init__(self) -> None:
         self.end = 0
         """All positions are below this one."""
         self.rows = 0
-        """Positions that hold a row."""
+        """Number of positions that hold a row."""
         self._digests: Digests = np.zeros((LEAST_LENGTH, 32), np.uint8)
         self._live = np.zeros(LEAST_LENGTH, np.bool_)
         self._times = np.zeros(LEAST_LENGTH, np.int64)
@@ -95,19 +90,19 @@ class RowColumns:
 
     @property
     def bytes(self) -> int:
-        """Of memory, without what arrays grow ahead."""
+        """Memory in bytes, without the arrays' spare capacity."""
         return self.end * ROW_BYTES + self._text_end + self._domains.value_bytes + self._sources.value_bytes
 
     def live(self) -> npt.NDArray[np.bool_]:
-        """By position: whether it holds a row. A view."""
+        """True for positions that hold a row. A view."""
         return self._live[: self.end]
 
     def digests(self) -> Digests:
-        """By position; zeros where there is no row. A view."""
+        """By position; zeros for empty ones. A view."""
         return self._digests[: self.end]
 
     def positions(self, keys: Keys) -> Positions:
-        """Where the rows with these keys are; -1 for those that are nowhere."""
+        """Positions of the rows with these keys; -1 for unknown keys."""
         positions = self._places.find(keys)
         here = positions >= 0
         positions[here] = np.where(self._live[positions[here]], positions[here], -1)
@@ -120,7 +115,7 @@ class RowColumns:
         return np.arange(first, self.end, dtype=np.int64)
 
     def write(self, positions: Positions, rows: pa.RecordBatch | pa.Table) -> None:
-        """Rows (id, domain, source, time, text) at positions that were allocated and hold none."""
+        """Write rows (id, domain, source, time, text) to allocated, empty positions."""
         digests = digests_of(rows.column("id"))
         self._digests[positions] = digests
         times = rows.column("time").cast(pa.timestamp("us", "UTC")).cast(pa.int64())
@@ -133,7 +128,6 @@ class RowColumns:
         self._places.add(keys_of(digests), positions, self.live(), self.digests())
 
     def remove(self, positions: Positions) -> None:
-        """Take rows out, with their bytes."""
         for start, size in zip(self._text_starts[positions], self._text_sizes[positions], strict=True):
             self._texts[start : start + max(0, size)] = 0
         self._live[positions] = False
@@ -143,7 +137,7 @@ class RowColumns:
         self.rows -= len(positions)
 
     def matching(self, filters: Filters) -> npt.NDArray[np.bool_]:
-        """By position: whether its row meets the conditions."""
+        """True for positions whose row meets the conditions."""
         mask = self.live().copy()
         if filters.domain:
             mask &= self._domains.among(filters.domain, self.end)
@@ -159,7 +153,7 @@ class RowColumns:
         return mask
 
     def hits(self, positions: list[int], scores: list[float]) -> tuple[list[Hit], list[str]]:
-        """The rows at some positions; and the ids of those whose text is empty here, and in the table alone."""
+        """Hits at some positions, and the IDs whose long text is only in the table."""
         digests = self._digests[positions].tobytes().hex()
         ids = [digests[start : start + DIGITS] for start in range(0, len(digests), DIGITS)]
         times, sizes = self._times[positions].tolist(), self._text_sizes[positions].tolist()
@@ -189,7 +183,7 @@ class RowColumns:
 
 
 class _Dictionary:
-    """A column of which many rows have the same value."""
+    """A dictionary-encoded text column."""
 
     def __init__(self) -> None:
         self._codes = np.zeros(LEAST_LENGTH, np.int32)
@@ -217,12 +211,12 @@ class _Dictionary:
         if number is None:
             number = self._numbers[value] = len(self._values)
             self._values.append(value)
-            self.value_bytes += 200 + len(value)  # of a list, a dictionary and a string
+            self.value_bytes += 200 + len(value)  # of list, dictionary and string
         return number
 
 
 class _KeyPlaces:
-    """From keys to positions: sorted arrays, and a dictionary of what came since they were sorted."""
+    """Maps keys to positions: sorted arrays, and a dictionary of later additions."""
 
     def __init__(self) -> None:
         self._sorted: Keys = np.empty(0, np.uint64)
@@ -251,7 +245,7 @@ class _KeyPlaces:
 
 
 def grown(array: npt.NDArray[_Scalar], end: int) -> npt.NDArray[_Scalar]:
-    """The array, or a longer copy of it with zeros behind, that has ``end`` entries at least."""
+    """The array, or a longer zero-padded copy with at least ``end`` entries."""
     if end <= len(array):
         return array
     longer = np.zeros((int(end * GROWTH), *array.shape[1:]), array.dtype)

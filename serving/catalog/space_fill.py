@@ -1,6 +1,6 @@
-"""The backfill of one image space: which samples it lacks, what is being embedded for it, and what waits to be stored.
+"""The backfill of one image space: missing samples, samples being embedded, and vectors to store.
 
-The ids of the corpus take about 160 bytes each, and one more for each space.
+Corpus IDs take about 160 bytes each, plus one byte per space.
 
 >>> ids = CorpusIds()
 >>> ids.add(["00" * 32, "ff" * 32])
@@ -25,21 +25,20 @@ from serving.catalog.row_columns import grown
 from serving.catalog.tables import Tables
 
 InThread = Callable[..., Awaitable[Any]]
-"""Calls a function with its arguments in the one thread that writes tables."""
+"""Calls a function with its arguments in the single thread that writes tables."""
 Numbers = npt.NDArray[np.int64]
 LACKING, TAKEN, HELD = 0, 1, 2
 QUEUE_ROWS: Final = 8192
-"""Missing rows that are looked up at once: a look goes over the whole corpus, 2 ms for a million rows."""
+"""Missing rows looked up at once: each look scans the whole corpus, 2 ms for a million rows."""
 RATE_SECONDS: Final = 60.0
-"""The rate of a backfill is that of the last minute."""
 STORE_ROWS: Final = 1024
 STORE_SECONDS: Final = 2.0
-"""Vectors are stored when there are so many of them, when the first one is so old, or when nothing else is missing.
-A commit a second costs little, a kill loses two seconds of work, and what is new is found at once."""
+"""Vectors are stored when there are this many, when the first is this old, or when nothing else is missing. One commit
+a second costs little, a kill loses two seconds of work, and new rows are found at once."""
 
 
 class CorpusIds:
-    """Sample ids in the order of ingestion. Each has a number, the next one, which no other ever gets."""
+    """Sample IDs in order of ingestion. Numbers are consecutive and never reused."""
 
     def __init__(self) -> None:
         self._numbers: dict[bytes, int] = {}
@@ -60,16 +59,16 @@ class CorpusIds:
 
     @property
     def unreadable(self) -> int:
-        """Samples that can never be embedded."""
+        """Number of samples that can never be embedded."""
         return len(self._unreadable)
 
     def wanted(self) -> npt.NDArray[np.bool_]:
-        """By number: true for a sample that is in the corpus and can be embedded. A view that may be written."""
+        """By number: true if the sample is in the corpus and can be embedded. A writable view."""
         self._wanted = grown(self._wanted, self.end)
         return self._wanted[: self.end]
 
     def add(self, samples: Iterable[str]) -> None:
-        """Add those that are not there yet, in this order."""
+        """Add unknown samples, in this order."""
         first = self.end
         for sample in samples:
             name = bytes.fromhex(sample)
@@ -79,7 +78,7 @@ class CorpusIds:
         self.wanted()[first:] = True
 
     def remove(self, samples: Iterable[str]) -> None:
-        """Take samples out, unreadable ones too; unknown ones are passed over."""
+        """Remove samples, unreadable ones too; unknown ones are ignored."""
         wanted = self.wanted()
         for sample in samples:
             number = self._numbers.pop(bytes.fromhex(sample), None)
@@ -88,13 +87,12 @@ class CorpusIds:
                 self._unreadable.discard(number)
 
     def leave_out(self, samples: Iterable[str]) -> None:
-        """Samples of the corpus that can never be embedded."""
         numbers = self.numbers(samples)
         self.wanted()[numbers] = False
         self._unreadable.update(numbers.tolist())
 
     def numbers(self, samples: Iterable[str]) -> Numbers:
-        """Of those samples that are in the corpus."""
+        """Numbers of the samples that are in the corpus."""
         known = (self._numbers.get(bytes.fromhex(sample)) for sample in samples)
         return np.fromiter((number for number in known if number is not None), np.int64)
 
@@ -103,7 +101,7 @@ class CorpusIds:
 
 
 class SpaceCoverage:
-    """Rows of the corpus by number: lacking in the table of one space, being embedded for it, or held by it."""
+    """State of each corpus row in one space's table: lacking, taken for embedding, or held."""
 
     def __init__(self, ids: CorpusIds) -> None:
         self._ids = ids
@@ -112,12 +110,11 @@ class SpaceCoverage:
 
     @property
     def rows(self) -> int:
-        """Rows of the corpus that are in the table."""
         return int(np.count_nonzero(self._all() == HELD))
 
     @property
     def missing(self) -> int:
-        """Rows that are not there yet and can be embedded."""
+        """Number of embeddable rows that are not in the table."""
         return int(np.count_nonzero(self._ids.wanted() & (self._all() != HELD)))
 
     @property
@@ -126,7 +123,7 @@ class SpaceCoverage:
         return min(1.0, (self.rows + self._ids.unreadable) / len(self._ids)) if len(self._ids) else 1.0
 
     def take(self, count: int) -> Numbers:
-        """The next missing rows, the oldest first, marked as being embedded. Empty when none is left."""
+        """Take the next missing rows, oldest first, for embedding. Empty if none is left."""
         wanted, states = self._ids.wanted(), self._all()
         if not self._queue:
             self._queue.extend(np.flatnonzero(wanted & (states == LACKING))[:QUEUE_ROWS].tolist())
@@ -139,51 +136,45 @@ class SpaceCoverage:
         return np.asarray(numbers, np.int64)
 
     def prefer(self, numbers: Numbers) -> None:
-        """Rows that searches came upon: if they are missing, they are the next ones to take."""
         self._queue.extendleft(numbers.tolist())
 
     def give_back(self, numbers: Numbers) -> None:
-        """Rows that were taken are not being embedded any more, whether they are held by now or not."""
+        """Mark rows as no longer being embedded; held rows stay held."""
         states = self._all()
         states[numbers[states[numbers] == TAKEN]] = LACKING
 
     def hold(self, numbers: Numbers) -> None:
-        """Rows that are in the table."""
         self._all()[numbers] = HELD
 
     def holding(self, numbers: Numbers) -> Numbers:
-        """Those of some rows that are in the table."""
         held: Numbers = numbers[self._all()[numbers] == HELD]
         return held
 
     def drop(self, numbers: Numbers) -> None:
-        """Rows that left the table."""
         self._all()[numbers] = LACKING
 
     def held(self) -> Numbers:
-        """The numbers of all rows that are in the table, in the order of ingestion."""
         return np.flatnonzero(self._all() == HELD).astype(np.int64)
 
     def _all(self) -> npt.NDArray[np.uint8]:
-        """Of each number, as a view that may be written."""
+        """States by number, a writable view."""
         self._states = grown(self._states, self._ids.end)
         return self._states[: self._ids.end]
 
 
 class BackfillRate:
-    """Rows a second of one space's backfill, over the last minute in which it ran."""
+    """Rows per second of a space's backfill, over the last minute in which it ran."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._rows: deque[tuple[float, int]] = deque([(now(), 0)])
 
     def begin(self) -> None:
-        """Rows are being embedded: after a pause, what was before it says nothing of the rate."""
+        """Note the start of embedding; resets the rate after a pause."""
         if self._now() - self._rows[-1][0] > RATE_SECONDS:
             self._rows = deque([(self._now(), 0)])
 
     def add(self, rows: int) -> None:
-        """Rows were embedded and stored."""
         now = self._now()
         self._rows.append((now, rows))
         while len(self._rows) > 2 and now - self._rows[0][0] > RATE_SECONDS:
@@ -191,25 +182,24 @@ class BackfillRate:
 
     @property
     def per_second(self) -> float:
-        """0 while nothing is known."""
+        """0 while unknown."""
         seconds = self._rows[-1][0] - self._rows[0][0]
         return sum(count for _, count in list(self._rows)[1:]) / seconds if seconds > 0 else 0.0
 
     def seconds_left(self, missing: int) -> float | None:
-        """An estimate; None while nothing is known."""
         rate = self.per_second
         return 0.0 if not missing else missing / rate if rate > 0 else None
 
 
 class SpaceFill:
-    """Brings one space to full coverage. Use from one event loop; let one call to :meth:`store` run at a time."""
+    """Fills one space. Use from one event loop, with one call of :meth:`store` at a time."""
 
     def __init__(self, space: str, clip: str | None, ids: CorpusIds, tables: Tables, in_thread: InThread) -> None:
         self.space = space
         self.clip = clip
-        """An adapter that makes vectors of this space."""
+        """Adapter whose vectors are in this space."""
         self.complete = -1
-        """Version of the corpus whose rows are all in the table; -1: none yet."""
+        """Corpus version whose rows are all in the table; -1: none yet."""
         self.coverage = SpaceCoverage(ids)
         self.rate = BackfillRate()
         self.loaded = False
@@ -226,23 +216,21 @@ class SpaceFill:
 
     @property
     def is_idle(self) -> bool:
-        """True when nothing is being embedded and nothing waits to be stored."""
         return not self._running and not self._finished
 
     @property
     def is_complete(self) -> bool:
-        """True when every row that can be embedded is in the table."""
+        """True if every embeddable row is in the table."""
         return self.loaded and self.is_idle and not self.coverage.missing
 
     async def load(self) -> None:
-        """Learn which rows the table has."""
         stored = await self._in_thread(lambda: [self._ids.numbers(ids) for ids in self._tables.id_batches(self.space)])
         for numbers in stored:
             self.coverage.hold(numbers)
         self.loaded = True
 
     def start(self, embedder: Embedder) -> bool:
-        """Begin to embed the next chunk. False when nothing is missing that is not being embedded."""
+        """Start embedding the next chunk. False if no row is left to take."""
         numbers = self.coverage.take(CHUNK_ROWS)
         if not len(numbers):
             return False
@@ -252,7 +240,7 @@ class SpaceFill:
         return True
 
     def collect(self) -> list[BaseException]:
-        """Take over the chunks that are done. Returns why others failed, which are missing again."""
+        """Collect finished chunks. Returns errors of failed ones, whose rows are missing again."""
         errors: list[BaseException] = []
         for task in [task for task in self._running if task.done()]:
             numbers = self._running.pop(task)
@@ -272,7 +260,7 @@ class SpaceFill:
         return bool(self._finished) and (rows >= STORE_ROWS or late or last)
 
     async def store(self) -> pa.Table | None:
-        """Add what is embedded to the table, in one commit. Returns the rows that were added (or were there)."""
+        """Add embedded rows to the table in one commit. Returns the rows that were added or already there."""
         finished, self._finished = self._finished, []
         try:
             return await self._store(finished)
@@ -281,13 +269,12 @@ class SpaceFill:
                 self.coverage.give_back(numbers)
 
     def cancel(self) -> None:
-        """Stop what is being embedded; nothing more is stored."""
+        """Cancel embedding and drop what is not stored."""
         for task in self._running:
             task.cancel()
         self._finished = []
 
     def status(self) -> dict[str, Any]:
-        """Rows, coverage from 0 to 1, and how the backfill gets on."""
         missing = self.coverage.missing
         return {
             "rows": self.coverage.rows,
@@ -298,7 +285,7 @@ class SpaceFill:
         }
 
     async def _embed(self, embedder: Embedder, samples: list[str]) -> Embedded:
-        present = await self._in_thread(self._tables.present, self.space, samples)  # by the catalog of another server
+        present = await self._in_thread(self._tables.present, self.space, samples)  # another server's
         absent = [sample for sample in samples if sample not in present]
         embedded = await embedder.embed(absent, self.clip)
         return Embedded(embedded.rows, embedded.vectors, embedded.unreadable, frozenset(present))

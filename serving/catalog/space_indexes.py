@@ -1,8 +1,5 @@
-"""The indexes of the resident spaces, kept equal to their tables.
-
-A row that this process merges is added right after its commit. What others commit is found by the data files that were
-not there before; what they remove, by the number of rows.
-"""
+"""The indexes of the resident spaces, kept equal to their tables. Rows merged by this process are added right after the
+commit. Other processes' additions are found by new data files, their removals by the number of rows."""
 
 from __future__ import annotations
 
@@ -23,41 +20,36 @@ log = logging.getLogger("ratchet.catalog")
 
 
 class SpaceIndex:
-    """One space's index, and what it was brought up to."""
+    """One space's index, and the table state that it reflects."""
 
     def __init__(self) -> None:
         self.writing = threading.RLock()
-        """Held to change the index, or to exchange it. Searches do not take it."""
+        """Held to change or replace the index. Searches do not take it."""
         self.index: MemoryIndex | None = None
         self.effort: Effort | None = None
-        """Of searches of clients; None: they search exactly."""
+        """Effort for client searches; None: they search exactly."""
         self.built_rows = 0
-        """Rows that it was trained for."""
         self.version = -1
         self.files: set[int] = set()
-        """Data files that were read."""
         self.looked_on_disk = False
         self.saved_rows = -1
-        """Rows of the index that is kept on the disk; -1: none is."""
+        """Rows of the index on disk; -1: there is none."""
 
 
 class SpaceIndexes:
-    """One index for each space that has one. Any thread."""
-
     def __init__(self, newest: Callable[[str], lance.LanceDataset | None], files: IndexFiles) -> None:
-        """``newest``: the newest version of a space's table."""
+        """``newest``: returns the newest version of a space's table."""
         self._newest = newest
         self._files = files
         self._spaces: dict[str, SpaceIndex] = {}
         self._changing = threading.Lock()
 
     def of(self, space: str) -> SpaceIndex:
-        """Of one space, with an index or without."""
         with self._changing:
             return self._spaces.setdefault(space, SpaceIndex())
 
     def usable(self, space: str) -> tuple[MemoryIndex, Effort] | None:
-        """The index and effort that clients search with; None: they search exactly."""
+        """Index and effort for client searches; None: they search exactly."""
         known = self._spaces.get(space)
         if known is None or (index := known.index) is None or (effort := known.effort) is None:
             return None
@@ -67,11 +59,7 @@ class SpaceIndexes:
         return sum(each.index.bytes for each in list(self._spaces.values()) if each.index is not None)
 
     def build(self, space: str, most_bytes: float) -> None:
-        """Make a space's index. Until it is complete, searches and changes go to the old one.
-
-        Raises:
-            IndexTooLarge: it does not fit into so many bytes.
-        """
+        """Build a space's index; the old one is kept current until then. Raises IndexTooLarge above ``most_bytes``."""
         dataset = self._newest(space)
         if dataset is None:
             return
@@ -80,7 +68,7 @@ class SpaceIndexes:
         self._forget_files(space)
 
     def load(self, space: str) -> bool:
-        """Take the index that was kept on the disk, at the first call. False when there is none."""
+        """Load the index kept on disk, at the first call only. False if there is none."""
         known = self.of(space)
         if known.looked_on_disk or (dataset := self._newest(space)) is None:
             return False
@@ -95,7 +83,7 @@ class SpaceIndexes:
         return True
 
     def save(self, space: str) -> None:
-        """Keep the index on the disk. Raises OSError."""
+        """Write the index to disk. Raises OSError."""
         known = self.of(space)
         with known.writing:
             if known.index is not None:
@@ -103,7 +91,6 @@ class SpaceIndexes:
                 known.saved_rows = known.index.rows
 
     def follow(self, space: str) -> None:
-        """Bring a space's index up to its table."""
         known = self.of(space)
         with known.writing:
             index = known.index
@@ -112,17 +99,16 @@ class SpaceIndexes:
                 self._forget_files(space)
 
     def add(self, space: str, rows: pa.Table) -> None:
-        """Rows (in the table's schema) that were committed."""
         self._change(space, lambda index: index.add(rows))
 
     def remove(self, space: str, ids: Collection[str]) -> None:
-        """Rows that were removed from the table. The index that is kept on the disk goes: it holds them."""
+        """Remove rows that left the table, and the index on disk, which still contains them."""
         if ids:
             self._change(space, lambda index: index.remove(keys_of(digests_of(sorted(ids)))))
             self._forget_files(space)
 
     def present(self, space: str, ids: Collection[str]) -> set[str] | None:
-        """Those of some ids that are in the table by now; None where there is no index that knows."""
+        """Those of ``ids`` that are in the table now; None without an index."""
         known = self._spaces.get(space)
         index = None if known is None else known.index
         if known is None or index is None:
@@ -135,20 +121,19 @@ class SpaceIndexes:
             return {name for name, is_here in zip(names, here.tolist(), strict=True) if is_here}
 
     def forget(self, space: str, files: bool = False) -> None:
-        """Let go of an index, of that on the disk too with ``files``."""
+        """Drop a space's index; with ``files`` also the one on disk."""
         with self._changing:
             self._spaces.pop(space, None)
         if files:
             self._forget_files(space)
 
     def forget_others(self, spaces: Collection[str]) -> None:
-        """Let go of the indexes of all other spaces."""
         for space in set(self._spaces).difference(spaces):
             self.forget(space)
         self._files.remove_others(set(spaces))
 
     def _change(self, space: str, change: Callable[[MemoryIndex], object]) -> None:
-        """What the table has must not fail here: an index that cannot be changed is given up, and made again."""
+        """Change an index without raising: the table is already changed, so an index that fails is rebuilt."""
         known = self._spaces.get(space)
         if known is None:
             return
@@ -168,10 +153,10 @@ class SpaceIndexes:
             known.saved_rows = -1
 
     def _exchange(self, space: str, index: MemoryIndex, built_rows: int) -> None:
-        """Put an index in place of the old one, brought up to what was committed since it was read."""
+        """Replace an index, after adding what was committed since it was read."""
         known = self.of(space)
         fresh = SpaceIndex()
-        for last in (False, True):  # most of it before others wait
+        for last in (False, True):  # most of the work happens before the lock is taken
             with known.writing if last else contextlib.nullcontext():
                 dataset = self._newest(space)
                 if dataset is None:
@@ -183,7 +168,7 @@ class SpaceIndexes:
                     known.version, known.files = fresh.version, fresh.files
 
     def _bring_up(self, known: SpaceIndex, index: MemoryIndex, dataset: lance.LanceDataset) -> int:
-        """Returns how many rows were taken out."""
+        """Bring an index up to a dataset; returns the number of rows removed."""
         if dataset.version == known.version:
             return 0
         files = {each.fragment_id: each for each in dataset.get_fragments()}
@@ -196,7 +181,7 @@ class SpaceIndexes:
 
 
 def _equalize(index: MemoryIndex, dataset: lance.LanceDataset) -> int:
-    """Take out what the table has no more, and add what was overlooked. Returns how many rows were taken out."""
+    """Remove rows that the table no longer has and add missing ones; returns the number removed."""
     stored = _keys(dataset)
     columns = index.columns
     held = keys_of(columns.digests()[columns.live()])

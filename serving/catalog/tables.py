@@ -1,10 +1,8 @@
 """One Lance table per image space: id, vector, domain, source, time, text.
 
-Several catalogs may write one table (two servers on one lake). ``id`` is the table's primary key, which Lance does not
-enforce on plain appends; a merge by it does, also against commits that come in between. So each row is there once.
-
-A search reads a table's vectors, exactly, or goes through the index in memory (:mod:`space_indexes`) where
-:mod:`index_maintainer` has found that its recall is enough.
+Several catalogs may write one table (two servers on one lake). Lance does not enforce the primary key ``id`` on plain
+appends, but merges by it do, even against concurrent commits, so each row is there once. Searches are exact, or use the
+index in memory (:mod:`space_indexes`) once :mod:`index_maintainer` found its recall sufficient.
 """
 
 from __future__ import annotations
@@ -33,15 +31,14 @@ from serving.catalog.space_indexes import SpaceIndexes
 log = logging.getLogger("ratchet.catalog")
 OPENING_TRIES: Final = 40
 OPENING_PAUSE: Final = 0.05
-"""Seconds between two tries: a table whose folder is there has two seconds to get its first version."""
+"""Seconds between tries: a table whose folder exists has two seconds to get its first version."""
 COMPACT_EVERY = 32
-"""Merges between two compactions. Each merge is a fragment; scans of thousands of fragments are slow."""
+"""Merges between compactions. Each merge is a fragment, and scans of thousands of fragments are slow."""
 TARGET_ROWS: Final = 65_536
-"""Of a data file after small ones were merged."""
 PREFIX: Final = "clip_"
 SUFFIX: Final = ".lance"
 FRESHNESS: Final = timedelta(seconds=5)
-"""Greatest age of the version of a table that a search reads, where another process writes it."""
+"""Greatest age of the table version that searches read, if other processes write it."""
 METADATA_BYTES: Final = 256 << 20
 IDS_AT_ONCE: Final = 500
 HIT_COLUMNS: Final = ["id", "text", "domain", "source", "time"]
@@ -50,8 +47,6 @@ _PRIMARY_KEY: Final = {"lance-schema:unenforced-primary-key": "true"}
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """The nearest rows to one query, best first."""
-
     scores: Vectors
     """Cosine similarities [k]."""
     keys: Keys
@@ -59,20 +54,19 @@ class Neighbours:
 
 
 class Tables:
-    """The tables of all image spaces under one URL. Any number of processes; one writing thread in each of them."""
+    """The tables of all image spaces under one URL. Any number of processes, each with one writing thread."""
 
     def __init__(self, url: str, index_folder: Path) -> None:
-        """``index_folder``: on the local disk, where indexes are kept from one start to the next."""
+        """``index_folder``: on the local disk; indexes are kept there between starts."""
         self.url = url
         self._merges: dict[str, int] = {}
         self._seen: set[str] = set()
         self.indexes = SpaceIndexes(self._newest, IndexFiles(index_folder / digest12(url.encode())))
         self._session = lance.Session(index_cache_size_bytes=0, metadata_cache_size_bytes=METADATA_BYTES)
         self._readers: dict[str, tuple[lance.LanceDataset, float]] = {}
-        """What searches read, and until when it is fresh enough."""
+        """The version that searches read, and the time until which it is fresh."""
 
     def spaces(self) -> list[str]:
-        """Image spaces that have a table."""
         files, root = fsspec.core.url_to_fs(self.url)
         files.invalidate_cache(root)
         try:
@@ -83,21 +77,20 @@ class Tables:
         return sorted(name.removeprefix(PREFIX).removesuffix(SUFFIX) for name in tables)
 
     def id_batches(self, space: str) -> Iterator[list[str]]:
-        """Ids of all rows of a space in its newest version, some thousand at once; nothing when there is no table."""
+        """Row IDs of a space's newest version, in batches of some thousand; nothing without a table."""
         if (dataset := self._newest(space)) is not None:
             for batch in dataset.to_batches(columns=["id"]):
                 yield batch.column("id").to_pylist()
 
     def present(self, space: str, ids: Collection[str]) -> set[str]:
-        """Those of some ids that have a row in the newest version."""
+        """Those of ``ids`` that have a row in the newest version."""
         if (indexed := self.indexes.present(space, ids)) is not None:
             return indexed
         return set(_rows_of(self._newest(space), ids, ["id"])["id"].to_pylist())
 
     def merge(self, space: str, rows: pa.Table, vectors: Vectors) -> None:
-        """Add those of the rows (id, domain, source, time, text; vectors [n, dim]) whose ids are not there, in one
-        atomic commit. Another writer's commit in between is taken into account.
-        """
+        """Add rows (id, domain, source, time, text; vectors [n, dim]) with new IDs in one commit; safe with other
+        writers."""
         data = table_of(rows, vectors)
         dataset = self._newest(space)
         if dataset is None:
@@ -112,12 +105,8 @@ class Tables:
             self._written(space)
 
     def search(self, space: str, vector: Vectors, k: int, filters: Filters) -> list[Hit]:
-        """The ``k`` nearest rows by cosine similarity, best first; equal scores by id. Exact, or through the index,
-        whose scores have the precision of its codes.
-
-        Raises:
-            StoreError: the space has another dimension.
-        """
+        """The ``k`` nearest rows by cosine similarity, best first; ties by ID. Exact, or with scores at the precision
+        of the index's codes. Raises StoreError when the space has another dimension."""
         usable = self.indexes.usable(space)
         if usable is None:
             return self._search_exactly(space, vector, k, filters)
@@ -126,29 +115,24 @@ class Tables:
     def search_index(
         self, space: str, index: MemoryIndex, effort: Effort, vector: Vectors, k: int, filters: Filters
     ) -> tuple[list[Hit], list[str]]:
-        """The same through an index, however good it is, without a read of the table; and the ids of those hits that
-        lack their text.
-        """
+        """Search an index whatever its recall, without the table. Also returns the IDs of hits without their text."""
         _check_dimension(space, index.dimension, vector)
         return index.search(vector, k, filters, effort)
 
     def with_texts(self, space: str, hits: list[Hit], lacking: Sequence[str]) -> list[Hit]:
-        """Hits with the texts of those that lack them, as far as the table can be read."""
+        """Add missing texts to hits, if the table can be read."""
         if not lacking:
             return hits
         try:
             rows = _rows_of(self._reader(space), lacking, ["id", "text"])
-        except (OSError, RuntimeError, ValueError) as error:  # hits without their texts are better than none
+        except (OSError, RuntimeError, ValueError) as error:  # hits without texts are better than no hits
             log.warning("long texts of image space %s cannot be read: %s", space, error)
             return hits
         texts = dict(zip(rows["id"].to_pylist(), rows["text"].to_pylist(), strict=True))
         return [replace(hit, text=texts.get(hit.id, hit.text)) for hit in hits]
 
     def nearest(self, space: str, vectors: Vectors, k: int, filters: Filters) -> list[Neighbours]:
-        """The ``k`` nearest rows to each of the vectors [n, dim], exactly.
-
-        In one pass over the table, which holds some thousand vectors in memory at once.
-        """
+        """The exact ``k`` nearest rows to each of the vectors [n, dim], in one pass over the table in batches."""
         dataset = self._newest(space) if len(vectors) else None
         if dataset is None:
             return []
@@ -163,7 +147,7 @@ class Tables:
         return [Neighbours(*each) for each in zip(best, keys, strict=True)]
 
     def rows(self, space: str) -> int:
-        """Rows of the newest version of a space's table; 0 where there is none, or none any more."""
+        """Rows of the newest version; 0 if there is no table, or it is gone."""
         try:
             dataset = self._newest(space)
         except (ValueError, FileNotFoundError):
@@ -173,14 +157,14 @@ class Tables:
         return 0 if dataset is None else dataset.count_rows()
 
     def vectors(self, space: str, ids: Sequence[str]) -> Vectors:
-        """Vectors [n, dim] of these ids, in their order; unknown ids are passed over."""
+        """Vectors [n, dim] in the order of ``ids``; unknown IDs are skipped."""
         rows = _rows_of(self._newest(space), ids, ["id", "vector"])
         place = {each: index for index, each in enumerate(rows["id"].to_pylist())}
         found = [place[each] for each in ids if each in place]
         return vectors_of(rows.take(found)) if found else np.empty((0, 0), np.float32)
 
     def scores(self, space: str, vector: Vectors, ids: Sequence[str]) -> dict[str, float]:
-        """Cosine similarity of a query to each of these rows; rows that are not there are passed over."""
+        """Cosine similarity of a query to each row; unknown IDs are skipped."""
         rows = _rows_of(self._newest(space) if ids else None, ids, ["id", "vector"])
         if not rows.num_rows:
             return {}
@@ -188,7 +172,7 @@ class Tables:
         return dict(zip(rows["id"].to_pylist(), scores.tolist(), strict=True))
 
     def remove(self, space: str, ids: Collection[str]) -> None:
-        """Take rows out of a space's table. Their bytes go with :meth:`expunge`."""
+        """Remove rows from a space's table. :meth:`expunge` removes their bytes."""
         if (dataset := self._newest(space)) is not None:
             for condition in _conditions(ids):
                 dataset.delete(condition)
@@ -196,7 +180,7 @@ class Tables:
         self.indexes.remove(space, ids)
 
     def expunge(self, space: str, older_than: timedelta) -> None:
-        """Rewrite the data files that still hold removed rows, and remove older versions with their files."""
+        """Rewrite data files that contain removed rows, and delete older versions with their files."""
         dataset = self._newest(space)
         if dataset is None:
             return
@@ -213,19 +197,18 @@ class Tables:
         return 0 if dataset is None else len(dataset.get_fragments())
 
     def drop(self, space: str) -> None:
-        """Remove a space's table, if there is one, and its index."""
+        """Remove a space's table and its index, if they exist."""
         self.forget(space)
         self.indexes.forget(space, files=True)
         lance.LanceDataset.drop(self._address(space), ignore_not_found=True)
 
     def forget_others(self, spaces: Collection[str]) -> None:
-        """Close the tables of all other spaces, and let go of their indexes."""
         for space in self._seen.difference(spaces):
             self.forget(space)
         self.indexes.forget_others(spaces)
 
     def forget(self, space: str) -> None:
-        """Close a space's table: the next call opens what is there by then."""
+        """Close a space's table; the next call opens it again."""
         self._seen.discard(space)
         self._merges.pop(space, None)
         self._readers.pop(space, None)
@@ -248,10 +231,8 @@ class Tables:
         return sorted(hits.values(), key=lambda hit: (-hit.score, hit.id))
 
     def _newest(self, space: str) -> lance.LanceDataset | None:
-        """The newest version of a space's table, opened for this call alone: threads share no version.
-
-        None where there is none yet; one that another process has dropped raises, until :meth:`forget`.
-        """
+        """The newest version of a space's table, opened for this call: threads share no version. None if there is none
+        yet; a table dropped by another process raises until :meth:`forget`."""
         listed = False
         for left in reversed(range(OPENING_TRIES)):
             try:
@@ -263,12 +244,12 @@ class Tables:
                 listed = listed or space in self.spaces()
                 if not listed:
                     return None
-            time.sleep(OPENING_PAUSE)  # another process is making it: its folder is there before its first version
+            time.sleep(OPENING_PAUSE)  # another process is making it: the folder exists before the first version
         self._seen.add(space)
         return dataset
 
     def _reader(self, space: str) -> lance.LanceDataset | None:
-        """A space's table as searches read it: at most :data:`FRESHNESS` old, and after own writes the newest one."""
+        """A space's table for searches: at most :data:`FRESHNESS` old, the newest after own writes."""
         known = self._readers.get(space)
         if known is not None and time.monotonic() < known[1]:
             return known[0]
@@ -286,9 +267,8 @@ class Tables:
             self._readers[space] = known[0], 0.0
 
     def _create(self, space: str, schema: pa.Schema) -> lance.LanceDataset:
-        """The table, made where there is none. Of two that make it at once one does, and the other takes it: with no
-        retries the commit writes version 1 or fails.
-        """
+        """Make the table if it is missing. Without retries the commit writes version 1 or fails, so of concurrent
+        writers one makes the table and the others use it."""
         failure: Exception | None = None
         try:
             lance.LanceDataset.commit(self._address(space), lance.LanceOperation.Overwrite(schema, []), max_retries=0)
@@ -306,7 +286,7 @@ class Tables:
 
 
 def table_of(rows: pa.Table, vectors: Vectors) -> pa.Table:
-    """Rows (id, domain, source, time, text) with their vectors [n, dim], in a table's schema."""
+    """Rows (id, domain, source, time, text) and vectors [n, dim] in the table's schema."""
     vector = pa.list_(pa.float32(), vectors.shape[1])
     schema = pa.schema(
         [
@@ -323,14 +303,13 @@ def table_of(rows: pa.Table, vectors: Vectors) -> pa.Table:
 
 
 def _rows_of(dataset: lance.LanceDataset | None, ids: Collection[str], columns: list[str]) -> pa.Table:
-    """Those of some rows that are there, in any order."""
     if dataset is None or not ids:
         return pa.table({name: pa.nulls(0) for name in columns})
     return pa.concat_tables(dataset.to_table(columns=columns, filter=condition) for condition in _conditions(ids))
 
 
 def _conditions(ids: Collection[str]) -> Iterator[str]:
-    """SQL that selects some rows, some hundred in each."""
+    """SQL conditions for the IDs, :data:`IDS_AT_ONCE` in each."""
     wanted = sorted(each for each in ids if each.isalnum())
     for start in range(0, len(wanted), IDS_AT_ONCE):
         yield f"id IN ({', '.join(repr(each) for each in wanted[start : start + IDS_AT_ONCE])})"

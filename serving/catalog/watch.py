@@ -1,17 +1,15 @@
-"""Measurements of the catalog, made now and then: its fragments, and drift. Recall is the index maintainer's.
+"""Periodic measurements of the catalog: fragments and drift. The index maintainer measures recall.
 
-Everything is read from the table of the live image space. So after a release both windows of the drift are in the new
-space, and after a restart they are the same samples as before.
+All data comes from the live space's table, so after a release both windows of the drift are in the new space, and after
+a restart they hold the same samples. Both statistics compare means and variances per dimension. They need some hundred
+vectors and no labels, and detect another domain, another camera or a broken producer, but not new words for the same
+pictures.
 
-Both statistics of drift compare means and variances of each dimension. They need some hundred vectors and no labels,
-and they tell of another domain, another camera, a broken producer; not of new words for the same pictures.
-
-- Fréchet distance between two normal distributions with diagonal covariance, squared: |μ₁-μ₂|² + Σ (σ₁-σ₂)². Dowson
-  and Landau, "The Fréchet distance between multivariate normal distributions", 1982; on embeddings: Heusel et al.,
-  "GANs trained by a two time-scale update rule converge to a local Nash equilibrium", 2017. In units of the embedding,
-  so it can be compared over time and between windows of the same sizes.
-- Mean shift: the difference of the means in its standard errors (Welch, "The generalization of 'Student's' problem",
-  1947), root mean square over dimensions. Without drift its square is 1 on average, whatever the embedding.
+- Squared Fréchet distance between normal distributions of diagonal covariance: |μ₁-μ₂|² + Σ (σ₁-σ₂)² (Dowson and
+  Landau 1982; on embeddings: Heusel et al. 2017). In units of the embedding, so comparable over time and between
+  windows of equal sizes.
+- Mean shift: difference of means in standard errors (Welch 1947), root mean square over dimensions. Without drift its
+  square is 1 on average, for any embedding.
 """
 
 from __future__ import annotations
@@ -31,12 +29,12 @@ from serving.catalog.catalog import Catalog
 
 log = logging.getLogger("ratchet.catalog")
 REFERENCE: Final = 4
-"""Windows of samples before the newest: enough of them that the comparison varies by the newest window alone."""
+"""Reference windows before the newest one: enough that only the newest window varies the comparison."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Of a window of vectors: how many, and mean and variance of each dimension."""
+    """Count, and mean and variance per dimension, of a window of vectors."""
 
     count: int
     mean: npt.NDArray[np.float64]
@@ -44,7 +42,7 @@ class Moments:
 
     @classmethod
     def of(cls, vectors: npt.NDArray[np.float32]) -> Moments:
-        """Of vectors [n, dim], two at least."""
+        """Moments of vectors [n, dim], n at least 2."""
         wide = vectors.astype(np.float64)
         return cls(len(wide), wide.mean(axis=0), wide.var(axis=0, ddof=1))
 
@@ -56,10 +54,8 @@ def frechet_distance(one: Moments, other: Moments) -> float:
 
 
 def mean_shift(one: Moments, other: Moments) -> float:
-    """Root mean square over dimensions of the means' difference in standard errors; about 1 without drift.
-
-    Dimensions that never vary say nothing, and are left out; 0 when no dimension varies.
-    """
+    """Root mean square over dimensions of the means' difference in standard errors; about 1 without drift. Dimensions
+    without variance are ignored; 0 if there are no others."""
     error = one.variance / one.count + other.variance / other.count
     varies = error > 0
     if not varies.any():
@@ -68,7 +64,7 @@ def mean_shift(one: Moments, other: Moments) -> float:
 
 
 class Watcher:
-    """Measures a catalog whenever its live space or its rows have changed. Use from the catalog's event loop."""
+    """Measures a catalog when its live space or rows have changed. Use from the catalog's event loop."""
 
     def __init__(self, catalog: Catalog, settings: Watch) -> None:
         self.catalog = catalog
@@ -76,7 +72,7 @@ class Watcher:
         self._seen = ("", 0)
 
     async def run(self) -> None:
-        """Measure for ever. A failure is logged and tried again."""
+        """Measure forever; failures are logged and tried again."""
         while True:
             await asyncio.sleep(self.settings.seconds)
             try:
@@ -85,7 +81,6 @@ class Watcher:
                 log.warning("the catalog could not be measured: %s", error)
 
     async def measure(self) -> None:
-        """One measurement, if there is something new to measure."""
         space, rows = self.catalog.searchable()
         if not rows or (space, rows) == self._seen:
             return
@@ -94,7 +89,6 @@ class Watcher:
         self._seen = (space, rows)
 
     async def _drift(self, space: str, rows: int) -> None:
-        """The newest samples against those that came right before them."""
         window = self.settings.drift_window
         if rows < 2 * window:
             return

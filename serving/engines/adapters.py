@@ -1,15 +1,15 @@
 """Adapters: LoRA deltas in PEFT's file format, named by their content.
 
-An adapter directory holds these files and is never rewritten:
+An adapter directory is never rewritten and holds:
 
     adapter_model.safetensors   PEFT's tensors: <module>.lora_A.weight [r, in], <module>.lora_B.weight [out, r];
-                                for what low rank cannot say (norms, biases, whole weights) the parameter itself
+                                whole parameters where low rank does not apply (norms, biases, full weights)
     adapter_config.json         PEFT's configuration, in canonical order
     ratchet.json                {"format", "family", "name", "base", "base_digest"}
-    heads.safetensors           where it has some: classifiers over its image space, see serving.engines.heads
+    heads.safetensors           optional classifiers over its image space, see serving.engines.heads
 
-The name is ``clip-`` or ``vlm-`` and 12 hex digits of SHA-256 over tensors, configuration, the base's digest, heads.
-Everything here distrusts the directory: whatever is wrong raises :class:`core.errors.AdapterError`.
+The name is ``clip-`` or ``vlm-`` and 12 hex digits of SHA-256 over tensors, configuration, base digest and heads.
+Directories are untrusted: anything wrong raises :class:`core.errors.AdapterError`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ABOUT = "ratchet.json"
 NO_HEADS: Mapping[str, Head] = {}
 MAX_RANK = 1024
 MAX_BYTES = 4 << 30
-"""Far above any LoRA of a CLIP; a bound, so that a wrong file cannot fill the memory."""
+"""Far above any LoRA of a CLIP; keeps a wrong file from filling the memory."""
 
 _MEANINGFUL: dict[str, Any] = {
     "peft_type": "LORA",
@@ -50,14 +50,13 @@ _MEANINGFUL: dict[str, Any] = {
     "target_modules": None,
     "bias": "none",
 }
-"""Fields of a PEFT configuration that say what the tensors mean, with PEFT's defaults."""
+"""Fields of a PEFT configuration that affect the tensors' meaning, with PEFT's defaults."""
 _UNSUPPORTED = (
     "use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias", "target_parameters", "trainable_token_indices",
     "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens", "velora_config", "kasa_config",
     "arrow_config", "monteclora_config",
 )  # fmt: skip
 PREFIX = "base_model.model."
-"""What PEFT puts before every name."""
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -71,11 +70,11 @@ class AdapterFiles:
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor]
     base_name: str = ""
-    """What its base was called where it was made."""
+    """Name of its base where it was made."""
     heads: Mapping[str, Head] = field(default_factory=dict)
 
     def check_base(self, base: ClipBase | VlmBase) -> None:
-        """Raise :class:`AdapterError` when it belongs to another base than this one."""
+        """Raise :class:`AdapterError` when it belongs to another base."""
         if self.base_digest != base.digest:
             raise AdapterError(
                 f"Adapter {self.name} belongs to the base {self.base_name[:64]!r} ({digest12(self.base_digest)}), "
@@ -85,10 +84,8 @@ class AdapterFiles:
 
 
 def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that matter, plain and ordered, so that equal adapters have equal names.
-
-    Raises :class:`AdapterError` for variants of LoRA that are not merged as ``W + s B A``.
-    """
+    """The fields that matter, plain and ordered, so that equal adapters have equal names. Raises :class:`AdapterError`
+    for LoRA variants that are not merged as ``W + s B A``."""
     on = [key for key in _UNSUPPORTED if config.get(key)]
     kind = getattr(config.get("peft_type", "LORA"), "value", config.get("peft_type", "LORA"))
     if on or kind != "LORA" or config.get("bias", "none") != "none":
@@ -112,14 +109,13 @@ def content_name(
     family: str = "clip",
     heads: Mapping[str, Head] = NO_HEADS,
 ) -> str:
-    """``<family>-<digest12>`` of the content."""
     what = [digest_tensors(tensors), digest_json(canonical_config(config)), base_digest]
     what += [heads_digest(heads)] if heads else []
     return f"{family}-{digest12(digest_bytes(*(part.encode() for part in what)))}"
 
 
 def adapter_name(directory: Path | str) -> str:
-    """The name that the directory's content has: ``clip-<digest12>``. Checks all but the fit to a base."""
+    """The name by content of a directory, ``clip-<digest12>``. Checks everything except the fit to a base."""
     return read_adapter(directory).name
 
 
@@ -130,10 +126,8 @@ def write_adapter(
     base: ClipBase | VlmBase,
     heads: Mapping[str, Head] = NO_HEADS,
 ) -> str:
-    """Write an adapter directory in one step and return its name; an existing equal one is left alone.
-
-    ``tensors`` and ``config`` as PEFT makes them (``get_peft_model_state_dict``, ``LoraConfig.to_dict()``).
-    """
+    """Write an adapter directory in one step and return its name; an equal existing one is left alone. ``tensors`` and
+    ``config`` as made by PEFT (``get_peft_model_state_dict``, ``LoraConfig.to_dict()``)."""
     target = Path(directory)
     weights = {k: v.detach().to("cpu").contiguous().clone() for k, v in sorted(tensors.items())}
     plain = canonical_config(config)
@@ -164,10 +158,8 @@ def write_adapter(
 
 
 def read_adapter(directory: Path | str) -> AdapterFiles:
-    """Read an adapter directory and check its files against its own name.
-
-    Raises :class:`AdapterError`: files missing, cut short, not safetensors, not finite, or not what they were.
-    """
+    """Read an adapter directory and check its files against its name. Raises :class:`AdapterError` for files that are
+    missing, truncated, changed, not safetensors or not finite."""
     path = Path(directory)
     about, config = read_json(path / ABOUT), read_json(path / CONFIG)
     tensors = _read_tensors(path / WEIGHTS)
@@ -193,7 +185,7 @@ def read_adapter(directory: Path | str) -> AdapterFiles:
 
 
 def read_adapter_of(base: ClipBase | VlmBase, name: str, directory: Path | str) -> AdapterFiles:
-    """The adapter in a directory, when it is ``name``, undamaged, and of this base. Raises :class:`AdapterError`."""
+    """Read adapter ``name`` of ``base``. Raises :class:`AdapterError` for another one, damage, or another base."""
     files = read_adapter(directory)
     if files.name != name:
         raise AdapterError(
@@ -204,7 +196,7 @@ def read_adapter_of(base: ClipBase | VlmBase, name: str, directory: Path | str) 
 
 
 def check_dim(files: AdapterFiles, dim: int) -> None:
-    """Raise :class:`AdapterError` when a head is of vectors of another size than the base's."""
+    """Raise :class:`AdapterError` when a head has another dimension than the base."""
     for name, head in files.heads.items():
         if head.means.shape[1] != dim:
             raise AdapterError(f"Adapter {files.name}: head {name} is of {head.means.shape[1]} dimensions.", AGAIN)
@@ -215,12 +207,12 @@ _SAVE = "Save it as float32, float16 or bfloat16."
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """True when all values are. In one pass that writes nothing: ``isfinite`` makes a tensor of truth values."""
+    """True if all values are finite. One pass without the boolean tensor that ``isfinite`` makes."""
     return tensor.numel() == 0 or all(math.isfinite(float(bound)) for bound in torch.aminmax(tensor))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of at most 1 MiB. Raises :class:`AdapterError`."""
+    """Read a JSON object of at most 1 MiB. Raises :class:`AdapterError`."""
     try:
         if path.stat().st_size > 1 << 20:
             raise ValueError("it is larger than 1 MiB")

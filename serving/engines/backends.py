@@ -1,9 +1,6 @@
-"""The interface of what runs the two towers of a CLIP, its names in the settings, and this machine's precisions.
-
-A backend belongs to one base in one process. It makes towers for the base and for each adapter, and shares between them
-what the library allows. :mod:`torch_backend` and :mod:`onnx_backend` implement it; :mod:`engine_choice` takes one, by a
-measurement: flags of a processor say what may be worth a try, and no more.
-"""
+"""The interface of libraries that run CLIP towers, and this machine's precisions. A backend belongs to one base in one
+process; it makes towers for the base and each adapter and shares what the library allows. :mod:`torch_backend` and
+:mod:`onnx_backend` implement it; :mod:`engine_choice` chooses by measuring."""
 
 from __future__ import annotations
 
@@ -25,15 +22,15 @@ DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
 }  # fmt: skip
 AMPERE = (8, 0)
-"""Compute capability from which NVIDIA's tensor cores take bfloat16; float16 from 7.0."""
+"""Compute capability from which NVIDIA's tensor cores support bfloat16; float16 from 7.0."""
 VOLTA = (7, 0)
 GOLDEN_TEXTS = ("a photo of a cat", "red", "a small house beside a lake, at night", "12 flags of the world")
-"""What a replica runs before it serves an adapter, and engines are compared on, with :func:`golden_pixels`."""
+"""Inputs, with :func:`golden_pixels`, of a replica's check before it serves an adapter, and of engine comparisons."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineChoice:
-    """A library and the precision of its matrix products. Vectors are float32 in any case."""
+    """A library and the precision of its matrix products. Vectors are always float32."""
 
     engine: EngineName = "torch"
     precision: Precision = "float32"
@@ -43,24 +40,24 @@ class EngineChoice:
 
 
 FLOAT32 = EngineChoice()
-"""Every base runs with it, and others are compared to it."""
+"""Runs every base; the reference for other choices."""
 
 
 class Towers(Protocol):
-    """The towers of a base or of an adapter on it, ready to run. Safe to call from several threads."""
+    """Towers of a base or an adapter on it, ready to run. Thread safe."""
 
     def images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """``float32 [n, dim]`` of ``uint8 [n, size, size, 3]``, as the tower gives it: not of unit length."""
+        """``float32 [n, dim]`` from ``uint8 [n, size, size, 3]``, not normalised."""
 
     def texts(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
-        """``float32 [n, dim]`` of ``int64 [n, width]``, for n up to a pass's rows."""
+        """``float32 [n, dim]`` from ``int64 [n, width]``, for n up to a pass's rows."""
 
 
 class Backend(Protocol):
-    """Makes towers. Called by one thread at a time, while others run what it made before."""
+    """Makes towers. Called by one thread at a time, while others run earlier towers."""
 
     def convert(self, name: str, weight: torch.Tensor) -> Any:
-        """An effective weight (float32) in the form that :meth:`towers` takes for the parameter of this name."""
+        """Convert an effective float32 weight of a parameter to the form that :meth:`towers` takes."""
 
     def towers(self, changed: Mapping[str, Any]) -> Towers:
         """Towers in which these weights (from :meth:`convert`, by parameter name) replace the base's."""
@@ -68,7 +65,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """Flags that decide which precisions are worth a try."""
+    """Flags that decide which precisions are worth trying."""
 
     name: str
     amx: bool = False
@@ -78,28 +75,27 @@ class Processor:
 
     @property
     def half(self) -> Precision | None:
-        """The half precision that this processor has instructions for."""
+        """The half precision that the processor has instructions for."""
         if self.cuda is not None:
             return "bfloat16" if self.cuda >= AMPERE else "float16" if self.cuda >= VOLTA else None
         return "bfloat16" if self.amx or self.avx512_bf16 else None
 
     @property
     def multiplies_bfloat16_fast(self) -> bool:
-        """True when it has units for products of matrices: tensor cores, or AMX. AVX512-BF16 alone may be slower than
-        float32, which only a measurement tells."""
+        """True with matrix units (tensor cores, AMX). AVX512-BF16 alone may be slower than float32."""
         return self.half == "bfloat16" and (self.cuda is not None or self.amx)
 
 
 @cache
 def processor(device: str = "cpu") -> Processor:
-    """The processor that ``device`` (``cpu``, ``cuda``) names."""
+    """The processor of a device type, ``cpu`` or ``cuda``."""
     if device == "cuda" and torch.cuda.is_available():
         return Processor(torch.cuda.get_device_name(), cuda=torch.cuda.get_device_capability())
     return Processor(_cpu_name(), _supports("_is_amx_tile_supported"), _supports("_is_avx512_bf16_supported"))
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and the quota of its control group."""
+    """Cores that this process may use: CPU affinity, and quota of its control group."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -112,7 +108,7 @@ def _supports(check: str) -> bool:
     function: Any = getattr(torch.cpu, check, None)
     try:
         return bool(function is not None and function())
-    except RuntimeError:  # of a build for another architecture
+    except RuntimeError:  # build for another architecture
         return False
 
 
@@ -127,7 +123,7 @@ def _cpu_name() -> str:
 
 
 def golden_pixels(size: int) -> np.ndarray:
-    """``uint8 [4, size, size, 3]``: gradients and stripes made by integer arithmetic, the same everywhere."""
+    """``uint8 [4, size, size, 3]``: gradients and stripes from integer arithmetic, the same everywhere."""
     i, y, x, c = np.ogrid[1:5, 0:size, 0:size, 0:3]
     pattern: np.ndarray = (x * 37 * i + y * 11 * (5 - i) + c * 83 + (x * y // 3) * i) % 256
     return pattern.astype(np.uint8)

@@ -1,12 +1,10 @@
-"""The CLIP engine: one base, any number of resident adapters, vectors out.
+"""The CLIP engine: one base with any number of resident adapters. The gate and the server use this same class.
 
 >>> engine = ClipEngine(load_base(".ratchet", "shipped"))
 >>> engine.load("clip-0123456789ab", directory)
 Spaces(image='…', text='…')
 >>> engine.encode_texts(["a red bus"], adapter="clip-0123456789ab").shape
 (1, 256)
-
-The trainer's gate and the server use this same class: what is gated is what is served.
 """
 
 from __future__ import annotations
@@ -36,7 +34,6 @@ from serving.engines.torch_backend import SIZES
 from serving.engines.towers import GPU_BUCKET, TextWidths
 
 WARM_LENGTHS = (8, 16, 24)
-"""Tokens of the texts that most requests have."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +41,11 @@ class _Resident:
     towers: Towers
     spaces: Spaces
     files: AdapterFiles | None
-    """What the adapter's weights are merged from; None for the base."""
+    """Source of the merged weights; None for the base."""
 
 
 class ClipEngine:
-    """Encodes images and texts under the base or under a named resident adapter. All methods are thread safe."""
+    """Encodes images and texts under the base or a resident adapter. All methods are thread safe."""
 
     def __init__(
         self,
@@ -57,16 +54,9 @@ class ClipEngine:
         threads: int | None = None,
         choice: EngineChoice = FLOAT32,
     ) -> None:
-        """
-        Args:
-            device: a GPU when there is one.
-            threads: of torch on the CPU, for the whole process; 0: all cores.
-            choice: what runs the towers. Embedding spaces do not depend on it: vectors of half precision are within
-                its rounding of float32's, and are compared with them.
-
-        Raises:
-            ConfigError: the engine is not installed.
-        """
+        """Load the base. ``device``: default: a GPU if there is one; ``threads``: torch's on the CPU, for the whole
+        process; 0: all cores. Embedding spaces do not depend on ``choice``: half precision stays within its rounding of
+        float32. Raises ConfigError when the engine is not installed."""
         _set_threads(threads)
         self.base = base
         self.choice = choice
@@ -84,10 +74,7 @@ class ClipEngine:
 
     @classmethod
     def of(cls, settings: Settings, base: ClipBase | None = None, threads: int | None = None) -> ClipEngine:
-        """The engine that the settings name, for the base that they name: the server's and the gate's.
-
-        Raises BaseModelError, ConfigError.
-        """
+        """The engine and base that the settings name. Raises BaseModelError, ConfigError."""
         base = base or load_base(settings.home, settings.base.clip)
         if threads is None:
             threads = settings.serve.encoder_threads or max(1, usable_cores() // settings.serve.encoder_replicas)
@@ -95,10 +82,8 @@ class ClipEngine:
         return cls(base, None, threads, choose_engine(base, settings.serve, settings.home, _device(None)))
 
     def load(self, name: str, directory: Path | str) -> Spaces:
-        """Make an adapter resident next to what is served and return its spaces; twice is once.
-
-        Raises :class:`AdapterError` when the directory is damaged, has another name, or fits another base.
-        """
+        """Make an adapter resident and return its spaces; loading it again changes nothing. Raises
+        :class:`AdapterError` when the directory is damaged, has another name, or fits another base."""
         with self._changing:
             there = self._residents.get(name)
             if there is not None:
@@ -113,19 +98,18 @@ class ClipEngine:
             spaces = self.base.spaces_with(digests)
             towers = self._backend.towers(converted)
             if self.device.type == "cuda":
-                self._warm(towers)  # each adapter has graphs of its own; a processor's kernels know the shapes by now
+                self._warm(towers)  # each adapter has its own CUDA graphs; on a CPU the kernels are warm by now
             # A new dict, so that readers need no lock.
             self._residents = self._residents | {name: _Resident(towers, spaces, files)}
             return spaces
 
     def unload(self, name: str) -> None:
-        """Forget an adapter. Calls under way finish with it; later ones raise. Unknown names are fine."""
+        """Forget an adapter. Running calls finish with it, later ones raise. Unknown names are ignored."""
         with self._changing:
             self._residents = {key: value for key, value in self._residents.items() if key != name}
 
     @property
     def resident(self) -> tuple[str, ...]:
-        """Names of the adapters that can be used now."""
         return tuple(sorted(self._residents))
 
     @property
@@ -134,16 +118,14 @@ class ClipEngine:
         return float(torch.as_tensor(self._model.logit_scale).detach().exp().reshape(-1)[0])
 
     def spaces(self, adapter: str | None = None) -> Spaces:
-        """Embedding spaces under ``adapter`` (None: the base)."""
         return self._get(adapter).spaces
 
     def heads(self, adapter: str | None = None) -> Mapping[str, Head]:
-        """The heads of an adapter, by name; the base has none."""
         files = self._get(adapter).files
         return {} if files is None else files.heads
 
     def model(self, adapter: str | None = None) -> nn.Module:
-        """The effective model in float32 and eval mode. For reading: its tensors are shared with other adapters."""
+        """The merged model in float32 and eval mode. Read only: adapters share its tensors."""
         files = self._get(adapter).files
         return shell_of(self._model, {} if files is None else effective_weights(files, self._model))
 
@@ -160,13 +142,11 @@ class ClipEngine:
         return _unit(self._raw_texts(self._get(adapter), rows))
 
     def golden(self, adapter: str | None = None) -> dict[str, Any]:
-        """Fixed inputs through both towers: what a replica shows before it serves an adapter.
-
-        Returns spaces, mean lengths before normalisation and the cosines ``[image][text]`` to 4 decimals.
-        Raises :class:`AdapterError` when a vector is not finite or has no length.
-        """
+        """Run fixed inputs through both towers, the check of a replica before it serves an adapter. Returns spaces,
+        mean lengths before normalisation and the cosines ``[image][text]`` to 4 decimals. Raises :class:`AdapterError`
+        when a vector is not finite or has zero length."""
         resident = self._get(adapter)
-        # One at a time: what is loaded while requests come gives way between its parts.
+        # One at a time, yielding the CPU between them: adapters load while requests are answered.
         images = _stack(self._raw_images(resident, image[None]) for image in golden_pixels(self.base.preprocess.size))
         texts = _stack(self._raw_texts(resident, [row]) for row in self.tokenizer.rows(list(GOLDEN_TEXTS)))
         for tower, raw in (("image", images), ("text", texts)):
@@ -198,7 +178,7 @@ class ClipEngine:
         return resident_adapter
 
     def _warm(self, towers: Towers) -> None:
-        """Run the shapes that requests will have: the first call of one chooses kernels, and captures a graph."""
+        """Run the shapes of requests: the first call with a shape chooses kernels and captures a CUDA graph."""
         size = self.base.preprocess.size
         for count in SIZES if self.device.type == "cuda" else (1,):
             towers.images(np.zeros((count, size, size, 3), np.uint8))

@@ -1,10 +1,10 @@
 """Bases: frozen CLIP checkpoints, each a self-contained directory ``home/bases/<name>``.
 
-    base.json           what the model is, how images and texts enter it, digests of every tensor
+    base.json           model configuration, preprocessing, tokenizer, digest of every tensor
     model.safetensors   weights and persistent buffers, float32
     text/               Hugging Face tokenizer and config files, for towers that need them
 
-Nothing is downloaded when a base is loaded. How a base gets there is in ``updater.bases``.
+Loading a base downloads nothing; ``updater.bases`` registers them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from core.errors import BaseModelError
 from serving.engines.preprocess import Preprocess
 from serving.engines.tokens import Tokenizer, make_tokenizer, tokenizer_digest
 
-if TYPE_CHECKING:  # most processes read only descriptions, and torch takes two seconds to import
+if TYPE_CHECKING:  # most processes read only descriptions, and importing torch takes two seconds
     from torch import nn
 
 Base = TypeVar("Base")
@@ -36,21 +36,19 @@ FORMAT = 1
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "base.json"
 TEXT_FILES = "text"
-"""Folder of the tokenizer's and the text tower's Hugging Face files inside a base directory."""
+"""Folder in a base directory with Hugging Face files of the tokenizer and the text tower."""
 Tower = Literal["image", "text"]
 _OUTSIDE = ("logit_scale", "logit_bias")
-"""Parameters that scale logits: they change no vector."""
+"""Parameters that only scale logits and change no vector."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
 class Spaces:
-    """The two embedding spaces of a base or of an adapter on it: what makes two vectors comparable, as 12 hex digits.
-
-    An image space is the digest of the image tower's weights (buffers included), of what an adapter changes them by,
-    the preprocessing and the dimension; a text space that of everything else that makes a text vector. An adapter that
-    leaves one tower alone leaves that tower's space alone, and then nothing of the catalog has to be embedded again.
-    """
+    """IDs (12 hex digits) of the two embedding spaces of a base or adapter: vectors of equal IDs can be compared. An
+    image space is the digest of the image tower's weights (with buffers), the adapter's changes to them, preprocessing
+    and dimension; a text space that of everything else behind a text vector. An adapter that leaves a tower unchanged
+    keeps that tower's space, so an unchanged image space means that the catalog needs no new embeddings."""
 
     image: str
     text: str
@@ -65,7 +63,7 @@ def tower_of(name: str) -> Tower | None:
 
 @dataclass(frozen=True)
 class ClipBase:
-    """One registered base. Cheap to hold: weights are read by :meth:`build_model`."""
+    """A registered base. Holds no weights; :meth:`build_model` reads them."""
 
     family: ClassVar[str] = "clip"
 
@@ -74,27 +72,25 @@ class ClipBase:
     digest: str
     """64 hex digits over weights, architecture, preprocessing and tokenizer."""
     model_cfg: dict[str, Any]
-    """open_clip's model configuration; ``hf_model_name`` in it is a folder inside ``directory``."""
+    """open_clip's model configuration; its ``hf_model_name`` is a folder inside ``directory``."""
     preprocess: Preprocess
     context_length: int
-    """Tokens."""
     dim: int
     lora_targets: dict[str, str]
-    """Regular expressions over module names (PEFT full match), by tower: ``image`` and ``text``."""
+    """Regular expressions over module names (PEFT full match) for ``image`` and ``text``."""
     tokenizer_cfg: dict[str, Any]
     tokenizer_digest: str
     tensors: dict[str, str] = field(repr=False)
     """SHA-256 of every tensor by name."""
     weights_bytes: int
     about: dict[str, Any] = field(default_factory=dict)
-    """Where it came from: free text for people (source, licence, attribution)."""
 
     @cached_property
     def spaces(self) -> Spaces:
         return self.spaces_with({})
 
     def spaces_with(self, changed: Mapping[str, str]) -> Spaces:
-        """Embedding spaces when these weights (by name) are changed by what has these digests."""
+        """Spaces after an adapter changes weights. ``changed``: digest of the change by weight name."""
         digests = self.tensors | {name: digest_json([self.tensors[name], how]) for name, how in changed.items()}
 
         def tower(which: Tower, how: Mapping[str, object]) -> str:
@@ -105,10 +101,8 @@ class ClipBase:
         return Spaces(tower("image", self.preprocess.to_json()), tower("text", text))
 
     def build_model(self) -> nn.Module:
-        """The model in ``eval`` mode, float32, no gradients; weights are memory-mapped from the directory.
-
-        Raises :class:`BaseModelError` when the files are missing, cut short or of another model.
-        """
+        """Build the model: ``eval`` mode, float32, no gradients, weights memory-mapped from the directory. Raises
+        :class:`BaseModelError` when files are missing, truncated or of another model."""
         from safetensors.torch import load_file
 
         from serving.engines.layers import SkipInit
@@ -146,16 +140,13 @@ def base_directory(home: Path | str, name: str) -> Path:
 
 
 def load_base(home: Path | str, name: str) -> ClipBase:
-    """The registered base ``name``. Raises :class:`BaseModelError` when there is none or its file is damaged."""
+    """Load the registered base ``name``. Raises :class:`BaseModelError` when it is missing or damaged."""
     return load_described(home, name, ClipBase, preprocess=Preprocess.from_json)
 
 
 def load_described(home: Path | str, name: str, kind: type[Base], **read: Callable[[Any], Any]) -> Base:
-    """A registered base, whose class has the fields of its description. ``read``: those that are not plain values.
-
-    Raises:
-        BaseModelError: there is none, or it is of another family, or its description is damaged.
-    """
+    """Load a registered base of class ``kind``, whose fields are those of the description. ``read`` converts fields
+    that are not plain values. Raises :class:`BaseModelError` when the base is missing, damaged or of another family."""
     described: Any = kind
     directory = base_directory(home, name)
     path = directory / DESCRIPTION
@@ -182,35 +173,33 @@ def load_described(home: Path | str, name: str, kind: type[Base], **read: Callab
 
 
 def list_bases(home: Path | str, family: str | None = None) -> list[str]:
-    """Names of the registered bases, of one family or of all."""
     described = _all_described(home)
     return sorted(name for name, about in described.items() if family in (None, about.get("family", "clip")))
 
 
 def names_by_digest(home: Path | str) -> dict[str, str]:
-    """Digest to name of every registered base, CLIP and VLM; one whose description cannot be read is left out."""
+    """Name by digest of every registered base, CLIP and VLM, without those whose description cannot be read."""
     return {str(about["digest"]): name for name, about in sorted(_all_described(home).items()) if "digest" in about}
 
 
 def base_of(home: Path, digest: str) -> ClipBase | None:
-    """The registered CLIP base with a digest, if there is one here. The ledger names bases by their digests."""
+    """The registered CLIP base with a digest (the ledger's name for it), or None."""
     name = names_by_digest(home).get(digest)
     return load_base(home, name) if name in list_bases(home, "clip") else None
 
 
 def digest_of(home: Path, name: str) -> str | None:
-    """The digest of a registered CLIP base; None where there is none of that name."""
     return load_base(home, name).digest if name in list_bases(home, "clip") else None
 
 
 def shown(home: Path, digest: str) -> str:
-    """A base for people: its name, where it is registered here, and 12 digits of its digest."""
+    """A base for display: its name if registered here, and 12 digits of its digest."""
     name = names_by_digest(home).get(digest)
     return digest12(digest) if name is None else f"{name!r} ({digest12(digest)})"
 
 
 def need_base(home: Path, digest: str, name: str) -> ClipBase:
-    """The base with a digest. ``name``: what it was registered as. Raises BaseModelError."""
+    """The CLIP base with a digest; ``name`` is for the BaseModelError that is raised when it is not registered."""
     base = base_of(home, digest)
     if base is None:
         raise BaseModelError(
@@ -237,11 +226,9 @@ def save_base(
     about: dict[str, Any] | None = None,
     replace: bool = False,
 ) -> ClipBase:
-    """Register a model as base ``name``: everything is written to a work folder and moved into place in one step.
-
-    ``text_files`` is a folder of Hugging Face files to carry along (as ``text/``). A base of the same content
-    is left as it is; another content under the same name is an error unless ``replace``.
-    """
+    """Register a model as base ``name``; its directory is moved into place when complete. ``text_files``: Hugging Face
+    files to copy into ``text/``. The same content is left as it is; other content under the name raises
+    :class:`BaseModelError` unless ``replace``."""
     import torch
     from safetensors.torch import save_file
 
@@ -284,7 +271,7 @@ def save_base(
 
 @contextlib.contextmanager
 def work_folder(target: Path) -> Iterator[Path]:
-    """A folder next to ``target``, in which that is made; it goes at the end, unless it was moved."""
+    """A temporary folder next to ``target``, removed at the end unless it was moved."""
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -294,9 +281,9 @@ def work_folder(target: Path) -> Iterator[Path]:
 
 
 def move_into_place(work: Path, target: Path, digest: str, replace: bool) -> None:
-    """Rename a finished base into place. Raises :class:`BaseModelError` when other content has its name."""
+    """Rename a finished base into place. Raises :class:`BaseModelError` when the name has other content."""
     work.chmod(0o755)
-    for _ in range(10):  # another process may register, or replace, the same name in between
+    for _ in range(10):  # another process may register or replace the same name meanwhile
         there = str(_described(target).get("digest", ""))
         if there == digest:
             return
@@ -306,7 +293,7 @@ def move_into_place(work: Path, target: Path, digest: str, replace: bool) -> Non
                     f"Base {target.name!r} exists with other content ({digest12(there)}, not {digest12(digest)}).",
                     "Register under another name: adapters of the old one belong to its content.",
                 )
-            # Renamed away before it goes: no one sees half a base, and mapped weights stay mapped.
+            # Renamed before it is deleted: readers never see half a base, and mapped weights stay mapped.
             old = target.with_name(f"{work.name}-old")
             with contextlib.suppress(FileNotFoundError):
                 target.rename(old)
@@ -326,8 +313,8 @@ def _described(directory: Path) -> dict[str, Any]:
 
 
 def construct(model_cfg: dict[str, Any], directory: Path) -> nn.Module:
-    """An open_clip model with random weights from its configuration, without any download."""
-    import open_clip.model  # takes seconds, which a process that only reads a description need not spend
+    """Build an open_clip model with random weights from its configuration, without downloads."""
+    import open_clip.model  # takes seconds; processes that only read descriptions do without
 
     cfg = copy.deepcopy(model_cfg)
     if "multimodal_cfg" in cfg:
@@ -350,12 +337,10 @@ def construct(model_cfg: dict[str, Any], directory: Path) -> nn.Module:
 
 
 def find_lora_targets(model: nn.Module) -> dict[str, str]:
-    """Regular expressions for the layers that can carry LoRA, by tower.
-
-    A layer's last name counts only if every layer of that name in the tower is a Linear, a 1x1 convolution or a
-    MultiheadAttention: PEFT selects by name. Layers inside a MultiheadAttention are covered by it
-    (its ``out_proj`` never runs its own ``forward``, so LoRA there would get no gradient).
-    """
+    """Regular expressions for the layers that can carry LoRA, by tower. PEFT selects by name, so a layer's last name
+    counts only if all its layers in the tower are Linear, 1x1 convolution or MultiheadAttention. Layers inside a
+    MultiheadAttention are left to it: its ``out_proj`` never runs its own ``forward``, so LoRA there gets no
+    gradient."""
     from torch import nn
 
     good: dict[str, set[str]] = {"image": set(), "text": set()}
@@ -375,7 +360,7 @@ def find_lora_targets(model: nn.Module) -> dict[str, str]:
 
 
 def can_carry_lora(module: nn.Module) -> bool:
-    """Linear, ungrouped 1x1 convolution, or MultiheadAttention with one width for query, key and value."""
+    """True for Linear, ungrouped 1x1 convolution, or MultiheadAttention with one width for query, key and value."""
     from torch import nn
 
     if isinstance(module, nn.MultiheadAttention):

@@ -1,9 +1,9 @@
-"""The engine and precision that a base runs with: what the settings say, and where they say ``auto``, what is measured.
+"""Chooses the engine and precision of a base: from the settings, or for ``auto`` by measuring.
 
-Flags of a processor do not tell: one with AVX512-BF16 and without AMX may multiply bfloat16 slower than float32.
-Candidates run the same images and texts in turns; one that is clearly faster than torch in float32, and whose vectors
-stay within noise of it, is taken. The result is kept in ``home/engines`` by base, processor and versions, so that the
-gate and every encoder of a machine take the same. A small base is not measured: torch runs it in float32.
+CPU flags are not enough: a processor with AVX512-BF16 but no AMX may multiply bfloat16 slower than float32. Candidates
+run the same inputs in turns; one that is clearly faster than torch in float32, with vectors within noise of it, is
+taken. Results are kept in ``home/engines`` by base, processor and versions, so that the gate and all encoders of a
+machine choose alike. Small bases are not measured and run with torch in float32.
 """
 
 from __future__ import annotations
@@ -44,44 +44,39 @@ from serving.engines.towers import TextWidths
 log = logging.getLogger("ratchet.engine")
 
 MIN_COSINE: Final = 0.999
-"""Of a golden vector with its float32 twin; bfloat16 gives 0.9999 for ViT-B-32. The gate rejects a candidate whose
-served vectors are further than this from the trainer's, which are float32 (parity, ``updater.gate.checks.PARITY``)."""
+"""Cosine of a golden vector with float32's; bfloat16 gives 0.9999 for ViT-B-32. The gate rejects a candidate whose
+served vectors differ by more from the trainer's float32 ones (``updater.gate.checks.PARITY``)."""
 MIN_GAIN: Final = 1.1
-"""Speed over float32 that pays for the precision: below it, what is measured is mostly noise."""
+"""Smallest speedup over float32 that counts; below it, differences are mostly noise."""
 SMALL_BYTES = 200_000_000
-"""Weights of a base below which there is little to gain: a pass is some milliseconds, of which products are a part."""
+"""Weight bytes of a base below which there is little to gain: a pass takes a few milliseconds."""
 WORKLOADS: Final[Sequence[tuple[Tower, int]]] = (("image", 8), ("text", 16), ("image", 1), ("text", 1))
-"""Measured are items of a full batch, and of a request alone."""
+"""Items of a full batch, and of a single request."""
 ROUNDS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One candidate on this machine. Seconds are the fastest of all rounds."""
-
     choice: EngineChoice
     seconds: tuple[float, ...] = ()
-    """Of each of :data:`WORKLOADS`."""
+    """Fastest of all rounds, for each of :data:`WORKLOADS`."""
     cosine: float = 1.0
-    """Smallest cosine of a golden vector with float32's."""
+    """Smallest cosine between a golden vector and float32's."""
     error: str = ""
-    """Why it cannot run; empty when it can."""
+    """Reason why it cannot run; empty if it can."""
 
     def rate(self, workload: int) -> float:
-        """Items a second of one of :data:`WORKLOADS`."""
         return WORKLOADS[workload][1] / self.seconds[workload]
 
     def speed_over(self, other: Measurement) -> float:
-        """Speed as a multiple of another one's: the geometric mean over the workloads."""
+        """Speedup over another candidate: geometric mean over the workloads."""
         return float(np.exp(np.mean(np.log(other.seconds) - np.log(self.seconds))))
 
     @property
     def usable(self) -> bool:
-        """True when it runs, and its vectors are within noise of float32's."""
         return not self.error and self.cosine >= MIN_COSINE
 
     def __str__(self) -> str:
-        """One line for people."""
         if self.error:
             return f"{self.choice}: {self.error}"
         rates = ", ".join(f"{self.rate(n):.1f} {kind}s/s by {count}" for n, (kind, count) in enumerate(WORKLOADS))
@@ -89,7 +84,7 @@ class Measurement:
 
 
 def choose_engine(base: ClipBase, serve: Serve, home: Path, device: torch.device) -> EngineChoice:
-    """The engine of ``base`` on ``device``. Measures once for a base and a machine, with torch's present threads."""
+    """Choose the engine of ``base`` on ``device``. Measures once per base and machine, with torch's current threads."""
     candidates = possible(base, serve, device)
     if len(candidates) == 1:
         return candidates[0]
@@ -111,14 +106,11 @@ def choose_engine(base: ClipBase, serve: Serve, home: Path, device: torch.device
 
 
 def possible(base: ClipBase, serve: Serve, device: torch.device) -> list[EngineChoice]:
-    """The choices that the settings leave open, the default first.
-
-    On a GPU an engine ``auto`` is torch: TensorRT takes minutes.
-    """
+    """The choices that the settings allow, the default first. On a GPU ``auto`` means torch: TensorRT takes minutes."""
     small = base.weights_bytes < SMALL_BYTES
     names, precisions = _installed(), _precisions(device)
     if serve.engine != "auto":
-        names = [serve.engine]  # where it is not installed, making it says so
+        names = [serve.engine]  # if it is not installed, making it raises
     elif small or device.type == "cuda":
         names = ["torch"]
     if serve.precision != "auto":
@@ -129,7 +121,7 @@ def possible(base: ClipBase, serve: Serve, device: torch.device) -> list[EngineC
 
 
 def all_choices(device: torch.device) -> list[EngineChoice]:
-    """Every engine that is installed, in float32 and in the half precision that the processor has; torch first."""
+    """Every installed engine, in float32 and in the processor's half precision; torch first."""
     return [EngineChoice(name, precision) for name in _installed() for precision in _precisions(device)]
 
 
@@ -143,9 +135,8 @@ def _precisions(device: torch.device) -> list[Precision]:
 
 
 def best_of(measurements: Sequence[Measurement]) -> EngineChoice:
-    """The first that is usable, unless another one is clearly faster. Of engines as fast the first one, torch: adapters
-    share their weights there and need no compilation.
-    """
+    """The first usable choice, unless another one is clearly faster. Ties go to torch, the first: adapters share
+    weights there and need no compilation."""
     usable = [row for row in measurements if row.usable]
     if not usable:
         return FLOAT32
@@ -157,7 +148,7 @@ def best_of(measurements: Sequence[Measurement]) -> EngineChoice:
 
 
 def measure(base: ClipBase, candidates: Sequence[EngineChoice], device: torch.device) -> list[Measurement]:
-    """Run every candidate in turns on golden inputs. One that raises is reported, not raised."""
+    """Run every candidate in turns on golden inputs. Exceptions of a candidate are reported in its measurement."""
     model, tokenizer = base.build_model(), base.tokenizer()
     rows = tokenizer.rows(list(GOLDEN_TEXTS))
     width = TextWidths.prove(model, tokenizer, base.context_length).width(max(map(len, rows)))
@@ -171,11 +162,11 @@ def measure(base: ClipBase, candidates: Sequence[EngineChoice], device: torch.de
     results: dict[EngineChoice, Measurement] = {}
     for choice in candidates:
         try:
-            is_plain = choice == FLOAT32 and device.type == "cpu"  # is there, packed
+            is_plain = choice == FLOAT32 and device.type == "cpu"  # built already, with packed weights
             towers[choice] = plain if is_plain else make_backend(choice, base, model, device).towers({})
             cosine = _least_cosine(_vectors(towers[choice], pixels, ids), reference)
             results[choice] = Measurement(choice, (float("inf"),) * len(WORKLOADS), cosine)
-        except Exception as error:  # whatever a library raises: this candidate is out
+        except Exception as error:  # libraries raise anything: the candidate is out
             towers.pop(choice, None)
             results[choice] = Measurement(choice, error=f"{type(error).__name__}: {error}"[:300])
     for _ in range(ROUNDS):
@@ -187,10 +178,8 @@ def measure(base: ClipBase, candidates: Sequence[EngineChoice], device: torch.de
 
 
 def make_backend(choice: EngineChoice, base: ClipBase, model: Any, device: torch.device) -> Backend:
-    """The backend of a choice. ``model``: the base in float32 on the CPU; in float32 it is moved to ``device``.
-
-    Raises ConfigError when the engine is not installed.
-    """
+    """Make the backend of a choice. ``model``: the base in float32 on the CPU; for torch in float32 it moves to
+    ``device``. Raises ConfigError when the engine is not installed."""
     if choice.engine == "onnx":
         from serving.engines.onnx_backend import OnnxBackend
 
@@ -218,7 +207,7 @@ def _seconds(towers: Towers, kind: Tower, items: Any) -> float:
 
 
 def _machine(candidates: Sequence[EngineChoice], device: torch.device) -> str:
-    """12 digits of all that a measurement holds for."""
+    """12 hex digits of everything that a measurement depends on."""
     about = {
         "processor": asdict(processor(device.type)),
         "candidates": [str(choice) for choice in candidates],
@@ -237,7 +226,7 @@ def _version(package: str) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process measures, the others wait for it. Where nothing can be written each measures for itself."""
+    """Let one process measure while others wait. If the lock cannot be written, each measures for itself."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_suffix(".lock").open("w")

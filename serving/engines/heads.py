@@ -1,8 +1,8 @@
-"""Heads: classifiers over the image space of one adapter, in its directory, as ``heads.safetensors``.
+"""Heads: classifiers over an adapter's image space, stored in its directory as ``heads.safetensors``.
 
-A head holds the mean of each class and a covariance that all share (linear discriminant analysis on frozen features, as
-in SLCA, Zhang et al. 2023, and RanPAC, McDonnell et al. 2023). It means something in its adapter's image space alone,
-so it is a part of that adapter: it is named, gated, released and rolled back with it.
+A head has the mean of each class and a shared covariance: linear discriminant analysis on frozen features, as in SLCA
+(Zhang et al. 2023) and RanPAC (McDonnell et al. 2023). It is only valid in its adapter's image space, so it is released
+and rolled back as part of that adapter.
 
 >>> head = read_heads(directory)["garments"]
 >>> head.classify(vectors).probabilities.shape
@@ -30,7 +30,7 @@ from core.settings.updates import HEAD_NAME, MAX_HEADS
 
 HEADS = "heads.safetensors"
 LEVEL = "/"
-"""Between the levels of a label that is a path, as ``animal/bird/crane``."""
+"""Separates the levels of hierarchical labels such as ``animal/bird/crane``."""
 MAX_CLASSES = 10_000
 _ARRAYS = ("means", "precision", "center")
 _AGAIN = "Fetch the adapter again, or train it again."
@@ -40,8 +40,8 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class HeadScores:
-    """Of n images: ``probabilities`` [n, classes] add up to 1; ``alone`` [n, classes] is each class against all images
-    together; ``distance`` [n], to the nearest class, in units of the head's threshold: above 1 it is none of them."""
+    """Scores of n images: ``probabilities`` [n, classes] sum to 1; ``alone`` [n, classes]: each class against all
+    images together; ``distance`` [n] to the nearest class in units of the threshold: above 1 is none of them."""
 
     probabilities: Floats
     alone: Floats
@@ -50,25 +50,24 @@ class HeadScores:
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """Classes in an image space. Arrays are float32: ``means`` [classes, dim], ``precision`` [dim, dim] (the inverse
-    of the covariance within classes), ``center`` [dim], the mean of all images."""
+    """Classes in an image space. Arrays are float32: ``means`` [classes, dim], ``precision`` [dim, dim] (inverse of the
+    within-class covariance), ``center`` [dim] (mean of all images)."""
 
     labels: tuple[str, ...]
     means: npt.NDArray[np.float32]
     precision: npt.NDArray[np.float32]
     center: npt.NDArray[np.float32]
     scale: float
-    """On discriminants, so that probabilities are calibrated."""
+    """Factor on discriminants that calibrates probabilities."""
     threshold: float
     """Squared Mahalanobis distance beyond which an image is none of the classes."""
     counts: tuple[int, ...]
-    """Images that each class was learned from."""
 
     def classify(self, vectors: npt.ArrayLike) -> HeadScores:
-        """Answers for unit vectors [n, dim] of the head's image space."""
+        """Classify unit vectors [n, dim] of the head's image space."""
         x = np.asarray(vectors, np.float64)
         precision, weights, own = self._discriminants
-        scores = x @ weights.T - 0.5 * own  # [n, classes + 1]; the last one is of all images together
+        scores = x @ weights.T - 0.5 * own  # [n, classes + 1]; the last column is all images together
         logits = self.scale * scores[:, :-1]
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         length = np.einsum("nd,nd->n", x @ precision, x)
@@ -80,7 +79,7 @@ class Head:
 
     @cached_property
     def _discriminants(self) -> tuple[Floats, Floats, Floats]:
-        """The precision; of each mean and of the center its product with it [classes + 1, dim], and its own length."""
+        """The precision; products of means and center with it [classes + 1, dim]; their squared lengths."""
         points = np.vstack([self.means, self.center[None]]).astype(np.float64)
         precision = self.precision.astype(np.float64)
         weights = points @ precision
@@ -88,7 +87,6 @@ class Head:
 
     @property
     def about(self) -> dict[str, Any]:
-        """All that is not an array."""
         return {
             "labels": list(self.labels),
             "scale": self.scale,
@@ -98,8 +96,8 @@ class Head:
 
 
 def backed_off(labels: Sequence[str], probabilities: npt.ArrayLike, confidence: float) -> tuple[str | None, float]:
-    """The most specific label, or level of labels that are paths, that has at least this probability, and what it has;
-    None where no level has.
+    """The most specific label, or level of hierarchical labels, with at least this probability, and its probability;
+    None if there is none.
 
     >>> backed_off(["bird/crane", "bird/gull", "fish/cod"], [0.5, 0.4, 0.1], 0.8)
     ('bird', 0.9)
@@ -127,14 +125,13 @@ def heads_digest(heads: Mapping[str, Head]) -> str:
 
 
 def write_heads(directory: Path, heads: Mapping[str, Head]) -> None:
-    """Write them into an adapter's directory that is in the making."""
     arrays = {f"{name}/{a}": np.ascontiguousarray(getattr(head, a)) for name, head in heads.items() for a in _ARRAYS}
     about = {name: head.about for name, head in sorted(heads.items())}
     save_file(arrays, directory / HEADS, metadata={"heads": json.dumps(about)})
 
 
 def read_heads(directory: Path | str) -> dict[str, Head]:
-    """The heads in an adapter's directory; none where it has no file of them. Raises AdapterError when it is wrong."""
+    """Read the heads of an adapter's directory; empty without a file. Raises AdapterError when the file is invalid."""
     path = Path(directory) / HEADS
     if not path.is_file():
         return {}

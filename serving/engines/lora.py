@@ -1,7 +1,5 @@
-"""The changes of a model by an adapter: low rank added to weights, and weights that it replaces as a whole.
-
-Names and shapes come from a file from outside: whatever does not fit raises :class:`core.errors.AdapterError`.
-"""
+"""Merges an adapter into a model: low-rank changes of weights, and weights that it replaces. Names and shapes come from
+untrusted files: any mismatch raises :class:`core.errors.AdapterError`."""
 
 from __future__ import annotations
 
@@ -22,19 +20,19 @@ from serving.engines.clip_base import can_carry_lora
 
 INNER_OUT_PROJ = ".base_layer.out_proj"
 OUT_PROJ_TIMES = 2.0
-"""PEFT 0.21 adds the delta of a MultiheadAttention's out_proj twice: its wrapper merges it, and then lets the layer
-merge itself (``MultiheadAttention.merge``), in training and in ``merge_and_unload`` alike. What was trained must be
-what is served, so the factor is part of the format; tests compare with PEFT and fail when PEFT changes."""
+"""PEFT 0.21 adds the delta of a MultiheadAttention's out_proj twice, in training and in ``merge_and_unload``: its
+wrapper merges it and then lets the layer merge itself (``MultiheadAttention.merge``). Served weights must equal trained
+ones, so the factor is part of the format; tests compare with PEFT and fail if PEFT changes."""
 
 MAX_ALPHA = 2.0**127
-"""Of a float32; what an adapter adds is checked again when it is merged and by golden inputs."""
+"""Float32 range; the merged weights and golden inputs are checked as well."""
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _PLAIN = re.compile(r"[A-Za-z0-9_.]{1,200}")
 OTHER_BASE = "It was trained for another base; start the server with that one."
 
 
 def whole_weights(files: AdapterFiles) -> dict[str, torch.Tensor]:
-    """Parameters that the adapter replaces as a whole, by parameter name: norms, biases, or full fine-tuning."""
+    """Parameters that the adapter replaces (norms, biases, or full fine-tuning), by name."""
     return {
         key.removeprefix(PREFIX): tensor
         for key, tensor in files.tensors.items()
@@ -43,11 +41,9 @@ def whole_weights(files: AdapterFiles) -> dict[str, torch.Tensor]:
 
 
 def lora_layers(files: AdapterFiles) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """``lora_A``, ``lora_B`` and the scale of each layer, by the name that its tensors have.
-
-    The scale is alpha/r (alpha/sqrt(r) with rslora; Hu et al. 2021, Kalajdzievski 2023).
-    Raises :class:`AdapterError` for other tensors, half a pair, or a rank that is not the configured one.
-    """
+    """``lora_A``, ``lora_B`` and scale of each layer, by the layer's name in the file. The scale is alpha/r
+    (alpha/sqrt(r) with rslora; Hu et al. 2021, Kalajdzievski 2023). Raises :class:`AdapterError` for other tensors,
+    half a pair, or a rank that differs from the configured one."""
     sides: dict[str, dict[str, torch.Tensor]] = {}
     whole = whole_weights(files)
     for key, tensor in files.tensors.items():
@@ -69,30 +65,23 @@ def lora_layers(files: AdapterFiles) -> dict[str, tuple[torch.Tensor, torch.Tens
 
 @dataclass(frozen=True)
 class ChangedWeight:
-    """A parameter that an adapter changes."""
-
     name: str
     weight: torch.Tensor
     digest: str
-    """Of what it is made from besides the base. The weight itself is not the same everywhere: the last bits of a
-    product depend on the processor."""
+    """Of the adapter's part only: the last bits of the merged weight depend on the processor."""
 
 
 def effective_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> dict[str, torch.Tensor]:
-    """All that :func:`merge` yields, by name."""
+    """All results of :func:`merge`, by name."""
     files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter)
     return {changed.name: changed.weight for changed in merge(files, model)}
 
 
 def merge(files: AdapterFiles, model: nn.Module) -> Iterator[ChangedWeight]:
-    """``W + s B A`` of each parameter that really differs from the model's. One at a time: what is done with it at once
-    finds it in the processor's cache.
-
-    W is the model's own, or the one that the adapter replaces it with. Targets are Linear, convolutions without groups,
-    and MultiheadAttention (``in_proj_weight`` and, through PEFT's wrapper, ``out_proj.weight``).
-
-    Raises :class:`AdapterError` when names or shapes do not fit the model, or the sum overflows.
-    """
+    """Yield ``W + s B A`` of each parameter that differs from the model's, one at a time, so that immediate use finds
+    it in the CPU's cache. W is the model's own weight or the adapter's replacement. Targets are Linear, ungrouped
+    convolutions and MultiheadAttention (``in_proj_weight`` and, through PEFT's wrapper, ``out_proj.weight``). Raises
+    :class:`AdapterError` when names or shapes do not fit the model, or the sum overflows."""
     parameters = dict(model.named_parameters())
     whole = whole_weights(files)
     for name, tensor in whole.items():
@@ -123,8 +112,6 @@ def merge(files: AdapterFiles, model: nn.Module) -> Iterator[ChangedWeight]:
 
 @dataclass(frozen=True)
 class _Layer:
-    """LoRA of one parameter of a model."""
-
     files: AdapterFiles
     name: str
     parameter: str
@@ -134,7 +121,7 @@ class _Layer:
     weight: torch.Tensor
 
     def delta(self) -> torch.Tensor:
-        """``s B A`` in the weight's shape. Raises AdapterError where the factors do not fit it."""
+        """``s B A`` in the weight's shape. Raises AdapterError when the factors do not fit it."""
         a, b, weight = self.a, self.b, self.weight
         rank, out = a.shape[0], weight.shape[0]
         inner = weight.numel() // out
@@ -156,8 +143,7 @@ class _Layer:
         return product.mul_(self.scale).reshape(weight.shape)
 
     def digest(self) -> str:
-        """The same for the same product, however its scale is divided between the factors and the configuration, and
-        whatever rank it is filled up to."""
+        """Equal for equal products, however the scale is split, and for any zero padding of the rank."""
         a, b = (side.detach().float() for side in (self.a, self.b))
         a, b = a.flatten(1), (b * self.scale).flatten(1)
         used = (a != 0).any(dim=1) & (b != 0).any(dim=0)
@@ -200,10 +186,8 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule for per-layer ranks and alphas, for plain names: the first key that the layer's name ends in.
-
-    PEFT takes the keys as regular expressions; one from outside could run for ever, so only names are accepted.
-    """
+    """The value of the first pattern that the module's name ends in: PEFT's rule, restricted to plain names. PEFT takes
+    regular expressions; an untrusted one could run forever."""
     for key, value in patterns.items():
         name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if not _PLAIN.fullmatch(name):

@@ -1,13 +1,12 @@
 """Towers run by ONNX Runtime: OpenVINO's plugin or the default provider on a CPU, TensorRT or CUDA on a GPU.
 
-A tower's graph is exported once for a base, without its weights, and kept in its home. Weights keep the names of the
-model's parameters and are given to each session, so that a session of an adapter differs in the values that it is
-given, and in nothing else. A session holds a compiled copy of them: adapters share the graph and the base's float32
-tensors, not what was compiled from them.
+A tower's graph is exported once per base, without weights, into its home. Weights keep the parameters' names and are
+given to each session, so sessions of adapters differ only in these values. A session holds a compiled copy: adapters
+share the graph and the base's float32 tensors, not the compiled weights.
 
-The exporter merges weights of equal value and folds constants; it is given random weights, which are never equal, and
-folds nothing. A graph that then lacks a weight of its tower (a batch norm that was folded into its convolution) cannot
-serve adapters. A tower that has no ONNX form is run by torch in float32.
+The exporter would merge equal weights and fold constants, so it gets random weights and folding is off. A graph that
+still lacks a weight of its tower (a batch norm folded into its convolution) cannot serve adapters. Torch runs towers
+without an ONNX form, in float32.
 """
 
 from __future__ import annotations
@@ -39,22 +38,20 @@ from serving.engines.towers import encode_image, encode_text
 log = logging.getLogger("ratchet.engine")
 
 PLUGIN: Final = "OpenVINOPluginExecutionProvider"
-"""Name under which OpenVINO's library is registered; devices call it OpenVINOExecutionProvider."""
+"""Name under which OpenVINO's library is registered; its devices are called OpenVINOExecutionProvider."""
 HINTS: Final[dict[Precision, str]] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 WARNING_LEVEL: Final = 3
-"""Errors only: the runtime warns of every initializer that it was given."""
+"""Errors only: the runtime warns about every given initializer."""
 OPSET: Final = 17
 FORMAT: Final = 2
-"""Of the file; another one is exported again."""
+"""Version of the file; graphs of others are exported again."""
 INPUT: Final[dict[Tower, str]] = {"image": "pixels", "text": "ids"}
 WEIGHTS_FILE: Final = "weights"
-"""Where the graph says that its weights are. There is no such file: sessions are given them."""
+"""Location of weights in the graph. There is no such file: sessions are given them."""
 _one_at_a_time = threading.Lock()
 
 
 class OnnxBackend:
-    """Implements :class:`serving.engines.backends.Backend`."""
-
     def __init__(self, base: ClipBase, model: nn.Module, device: torch.device, precision: Precision) -> None:
         """``model``: the base in float32 on the CPU. Raises ConfigError when the runtime or a provider is missing."""
         self.base = base
@@ -78,7 +75,7 @@ class OnnxBackend:
         return weight if tower_of(name) in self._graphs else self._torch.convert(name, weight)
 
     def towers(self, changed: Mapping[str, Any]) -> OnnxTowers:
-        """See :meth:`Backend.towers`. Compiles a tower that the adapter changes (seconds), and shares the other one."""
+        """See :meth:`Backend.towers`. Compiles the towers that the adapter changes (seconds) and shares the others."""
         sessions = dict(self._base_sessions)
         for tower in self._graphs:
             own = {name: tensor for name, tensor in changed.items() if tower_of(name) == tower}
@@ -112,10 +109,8 @@ class OnnxBackend:
 
 
 class OnnxTowers:
-    """Implements :class:`serving.engines.backends.Towers`."""
-
     def __init__(self, preprocess: Preprocess, sessions: Mapping[Tower, Any], rest: Towers | None) -> None:
-        """``rest``: the tower that has no session."""
+        """``rest``: runs the tower that has no session."""
         self._preprocess = preprocess
         self._sessions = sessions
         self._rest = rest
@@ -139,10 +134,8 @@ class OnnxTowers:
 
 
 def _providers(device: torch.device, precision: Precision) -> tuple[list[Any] | None, Any]:
-    """The providers that execute graphs on a device at a precision, or OpenVINO's device in place of them.
-
-    Raises ConfigError when ONNX Runtime is not installed, or nothing of it computes at this precision here.
-    """
+    """Execution providers for a device and precision, or OpenVINO's device instead. Raises ConfigError when ONNX
+    Runtime is not installed or cannot compute at this precision here."""
     try:
         import onnxruntime as ort
     except ImportError as error:
@@ -163,7 +156,7 @@ def _providers(device: torch.device, precision: Precision) -> tuple[list[Any] | 
 
 
 def _openvino_device(ort: Any) -> Any:
-    """The processor as OpenVINO's plugin sees it; None where the plugin is not installed, or does not know it."""
+    """OpenVINO's CPU device; None if the plugin is missing or does not know the processor."""
     if not _openvino_registered(ort):
         return None
     kind = ort.OrtHardwareDeviceType.CPU
@@ -173,7 +166,7 @@ def _openvino_device(ort: Any) -> Any:
 
 @cache
 def _openvino_registered(ort: Any) -> bool:
-    """Register OpenVINO's plugin, which a process may do once, also where it has no device then (AMD)."""
+    """Register OpenVINO's plugin, once per process, even if it then has no device (AMD)."""
     try:
         import onnxruntime_ep_openvino as plugin
     except ImportError:
@@ -196,8 +189,6 @@ def _gpu_providers(ort: Any, precision: Precision) -> list[Any]:
 
 
 class _Traced(nn.Module):
-    """One tower of a model."""
-
     def __init__(self, model: nn.Module, encode: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.model = model
@@ -208,7 +199,7 @@ class _Traced(nn.Module):
 
 
 class _TracedAttention(nn.Module):
-    """Self-attention with the weights of an ``nn.MultiheadAttention``, whose trace would hold the example's length."""
+    """Self-attention with the weights of an ``nn.MultiheadAttention``, whose trace would fix the example's length."""
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -233,10 +224,8 @@ def _traceable(owner: nn.Module) -> None:
 
 
 def exported(base: ClipBase, tower: Tower, folder: Path) -> Path:
-    """The graph of a tower in ``folder``, exported if it is not there (seconds).
-
-    Raises ConfigError when the tower cannot be exported so that adapters can be served, or when onnx is not installed.
-    """
+    """The graph of a tower in ``folder``, exported if it is missing (seconds). Raises ConfigError when onnx is not
+    installed, or the tower has no export that can serve adapters."""
     path = folder / f"{base.digest[:12]}-{tower}-{FORMAT}-torch{torch.__version__.split('+')[0]}.onnx"
     with _one_at_a_time:
         if not path.is_file():
@@ -263,10 +252,10 @@ def _export(base: ClipBase, tower: Tower, path: Path) -> None:
     example = torch.rand(2, 3, size, size) if tower == "image" else torch.randint(1, 100, (2, base.context_length))
     axes = {0: "n"} if tower == "image" else {0: "n", 1: "width"}
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its operator has no ONNX
+    torch.backends.mha.set_fastpath_enabled(False)  # its operator has no ONNX form
     try:
         with replacing(path) as work, warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # tracing warns of every shape that is read
+            warnings.simplefilter("ignore")  # tracing warns about every shape that is read
             torch.onnx.export(
                 _Traced(model, encode_image if tower == "image" else encode_text), (example,), str(work), dynamo=False,
                 opset_version=OPSET, input_names=[INPUT[tower]], output_names=["vectors"], do_constant_folding=False,
@@ -277,7 +266,7 @@ def _export(base: ClipBase, tower: Tower, path: Path) -> None:
             onnx.save(proto, str(work))
     except ConfigError:
         raise
-    except Exception as error:  # of an exporter that meets what it does not know, anything
+    except Exception as error:  # exporters raise anything for unknown operators
         raise ConfigError(
             f"The {tower} tower of {base.name!r} has no ONNX form: {type(error).__name__}: {str(error)[:200]}.",
             "Set serve.engine to torch.",
@@ -287,13 +276,12 @@ def _export(base: ClipBase, tower: Tower, path: Path) -> None:
 
 
 def _weights_of(model: nn.Module, tower: Tower) -> dict[str, torch.Tensor]:
-    """A tower's floating-point tensors."""
     state = model.state_dict().items()
     return {name: tensor.detach() for name, tensor in state if tower_of(name) == tower and tensor.is_floating_point()}
 
 
 def _strip(proto: Any, names: Mapping[str, Any], onnx: Any) -> None:
-    """Take the weights out of a graph, which have the names of the model."""
+    """Remove the weights, which have the model's names, from a graph."""
     missing = {f"model.{name}" for name in names}
     for initializer in proto.graph.initializer:
         if initializer.name not in missing:

@@ -1,11 +1,9 @@
 """Preprocessing: from a decoded image to the input of the image tower.
 
-Resizing ends in ``uint8`` so that decoded images are small to pass between processes (a quarter of float32),
-and is the same PIL resize that open_clip does: of a decoded image the result equals open_clip's own transform bit by
-bit. JPEGs are decoded at the smallest scale that is at least as large as the result (:meth:`Preprocess.needed`), which
-takes less than half of the time and changes pixels a little. Decoding of bytes from outside, with its bounds, is in
-``ratchet_client.images``. open_clip is not imported here: it imports transformers and torchvision's models, for seconds
-of a process that only prepares images.
+Resizing yields ``uint8``, a quarter of float32 to pass between processes, and equals open_clip's own transform bit by
+bit for a decoded image. JPEGs are decoded at the smallest scale that is large enough (:meth:`Preprocess.needed`), which
+takes less than half the time and changes pixels slightly. ``ratchet_client.images`` decodes untrusted bytes. Importing
+open_clip would take seconds (transformers, torchvision), so this module does without.
 """
 
 from __future__ import annotations
@@ -27,18 +25,16 @@ Interpolation = Literal["bicubic", "bilinear"]
 ResizeMode = Literal["shortest", "longest", "squash"]
 OPENAI_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD: Final = (0.26862954, 0.26130258, 0.27577711)
-"""What CLIP was trained with; open_clip's default."""
+"""CLIP's training values, and open_clip's default."""
 MAX_RATIO = 32
-"""An image that is longer than this many times its width is cut to its middle before it is resized. open_clip resizes
-first, and 40 million pixels in one row would become 224 rows of nine billion; of which it then takes the middle."""
+"""Images with a greater ratio of sides are cropped to their middle before resizing. open_clip resizes first: 40 million
+pixels in one row would become 224 rows of nine billion, of which it keeps the middle."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Geometry and normalisation that one base expects."""
-
     size: int
-    """Side of the square input, pixels."""
+    """Side of the square input in pixels."""
     mean: tuple[float, float, float] = OPENAI_MEAN
     """Per channel, on the scale 0..1."""
     std: tuple[float, float, float] = OPENAI_STD
@@ -46,7 +42,6 @@ class Preprocess:
     resize_mode: ResizeMode = "shortest"
     """``shortest``: shortest side to ``size``, centre crop; ``longest``: pad; ``squash``: ignore the ratio."""
     fill_color: int = 0
-    """Grey level of the padding with ``longest``."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -64,12 +59,11 @@ class Preprocess:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for ``base.json`` and for digests."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Preprocess:
-        """The inverse of :meth:`to_json`; also takes open_clip's ``preprocess_cfg`` (``size`` may be a pair)."""
+        """Inverse of :meth:`to_json`; also reads open_clip's ``preprocess_cfg`` (``size`` may be a pair)."""
         known = {key: value[key] for key in cls.__dataclass_fields__ if value.get(key) is not None}
         size = known.get("size")
         if isinstance(size, list | tuple):
@@ -82,18 +76,15 @@ class Preprocess:
         return cls(**known)
 
     def pixels(self, image: Image.Image | OpenedImage | bytes) -> np.ndarray:
-        """``uint8 [size, size, 3]`` of an image; bytes are of one that was accepted, and have no bounds.
-
-        The gate, the trainer, the catalog and the server all give encoded images, so that they see the same pixels.
-
-        Raises :class:`core.errors.RecordError` when it is not an acceptable image.
-        """
+        """``uint8 [size, size, 3]`` of an image. Bytes must be of an accepted image: they are read without limits.
+        Gate, trainer, catalog and server all pass encoded images, so that they see the same pixels. Raises
+        :class:`core.errors.RecordError` when it is not an acceptable image."""
         if isinstance(image, bytes):
             image = open_accepted(image)
         if isinstance(image, OpenedImage):
             width, height = image.size
             image = image.decode(self.needed)
-            if (width - height) * (image.width - image.height) < 0:  # it lay on its side
+            if (width - height) * (image.width - image.height) < 0:  # rotated by its EXIF orientation
                 width, height = height, width
         else:
             width, height = image.size
@@ -103,7 +94,7 @@ class Preprocess:
         return np.asarray(self._square(within if within.mode == "RGB" else within.convert("RGB"), width, height))
 
     def needed(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The least size (width, height) to which an image of that size may be scaled down while it is decoded."""
+        """Smallest size (width, height) to which decoding may scale down an image of that size."""
         side = self.size
         if self.resize_mode != "longest":
             return side, side
@@ -113,7 +104,7 @@ class Preprocess:
     def _within_ratio(self, image: Image.Image) -> Image.Image:
         if self.resize_mode == "squash":
             return image
-        # Where the longer side is fitted, the shorter one must keep at least a pixel.
+        # When the longer side is fitted, the shorter one must keep at least one pixel.
         most = MAX_RATIO if self.resize_mode == "shortest" else self.size
         width, height = (min(side, other * most) for side, other in (image.size, image.size[::-1]))
         if (width, height) == image.size:
@@ -122,10 +113,8 @@ class Preprocess:
         return image.crop((left, top, left + width, top + height))
 
     def _square(self, image: Image.Image, width: int, height: int) -> Image.Image:
-        """The first steps of open_clip's evaluation transform, with its rounding.
-
-        ``width`` and ``height``: of the image before it was decoded at a smaller scale, which rounds them.
-        """
+        """The first steps of open_clip's evaluation transform, with its rounding. ``width`` and ``height``: of the full
+        image; decoding at a smaller scale rounds them."""
         side = self.size
         resample = Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
         if self.resize_mode == "squash":
@@ -143,19 +132,19 @@ class Preprocess:
 
     def normalise(self, pixels: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
         """``float32 [n, 3, size, size]`` from ``uint8 [n, size, size, 3]``."""
-        import torch  # takes two seconds, which a process that only prepares images need not spend
+        import torch  # takes two seconds; processes that only prepare images do without
 
         self.check(pixels)
-        # A writable copy: torch refuses to promise anything about read-only buffers (object store, mmap).
+        # A writable copy: torch gives no guarantees for read-only buffers (object store, mmap).
         return self.normalise_tensor(torch.from_numpy(np.array(pixels)).to(device))
 
     def normalise_tensor(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Same, from a tensor on the device that computes."""
+        """Same as :meth:`normalise`, for a tensor on the computing device."""
         batch = pixels.permute(0, 3, 1, 2).float().div_(255.0)
         return batch.sub_(_per_channel(self.mean, batch.device)).div_(_per_channel(self.std, batch.device))
 
     def check(self, pixels: np.ndarray) -> None:
-        """Raise ValueError unless these are ``uint8 [n, size, size, 3]``."""
+        """Raise ValueError unless ``pixels`` are ``uint8 [n, size, size, 3]``."""
         expected = (self.size, self.size, 3)
         if pixels.ndim != 4 or pixels.shape[1:] != expected or pixels.dtype != np.uint8:
             raise ValueError(
@@ -166,7 +155,7 @@ class Preprocess:
 
 @cache
 def _per_channel(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
-    """``[1, 3, 1, 1]`` on a device, copied there once: no copy may be part of a captured CUDA graph."""
+    """``[1, 3, 1, 1]`` on a device, cached: a captured CUDA graph must not contain a copy."""
     import torch
 
     return torch.tensor(values, device=device).view(1, 3, 1, 1)

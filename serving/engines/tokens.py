@@ -1,13 +1,12 @@
-"""Texts to token ids, the same ids that open_clip makes, without its padding where the tower allows it.
+"""Texts to the same token IDs as open_clip's, without its padding where the tower allows.
 
-A tokenizer of a base is described by a small dict in ``base.json``:
+``base.json`` describes the tokenizer:
 
-    {"kind": "simple", "kwargs": {}}                     open_clip's BPE of CLIP, part of the open_clip package
-    {"kind": "hf", "directory": "text", "trim": true, "mode": null, "kwargs": {}}
-                                                         Hugging Face files inside the base directory
+    {"kind": "simple", "kwargs": {}}             CLIP's BPE, from the open_clip package
+    {"kind": "hf", "directory": "text", "trim": true, "mode": null, "kwargs": {}}    files in the base directory
 
-Texts are cleaned first, by open_clip's functions (:data:`CLEAN`). Neither open_clip nor torch is imported: together
-they take seven seconds of a core, and the ingress, which makes the ids, needs nothing else of them.
+Texts are cleaned first as in open_clip (:data:`CLEAN`). The ingress makes the IDs, so neither open_clip nor torch is
+imported: together they take seven seconds of a core.
 """
 
 from __future__ import annotations
@@ -37,25 +36,24 @@ if TYPE_CHECKING:
 _PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
 CACHED_WORDS: Final = 1 << 15
 CACHED_LENGTH: Final = 64
-"""Characters of the longest word that is cached: with :data:`CACHED_WORDS`, the cache stays below about 20 MiB."""
+"""Characters of the longest cached word; with :data:`CACHED_WORDS` it keeps the cache below about 20 MiB."""
 END: Final = "</w>"
 MERGES: Final = 49152 - 256 - 2
-"""Of the vocabulary's file, the lines that OpenAI's models were trained with."""
+"""Lines of the vocabulary file that OpenAI's models were trained with."""
 WORDS: Final = r"""|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 def whitespace(text: str) -> str:
-    """Broken Unicode repaired, HTML entities replaced (also those that were escaped twice), white space joined."""
+    """Repair Unicode, unescape HTML entities (twice) and normalise white space."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
 def lower(text: str) -> str:
-    """The same in lower case."""
     return whitespace(text).lower()
 
 
 def canonicalize(text: str) -> str:
-    """The same in lower case and without punctuation, as SigLIP's texts."""
+    """Repair and unescape a text, lower-case it and remove punctuation, as for SigLIP."""
     repaired = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(repaired.replace("_", " ").translate(_PUNCTUATION).lower().split())
 
@@ -63,36 +61,35 @@ def canonicalize(text: str) -> str:
 CLEAN: Final[Mapping[str, Callable[[str], str]]] = {
     "whitespace": whitespace, "lower": lower, "canonicalize": canonicalize,
 }  # fmt: skip
-"""By open_clip's names."""
+"""Keys are open_clip's names."""
 
 
 class Tokenizer(ABC):
-    """Texts to token ids. Safe to call from several threads."""
+    """Texts to token IDs. Thread safe."""
 
     context_length: int
     trim: bool = False
-    """Batches are as wide as their longest text, and not as the context."""
+    """True if batches are as wide as their longest text instead of the full context."""
     pad_id: int = 0
-    """The id that follows a row that is shorter than others of its batch."""
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
-        """``int64 [n, at most context_length]`` of n texts, padded."""
+        """``int64 [n, at most context_length]``, padded."""
         rows = self.rows(texts)
         width = max((len(row) for row in rows), default=1) if self.trim else self.context_length
         return pad_rows(rows, width, self.pad_id)
 
     @abstractmethod
     def rows(self, texts: list[str]) -> list[list[int]]:
-        """Ids that the model reads of each text: start and end included, cut to the context, without padding."""
+        """Token IDs of each text with start and end, cut to the context, without padding."""
 
     @abstractmethod
     def cuts(self, text: str, row: Sequence[int]) -> bool:
-        """True when ``row``, which :meth:`rows` made of the text, lacks a part of it."""
+        """True if ``row``, made from ``text`` by :meth:`rows`, is truncated."""
 
 
 def pad_rows(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> torch.Tensor:
-    """``int64 [n, width]`` of n rows of at most ``width`` ids."""
-    import torch  # here, because ids travel as rows, and a process that only makes them needs no torch
+    """``int64 [n, width]`` from n rows of at most ``width`` IDs."""
+    import torch  # imported here: making IDs needs no torch
 
     padded = torch.full((len(rows), width), pad_id, dtype=torch.long)
     for target, row in zip(padded, rows, strict=True):
@@ -101,7 +98,7 @@ def pad_rows(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> torch.Te
 
 
 def make_tokenizer(config: dict[str, Any], directory: Path, context_length: int) -> Tokenizer:
-    """The tokenizer that ``config`` describes; it reads only files of the base directory and of open_clip."""
+    """Make the tokenizer for ``config``. Reads only files of the base directory and of open_clip."""
     kwargs = dict(config.get("kwargs") or {})
     if config["kind"] == "simple":
         clean = kwargs.pop("clean", "lower")
@@ -116,12 +113,12 @@ def make_tokenizer(config: dict[str, Any], directory: Path, context_length: int)
 
 @cache
 def _simple(context_length: int, clean: str) -> Tokenizer:
-    """Read once: its vocabulary takes 0.1 s, and one update asks for it several times."""
+    """Cached: reading the vocabulary takes 0.1 s, and an update needs it several times."""
     return BoundedTokenizer(vocabulary(), context_length, clean)
 
 
 def tokenizer_digest(config: dict[str, Any], directory: Path) -> str:
-    """64 hex digits of all that ids depend on: the description and the bytes of the vocabulary files."""
+    """64 hex digits over the description and the vocabulary files."""
     if config["kind"] == "simple":
         return digest_bytes(digest_json(config).encode(), vocabulary().read_bytes())
     files = sorted(p for p in (directory / config["directory"]).iterdir() if p.is_file())
@@ -130,25 +127,25 @@ def tokenizer_digest(config: dict[str, Any], directory: Path) -> str:
 
 
 def vocabulary() -> Path:
-    """The vocabulary in open_clip's package, found without importing it: that takes seconds."""
+    """The vocabulary file in open_clip's package, found without importing it (seconds)."""
     spec = importlib.util.find_spec("open_clip")
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz")
 
 
 class BoundedTokenizer(Tokenizer):
-    """CLIP's byte-pair encoding in bounded time and memory; the ids are those of open_clip's ``SimpleTokenizer``.
+    """CLIP's byte-pair encoding in bounded time and memory, with the IDs of open_clip's ``SimpleTokenizer``. Thread
+    safe.
 
-    open_clip rebuilds a word for each merge, which is quadratic in its length, encodes what is cut off afterwards, and
-    keeps every word that it ever saw. Here the merges of a word come from a heap, a text is encoded only as far as its
-    context goes, and the cache is bounded. Safe to call from several threads.
+    open_clip rebuilds a word for each merge (quadratic), encodes text beyond the context, and caches every word. Here
+    merges come from a heap, encoding stops at the context's end, and the cache is bounded.
 
     >>> BoundedTokenizer(vocabulary(), context_length=8).rows(["a cat"])
     [[49406, 320, 2368, 49407]]
     """
 
     def __init__(self, vocabulary: Path, context_length: int, clean: str = "lower") -> None:
-        """``vocabulary``: open_clip's file of merges; ``clean``: of :data:`CLEAN`."""
+        """``vocabulary``: open_clip's merges file; ``clean``: a key of :data:`CLEAN`."""
         self.context_length = context_length
         lines = gzip.decompress(vocabulary.read_bytes()).decode("utf-8").split("\n")
         merges = [tuple(line.split()) for line in lines[1 : MERGES + 1]]
@@ -173,7 +170,7 @@ class BoundedTokenizer(Tokenizer):
         return len(row) >= self.context_length and len(self._ids(text, room + 1)) > room
 
     def bpe(self, token: str) -> str:
-        """The parts of a byte-encoded word, separated by spaces; the last one ends in ``</w>``."""
+        """Merge a byte-encoded word; parts are separated by spaces, the last ends in ``</w>``."""
         if token in self._special:
             return token
         return self._cached(token) if len(token) <= CACHED_LENGTH else self._merged(token)
@@ -192,18 +189,15 @@ class BoundedTokenizer(Tokenizer):
 
 
 def byte_characters() -> dict[int, str]:
-    """A printable character for each byte: the byte's own where it has one, else one beyond Latin-1 (GPT-2's table)."""
+    """GPT-2's table of printable characters: the byte's own character, or one beyond Latin-1."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + number) for number, byte in enumerate(others)}
 
 
 def merge(symbols: Sequence[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
-    """Byte-pair merges (Sennrich et al. 2016): the pair of lowest rank is merged wherever it occurs, from left to
-    right, until no pair has a rank. O(n log n).
-
-    Each round takes all places of one rank before it looks at the pairs that their merges made, as in the reference.
-    """
+    """Byte-pair merges (Sennrich et al. 2016) in O(n log n): the pair of lowest rank is merged everywhere, left to
+    right. As in the reference, all places of a rank are merged before newly made pairs are looked at."""
     parts: list[str] = list(symbols)
     count = len(parts)
     following = [*range(1, count), -1]
@@ -222,7 +216,7 @@ def merge(symbols: Sequence[str], ranks: Mapping[tuple[str, str], int]) -> list[
         merged: list[int] = []
         while heap and heap[0][0] == lowest:
             _, left = heapq.heappop(heap)
-            if rank_at(left) != lowest:  # one of the two is part of another merge by now
+            if rank_at(left) != lowest:  # one of the two was merged meanwhile
                 continue
             right = following[left]
             parts[left] += parts[right]
@@ -239,10 +233,8 @@ def merge(symbols: Sequence[str], ranks: Mapping[tuple[str, str], int]) -> list[
 
 
 class _Fast(Tokenizer):
-    """A ``tokenizer.json`` without transformers around it: 10 times faster, and free of its shared state.
-
-    transformers sets truncation and padding again on each call, which fails with "Already borrowed" under threads.
-    """
+    """A ``tokenizer.json`` without transformers: 10 times faster and thread safe. transformers sets truncation and
+    padding again in each call, which fails with "Already borrowed" in threads."""
 
     def __init__(self, file: Path, context_length: int, trim: bool, clean: str = "whitespace") -> None:
         from tokenizers import Tokenizer as Rust
@@ -264,7 +256,7 @@ class _Fast(Tokenizer):
 
 
 class _Slow(Tokenizer):
-    """open_clip's HFTokenizer, for tokenizers with options of their own. One call at a time."""
+    """open_clip's HFTokenizer, for tokenizers with special options. Locked: one call at a time."""
 
     def __init__(self, files: Path, context_length: int, trim: bool, mode: str | None, kwargs: dict[str, Any]) -> None:
         from open_clip.tokenizer import HFTokenizer
@@ -276,10 +268,8 @@ class _Slow(Tokenizer):
         self.lock = threading.Lock()
 
     def rows(self, texts: list[str]) -> list[list[int]]:
-        """Cut to length before anything is padded: the id of the padding may be one that texts have, too.
-
-        Whole padded rows where padding is not simply what follows a text.
-        """
+        """Token IDs, cut before padding, since the pad ID may also occur in texts. Rows are padded if the tokenizer has
+        a mode or does not pad on the right."""
         if self.inner.tokenizer_mode or self.inner.tokenizer.padding_side != "right":
             with self.lock:
                 padded: list[list[int]] = self.inner(texts).tolist()
@@ -299,7 +289,6 @@ class _Slow(Tokenizer):
 
 
 def _pad_id(file: Path, inner: Any) -> int:
-    """The id of the pad token that ``tokenizer_config.json`` names next to ``tokenizer.json``."""
     config = file.with_name("tokenizer_config.json")
     token: Any = json.loads(config.read_text())["pad_token"] if config.is_file() else "[PAD]"
     if isinstance(token, dict):

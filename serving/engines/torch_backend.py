@@ -1,9 +1,8 @@
-"""Towers run by torch, in float32 or in half precision.
+"""Towers run by torch, in float32 or half precision.
 
-The float32 model stays memory-mapped from the base's file; adapters are merged into it. Each weight of the base is
-converted once, and adapters share what they do not change. On a CPU linear layers are packed for oneDNN
-(:mod:`layers`); a convolutional image tower stays float32 there, since its layers gain nothing. On a GPU batches have
-fixed sizes, run from CUDA graphs.
+The float32 model stays memory-mapped and adapters are merged into it. Base weights are converted once; adapters share
+those they do not change. On a CPU linear layers are packed for oneDNN (:mod:`layers`); convolutional image towers stay
+float32, since their layers gain nothing. On a GPU batches have fixed sizes and run from CUDA graphs.
 """
 
 from __future__ import annotations
@@ -35,26 +34,22 @@ from serving.engines.preprocess import Preprocess
 from serving.engines.towers import encode_image, encode_text
 
 SIZES: Final = (1, 2, 4, 8, 16, 32, 64)
-"""Rows of a batch on a GPU, up to :data:`~serving.engines.layers.ROWS`."""
+"""Batch sizes on a GPU, up to :data:`~serving.engines.layers.ROWS`."""
 WARM_UP: Final = 3
-"""Calls before a capture: libraries choose kernels and reserve memory in them, which a graph cannot hold."""
+"""Calls before a capture: libraries choose kernels and reserve memory in them, which a graph cannot contain."""
 SLOTS: Final = 2
-"""Staging buffers of a shape: one is filled while the other is read."""
+"""Staging buffers per shape: one is filled while the other is read."""
 Forward = Callable[[torch.Tensor], torch.Tensor]
 Form = Literal["same", "plain", "packed"]
-"""As it is; in another precision; in oneDNN's layout, too."""
+"""Unchanged; converted in precision; also packed in oneDNN's layout."""
 Converted = dict[Form, torch.Tensor]
 
 
 class TorchBackend:
-    """Implements :class:`serving.engines.backends.Backend`."""
-
     def __init__(
         self, model: nn.Module, preprocess: Preprocess, device: torch.device, precision: Precision = "float32"
     ) -> None:
-        """``model``: the base in float32, on ``device`` for that precision; it is kept, and not changed but for the
-        layout of convolutions.
-        """
+        """``model``: the base in float32 (on ``device`` for that precision); its convolution layout changes."""
         self.preprocess = preprocess
         self.device = device
         self.precision = precision
@@ -84,7 +79,7 @@ class TorchBackend:
         return TorchTowers(self, shell)
 
     def _convert(self, shell: nn.Module, weights: ConvertedWeights) -> None:
-        """Replace what a shell shares with the base by tensors of the wanted precision and layout."""
+        """Replace tensors shared with the base by those of the wanted precision and layout."""
         for name, child in shell.named_children():
             if name != "visual" or self.image_dtype is weights.dtype:
                 _convert(child, weights, self._packs)
@@ -92,8 +87,6 @@ class TorchBackend:
 
 
 class TorchTowers:
-    """Implements :class:`serving.engines.backends.Towers`."""
-
     def __init__(self, backend: TorchBackend, module: nn.Module) -> None:
         self._backend = backend
         self._passes = passes = _Passes(backend, module)
@@ -104,7 +97,7 @@ class TorchTowers:
     @torch.inference_mode()
     def images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         step = self._backend.images_per_pass
-        # A writable copy: torch refuses to promise anything about read-only buffers (object store, mmap).
+        # A writable copy: torch gives no guarantees for read-only buffers (object store, mmap).
         parts = [
             self._images(torch.from_numpy(np.array(pixels[start : start + step])))
             for start in range(0, len(pixels), step)
@@ -117,9 +110,8 @@ class TorchTowers:
 
 
 class _Passes:
-    """Forward passes of both towers. An object of its own: bound methods of one that keeps them would keep it, and its
-    weights, until the garbage collector comes by.
-    """
+    """Forward passes of both towers. A separate object: bound methods stored on their own owner would form a reference
+    cycle that keeps its weights until garbage collection."""
 
     def __init__(self, backend: TorchBackend, module: nn.Module) -> None:
         self._backend = backend
@@ -136,12 +128,9 @@ class _Passes:
 
 
 class GraphedTower:
-    """``[n, dim]`` of ``[n, ...]`` in host memory, n up to the largest size. Safe to call from several threads.
-
-    A CLIP tower at a small batch is hundreds of kernels of a few microseconds: launching them one by one from Python
-    costs more than running them. A CUDA graph launches them all at once, but has one shape and one place for its
-    inputs. So batches are padded to the next size, and each shape is captured once.
-    """
+    """``[n, ...]`` in host memory to ``[n, dim]``, n up to the largest size. Thread safe. At small batches a CLIP tower
+    is hundreds of microsecond kernels, and launching them from Python takes longer than they run. A CUDA graph launches
+    all at once, but for one shape: batches are padded to the next size, and each shape is captured once."""
 
     def __init__(self, forward: Forward, device: torch.device) -> None:
         self._forward = forward
@@ -162,9 +151,8 @@ class GraphedTower:
 
 
 class CudaStep:
-    """A captured graph with its inputs, which go through pinned memory on a stream of their own, so that the copy of
-    one batch runs during the computation of the one before.
-    """
+    """A captured graph. Inputs pass through pinned memory on their own stream, so that copying a batch overlaps with
+    the computation of the previous one."""
 
     def __init__(self, forward: Forward, example: torch.Tensor) -> None:
         self._inputs = example
@@ -177,13 +165,13 @@ class CudaStep:
                 forward(example)
         torch.cuda.current_stream().wait_stream(side)
         self._graph: Any = torch.cuda.CUDAGraph()
-        # Of this thread only: an adapter is prepared while another thread serves.
+        # Captures this thread only: an adapter is prepared while another thread serves.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._outputs = forward(example)
         self._slots = deque(_Slot(example) for _ in range(SLOTS))
 
     def run(self, batch: torch.Tensor) -> torch.Tensor:
-        """Outputs ``[size, dim]`` of at most ``size`` rows in host memory; to be copied before the next run."""
+        """Outputs ``[size, dim]`` for at most ``size`` rows in host memory. Copy them before the next run."""
         self._slots.rotate()
         slot = self._slots[0]
         slot.read.synchronize()
@@ -200,8 +188,6 @@ class CudaStep:
 
 
 class _Slot:
-    """Pinned host memory, device memory, and the events at which they are filled and read."""
-
     def __init__(self, example: torch.Tensor) -> None:
         self.pinned = torch.zeros(example.shape, dtype=example.dtype, pin_memory=True)
         self.staged = torch.zeros_like(example)
@@ -210,7 +196,7 @@ class _Slot:
 
 
 class ConvertedWeights:
-    """The base's tensors in another precision, each converted once for each form that is asked for."""
+    """The base's tensors in another precision, each converted once per form."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
@@ -218,18 +204,18 @@ class ConvertedWeights:
         self._converted: dict[torch.Tensor, Converted] = {}
 
     def take(self, tensor: torch.Tensor, form: Form = "plain") -> torch.Tensor:
-        """A tensor in a form. Integers keep their type."""
+        """A tensor in a form; integers keep their type."""
         forms = self._converted.setdefault(tensor, {})
         if form not in forms:
             forms[form] = self._convert(tensor, form)
         return forms[form]
 
     def convert_like(self, tensor: torch.Tensor, other: torch.Tensor) -> Converted:
-        """Another tensor in the forms that were asked for of this one."""
+        """Convert ``other`` to the forms that ``tensor`` was taken in."""
         return {form: self._convert(other, form) for form in self._converted.get(tensor, ())}
 
     def replaced(self, converted: Mapping[torch.Tensor, Converted]) -> ConvertedWeights:
-        """The same with others in place of some tensors."""
+        """A copy in which some tensors are replaced."""
         weights = ConvertedWeights(self.dtype, self.device)
         weights._converted = self._converted | dict(converted)
         return weights

@@ -1,14 +1,9 @@
-"""Texts and images through the towers of a CLIP, without what does not reach a vector.
+"""Runs texts and images through the towers of a CLIP, skipping work that no vector depends on.
 
-Texts go through at the width that they need, where the tower gives the same vectors as at full length.
-
-In a causal tower that pools at the end token nothing behind a text's end reaches its vector, so padding is wasted:
-77 tokens of ViT-B-32 for a caption of 12 cost four times as much as 16. Towers without a causal mask see their
-padding. Which kind a tower is gets measured when it is loaded, not assumed.
-
-A CLIP tower pools one token. Keys and values of the last block are of all tokens; its query, its projection and its
-perceptron (10 of 12 parts of a block's work) need that token only: 7% of a tower of 12 blocks. So a plain tower
-computes its last block for that token alone.
+In a causal text tower that pools the end token, padding does not affect the vector: 77 tokens of ViT-B-32 for a caption
+of 12 take four times as long as 16. Towers without a causal mask see their padding, so this is measured when a base is
+loaded. If one token is pooled, the last block needs keys and values of all tokens, but query, projection and MLP (10/12
+of its work) of that token only, which saves 7% of a 12-block tower.
 """
 
 from __future__ import annotations
@@ -24,22 +19,19 @@ from core.priority import yield_cpu
 from serving.engines.tokens import Tokenizer, pad_rows
 
 GPU_BUCKET: Final = 8
-"""Widths on a GPU are multiples of this many tokens: each shape has a CUDA graph of its own. On a CPU a new shape costs
-a few milliseconds, once, and each token that is not computed is gained."""
+"""Text widths on a GPU are multiples of this: each shape has a CUDA graph. On a CPU a new shape takes only
+milliseconds, once, so widths are exact."""
 SPREAD: Final = 2
 """Texts share a pass while the longest's width is at most this many times the shortest's."""
 TOLERANCE: Final = 1e-4
-"""Largest difference of a vector, relative to its length; in float32 rounding makes some 1e-6."""
+"""Largest vector difference relative to its length; float32 rounding gives about 1e-6."""
 POOLS: Final = ("first", "last", "argmax", "eos")
-"""Ways in which open_clip chooses one token of a text."""
+"""open_clip's ways to choose one token of a text."""
 SAMPLES: Final = ("a", "a photo of a cat", "a small house beside a lake, at night, and 12 flags of the world")
 
 
 def encode_text(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """``[n, dim]`` of ``int64 [n, width]``, where ``width`` may be less than the context length.
-
-    open_clip's own ``encode_text`` adds all of its positions, and takes only ids of full length.
-    """
+    """``[n, dim]`` from ``int64 [n, width]``; ``width`` may be below the context length, unlike in open_clip."""
     tower = _plain_tower(model)
     if tower is None:
         vectors: torch.Tensor = model.encode_text(ids)  # type: ignore[operator]
@@ -57,7 +49,7 @@ def encode_text(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         pooled = _through_blocks(tower.transformer, hidden, token, mask)[:, 0]
     else:
         pooled = text_global_pool(tower.transformer(hidden, attn_mask=mask), ids, pool, eos_token_id=end)
-    pooled = tower.ln_final(pooled)  # of each token alone: after pooling it is one token's work
+    pooled = tower.ln_final(pooled)  # per token: after pooling, one token's work
     projection = tower.text_projection
     if projection is None:
         return torch.as_tensor(pooled)
@@ -65,7 +57,7 @@ def encode_text(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _plain_tower(model: nn.Module) -> Any:
-    """open_clip's own text transformer in a model; None for others, and for one with a class token or pad mask."""
+    """open_clip's text transformer of a model, or None; also None with a class token or a pad mask."""
     from open_clip.model import CLIP
     from open_clip.transformer import TextTransformer
 
@@ -79,17 +71,15 @@ def _plain_tower(model: nn.Module) -> Any:
 
 @dataclass(frozen=True)
 class TextWidths:
-    """The widths of the ids of a batch."""
-
     context_length: int
     trims: bool
-    """True when shorter ids give the vectors of full length."""
+    """True if shorter IDs give the same vectors as full length."""
     bucket: int = 1
-    """Widths are multiples of so many tokens."""
+    """Widths are multiples of this many tokens."""
 
     @classmethod
     def prove(cls, model: nn.Module, tokenizer: Tokenizer, context_length: int, bucket: int = 1) -> TextWidths:
-        """Compare short and long texts at their own width with full length, in a float32 model on the CPU."""
+        """Compare vectors of short and long texts at their own and at full width, with a float32 model on the CPU."""
         trimmed = cls(context_length, True, bucket)
         rows = tokenizer.rows([*SAMPLES, " ".join(SAMPLES * 2)])
         with torch.inference_mode():
@@ -99,20 +89,20 @@ class TextWidths:
                 width = trimmed.width(len(row))
                 try:
                     short = encode_text(model, padded[None, :width])[0]
-                except (RuntimeError, ValueError, IndexError):  # a tower that takes one width only
+                except (RuntimeError, ValueError, IndexError):  # the tower takes one width only
                     return cls(context_length, False, bucket)
                 if not bool((short - vector).norm() <= TOLERANCE * vector.norm()):
                     return cls(context_length, False, bucket)
         return trimmed
 
     def width(self, length: int) -> int:
-        """Tokens of padded ids whose longest row has ``length``."""
+        """Width of a batch whose longest row has ``length`` tokens."""
         if not self.trims:
             return self.context_length
         return min(self.context_length, -(-length // self.bucket) * self.bucket)
 
     def passes(self, lengths: Sequence[int], most: int) -> Iterator[tuple[int, list[int]]]:
-        """Width and indices of each forward pass, of at most ``most`` rows: short texts do not pay for a long one."""
+        """Yield width and indices of passes of at most ``most`` rows, grouped so that short texts skip long widths."""
         batch: list[int] = []
         for index in sorted(range(len(lengths)), key=lengths.__getitem__):
             full = len(batch) == most
@@ -125,15 +115,15 @@ class TextWidths:
 
 
 def encode_image(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    """``[n, dim]`` of normalised ``[n, 3, size, size]``: what the model's own ``encode_image`` gives."""
+    """``[n, dim]`` from normalised ``[n, 3, size, size]``, equal to the model's own ``encode_image``."""
     visual = model.get_submodule("visual")
     if not _pools_class_token(visual):
         vectors: torch.Tensor = model.encode_image(batch)  # type: ignore[operator]
         return vectors
     hidden = visual._embeds(batch)  # type: ignore[operator]
-    token = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)  # len() would be fixed in a trace
+    token = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)  # a trace would fix len()
     hidden = _through_blocks(visual.transformer, hidden, token)
-    # The norm is of each token alone, so whether it comes before or after pooling is the same.
+    # The norm is per token, so it can follow pooling.
     pooled = visual.ln_post(hidden[:, 0])  # type: ignore[operator]
     return torch.as_tensor(pooled if visual.proj is None else pooled @ visual.proj)
 
@@ -151,7 +141,7 @@ def _pools_class_token(visual: nn.Module) -> bool:
 
 
 def _has_plain_last_block(transformer: Any) -> bool:
-    """True when a transformer ends with open_clip's own block of self-attention, rows first."""
+    """True if the last block is open_clip's self-attention block, batch first."""
     from open_clip.transformer import ResidualAttentionBlock
 
     blocks = getattr(transformer, "resblocks", None)
@@ -163,16 +153,12 @@ def _has_plain_last_block(transformer: Any) -> bool:
 def _through_blocks(
     transformer: Any, hidden: torch.Tensor, token: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``[n, 1, width]``: what ``transformer(hidden, attn_mask=mask)`` has at ``token``, for hidden [n, length, width].
-
-    Args:
-        token: int64 [n], the place that is read of each row.
-        mask: ``[length, length]``, added to attention.
-    """
+    """``[n, 1, width]``: ``transformer(hidden, attn_mask=mask)`` at one position per row. ``hidden``: [n, length,
+    width]; ``token``: int64 [n], the positions; ``mask``: [length, length], added to attention."""
     *blocks, last = transformer.resblocks
     for block in blocks:
         hidden = block(hidden, attn_mask=mask)
-        yield_cpu()  # a whole pass at once, of golden inputs, is longer than a request
+        yield_cpu()  # a whole pass of golden inputs takes longer than a request
     keys = last.ln_1(hidden)
     place = token[:, None, None].expand(-1, 1, hidden.shape[2])
     heads = None if mask is None else mask.to(keys.dtype)[token].repeat_interleave(last.attn.num_heads, 0)[:, None]

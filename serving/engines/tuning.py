@@ -1,8 +1,5 @@
-"""Measures how a base runs fastest on this machine: engine and precision, batch size, and encoders by threads.
-
-Used by ``ratchet doctor --tune``. Encoders are measured as they run, in processes of their own and all at once: what
-threads gain in one process says little of what several processes gain together.
-"""
+"""Measures how a base runs fastest on this machine, for ``ratchet doctor --tune``. Encoders are measured as concurrent
+processes: a single process shows little of what several gain together."""
 
 from __future__ import annotations
 
@@ -27,22 +24,20 @@ from serving.engines.engine_choice import Measurement, all_choices, best_of, mea
 
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64)
 ENOUGH: Final = 0.95
-"""The smallest batch that has this share of the best rate: larger ones only make requests wait for each other."""
+"""The smallest batch with this share of the best rate is used; larger ones only make requests wait for each other."""
 WORTH: Final = 1.15
-"""Gain for which another process with a copy of the adapters is worth its memory."""
+"""Speedup that justifies the memory of another process with a copy of the adapters."""
 MAX_REPLICAS: Final = 8
 MEASURE_SECONDS: float = 3.0
-"""Time in which encoders are measured side by side; a batch size takes a third of it."""
+"""Measuring time of a layout; a batch size takes a third of it."""
 START_SECONDS: Final = 600.0
-"""Longest wait of an encoder process for the others to load the base, on a machine that is busy with other things."""
+"""Longest wait for the other encoder processes to load the base, on a busy machine."""
 Report = Callable[[str], None]
 Objection = Callable[[EngineChoice], str]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Encoder processes, and the images per second of all together."""
-
     replicas: int
     threads: int
     images_per_second: float = 0.0
@@ -50,8 +45,6 @@ class Layout:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Measurements, and what follows from them."""
-
     engines: list[Measurement]
     batches: dict[int, float]
     """Images per second by batch size, one process with all cores."""
@@ -59,12 +52,10 @@ class Tuning:
 
     @property
     def choice(self) -> EngineChoice:
-        """Engine and precision."""
         return best_of(self.engines)
 
     @property
     def max_batch(self) -> int:
-        """Images of a pass."""
         best = max(self.batches.values())
         return min(size for size, rate in self.batches.items() if rate >= ENOUGH * best)
 
@@ -79,7 +70,6 @@ class Tuning:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Values for the section ``serve``."""
         return {
             "engine": self.choice.engine,
             "precision": self.choice.precision,
@@ -90,13 +80,8 @@ class Tuning:
 
 
 def tune(base: ClipBase, home: Path, say: Report, objection: Objection = lambda choice: "") -> Tuning:
-    """Measure everything (one to two minutes for a ViT-B-32).
-
-    Args:
-        home: the home that the base is registered in.
-        say: is told of each result.
-        objection: why half precision must not be used, asked of what would be chosen; empty when it may.
-    """
+    """Measure everything (one to two minutes for a ViT-B-32). ``say``: receives each result as text; ``objection``:
+    returns the reason why a half precision must not be used, or an empty string."""
     torch.set_num_threads(usable_cores())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engines = accepted(measure(base, all_choices(device), device), objection)
@@ -117,7 +102,7 @@ def tune(base: ClipBase, home: Path, say: Report, objection: Objection = lambda 
 
 
 def accepted(engines: Sequence[Measurement], objection: Objection) -> list[Measurement]:
-    """The measurements, with an error where the choice would fall on it and is objected to."""
+    """Measurements, with an error on each choice that would win but is objected to."""
     engines = list(engines)
     while (choice := best_of(engines)).precision != "float32" and (error := objection(choice)):
         place = next(number for number, row in enumerate(engines) if row.choice == choice)
@@ -126,7 +111,7 @@ def accepted(engines: Sequence[Measurement], objection: Objection) -> list[Measu
 
 
 def layouts_of(cores: int) -> list[Layout]:
-    """Ways to share the cores, the fewest processes first: all cores in one, then halves, quarters and so on."""
+    """Ways to share the cores, from one process with all of them to halves, quarters and so on."""
     layouts, replicas = [], 1
     while replicas <= min(cores, MAX_REPLICAS):
         layouts.append(Layout(replicas, cores // replicas))
@@ -135,7 +120,7 @@ def layouts_of(cores: int) -> list[Layout]:
 
 
 def rate(engine: ClipEngine, size: int, seconds: float) -> float:
-    """Images per second in batches of ``size``, after one batch that is not counted."""
+    """Images per second in batches of ``size``, after an uncounted first batch."""
     pixels = golden_pixels(engine.base.preprocess.size)
     batch = np.concatenate([pixels] * -(-size // len(pixels)))[:size]
     engine.encode_images(batch)
@@ -147,7 +132,7 @@ def rate(engine: ClipEngine, size: int, seconds: float) -> float:
 
 
 def run_layout(home: Path, name: str, choice: EngineChoice, layout: Layout, batch: int, seconds: float) -> Layout:
-    """Measure encoder processes side by side. Raises ConfigError when one ends, or does not start."""
+    """Measure encoder processes concurrently. Raises ConfigError when one dies or does not start."""
     spawn = multiprocessing.get_context("spawn")
     arguments = (home, name, choice, layout.threads, spawn.Barrier(layout.replicas))
     with ProcessPoolExecutor(layout.replicas, spawn, _load, arguments) as pool:
@@ -164,7 +149,7 @@ def run_layout(home: Path, name: str, choice: EngineChoice, layout: Layout, batc
 
 
 _encoder: tuple[ClipEngine, Barrier]
-"""Of an encoder process."""
+"""Set in encoder processes only."""
 
 
 def _load(home: Path, name: str, choice: EngineChoice, threads: int, ready: Barrier) -> None:

@@ -1,1 +1,1 @@
-"""A module for each page of the console."""
+"""The console's pages, one module each."""

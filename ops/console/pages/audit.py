@@ -1,4 +1,4 @@
-"""The audit log: who did what, when and why; and deletions of samples, each with its receipt."""
+"""The audit log, and deletions of samples with their receipts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ ID_CHARS = 300
 STATES: dict[DeletionState, str] = {
     "requested": "waits", "removed": "removed", "held": "held", "done": "done",
 }  # fmt: skip
-"""The states as people say them."""
 MEANING: dict[DeletionState, str] = {
     "requested": "Maintenance has not come to it.",
     "removed": "No reader finds it any more. Files of older versions of the store still hold its bytes.",
@@ -35,7 +34,6 @@ def audit(
     actor: Annotated[str, Query(max_length=200)] = "",
     limit: Annotated[int, Query(ge=1, le=MOST)] = STEP,
 ) -> Response:
-    """The newest rows; of one actor, or about one thing."""
     rows = context.data.ledger.audit_rows(limit + 1, subject=about.strip() or None, actor=actor.strip() or None)
     more = min(limit + STEP, MOST) if len(rows) > limit < MOST else 0
     return context.page("audit.html", "Audit", rows=rows[:limit], about=about, actor=actor, more=more)
@@ -47,7 +45,6 @@ def deletions(
     state: Annotated[DeletionState | Literal[""], Query()] = "",
     limit: Annotated[int, Query(ge=1, le=MOST)] = DELETIONS_STEP,
 ) -> Response:
-    """The newest deletions; only those in one state."""
     rows = context.data.ledger.deletions(limit + 1, [state] if state else ())
     more = min(limit + DELETIONS_STEP, MOST) if len(rows) > limit < MOST else 0
     return context.page("deletions.html", "Deletions", rows=rows[:limit], state=state, states=STATES, more=more)
@@ -55,13 +52,11 @@ def deletions(
 
 @router.get("/audit/deletions/{deletion_id:path}/receipt")
 def receipt(context: Reader, deletion_id: str) -> Response:
-    """The receipt of one, as the command line and the API give it."""
     return JSONResponse(as_json(_deletion(context, deletion_id)))
 
 
 @router.get("/audit/deletions/{deletion_id:path}")
 def deletion(context: Reader, deletion_id: str) -> Response:
-    """One deletion: what it selected, what it removed, and what may still know of it."""
     row = _deletion(context, deletion_id)
     return context.page(
         "deletion.html", f"Deletion {row.id}"[:120], row=row, receipt=as_json(row), shown=STATES[row.state],

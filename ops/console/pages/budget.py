@@ -1,4 +1,4 @@
-"""Updates: what they brought, what they cost, and what the budget still pays for: the page Budget."""
+"""The page Budget: updates with gains and costs, and what the budget still pays for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ RUNNING = ("training", "trained", "gated")
 DAY_SECONDS = 86_400
 SHOWN = 50
 SUMMED = 500
-"""Updates over which costs are summed up."""
 COLOURS = {"passed": GOOD, "rejected": BAD, "inconclusive": OPEN}
 PLOTTED = 16
 """Updates in a plot; older ones are in the table."""
@@ -30,7 +29,6 @@ PLOTTED = 16
 
 @router.get("/budget")
 def budget(context: Reader) -> Response:
-    """The bucket's level, and what each update took from it."""
     ledger, settings = context.data.ledger, context.data.settings
     summaries = update_summaries(ledger, limit=SUMMED)
     day = costs(summaries, datetime.now(UTC) - timedelta(days=1))
@@ -43,19 +41,15 @@ def budget(context: Reader) -> Response:
 
 @dataclass(frozen=True)
 class UpdateSummary:
-    """One update and what became of it."""
-
     update: UpdateRow
     verdict: VerdictRow | None
 
     @property
     def outcome(self) -> str:
-        """Of its verdict; empty before."""
         return self.verdict.outcome if self.verdict else ""
 
     @property
     def running(self) -> bool:
-        """True if it is not finished."""
         return self.update.state in RUNNING
 
     @property
@@ -65,13 +59,13 @@ class UpdateSummary:
 
     @property
     def cost(self) -> dict[str, Any]:
-        """The update's cost; that of the gate alone for a further look at a candidate that was trained before."""
+        """The update's cost; only the gate's for a further look."""
         cost = self.update.cost
         return {name: value for name, value in cost.items() if name.startswith("gate_")} if self.again else cost
 
     @property
     def look(self) -> str:
-        """The look at the candidate: its number, and what it spent; empty where nothing was spent."""
+        """Number and spending of the look at the candidate; empty if nothing was spent."""
         look = self.verdict.summary.get("look") if self.verdict else None
         if look is None or not look["made"]:
             return ""
@@ -80,12 +74,11 @@ class UpdateSummary:
 
     @property
     def best_gain(self) -> tuple[str, float] | None:
-        """The gain suite that won most, and by how much."""
         return max(self._differences("gain"), key=itemgetter(1), default=None)
 
     @property
     def worst_loss(self) -> tuple[str, float] | None:
-        """The retention suite that changed least for the good, and by how much."""
+        """The retention suite with the largest loss, and its difference."""
         return min(self._differences("retention"), key=itemgetter(1), default=None)
 
     def _differences(self, role: str) -> list[tuple[str, float]]:
@@ -104,24 +97,21 @@ class BudgetState:
 
     @property
     def share(self) -> float:
-        """The filled part, from 0 to 1."""
         return max(0.0, min(1.0, self.level / self.capacity))
 
     @property
     def updates_left(self) -> int:
-        """Whole updates that it pays for now."""
         return max(0, int(self.level // self.per_update))
 
     @property
     def wait_seconds(self) -> float:
-        """Until it pays for the next one; 0 when it does."""
+        """Time until it pays for the next update."""
         return max(0.0, (self.per_update - self.level) / self.capacity * DAY_SECONDS)
 
 
 def costs(rows: Sequence[UpdateSummary], since: datetime | None = None) -> dict[str, float]:
-    """The sums over updates that began at ``since`` or later; over all of ``rows`` where it is None. Training is in
-    memory-adjusted GFLOPs, as the budget counts; the gate in plain GFLOPs.
-    """
+    """Sums over updates that began at ``since`` or later; None: over all. Training is in memory-adjusted GFLOPs, as the
+    budget counts; the gate in plain GFLOPs."""
     chosen = [row.cost for row in rows if since is None or row.update.created_at >= since]
     names = {
         "train_gflops": "gflops_spent", "train_seconds": "seconds", "gate_gflops": "gate_gflops",
@@ -135,13 +125,11 @@ def costs(rows: Sequence[UpdateSummary], since: datetime | None = None) -> dict[
 
 
 def update_summaries(ledger: Ledger, limit: int = 20) -> list[UpdateSummary]:
-    """The newest updates, newest first."""
     verdicts = {verdict.update_id: verdict for verdict in ledger.verdicts(limit * 2)}
     return [UpdateSummary(update, verdicts.get(update.id)) for update in ledger.updates(limit)]
 
 
 def budget_state(ledger: Ledger, settings: Settings) -> BudgetState:
-    """The bucket now."""
     budget = settings.budget
     capacity = budget.gflops_per_day
     level = ledger.bucket_level(time.time(), capacity / DAY_SECONDS, capacity)
@@ -149,9 +137,8 @@ def budget_state(ledger: Ledger, settings: Settings) -> BudgetState:
 
 
 def learning(summaries: Sequence[UpdateSummary]) -> str:
-    """A plot of the best gain and the worst loss of each judged update, in points; empty without any. Inline SVG in the
-    style of the gate's, which takes its colours from the page.
-    """
+    """A plot of best gain and worst loss of each judged update, in points, as inline SVG in the gate's style, which
+    takes its colours from the page; empty without judged updates."""
     judged = [summary for summary in reversed(summaries) if summary.verdict is not None][-PLOTTED:]
     if not judged:
         return ""

@@ -1,4 +1,4 @@
-"""Verdicts of the gate, with their plots; and what is being judged now."""
+"""Verdicts of the gate with their plots, and the update that is being judged."""
 
 from __future__ import annotations
 
@@ -24,24 +24,21 @@ REPORT_POLICY = (
     "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
-"""The stored page is shown as it was written, in an origin of its own (sandbox) and without any script."""
+"""The stored page is shown as written, in its own origin (sandbox) and without scripts."""
 
 
 @router.get("/gate")
 def verdicts(context: Reader) -> Response:
-    """Every update, and what the gate said of it."""
     return context.page("gate.html", "Gate", **_facts(context))
 
 
 @router.get("/gate/now")
 def now(context: Reader) -> Response:
-    """The update that is trained or judged at this moment, and the list."""
     return context.part("gate_now.html", **_facts(context))
 
 
 @router.get("/gate/{update_id}")
 def verdict(context: Reader, update_id: str) -> Response:
-    """One verdict, drawn from its data."""
     try:
         update = context.data.ledger.update(_checked(update_id))
     except LedgerError:
@@ -58,13 +55,11 @@ def verdict(context: Reader, update_id: str) -> Response:
 
 @router.get("/gate/{update_id}/report")
 def report_page(context: Reader, update_id: str) -> Response:
-    """The report as it was stored: a page of its own, to print or to keep."""
     return HTMLResponse(_stored(context, update_id, HTML_NAME), headers={"content-security-policy": REPORT_POLICY})
 
 
 @router.get("/gate/{update_id}/data")
 def report_data(context: Reader, update_id: str) -> Response:
-    """The report's numbers."""
     name = f'attachment; filename="{_checked(update_id)}.json"'
     return Response(
         _stored(context, update_id, JSON_NAME), media_type="application/json", headers={"content-disposition": name}
@@ -72,7 +67,6 @@ def report_data(context: Reader, update_id: str) -> Response:
 
 
 def _samples(context: RequestContext, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The samples that a report names and the store still has."""
     return context.data.samples({name for name in samples_of(report) if SAMPLE.fullmatch(name)})
 
 

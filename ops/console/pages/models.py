@@ -1,4 +1,4 @@
-"""The models that are served, with base, adapter, engine and precision, and the releases that are loaded."""
+"""The served models with base, adapter, engine and precision, and the loaded releases."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ router = APIRouter()
 
 @router.get("/models")
 def models(context: Reader) -> Response:
-    """Each model of the live release, and the releases that can be asked by number, newest first."""
     data = context.data
     status, live = data.status(), data.live()
     resident = [] if status is None else status["controller"]["resident"]
@@ -33,31 +32,23 @@ def models(context: Reader) -> Response:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One model of the live release."""
-
     family: Family
     base: str
-    """Name of ``base.clip`` or ``base.vlm``, with 12 digits of its digest where a replica says it."""
+    """Name of ``base.clip`` or ``base.vlm``, with 12 digits of its digest if a replica reports it."""
     adapter: str | None
     engines: tuple[str, ...]
-    """Engine, precision and device of the replicas, each once; empty where none says so."""
+    """Distinct engine, precision and device of the replicas; empty if none reports them."""
     setting: str
-    """Engine and precision in the settings."""
     replicas: Mapping[str, int]
-    """Number of replicas by state; empty while the server does not say."""
+    """Number of replicas by state; empty if unknown."""
 
     @property
     def name(self) -> str:
-        """CLIP or VLM."""
         return NAMES[self.family]
 
 
 def served_models(status: Mapping[str, Any] | None, live: ReleaseRow | None, settings: Settings) -> list[ServedModel]:
-    """CLIP, and the VLM where there is one.
-
-    Args:
-        status: the answer of ``/admin/v1/status``; None while the server does not answer.
-    """
+    """CLIP, and the VLM if there is one. ``status``: of ``/admin/v1/status``; None if the server does not answer."""
     controller = {} if status is None else status["controller"]
     serve = settings.serve
     asked: tuple[tuple[Family, str, str, str, str], ...] = (

@@ -1,4 +1,4 @@
-"""Is it healthy, what is live, is it learning, what does it cost; and the tour of a first visit."""
+"""The page Overview (health, live release, learning, cost), and the tour."""
 
 from __future__ import annotations
 
@@ -19,27 +19,24 @@ router = APIRouter()
 
 @router.get("/")
 def overview(context: Reader) -> Response:
-    """The page; its upper part asks again by itself."""
     overview_facts = context.data.cached("overview", lambda: facts(context.data))
     return context.page("overview.html", "Overview", chart=learning(overview_facts["updates"]), **overview_facts)
 
 
 @router.get("/overview/now")
 def now(context: Reader) -> Response:
-    """The part of the page that changes."""
     return context.part("overview_now.html", **context.data.cached("overview", lambda: facts(context.data)))
 
 
 @router.get("/tour")
 def tour(context: Reader) -> Response:
-    """The tour's steps as a page: help for those who skipped it, or have no script."""
+    """The tour as a page, for those who skipped it or have no scripts."""
     if context.public:
         raise ErrorPage(404, "There is no such page", "A public console has no tour.")
     return context.page("tour.html", "Tour")
 
 
 def facts(data: ConsoleData) -> dict[str, Any]:
-    """From the ledger, the store and the server, each asked once for all viewers."""
     status, live, stream = data.status(), data.live(), data.stream()
     summaries = update_summaries(data.ledger, limit=20)
     return {
@@ -69,7 +66,7 @@ def facts(data: ConsoleData) -> dict[str, Any]:
 
 
 def backfills(status: dict[str, Any] | None) -> list[str]:
-    """Spaces that are embedded for a release that is not live yet, in words."""
+    """Progress in words of spaces that are embedded for the next release."""
     if status is None:
         return []
     resident = {row["image_space"] for row in status["controller"]["resident"]}
@@ -82,11 +79,7 @@ def backfills(status: dict[str, Any] | None) -> list[str]:
 
 
 def problems(status: dict[str, Any] | None, *, public: bool = False) -> list[str]:
-    """Problems of the server in words; empty when all is well.
-
-    Args:
-        public: without the messages of errors, which may name addresses and paths.
-    """
+    """Problems of the server in words. ``public``: without error messages, which may contain addresses and paths."""
     if status is None:
         return ["The model server does not answer."]
     messages = []

@@ -1,6 +1,4 @@
-"""Try the models: find pictures by words or by a picture, sort one among words, ask questions about it; and ask two
-releases the same at the same time.
-"""
+"""Tries the models: searches by words or picture, classification, questions; and compares two releases."""
 
 from __future__ import annotations
 
@@ -32,7 +30,6 @@ Text = Annotated[str, Form(max_length=2000)]
 
 @router.get("/playground")
 def playground(context: Reader) -> Response:
-    """The page."""
     examples = context.data.examples()
     return context.page(
         "playground.html", "Playground", examples=examples, texts=short_texts(examples),
@@ -43,7 +40,6 @@ def playground(context: Reader) -> Response:
 
 @router.post("/playground/search")
 def search(context: Reader, text: Text = "") -> Response:
-    """Pictures for words."""
     if not text.strip():
         raise ErrorPage(400, "What are you looking for?", "", "Write some words, or take one of the suggestions.")
     found = ask_server(context, lambda client: client.post("/v1/search", {"text": text.strip(), "k": HITS}))
@@ -52,14 +48,12 @@ def search(context: Reader, text: Text = "") -> Response:
 
 @router.post("/playground/similar")
 def similar(context: Reader, picture: Picture) -> Response:
-    """Pictures for a picture."""
     found = ask_server(context, lambda client: client.post("/v1/search", {"image": data_uri(picture), "k": HITS}))
     return context.part("hits.html", found=found, title="Pictures like yours")
 
 
 @router.post("/playground/classify")
 def classify(context: Reader, picture: Picture, labels: Text = "") -> Response:
-    """The words, best fit first."""
     names = listed(labels)
     if len(names) < 2:
         raise ErrorPage(400, "Give at least two words", "", "Write them with commas between.")
@@ -71,7 +65,6 @@ def classify(context: Reader, picture: Picture, labels: Text = "") -> Response:
 
 @router.post("/playground/ask")
 def ask(context: Reader, picture: Picture, question: Text = "") -> Response:
-    """An answer about the picture."""
     if not question.strip():
         raise ErrorPage(400, "Ask a question", "", "For example: what is this?")
     found = ask_server(context, lambda client: client.vqa(picture, question.strip()))
@@ -79,12 +72,11 @@ def ask(context: Reader, picture: Picture, question: Text = "") -> Response:
 
 
 def listed(labels: str) -> list[str]:
-    """Words with commas between, each once."""
     return list(dict.fromkeys(label.strip()[:200] for label in labels.split(",") if label.strip()))[:MOST_LABELS]
 
 
 def ask_server(context: RequestContext, call: Callable[[Client], dict[str, Any]]) -> dict[str, Any]:
-    """The server's answer to the visitor. Raises Refused with its words."""
+    """The server's answer to the visitor. Raises ErrorPage with its message."""
     try:
         with context.client(ASK_SECONDS) as client:
             return call(client)
@@ -96,7 +88,6 @@ def ask_server(context: RequestContext, call: Callable[[Client], dict[str, Any]]
 
 
 def away() -> ErrorPage:
-    """The server cannot be reached."""
     return ErrorPage(
         502, "The model server does not answer", "It may be starting, or it was stopped.",
         "Try again in a moment; `ratchet status` tells more.",
@@ -118,7 +109,6 @@ class Side:
 
 @router.get("/compare")
 def compare(context: Reader) -> Response:
-    """The form."""
     resident = context.data.resident_releases(fresh=True)
     live = context.data.live()
     return context.page(
@@ -138,7 +128,6 @@ def compared(
     labels: Text = "",
     question: Text = "",
 ) -> Response:
-    """Both answers."""
     if picture is None and not text.strip():
         raise ErrorPage(400, "Nothing to compare", "", "Choose a picture, or write some words.")
     if picture is not None:
@@ -172,7 +161,7 @@ def compared(
 def _asks(
     client: Client, side: Side, picture: bytes | None, text: str, labels: list[str], question: str
 ) -> list[Callable[[], None]]:
-    """Calls to one side; each writes its result there."""
+    """Calls to one release; each writes its result to ``side``."""
     clip, vlm = f"clip@{side.number}", f"vlm@{side.number}"
 
     def similarity() -> None:

@@ -1,4 +1,4 @@
-"""Records that were refused: what, why, where; and sending one again."""
+"""Quarantined records with reason and place, and resubmitting one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from streams.store.sample_queries import OTHERS, quarantine_counts
 router = APIRouter()
 SHOWN = 48
 SOURCES = 30
-"""Sources to choose from: those with the most refused records."""
 Why = Annotated[str, Form(max_length=1000)]
 WORDS: Final[Mapping[Reason, str]] = {
     "empty": "The record is empty",
@@ -42,7 +41,6 @@ WORDS: Final[Mapping[Reason, str]] = {
     "crashed": "Validating it ended the process",
     "internal": "Ratchet made a mistake",
 }
-"""The reasons as people say them."""
 
 
 @router.get("/quarantine")
@@ -51,7 +49,6 @@ def quarantine(
     reason: Annotated[str, Query(max_length=40)] = "",
     source: Annotated[str, Query(max_length=256)] = "",
 ) -> Response:
-    """The newest refused records; of one reason, of one source."""
     chosen = reason if reason in WORDS else None
     rows = list_quarantine(context.data.settings, context.data.ledger, SHOWN, chosen, source or None)
     counts = context.data.cached("refusals", lambda: quarantine_counts(context.data.store), seconds=10.0)
@@ -64,20 +61,17 @@ def quarantine(
 
 @router.get("/quarantine/{place}/picture")
 def picture(context: Reader, place: str) -> Response:
-    """The picture of a refused record, as far as it can be seen."""
     _, image, _ = _record(context, place)
     return drawn(context.data.draw(image, 192) if image else None)
 
 
 @router.get("/quarantine/{place}")
 def look(context: Reader, place: str) -> Response:
-    """One record, and the form to send it again."""
     return _shown(context, place)
 
 
 @router.post("/quarantine/{place}/resubmit")
 def again(context: Operator, place: str, reason: Why = "", force: Annotated[bool, Form()] = False) -> Response:
-    """Send a record to the topic again, as it came."""
     if not reason.strip():
         return _shown(context, place, wrong="Say why: it is kept in the audit log.", status=400)
     assert context.principal is not None
@@ -105,7 +99,6 @@ def _shown(
 
 
 def _record(context: RequestContext, place: str) -> tuple[int, bytes | None, dict[str, str]]:
-    """Size in bytes, picture and texts of a record."""
     settings = context.data.settings
     try:
         record = quarantined(settings, place)

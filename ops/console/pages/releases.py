@@ -1,4 +1,4 @@
-"""The timeline, and what operators do about it. Every action asks first, and says what it will do."""
+"""The timeline of releases, and operators' actions, each with a preview and a confirmation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ Name = Annotated[str, Form(max_length=64)]
 
 @router.get("/releases")
 def releases(context: Reader, limit: Annotated[int, Query(ge=1, le=MOST)] = PAGE) -> Response:
-    """The timeline."""
     ledger, live = context.data.ledger, context.data.live()
     entries = timeline(ledger, context.data.resident_releases(), limit + 1)
     bases = clip_bases([entry.row for entry in entries], context.data.base_names(), context.data.settings.base.clip)
@@ -47,7 +46,6 @@ def ask(
     percent: Annotated[str, Query(max_length=12)] = "",
     reason: Annotated[str, Query(max_length=1000)] = "",
 ) -> Response:
-    """Show the effect, and ask for the reason."""
     usual = f"{100 * context.data.settings.rollout.share:.5g}"
     return _asked(context, action, Choice.of(to, family, clip, vlm, how, percent or usual), typed=reason)
 
@@ -66,7 +64,7 @@ def act(
     percent: Annotated[str, Form(max_length=12)] = "",
     force: Annotated[str, Form(max_length=200)] = "",
 ) -> Response:
-    """Do it, under the visitor's own key; the server writes who and why into the audit log."""
+    """Act under the visitor's own key; the server writes actor and reason to the audit log."""
     choice = Choice.of(to, family, clip, vlm, how, percent)
     reason = reason.strip()
     if not reason:
@@ -96,7 +94,7 @@ def act(
 def _asked(
     context: RequestContext, action: Action, choice: Choice, *, wrong: str = "", typed: str = "", status: int = 200
 ) -> Response:
-    picking = context.request.headers.get("hx-trigger", "").startswith("pick-")  # then the place in the form is kept
+    picking = context.request.headers.get("hx-trigger", "").startswith("pick-")  # then the form keeps its place
     resident = context.data.resident_releases(fresh=True)
     preview = action_preview.preview(context.data.ledger, action, choice, resident)
     return context.dialog(

@@ -1,9 +1,6 @@
-"""Signing in, with an API key or by an OpenID Connect provider, and out again.
-
-The provider's way is the authorization code flow with PKCE (Authlib). The server, the audit log and `ratchet keys` know
-keys alone, so such a sign-in makes one: named after the person, with the scopes of the settings, good for
-`console.session_hours`. Revoking it ends the session.
-"""
+"""Sign-in with an API key or an OpenID Connect provider, and sign-out. The provider is used by the authorization code
+flow with PKCE (Authlib). Server, audit log and `ratchet keys` only know keys, so such a sign-in makes one: named after
+the person, with the scopes of the settings, valid for `console.session_hours`. Revoking it ends the session."""
 
 from __future__ import annotations
 
@@ -39,32 +36,30 @@ DONE: Final = "/sign-in/oidc/done"
 NEXT: Final = "next"
 DISCOVERY: Final = "/.well-known/openid-configuration"
 SECONDS: Final = 10.0
-"""Longest that one call of the provider may take."""
 HINT: Final = "id_token"
-"""The token that a session from the provider keeps: by it the provider knows whose session is to end."""
+"""The provider's token kept in the session: it identifies the session to end."""
 MAX_HINT: Final = 2100
-"""Characters. A cookie has room for a few more, but nginx and others have 4 KB for all headers of an answer, else they
-answer 502. Without the token the provider asks who signs out."""
+"""Characters. A cookie holds a few more, but nginx and others answer 502 when all headers of a response exceed 4 KB.
+Without the token the provider asks who signs out."""
 REFUSES_CONSOLE: Final = (
     "invalid_client", "unauthorized_client", "invalid_scope", "unsupported_response_type", "unsupported_grant_type",
 )  # fmt: skip
-"""Errors of the provider about the console (RFC 6749), which no user can change."""
+"""Errors of the provider about the console (RFC 6749), which no user can fix."""
 OPERATORS: Final = "An operator of Ratchet has to correct {}."
 READ: Final[tuple[KeyScope, ...]] = ("infer", "search")
 ACT: Final[tuple[KeyScope, ...]] = (*READ, "publish", "operate")
 ISSUER: Final = "ratchet"
-"""The maker of such a key, in the ledger."""
+"""Creator of such keys in the ledger."""
 NAME_CHARS: Final = 50
 MOST_GROUPS: Final = 50
 GROUP_CHARS: Final = 200
-"""Bounds of what an audit row tells of somebody's groups."""
+"""Limits for group names in an audit row."""
 UNUSABLE: Final = (httpx2.HTTPError, ValueError, KeyError, RuntimeError)
-"""Raised by Authlib where the provider is away, or answers as none does."""
+"""Raised by Authlib if the provider is unavailable or answers unlike one."""
 
 
 @router.get("/sign-in")
 def ask(context: Anyone, next: str = "/") -> Response:
-    """The form."""
     return _form(context, next)
 
 
@@ -74,7 +69,6 @@ def sign_in(
     key: Annotated[str, Form(max_length=MAX_KEY_CHARS)],
     next: Annotated[str, Form()] = "/",
 ) -> Response:
-    """A key that is known opens a session of its own; its use is written into the audit log."""
     key = key.strip()
     access = context.data.access
     came = access.clock()
@@ -92,9 +86,7 @@ def sign_in(
 
 @router.post("/sign-out")
 async def sign_out(context: Anyone) -> Response:
-    """Forget the key; one that a sign-in by the identity provider made ends with it, if the ledger answers, and so does
-    the provider's session.
-    """
+    """Forget the key. If the identity provider signed in, also revoke the key and end the provider's session."""
     if context.principal is not None and context.data.settings.console.oidc.enabled:
         with suppress(LedgerUnavailable):
             await asyncio.to_thread(end_key, context.data.ledger, context.principal.key_id)
@@ -102,7 +94,7 @@ async def sign_out(context: Anyone) -> Response:
     context.request.state.keep = Session.new()
     if url is None:
         return RedirectResponse("/", 303)
-    # A page, which leads on by itself: no form may lead to another site (security.POLICY).
+    # A page that redirects: forms may not lead to another site (security.POLICY).
     gone = replace(context, session=context.request.state.keep, principal=None)
     answer = gone.page("signed_out.html", "Signed out", url=url, provider=_provider(context))
     answer.headers["refresh"] = f"0;url={url}"
@@ -121,13 +113,12 @@ def _provider(context: RequestContext) -> str | None:
 
 
 def _without_tls(request: Request) -> bool:
-    """True if the browser will refuse to keep the session: it asks for TLS, and there is none."""
+    """True if the browser will refuse the session cookie, which requires TLS."""
     secure = came_by_tls(request.scope) or request.url.hostname in ("localhost", "127.0.0.1", "::1")
     return not request.app.state.local and not secure
 
 
 def provider(console: Console) -> StarletteOAuth2App:
-    """The client of the provider that the settings name."""
     rules = console.oidc
     return OAuth().register(
         "oidc",
@@ -140,7 +131,7 @@ def provider(console: Console) -> StarletteOAuth2App:
 
 @router.get("/sign-in/oidc")
 async def leave(context: Anyone, next: str = "/") -> Response:
-    """To the provider. What is needed to come back goes into the session's cookie."""
+    """Redirect to the provider. The state for the return is kept in the session's cookie."""
     client = _client(context)
     back = context.data.settings.console.oidc.console_url.rstrip("/") + DONE
     remembered: dict[str, Any] = {}
@@ -155,7 +146,7 @@ async def leave(context: Anyone, next: str = "/") -> Response:
 
 @router.get(DONE)
 async def arrive(context: Anyone) -> Response:
-    """Back from the provider, with a code that it takes for who it is."""
+    """Handle the provider's redirect: exchange its code for the person's claims."""
     client, console = _client(context), context.data.settings.console
     remembered = dict(context.session.provider)
     next_page = local_path(str(remembered.pop(NEXT, "/")))
@@ -189,9 +180,8 @@ async def arrive(context: Anyone) -> Response:
 
 
 async def _end_session_url(context: RequestContext) -> str | None:
-    """The URL at which a browser ends the provider's session; None where this sign-in was by a key, or the provider has
-    no such place. Without a place to come back to, which would have to be registered there.
-    """
+    """URL that ends the provider's session in the browser; None after a sign-in by key, or if the provider has none. It
+    names no page to return to, which would have to be registered there."""
     client: StarletteOAuth2App | None = context.request.app.state.provider
     if client is None or HINT not in context.session.provider:
         return None
@@ -207,7 +197,7 @@ async def _end_session_url(context: RequestContext) -> str | None:
 
 
 async def _claims(client: StarletteOAuth2App, token: Mapping[str, Any], rules: Oidc) -> dict[str, Any]:
-    """Claims about a person: those of the token, and of userinfo what is needed and the token lacks."""
+    """Claims of the token, with needed ones that it lacks from userinfo."""
     claims = dict(token.get("userinfo") or {})
     wanted = {rules.name_claim}
     if rules.name_claim == "email" and not rules.trust_emails:
@@ -236,7 +226,7 @@ def _client(context: RequestContext) -> StarletteOAuth2App:
 
 
 def _failed(message: str, setting: str) -> ErrorPage:
-    """``setting``: what an operator has to correct; empty where the user can try again."""
+    """``setting``: what an operator has to correct; empty if the user can try again."""
     fix = OPERATORS.format(setting) if setting else "Sign in again, in this browser and within minutes."
     return ErrorPage(401, "That sign-in did not work", message, fix)
 
@@ -257,11 +247,8 @@ def _unusable(context: RequestContext, error: Exception) -> ErrorPage:
 
 
 def scopes_of(claims: Mapping[str, Any], rules: Oidc) -> tuple[KeyScope, ...]:
-    """Scopes that the settings give a person; none where they name neither the person nor one of the groups.
-
-    Raises:
-        AccessError: the provider did not say who it is, or has not verified the address.
-    """
+    """Scopes that the settings give a person; none if they name neither the person nor a group of theirs. Raises
+    AccessError when the provider sent no name, or has not verified the address."""
     name, groups = person(claims, rules), groups_of(claims, rules)
     if name in rules.operators or not groups.isdisjoint(rules.operator_groups):
         return ACT
@@ -270,7 +257,7 @@ def scopes_of(claims: Mapping[str, Any], rules: Oidc) -> tuple[KeyScope, ...]:
 
 
 def person(claims: Mapping[str, Any], rules: Oidc) -> str:
-    """The name by which settings and the audit log know a person. Raises AccessError, see :func:`scopes_of`."""
+    """The person's name in settings and audit log. Raises AccessError, see :func:`scopes_of`."""
     name = claims.get(rules.name_claim)
     if not isinstance(name, str) or not name.strip():
         raise AccessError(
@@ -286,12 +273,8 @@ def person(claims: Mapping[str, Any], rules: Oidc) -> str:
 
 
 def issue_key(ledger: Ledger, claims: Mapping[str, Any], rules: Oidc, hours: float) -> str:
-    """Make the key of one sign-in. Returns its token.
-
-    Raises:
-        AccessError: this person may not sign in; says why.
-        LedgerUnavailable: the ledger is away.
-    """
+    """Make the key of one sign-in; returns its token. Raises AccessError without a right to sign in,
+    LedgerUnavailable."""
     name, scopes, groups = person(claims, rules), scopes_of(claims, rules), sorted(groups_of(claims, rules))
     if not scopes:
         raise AccessError(
@@ -307,13 +290,13 @@ def issue_key(ledger: Ledger, claims: Mapping[str, Any], rules: Oidc, hours: flo
 
 
 def end_key(ledger: Ledger, key_id: str | None) -> None:
-    """Revoke a key that :func:`issue_key` made; one that was made with `ratchet keys` stays."""
+    """Revoke a key made by :func:`issue_key`; those of `ratchet keys` stay."""
     if any(row.id == key_id and row.actor == ISSUER for row in ledger.api_keys()):
         ledger.revoke_key(str(key_id), actor=ISSUER, reason="signed out")
 
 
 def groups_of(claims: Mapping[str, Any], rules: Oidc) -> set[str]:
-    """Groups of a person; Keycloak's begin with a slash unless its mapper leaves the path out."""
+    """Groups of a person; Keycloak's begin with a slash unless its mapper omits the path."""
     value = claims.get(rules.groups_claim)
     values = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     return {each for each in values if isinstance(each, str)}

@@ -1,4 +1,4 @@
-"""The stream: what was read, where it came from, what was lost, refused and deleted."""
+"""The page Stream: what was read, from where, and what was lost, quarantined and deleted."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from streams.store.sample_store import SampleStore
 
 router = APIRouter()
 COUNT_SECONDS = 60.0
-"""Whole columns are scanned at most once in so long, however many look."""
+"""Minimum interval between scans of whole columns, for all viewers together."""
 COUNTED_SAMPLES = 2_000_000
-"""In a larger store samples are not counted by topic, domain and source: that scans three columns of every row."""
+"""Larger stores are not counted by topic, domain and source, which scans three columns of every row."""
 TOP = 12
-"""Values that are shown of each column, those with the most samples first."""
 ORIGINS = ("topic", "domain", "source")
 GAP_SECONDS = 5.0
-"""Gaps are looked for in the whole store at most once in so long."""
+"""Minimum interval between scans of the store for gaps."""
 GAPS = 50
 DELETIONS = 5
 DELETION_STATES: tuple[DeletionState, ...] = ("requested", "removed", "held", "done")
@@ -30,9 +29,8 @@ DELETION_STATES: tuple[DeletionState, ...] = ("requested", "removed", "held", "d
 
 @router.get("/stream")
 def stream(context: Reader) -> Response:
-    """Counts, sources, gaps and deletions."""
     data, ledger = context.data, context.data.ledger
-    state = data.stream()  # which does not wait for ever
+    state = data.stream()  # bounded in time
     return context.page(
         "stream.html", "Stream", stream=state, counts=data.cached("rows", data.store.tally), most=COUNTED_SAMPLES,
         columns=ORIGINS, origins=data.cached("origins", lambda: origins(data.store), seconds=COUNT_SECONDS),
@@ -43,9 +41,8 @@ def stream(context: Reader) -> Response:
 
 
 def origins(store: SampleStore) -> dict[str, Any]:
-    """Sources of samples, counted by value for each of :data:`ORIGINS` that some sample has (none where the store
-    is too large to count), and the number of refused records by reason. Scans the columns. Raises StoreUnavailable.
-    """
+    """Sample counts by value for each of :data:`ORIGINS` in use (none if the store is too large), and numbers of
+    quarantined records by reason. Scans the columns. Raises StoreUnavailable."""
     samples: dict[str, list[tuple[str, int]]] = {}
     if store.count() <= COUNTED_SAMPLES:
         counts = count_values(store, "kind = 'sample'", ORIGINS)

@@ -1,4 +1,4 @@
-"""Adapters of a VLM engine: checked before vLLM or PEFT see them, tried, and held for their requests."""
+"""Adapters of a VLM engine: validated before vLLM or PEFT read them, probed, and kept for their requests."""
 
 from __future__ import annotations
 
@@ -25,21 +25,20 @@ from serving.engines.vlm.vlm_base import VlmBase
 
 T = TypeVar("T")
 BASE: Final = ""
-"""Name of the base among the residents."""
 Shapes = Mapping[str, tuple[int, ...]]
-"""Shape of the weight of each linear layer, by its name in the transformers model."""
+"""Weight shape of each linear layer, by name in the transformers model."""
 SIDE: Final = 64
 QUESTIONS: Final = ("what is this?", "is there something red? answer yes or no.")
 PROBED: Final = ("image", "connector")
-"""Parts of a model whose adapters some engines ignore without a word."""
+"""Parts of a model whose adapters some engines silently ignore."""
 PROBE_SIZE: Final = 0.1
-"""Size of the entries of a probe's delta: many times those of any weight, so that what is applied is seen."""
+"""Size of the entries of a probe's delta: many times those of any weight, so that an applied one shows."""
 SAME: Final = 0.01
-"""Log-probabilities that differ by less are equal, to bfloat16 on a GPU."""
+"""Log-probabilities that differ by less are equal, within bfloat16 on a GPU."""
 
 
 def linear_shapes(base: VlmBase) -> Shapes:
-    """Layers that can carry LoRA, read from the configuration alone: no weights are loaded."""
+    """Layers that can carry LoRA, from the configuration alone, without loading weights."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     config = AutoConfig.from_pretrained(base.model, local_files_only=True, trust_remote_code=False)
@@ -53,11 +52,8 @@ def linear_shapes(base: VlmBase) -> Shapes:
 
 
 def read_validated_adapter(base: VlmBase, shapes: Shapes, name: str, directory: Path, max_rank: int) -> AdapterFiles:
-    """The adapter in ``directory``, when it is ``name``, undamaged, finite, of this base, and of a rank that is served.
-
-    Raises:
-        AdapterError: says which of these does not hold.
-    """
+    """Read the adapter in ``directory``. Raises :class:`AdapterError` when it is not ``name``, is damaged or not
+    finite, belongs to another base, replaces whole weights, or exceeds ``max_rank``."""
     files = read_adapter_of(base, name, directory)
     whole = whole_weights(files)
     if whole:
@@ -85,21 +81,19 @@ def read_validated_adapter(base: VlmBase, shapes: Shapes, name: str, directory: 
 
 
 def parts_of(base: VlmBase, files: AdapterFiles) -> frozenset[str]:
-    """Parts of the model that the adapter touches: ``image``, ``connector``, ``text``."""
+    """Parts of the model that the adapter changes: ``image``, ``connector``, ``text``."""
     return frozenset(part for module in lora_layers(files) if (part := base.part_of(module)) is not None)
 
 
 def golden_requests() -> list[GenerationRequest]:
-    """Two pictures made by integer arithmetic, one question each, eight tokens."""
+    """Two generated pictures with one question each, eight tokens per answer."""
     pictures = golden_pixels(SIDE)
     return [question(pictures[i], text, max_tokens=8) for i, text in enumerate(QUESTIONS)]
 
 
 def fingerprint(adapter: str | None, replies: Sequence[GenerationResult]) -> str:
-    """Twelve hex digits of the answers' tokens, and their mean log-probability.
-
-    Raises :class:`AdapterError` when one is not finite.
-    """
+    """12 hex digits of the answers' tokens, and their mean log-probability. Raises :class:`AdapterError`: not
+    finite."""
     logprobs = [value for reply in replies for value in reply.logprobs]
     if not logprobs or not all(map(math.isfinite, logprobs)):
         raise AdapterError(
@@ -111,10 +105,8 @@ def fingerprint(adapter: str | None, replies: Sequence[GenerationResult]) -> str
 
 
 def write_probe(directory: Path, shapes: Shapes, size: float, seed: int = 0) -> Path:
-    """A LoRA of rank 1 in PEFT's format over all ``shapes``, whose deltas have entries of about ``size``.
-
-    It is not a Ratchet adapter: an engine is shown it at its start, to learn what it does with adapters.
-    """
+    """Write a rank-1 LoRA in PEFT's format over all ``shapes``, with delta entries of about ``size``. It is not a
+    Ratchet adapter: engines load it at start to find out which adapters they apply."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for name, (out, inner) in sorted(shapes.items()):
@@ -129,7 +121,6 @@ def write_probe(directory: Path, shapes: Shapes, size: float, seed: int = 0) -> 
 
 
 def differ(some: Sequence[GenerationResult], others: Sequence[GenerationResult]) -> bool:
-    """True when two sets of answers to the same questions are not the same."""
     for one, other in zip(some, others, strict=True):
         if one.tokens != other.tokens:
             return True
@@ -147,27 +138,23 @@ class _Resident(Generic[T]):
 
 
 class Residents(Generic[T]):
-    """The resident adapters, and the requests that use them. ``T`` is what an engine needs to answer under an adapter.
-
-    :data:`BASE` is one of them. An adapter goes when its last request has ended, not before. Use from one event loop.
-    """
+    """Resident adapters with the number of requests that use them; ``T`` is the engine's object for one. Includes
+    :data:`BASE`. An adapter is dropped only after its last request. Use from one event loop."""
 
     def __init__(self, most: int) -> None:
-        """``most``: adapters held at once, those that only finish their last requests included."""
+        """``most``: adapters held at once, including those that finish their last requests."""
         self._most = most
         self._all: dict[str, _Resident[T]] = {}
         self._changing = asyncio.Lock()
 
     def names(self) -> frozenset[str]:
-        """Adapters that new requests may use."""
         return frozenset(name for name, one in self._all.items() if not one.leaving) - {BASE}
 
     def running(self) -> int:
-        """Requests that use one of them, or the base."""
         return sum(one.users for one in self._all.values())
 
     async def add(self, name: str, make: Callable[[], Awaitable[T]]) -> None:
-        """Hold ``name``, made by ``make`` unless it is there. Raises :class:`AdapterError` when there is no room."""
+        """Hold ``name``, made by ``make`` if it is missing. Raises :class:`AdapterError` when there is no room."""
         async with self._changing:
             there = self._all.get(name)
             if there is not None:
@@ -183,7 +170,7 @@ class Residents(Generic[T]):
             self._all[name] = _Resident(await make())
 
     async def remove(self, name: str, drop: Callable[[T], Awaitable[None]] | None = None) -> None:
-        """Take no new request for ``name``, wait for the last one, and ``drop`` it. An unknown name is nothing."""
+        """Stop new requests for ``name``, wait for the last one, then ``drop`` it. Unknown names are ignored."""
         resident = self._all.get(name)
         if resident is None or resident.leaving:
             return
@@ -192,14 +179,14 @@ class Residents(Generic[T]):
             resident.idle.clear()
             await resident.idle.wait()
         async with self._changing:
-            if resident.leaving and not resident.users:  # else it was added again meanwhile
+            if resident.leaving and not resident.users:  # otherwise it was added again meanwhile
                 del self._all[name]
                 if drop is not None:
                     await drop(resident.value)
 
     @contextlib.contextmanager
     def using(self, adapter: str | None) -> Iterator[T]:
-        """Keep an adapter, or the base, for a request. Raises :class:`AdapterError` when it is not resident."""
+        """Hold an adapter, or the base, during a request. Raises :class:`AdapterError` when it is not resident."""
         resident = self._all.get(adapter or BASE)
         if resident is None or resident.leaving:
             raise AdapterError(

@@ -1,11 +1,9 @@
-"""Changes of vLLM's workers: LoRA on a CPU, by groups of rows.
+"""Changes vLLM's workers on a CPU: LoRA by groups of rows. Loaded inside the worker process (``worker_extension_cls``).
 
-vLLM's own CPU code gathers a copy of both matrices for every row, and takes the *last* slot for rows that have no
-adapter (index -1). Here each slot is applied once, to the rows that asked for it, and to no other. And where the
-output layer has weights of its own, its code for adapters of that layer ends the engine when a request asks for the
-log-probabilities of a prompt: it takes rows of the prompt for rows of the batch. No adapter here has that layer.
-
-Loaded by vLLM inside its worker process (``worker_extension_cls``); on a GPU it changes nothing.
+vLLM's CPU code copies both matrices for every row and uses the *last* slot for rows without an adapter (index -1). Here
+each slot is applied once, only to the rows that use it. And with an untied output layer, its LoRA code for that layer
+crashes the engine on requests for prompt log-probabilities, since it confuses rows of prompt and batch; no adapter here
+has that layer, so it is skipped.
 """
 
 from __future__ import annotations
@@ -20,11 +18,11 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from serving.engines.vlm.vllm_start import ZERO_ID
 
 Group = tuple[int, torch.Tensor | None]
-"""A slot, and the rows that use it; None for all of them."""
+"""A slot and the rows that use it; None for all rows."""
 
 
 class RowMaskExtension:
-    """Mixed into vLLM's worker class. Importing this module is what changes the CPU backend."""
+    """Mixed into vLLM's worker class. Importing this module patches the CPU backend."""
 
 
 def groups_of(ids: Sequence[int], slots: Sequence[int | None]) -> list[Group]:
@@ -42,7 +40,7 @@ def groups_of(ids: Sequence[int], slots: Sequence[int | None]) -> list[Group]:
 def update_metadata(
     self: Any, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
 ) -> None:
-    """As vLLM's, and note the groups of rows of this step."""
+    """vLLM's method, which also stores the row groups of this step."""
     _update_metadata(self, mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
     self.row_groups = groups_of(mapping.index_mapping, lora_index_to_id)
 
@@ -57,10 +55,8 @@ def add_lora_linear(
     output_slices: tuple[int, ...],
     **kwargs: Any,
 ) -> None:
-    """``y[rows] += scale * B A x[rows]`` in place, for each group and each slice of a merged layer.
-
-    ``y`` [rows, out], ``x`` [rows, in]; the stacks are [slots, 1, rank, in] and [slots, 1, out, rank].
-    """
+    """``y[rows] += scale * B A x[rows]`` in place, for each group and each slice of a merged layer. ``y`` [rows, out],
+    ``x`` [rows, in]; the stacks are [slots, 1, rank, in] and [slots, 1, out, rank]."""
     for slot, rows in self.row_groups:
         own = x if rows is None else x[rows]
         start = 0
@@ -75,7 +71,7 @@ def add_lora_linear(
 
 
 def add_lora_logits(self: Any, y: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """``y`` as it is: no adapter has the output layer, see :func:`serving.engines.vlm.vlm_base.find_vlm_targets`."""
+    """``y`` unchanged: no adapter has the output layer, see :func:`serving.engines.vlm.vlm_base.find_vlm_targets`."""
     return y
 
 

@@ -1,10 +1,5 @@
-"""Requests and answers of a vision-language engine, and the text of an answer as its tokens come.
-
-Imports no model code.
-
-Sampling parameters have the rules of vLLM's ``SamplingParams``, so that both engines answer a request alike, and no
-value reaches a tensor in which it is not a number or zero.
-"""
+"""Requests and answers of a VLM engine, and incremental detokenization. Imports no model code. Sampling parameters
+follow vLLM's ``SamplingParams``, so that both engines answer alike and no value becomes NaN or zero in a tensor."""
 
 from __future__ import annotations
 
@@ -18,25 +13,23 @@ import numpy.typing as npt
 from serving.errors import InvalidRequest
 
 _UNFINISHED: Final = "\ufffd"
-"""What a decoder shows for the first bytes of a character whose last bytes have not come yet."""
+"""Decoders show this for a character whose last bytes are missing."""
 _LOWEST_TEMPERATURE: Final = 1e-2
-"""A lower one is raised to it: logits divided by less overflow. 0 stays: it is greedy."""
+"""Lower temperatures are raised to it, because logits divided by less overflow; 0 stays and is greedy."""
 _HIGHEST_TEMPERATURE: Final = 2.0
 SMALLEST: Final = 2.0**-126
-"""The smallest normal float32. What is smaller and not 0 is denormal, or 0, in the tensors of a sampler."""
+"""The smallest normal float32; smaller values are denormal or 0 in a sampler's tensors."""
 _MOST_TOKENS: Final = 2**31 - 1
 SEEDS: Final = 2**63
-"""Seeds are from 0 up to it."""
 
 Image = npt.NDArray[np.uint8]
 """RGB pixels [height, width, 3]."""
 MAX_IMAGES = 4
-"""Images in one request; vLLM sizes its LoRA buffers of the vision tower for so many."""
+"""Images per request; vLLM sizes the vision tower's LoRA buffers for them."""
 Finish = Literal["", "stop", "length"]
 
 
 def is_denormal(value: float) -> bool:
-    """True for a value that is too small for a float32 and not 0."""
     return 0.0 < abs(value) < SMALLEST
 
 
@@ -47,10 +40,7 @@ def _check(field: str, value: float, is_good: bool, allowed: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn.
-
-    ``content`` holds texts, and numbers of images in :attr:`GenerationRequest.images`, in reading order.
-    """
+    """One turn. ``content``: texts, and indices into :attr:`GenerationRequest.images`, in reading order."""
 
     role: Literal["system", "user", "assistant"]
     content: tuple[str | int, ...]
@@ -58,10 +48,8 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One request. ``temperature`` 0 is greedy; one below 0.01 is raised to it. ``seed`` makes sampling repeatable.
-
-    Raises :class:`~serving.errors.InvalidRequest`, which names the parameter that is out of its range.
-    """
+    """One request. ``temperature`` 0 is greedy, others below 0.01 are raised to it; ``seed`` makes sampling repeatable.
+    Raises :class:`~serving.errors.InvalidRequest` naming the parameter that is out of range."""
 
     messages: tuple[Message, ...]
     images: tuple[Image, ...] = ()
@@ -83,21 +71,18 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
-    """Tokens since the last chunk. The last one has a ``finish``. Log-probabilities are natural, one per token."""
+    """Tokens since the last chunk; the last has a ``finish``. Log-probabilities are natural, one per token."""
 
     text: str
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     prompt_tokens: int
     completion_tokens: int
-    """So far."""
     finish: Finish = ""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """A whole answer."""
-
     text: str
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -110,17 +95,14 @@ PROBE = GenerationRequest((Message("user", ("alive?",)),), max_tokens=1)
 
 
 def question(image: Image, text: str, max_tokens: int = 32) -> GenerationRequest:
-    """One image and one question, answered greedily: what the trainer, the gate and ``/v1/vqa`` ask."""
+    """One image and one question, answered greedily, as trainer, gate and ``/v1/vqa`` ask."""
     return GenerationRequest((Message("user", (0, text)),), (image,), max_tokens)
 
 
 class Detokenizer:
-    """The text of one answer. Text that was returned is never withdrawn: a part that could be the beginning of a stop
-    string, or of a character, waits for the tokens after it.
-
-    Everything that :meth:`take` returned, put together, is ``tokenizer.decode(tokens, skip_special_tokens=True)``, cut
-    before the first stop string.
-    """
+    """Incremental text of one answer. Returned text is never withdrawn: a possible beginning of a stop string or
+    character waits for more tokens. The returned parts join to ``tokenizer.decode(tokens, skip_special_tokens=True)``,
+    cut before the first stop string."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         from tokenizers.decoders import DecodeStream
@@ -134,10 +116,10 @@ class Detokenizer:
         self._text = ""
         self._sent = 0
         self.stopped = False
-        """A stop string came; everything after it is dropped."""
+        """True once a stop string came; later text is dropped."""
 
     def take(self, tokens: Sequence[int], last: bool) -> str:
-        """The text that became certain with these tokens. ``last``: no more tokens will come."""
+        """Text that became certain with these tokens. ``last``: no more will come."""
         if self.stopped:
             return ""
         searched = max(0, len(self._text) - self._hold)
@@ -161,7 +143,6 @@ class Detokenizer:
 
 
 def merge_chunks(chunks: Sequence[TokenChunk]) -> TokenChunk:
-    """Neighbouring chunks as one."""
     text = "".join(chunk.text for chunk in chunks)
     tokens = tuple(token for chunk in chunks for token in chunk.tokens)
     logprobs = tuple(value for chunk in chunks for value in chunk.logprobs)
@@ -170,6 +151,5 @@ def merge_chunks(chunks: Sequence[TokenChunk]) -> TokenChunk:
 
 
 async def whole(chunks: AsyncIterator[TokenChunk]) -> GenerationResult:
-    """A stream as one reply."""
     one = merge_chunks([chunk async for chunk in chunks])
     return GenerationResult(one.text, one.tokens, one.logprobs, one.prompt_tokens, one.finish)

@@ -1,8 +1,6 @@
-"""The VLM engine on transformers alone: for machines without vLLM, and the numbers that vLLM is measured against.
-
-The base is held once; an adapter is a shell around it with the merged weights that differ (:mod:`layers`). Requests
-that wait for the same adapter are answered as one batch, in a thread; other requests wait for its end.
-"""
+"""The VLM engine on transformers alone: for machines without vLLM, and as the baseline for vLLM. The base is
+held once; an adapter is a shell around it with its merged weights (:mod:`layers`). Waiting requests for one adapter are
+answered as one batch in a thread; other requests wait until it ends."""
 
 from __future__ import annotations
 
@@ -39,8 +37,6 @@ T = TypeVar("T")
 
 
 class TransformersEngine:
-    """See :class:`serving.engines.vlm.open.VlmEngine`."""
-
     kind: Literal["vllm", "transformers"] = "transformers"
     precision = "float32"
 
@@ -55,7 +51,7 @@ class TransformersEngine:
         self._worker: Worker | None = None
 
     async def start(self) -> None:
-        """Load the base, on a GPU when there is one, and start the thread that answers."""
+        """Load the base, on a GPU if there is one, and start the answering thread."""
         await asyncio.to_thread(self._load_base)
 
         async def base() -> nn.Module:
@@ -74,12 +70,12 @@ class TransformersEngine:
         configured = model.generation_config.eos_token_id
         own = configured if isinstance(configured, list) else [configured]
         ends = frozenset({end_token(self._processor), *(int(token) for token in own if token is not None)})
-        # Nothing of the checkpoint's taste (penalties, temperatures) may come between a request and its answer.
+        # The checkpoint's own penalties and temperatures must not change answers.
         model.generation_config = GenerationConfig(
             eos_token_id=sorted(ends), pad_token_id=self._processor.tokenizer.pad_token_id
         )
         self._model = model
-        # A processor of its own: fast tokenizers refuse to be used by two threads at once.
+        # A separate processor: fast tokenizers cannot be used by two threads at once.
         self._worker = Worker(self.base.processor(), ends, self._serve.vlm_batch, self._serve.vlm_threads)
 
     async def load(self, name: str, directory: Path) -> None:
@@ -148,7 +144,7 @@ class TransformersEngine:
         return "The engine was not started." if self._worker is None else self._worker.last_error
 
     async def close(self) -> None:
-        """End the thread, after the token it is at."""
+        """Stop the thread after its current token."""
         if self._worker is not None:
             self._worker.stop("The engine was closed.")
             await asyncio.to_thread(self._worker.join)
@@ -166,7 +162,7 @@ class TransformersEngine:
                 longest = max((len(answer_tokens(self._processor, choice)) for choice in choices), default=0)
             except RatchetError:
                 raise
-            except Exception as error:  # templates, tokenizers and image processors raise what they like
+            except Exception as error:  # templates, tokenizers and image processors raise anything
                 raise InvalidRequest(
                     f"The request cannot be read: {error}", "Change the messages or the image."
                 ) from error
@@ -175,7 +171,7 @@ class TransformersEngine:
 
 
 def _poster(receive: Callable[[T], None]) -> Callable[[T], None]:
-    """``receive`` for another thread to call: it runs in this event loop, or not at all when that has ended."""
+    """Wrap ``receive`` for other threads: runs in this event loop, or is ignored once that is closed."""
     loop = asyncio.get_running_loop()
 
     def post(item: T) -> None:

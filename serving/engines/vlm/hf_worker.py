@@ -1,8 +1,6 @@
-"""The thread in which transformers answers, token by token: waiting requests of one model become one batch.
-
-When a batch fails, its halves go on where it was, down to a row alone; when that fails, one forward pass on a request
-that is known to be good tells whose fault it is: the row's, which ends alone, or the engine's, which ends.
-"""
+"""The thread in which transformers answers token by token; waiting requests of one model become one batch. A failed
+batch continues in halves, down to single rows. When a single row fails, a known good request shows whether the row or
+the engine is at fault; only that one ends."""
 
 from __future__ import annotations
 
@@ -30,18 +28,14 @@ log = logging.getLogger("ratchet.vlm")
 
 @dataclass(eq=False)
 class BatchRow:
-    """One request of a batch. ``tell`` gets each token, its log-probability, and at the end why it ended; or an error.
-
-    A row whose batch failed can be put into another batch: it goes on behind the tokens that it has.
-    """
+    """One request of a batch. ``tell`` receives each token with its log-probability and, at the end, the finish reason;
+    or an error. After a failed batch a row continues in another one, behind the tokens it has."""
 
     request: GenerationRequest
     most: int
-    """Tokens of the longest answer."""
     tell: Callable[[tuple[int, float, Finish] | RatchetError], None]
     aborted: bool = False
     tokens: list[int] = field(default_factory=list)
-    """Of the answer so far."""
     done: bool = False
     chance: torch.Generator | None = field(default=None, init=False)
 
@@ -54,10 +48,8 @@ class BatchRow:
                 self.chance.manual_seed(self.request.seed)
 
     def choose(self, logprobs: torch.Tensor) -> int:
-        """The next token from natural log-probabilities [vocabulary] on the CPU.
-
-        Raises :class:`AdapterError` when none is finite, or one is not a number.
-        """
+        """Choose the next token from log-probabilities [vocabulary]. Raises :class:`AdapterError` if they are not
+        finite."""
         if not math.isfinite(float(logprobs.max())):
             raise AdapterError(
                 "The model gives log-probabilities that are not finite.", "Do not release it; look at the training run."
@@ -73,7 +65,7 @@ class BatchRow:
         return int(torch.multinomial(chances, 1, generator=self.chance))
 
     def take(self, logprobs: torch.Tensor, ends: frozenset[int]) -> int:
-        """Choose, tell and count the next token, and end where the answer does."""
+        """Choose, report and count the next token; sets ``done`` at the end of the answer."""
         token = self.choose(logprobs)
         self.tokens.append(token)
         full = len(self.tokens) >= self.most
@@ -83,7 +75,7 @@ class BatchRow:
         return token
 
     def end(self, error: Exception) -> None:
-        """Fail alone: an error that is none of ours is blamed on the request."""
+        """Fail this row alone; errors other than RatchetError are blamed on the request."""
         self.done = True
         self.tell(as_failure(error))
 
@@ -99,7 +91,7 @@ def as_failure(error: Exception) -> RatchetError:
 
 
 class _Choice(LogitsProcessor):  # type: ignore[misc]
-    """Chooses for each row by its own rules, and leaves ``generate`` no other choice. A row that fails ends alone."""
+    """Forces ``generate`` to the token that each row chooses by its own parameters. A row that fails ends alone."""
 
     def __init__(self, rows: Sequence[BatchRow], ends: frozenset[int]) -> None:
         self._rows = rows
@@ -113,7 +105,7 @@ class _Choice(LogitsProcessor):  # type: ignore[misc]
             row.done = row.done or row.aborted
             if row.done:
                 continue
-            if self._step < len(row.tokens):  # told in a batch that failed
+            if self._step < len(row.tokens):  # already reported by a batch that failed
                 chosen[i] = row.tokens[self._step]
                 continue
             try:
@@ -151,7 +143,7 @@ def answer(
 
 @torch.inference_mode()
 def score(model: nn.Module, processor: Any, request: GenerationRequest, choices: Sequence[str]) -> list[float]:
-    """Log-probability of each choice with its end, after the prompt; right padded, so that positions are plain."""
+    """Log-probability of each choice with its end token after the prompt; right padded for plain positions."""
     device = next(model.parameters()).device
     prompt = inputs(processor, [request])
     start = prompt["input_ids"].shape[1]
@@ -177,12 +169,10 @@ def score(model: nn.Module, processor: Any, request: GenerationRequest, choices:
 
 
 class Worker:
-    """Answers rows and scores choices in the order in which they came, in one thread. Ends at the first error that is
-    not of one request.
-    """
+    """Answers rows and scores choices in order of arrival, in one thread. Stops at the first error of the engine."""
 
     def __init__(self, processor: Any, ends: frozenset[int], batch: int, threads: int) -> None:
-        """``ends``: tokens that end an answer; ``batch``: most rows at once; ``threads``: of torch on the CPU."""
+        """``ends``: tokens that end an answer; ``batch``: maximum rows; ``threads``: torch's on the CPU."""
         self._processor = processor
         self._ends = ends
         self._batch = batch
@@ -191,7 +181,7 @@ class Worker:
         self._thread = ThreadPoolExecutor(1, "vlm-answers", torch.set_num_threads, (threads,))
         self.last_error = ""
         self.passed_at = time.monotonic()
-        """When the last forward pass ended."""
+        """End of the last forward pass, on the monotonic clock."""
 
     def put(self, model: nn.Module, row: BatchRow) -> None:
         """Queue a row. Raises :class:`EngineDead` when the thread has ended."""
@@ -201,12 +191,11 @@ class Worker:
             self._thread.submit(self._answer_next)
 
     def discard(self, row: BatchRow) -> None:
-        """Forget a row whose caller has gone, where it still waits: its images would stay in memory until its turn."""
+        """Drop a waiting row whose caller has gone, to free its images early."""
         with self._changing:
             self._rows = [pair for pair in self._rows if pair[1] is not row]
 
     async def score(self, model: nn.Module, request: GenerationRequest, choices: Sequence[str]) -> list[float]:
-        """Log-probability of each choice."""
         asked = [request]
         with self._changing:
             self._alive()
@@ -214,10 +203,10 @@ class Worker:
         try:
             return await scores
         finally:
-            asked.clear()  # the thread keeps what it was given until its turn, also when the caller has gone
+            asked.clear()  # frees the request now, not at its turn, if the caller has gone
 
     def stop(self, why: str) -> None:
-        """End the thread after the token it is at; what waits fails with ``why``."""
+        """Stop the thread after its current token; waiting rows fail with ``why``."""
         with self._changing:
             self.last_error = self.last_error or why
             self._thread.shutdown(wait=False)
@@ -225,11 +214,10 @@ class Worker:
         self._fail([row for _, row in rows])
 
     def join(self) -> None:
-        """Wait for the thread's end."""
         self._thread.shutdown()
 
     def _answer_next(self) -> None:
-        """Answer the oldest row, and with it as many more rows of its model as fit into the batch."""
+        """Answer the oldest row, batched with further rows of its model."""
         with self._changing:
             model = self._rows[0][0] if self._rows else None
             taken = [pair for pair in self._rows if pair[0] is model][: self._batch]
@@ -279,14 +267,13 @@ class Worker:
         return scores
 
     def _check(self, model: nn.Module, error: Exception) -> None:
-        """Raise the error of a request again if the model cannot answer a good one either."""
+        """Raise a request's error again if the model cannot answer a good request either."""
         try:
             score(model, self._processor, PROBE, ["a"])
         except Exception:
             raise error from None
 
     def _stopped(self) -> bool:
-        """Asked after each token."""
         self.passed_at = time.monotonic()
         return bool(self.last_error)
 

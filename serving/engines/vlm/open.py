@@ -1,4 +1,4 @@
-"""Opens VLM engines: for code that awaits, and for code that does not (the gate, scripts, tests).
+"""Opens VLM engines, for async code and for synchronous code (the gate, scripts, tests).
 
 >>> with SyncVlm(open_engine(base, settings.serve)) as vlm:
 ...     vlm.load("vlm-0123456789ab", directory)
@@ -23,65 +23,60 @@ from serving.engines.vlm.vlm_base import VlmBase
 
 T = TypeVar("T")
 AHEAD: Final = 64
-"""Requests inside the engine at once: enough to fill its batches, few enough to stop soon after an error."""
+"""Concurrent requests in the engine: enough to fill its batches, few enough to stop soon after an error."""
 
 
 class VlmEngine(Protocol):
-    """One base and its resident adapters. Used from one event loop."""
+    """One base and its resident adapters. Use from one event loop."""
 
     base: VlmBase
     kind: Literal["vllm", "transformers"]
 
     @property
     def precision(self) -> str:
-        """Data type of the weights that run, as torch names it; known after :meth:`start`."""
+        """Data type of the running weights, by torch's name; known after :meth:`start`."""
 
     @property
     def passed_at(self) -> float:
-        """When the last forward pass is known to have ended, on the monotonic clock; 0: none has."""
+        """Monotonic time at which a forward pass last ended; 0 if none has."""
 
     async def start(self) -> None:
-        """Load the base (seconds to a minute), and find out which parts of it take adapters."""
+        """Load the base (seconds to a minute) and find out which of its parts take adapters."""
 
     async def load(self, name: str, directory: Path) -> None:
-        """Make an adapter resident; twice is once. Raises AdapterError; what was resident stays, and is served on."""
+        """Make an adapter resident; loading again changes nothing. Raises AdapterError, and keeps what was resident."""
 
     async def unload(self, name: str) -> None:
-        """Forget an adapter when its last request has ended. An unknown name is nothing."""
+        """Forget an adapter after its last request. Unknown names are ignored."""
 
     def resident(self) -> frozenset[str]:
         """Names that requests may use."""
 
     def stream(self, request: GenerationRequest, adapter: str | None) -> AsyncIterator[TokenChunk]:
-        """Answer chunk by chunk under a resident adapter (None: the base). Closing the iterator aborts the request.
-
-        Raises InvalidRequest, AdapterError (not resident), EngineDead.
-        """
+        """Answer in chunks under a resident adapter (None: the base). Closing the iterator aborts the request. Raises
+        InvalidRequest, AdapterError (not resident), EngineDead."""
 
     async def reply(self, request: GenerationRequest, adapter: str | None) -> GenerationResult:
         """The whole answer. Cancelling aborts the request."""
 
     async def score(self, request: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
-        """Log-probability of each choice as the whole answer (its end included) after the prompt."""
+        """Log-probability of each choice as the whole answer, its end included."""
 
     async def golden(self, adapter: str | None) -> str:
-        """Answer fixed inputs: raises AdapterError when a log-probability is not finite; else a short fingerprint."""
+        """Answer fixed inputs and return a fingerprint. Raises AdapterError when a log-probability is not finite."""
 
     def running(self) -> int:
-        """Requests inside."""
+        """Number of running requests."""
 
     def last_error(self) -> str:
-        """Why the engine is dead; empty while it lives."""
+        """Reason why the engine is dead; empty while it runs."""
 
     async def close(self) -> None:
-        """End it, and every process it started."""
+        """Stop the engine and every process that it started."""
 
 
 def open_engine(base: VlmBase, serve: Serve, *, kind: str | None = None) -> VlmEngine:
-    """The engine that ``kind`` or ``serve.vlm_engine`` names, not started. ``auto``: vLLM where it is installed.
-
-    Raises :class:`ConfigError` for an unknown kind.
-    """
+    """The engine of ``kind`` or ``serve.vlm_engine``, not started; ``auto``: vLLM if installed. Raises ConfigError."""
     wanted = kind or serve.vlm_engine
     if wanted == "auto":
         wanted = "vllm" if installed() else "transformers"
@@ -97,7 +92,7 @@ def open_engine(base: VlmBase, serve: Serve, *, kind: str | None = None) -> VlmE
 
 
 class SyncVlm:
-    """Runs an engine in an event loop of its own, in a thread. Entering starts the engine, leaving closes it."""
+    """Runs an engine in its own event loop and thread. Entering starts the engine, leaving closes it."""
 
     def __init__(self, engine: VlmEngine) -> None:
         self.engine = engine
@@ -133,13 +128,12 @@ class SyncVlm:
     def replies(
         self, asks: Sequence[GenerationRequest], adapter: str | None, label: str = ""
     ) -> list[GenerationResult]:
-        """An answer to each, in order. ``label``: what the progress bar says; none when empty."""
+        """Answers in the order of ``asks``. ``label``: text of the progress bar; no bar if empty."""
         return self._all(lambda request: self.engine.reply(request, adapter), asks, label)
 
     def scores(
         self, asks: Sequence[GenerationRequest], choices: Sequence[Sequence[str]], adapter: str | None, label: str = ""
     ) -> list[list[float]]:
-        """Log-probabilities of each ask's own choices, in order."""
         pairs = list(zip(asks, choices, strict=True))
         return self._all(lambda pair: self.engine.score(pair[0], pair[1], adapter), pairs, label)
 

@@ -1,8 +1,4 @@
-"""From an Ask to what the model reads: trainer, gate and both engines build their prompts here, and see the same.
-
->>> batch = inputs(processor, [question(pixels, "what is this?")])
->>> model(**batch).logits
-"""
+"""Builds model inputs from requests. Trainer, gate and both engines use it, so they see the same prompts."""
 
 from __future__ import annotations
 
@@ -17,10 +13,8 @@ from serving.errors import InvalidRequest
 
 
 def conversation(request: GenerationRequest) -> list[dict[str, Any]]:
-    """The turns as chat templates take them; an image is ``{"type": "image"}``.
-
-    Raises :class:`InvalidRequest`: no turn, or images that are not used once each, in reading order.
-    """
+    """The turns in the form of chat templates; an image is ``{"type": "image"}``. Raises :class:`InvalidRequest`
+    without turns, or unless each image is used once, in reading order."""
     if not request.messages:
         raise InvalidRequest("There is no message to answer.", "Send at least one message of the user.")
     used = [part for message in request.messages for part in message.content if not isinstance(part, str)]
@@ -42,10 +36,8 @@ def conversation(request: GenerationRequest) -> list[dict[str, Any]]:
 
 
 def render(processor: Any, request: GenerationRequest) -> str:
-    """The prompt as text, up to where the answer begins; one image token stands for each image.
-
-    Raises :class:`InvalidRequest` also when a text holds the image token, or the chat template refuses the turns.
-    """
+    """The prompt text up to the start of the answer, with one image token per image. Raises :class:`InvalidRequest`,
+    also when a text contains the image token or the chat template refuses the turns."""
     turns = conversation(request)
     token = image_token(processor)
     if token and any(
@@ -65,13 +57,13 @@ def render(processor: Any, request: GenerationRequest) -> str:
 def inputs(
     processor: Any, asks: Sequence[GenerationRequest], device: str | torch.device | None = None
 ) -> dict[str, torch.Tensor]:
-    """The inputs of the transformers model for a batch: ``input_ids`` and ``attention_mask`` [n, tokens], padded on the
-    left, and the pixels of the images. Raises :class:`InvalidRequest`."""
+    """Inputs of the transformers model for a batch: ``input_ids`` and ``attention_mask`` [n, tokens], left padded, and
+    image pixels. Raises :class:`InvalidRequest`."""
     texts = [render(processor, request) for request in asks]
-    # Not as arrays: of a picture 1 or 3 pixels high the processor would take the first axis for the channels.
+    # Not arrays: for images 1 or 3 pixels high, the processor would take the first axis for channels.
     images = [[Image.fromarray(image) for image in request.images] for request in asks]
     more: dict[str, Any] = {"images": images} if any(images) else {}
-    # The chat template wrote every special token; none is added.
+    # The chat template already wrote the special tokens.
     batch = processor(
         text=texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt", **more
     )
@@ -79,23 +71,22 @@ def inputs(
 
 
 def image_token(processor: Any) -> str:
-    """The text that stands for an image in a prompt; empty when the processor does not say."""
+    """The text that represents an image in a prompt; empty if the processor has none."""
     token = getattr(processor, "image_token", "")
     return str(getattr(token, "content", token) or "")
 
 
 def end_token(processor: Any) -> int:
-    """The token that ends an answer."""
     return int(processor.tokenizer.eos_token_id)
 
 
 def answer_tokens(processor: Any, text: str) -> list[int]:
-    """The tokens of an answer, its end included, as they follow a rendered prompt."""
+    """Tokens of an answer after a rendered prompt, its end included."""
     return [*processor.tokenizer(text, add_special_tokens=False)["input_ids"], end_token(processor)]
 
 
 def check_length(tokens: int, context: int) -> None:
-    """Raises :class:`InvalidRequest` when a request of so many tokens leaves no room for an answer in ``context``."""
+    """Raise :class:`InvalidRequest` when so many tokens leave no room for an answer in ``context``."""
     if tokens >= context:
         raise InvalidRequest(
             f"The request has {tokens} tokens, images included; with its answer it may have {context} "

