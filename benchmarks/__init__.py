@@ -45,7 +45,7 @@ def run(name: str, settings: Settings, arguments: list[str]) -> None:
     if name not in BENCHMARKS:
         raise ConfigError(f"there is no benchmark {name!r}.", f"There are: {', '.join(sorted(BENCHMARKS))}.")
     main = importlib.import_module(BENCHMARKS[name]).main
-    if name not in WITHOUT_MODELS:
+    if name not in WITHOUT_MODELS and not {"-h", "--help"} & {*arguments}:
         make_clip(settings)
         make_vlm(settings)
     main(settings, arguments)
