@@ -27,7 +27,7 @@ from core.ledger.rows import HoldRow, ProposalKind, ProposalRow, ProposalState, 
 from serving.releases.broadcast import Broadcast, Unacknowledged
 from serving.releases.leadership import ControllerLease, Lineage, wait_for_leader
 from serving.releases.preparation import Postponed, Preparation, PreparingProposal
-from serving.releases.rollback import check_live, commit_rollback, ledger_answers, plan_rollback
+from serving.releases.rollback import commit_rollback, ledger_answers, plan_rollback
 from serving.releases.types import (
     FAMILIES,
     NO_VLM,
@@ -237,7 +237,7 @@ class ReleaseProtocol:
         proposal = work.proposal
         live = await asyncio.to_thread(self.ledger.live)
         if proposal.expected_live is not None:
-            check_live(live, proposal.expected_live)
+            _check_live(live, proposal.expected_live)
         if proposal.family == "vlm" and not self.broadcast.has_vlm:
             raise ReleaseError("no vision-language model is served here.", NO_VLM)
         adapters = proposed_adapters(proposal)
@@ -430,3 +430,13 @@ class ReleaseProtocol:
 
     async def _in_thread(self, function: Callable[..., Result], *args: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+
+def _check_live(live: ReleaseRow | None, expected: int) -> None:
+    """Raise ReleaseConflict if another release is live than expected."""
+    number = live.number if live else 0
+    if number != expected:
+        raise ReleaseConflict(
+            f"release {number} is live, not {expected}: somebody released first.",
+            "Look at `ratchet releases list` and decide again.",
+        )

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from core.digests import digest12
-from core.errors import LedgerError, LedgerUnavailable, RatchetError, ReleaseConflict, ReleaseError
+from core.errors import LedgerError, LedgerUnavailable, RatchetError, ReleaseError
 from core.ledger import Ledger
 from core.ledger.collection import collected_error
 from core.ledger.rows import Family, ProposalRow, ReleaseRow
@@ -46,18 +46,7 @@ def plan_rollback(
         if lineage is not None:
             lineage.check(live)
         adapters = rollback_target(ledger, families, command.to, command.allow_withdrawn)
-        check_live(live, command.expected_live)
         return adapters, target_adapters(adapters, ledger.stable())
-
-
-def check_live(live: ReleaseRow | None, expected: int) -> None:
-    """Raise ReleaseConflict if another release is live than expected."""
-    number = live.number if live else 0
-    if number != expected:
-        raise ReleaseConflict(
-            f"release {number} is live, not {expected}: somebody released first.",
-            "Look at `ratchet releases list` and decide again.",
-        )
 
 
 def rollback_target(
