@@ -1,6 +1,6 @@
-"""Adapter kinds: what learns in the layers of a CLIP that learn, and the model in which it does.
+"""Adapter kinds: what learns in the layers of a CLIP.
 
-The shipped recipes use LoRA; other kinds are installed (:mod:`updater.recipes.plugin_registry`).
+The shipped recipes use LoRA; packages can add kinds (:mod:`updater.recipes.plugin_registry`).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from updater.recipes.plugin_registry import Methods
 
 
 class AdapterKind(ABC):
-    """One kind, by the name that a recipe's ``adapter.kind`` has."""
+    """A kind of adapter, under the name in a recipe's ``adapter.kind``."""
 
     whole: ClassVar[bool] = False
-    """True if its parameters are differences of whole weights, which mean the same in the next update, and not
-    factors."""
+    """True if its parameters are differences of whole weights, which mean the same in the next update, and not factors.
+    """
 
     @classmethod
     @abstractmethod
     def build(
         cls, base: ClipBase, plain: nn.Module, recipe: Recipe, start: WeightDelta, seed: int, device: str
     ) -> tuple[list[str], AdapterModel]:
-        """Names of the layers or parameters that learn, and the model in which they do.
+        """Return the names of the layers or parameters that learn, and the model to train.
 
         Args:
             plain: the base's own model.

@@ -159,8 +159,7 @@ def base_alone(base: ClipBase) -> str:
 
 class AcrossBasesEvaluator(ClipEvaluator):
     """Asks a candidate on a new base and everything else (the incumbent, the best release) on an old one, each through
-    an engine of its own base. Items are the same for all, so every comparison is paired as it is within one base.
-    """
+    an engine of its own base. Items are the same for all, so every comparison is paired as it is within one base."""
 
     def __init__(self, old: ClipEngine, new: ClipEngine, candidate: str, *, cache: Path | None = None) -> None:
         super().__init__(new, cache=cache)

@@ -108,8 +108,7 @@ ConceptCounts = Callable[[Iterable[str]], Counts]
 
 def measure_tail(scores: Sequence[Scores], counts: ConceptCounts) -> Tail | None:
     """Split the results of suites by how often their concepts were seen in training, after Let It Wag (Udandarao et
-    al., NeurIPS 2024). None where the store has no training sample. Raises StoreError.
-    """
+    al., NeurIPS 2024). None where the store has no training sample. Raises StoreError."""
     concepts = [[concept_of(s.suite, item) for item in s.suite.items()] for s in scores]
     seen = counts(concept for each in concepts for concept in each)
     if not seen.rows:
@@ -361,8 +360,7 @@ def feature_shift(
 ) -> FeatureShift | None:
     """Measure how far an update moved the features of each tower, and whether they still spread; on a few items of
     every retention suite, with the texts that it asks (RESTORE: Yang et al., 2024). None where they are fewer than two.
-    Raises ValueError for features that are not finite.
-    """
+    Raises ValueError for features that are not finite."""
     retention = [suite for suite in suites if suite.role == "retention"]
     chosen = [
         (item, item.text if suite.task == "retrieval" else prompt(suite.templates[0], suite, item.text))
@@ -405,8 +403,7 @@ def modality_gap(images: Vectors, texts: Vectors) -> float:
 
 def yes_share(suite: Suite, base: Sequence[str], before: Sequence[str], after: Sequence[str]) -> YesShare | None:
     """Count how often a VLM says yes to the suite's yes/no questions (POPE: Li et al., EMNLP 2023). None where they
-    are few. Answers are aligned with its items; one that is neither yes nor no is not yes.
-    """
+    are few. Answers are aligned with its items; one that is neither yes nor no is not yes."""
     references = [item.answers[0] if item.answers else "" for item in suite.items()]
     closed = [bool(polarity(reference)) for reference in references]
     if sum(closed) < FEWEST:

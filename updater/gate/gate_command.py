@@ -1,6 +1,5 @@
 """The gate from a command line or a Python prompt: `ratchet gate run`, `report` and `pairs`, and the scores by
-which `ratchet tune` judges half precision.
-"""
+which `ratchet tune` judges half precision."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def _loss(old: Tensor, new: Tensor, right: Tensor) -> Tensor:
 
 
 def swapped(logits: Tensor, right: Tensor) -> Tensor:
-    """Rows [n, m] with their largest value where ``right`` bool [n, m] is true, exchanged with the largest one there."""
+    """Exchange the largest value of each row [n, m] with the largest one where ``right`` bool [n, m] is true."""
     top = logits.argmax(dim=1, keepdim=True)
     best = logits.masked_fill(~right, -float("inf")).argmax(dim=1, keepdim=True)
     largest, own = logits.gather(1, top), logits.gather(1, best)

@@ -52,7 +52,7 @@ class Parametrization(nn.Module, AdapterKind):
         return weight + (factors[1] @ factors[0]).view_as(weight)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """(a [r, in], b [out, r]) with W' - W = b @ a for the weight as [out, in]; None if the change is not low-rank."""
+        """(a [r, in], b [out, r]) with W' - W = b @ a for the weight as [out, in]; None if that is not low-rank."""
         return None
 
     def stepped(self, step: int, steps: int) -> None:

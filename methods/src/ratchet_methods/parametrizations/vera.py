@@ -1,4 +1,4 @@
-"""VeRA: two learned vectors per weight, around random matrices shared by weights of one shape (Kopiczko et al. 2024)."""
+"""VeRA: two learned vectors per weight, around random matrices shared by weights of a shape (Kopiczko et al. 2024)."""
 
 from __future__ import annotations
 

@@ -12,8 +12,7 @@ from ratchet_methods.parametrizations.parametrization import Parametrization, Se
 
 class WholeWeights(Parametrization):
     """Full fine-tuning: W' = W + D, with D of the weight's shape, initially 0. Weight decay pulls towards the start,
-    not towards 0.
-    """
+    not towards 0."""
 
     selects: ClassVar[Selects] = "all"
     whole: ClassVar[bool] = True
