@@ -1,5 +1,5 @@
-"""The gate from a command line or a Python prompt: `ratchet gate run`, `report` and `pairs`, and the scores by
-which `ratchet tune` judges half precision."""
+"""The gate from a command line or a Python prompt: `ratchet gate run`, `report` and `pairs`, and scores for `ratchet
+tune`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from updater.gate.suites import Family, Suite, load_suites
 from updater.gate.verdict import Verdict
 
 ITEMS: Final = 300
-"""Of a suite, at most: a minute or two for a ViT-B-32 on two cores."""
+"""Maximum per suite: a minute or two for a ViT-B-32 on two cores."""
 
 
 def gate_command(
@@ -43,16 +43,13 @@ def gate_command(
     suites: Sequence[Path] | None = None,
     out: Path | None = None,
 ) -> tuple[Verdict, Path]:
-    """Judge an adapter by hand; nothing is recorded or released.
+    """Judge an adapter by hand; nothing is recorded or released. Returns the verdict and the report's HTML file.
 
     Args:
         candidate: an adapter's name, or its directory.
-        incumbent: an adapter's name or directory, or "base"; by default what is live.
+        incumbent: an adapter's name or directory, or "base"; by default the live one.
         suites: YAML files or folders instead of the setting `gate.suites`.
         out: folder of the report; by default `home/gate/<candidate>`.
-
-    Returns:
-        the verdict, and the report's HTML file.
 
     Raises:
         GateError, AdapterError, BaseModelError: the suites, the incumbent or the base cannot be used.
@@ -102,7 +99,7 @@ def gate_command(
 
 
 def report_command(settings: Settings, update: str | None = None, out: Path | None = None) -> Path:
-    """Bring the report of an update (the last judged one by default) into a local folder; returns the HTML file.
+    """Fetch the report of an update (by default the last judged one) into a local folder; returns the HTML file.
 
     Raises:
         GateError: there is no verdict yet, or none for this update.
@@ -121,7 +118,7 @@ def report_command(settings: Settings, update: str | None = None, out: Path | No
 
 
 def _family(candidate: str) -> Family:
-    """Of an adapter's name, or of the name that its directory's files tell."""
+    """Family by the adapter's name, which its directory's files may tell."""
     directory = Path(candidate)
     name = directory.name
     if directory.is_dir():
@@ -153,7 +150,8 @@ def pairs_command(settings: Settings, name: str) -> list[HardPair]:
         name: of a suite of `gate.suites`, or `fresh.<domain>` over all held-out samples of the store.
 
     Raises:
-        GateError: there is no such suite, or it cannot be read. BaseModelError: the base is not there.
+        GateError: there is no such suite, or it cannot be read.
+        BaseModelError: the base is not there.
     """
     suites = load_suites(settings.gate.suites, settings.home, "clip", settings.gate.max_items)
     known = [suite for suite in suites if suite.task == "retrieval"]
@@ -184,20 +182,16 @@ class EngineScore:
     float32: float
     served: float
     noise: float
-    """Standard error of float32's score, by the items that were drawn; at least one item's worth."""
+    """Standard error of the float32 score over the sampled items; at least one item's worth."""
 
     @property
     def within_noise(self) -> bool:
-        """True if the scores differ by no more than other items would have made of them."""
+        """True if the difference is within the variation of drawing other items."""
         return abs(self.served - self.float32) <= self.noise
 
 
 def engine_scores(base: ClipBase, choice: EngineChoice, suites: Sequence[Suite], threads: int) -> list[EngineScore]:
-    """The base's scores by an engine and by torch in float32: what is gated is what is served.
-
-    Raises:
-        GateError: an image of a suite cannot be read.
-    """
+    """Scores of the base in an engine and in torch's float32. Raises GateError if a suite's image cannot be read."""
     limited = [suite.model_copy(update={"limit": min(suite.limit, ITEMS)}) for suite in suites]
     scores: list[list[tuple[int, float]]] = []
     for each in (FLOAT32, choice):

@@ -224,7 +224,8 @@ def diagnose(
     counts: ConceptCounts | None,
 ) -> Diagnostics:
     """Compute what decides nothing: what cannot be computed becomes a warning, and so does a share of "yes" that leaves
-    the truth. ``scores`` are none where the candidate could not be scored."""
+    the truth. ``scores`` are none where the candidate could not be scored.
+    """
     found, warnings = Diagnostics(), []
     try:
         found = evaluator.diagnostics(scores, incumbent, candidate) if scores else found

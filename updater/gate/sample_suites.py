@@ -221,7 +221,8 @@ def memory_suites(
     rows: pa.Table, chosen: dict[str, list[str]], family: Family, min_units: int, images: Images
 ) -> list[Suite]:
     """The suites of :func:`choose_memory` from the rows that it chose. Those with fewer independent items than
-    `min_units` are left out."""
+    `min_units` are left out.
+    """
     by_id = {item.sample_id: item for items in items_by_domain(rows, family, images).values() for item in items}
     suites = []
     for name, ids in chosen.items():
@@ -243,7 +244,8 @@ def learned_before(rows: pa.Table, fresh: pa.Table) -> pa.Table:
 def head_suites(settings: Settings, store: SampleStore, version: int, heads: Mapping[str, Head]) -> list[Suite]:
     """A retention suite for each head of the candidate, asked by head, and by prompts where an incumbent or the base
     has none: so a head must not be worse than the one before it, nor than zero-shot classification. Raises AdapterError
-    where one cannot be judged: the settings do not name it, or no held-out sample has its labels."""
+    where one cannot be judged: the settings do not name it, or no held-out sample has its labels.
+    """
     wanted = {head.name: head for head in settings.updater.heads}
     if not heads:
         return []

@@ -246,7 +246,8 @@ def items_needed(spread: float, margin: float, level: float, power: float = POWE
 
 def smallest_difference(spread: float, items: int, level: float, power: float = POWER) -> float:
     """The distance that a one-sided test at `level` finds with `power` in so many items: :func:`items_needed`, turned
-    round."""
+    round.
+    """
     return _reach(level, power) * spread / math.sqrt(max(items, 1))
 
 
@@ -274,7 +275,8 @@ def holm(p_values: list[float], level: float) -> list[tuple[bool, float]]:
 @lru_cache(maxsize=64)
 def _draws(level: float, tests: int) -> int:
     """Enough draws that BEYOND of them lie beyond `level`, and BEYOND_SHARE beyond the part of it that each of `tests`
-    gets when they share it; the least, where no number that is affordable would reach it."""
+    gets when they share it; the least, where no number that is affordable would reach it.
+    """
     if level * MAX_RESAMPLES < 1.0:
         return RESAMPLES
     return int(min(MAX_RESAMPLES, max(RESAMPLES, math.ceil(max(BEYOND, BEYOND_SHARE * tests) / level))))

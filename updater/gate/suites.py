@@ -186,7 +186,8 @@ class Suite(BaseModel):
 
     def clusters(self) -> NDArray[np.int_] | None:
         """For each item the number of its cluster: items that share a caption (retrieval) or an image (questions) are
-        not independent of each other. None where every item counts by itself."""
+        not independent of each other. None where every item counts by itself.
+        """
         if self.task == "classification":
             return None
         return (image_clusters if self.task == "vqa" else caption_clusters)(self.items())

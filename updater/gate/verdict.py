@@ -183,7 +183,8 @@ class SuiteResult:
 @dataclass(frozen=True, slots=True)
 class CrossVersion:
     """Recall at `k` of texts in images, over retrieval suites, by the versions of both; see
-    :mod:`updater.gate.clip`. Shares from 0 to 1."""
+    :mod:`updater.gate.clip`. Shares from 0 to 1.
+    """
 
     n: int
     """Texts that were asked."""
@@ -377,7 +378,8 @@ class Verdict:
     @property
     def caught_by(self) -> tuple[str, ...]:
         """Names of what kept the candidate out: failed checks and suites; if nothing failed, what is unproven, `gain`
-        for the test over all gain suites."""
+        for the test over all gain suites.
+        """
         failed = [check.name for check in self.checks if not check.ok]
         failed += [suite.name for suite in self.suites if suite.decision == "failed"]
         if failed or self.outcome == "passed":

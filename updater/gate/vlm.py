@@ -239,7 +239,8 @@ class VlmEvaluator:
 @contextmanager
 def _living(doing: str) -> Iterator[None]:
     """Turn the death of the engine into a GateError: it is not the candidate's fault, so the update waits, and is
-    judged again. The same for a question that the engine does not take."""
+    judged again. The same for a question that the engine does not take.
+    """
     try:
         yield
     except InvalidRequest as error:

@@ -73,7 +73,8 @@ class Objective(ABC, Generic[B]):
         self, captions: Sequence[str], labels: Sequence[str], parts: Sequence[Part]
     ) -> list[tuple[int, str]]:
         """Texts that it needs next to the captions, each with the number of its example, -1 for one in every batch.
-        ``parts``: the pool of each example; the rest as in :meth:`begin`."""
+        ``parts``: the pool of each example; the rest as in :meth:`begin`.
+        """
         return []
 
     def stepped(self, batch: B) -> None:

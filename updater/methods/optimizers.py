@@ -119,7 +119,8 @@ def _endless(schedule: Schedule, step: int, first: bool) -> float:
 
 class Average:
     """theta_bar <- (n theta_bar + theta) / (n + 1) every ``every`` steps, the start being the first (ZSCL, Zheng et al.
-    2023). For factors it is the mean of the factors, not of their product."""
+    2023). For factors it is the mean of the factors, not of their product.
+    """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], every: int) -> None:
         self.every = every

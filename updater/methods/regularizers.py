@@ -56,7 +56,8 @@ class Regularizer(ABC):
 
 class L2(Regularizer):
     """Sum over parameters of ``(theta - theta_start)^2``: they stay near where the update started (L2-SP, Li et al.
-    2018; ZSCL's weight consolidation)."""
+    2018; ZSCL's weight consolidation).
+    """
 
     def begin(self, parameters: Parameters) -> None:
         self.start = {name: parameter.detach().clone() for name, parameter in parameters.items()}

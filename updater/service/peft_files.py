@@ -245,7 +245,8 @@ def _plain(files: AdapterFiles) -> tuple[dict[str, Any], dict[str, torch.Tensor]
 
 def _targets(targets: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     """Names stay; an expression only where the trainer wrote it. No other regular expression from outside reaches
-    any program that reads the adapter later: the names of the layers that the tensors are of stand for it."""
+    any program that reads the adapter later: the names of the layers that the tensors are of stand for it.
+    """
     if (isinstance(targets, str) and _OUR_TARGETS.fullmatch(targets)) or (isinstance(targets, list) and targets):
         return targets
     modules = {match["module"] for key in tensors if (match := _KEY.fullmatch(key.removeprefix(PREFIX)))}

@@ -45,7 +45,8 @@ def use_environment() -> None:
 
 def be_nice() -> None:
     """Lower this process's priority to the lowest one, so that serving comes first. Parts run in sessions of their own,
-    so the session gets the same niceness."""
+    so the session gets the same niceness.
+    """
     nice_process(19)
     nice_session()
 

@@ -41,7 +41,8 @@ Run = Callable[[Sequence[int]], Tensor]
 
 def training_precision(recipe: Recipe, base: ClipBase | VlmBase, device: torch.device) -> TrainPrecision:
     """The recipe's precision. ``auto`` is bfloat16 on a processor that multiplies it fast, but for a small base: there
-    products are a small part of a pass, as in serving."""
+    products are a small part of a pass, as in serving.
+    """
     if recipe.precision != "auto":
         return recipe.precision
     fast = processor(device.type).multiplies_bfloat16_fast

@@ -106,7 +106,8 @@ def _bytes(tensor: Tensor) -> int:
 
 class _SavedBytes:
     """Bytes that autograd keeps for backward passes, now and at most; a storage counts once, until nothing of it is
-    saved_bytes. Parameters do not count, nor what is excluded."""
+    saved_bytes. Parameters do not count, nor what is excluded.
+    """
 
     def __init__(self) -> None:
         self.most = 0

@@ -204,7 +204,8 @@ class Trainer:
 
     def train_step(self, step: int, steps: int, rows: list[int], spending: Spending) -> dict[str, float]:
         """Learn from a batch, without what cannot be prepared. Returns the loss and each term; nothing where no row is
-        left. Raises BudgetSpent."""
+        left. Raises BudgetSpent.
+        """
         self.learner.ready(rows)
         rows = self.learner.usable(rows)
         if not rows:
