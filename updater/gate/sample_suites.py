@@ -291,7 +291,7 @@ def best_by_suite(verdicts: Sequence[VerdictRow], suites: Sequence[str], incumbe
     best: dict[str, str] = {}
     for name in suites:
         scored = [(score, verdict.adapter) for verdict in verdicts if (score := _score(verdict, name)) is not None]
-        if scored:  # the newest first: of equal ones it is taken
+        if scored:  # verdicts are newest first, so ties go to the newest
             best[name] = max(scored, key=lambda pair: pair[0])[1]
     best = {name: adapter for name, adapter in best.items() if adapter != incumbent}
     named = {adapter for adapter, _ in Counter(best.values()).most_common(MOST_RIVALS)}
