@@ -33,7 +33,6 @@ SCALES = np.geomspace(0.01, 4.0, 60)
 KNOWN = 0.95
 """Share of images of known classes that the threshold accepts."""
 PAGE = 32
-"""Images that are read and encoded at once."""
 
 
 @dataclass
@@ -51,7 +50,6 @@ class Labelled:
 
 
 def labelled(store: SampleStore, version: int, split: Split, heads: Sequence[LearnedHead]) -> dict[str, Labelled]:
-    """Labelled samples in each head's domains, by head."""
     samples = {head.name: Labelled() for head in heads}
     for batch in store.addresses(["id", "label", "domain"], version, split):
         columns = (batch[name].to_pylist() for name in ("id", "label", "domain", ADDRESS))
@@ -92,7 +90,6 @@ def learn_heads(
 
 
 def with_heads(engine: ClipEngine, directory: Path, heads: dict[str, Head], out_dir: Path) -> Path:
-    """Write the adapter with heads to a new directory, named by its new name."""
     files = read_adapter(directory)
     name = write_adapter(out_dir / "with-heads", files.tensors, files.config, engine.base, heads)
     target = out_dir / name
@@ -179,7 +176,6 @@ def _shrunk(residuals: Floats, classes: int) -> Floats:
 
 
 def _folds(y: npt.NDArray[np.int_]) -> npt.NDArray[np.int_]:
-    """Distribute each class's images over the folds in turn."""
     fold = np.zeros(len(y), dtype=int)
     for number in np.unique(y):
         rows = np.flatnonzero(y == number)

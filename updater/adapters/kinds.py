@@ -40,8 +40,6 @@ class AdapterKind(ABC):
 
 
 class Lora(AdapterKind):
-    """PEFT's LoRA, which never forms ΔW."""
-
     @classmethod
     def build(
         cls, base: ClipBase, plain: nn.Module, recipe: Recipe, start: WeightDelta, seed: int, device: str

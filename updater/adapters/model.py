@@ -55,7 +55,6 @@ class AdapterModel(ABC):
         """Called after each step of the optimizer."""
 
     def state(self) -> dict[str, Tensor]:
-        """State that a resumed update needs in addition to the parameters."""
         return {}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027

@@ -27,7 +27,6 @@ class LowRank:
         return self.a.shape[0]
 
     def dense(self) -> Tensor:
-        """ΔW [out, in]."""
         return self.b @ self.a
 
     @classmethod
@@ -94,7 +93,6 @@ def kept_share(delta: WeightDelta, rank: int) -> float:
 
 
 def _squared_norm(factor: LowRank) -> float:
-    """Squared norm of ΔW, from the small [r, r] products of its factors."""
     return float(((factor.b.T @ factor.b) * (factor.a @ factor.a.T)).sum())
 
 

@@ -11,7 +11,6 @@ from core.settings.serving import SHIPPED
 REFERENCE: Final = ("noto", "pixel_ultica")
 """The two training domains of the shipped CLIP with the best texts."""
 VLM_REFERENCE: Final = ("vqa_base",)
-"""Training questions of the shipped VLM."""
 
 
 def reference_folders(settings: Settings) -> list[Path]:
@@ -20,6 +19,5 @@ def reference_folders(settings: Settings) -> list[Path]:
 
 
 def shipped_folders(settings: Settings, is_shipped: bool, names: tuple[str, ...]) -> list[Path]:
-    """Prepared folders that exist; none unless the base is a shipped one."""
     folders = [settings.home / "data" / name for name in names if is_shipped]
     return [folder for folder in folders if folder.is_dir()]

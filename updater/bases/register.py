@@ -39,7 +39,6 @@ HUB, LOCAL = "hf-hub:", "local-dir:"
 HUB_CONFIG = "open_clip_config.json"
 HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 _TEXT_KEPT = ("*.json", "*.txt", "*.model")
-"""Vocabulary and configuration files of a text tower, as Hugging Face names them."""
 _VLM_KEPT = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 """Files fetched from a hub repository; no pickled weights, no code."""
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -79,7 +78,6 @@ def add_base(home: Path | str, name: str, model: str, weights: Path | None = Non
 
 
 def check_safetensors(path: Path) -> None:
-    """Raise :class:`BaseModelError` unless ``path`` is a safetensors file with that suffix."""
     if not path.is_file():
         raise BaseModelError(f"There is no weights file {path}.", "Check the path.")
     try:

@@ -37,8 +37,6 @@ class BudgetSpent(Exception):
 
 @dataclass(frozen=True)
 class Size:
-    """Size of a pass, which determines its cost."""
-
     counts: tuple[float, ...] = ()
     """Counts of items processed together: rows, texts."""
     lengths: tuple[float, ...] = ()
@@ -82,7 +80,6 @@ class Costs:
     """
 
     def __init__(self, known: Sequence[Sequence[Any]] = (), excess: float = 1.0) -> None:
-        """``known``: output of :meth:`to_json`."""
         self._known = {Size.from_json(size): float(gflops) for size, gflops in known}
         self.excess = excess
         """Largest ratio of a pass's cost to its bound without the margin, at least 1."""

@@ -38,7 +38,6 @@ class Cost:
     step_gflops: float
     """Forward and backward of an average batch."""
     sample_gflops: float
-    """Forward pass of one sample through the whole model."""
     row_gflops: Mapping[Part, float]
     """GFLOPs computed once per example, by its pool: teachers' passes, and what no step changes."""
     texts_gflops: float
@@ -47,7 +46,6 @@ class Cost:
     full_bytes: float
     """Peak of full fine-tuning at the same batch."""
     row_bytes: float = 0.0
-    """Disk per example."""
     closing: int = 0
     """Passes after the last step, in steps: gradients that regularizers measure."""
     known: Sequence[Any] = ()
@@ -65,11 +63,9 @@ class Cost:
         return self.step_gflops * self.memory_ratio
 
     def prepare_gflops(self, steps: int, plan: BatchPlan) -> float:
-        """GFLOPs of preparing the rows that ``steps`` visit."""
         return self.texts_gflops + sum(self.row_gflops[part] * plan.visited(part, steps) for part in plan.counts)
 
     def planned(self, steps: int, plan: BatchPlan) -> float:
-        """Memory-adjusted GFLOPs of ``steps`` and of preparing the rows that they visit."""
         return self.prepare_gflops(steps, plan) * self.memory_ratio + (steps + self.closing) * self.maf_per_step
 
     def steps_within(self, gflops: float, most: int, plan: BatchPlan) -> int:
@@ -83,7 +79,6 @@ class Cost:
         return bisect_right(range(1, most + 1), gflops, key=lambda steps: self.planned(steps, plan))
 
     def unaffordable(self, gflops: float, plan: BatchPlan, needed: float = 0.0) -> StepUnaffordable:
-        """``needed``: memory-adjusted GFLOPs of the first step, if above the average."""
         needed = max(needed, self.planned(1, plan))
         prepare = self.prepare_gflops(1, plan) * self.memory_ratio
         closing = f", {self.closing} such passes at the end" if self.closing else ""
@@ -143,7 +138,6 @@ class Spending:
         self.costs.add(size, gflops, known=self._repeats)
 
     def skipped(self) -> None:
-        """Record a step without usable rows."""
         self.steps.append(0.0)
 
     def spent(self) -> float:
@@ -151,7 +145,6 @@ class Spending:
         return math.fsum([self._prepared(), *self.steps])
 
     def _left(self, steps: Sequence[float]) -> float:
-        """GFLOPs left if the update ends with these steps."""
         closing = math.fsum(steps[number] for number in self._closing(len(steps)))
         return self._budget - self.spent() - self._again * closing
 

@@ -53,7 +53,6 @@ class FlopCount(TorchDispatchMode):
 
 
 def _shape_after(func: Any, args: Any, kwargs: Any) -> Any:
-    """Output of an operation without its values, if its formula needs the shape."""
     if func.overloadpacket not in (torch.ops.aten.convolution, torch.ops.aten._convolution):
         return None
     with _disable_current_modes():  # another counter must not count it

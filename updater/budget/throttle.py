@@ -24,7 +24,6 @@ from ratchet_client import Client, ServerError
 
 POLL_SECONDS = 5.0
 WINDOW_REQUESTS = 50
-"""Requests of one route whose mean is compared."""
 WINDOW_SECONDS = 60.0
 """After this long without enough requests, traffic counts as low, and the share grows."""
 BEFORE_SECONDS = 600.0
@@ -42,7 +41,6 @@ class Took(NamedTuple):
 
 
 Latencies = Mapping[str, Took]
-"""By route."""
 
 
 class Throttle:
@@ -124,7 +122,6 @@ class Throttle:
         self._open(totals)
 
     def _ratio(self, route: str, lately: Took) -> float:
-        """Recent mean of a route over its mean before the update; 0 with too few requests."""
         before = self._before.get(route, Took())
         if min(lately.requests, before.requests) < WINDOW_REQUESTS:
             return 0.0

@@ -23,7 +23,6 @@ from streams.store.sample_store import ADDRESS, Having, SampleStore
 from updater.recipes import Family, Recipe
 
 HAVING: Mapping[Family, Having] = {"clip": "text", "vlm": "question"}
-"""Field that a sample must have for a family to learn from it."""
 PLACE = ("topic", "partition", "offset")
 PARTITIONS = 1 << 32
 
@@ -33,7 +32,6 @@ class Drawn:
     """Addresses of rows in one version of the store, uint64, each array in draw order."""
 
     new: np.ndarray
-    """All pending rows."""
     replay: np.ndarray
     """At most ``replay_limit`` earlier rows."""
 
@@ -77,8 +75,6 @@ def _is_new(batch: pa.RecordBatch, data_from: Mapping[str, int]) -> np.ndarray:
 
 
 class _Rows:
-    """Columns of some rows, collected in pieces."""
-
     def __init__(self) -> None:
         self.pieces: list[dict[str, np.ndarray]] = []
         self.topics: dict[str, int] = {}
@@ -108,7 +104,6 @@ class _Rows:
         return addresses
 
     def replayed(self, recipe: Recipe) -> np.ndarray:
-        """Addresses of the reservoir, in draw order."""
         if not self.pieces:
             return np.empty(0, np.uint64)
         rows = self._by_place()
@@ -118,7 +113,6 @@ class _Rows:
         return addresses
 
     def _by_place(self) -> np.ndarray:
-        """Rows by topic, partition and offset, independent of the order of files."""
         rank = np.empty(len(self.topics), np.int64)
         rank[[self.topics[name] for name in sorted(self.topics)]] = np.arange(len(self.topics))
         order: np.ndarray = np.lexsort((self._column("offset"), self._column("partition"), rank[self._column("topic")]))

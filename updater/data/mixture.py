@@ -33,7 +33,6 @@ class BatchPlan:
         return sum(self.counts.values())
 
     def batch(self, step: int) -> list[tuple[Part, int]]:
-        """(pool, row) of every row of batch ``step``."""
         return [
             (part, self._row(part, step * count + number))
             for part, count in self.counts.items()
@@ -41,7 +40,6 @@ class BatchPlan:
         ]
 
     def visited(self, part: Part, steps: int) -> int:
-        """Number of rows of a pool that ``steps`` see: its first ones."""
         return min(self.sizes[part], steps * self.counts.get(part, 0))
 
     def _row(self, part: Part, position: int) -> int:

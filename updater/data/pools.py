@@ -30,7 +30,6 @@ from updater.data.mixture import PARTS, shuffled
 from updater.recipes import Batches, Family, Part, Recipe, Views
 
 WORDS_ROWS = 1024
-"""Rows whose words are read from the store at once."""
 IMAGE_ROWS = 48
 """Rows whose images are read at once: at 8 MiB each 384 MiB, for each of two pools."""
 
@@ -45,11 +44,9 @@ class Pair:
     label: str = ""
     domain: str = ""
     view: int = 0
-    """View of the image; 0 is the unchanged image."""
 
     @property
     def content(self) -> str:
-        """Identifies what is learned from."""
         return f"{self.id} {self.view} {self.text}"
 
 
@@ -66,12 +63,10 @@ class Question:
 
     @property
     def text(self) -> str:
-        """Both as one line, to tell examples apart."""
         return f"{self.question} {self.answer}"
 
     @property
     def content(self) -> str:
-        """Identifies what is learned from."""
         return f"{self.id} {self.text}"
 
 
@@ -91,7 +86,6 @@ class Pools:
         return pools[part]
 
     def shuffled(self, seed: int) -> Pools:
-        """The same pools in random order, for pools that are not random draws."""
         order = random.Random(seed)  # noqa: S311 - nothing is kept secret
         return Pools(*(tuple(order.sample(pool, len(pool))) for pool in map(self.of, PARTS)))
 
@@ -101,12 +95,10 @@ class Pools:
 
     @property
     def examples(self) -> list[Example]:
-        """All examples, one pool after the other."""
         return [example for part in PARTS for example in self.of(part)]
 
     @property
     def parts(self) -> list[Part]:
-        """Pool of each of :attr:`examples`."""
         return [part for part in PARTS for _ in self.of(part)]
 
     def rows(self, batch: Sequence[tuple[Part, int]]) -> list[int]:
@@ -156,7 +148,6 @@ class StoredExamples(Sequence[Example]):
     """Examples of the sample store in draw order; words and images are read a page at a time."""
 
     def __init__(self, store: SampleStore, version: int, addresses: np.ndarray, family: Family) -> None:
-        """``addresses``: uint64 [n], of rows in this version."""
         self.addresses = addresses
         self.family: Family = family
         self._store, self._version = store, version
@@ -249,7 +240,6 @@ def _reference(folders: Sequence[Path], limit: int, seed: int, family: Family) -
 
 
 def check_reference(folders: Sequence[Path]) -> None:
-    """Raise ConfigError if a folder of the reference pool does not exist."""
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(

@@ -38,7 +38,6 @@ def make_learner(base: Base, recipe: Recipe, start: WeightDelta, seed: int, devi
 
 
 def families_with_a_base(settings: Settings) -> tuple[Family, ...]:
-    """Families that are updated: the CLIP, and the VLM if its base is registered."""
     vlm = settings.base.vlm and settings.base.vlm in list_bases(settings.home, "vlm")
     return ("clip", "vlm") if vlm else ("clip",)
 

@@ -48,7 +48,6 @@ class ObjectiveTexts:
     tower: TowerPass
 
     def of(self, rows: Sequence[int]) -> list[int]:
-        """Numbers of the texts that belong to a batch."""
         wanted = {*rows, -1}
         return [number for number, example in enumerate(self.example) if example in wanted]
 

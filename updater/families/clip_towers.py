@@ -45,7 +45,6 @@ class SplitTower:
         return F.normalize(features.float(), dim=-1)
 
     def record(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of the whole tower, and the boundary [n, ...]."""
         features = self.whole(inputs)
         return features, self._prefix[-1].output
 
@@ -86,7 +85,6 @@ class _Skippable(nn.Module):
         return output
 
     def get_weight_dtype(self) -> torch.dtype:
-        """open_clip asks the first block of a text tower for its type."""
         return cast(torch.dtype, cast(Any, self.inner).get_weight_dtype())
 
 
@@ -106,7 +104,6 @@ class TowerPass:
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor, teachers: Sequence[str]) -> Values:
-        """Compute the values of normalised pixels or token ids, with the model at its start."""
         values: dict[str, Sequence[Tensor]] = {}
         boundary: Tensor | None = None
         if self.keep or "base" in teachers:

@@ -39,13 +39,9 @@ Inputs = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Checked:
-    """An encoded image that the processor takes with its question, and the sizes of both."""
-
     encoded: bytes
     tokens: int
-    """Tokens of question, picture and answer."""
     answer: int
-    """Tokens of the answer."""
     picture: int
     """Values of the processor's tensors."""
     shown: int
@@ -76,7 +72,6 @@ class VlmLearner(Learner[Question]):
         }  # fmt: skip
         self.seed = seed
         self._own: dict[int, Tensor] = {}
-        """Answers that the model has just given, by row."""
         self.keeps_features: bool | None = None
         self.longest_batch = 0
         self._unending = False
@@ -163,7 +158,6 @@ class VlmLearner(Learner[Question]):
         return values
 
     def _values(self, rows: range, checked: Sequence[Checked]) -> Values:
-        """Tokens; image features or the encoded image; teachers' distributions."""
         examples = [self.examples[row] for row in rows]
         encoded = [each.encoded for each in checked]
         read = self._read(examples, encoded)
@@ -226,7 +220,6 @@ class VlmLearner(Learner[Question]):
         )
 
     def _own_answers(self, rows: Sequence[int]) -> OwnAnswers | None:
-        """The model's current answers to the rows that an objective asks for; None without such rows."""
         places = [place for place, row in enumerate(rows) if self.parts[row] in self.own_parts]
         if not places or self.momentum is None:
             return None
@@ -264,7 +257,6 @@ class VlmLearner(Learner[Question]):
         return own
 
     def _run_own(self, which: str, rows: Sequence[int]) -> Tensor:
-        """Logits of the model at its own answers, after the prompts of :meth:`_prompts`."""
         prompts = self._prompts(which, rows)
         return self._logits_of({row: answered(prompts[row], self._own[row]) for row in rows}, rows)
 
@@ -278,7 +270,6 @@ class VlmLearner(Learner[Question]):
         return dict(zip(rows, self._kept("shown.", rows), strict=True))
 
     def _kept(self, prefix: str, rows: Sequence[int]) -> list[dict[str, Tensor]]:
-        """Shard values whose names start with ``prefix``, row by row, by the rest of their names."""
         names = sorted(name for name in self.shards.names(rows[0]) if name.startswith(prefix))
         columns = {name.removeprefix(prefix): self.shards.get(name, rows) for name in names}
         return [{key: values[place] for key, values in columns.items()} for place in range(len(rows))]
@@ -330,7 +321,6 @@ class VlmLearner(Learner[Question]):
         return [each.detach().cpu().clone() for each in given] if len(given) == count else []
 
     def _eyes(self, rows: Sequence[int]) -> Inputs:
-        """Model inputs of a batch's images: features if they are kept, otherwise pixels."""
         if not self.keeps_features:
             encoded = [image.numpy().tobytes() for image in self.shards.get("encoded", rows)]
             return self._read([self.examples[row] for row in rows], encoded).images
@@ -365,7 +355,6 @@ def _targets(sequences: Sequence[Tokens], device: torch.device) -> tuple[Tensor,
 
 
 def _silence(tokens: int, k: int) -> Teacher:
-    """Placeholder for rows that no objective compares with a teacher."""
     return Teacher(torch.zeros(tokens, k, dtype=torch.long), torch.zeros(tokens, k), torch.zeros(tokens))
 
 

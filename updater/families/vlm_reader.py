@@ -25,7 +25,6 @@ LONGEST = 512
 
 
 KNOWN_WORDS = 1 << 16
-"""Questions whose length is cached: it is needed when they are drawn, and when batches are planned."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,6 @@ class Tokens:
     """Tokens of one example: the prompt, followed by ``answer`` tokens, the last of which is the end."""
 
     inputs: Mapping[str, Tensor]
-    """``input_ids`` [tokens], and other inputs per token."""
     answer: int
 
     def __len__(self) -> int:
@@ -45,7 +43,6 @@ class Tokens:
 
 
 def answered(prompt: Mapping[str, Tensor], answer: Tensor) -> Tokens:
-    """A prompt's inputs with the tokens of an answer, int [n]."""
     inputs = {key: torch.cat([value, torch.zeros_like(answer)]) for key, value in prompt.items()}
     inputs["input_ids"][-len(answer) :] = answer
     return Tokens(inputs, len(answer))
@@ -73,7 +70,6 @@ SHOWN = "{question} This is an example of an answer: {answer}. Now answer yourse
 
 
 def shown(example: Question) -> Question:
-    """The same question, preceded by the known answer as an example."""
     return replace(example, question=SHOWN.format(question=example.question, answer=example.answer))
 
 
@@ -91,7 +87,6 @@ class Reader:
         return sorted(special - {end_token(self.processor), None})
 
     def takes(self, example: Question) -> bool:
-        """True if a question is valid, and not too long with its answer."""
         return 0 < self.words(example) <= LONGEST
 
     def words(self, example: Question) -> int:

@@ -48,19 +48,15 @@ a slowdown counts as noise whatever the ratio."""
 VLM_LATENCY_RATIO, VLM_GRACE_SECONDS = 4.0, 0.05
 """LoRA layers have a cost in every VLM engine; more than this means a fault."""
 RANK, MEGABYTES = 512, 512.0
-"""Largest LoRA rank, and size of an adapter on disk."""
 FEWEST = 20
-"""Minimum number of answers for checks of their mixture."""
 SAMENESS = 0.5
 """Share of the base's room for different answers (1 - share of the most common one) that must be left."""
 VARIETY = 0.25
-"""Share of the different answers that must be left."""
 ONE_SIDED = 0.25
 """Share of the references' "yes" (and "no") answers that must be given."""
 
 
 def check_loads(resident: bool, candidate: str, facts: Mapping[str, Any]) -> Check:
-    """The engine holds the candidate; otherwise `facts["load_error"]` is the reason."""
     if not resident:
         reason = str(facts.get("load_error") or f"{candidate} is not resident in the engine")
         return Check("loads", False, reason[:300])
@@ -176,7 +172,6 @@ def check_collapse(tower: str, base: Vectors, candidate: Vectors) -> Check:
 def check_parity(
     trainer: Encode, pixels: NDArray[np.uint8], texts: Sequence[str], served: tuple[Vectors, Vectors]
 ) -> Check:
-    """The trainer's model and the serving engine give the same vectors."""
     try:
         trained = trainer(pixels, list(texts))
     except Exception as error:  # whatever the trainer's model does, the gate must come to a verdict
@@ -247,7 +242,6 @@ def check_sameness(references: Sequence[str], base: Sequence[str], candidate: Se
 
 
 def _mixture(answers: Sequence[str]) -> tuple[float, str, int]:
-    """Share of the most common answer, that answer, and the number of different ones."""
     counts = Counter(normalise(answer) for answer in answers)
     common, most = counts.most_common(1)[0]
     return most / len(answers), common, len(counts)

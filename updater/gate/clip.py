@@ -29,8 +29,6 @@ CROSS_VERSION_ITEMS: Final = 600
 
 
 class ClipEvaluator(Scorer):
-    """Evaluates the models in a `ClipEngine`. See :class:`updater.gate.run.Evaluator`."""
-
     family: Family = "clip"
 
     def __init__(self, engine: ClipEngine, *, parity: c.Encode | None = None, cache: Path | None = None) -> None:
@@ -50,7 +48,6 @@ class ClipEvaluator(Scorer):
             self.parity = trainer_encoder(self.base, directory)
 
     def diagnostics(self, scores: Sequence[Scores], incumbent: str | None, candidate: str) -> Diagnostics:
-        """Accuracy on pairs that look alike to the base, and the shift of features."""
         suites = [each.suite for each in scores]
         retrieval = [suite for suite in suites if suite.task == "retrieval"]
         pairs = {suite.name: pair_accuracy(self, suite, incumbent, candidate) for suite in retrieval}
@@ -149,7 +146,6 @@ def _hits(
 
 
 def base_alone(base: ClipBase) -> str:
-    """Name of the incumbent if nothing was released: the old base without an adapter."""
     return f"the base {base.name}"
 
 
@@ -163,7 +159,6 @@ class AcrossBasesEvaluator(ClipEvaluator):
         self.candidate = candidate
 
     def load(self, name: str, directory: Path, *, candidate: bool = False) -> None:
-        """Load an adapter into the engine of its base. Raises AdapterError."""
         if candidate:
             super().load(name, directory, candidate=True)
         else:

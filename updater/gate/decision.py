@@ -31,7 +31,6 @@ from updater.gate.verdict import Change, Check, Decision, PooledGain, Regression
 RANK_STATISTIC = "1/log2(2 + rank)"
 INCUMBENT, BASE = "the incumbent", "the base"
 MOST_REFERENCES = 3
-"""Incumbent, base and the best release."""
 
 
 class ItemScores(Protocol):
@@ -59,7 +58,6 @@ class Scores:
     before: ItemScores
     after: ItemScores
     chance: float = 0.0
-    """Score of guessing."""
     worst: tuple[Regression, ...] = ()
     clusters: NDArray[np.int_] | None = None
     """Items with the same number are not independent (:meth:`Suite.clusters`); None: all items are independent."""
@@ -72,7 +70,6 @@ class Scores:
 class Findings:
     results: tuple[SuiteResult, ...]
     gain: PooledGain | None
-    """None without gain suites."""
     tested: bool = False
     """True if all tests that a pass needs were possible: retention suites, each with enough items, and a gain. Depends
     on the number of items, not on the answers."""
@@ -111,7 +108,6 @@ def decide(scores: Sequence[Scores], *, level: float, loss_level: float, margin:
 
 
 def conclude(findings: Findings, checks: Sequence[Check]) -> tuple[GateOutcome, tuple[str, ...]]:
-    """The outcome and its reasons, most severe first."""
     results, gain = findings.results, findings.gain
     failed = [f"{check.name}: {check.detail}" for check in checks if not check.ok]
     failed += [f"{r.name}: {r.reason}" for r in results if r.decision == "failed"]
@@ -177,7 +173,6 @@ class _Sides:
 
     @property
     def worst(self) -> tuple[str, Comparison]:
-        """Reference with the largest p for non-inferiority."""
         return max(self.references.items(), key=lambda entry: entry[1].p_noninferior)
 
     def p_worse(self, level: float) -> float:

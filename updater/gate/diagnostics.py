@@ -42,11 +42,9 @@ from updater.gate.verdict import (
 )
 
 LEVEL: Final = 0.05
-"""Probability beyond each end of an interval."""
 DRAWS: Final = 2_000
 """Bootstrap draws: 100 are beyond each end."""
 EDGES: Final = (1, 10, 100)
-"""Counts at which the second and later bins begin."""
 MAX_ROWS = 1_000_000
 """Samples whose words are read, some 10 s; of more, every n-th, with counts multiplied by n."""
 COLUMNS = ("text", "question", "answer", "concept", "label")
@@ -63,13 +61,10 @@ NEAR_IMAGES: Final = 0.99
 FAR_TEXTS: Final = 0.5
 """Quantile of the cosine of two captions up to which they differ."""
 MOST_OVERLAP: Final = 1 / 3
-"""Maximum share of common words of two captions."""
 SAME_IMAGE: Final = 0.9999
 """Cosine from which two images are the same: no model can tell copies apart."""
 POOL: Final = 20 * MOST_PAIRS
-"""Pairs whose words are compared, the most similar first."""
 FEWEST_PAIRS: Final = 5
-"""Minimum number of pairs for a share."""
 SHOWN: Final = 6
 SHIFT_ITEMS: Final = 128
 """Over all retention suites. A model whose answers came from the cache computes as many images and texts, a second."""
@@ -89,12 +84,9 @@ def interval(before: Floats, after: Floats, clusters: NDArray[np.int_] | None, s
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Number of samples that name each concept."""
-
     of: Mapping[Words, int]
     rows: int
     counted: int
-    """Samples that were read."""
 
     def __getitem__(self, concept: str) -> int:
         return self.of.get(content_words(concept), 0)
@@ -178,7 +170,6 @@ class StoreCounts:
         return Counts({term: int(count) for term, count in zip(terms, counts, strict=True)}, rows, int(counted))
 
     def _samples(self, stride: int) -> Iterator[Words]:
-        """Words of every stride-th sample."""
         start = 0
         for batch in self.store.addresses(COLUMNS, self.version, "train", self.having):
             columns = [batch[name].to_pylist()[start % stride :: stride] for name in COLUMNS]
@@ -221,7 +212,6 @@ class HardPair:
 
 
 def pair_accuracy(scorer: Scorer, suite: Suite, incumbent: str | None, candidate: str) -> PairAccuracy | None:
-    """Accuracy on a retrieval suite; None with few pairs. A pair counts only if both images are right."""
     pairs = hard_pairs(scorer, suite)
     if len(pairs) < FEWEST_PAIRS:
         return None
@@ -337,7 +327,6 @@ def told_apart(images: tuple[Vectors, Vectors], texts: tuple[Vectors, Vectors]) 
 
 
 def _pair_file(scorer: Scorer, suite: Suite, adapter: str | None, *what: object) -> Path | None:
-    """Cache file of a result that one model's features determine about a suite's pairs; None without a cache."""
     folder = scorer.folder(suite)
     return folder and folder / "pairs" / f"{digest12(digest_json([*what, *scorer.key(suite, adapter)]))}.npz"
 

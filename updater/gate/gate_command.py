@@ -118,7 +118,6 @@ def report_command(settings: Settings, update: str | None = None, out: Path | No
 
 
 def _family(candidate: str) -> Family:
-    """Family by the adapter's name, which its directory's files may tell."""
     directory = Path(candidate)
     name = directory.name
     if directory.is_dir():
@@ -136,7 +135,6 @@ def _base(settings: Settings, family: Family) -> ClipBase | VlmBase:
 
 
 def _locate(artifacts: Artifacts, adapter: str) -> tuple[str, Path]:
-    """Name and directory of an adapter given by either."""
     directory = Path(adapter)
     if directory.is_dir():
         return adapter_name(directory), directory
@@ -166,7 +164,6 @@ def pairs_command(settings: Settings, name: str) -> list[HardPair]:
 
 
 def _fresh(settings: Settings, family: Family) -> tuple[HeldOut, list[Suite]]:
-    """Held-out samples of the newest version of the store, and gain suites over all of them."""
     store, gate = SampleStore(settings.lake), settings.gate
     held_out = HeldOut(store, store.version(), HAVING[family])
     rows = held_out.rows(TEXT_COLUMNS)

@@ -44,23 +44,17 @@ REACH = 8.0
 @dataclass(frozen=True, slots=True)
 class InterimAnalysis:
     number: int
-    """From 1."""
     items: int
-    """Independent items of this look."""
     needed: int
     """Items of the last look, fixed with the first."""
     alpha: float
-    """Budget of all looks at this candidate for its gain."""
     level: float
     """Level of the test for a gain."""
     loss_alpha: float
-    """Budget of all looks for each test that excludes a loss."""
     loss_level: float
     """Level of each such test of this look."""
     before: float
-    """Alpha spent by earlier looks."""
     spent: float
-    """Alpha spent including this look."""
 
     @property
     def next(self) -> int | None:
@@ -74,13 +68,10 @@ class AnalysisPlan:
     """Settings of a candidate's looks, fixed before its answers are seen."""
 
     alpha: float
-    """Budget of all looks at it for its gain."""
     loss_alpha: float
     """Budget of all looks for each test that excludes a loss: ``gate.alpha``."""
     needed: int
-    """Independent items of its last look."""
     tested: tuple[int, ...] = ()
-    """Items of earlier looks."""
     candidates: int = 0
     """Other candidates since the last release, before it."""
     only: bool = False
@@ -88,7 +79,6 @@ class AnalysisPlan:
 
     @classmethod
     def alone(cls, alpha: float) -> AnalysisPlan:
-        """Plan of a single look at the first candidate after a release."""
         return cls(candidate_alpha(alpha, 0), alpha, 1, only=True)
 
     def look(self, items: int) -> InterimAnalysis:

@@ -33,9 +33,7 @@ VARIABLES = {
 """Marker colours that matplotlib writes, and the CSS variables that replace them."""
 COLOURS = {"passed": GOOD, "failed": BAD, "inconclusive": OPEN}
 WIDTH = 5.4
-"""Inches; the page scales the drawing to its own width."""
 ROW = 0.42
-"""Inches of height for one suite."""
 _ONE_AT_A_TIME = threading.Lock()
 """matplotlib's settings are global."""
 
@@ -79,7 +77,6 @@ def bars(suites: Suites) -> str:
 
 
 def _rows(suites: Suites) -> tuple[Figure, Any]:
-    """A drawing with one row per suite, the first at the top (the highest y)."""
     height = 0.55 + ROW * len(suites)
     plot = figure(height)
     axes = plot.add_axes((0.31, 0.52 / height, 0.67, 1 - 0.56 / height))

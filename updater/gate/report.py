@@ -45,7 +45,6 @@ def render_body(report: Mapping[str, Any]) -> str:
 
 
 def styles() -> str:
-    """Style sheet of :func:`render_body`, including the palette."""
     return "\n".join((TEMPLATES / name).read_text() for name in ("palette.css", "verdict.css"))
 
 
@@ -76,7 +75,6 @@ def _fill(template: str, report: Mapping[str, Any]) -> str:
 
 
 def _cost(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Rows of the cost table, as the trainer reported them."""
     labels = {
         "gflops_planned": ("Compute planned (MAF)", "GFLOPs"),
         "gflops_spent": ("Compute spent (MAF)", "GFLOPs"),
@@ -147,7 +145,6 @@ def _value(value: Any) -> str:
 
 
 def samples_of(report: Mapping[str, Any]) -> set[str]:
-    """IDs of the samples that a report names."""
     worst = (worse for suite in report["suites"] for worse in suite["worst"])
     shown = (pair for pairs in report["diagnostics"]["pairs"].values() for pair in pairs["shown"])
     named = {str(worse[name]) for worse in worst for name in SAMPLES}

@@ -33,8 +33,6 @@ M = TypeVar("M", bound=ItemScores)
 
 
 class Evaluator(Protocol[M]):
-    """One serving engine of a base with its resident adapters."""
-
     @property
     def family(self) -> Family:
         pass

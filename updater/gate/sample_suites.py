@@ -33,14 +33,11 @@ power if nothing was lost; if updates since took 3 points from the best release,
 MOST_DOMAINS = 12
 """Suites of single domains. All must pass, and each is asked of the candidate."""
 MOST_FRESH = 6
-"""Gain suites of single domains."""
 PREFIX = "memory"
 COLUMNS = ("id", "label", "domain", "concept")
 WORDS_ROWS = 1024
-"""Rows whose words are read at once."""
 TEXT_COLUMNS = ("id", "text", "question", "answer", "domain", "concept")
 PAGE = 16
-"""Images that are read at once."""
 PAGES = 8
 """Cached pages, for as many threads: with images of 8 MiB, the ingest limit, 1 GiB."""
 MOST_RIVALS = 2
@@ -48,8 +45,6 @@ MOST_RIVALS = 2
 
 
 class Images(Protocol):
-    """Encoded images by sample ID."""
-
     def expect(self, ids: Sequence[str]) -> None:
         """Announce the next images in order, so that neighbours can be read together."""
 
@@ -158,7 +153,6 @@ def fresh_suites(
 
 
 def items_by_domain(rows: pa.Table, family: Family, images: Images) -> dict[str, list[Item]]:
-    """Items by domain, in the order in which domains appear."""
     by_domain: dict[str, list[Item]] = defaultdict(list)
     for row in rows.select([name for name in TEXT_COLUMNS if name in rows.column_names]).to_pylist():
         text, question, answer = ((row.get(name) or "").strip() for name in ("text", "question", "answer"))
@@ -172,7 +166,6 @@ def items_by_domain(rows: pa.Table, family: Family, images: Images) -> dict[str,
 def store_suite(
     items: Sequence[Item], name: str, role: Role, family: Family, limit: int, description: str, images: Images
 ) -> Suite:
-    """A suite over at most `limit` items of the sample store."""
     task: Task = "retrieval" if family == "clip" else "vqa"
     suite = Suite(name=name, role=role, task=task, limit=limit, description=description)
     suite._items = tuple(limited(items, limit, suite.seed))
@@ -181,14 +174,12 @@ def store_suite(
 
 
 def fresh_suite(items: Sequence[Item], domain: str, family: Family, limit: int, images: Images) -> Suite:
-    """A gain suite over items of one domain, or of several if it is empty."""
     name = slug(f"fresh.{domain}" if domain else "fresh")
     description = f"New {domain or 'samples'} that were never trained on."
     return store_suite(items, name, "gain", family, limit, description, images)
 
 
 def slug(name: str) -> str:
-    """Suite name for a domain."""
     return "".join(c if c.isalnum() or c in "_.-" else "-" for c in name.lower())[:64]
 
 
@@ -213,7 +204,6 @@ def choose_memory(rows: pa.Table, family: Family, min_units: int) -> dict[str, l
 
 
 def reservoir(ids: Sequence[str], capacity: int) -> list[str]:
-    """The `capacity` IDs with the smallest hashes."""
     return sorted(ids, key=lambda name: hashlib.sha256(f"{PREFIX} {name}".encode()).digest())[:capacity]
 
 
@@ -235,7 +225,6 @@ def memory_suites(
 
 
 def learned_before(rows: pa.Table, fresh: pa.Table) -> pa.Table:
-    """The rows that are not among the fresh ones; both have a column id."""
     known = set(fresh["id"].to_pylist())
     return rows.filter(np.array([name not in known for name in rows["id"].to_pylist()], dtype=bool))
 

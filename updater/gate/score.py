@@ -59,7 +59,6 @@ class Outcomes:
 
     ids: NDArray[np.str_]
     ranks: NDArray[np.int32]
-    """0-based rank of the best right answer."""
     answers: NDArray[np.int32]
     """The model's first choice: an index into `Scorer.choices(suite)` of that view."""
     k: int
@@ -213,7 +212,6 @@ class Scorer:
         return self.cache or suite.cache
 
     def key(self, suite: Suite, adapter: str | None) -> list[str]:
-        """Everything that decides one model's answers to a suite."""
         spaces = self.engine.spaces(adapter)
         head = self._head(suite, adapter)
         own = [heads_digest({suite.head: head})] if head else []
@@ -339,7 +337,6 @@ def _worse(item: Item, view: str, ranks: tuple[int, int], answers: tuple[Item | 
 
 
 def _shown(answer: Item | str) -> str:
-    """The text of an answer; empty for a sample."""
     if isinstance(answer, str):
         return answer[:MOST_CHARS]
     return "" if answer.sample_id else answer.text[:MOST_CHARS]

@@ -42,7 +42,6 @@ CELLS = 250_000
 POWER = 0.8
 """Power of a test, as usual in trials: 0.9 would take a third more items."""
 SMALLEST_REACH = 1e-6
-"""For a model that changes no rank at all."""
 MAX_RESAMPLES = 400_000
 """Maximum draws (a second or two, and 50 MB)."""
 BEYOND, BEYOND_SHARE = 25.0, 2.0
@@ -72,7 +71,6 @@ class Comparison:
     units: int
     """Independent clusters: captions, images, or single items."""
     resample: Callable[[], Bootstrap]
-    """Bootstrap distribution, for pooling with others."""
 
     @property
     def unit_spread(self) -> float:
@@ -290,7 +288,6 @@ class Bootstrap:
 
     difference: float
     error: float
-    """Standard error of `difference`."""
     moves: Floats
     """[draws]: each draw's mean minus the resampled mean."""
     errors: Floats
@@ -298,7 +295,6 @@ class Bootstrap:
 
     @cached_property
     def pivots(self) -> Floats:
-        """Sorted draws of (mean* - mean) / error*."""
         return np.sort(self.moves / self.errors)
 
     def p_above(self, value: float) -> float:

@@ -53,7 +53,6 @@ class Item:
     """One image with its text, its class or its question; `read` gives the encoded image."""
 
     id: str
-    """Digest of name and text."""
     text: str
     """The caption; the class label in a classification suite; the question in a VQA suite."""
     key: str
@@ -64,9 +63,7 @@ class Item:
     """Identifies the image: suites that ask different things about it embed it once."""
     read: Callable[[], bytes]
     answers: tuple[str, ...] = ()
-    """Reference answers of a question, the main one first."""
     concept: str = ""
-    """The object shown, in words; empty if unknown."""
 
     @property
     def sample_id(self) -> str:
@@ -114,7 +111,6 @@ def caption_clusters(items: Sequence[Item]) -> NDArray[np.int_]:
 
 
 def image_clusters(items: Sequence[Item]) -> NDArray[np.int_]:
-    """Cluster number of each item, by the content of its image."""
     numbers: NDArray[np.int_] = np.unique([digest12(item.read()) for item in items], return_inverse=True)[1]
     return numbers
 
@@ -132,13 +128,11 @@ def limited(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
 
 
 def in_order_of_draw(items: Iterable[Item], seed: int) -> list[Item]:
-    """Every distinct item once, in draw order."""
     unique = {item.id: item for item in items}.values()
     return sorted(unique, key=lambda item: (digest_json([seed, item.name]), item.id))
 
 
 def of_half(items: Iterable[Item], half: Half) -> list[Item]:
-    """The items of one half, by a hash of their concept."""
     if half == "all":
         return list(items)
     bit = 1 if half == "hidden" else 0
@@ -146,7 +140,6 @@ def of_half(items: Iterable[Item], half: Half) -> list[Item]:
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
-    """At most ``count`` items, evenly spaced."""
     return list(items[:: max(1, len(items) // max(count, 1))][:count])
 
 

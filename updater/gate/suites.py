@@ -39,7 +39,6 @@ MAX_ITEMS = 2000
 """Default limit, as the setting gate.max_items: 12 s a model at 6 ms an image."""
 BUILTIN = Path(__file__).parent / "suites"
 PROBE = 64
-"""Items for the engineering checks."""
 _NEEDED = {"classification": "class", "retrieval": "text", "vqa": "question and its answer"}
 
 Role = Literal["retention", "gain"]
@@ -57,7 +56,6 @@ VIEWS: dict[Task, tuple[str, ...]] = {
     "retrieval": ("image to text", "text to image"),
     "vqa": ("answer",),
 }
-"""Questions to one item."""
 
 
 class Suite(BaseModel):
@@ -125,16 +123,13 @@ class Suite(BaseModel):
 
     @property
     def views(self) -> tuple[str, ...]:
-        """Questions to one item: its class, its text by image and its image by text, or its question."""
         return VIEWS[self.task]
 
     @property
     def folder(self) -> Path:
-        """Data folder, with ${home} filled in."""
         return Path(self.data.replace("${home}", str(self._home or "."))).expanduser()
 
     def check_folder(self) -> None:
-        """Raise GateError if the data folder does not exist."""
         if not self.folder.is_dir():
             raise GateError(
                 f"suite {self.name}: its data folder {self.folder} does not exist.",
@@ -206,7 +201,6 @@ class Suite(BaseModel):
 
 
 def probe(suites: Sequence[Suite]) -> list[tuple[Suite, list[Item]]]:
-    """A few items of every suite, about PROBE in all."""
     share = max(2, PROBE // max(len(suites), 1))
     return [(suite, spread(suite.items(), share)) for suite in suites]
 

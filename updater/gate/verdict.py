@@ -43,9 +43,7 @@ class Regression:
 
     id: str
     text: str
-    """Caption, class or question."""
     view: str
-    """"class", "image to text", "text to image" or "answer"."""
     rank_before: int
     """0-based rank of the right answer; 0 is right. For a free answer 0 if it is right, 1 if not."""
     rank_after: int
@@ -54,7 +52,6 @@ class Regression:
     thumbnail: str
     """JPEG data URI, at most 96 px; empty if the image could not be read."""
     expected: str = ""
-    """Reference answers of a question."""
     sample: str = ""
     """ID in the sample store; empty for an item of a folder."""
     sample_before: str = ""
@@ -64,8 +61,6 @@ class Regression:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One quantity before and after, over one suite or several."""
-
     name: str
     """A metric, or the rank statistic."""
     before: float
@@ -80,17 +75,12 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class PooledGain:
-    """The test over all gain suites together; it decides whether there is a gain."""
-
     decision: Decision
     reason: str
     n: int
     units: int
-    """Independent captions, images or items."""
     strata: dict[str, int]
-    """Units of each suite: its weight in the mean."""
     statistic: Change
-    """The measure that must improve."""
     recall: Change
     """The metric that users see; a loss of `margin` must be excluded."""
     margin: float
@@ -98,18 +88,14 @@ class PooledGain:
     """Level of both tests: that of the look."""
     method: str
     spread: float
-    """Standard deviation of one unit's difference of the statistic."""
     recall_spread: float
 
     def summary(self) -> dict[str, Any]:
-        """The part that the ledger keeps."""
         return {name: value for name, value in asdict(self).items() if name not in ("reason", "n", "alpha", "method")}
 
 
 @dataclass(frozen=True, slots=True)
 class SuiteResult:
-    """The result of one suite."""
-
     name: str
     role: str
     task: str
@@ -118,7 +104,6 @@ class SuiteResult:
     half: str
     n: int
     units: int
-    """Independent captions, images or items; `min_items` counts these."""
     base: float
     before: float
     after: float
@@ -143,9 +128,7 @@ class SuiteResult:
     needed: int
     """Items expected to show non-inferiority if nothing had changed; 0 for gain suites."""
     chance: float = 0.0
-    """Score of guessing."""
     by_view: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Score before and after for each way of asking."""
     improved: int = 0
     """Answers that went from wrong to right; `worsened` vice versa."""
     worsened: int = 0
@@ -181,7 +164,6 @@ class CrossVersion:
     """Recall at `k` of texts in images, over retrieval suites, by the versions of both (see :mod:`.clip`)."""
 
     n: int
-    """Number of texts."""
     k: int
     old_old: float
     """The incumbent's texts in the incumbent's images: searches before the release."""
@@ -218,11 +200,9 @@ class TailBin:
     """Items of a suite whose concepts are about equally frequent in the training data."""
 
     name: str
-    """One of TAIL_BINS."""
     n: int
     units: int
     score: Interval
-    """By the suite's metric."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,11 +210,9 @@ class Tail:
     """Results of suites by how often their concepts were seen in training."""
 
     rows: int
-    """Training samples of the store."""
     counted: int
     """Training samples that were read; counts are scaled up if these are fewer."""
     suites: dict[str, tuple[TailBin, ...]]
-    """Bins with items by suite, the rarest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,12 +226,9 @@ class PairImage:
 
 @dataclass(frozen=True, slots=True)
 class ShownPair:
-    """A pair that the candidate does not tell apart."""
-
     first: PairImage
     second: PairImage
     image_similarity: float
-    """Cosine of both images by the base."""
     right_before: bool
 
 
@@ -288,10 +263,7 @@ class YesShare:
 
 @dataclass(frozen=True, slots=True)
 class TowerShift:
-    """Features of one tower on retention items."""
-
     n: int
-    """Images, or texts."""
     from_incumbent: float
     """Mean of 1 - cosine between the incumbent's and the candidate's features of an item."""
     from_base: float
@@ -305,7 +277,6 @@ class FeatureShift:
     """Movement of both towers' features in an update, and the gap between them."""
 
     towers: dict[str, TowerShift]
-    """"image" and "text"."""
     gap_before: float
     """Distance between the incumbent's mean image and mean text feature, 0 to 2."""
     gap_after: float
@@ -317,15 +288,12 @@ class Diagnostics:
 
     tail: Tail | None = None
     pairs: dict[str, PairAccuracy] = field(default_factory=dict)
-    """By retrieval suite."""
     yes: dict[str, YesShare] = field(default_factory=dict)
-    """By suite with yes/no questions."""
     shift: FeatureShift | None = None
     warnings: tuple[str, ...] = ()
     """For an operator; also about measurements that failed."""
 
     def summary(self) -> dict[str, Any]:
-        """The part that the ledger keeps: without the example pairs."""
         value = asdict(self)
         for pair in value["pairs"].values():
             del pair["shown"]
@@ -334,13 +302,10 @@ class Diagnostics:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The result of one gate run."""
-
     outcome: GateOutcome
     reasons: tuple[str, ...]
     candidate: str
     incumbent: str | None
-    """None is the base alone."""
     base: str
     suites: tuple[SuiteResult, ...]
     checks: tuple[Check, ...]

@@ -39,9 +39,7 @@ if TYPE_CHECKING:  # it brings the engines
 SPARE_TOKENS = 4
 """Room beyond the longest reference answer: a longer answer is cut, and is wrong either way."""
 KEEP_PIXELS = 256 * 1024 * 1024
-"""Bytes of decoded images per batch of questions."""
 GOLDEN = 6
-"""Answers whose log-probabilities are compared with the trainer's model."""
 LATENCY_BATCH = 8
 
 
@@ -58,8 +56,6 @@ class VlmAnswers:
 
 
 class VlmEvaluator:
-    """Evaluates the models in a VLM engine. See :class:`updater.gate.run.Evaluator`."""
-
     family: Family = "vlm"
 
     def __init__(self, vlm: SyncVlm, serve: Serve, *, cache: Path | None = None) -> None:
@@ -70,7 +66,6 @@ class VlmEvaluator:
         self.serve = serve
         self.cache = cache
         self.question_count = 0
-        """Questions that the engine has answered."""
         self._directories: dict[str, Path] = {}
         self._known_texts: dict[tuple[str | None, str, str, int], str] = {}
         self._room: dict[str, int] = {}
@@ -109,7 +104,6 @@ class VlmEvaluator:
         """Always None: a VLM has no vectors in the catalog."""
 
     def diagnostics(self, scores: Sequence[Scores], incumbent: str | None, candidate: str) -> Diagnostics:
-        """Shares of "yes" to yes/no questions."""
         shares: dict[str, YesShare] = {}
         for each in scores:
             answers = cast(tuple[VlmAnswers, ...], (each.base, each.before, each.after))
@@ -182,13 +176,11 @@ class VlmEvaluator:
         return [score for (score,) in self.vlm.scores(asks, [[answer] for answer in answers], adapter)]
 
     def _texts(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> list[str]:
-        """Answers in the order of the items; the engine is asked only for missing ones."""
         missing = [item for item in items if self._key(suite, item, adapter) not in self._known_texts]
         self._ask_all(suite, missing, adapter, label)
         return [self._known_texts[self._key(suite, item, adapter)] for item in items]
 
     def _ask_all(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> list[GenerationResult]:
-        """Ask the engine in portions, and cache the answers."""
         replies: list[GenerationResult] = []
         for some in self._portions(items):
             asks = [self._ask(item, self._tokens(suite)) for item in some]
@@ -201,7 +193,6 @@ class VlmEvaluator:
         return replies
 
     def _portions(self, items: Sequence[Item]) -> Iterator[list[Item]]:
-        """Portions whose decoded images fit into KEEP_PIXELS."""
         if not items:
             return
         size = max(math.prod(open_picture(item).size) * 3 for item in spread(items, 8))

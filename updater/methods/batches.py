@@ -21,7 +21,6 @@ class Batch(ABC):
     part: tuple[Part, ...]
 
     def rows(self, parts: Collection[Part]) -> list[int]:
-        """Numbers of the rows that came from one of ``parts``."""
         return [row for row, part in enumerate(self.part) if part in parts]
 
     def select(self, rows: list[int]) -> Self:
@@ -60,7 +59,6 @@ class AuxiliaryTexts:
     number: Tensor
 
     def select(self, rows: Sequence[int], size: int) -> AuxiliaryTexts:
-        """Texts of some rows of a batch of ``size``, renumbered, and those of no row."""
         place = torch.full((size + 1,), -2, device=self.row.device)
         place[torch.tensor(rows, device=place.device)] = torch.arange(len(rows), device=place.device)
         place[-1] = -1
@@ -89,7 +87,6 @@ class Features(Batch):
     texts: Mapping[str, AuxiliaryTexts] = field(default_factory=dict)
 
     def teacher_features(self, teacher_of: Callable[[Part], str | None]) -> TeacherFeatures:
-        """Features of each row by the teacher of its part."""
         names = [teacher_of(part) for part in self.part]
         image, text = self.image.detach(), self.text.detach()
         for name in dict.fromkeys(names):
@@ -165,7 +162,6 @@ class AnswerBatch(Batch):
         return self.logits.new_zeros(())
 
     def teacher_distributions(self, teacher_of: Callable[[Part], str | None]) -> Teacher:
-        """Distributions of each row by the teacher of its part."""
         names = [teacher_of(part) for part in self.part]
         teacher = self.teachers[names[0] or ""]
         for name in dict.fromkeys(names[1:]):
@@ -179,7 +175,6 @@ class AnswerBatch(Batch):
         return teacher
 
     def mean_over_rows(self, values: Tensor) -> Tensor:
-        """:func:`mean_over_rows` of values at the known answers' tokens."""
         return mean_over_rows(values, self.row, len(self.part))
 
     def _select(self, rows: list[int]) -> Self:
@@ -206,7 +201,6 @@ def mean_over_rows(values: Tensor, row: Tensor, rows: int) -> Tensor:
 
 
 def _own_of(own: OwnAnswers, place: Tensor) -> OwnAnswers:
-    """Answers of selected rows; ``place`` int [rows of the batch] is the new row, or -1."""
     index = (place[own.row] >= 0).nonzero().flatten()
     return OwnAnswers(own.logits[index], own.teacher[index], place[own.row[index]])
 

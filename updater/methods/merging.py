@@ -81,7 +81,6 @@ def merged(
 def remembered(
     merge: Merge, served: WeightDelta, trained: WeightDelta, start: WeightDelta, memory: Memory
 ) -> dict[str, Tensor]:
-    """The rule's memory including this update; empty for most rules."""
     rule = None if merge.rule == NONE else _rule(merge)
     return rule.remember(served, trained, start, memory) if isinstance(rule, RememberingRule) else {}
 

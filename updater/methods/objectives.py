@@ -42,7 +42,6 @@ class Objective(ABC, Generic[B]):
         return self.replay_teacher if part == "replay" and self.replay_teacher else self.teacher
 
     def teachers_of(self, part: Part) -> tuple[str, ...]:
-        """All teachers to compare rows from ``part`` with."""
         if self.replay_teacher is None:
             return self.teachers
         own = self.teacher_of(part)
@@ -90,7 +89,6 @@ class VlmObjective(Objective[AnswerBatch]):
 
 
 def known_teacher(name: str) -> str:
-    """Check the name of a fixed teacher. Raises TypeError, as for a wrong argument."""
     if name not in ("base", "incumbent"):
         raise TypeError(f"teacher is {name!r}, not one of base, incumbent")
     return name
@@ -262,7 +260,6 @@ def build(terms: Sequence[Term], family: Family) -> list[tuple[Term, Objective[A
 
 
 def values(objectives: Sequence[tuple[Term, Objective[Any]]], batch: Batch) -> list[tuple[Term, Tensor]]:
-    """Unweighted value of each term that has a weight and rows."""
     weighted = []
     for term, objective in objectives:
         rows = batch.rows(term.over)

@@ -101,7 +101,6 @@ def _cosine(schedule: Schedule, step: int, steps: int) -> float:
 
 
 def _endless(schedule: Schedule, step: int, first: bool) -> float:
-    """Rate without warm-up and anneal."""
     warm = schedule.warmup_steps
     if schedule.kind == "rsqrt":
         return schedule.peak * math.sqrt(max(warm, 1) / max(step + 1, warm, 1))

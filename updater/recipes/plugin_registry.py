@@ -64,7 +64,6 @@ class Methods(Generic[T]):
 
 
 def recipe_files(shipped: Path) -> dict[str, Path]:
-    """Recipe files by name: Ratchet's own, and those of installed packages."""
     ours = {path.stem: path for path in sorted(shipped.glob("*.yaml"))}
     theirs: dict[str, Path] = {}
     for point in _others("ratchet.recipes", frozenset()).values():
@@ -82,7 +81,6 @@ def recipe_files(shipped: Path) -> dict[str, Path]:
 
 @cache
 def _others(group: str, taken: frozenset[str]) -> dict[str, EntryPoint]:
-    """Entry points of installed packages, by name; taken names are skipped."""
     found: dict[str, EntryPoint] = {}
     for point in entry_points(group=group):
         if point.name in taken or point.name in found:

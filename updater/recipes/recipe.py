@@ -20,7 +20,6 @@ ALL_PARTS: tuple[Part, ...] = ("new", "reference", "replay")
 
 
 PLACE = "{}"
-"""Placeholder of a caption in a template."""
 Template = Annotated[str, StringConstraints(pattern=r"^[^{}]*\{\}[^{}]*$", max_length=200)]
 
 
@@ -31,8 +30,6 @@ class Section(BaseModel):
 
 
 class Tower(Section):
-    """The modules of one part of a model that learn."""
-
     locked: bool = Field(False, description="Nothing in this part learns; a CLIP tower keeps its embedding space.")
     blocks: int | None = Field(
         None, ge=0, description="Last blocks that learn (0: only what follows the blocks); all when unset."
@@ -41,15 +38,11 @@ class Tower(Section):
 
 
 class Adapter(Section):
-    """The kind of adapter in the layers that learn, by name."""
-
     kind: str = Field("lora", description="lora is PEFT's; others are listed in docs/recipes.md.")
     options: dict[str, float | int | str | bool] = Field(default_factory=dict)
 
 
 class Optimizer(Section):
-    """The optimizer, by name: see ``updater/methods/optimizers.py``."""
-
     kind: str = "adamw"
     options: dict[str, float | int | str | bool] = Field(default_factory=dict)
 

@@ -60,10 +60,8 @@ class UpgradePlan:
     store_version: int
     data_to: Mapping[str, int]
     samples: int
-    """In the training split, before ``data_to``."""
     seed: int
     gflops: float
-    """MAF-GFLOPs."""
     training: Estimate
     embedded: int
     """Samples of the store that the catalog embeds again in the new image space."""
@@ -251,8 +249,6 @@ def cancel_upgrade(settings: Settings, name: str) -> UpdateRow:
 
 @dataclass(frozen=True)
 class Switch:
-    """A release that would change the base."""
-
     live: ReleaseRow
     live_base: str
     base: ClipBase

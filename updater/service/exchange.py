@@ -32,13 +32,10 @@ from updater.step.learner import Base
 
 CARD: Final = "README.md"
 RELEASES: Final = 1000
-"""Releases to search for the adapter."""
 
 
 @dataclass(frozen=True)
 class Import:
-    """An imported adapter's update, and whether the ledger already had one of this adapter."""
-
     update: UpdateRow
     known: bool
 
@@ -99,7 +96,6 @@ def import_adapter(settings: Settings, directory: Path, *, actor: str, base: str
 
 
 def _bring_back(ledger: Ledger, artifacts: Artifacts, name: str, directory: Path, actor: str) -> None:
-    """Store the files of a known adapter again after garbage collection."""
     row, digest = ledger.adapter(name), directory_digest(directory)
     if row.digest not in (None, digest):
         raise AdapterError(f"{name} has other files than the one in the ledger.", "Restore it from a backup.")
@@ -136,7 +132,6 @@ def gate_import(settings: Settings, imported: Import) -> tuple[UpdateRow, Verdic
 
 
 def _base_of(settings: Settings, directory: Path, name: str | None) -> tuple[Family, Base]:
-    """The base in the settings that an adapter belongs to, by its digest or by name."""
     if not directory.is_dir():
         raise AdapterError(f"{directory} is no directory.", "Name the directory that PEFT's `save_pretrained` wrote.")
     about = named(directory)

@@ -174,7 +174,6 @@ def update_suites(
 
 
 def tuned_on(suites: Sequence[Suite], min_items: int) -> list[Suite]:
-    """Suites that a search may use: those with enough items in both halves."""
     return [suite for suite in suites if suite.divisible(min_items)]
 
 

@@ -28,14 +28,12 @@ from updater.service import triggers
 from updater.service.triggers import FreshItems, Learned
 
 VERDICTS = 500
-"""Verdicts to search for the last one with each outcome."""
 
 
 @dataclass(frozen=True)
 class LearningState:
     fresh: FreshItems
     plan: AnalysisPlan
-    """Of the kept candidate, or of the next one."""
     alpha: float
     """``gate.alpha``: for the gains of all candidates until the next release, and for the losses of each."""
     lacks: str = ""
@@ -67,7 +65,6 @@ class LearningState:
 
 
 def learning_states(settings: Settings, ledger: Ledger, store: SampleStore) -> dict[Family, LearningState]:
-    """States of each family that has a base."""
     families: list[Family] = ["clip"]
     if settings.base.vlm and settings.base.vlm in list_bases(settings.home, "vlm"):
         families.append("vlm")
@@ -120,8 +117,6 @@ def check_suites(settings: Settings, family: Family, *, learned: bool = False, r
 
 
 class LedgerMetrics:
-    """Exports metrics from the ledger when it has changed."""
-
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self._exported: tuple[Any, ...] = ()
@@ -145,7 +140,6 @@ class LedgerMetrics:
 
 
 def export_budget(settings: Settings, ledger: Ledger) -> None:
-    """Export the level of the bucket, and the share that the next update takes from it."""
     rate, capacity = triggers.bucket(settings)
     level = ledger.bucket_level(time.time(), rate, capacity)
     metrics.update.budget(level, capacity, triggers.planned_gflops(settings))

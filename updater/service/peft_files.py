@@ -42,7 +42,6 @@ from updater.adapters.model import plain_name
 
 Shapes = Mapping[str, tuple[int, ...]]
 NAMED: Final = 10
-"""Maximum names in an error; the rest are counted."""
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _OUR_TARGETS = re.compile(r"\(\?:[\w\\.|-]*\)")
 """Targets as the trainer writes them: alternatives of escaped names. No other expression from outside is kept."""
@@ -139,7 +138,6 @@ def _checked_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _base_shapes(base: ClipBase | VlmBase) -> tuple[Shapes, Shapes]:
-    """Shapes of the weights of layers that can carry LoRA, and of parameters that may be replaced as a whole."""
     if isinstance(base, VlmBase):
         return dict(linear_shapes(base)), {}
     model = base.build_model()
@@ -227,7 +225,6 @@ def _check_shape(key: str, side: str, shape: tuple[int, ...], weight: tuple[int,
 
 
 def _plain(files: AdapterFiles) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The same ΔW as LoRA with one rank and scale 1."""
     layers = lora_layers(files)
     rank = max(a.shape[0] for a, _, _ in layers.values())
     tensors = {key: tensor for key, tensor in files.tensors.items() if not _module(key)[1]}

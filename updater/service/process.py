@@ -18,7 +18,6 @@ from core.priority import nice_process, nice_session
 from core.progress import say
 
 QUIET_SECONDS = 60.0
-"""Interval at which the reason for waiting is repeated."""
 ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
@@ -87,7 +86,6 @@ class StopSignal:
         self._training = False
 
     def install(self) -> None:
-        """Install the handler for both signals."""
         signal.signal(signal.SIGTERM, self._handle)
         signal.signal(signal.SIGINT, self._handle)
 

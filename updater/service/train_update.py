@@ -148,7 +148,6 @@ def train_update(
 def _with_heads(
     settings: Settings, store: SampleStore, update: UpdateRow, base: Base, result: TrainResult, work: Path
 ) -> TrainResult:
-    """The candidate with the heads of the settings, learned in its own image space."""
     wanted = settings.updater.heads
     if not wanted or not isinstance(base, ClipBase):
         return result

@@ -52,7 +52,6 @@ class Learned:
     """The part of the store that a model has learned."""
 
     updates: list[UpdateRow]
-    """Of its family, newest first."""
     incumbent: str | None
     """Adapter that updates begin from and are compared with (during a canary, the stable one); None is the base."""
     data_from: dict[str, int]
@@ -70,21 +69,15 @@ class Learned:
 
 @dataclass(frozen=True)
 class KeptCandidate:
-    """An inconclusive candidate that will be asked again."""
-
     update: UpdateRow
-    """Its newest look."""
     verdict: VerdictRow
     next_items: int
     """Fresh items at which that is due."""
     needed: int
-    """Fresh items of the last look."""
     seen: int
-    """Fresh items of the newest look."""
 
     @property
     def next_id(self) -> str:
-        """ID of the update for the next look."""
         first, number = split_id(self.update.id)
         return f"{first}-look-{number + 1}"
 
@@ -134,8 +127,6 @@ class Reevaluate:
 
 @dataclass(frozen=True)
 class Waiting:
-    """Nothing to do yet, and why."""
-
     reason: str
 
 
@@ -249,7 +240,6 @@ def bucket(settings: Settings) -> tuple[float, float]:
 
 
 def affordability(settings: Settings, family: Family, needed: float) -> dict[str, Any]:
-    """Cost entry of an update whose budget did not pay for one step: none like it begins again."""
     return {NEEDED: needed, "base": _base_name(settings, family)}
 
 
@@ -300,7 +290,6 @@ def _units(
     max_items: int,
     halved: bool,
 ) -> int:
-    """Independent items of the fresh suites that the gate would make."""
     held_out = HeldOut(store, version, HAVING[family])
     rows = held_out.rows(TEXT_COLUMNS, dict(data_from))
     suites = fresh_suites(rows, held_out, family=family, min_items=min_items, limit=max_items)

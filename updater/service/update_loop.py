@@ -61,15 +61,12 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 3
 """An update fails after this many errors outside Ratchet, or process deaths at one place."""
 POLL_SECONDS = 5.0
-"""Interval of checking the triggers."""
 RETRY_SECONDS = 30.0
-"""After an error of storage or suites."""
 LATENCY_RATIO = 1.25
 """The trainer backs off while a route takes this multiple of its earlier time: less is within the usual variation."""
 LEAST_DUTY_CYCLE = 0.25
 """Minimum share of time while requests take longer: with less an update would take hours."""
 ASK_SECONDS = 5.0
-"""Interval of checking whether an operator has ended the update in training."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +247,6 @@ class UpdaterService:
         return update
 
     def _reevaluate(self, due: Reevaluate) -> UpdateRow:
-        """Record the next look at an inconclusive candidate."""
         last = due.candidate.update
         update = self.ledger.begin_update(
             due.candidate.next_id,
@@ -269,7 +265,6 @@ class UpdaterService:
         return update
 
     def _finish(self, update: UpdateRow, family: Family) -> UpdateRow:
-        """Continue an update to its end."""
         work, upgrade = self.work_dir(update), self.ledger.base_upgrade(update.id)
         try:
             self._count_death(update)
@@ -372,7 +367,6 @@ class UpdaterService:
         self.ledger.advance_update(update.id, cost={BEGAN: {"died": deaths, "place": place}})
 
     def _place(self, update: UpdateRow) -> str:
-        """Identifies the progress of an update: its state, its last checkpoint, and prepared shards."""
         work = self.work_dir(update)
         checkpoint = work / CHECKPOINT
         saved = checkpoint.stat().st_mtime_ns if checkpoint.is_file() else 0

@@ -73,7 +73,6 @@ class Precomputed:
     room: float = math.inf
     """Bytes on disk for one example; boundaries of frozen blocks that need more are computed at each step."""
     threads: int = 1
-    """For decoding images."""
 
 
 class Learner(ABC, Generic[E]):
@@ -92,7 +91,6 @@ class Learner(ABC, Generic[E]):
             regularizer.begin(self.parameters)
         weighted = [(term, objective) for term, objective in self.objectives if term.weight > 0]
         self.teacher_parts: dict[str, set[Part]] = {}
-        """By teacher, the pools whose examples it is asked about."""
         for term, objective in weighted:
             for part in term.over:
                 for name in objective.teachers_of(part):
@@ -127,14 +125,12 @@ class Learner(ABC, Generic[E]):
         self.team = self.passes.team = team
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Parameters by the factor on their learning rate."""
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.parameters.items():
             groups.setdefault(self.rate_of(name), []).append(parameter)
         return [{"params": parameters, "factor": factor} for factor, parameters in groups.items()]
 
     def rate_of(self, parameter: str) -> float:
-        """The recipe's factor on the learning rate of a parameter."""
         return 1.0
 
     def prepare(
@@ -243,7 +239,6 @@ class Learner(ABC, Generic[E]):
                 term.load_state({key: value.to(self.model.device) for key, value in own.items()})
 
     def _terms(self) -> list[tuple[str, Objective[Any] | Regularizer]]:
-        """Objectives and regularizers with the prefixes of their tensors."""
         return [
             *((f"objective.{term.name}.", objective) for term, objective in self.objectives),
             *((f"regularizer.{term.name}.", regularizer) for term, regularizer in self.regularizers),
@@ -347,11 +342,9 @@ class Learner(ABC, Generic[E]):
         return result
 
     def texts_gflops(self) -> float:
-        """GFLOPs of preparing the texts that are in every batch."""
         return 0.0
 
     def row_bytes(self) -> float:
-        """Mean disk space per example so far."""
         count = sum(len(self.shards.layout[number].rows) for number in self.shards.sizes)
         return sum(self.shards.sizes.values()) / count
 

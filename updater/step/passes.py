@@ -31,7 +31,6 @@ from updater.recipes import Part, Recipe, TrainPrecision
 
 T = TypeVar("T")
 ONE_FILE_SYSTEM: Final = "Processes that train one update need one file system for home."
-"""Fix for files that one process wrote and another does not see."""
 NEW: tuple[Part, ...] = ("new",)
 Run = Callable[[Sequence[int]], Tensor]
 """Outputs of some rows, [n, ...], in the order of the rows; a row may have several."""
@@ -68,7 +67,6 @@ class Team:
     size = 1
 
     def share(self, rows: Sequence[T]) -> Sequence[T]:
-        """This process's part of some rows: consecutive ones."""
         return rows[len(rows) * self.rank // self.size : len(rows) * (self.rank + 1) // self.size]
 
     def join(self, own: Tensor) -> tuple[Tensor, int]:
@@ -139,9 +137,7 @@ class TorchTeam(Team):
 @dataclass(frozen=True)
 class _Pass:
     run: Callable[[], Tensor]
-    """Outputs of some rows, with a graph."""
     output: Tensor
-    """Outputs of all rows."""
     first: int
     """Index of these rows in ``output``."""
 
@@ -188,7 +184,6 @@ class CachedPasses:
         return output.view_as(output)  # a view: saved leaf tensors would count as parameters
 
     def drop(self) -> None:
-        """Drop passes whose loss had no backward pass."""
         self._open.clear()
 
     def backward(self, after: Callable[[], None] = lambda: None) -> None:

@@ -76,8 +76,6 @@ def spans(groups: Sequence[str], sizes: Mapping[str, int], most: int) -> list[Sp
 
 @dataclass(frozen=True)
 class Fetched:
-    """Inputs of a shard's rows."""
-
     values: Any = None
     left_out: Mapping[int, str] = field(default_factory=dict)
     """Reasons by row that cannot be prepared; its value is a stand-in."""
@@ -114,11 +112,9 @@ class Shards:
         self.gflops: dict[int, float] = {}
         """GFLOPs of each existing shard, by its number."""
         self.sizes: dict[int, int] = {}
-        """Bytes of each."""
         self.left_out: dict[int, str] = {}
         """Reasons by row of existing shards that cannot be prepared; it has values of a stand-in."""
         self._costs: dict[str, Costs] = defaultdict(Costs)
-        """By group."""
         self._place = [number for number, span in enumerate(layout) for _ in span.rows]
         self._ahead: dict[int, Future[Any]] = {}
         self._reader: ThreadPoolExecutor | None = None
@@ -176,7 +172,6 @@ class Shards:
         return sum(self.gflops[number] for number in numbers) / count if count else 0.0
 
     def names(self, row: int) -> set[str]:
-        """Names of the values of a ready row."""
         with safe_open(self._path(self._place[row]), framework="pt") as file:
             return {_OF_ONE_ROW.sub("", key) for key in file.keys()}  # noqa: SIM118 - no iterator
 

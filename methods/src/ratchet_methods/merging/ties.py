@@ -60,7 +60,6 @@ class Ties(RememberingRule):
 
 
 def _elected(memory: Memory, name: str) -> Tensor:
-    """Mean of the sign with the larger sum."""
     up, down = (memory[f"{name}/{side}/sum"].double() for side in SIDES)
     counts = [memory[f"{name}/{side}/count"].clamp_min(1) for side in SIDES]
     return torch.where(up >= down, up / counts[0], -down / counts[1])

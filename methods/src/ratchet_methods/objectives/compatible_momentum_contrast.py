@@ -47,7 +47,6 @@ class CompatibleMomentumContrast(ClipObjective):
         return 0.5 * (image + text)
 
     def stepped(self, batch: Features) -> None:
-        """Add the momentum model's features of the step to the queue; the oldest leave it."""
         keys, caption = self._keys(batch)
         self.queue = TeacherFeatures(keys.image[: self.size], keys.text[: self.size])
         self.caption = caption[: self.size]

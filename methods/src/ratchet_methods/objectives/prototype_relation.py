@@ -48,7 +48,6 @@ class PrototypeRelation(ClipObjective):
         self.before = dict(self.prototypes.means)
 
     def __call__(self, batch: Features) -> Tensor:
-        """In nats."""
         common = [concept for concept in self.before if concept in self.prototypes.means]
         if not common:
             return batch.zero()

@@ -40,7 +40,6 @@ class Prototypes:
         self._named = captions
 
     def begin(self, labels: Sequence[str]) -> None:
-        """Set the words behind the label numbers of an update."""
         self._labels = [caption_number(label) for label in labels]
         self._named = self.captions or not labels
 

@@ -66,6 +66,5 @@ def random_texts(count: int, length: int, seed: int) -> list[str]:
 
 @cache
 def _words() -> list[str]:
-    """CLIP's word-final tokens of lower-case ASCII letters only."""
     tokens = (token.removesuffix("</w>") for token in SimpleTokenizer().encoder if token.endswith("</w>"))
     return [word for word in tokens if word.isascii() and word.isalpha()]

@@ -70,7 +70,6 @@ class GaLore(torch.optim.Optimizer):
         return parameter.dim() > 1 and min(parameter.flatten(1).shape) > self.rank
 
     def state_bytes(self, parameter: Tensor) -> int:
-        """Bytes of the moments and projector of a parameter."""
         if not self._projects(parameter):
             return 2 * parameter.numel() * parameter.element_size()
         short, long = sorted(parameter.flatten(1).shape)

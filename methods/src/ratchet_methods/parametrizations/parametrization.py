@@ -72,7 +72,6 @@ def matrix(weight: Tensor) -> Tensor:
 
 
 def normal(shape: tuple[int, ...], std: float, generator: torch.Generator, like: Tensor) -> nn.Parameter:
-    """Parameter drawn from N(0, std²)."""
     return nn.Parameter((torch.randn(shape, generator=generator) * std).to(like.device, like.dtype))
 
 
@@ -170,7 +169,6 @@ class WeightModel(AdapterModel):
         return original.detach()
 
     def _layer(self, parameter: str) -> str:
-        """Layer of a parameter, in PEFT's spelling."""
         layer = parameter.rpartition(".")[0]
         owner, _, last = layer.rpartition(".")
         inside = last == "out_proj" and isinstance(self._modules.get(owner), nn.MultiheadAttention)
@@ -215,8 +213,6 @@ class WeightModel(AdapterModel):
 
 
 class _Switch(nn.Module):
-    """Parametrization that can be switched off."""
-
     def __init__(self, parametrization: Parametrization) -> None:
         super().__init__()
         self.parametrization = parametrization
@@ -262,7 +258,6 @@ def chosen_parameters(base: ClipBase, model: nn.Module, recipe: Recipe, selects:
 
 
 def _weights(layer: str, module: nn.Module) -> list[str]:
-    """Parameters of a layer that LoRA would change."""
     if isinstance(module, nn.MultiheadAttention):
         return [f"{layer}.in_proj_weight", f"{layer}.out_proj.weight"]
     return [f"{layer}.weight"]
