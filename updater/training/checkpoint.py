@@ -35,22 +35,17 @@ class Progress:
 
     run: str
     step: int
-    """Steps done."""
     steps: int
-    """Steps planned."""
     seconds: float
     """Wall-clock seconds spent in training, over all attempts."""
     truncated: bool = False
-    """True if the wall-clock bound ended it."""
     budget_spent: bool = False
     """True if the next step might have exceeded the budget."""
     losses: dict[str, list[float]] = field(default_factory=dict)
     gflops: list[float] = field(default_factory=list)
     """GFLOPs of each step, of all processes."""
     known: list[list[Any]] = field(default_factory=list)
-    """Costs of steps by size, see :meth:`updater.budget.bound.Costs.to_json`."""
     excess: float = 1.0
-    """See :attr:`updater.budget.bound.Costs.excess`."""
     prepared: float = 0.0
     """GFLOPs of preparation when the budget stopped it, including that for the step not taken."""
     broken_off: float = 0.0
@@ -86,7 +81,6 @@ def load_checkpoint(directory: Path, run: str) -> tuple[dict[str, Tensor], Progr
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically."""
     replace_file(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
@@ -144,7 +138,6 @@ class CarryOver:
         return digest_tensors(self.tensors) if self.tensors else ""
 
     def write(self, directory: Path) -> Path | None:
-        """Write it and return the directory; None if there is nothing to write."""
         if not self.tensors:
             return None
         with replacing(directory / CARRY_OVER) as staging:

@@ -115,11 +115,9 @@ class _SavedBytes:
         self._excluded: dict[int, Tensor] = {}  # held, since a freed storage's address may be used again
 
     def exclude(self, tensor: Tensor) -> None:
-        """Do not count this tensor's storage."""
         self._excluded[_address(tensor)] = tensor.detach()
 
     def pack(self, tensor: Tensor) -> Tensor | _Saved:
-        """Hook for saved tensors."""
         parameter = isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)
         return tensor if parameter or _address(tensor) in self._excluded else _Saved(tensor, self)
 
@@ -136,8 +134,6 @@ class _SavedBytes:
 
 
 class _Saved:
-    """A saved tensor, which autograd releases after its node's backward pass."""
-
     def __init__(self, tensor: Tensor, saved_bytes: _SavedBytes) -> None:
         self.tensor, self._saved_bytes = tensor, saved_bytes
         saved_bytes.add(tensor)

@@ -27,7 +27,6 @@ from updater.training.measure import measure
 from updater.training.result import Limits
 
 PREPARED = "prepared"
-"""Folder of shards, in an update's work folder."""
 MEASURED = 100
 """Batches whose mean length is used for the cost of a step."""
 
@@ -40,7 +39,6 @@ class Visits:
     batches: BatchPlan
 
     def rows(self, step: int) -> list[int]:
-        """Indices of a batch's examples among those of all pools."""
         return self.pools.rows(self.batches.batch(step))
 
     def seen(self, steps: int) -> list[int]:
@@ -62,7 +60,6 @@ class TrainingPlan:
     steps: int
     precomputed: Precomputed
     measured: Visits
-    """Visits of the first :data:`MEASURED` steps."""
     whole: BatchPlan
     """The batches as if the model could learn from all drawn examples, in every view."""
 
@@ -72,7 +69,6 @@ class Planner:
     learner: AnyLearner
     recipe: Recipe
     source: Pools
-    """All examples that may be visited."""
     seed: int
     limits: Limits
     work_dir: Path
@@ -166,7 +162,6 @@ class Planner:
 
 
 def nothing_usable(left_out: Mapping[str, str]) -> TrainingError:
-    """Error of an update without a usable sample. ``left_out``: reasons by ID."""
     name, why = next(iter(left_out.items()))
     return TrainingError(
         f"of {len(left_out)} samples none can be prepared; {name}: {why}.",

@@ -43,35 +43,27 @@ class TrainResult:
     """Every term at every step, unweighted, and ``loss``, their weighted sum."""
     cost: dict[str, Any]
     samples: dict[Part, int]
-    """Examples of each pool that the planned steps visit; each view counts."""
     pending: int
-    """All new samples, of which some were drawn."""
     visited: int
     """New samples that were in a batch; the others were passed over."""
     left_out: dict[str, str]
     """Reasons by ID, of visited samples that could not be prepared."""
     carry_over: Path | None = None
-    """Directory with the state for the next update from this adapter, if any."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimate of a training run, from one measured batch."""
-
     steps: int
-    """Paid for by the budget, up to the recipe's maximum."""
     gflops: float
     """Memory-adjusted GFLOPs of these steps and their preparation."""
     seconds: float
     """On this machine at its current load, without pauses."""
     visited: int
-    """New samples that these steps visit."""
     sample_gflops: float
     """Forward pass of one sample through the whole model."""
 
 
 def cost_of(result: TrainResult) -> dict[str, Any]:
-    """Cost of a training run, as recorded in the ledger and the report."""
     return {
         "gflops_planned": result.maf_planned,
         "gflops_spent": result.maf,

@@ -43,11 +43,9 @@ class Job:
     recipe: Recipe
     pools: Pools
     incumbent: Path | None
-    """Adapter directory to start from; None starts from the base."""
     seed: int
     limits: Limits
     work_dir: Path
-    """For checkpoints and measured costs."""
     carry_over: Path | None = None
     """State from the update that made the incumbent."""
     device: str | None = None
@@ -55,14 +53,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Hooks:
-    """Callbacks between steps."""
-
     stop: Callable[[], bool] = lambda: False
     """True ends in a checkpoint and :class:`Stopped`."""
     duty_cycle: Callable[[], float] = lambda: 1.0
-    """Share of ``limits.duty_cycle`` that may currently be used."""
     report: Callable[[str], None] = lambda line: None
-    """Called after each step."""
 
 
 NO_HOOKS: Final = Hooks()
@@ -99,7 +93,6 @@ class Trainer:
         self.learner.close()
 
     def train(self, out_dir: Path, scored: Scored | None) -> TrainResult:
-        """Plan and take the steps, merge, and write the adapter."""
         learner = self.learner
         # Share of the incumbent's ΔW that the recipe's rank can hold.
         kept = kept_share(self.served, self.recipe.rank) if isinstance(learner.model, LoraModel) else 1.0
@@ -238,7 +231,6 @@ class Trainer:
         return loss, terms
 
     def plan(self) -> TrainingPlan:
-        """Measure a step, and plan as many as the budget pays for."""
         return self.planner.plan(self.run, self._between)
 
     def estimate(self) -> Estimate:
@@ -320,7 +312,6 @@ class Trainer:
             save_checkpoint(self.job.work_dir, self.learner.state(), progress)
 
     def _left_out(self, visits: Visits, steps: int) -> dict[str, str]:
-        """Reasons by ID of the visited examples that could not be used."""
         left_out = self.learner.shards.left_out
         return {visits.pools.examples[row].id: left_out[row] for row in visits.seen(steps) if row in left_out}
 

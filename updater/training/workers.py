@@ -28,13 +28,9 @@ from updater.step.passes import Team, TorchTeam
 from updater.training.checkpoint import read_json, write_json
 
 CONTROL: Final = "control.json"
-"""Written by the updater."""
 PROGRESS: Final = "progress.txt"
-"""Written by the first worker."""
 LOOK_SECONDS: Final = 0.5
-"""Polling interval."""
 REPORT_SECONDS: Final = 10.0
-"""Interval of progress lines."""
 STOP_SECONDS: Final = 60.0
 """Time for workers to finish a step; unsaved work is repeated."""
 ATTEMPTS: Final = 5
@@ -47,8 +43,6 @@ class Stopped(Exception):
 
 
 class Control:
-    """Messages between the updater and its workers."""
-
     def __init__(self, work_dir: Path) -> None:
         self._path = work_dir / CONTROL
         self._progress = work_dir / PROGRESS
@@ -64,7 +58,6 @@ class Control:
         return bool(self._read().get("stop", False))
 
     def duty_cycle(self) -> float:
-        """Share of the time that may be used."""
         return float(self._read().get("duty_cycle", 1.0))
 
     def report(self, line: str) -> None:
@@ -73,7 +66,6 @@ class Control:
             staging.write_text(line)
 
     def reported(self) -> str:
-        """The last report; empty before the first."""
         with suppress(FileNotFoundError):
             return self._progress.read_text()
         return ""
@@ -196,7 +188,6 @@ def _work(config: dict[str, Any]) -> None:
 
 
 def _raised_by_worker(error: BaseException) -> RatchetError | None:
-    """The Ratchet error that a worker raised, if any."""
     for failure in getattr(error, "worker_failures", {}).values():
         each: BaseException | None = failure
         while each is not None:
