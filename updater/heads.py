@@ -1,7 +1,5 @@
-"""Heads of a candidate, learned from the labelled samples of the store in the candidate's own image space.
-
-A head has class means and a covariance shared by all classes, calibrated on held-out folds.
-"""
+"""Heads of a candidate, learned from the labelled samples of the store in the candidate's own image space. A head has
+class means and a covariance shared by all classes, calibrated on held-out folds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""Adapter kinds: what learns in the layers of a CLIP.
-
-The shipped recipes use LoRA; packages can add kinds (:mod:`updater.recipes.plugin_registry`).
-"""
+"""Adapter kinds: what learns in the layers of a CLIP. The shipped recipes use LoRA; packages can add kinds
+(:mod:`updater.recipes.plugin_registry`)."""
 
 from __future__ import annotations
 

@@ -60,10 +60,8 @@ def delta_of(files: AdapterFiles, base: ClipBase | VlmBase) -> dict[str, LowRank
 
 
 class LoraModel(AdapterModel):
-    """A base with LoRA layers on ``trained`` modules, and frozen ones on the incumbent's other layers.
-
-    The same module is the teacher: :meth:`base` switches the adapter off.
-    """
+    """A base with LoRA layers on ``trained`` modules, and frozen ones on the incumbent's other layers. The same module
+    is the teacher: :meth:`base` switches the adapter off."""
 
     def __init__(
         self,
@@ -148,9 +146,7 @@ class LoraModel(AdapterModel):
 
     def restore(self) -> None:
         """Undo rounding in attention weights, where PEFT adds and subtracts ΔW at every pass so that W drifts.
-
-        Otherwise a resumed run, which starts from the exact W, would end differently from an uninterrupted one.
-        """
+        Otherwise a resumed run, which starts from the exact W, would end differently from an uninterrupted one."""
         with torch.no_grad():
             for layer, in_proj, out_proj in self._attention:
                 attention = layer.get_base_layer()
@@ -198,10 +194,8 @@ class LoraModel(AdapterModel):
 
 
 def trainer_encoder(base: ClipBase, directory: Path) -> Callable[[NDArray[np.uint8], list[str]], tuple[Any, Any]]:
-    """Encode as the trainer does, with PEFT's unmerged layers, for comparison with the server's vectors.
-
-    The returned function takes uint8 [n, S, S, 3] and texts; it returns two float32 arrays [n, dim] of unit length.
-    """
+    """Encode as the trainer does, with PEFT's unmerged layers, for comparison with the server's vectors. The returned
+    function takes uint8 [n, S, S, 3] and texts; it returns two float32 arrays [n, dim] of unit length."""
     files = read_adapter(directory)
     delta = delta_of(files, base)
     model = LoraModel(base, (), files.config["r"], files.config["lora_alpha"], delta, seed=0)

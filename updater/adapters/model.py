@@ -125,11 +125,9 @@ def write_delta(
     config: Mapping[str, Any],
     unchanged: WeightDelta,
 ) -> str:
-    """Write a delta as an adapter directory, factors compressed to the rank; returns the adapter's name.
-
-    Parts in ``unchanged`` with the same rank are written bit by bit: a locked tower keeps its embedding space, and with
-    it every search index.
-    """
+    """Write a delta as an adapter directory, factors compressed to the rank; returns the adapter's name. Parts in
+    ``unchanged`` with the same rank are written bit by bit: a locked tower keeps its embedding space, and with it every
+    search index."""
     model = frozen.build_model()
     scale = alpha / rank
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}

@@ -43,10 +43,8 @@ def clip_layers(base: ClipBase, model: nn.Module, recipe: Recipe) -> list[str]:
 
 
 def first_touched(names: Iterable[str], model: nn.Module, which: Which) -> int:
-    """First block that contains any of ``names``; the blocks below it form the prefix.
-
-    Layers of the tower outside the blocks come after them, except stems, which give 0.
-    """
+    """First block that contains any of ``names``; the blocks below it form the prefix. Layers of the tower outside the
+    blocks come after them, except stems, which give 0."""
     blocks, count = tower_blocks(model, which)
     own = [name for name in names if tower_of(name) == which]
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
@@ -90,8 +88,7 @@ def late_layers(names: Sequence[str], part: str, tower: Tower, blocks: str, coun
         blocks: name of the part's list of blocks; empty without a known one.
         count: number of blocks in it.
 
-    Raises:
-        ConfigError: the recipe counts blocks, and the part has no list of them.
+    Raises ConfigError: the recipe counts blocks, and the part has no list of them.
     """
     if tower.locked:
         return []

@@ -1,7 +1,5 @@
-"""Algebra of deltas: sums and compression of ΔW, for low-rank ones without ever forming ΔW.
-
-All computation is float64: a merge repeated over hundreds of updates must not lose digits.
-"""
+"""Algebra of deltas: sums and compression of ΔW, for low-rank ones without ever forming ΔW. All computation is float64:
+a merge repeated over hundreds of updates must not lose digits."""
 
 from __future__ import annotations
 
@@ -97,11 +95,9 @@ def _squared_norm(factor: LowRank) -> float:
 
 
 def compress(factor: LowRank, rank: int) -> LowRank:
-    """Best approximation of rank ``rank`` (Eckart-Young), as factors of exactly that rank.
-
-    Uses QR of both factors and an SVD of their small [r, r] core, so the cost does not grow with the layer. The
-    singular values are split evenly between both factors; a lower true rank is padded with zeros.
-    """
+    """Best approximation of rank ``rank`` (Eckart-Young), as factors of exactly that rank. Uses QR of both factors and
+    an SVD of their small [r, r] core, so the cost does not grow with the layer. The singular values are split evenly
+    between both factors; a lower true rank is padded with zeros."""
     q_out, r_out = torch.linalg.qr(factor.b)
     q_in, r_in = torch.linalg.qr(factor.a.T)
     u, s, vt = torch.linalg.svd(r_out @ r_in.T)

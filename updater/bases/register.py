@@ -46,10 +46,8 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 def add_base(home: Path | str, name: str, model: str, weights: Path | None = None) -> ClipBase:
     """Register an open_clip model as base ``name`` and return it; registering the same content again is fine.
-
     ``weights`` is a safetensors file of the whole model; required for built-in model names, otherwise it replaces the
-    weights of the hub or folder. Raises :class:`BaseModelError`.
-    """
+    weights of the hub or folder. Raises :class:`BaseModelError`."""
     if weights is not None:
         check_safetensors(Path(weights))
     with tempfile.TemporaryDirectory(prefix="ratchet-base-") as temporary:
@@ -123,10 +121,8 @@ def _locate(model: str, weights: Path | None) -> tuple[dict[str, Any], Path, str
 
 
 def _published_preprocess(model: str) -> dict[str, Any]:
-    """Most common preprocessing (mean, deviation, geometry) of the architecture's published checkpoints.
-
-    A weights file does not say how its images were normalised; if checkpoints differ, the choice is reported.
-    """
+    """Most common preprocessing (mean, deviation, geometry) of the architecture's published checkpoints. A weights file
+    does not say how its images were normalised; if checkpoints differ, the choice is reported."""
     fields = ("mean", "std", "interpolation", "resize_mode")
     published = Counter(
         json.dumps({key: config.get(key) for key in fields})
@@ -237,11 +233,9 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
 
 
 def add_vlm(home: Path | str, name: str, source: Path | str) -> VlmBase:
-    """Register a Hugging Face VLM as base ``name`` and return it; registering the same content again is fine.
-
-    Raises :class:`BaseModelError`: no such folder or repository, only pickled weights, custom code, weights that are
-    not finite, or another base of this name.
-    """
+    """Register a Hugging Face VLM as base ``name`` and return it; registering the same content again is fine. Raises
+    :class:`BaseModelError`: no such folder or repository, only pickled weights, custom code, weights that are not
+    finite, or another base of this name."""
     text = str(source)
     folder = Path(text)
     if text.startswith(HUB):
@@ -281,11 +275,8 @@ def push_base(home: Path, name: str, artifacts: Artifacts) -> None:
 
 
 def pull_base(home: Path, name: str, url: str) -> Path:
-    """Fetch a base from the artifacts into ``home``, atomically.
-
-    Raises:
-        BaseModelError: it was never pushed, or ``home`` has another base of that name.
-    """
+    """Fetch a base from the artifacts into ``home``, atomically. Raises BaseModelError: it was never pushed, or
+    ``home`` has another base of that name."""
     target = base_directory(home, name)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".pull-", dir=target.parent) as temporary:

@@ -25,10 +25,8 @@ KEPT = 32
 
 
 class BudgetSpent(Exception):
-    """The next pass may cost more than is left.
-
-    ``broken_off``: GFLOPs of the aborted part. ``needed``: its bound plus everything spent before.
-    """
+    """The next pass may cost more than is left. ``broken_off``: GFLOPs of the aborted part. ``needed``: its bound plus
+    everything spent before."""
 
     def __init__(self, broken_off: float = 0.0, needed: float = 0.0) -> None:
         super().__init__("the budget is spent")

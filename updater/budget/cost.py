@@ -1,8 +1,6 @@
-"""Cost of an update, the steps that a budget pays for, and what has been spent.
-
-Memory-adjusted FLOPs (MAF) as in FoMo-in-Flux, "A Practitioner's Guide to Continual Multimodal Pretraining": GFLOPs x
-(peak memory / peak memory of full fine-tuning at the same batch). Both are measured in ``updater/training/measure.py``.
-"""
+"""Cost of an update, the steps that a budget pays for, and what has been spent. Memory-adjusted FLOPs (MAF) as in
+FoMo-in-Flux, "A Practitioner's Guide to Continual Multimodal Pretraining": GFLOPs x (peak memory / peak memory of full
+fine-tuning at the same batch). Both are measured in ``updater/training/measure.py``."""
 
 from __future__ import annotations
 
@@ -69,10 +67,8 @@ class Cost:
         return self.prepare_gflops(steps, plan) * self.memory_ratio + (steps + self.closing) * self.maf_per_step
 
     def steps_within(self, gflops: float, most: int, plan: BatchPlan) -> int:
-        """Largest number of steps, up to ``most``, that a budget pays for, including their rows.
-
-        Raises StepUnaffordable if it does not pay for one.
-        """
+        """Largest number of steps, up to ``most``, that a budget pays for, including their rows. Raises
+        StepUnaffordable if it does not pay for one."""
         if self.planned(1, plan) > gflops:
             raise self.unaffordable(gflops, plan)
         # Bisection works because the cost grows with each step.

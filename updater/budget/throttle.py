@@ -80,11 +80,9 @@ class Throttle:
             self._seen.popleft()
 
     def begin(self) -> None:
-        """Start an update: later requests are compared with those since the first :meth:`watch`.
-
-        A route with too few requests since then is compared with all it answered; so is every route if nothing was
-        watched because the updater has just started.
-        """
+        """Start an update: later requests are compared with those since the first :meth:`watch`. A route with too few
+        requests since then is compared with all it answered; so is every route if nothing was watched because the
+        updater has just started."""
         totals = self.read() or {}
         then = self._seen[0][1] if self._seen else {}
         self._seen.clear()

@@ -16,11 +16,9 @@ PARTS: tuple[Part, ...] = ("new", "reference", "replay")
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Rows of each pool in one batch, and the order in which pools are traversed.
-
-    A pool is traversed in epochs: first in draw order, then shuffled again for each later epoch. So new rows are
-    visited in order, and a longer pool has the same first batches.
-    """
+    """Rows of each pool in one batch, and the order in which pools are traversed. A pool is traversed in epochs: first
+    in draw order, then shuffled again for each later epoch. So new rows are visited in order, and a longer pool has the
+    same first batches."""
 
     counts: Mapping[Part, int]
     sizes: Mapping[Part, int]
@@ -53,10 +51,8 @@ class BatchPlan:
 
 
 def plan_batches(mixture: Mixture, batch_size: int, sizes: Mapping[Part, int], seed: int) -> BatchPlan:
-    """Divide a batch by the mixture's shares. The share of an empty P goes to B and vice versa, otherwise to D.
-
-    Raises ValueError if there is nothing new.
-    """
+    """Divide a batch by the mixture's shares. The share of an empty P goes to B and vice versa, otherwise to D. Raises
+    ValueError if there is nothing new."""
     if sizes["new"] == 0:
         raise ValueError("there are no new rows to learn from")
     shares: dict[Part, float] = {"new": mixture.new, "reference": mixture.reference, "replay": mixture.replay}

@@ -1,8 +1,6 @@
-"""The examples of an update: three pools, determined by the store's version and a seed.
-
-Each pool is in draw order, so its first m examples are a draw of m: an update visits as many as its budget pays for.
-The order of visits (views of images, runs of one domain) is a function of the draw, the recipe and a seed, so that a
-resumed update visits the same.
+"""The examples of an update: three pools, determined by the store's version and a seed. Each pool is in draw order, so
+its first m examples are a draw of m: an update visits as many as its budget pays for. The order of visits (views of
+images, runs of one domain) is a function of the draw, the recipe and a seed, so that a resumed update visits the same.
 """
 
 from __future__ import annotations
@@ -124,10 +122,8 @@ def draw_pools(
     data_to: Mapping[str, int] | None = None,
 ) -> Pools:
     """Draw the pools of an update: D from ``data_from`` on (up to ``data_to``) in ``version``, B from before it.
-
     Contains only samples that the recipe's family learns from. A pure function of its arguments and of the reference
-    folders' contents. Words and images of the store are read when an example is accessed.
-    """
+    folders' contents. Words and images of the store are read when an example is accessed."""
     drawn = draw_rows(store, recipe, version, data_from, seed, draw, data_to)
     folders = reference if recipe.mixture.reference > 0 else ()
     return Pools(
@@ -183,10 +179,8 @@ class StoredExamples(Sequence[Example]):
 
 
 class _Pages:
-    """Columns of rows of the store, read a page at a time; the last page is kept. Thread-safe.
-
-    A row that is read out of draw order is read alone.
-    """
+    """Columns of rows of the store, read a page at a time; the last page is kept. Thread-safe. A row that is read out
+    of draw order is read alone."""
 
     def __init__(
         self, store: SampleStore, version: int, addresses: np.ndarray, columns: Sequence[str], size: int
@@ -211,10 +205,7 @@ class _Pages:
 
 def _reference(folders: Sequence[Path], limit: int, seed: int, family: Family) -> tuple[Example, ...]:
     """``limit`` examples of the reference folders' training split, drawn by hash, so that adding a folder keeps most of
-    them.
-
-    Questions are drawn in turn from each of their kinds (labels), so that rare kinds are included.
-    """
+    them. Questions are drawn in turn from each of their kinds (labels), so that rare kinds are included."""
     drawn: list[tuple[bytes, FolderItem]] = []
     check_reference(folders)
     for folder in folders:
@@ -284,11 +275,9 @@ def _with_views(rows: Sequence[Example], views: Views, seed: str) -> Iterator[Ex
 
 
 def grouped(domains: Sequence[str], size: int) -> list[int]:
-    """Order of rows in which runs of at most ``size`` have one domain.
-
-    The rows of a domain keep their order; its last run may be shorter. A run is placed at the mean position of its
-    rows, so that any prefix of the new order has about the same share of each domain as the old one.
-    """
+    """Order of rows in which runs of at most ``size`` have one domain. The rows of a domain keep their order; its last
+    run may be shorter. A run is placed at the mean position of its rows, so that any prefix of the new order has about
+    the same share of each domain as the old one."""
     own: dict[str, list[int]] = defaultdict(list)
     for place, domain in enumerate(domains):
         own[domain].append(place)

@@ -67,10 +67,8 @@ def family_recipe(settings: Settings, family: Family) -> Recipe:
 
 
 def reference_of(settings: Settings, family: Family) -> list[Path]:
-    """Folder datasets of a family's reference pool: ``updater.reference``, or those of the shipped base.
-
-    For a VLM only folders with questions count.
-    """
+    """Folder datasets of a family's reference pool: ``updater.reference``, or those of the shipped base. For a VLM only
+    folders with questions count."""
     if family == "clip":
         return reference_folders(settings)
     check_reference(settings.updater.reference)

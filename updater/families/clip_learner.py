@@ -297,11 +297,9 @@ def _extend(values: dict[str, list[Tensor]], tower: str, more: Values) -> None:
 
 
 def view_pixels(preprocess: Preprocess, image: bytes, pair: Pair, views: Views) -> np.ndarray:
-    """Pixels ``uint8 [size, size, 3]`` of a pair's view; view 0 is what serving sees of the image.
-
-    Other views are a crop in the image's proportions, at least ``views.area`` of it, at a random place, mirrored half
-    of the time with ``views.flip``. Raises :class:`core.errors.RecordError` for an unacceptable image.
-    """
+    """Pixels ``uint8 [size, size, 3]`` of a pair's view; view 0 is what serving sees of the image. Other views are a
+    crop in the image's proportions, at least ``views.area`` of it, at a random place, mirrored half of the time with
+    ``views.flip``. Raises :class:`core.errors.RecordError` for an unacceptable image."""
     if pair.view == 0:
         return preprocess.pixels(image)
     chance = random.Random(int(digest12(f"{pair.id} {pair.view}".encode()), 16))  # noqa: S311 - nothing is kept secret

@@ -49,11 +49,9 @@ class SplitTower:
         return features, self._prefix[-1].output
 
     def resume(self, boundary: Tensor, inputs: Tensor) -> Tensor:
-        """Features from the boundary on. ``inputs``: token ids; for images any single picture [1, 3, S, S].
-
-        The stem still runs on ``inputs`` and its result is discarded: texts need the ids for masks and pooling, and one
-        picture costs nothing.
-        """
+        """Features from the boundary on. ``inputs``: token ids; for images any single picture [1, 3, S, S]. The stem
+        still runs on ``inputs`` and its result is discarded: texts need the ids for masks and pooling, and one picture
+        costs nothing."""
         for block in self._prefix:
             block.skip = True
         self._prefix[-1].replacement = boundary
@@ -90,11 +88,8 @@ class _Skippable(nn.Module):
 
 @dataclass
 class TowerPass:
-    """One tower, run once over each sample.
-
-    Values by name: features [dim] of each teacher; ``fixed``, features of a tower that does not learn; ``boundary`` if
-    kept.
-    """
+    """One tower, run once over each sample. Values by name: features [dim] of each teacher; ``fixed``, features of a
+    tower that does not learn; ``boundary`` if kept."""
 
     model: AdapterModel
     tower: SplitTower
@@ -139,10 +134,8 @@ class TowerPass:
 
 
 def stack_boundaries(rows: Sequence[Tensor], length: int | None, device: torch.device) -> Tensor:
-    """Boundaries of a batch, [n, ...]; with ``length`` (texts) each cut or zero-padded to that many tokens.
-
-    Positions beyond a text's own tokens are masked in every tower that can be trimmed, so their values do not matter.
-    """
+    """Boundaries of a batch, [n, ...]; with ``length`` (texts) each cut or zero-padded to that many tokens. Positions
+    beyond a text's own tokens are masked in every tower that can be trimmed, so their values do not matter."""
     if length is None:
         return torch.stack(list(rows)).to(device)
     out = rows[0].new_zeros(len(rows), length, *rows[0].shape[1:])

@@ -304,11 +304,8 @@ class VlmLearner(Learner[Question]):
 
     def _see(self, images: Inputs, count: int) -> list[Tensor]:
         """Connector outputs of ``count`` images, from the processor's outputs: [tiles, tokens, dim], or [tokens, dim]
-        where the model separates them.
-
-        Empty if they are more than one tensor, which has to be computed at each step, or belong to several tiled
-        images.
-        """
+        where the model separates them. Empty if they are more than one tensor, which has to be computed at each step,
+        or belong to several tiled images."""
         inner = cast(Any, self.model.model).base_model
         with self.computing():
             output = inner.get_image_features(**_to(images, self.model.device), return_dict=True)

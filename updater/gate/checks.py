@@ -1,8 +1,6 @@
-"""Engineering checks of a candidate, made before its quality is judged.
-
-Each takes plain arrays, numbers or answers and returns a `Check`; a broken candidate gives a failed check, never an
-exception. The bounds are wide: they catch what is broken, quality is judged by the suites.
-"""
+"""Engineering checks of a candidate, made before its quality is judged. Each takes plain arrays, numbers or answers and
+returns a `Check`; a broken candidate gives a failed check, never an exception. The bounds are wide: they catch what is
+broken, quality is judged by the suites."""
 
 from __future__ import annotations
 
@@ -105,10 +103,8 @@ def check_latency(
 
 
 def check_drift(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> Check:
-    """||dW|| / ||W|| over all changed weights together; the largest single one is named.
-
-    Takes the state dicts of base and candidate as the engine holds them; unchanged tensors are shared.
-    """
+    """||dW|| / ||W|| over all changed weights together; the largest single one is named. Takes the state dicts of base
+    and candidate as the engine holds them; unchanged tensors are shared."""
     squares = {
         name: (float((after[name] - weight).double().pow(2).sum()), float(weight.double().pow(2).sum()))
         for name, weight in before.items()
@@ -204,11 +200,8 @@ def check_vlm_parity(
     served: Sequence[Sequence[float]],
 ) -> Check:
     """The engine gives answers the log-probability that transformers and PEFT give them. PEFT changes `model`
-    permanently.
-
-    `served` are the engine's log-probabilities of one answer to each question, by base and candidate. An engine in half
-    precision also differs with the base; three times that difference is then allowed.
-    """
+    permanently. `served` are the engine's log-probabilities of one answer to each question, by base and candidate. An
+    engine in half precision also differs with the base; three times that difference is then allowed."""
     processor = base.processor()
     trained = cast(Any, PeftModel.from_pretrained(model, str(directory))).eval()
     differences = []
@@ -227,9 +220,7 @@ def check_vlm_parity(
 
 def check_sameness(references: Sequence[str], base: Sequence[str], candidate: Sequence[str]) -> Check:
     """Different questions keep different answers; the arguments are aligned, for questions that are not yes/no.
-
-    Compared with base or references, whichever require less: a base that babbles is not a measure.
-    """
+    Compared with base or references, whichever require less: a base that babbles is not a measure."""
     most, common, kinds = _mixture(candidate)
     room = min(1.0 - _mixture(base)[0], 1.0 - _mixture(references)[0]) * SAMENESS
     variety = min(_mixture(base)[2], _mixture(references)[2]) * VARIETY
@@ -248,10 +239,8 @@ def _mixture(answers: Sequence[str]) -> tuple[float, str, int]:
 
 
 def check_polarity(references: Sequence[str], base: Sequence[str], candidate: Sequence[str]) -> Check:
-    """Yes/no questions get both answers; the arguments are aligned.
-
-    If the base itself rarely gives one of them, the bound is lower: the candidate may stay as it is.
-    """
+    """Yes/no questions get both answers; the arguments are aligned. If the base itself rarely gives one of them, the
+    bound is lower: the candidate may stay as it is."""
     parts = []
     for word in ("yes", "no"):
         expected = share_of(word, references)

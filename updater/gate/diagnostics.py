@@ -144,11 +144,8 @@ def content_words(text: str) -> Words:
 
 class StoreCounts:
     """Counts how often the training split of one version of the sample store names a concept; counts are cached in a
-    folder.
-
-    A sample names a concept if its caption, question and answer, concept and label together contain all of the
-    concept's words, in any order; articles and prepositions do not count.
-    """
+    folder. A sample names a concept if its caption, question and answer, concept and label together contain all of the
+    concept's words, in any order; articles and prepositions do not count."""
 
     def __init__(self, store: SampleStore, version: int, having: Having | None, cache: Path | None = None) -> None:
         """``version``: pinned, or otherwise kept meanwhile; ``having``: field that a sample needs for the family."""
@@ -179,10 +176,8 @@ class StoreCounts:
 
 
 def count_terms(samples: Iterable[Words], terms: Sequence[Words]) -> tuple[NDArray[np.int64], int]:
-    """Number of samples that contain all words of each term, int64 [terms]; and the number of samples.
-
-    A term is only looked up by its rarest word among the terms, so the work depends on the words of a sample.
-    """
+    """Number of samples that contain all words of each term, int64 [terms]; and the number of samples. A term is only
+    looked up by its rarest word among the terms, so the work depends on the words of a sample."""
     shared = Counter(word for term in terms for word in term)
     by_word: dict[str, list[tuple[int, Words]]] = defaultdict(list)
     for place, term in enumerate(terms):
@@ -234,11 +229,9 @@ def pair_accuracy(scorer: Scorer, suite: Suite, incumbent: str | None, candidate
 
 
 def hard_pairs(scorer: Scorer, suite: Suite) -> list[HardPair]:
-    """Pairs of a retrieval suite that a CLIP cannot tell apart though their captions differ, the most similar first.
-
-    As in MMVP (Tong et al., Eyes Wide Shut?, CVPR 2024), with captions instead of a second vision encoder and quantiles
-    instead of bounds. They are mined once by the base, so releases do not change them.
-    """
+    """Pairs of a retrieval suite that a CLIP cannot tell apart though their captions differ, the most similar first. As
+    in MMVP (Tong et al., Eyes Wide Shut?, CVPR 2024), with captions instead of a second vision encoder and quantiles
+    instead of bounds. They are mined once by the base, so releases do not change them."""
     items = spread(suite.items(), MOST_ITEMS)
     places = {item.id: place for place, item in enumerate(items)}
 

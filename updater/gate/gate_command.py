@@ -51,8 +51,7 @@ def gate_command(
         suites: YAML files or folders instead of the setting `gate.suites`.
         out: folder of the report; by default `home/gate/<candidate>`.
 
-    Raises:
-        GateError, AdapterError, BaseModelError: the suites, the incumbent or the base cannot be used.
+    Raises GateError, AdapterError, BaseModelError: the suites, the incumbent or the base cannot be used.
     """
     artifacts = Artifacts(settings.artifacts)
     family = _family(candidate)
@@ -99,11 +98,8 @@ def gate_command(
 
 
 def report_command(settings: Settings, update: str | None = None, out: Path | None = None) -> Path:
-    """Fetch the report of an update (by default the last judged one) into a local folder; returns the HTML file.
-
-    Raises:
-        GateError: there is no verdict yet, or none for this update.
-    """
+    """Fetch the report of an update (by default the last judged one) into a local folder; returns the HTML file. Raises
+    GateError: there is no verdict yet, or none for this update."""
     with closing(Ledger.open(settings.ledger)) as ledger:
         verdict = ledger.verdict_of(update) if update else next(iter(ledger.verdicts(limit=1)), None)
     if verdict is None:

@@ -1,8 +1,5 @@
-"""The report's two plots as inline SVG, and helpers shared with the console's plots.
-
-Colours are CSS variables, so one drawing serves dark and light. Style is in attributes, so that a page may forbid
-inline styles.
-"""
+"""The report's two plots as inline SVG, and helpers shared with the console's plots. Colours are CSS variables, so one
+drawing serves dark and light. Style is in attributes, so that a page may forbid inline styles."""
 
 from __future__ import annotations
 

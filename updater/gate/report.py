@@ -1,8 +1,6 @@
-"""A verdict as `report.json` and one self-contained `report.html`, without scripts or external fonts and images.
-
-A report holds sample IDs only; their contents are read from the store when it is shown, so a deleted sample is in no
-report.
-"""
+"""A verdict as `report.json` and one self-contained `report.html`, without scripts or external fonts and images. A
+report holds sample IDs only; their contents are read from the store when it is shown, so a deleted sample is in no
+report."""
 
 from __future__ import annotations
 

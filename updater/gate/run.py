@@ -1,7 +1,5 @@
-"""One gate run: candidate, incumbent and base answer the same suites through the serving engine -> Verdict.
-
-Differences between model families are in :class:`Evaluator`.
-"""
+"""One gate run: candidate, incumbent and base answer the same suites through the serving engine -> Verdict. Differences
+between model families are in :class:`Evaluator`."""
 
 from __future__ import annotations
 
@@ -42,10 +40,8 @@ class Evaluator(Protocol[M]):
         pass
 
     def load(self, name: str, directory: Path, *, candidate: bool = False) -> None:
-        """Make an adapter resident. Raises AdapterError; GateError if the engine is dead.
-
-        A `candidate` is also compared with the trainer's model.
-        """
+        """Make an adapter resident. Raises AdapterError; GateError if the engine is dead. A `candidate` is also
+        compared with the trainer's model."""
 
     def checks(self, candidate: str, suites: Sequence[Suite], facts: Mapping[str, Any]) -> list[Check]:
         """Engineering checks before scoring, which is skipped if those named `loads` or `finite` fail."""
@@ -74,9 +70,7 @@ class Evaluator(Protocol[M]):
 @contextmanager
 def open_evaluator(settings: Settings, base: ClipBase | VlmBase) -> Iterator[Evaluator[Any]]:
     """Open an engine of `base` as in serving: a CLIP in this process, a VLM in the engine that the settings name.
-
-    Raises GateError if the VLM engine does not start.
-    """
+    Raises GateError if the VLM engine does not start."""
     if isinstance(base, ClipBase):
         yield ClipEvaluator(ClipEngine.of(settings, base, threads=settings.updater.threads))
         return
@@ -119,8 +113,7 @@ def run_gate(
         meta: shown in the report; `tuned_on` (names of suites that the recipe was tuned on: judged on their hidden
             half), `load_error` (why the candidate is not resident), `rank` and `bytes` of the adapter.
 
-    Raises:
-        GateError: a suite cannot be read, or base or incumbent cannot be scored. A bad candidate never raises.
+    Raises GateError: a suite cannot be read, or base or incumbent cannot be scored. A bad candidate never raises.
     """
     started = time.monotonic()
     facts = dict(meta or {})

@@ -70,11 +70,9 @@ class Outcomes:
 
 
 class Scorer:
-    """Scores suites for the adapters resident in one engine; embeddings and scores are computed once.
-
-    Scores are cached on disk by suite digest, embedding spaces (content digests of everything that makes a vector) and
-    the engine's precision, whose rounding must not differ between compared models.
-    """
+    """Scores suites for the adapters resident in one engine; embeddings and scores are computed once. Scores are cached
+    on disk by suite digest, embedding spaces (content digests of everything that makes a vector) and the engine's
+    precision, whose rounding must not differ between compared models."""
 
     def __init__(self, engine: ClipEngine, cache: Path | None = None) -> None:
         self.engine = engine
@@ -148,11 +146,9 @@ class Scorer:
     def _encoded(
         self, items: Sequence[T], size: int, encode: Callable[[Sequence[T]], Vectors], label: str
     ) -> Iterator[tuple[Sequence[T], Vectors]]:
-        """Batches with their vectors, in order, on as many threads as torch was given, each computing alone.
-
-        Several threads in one forward pass wait for each other at every layer; next to a busy server that made a gate
-        run four times as long.
-        """
+        """Batches with their vectors, in order, on as many threads as torch was given, each computing alone. Several
+        threads in one forward pass wait for each other at every layer; next to a busy server that made a gate run four
+        times as long."""
         threads = torch.get_num_threads() if self.engine.device.type == "cpu" else 1
         size = size if self.engine.device.type == "cpu" else GPU_BATCH
         batches = [items[i : i + size] for i in range(0, len(items), size)]
@@ -223,10 +219,8 @@ def prompt(template: str, suite: Suite, label: str) -> str:
 
 
 def rank_of_best(similarity: NDArray[np.floating], right: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Number of wrong answers that do not score below the best right one. Both arrays have shape [n, choices].
-
-    "Not below" rather than "above": a tie or a NaN on either side counts against the model.
-    """
+    """Number of wrong answers that do not score below the best right one. Both arrays have shape [n, choices]. "Not
+    below" rather than "above": a tie or a NaN on either side counts against the model."""
     best = np.where(right, similarity, -np.inf).max(axis=1, keepdims=True)
     ranks: NDArray[np.int32] = (~(similarity < best) & ~right).sum(axis=1, dtype=np.int32)
     return ranks

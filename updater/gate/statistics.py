@@ -83,10 +83,8 @@ class Comparison:
 
 
 def tango_z(gained: int, lost: int, n: int, difference: float) -> float:
-    """Tango's score statistic for H0: p(after) - p(before) = difference; positive if the data are above it.
-
-    `gained` items went from wrong to right, `lost` the other way, of `n` in all.
-    """
+    """Tango's score statistic for H0: p(after) - p(before) = difference; positive if the data are above it. `gained`
+    items went from wrong to right, `lost` the other way, of `n` in all."""
     a = 2.0 * n
     b = -gained - lost + (2.0 * n - gained + lost) * difference
     c = -lost * difference * (1.0 - difference)
@@ -171,8 +169,7 @@ def compare_clusters(
         tests: how many may share that level (Holm, Bonferroni).
         graded: outcomes are not hits and misses, but numbers that nearly every item changes (a rank statistic).
 
-    Raises:
-        ValueError: the arrays do not align.
+    Raises ValueError: the arrays do not align.
     """
     _check(before, after)
     first = before.reshape(len(before), -1)
@@ -195,10 +192,8 @@ def compare_clusters(
 
 
 def pool(strata: Sequence[Comparison], margin: float) -> Comparison:
-    """Mean over strata weighted by their units, with the weighted sum of their variances.
-
-    A single stratum is its own pool. The strata must have been compared at one `level` and with different seeds.
-    """
+    """Mean over strata weighted by their units, with the weighted sum of their variances. A single stratum is its own
+    pool. The strata must have been compared at one `level` and with different seeds."""
     if len(strata) == 1 and strata[0].margin == margin:
         return strata[0]
     units = sum(stratum.units for stratum in strata)
@@ -233,10 +228,8 @@ def _compared(
 
 
 def items_needed(spread: float, margin: float, level: float, power: float = POWER) -> int:
-    """Items with which a one-sided test at `level` detects a distance of `margin` with `power`.
-
-    `spread` is the standard deviation of one item's difference.
-    """
+    """Items with which a one-sided test at `level` detects a distance of `margin` with `power`. `spread` is the
+    standard deviation of one item's difference."""
     if margin <= 0.0:
         return 0
     return math.ceil((_reach(level, power) * spread / margin) ** 2)
@@ -253,11 +246,9 @@ def _reach(level: float, power: float) -> float:
 
 
 def holm(p_values: list[float], level: float) -> list[tuple[bool, float]]:
-    """Holm's step-down: for each hypothesis whether it is rejected, and the level at which it was tested.
-
-    After the first that is not rejected, none is; these are reported at the level where the procedure stopped, so that
-    an interval at a suite's level always agrees with its decision.
-    """
+    """Holm's step-down: for each hypothesis whether it is rejected, and the level at which it was tested. After the
+    first that is not rejected, none is; these are reported at the level where the procedure stopped, so that an
+    interval at a suite's level always agrees with its decision."""
     found = [(False, level)] * len(p_values)
     going, local = True, level
     for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
@@ -325,12 +316,9 @@ class Bootstrap:
 def bootstrap(
     sums: Floats, sizes: Floats | None = None, *, reach: float = 1.0, seed: int = 0, draws: int = RESAMPLES
 ) -> Bootstrap:
-    """Resample clusters with replacement; deterministic for a seed.
-
-    `sums` [clusters] are the summed differences of a cluster's items, and `sizes` [clusters] the numbers of its items
-    (default 1). The difference is sum(sums) / sum(sizes). `reach` is the difference at which half an item is added, see
-    PSEUDO.
-    """
+    """Resample clusters with replacement; deterministic for a seed. `sums` [clusters] are the summed differences of a
+    cluster's items, and `sizes` [clusters] the numbers of its items (default 1). The difference is sum(sums) /
+    sum(sizes). `reach` is the difference at which half an item is added, see PSEUDO."""
     n = len(sums)
     ones = np.ones(n) if sizes is None else sizes
     usual = float(ones.mean())
@@ -355,10 +343,8 @@ def bootstrap(
 
 
 def stratified(strata: Sequence[Bootstrap], weights: Sequence[float]) -> Bootstrap:
-    """Weighted mean of the differences of independently drawn strata, with as many draws each.
-
-    The variances of strata add up, weighted by the squared weights (Cochran, Sampling Techniques, 1977, 5.3).
-    """
+    """Weighted mean of the differences of independently drawn strata, with as many draws each. The variances of strata
+    add up, weighted by the squared weights (Cochran, Sampling Techniques, 1977, 5.3)."""
     shares = np.array(weights, dtype=np.float64) / sum(weights)
     return Bootstrap(
         difference=float(shares @ [each.difference for each in strata]),
@@ -369,11 +355,9 @@ def stratified(strata: Sequence[Bootstrap], weights: Sequence[float]) -> Bootstr
 
 
 def _sums(moments: Floats, index: NDArray[np.int_], share: Floats, n: int, seed: int, draws: int) -> Floats:
-    """Sums of `moments` [values, 5] over `n` drawn clusters: [draws, 5].
-
-    A draw is a multinomial count of the distinct values. If there are few, it is drawn as such; if nearly every cluster
-    has its own, drawing the clusters and counting them is several times faster.
-    """
+    """Sums of `moments` [values, 5] over `n` drawn clusters: [draws, 5]. A draw is a multinomial count of the distinct
+    values. If there are few, it is drawn as such; if nearly every cluster has its own, drawing the clusters and
+    counting them is several times faster."""
     rng = np.random.default_rng(seed)
     count = len(moments)
     few = 5 * count < n

@@ -99,10 +99,7 @@ def sample_item(
 
 def caption_clusters(items: Sequence[Item]) -> NDArray[np.int_]:
     """Cluster number of each item; items connected by shared captions or images, directly or indirectly, form a
-    cluster.
-
-    A caption has one vector, so an update changes it for all items with that caption, ignoring case.
-    """
+    cluster. A caption has one vector, so an update changes it for all items with that caption, ignoring case."""
     texts = np.unique([item.text.casefold() for item in items], return_inverse=True)[1]
     images = np.unique([item.source for item in items], return_inverse=True)[1] + len(items)
     graph = coo_array((np.ones(len(items)), (texts, images)), shape=(2 * len(items), 2 * len(items)))

@@ -208,13 +208,9 @@ def probe(suites: Sequence[Suite]) -> list[tuple[Suite, list[Item]]]:
 def load_suites(
     paths: Iterable[Path] = (), home: Path | None = None, family: Family | None = None, max_items: int = MAX_ITEMS
 ) -> list[Suite]:
-    """Read suites from YAML files and folders; the built-in ones if `paths` is empty.
-
-    Returns only those for models of `family`; None means all. `max_items` is the default limit.
-
-    Raises:
-        GateError: a file is missing, is not a suite, or two have the same name.
-    """
+    """Read suites from YAML files and folders; the built-in ones if `paths` is empty. Returns only those for models of
+    `family`; None means all. `max_items` is the default limit. Raises GateError: a file is missing, is not a suite, or
+    two have the same name."""
     given = list(paths)
     files: list[Path] = []
     for path in given or [BUILTIN]:

@@ -1,7 +1,5 @@
-"""A verdict as plain data, for the ledger, the console and the report.
-
-Shares, scores and differences are from 0 to 1 (0.05 = 5 points).
-"""
+"""A verdict as plain data, for the ledger, the console and the report. Shares, scores and differences are from 0 to 1
+(0.05 = 5 points)."""
 
 from __future__ import annotations
 
@@ -35,10 +33,8 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Regression:
-    """An item that was right before and is wrong now.
-
-    For a sample of the store only IDs are kept; its texts and thumbnail are read when the report is shown
-    (:mod:`updater.gate.report`), so that a deleted sample is in no report.
+    """An item that was right before and is wrong now. For a sample of the store only IDs are kept; its texts and
+    thumbnail are read when the report is shown (:mod:`updater.gate.report`), so that a deleted sample is in no report.
     """
 
     id: str

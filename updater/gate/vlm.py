@@ -1,8 +1,6 @@
-"""Gates a vision-language model with questions about images, through the engine that serves it.
-
-All questions of a suite are asked greedily in one batch. Each answer is generated once: checks and suites share it, and
-answers of base and incumbent are cached on disk.
-"""
+"""Gates a vision-language model with questions about images, through the engine that serves it. All questions of a
+suite are asked greedily in one batch. Each answer is generated once: checks and suites share it, and answers of base
+and incumbent are cached on disk."""
 
 from __future__ import annotations
 

@@ -47,11 +47,9 @@ class TeacherFeatures:
 
 @dataclass(frozen=True)
 class AuxiliaryTexts:
-    """An objective's own texts: features [m, dim] of the student and each teacher, of unit length.
-
-    ``row`` int [m] is the batch row of a text, -1 for a text in every batch. ``number`` int [m] is its index in the
-    objective's ``further_texts``. With ``Objective.frozen_texts``, ``text`` is of the incumbent.
-    """
+    """An objective's own texts: features [m, dim] of the student and each teacher, of unit length. ``row`` int [m] is
+    the batch row of a text, -1 for a text in every batch. ``number`` int [m] is its index in the objective's
+    ``further_texts``. With ``Objective.frozen_texts``, ``text`` is of the incumbent."""
 
     text: Tensor
     teachers: Mapping[str, Tensor]
@@ -116,11 +114,8 @@ class Features(Batch):
 @dataclass(frozen=True)
 class Teacher:
     """A teacher's distribution over the next token at answer tokens: the most probable tokens, and one bucket for the
-    rest.
-
-    ``tokens`` int [t, k] and ``logprobs`` float32 [t, k] (natural), most probable first; ``rest`` float32 [t] is the
-    log-probability of all others together, -inf if k is the whole vocabulary.
-    """
+    rest. ``tokens`` int [t, k] and ``logprobs`` float32 [t, k] (natural), most probable first; ``rest`` float32 [t] is
+    the log-probability of all others together, -inf if k is the whole vocabulary."""
 
     tokens: Tensor
     logprobs: Tensor
@@ -132,11 +127,9 @@ class Teacher:
 
 @dataclass(frozen=True)
 class OwnAnswers:
-    """A VLM's current answers to some rows of a batch, all tokens one after another.
-
-    ``logits`` float32 [t, vocabulary] are the student's before each token; ``teacher`` those of the momentum model that
-    has read the known answer, without gradients. ``row`` int [t] is the row of the batch.
-    """
+    """A VLM's current answers to some rows of a batch, all tokens one after another. ``logits`` float32 [t, vocabulary]
+    are the student's before each token; ``teacher`` those of the momentum model that has read the known answer, without
+    gradients. ``row`` int [t] is the row of the batch."""
 
     logits: Tensor
     teacher: Tensor
@@ -192,10 +185,8 @@ class AnswerBatch(Batch):
 
 
 def mean_over_rows(values: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Mean over tokens of each row, then over rows: long answers count as much as short ones.
-
-    ``values`` [t] are at the tokens of all rows, ``row`` int [t] is their row.
-    """
+    """Mean over tokens of each row, then over rows: long answers count as much as short ones. ``values`` [t] are at the
+    tokens of all rows, ``row`` int [t] is their row."""
     sums = values.new_zeros(rows).index_add(0, row, values)
     return (sums / torch.bincount(row, minlength=rows)).mean()
 

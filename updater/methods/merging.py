@@ -48,11 +48,8 @@ class RememberingRule(ABC):
 def linear(
     served: WeightDelta, trained: WeightDelta, start: WeightDelta, weight: float, towards: str = "served"
 ) -> WeightDelta:
-    """Linear interpolation: ΔW = (1 - weight) ΔW_other + weight ΔW_trained, exactly.
-
-    ``towards``: the other end, ``served`` (EMA merge; PAINT, Ilharco et al. 2022) or ``base``, whose ΔW is 0 (WiSE-FT,
-    Wortsman et al. 2022).
-    """
+    """Linear interpolation: ΔW = (1 - weight) ΔW_other + weight ΔW_trained, exactly. ``towards``: the other end,
+    ``served`` (EMA merge; PAINT, Ilharco et al. 2022) or ``base``, whose ΔW is 0 (WiSE-FT, Wortsman et al. 2022)."""
     if towards not in ("served", "base"):
         raise TypeError(f"towards is {towards!r}, not one of served, base")
     return merge(served if towards == "served" else {}, trained, weight)
@@ -64,10 +61,8 @@ RULES: Final[Methods[Any]] = Methods("merging", "merge rule", {"linear": linear}
 def merged(
     merge: Merge, served: WeightDelta, trained: WeightDelta, start: WeightDelta, memory: Memory | None = None
 ) -> WeightDelta:
-    """Return the delta to serve after an update. Raises ConfigError for an unknown rule or option.
-
-    ``memory``: result of :func:`remembered` for this update; None without memory.
-    """
+    """Return the delta to serve after an update. Raises ConfigError for an unknown rule or option. ``memory``: result
+    of :func:`remembered` for this update; None without memory."""
     if merge.rule == NONE:
         return trained
     rule = _rule(merge)

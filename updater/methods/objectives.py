@@ -56,11 +56,9 @@ class Objective(ABC, Generic[B]):
         """Return the term's value: a scalar, a mean over rows so that it does not grow with the batch."""
 
     def begin(self, captions: Sequence[str], labels: Sequence[str]) -> None:
-        """Called before the first step, after the state of an earlier update was loaded.
-
-        Called twice: with the examples of the first batches, of which one is measured, and with all that steps visit.
-        ``captions`` are those of all examples, ``labels`` the distinct labels in the order of ``Features.label``.
-        """
+        """Called before the first step, after the state of an earlier update was loaded. Called twice: with the
+        examples of the first batches, of which one is measured, and with all that steps visit. ``captions`` are those
+        of all examples, ``labels`` the distinct labels in the order of ``Features.label``."""
 
     def further_texts(
         self, captions: Sequence[str], labels: Sequence[str], parts: Sequence[Part]
@@ -102,11 +100,9 @@ def positive(**options: float) -> None:
 
 
 class Contrastive(ClipObjective):
-    """Cross entropy of each row and each column of the similarity matrix against its positives.
-
-    Row i's target is uniform over the rows with the same caption (DreamLIP's multi-positive form): one-hot targets
-    would make two pictures of "a red apple" push each other's caption away.
-    """
+    """Cross entropy of each row and each column of the similarity matrix against its positives. Row i's target is
+    uniform over the rows with the same caption (DreamLIP's multi-positive form): one-hot targets would make two
+    pictures of "a red apple" push each other's caption away."""
 
     def __call__(self, batch: Features) -> Tensor:
         """Mean over both directions, in nats."""

@@ -209,11 +209,8 @@ def _unfinished(ledger: Ledger, name: str) -> UpdateRow | None:
 
 
 def finish_upgrade(settings: Settings, update_id: str) -> tuple[UpdateRow, VerdictRow | None]:
-    """Train and judge an upgrade in this process, resuming where it is; SIGTERM stops it at a checkpoint.
-
-    Raises:
-        TrainingError: an updater runs here, which will take the upgrade itself; or it waits for something.
-    """
+    """Train and judge an upgrade in this process, resuming where it is; SIGTERM stops it at a checkpoint. Raises
+    TrainingError: an updater runs here, which will take the upgrade itself; or it waits for something."""
     stop = StopSignal()
     with closing(Ledger.open(settings.ledger)) as ledger:
         with only_one(settings.home, wait=False):
@@ -230,10 +227,8 @@ def finish_upgrade(settings: Settings, update_id: str) -> tuple[UpdateRow, Verdi
 
 
 def cancel_upgrade(settings: Settings, name: str) -> UpdateRow:
-    """Drop the upgrade to a base, before or after training.
-
-    Raises TrainingError if there is none, or an updater works on it.
-    """
+    """Drop the upgrade to a base, before or after training. Raises TrainingError if there is none, or an updater works
+    on it."""
     with closing(Ledger.open(settings.ledger)) as ledger, only_one(settings.home, wait=False):
         update = _unfinished(ledger, name)
         if update is None:

@@ -1,8 +1,6 @@
-"""Imports and exports adapters as PEFT directories.
-
-An imported adapter becomes an update in the state ``trained``, which the updater judges and proposes. It has learned no
-data of this store: ``data_to`` is empty, so once it is live the next update begins with all of it. Its incumbent is set
-when it is judged, because another release may come before.
+"""Imports and exports adapters as PEFT directories. An imported adapter becomes an update in the state ``trained``,
+which the updater judges and proposes. It has learned no data of this store: ``data_to`` is empty, so once it is live
+the next update begins with all of it. Its incumbent is set when it is judged, because another release may come before.
 """
 
 from __future__ import annotations
@@ -107,12 +105,8 @@ def _bring_back(ledger: Ledger, artifacts: Artifacts, name: str, directory: Path
 
 
 def gate_import(settings: Settings, imported: Import) -> tuple[UpdateRow, VerdictRow | None]:
-    """Judge and propose an imported adapter, unless that was done before.
-
-    Raises:
-        TrainingError: an updater runs here, an older update is unfinished, or the incumbent is undecided: the updater
-            judges it later.
-    """
+    """Judge and propose an imported adapter, unless that was done before. Raises TrainingError: an updater runs here,
+    an older update is unfinished, or the incumbent is undecided: the updater judges it later."""
     update = imported.update
     family: Family = "vlm" if update.family == "vlm" else "clip"
     with closing(Ledger.open(settings.ledger)) as ledger:

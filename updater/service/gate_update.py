@@ -49,9 +49,8 @@ def gate_update(
     Args:
         base: of the adapter; an upgrade's incumbent has another one.
 
-    Raises:
-        GateError: a suite cannot be read, base or incumbent cannot be scored, or the engine died. The update stays
-            ``trained``.
+    Raises GateError: a suite cannot be read, base or incumbent cannot be scored, or the engine died. The update stays
+    ``trained``.
     """
     row = ledger.verdict_of(update.id)
     if row is None:
@@ -179,10 +178,8 @@ def tuned_on(suites: Sequence[Suite], min_items: int) -> list[Suite]:
 
 class TuningScores:
     """Scores merged adapters of one update on the tuning half of its suites, through the serving engine: a
-    :class:`updater.methods.merging.Scored`. The verdict then uses the hidden half.
-
-    PAINT's measure: the mean of retention suites and gain suites.
-    """
+    :class:`updater.methods.merging.Scored`. The verdict then uses the hidden half. PAINT's measure: the mean of
+    retention suites and gain suites."""
 
     def __init__(self, settings: Settings, base: Base, suites: Sequence[Suite]) -> None:
         """``suites``: result of :func:`tuned_on`; if empty, there is no search, and the recipe's weight is used."""

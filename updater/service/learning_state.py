@@ -1,9 +1,6 @@
 """The state of learning: fresh items and alpha of each model, what is missing to judge an update, and gauges from the
-ledger.
-
-Metrics of verdicts and costs come from the ledger, so that they survive restarts of the updater and include other
-processes (`ratchet trainer --once`).
-"""
+ledger. Metrics of verdicts and costs come from the ledger, so that they survive restarts of the updater and include
+other processes (`ratchet trainer --once`)."""
 
 from __future__ import annotations
 
@@ -99,8 +96,7 @@ def check_suites(settings: Settings, family: Family, *, learned: bool = False, r
         learned: whether data was learned before, from which the gate makes memory suites.
         read: read all items, instead of only checking their folders.
 
-    Raises:
-        GateError: a suite cannot be read, or there is no retention suite.
+    Raises GateError: a suite cannot be read, or there is no retention suite.
     """
     suites = load_suites(settings.gate.suites, settings.home, family, settings.gate.max_items)
     for suite in suites:

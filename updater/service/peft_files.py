@@ -93,8 +93,7 @@ def convert(directory: Path, base: ClipBase | VlmBase, max_rank: int, target: Pa
         max_rank: highest rank that is served.
         target: the new directory.
 
-    Raises:
-        AdapterError: names the field, file or module that does not fit, and a fix.
+    Raises AdapterError: names the field, file or module that does not fit, and a fix.
     """
     config = _checked_config(read_json(directory / CONFIG))
     shapes, parameters = _base_shapes(base)

@@ -55,10 +55,8 @@ class UpdaterBusy(TrainingError):
 
 @contextmanager
 def only_one(home: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the trainer's lock of this home: two trainers would both continue the same unfinished update.
-
-    Waits for another one to end, or raises UpdaterBusy. The kernel releases the lock of a killed process.
-    """
+    """Hold the trainer's lock of this home: two trainers would both continue the same unfinished update. Waits for
+    another one to end, or raises UpdaterBusy. The kernel releases the lock of a killed process."""
     home.mkdir(parents=True, exist_ok=True)
     with (home / "updater.lock").open("a") as file:
         try:

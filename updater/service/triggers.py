@@ -298,11 +298,8 @@ def _units(
 
 
 def kept_candidate(ledger: Ledger, learned: Learned) -> KeptCandidate | None:
-    """The candidate to ask again, or None.
-
-    It belongs to the newest update. A newer update ends it, as do another incumbent, a look with all needed items, and
-    a guard that withdrew it.
-    """
+    """The candidate to ask again, or None. It belongs to the newest update. A newer update ends it, as do another
+    incumbent, a look with all needed items, and a guard that withdrew it."""
     update = learned.updates[0] if learned.updates else None
     if update is None or update.state != "done" or update.incumbent != learned.incumbent:
         return None
@@ -350,11 +347,9 @@ def plan(
 
 
 def spread(verdicts: Sequence[VerdictRow]) -> float | None:
-    """Standard deviation of one item's difference, pooled over the newest verdicts that have one; None without any.
-
-    The larger of the statistic's and the hits', the latter converted by RANK_EFFICIENCY: ``gate.detect`` is in points
-    that users see, and a gain of 3 points of recall can be less than 3 points of 1/log2(2 + rank).
-    """
+    """Standard deviation of one item's difference, pooled over the newest verdicts that have one; None without any. The
+    larger of the statistic's and the hits', the latter converted by RANK_EFFICIENCY: ``gate.detect`` is in points that
+    users see, and a gain of 3 points of recall can be less than 3 points of 1/log2(2 + rank)."""
     gains: list[Mapping[str, Any]] = [verdict.summary.get("gain") or {} for verdict in verdicts]
     measured = [gain for gain in gains if gain.get("spread") and gain["units"] > 1][:RECENT]
     units = sum(gain["units"] for gain in measured)

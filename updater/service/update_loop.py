@@ -78,10 +78,8 @@ class StepResult:
 
 
 class UpdaterService:
-    """The updater's state machine; all state is in the ledger and in ``home/updates/<id>``.
-
-    It updates the CLIP and the VLM in turn, from one budget; with a recipe or a family, only that model.
-    """
+    """The updater's state machine; all state is in the ledger and in ``home/updates/<id>``. It updates the CLIP and the
+    VLM in turn, from one budget; with a recipe or a family, only that model."""
 
     def __init__(
         self,
@@ -352,11 +350,8 @@ class UpdaterService:
 
     def _count_death(self, update: UpdateRow) -> None:
         """Record that this process begins; the entry is removed at the end, unless the process dies (SIGKILL, memory,
-        power).
-
-        Raises TrainingError if others have died at the same place. A process that gets further before it dies begins at
-        another place.
-        """
+        power). Raises TrainingError if others have died at the same place. A process that gets further before it dies
+        begins at another place."""
         died, place = self.ledger.update(update.id).cost.get(BEGAN) or {"died": -1}, self._place(update)
         deaths = int(died["died"]) + 1 if died.get("place", place) == place else 0
         if deaths >= ATTEMPTS:

@@ -1,7 +1,5 @@
-"""One training step for any model: rows of prepared examples in, loss and gradients out.
-
-Differences between CLIP and VLM are in ``updater/families``; the loop is in ``updater/training/trainer.py``.
-"""
+"""One training step for any model: rows of prepared examples in, loss and gradients out. Differences between CLIP and
+VLM are in ``updater/families``; the loop is in ``updater/training/trainer.py``."""
 
 from __future__ import annotations
 
@@ -114,9 +112,7 @@ class Learner(ABC, Generic[E]):
 
     def join(self, team: Team) -> None:
         """Share the work of each step with other processes. Called before :meth:`prepare`, whose folder they share.
-
-        Raises ConfigError if the recipe needs the gradient of each term.
-        """
+        Raises ConfigError if the recipe needs the gradient of each term."""
         if team.size > 1 and self.recipe.gradients.harmonize:
             raise ConfigError(
                 f"recipe {self.recipe.name!r} has gradients.harmonize, which several processes cannot share.",
@@ -202,10 +198,8 @@ class Learner(ABC, Generic[E]):
         return float(loss.detach()), {term.name: float(value.detach()) for term, value in alone}
 
     def optimizer_step(self, rate: float, step: int = 0, steps: int = 1) -> None:
-        """Take one optimizer step with a bounded gradient norm, and update terms and running means.
-
-        Raises TrainingError, and changes nothing, if the gradient is not finite.
-        """
+        """Take one optimizer step with a bounded gradient norm, and update terms and running means. Raises
+        TrainingError, and changes nothing, if the gradient is not finite."""
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.recipe.clip_norm)
         if not torch.isfinite(norm):
             raise TrainingError(

@@ -202,11 +202,9 @@ def _same(output: Tensor) -> Tensor:
 
 
 def harmonized_backward(terms: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
-    """Set ``grad`` to the sum of the terms' gradients, each projected off those that it conflicts with.
-
-    If ``g_i . g_j < 0``, ``g_i <- g_i - (g_i . g_j) / |g_j|^2 g_j`` (gradient surgery, Yu et al. 2020), in the order of
-    the terms, so that the result is deterministic.
-    """
+    """Set ``grad`` to the sum of the terms' gradients, each projected off those that it conflicts with. If ``g_i . g_j
+    < 0``, ``g_i <- g_i - (g_i . g_j) / |g_j|^2 g_j`` (gradient surgery, Yu et al. 2020), in the order of the terms, so
+    that the result is deterministic."""
     gradients = [_flat(term, parameters) for term in terms]
     whole = torch.zeros_like(gradients[0])
     for number, gradient in enumerate(gradients):

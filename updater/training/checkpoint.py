@@ -1,8 +1,6 @@
-"""Files of an update: its checkpoint, its initial settings, and its carry-over for the next one.
-
-A checkpoint is one safetensors file, replaced atomically, without pickle or generator states: batches are a pure
-function of seed and step, so parameters, moments and the step number suffice.
-"""
+"""Files of an update: its checkpoint, its initial settings, and its carry-over for the next one. A checkpoint is one
+safetensors file, replaced atomically, without pickle or generator states: batches are a pure function of seed and step,
+so parameters, moments and the step number suffice."""
 
 from __future__ import annotations
 
@@ -93,10 +91,8 @@ def read_json(path: Path) -> Any:
 
 
 def run_precision(work_dir: Path, run: str, precision: TrainPrecision) -> TrainPrecision:
-    """Precision with which this run began in ``work_dir``; for a new run ``precision``, which is saved.
-
-    An update resumed on another machine thus ends in the same result, up to rounding.
-    """
+    """Precision with which this run began in ``work_dir``; for a new run ``precision``, which is saved. An update
+    resumed on another machine thus ends in the same result, up to rounding."""
     path = work_dir / PRECISION
     known = read_json(path)
     if isinstance(known, dict) and known.get("run") == run and known.get("precision") in get_args(TrainPrecision):

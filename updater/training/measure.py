@@ -1,9 +1,6 @@
-"""Measured cost of training: FLOPs of a real step, and its peak memory.
-
-Memory is counted in the same way for the step and for full fine-tuning, on CPU and GPU: weights, gradients and
-optimizer state of trained parameters, and the most that autograd keeps at once for the backward pass, without asking an
-allocator.
-"""
+"""Measured cost of training: FLOPs of a real step, and its peak memory. Memory is counted in the same way for the step
+and for full fine-tuning, on CPU and GPU: weights, gradients and optimizer state of trained parameters, and the most
+that autograd keeps at once for the backward pass, without asking an allocator."""
 
 from __future__ import annotations
 
@@ -31,11 +28,9 @@ STRETCH = 8
 
 
 def measure(learner: AnyLearner, examples: Sequence[Example], batches: Sequence[list[int]]) -> Cost:
-    """Count the first step (without learning), its preparation, and a small step of full fine-tuning.
-
-    The cost of a batch is a polynomial of second degree in its longest text (attention): the first batch is counted at
-    three lengths, by padding. The other ``batches`` only contribute their lengths; their rows are not prepared.
-    """
+    """Count the first step (without learning), its preparation, and a small step of full fine-tuning. The cost of a
+    batch is a polynomial of second degree in its longest text (attention): the first batch is counted at three lengths,
+    by padding. The other ``batches`` only contribute their lengths; their rows are not prepared."""
     model, replaced, optimizer, rows = learner.model.model, learner.model.replaced, learner.optimizer, batches[0]
     learner.ready(rows)
     lengths = [max(learner.length(row) for row in batch) for batch in batches]
@@ -143,10 +138,8 @@ class _Saved:
 
 
 class _AttentionExtras(TorchDispatchMode):
-    """Excludes secondary outputs of attention kernels: softmax normalisers, seeds, paddings.
-
-    They are small, and differ between CPU and GPU kernels.
-    """
+    """Excludes secondary outputs of attention kernels: softmax normalisers, seeds, paddings. They are small, and differ
+    between CPU and GPU kernels."""
 
     def __init__(self, saved_bytes: _SavedBytes) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -164,11 +157,9 @@ class _AttentionExtras(TorchDispatchMode):
 
 @contextmanager
 def peak_saved_bytes(model: nn.Module, replaced: Sequence[nn.Module] = ()) -> Iterator[Callable[[], float]]:
-    """Peak bytes kept for backward passes inside the context, counted equally on every device.
-
-    An allocator's figure would include temporary buffers, caches and rounding, which no CPU reports and which depend on
-    the GPU, so ratios would mean nothing. Weights formed by ``replaced`` modules count like parameters.
-    """
+    """Peak bytes kept for backward passes inside the context, counted equally on every device. An allocator's figure
+    would include temporary buffers, caches and rounding, which no CPU reports and which depend on the GPU, so ratios
+    would mean nothing. Weights formed by ``replaced`` modules count like parameters."""
     saved_bytes = _SavedBytes()
     for parameter in model.parameters():  # layers save views of them: a linear layer its transpose
         saved_bytes.exclude(parameter)

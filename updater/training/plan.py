@@ -1,8 +1,6 @@
-"""Plans an update: the cost of a step, the number of steps that the budget pays for, and the rows that they visit.
-
-The first batch is measured; the number of steps follows from it, and from that the rows of each pool. Rows are prepared
-when a step first needs them.
-"""
+"""Plans an update: the cost of a step, the number of steps that the budget pays for, and the rows that they visit. The
+first batch is measured; the number of steps follows from it, and from that the rows of each pool. Rows are prepared
+when a step first needs them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""Processes, also on several machines, that take the steps of one update, by Ray Train.
-
-It starts them with a torch process group, and ends all of them when one ends; then all start again from the update's
-own checkpoint. The updater's messages to them are in a file of the work folder, which all of them see.
-"""
+"""Processes, also on several machines, that take the steps of one update, by Ray Train. It starts them with a torch
+process group, and ends all of them when one ends; then all start again from the update's own checkpoint. The updater's
+messages to them are in a file of the work folder, which all of them see."""
 
 from __future__ import annotations
 

@@ -11,11 +11,9 @@ PARALLEL = 1e-6
 
 
 def slerp(served: WeightDelta, trained: WeightDelta, start: WeightDelta, weight: float) -> WeightDelta:
-    """ΔW = sin((1 - w) Ω) / sin Ω ΔW_served + sin(w Ω) / sin Ω ΔW_trained, Ω being the angle between both.
-
-    Keeps the length of ΔW where linear interpolation of dissimilar updates would shrink it. A layer that only one of
-    them changes is interpolated linearly.
-    """
+    """ΔW = sin((1 - w) Ω) / sin Ω ΔW_served + sin(w Ω) / sin Ω ΔW_trained, Ω being the angle between both. Keeps the
+    length of ΔW where linear interpolation of dissimilar updates would shrink it. A layer that only one of them changes
+    is interpolated linearly."""
     merged: dict[str, LowRank | Dense] = {}
     for name in sorted({*served, *trained}):
         old, new = served.get(name), trained.get(name)

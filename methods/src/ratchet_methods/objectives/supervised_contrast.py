@@ -13,11 +13,8 @@ from updater.methods.objectives import ClipObjective, positive
 
 class SupervisedContrast(ClipObjective):
     """SupCon (Khosla et al. 2020) of images: the mean, over the other images of its class, of their log-probability in
-    the softmax over all other images of the batch.
-
-    A class is a label or, if no example of an update has one, a distinct caption. Images that are alone in their class
-    are only negatives.
-    """
+    the softmax over all other images of the batch. A class is a label or, if no example of an update has one, a
+    distinct caption. Images that are alone in their class are only negatives."""
 
     def __init__(self, temperature: float = 0.1) -> None:
         positive(temperature=temperature)

@@ -31,11 +31,8 @@ class SwappedTokenDistillation(VlmObjective):
 
 
 def swapped(teacher: Teacher, target: Tensor) -> Teacher:
-    """Make ``target`` int [t] the most probable token of the teacher.
-
-    Exact even if the teacher kept no probability of that token: the former first token then joins the rest, with the
-    probability that the target had in it.
-    """
+    """Make ``target`` int [t] the most probable token of the teacher. Exact even if the teacher kept no probability of
+    that token: the former first token then joins the rest, with the probability that the target had in it."""
     first = teacher.tokens[:, :1]
     tokens = torch.where(teacher.tokens == target[:, None], first, teacher.tokens)
     tokens = torch.cat([target[:, None], tokens[:, 1:]], dim=1)

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 
 class GaLore(torch.optim.Optimizer):
-    """G [m, n] with m <= n becomes R = P^T G [rank, n]; the update is ``lr scale P Adam(R)``. For m > n, G^T is used.
-
-    P holds the first left singular vectors of the gradient, recomputed every ``every`` steps; moments are kept then, as
-    in the paper. Vectors, and matrices with at most ``rank`` rows or columns, use plain AdamW.
-    """
+    """G [m, n] with m <= n becomes R = P^T G [rank, n]; the update is ``lr scale P Adam(R)``. For m > n, G^T is used. P
+    holds the first left singular vectors of the gradient, recomputed every ``every`` steps; moments are kept then, as
+    in the paper. Vectors, and matrices with at most ``rank`` rows or columns, use plain AdamW."""
 
     def __init__(
         self,

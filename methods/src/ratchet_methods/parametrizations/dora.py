@@ -9,10 +9,8 @@ from ratchet_methods.parametrizations.parametrization import Parametrization, ma
 
 
 class Dora(Parametrization):
-    """W' = m (W + s B A) / ||W + s B A||, with the norm and m per output row; s = alpha / rank, initially B = 0.
-
-    The norm is a constant to the gradient, as in the paper (section 4.3), which saves memory at no cost in accuracy.
-    """
+    """W' = m (W + s B A) / ||W + s B A||, with the norm and m per output row; s = alpha / rank, initially B = 0. The
+    norm is a constant to the gradient, as in the paper (section 4.3), which saves memory at no cost in accuracy."""
 
     def __init__(self, weight: Tensor, rank: int, alpha: float, generator: torch.Generator) -> None:
         super().__init__()

@@ -9,10 +9,8 @@ from ratchet_methods.parametrizations.parametrization import Parametrization, ma
 
 
 class NusaCl(Parametrization):
-    """W' = W + U_n M V_n^T; U_n, V_n are the ``rank`` last singular directions of W, frozen. Initially M = 0.
-
-    W is the weight at the start of the update, so directions used by earlier updates are no longer free.
-    """
+    """W' = W + U_n M V_n^T; U_n, V_n are the ``rank`` last singular directions of W, frozen. Initially M = 0. W is the
+    weight at the start of the update, so directions used by earlier updates are no longer free."""
 
     u: Tensor
     v: Tensor

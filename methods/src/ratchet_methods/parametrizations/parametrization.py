@@ -27,12 +27,9 @@ Selects = Literal["layers", "norms", "biases", "all"]
 
 
 class Parametrization(nn.Module, AdapterKind):
-    """Parametrization of one weight, registered with ``torch.nn.utils.parametrize``.
-
-    ``__init__`` takes the weight at the start of the update, the recipe's rank and alpha, a seeded generator, and the
-    recipe's ``adapter.options`` as keyword arguments. Its ``nn.Parameter`` attributes learn. Set ``whole`` if W' alone
-    could replace W.
-    """
+    """Parametrization of one weight, registered with ``torch.nn.utils.parametrize``. ``__init__`` takes the weight at
+    the start of the update, the recipe's rank and alpha, a seeded generator, and the recipe's ``adapter.options`` as
+    keyword arguments. Its ``nn.Parameter`` attributes learn. Set ``whole`` if W' alone could replace W."""
 
     selects: ClassVar[Selects] = "layers"
 
@@ -175,11 +172,9 @@ class WeightModel(AdapterModel):
         return f"{owner}{INNER_OUT_PROJ}" if inside else layer
 
     def write(self, delta: WeightDelta, directory: Path) -> str:
-        """Write factors that exceed the rank as whole weights; otherwise as for every adapter.
-
-        Ranks add up when each update begins with new factors and is merged into the weights; repeated compression would
-        lose what earlier updates learned.
-        """
+        """Write factors that exceed the rank as whole weights; otherwise as for every adapter. Ranks add up when each
+        update begins with new factors and is merged into the weights; repeated compression would lose what earlier
+        updates learned."""
         unchanged = {
             name: part
             for name, part in self._start.items()
@@ -232,10 +227,8 @@ def _dense(start: WeightDelta, model: nn.Module, base: ClipBase) -> dict[str, Te
 
 
 def chosen_parameters(base: ClipBase, model: nn.Module, recipe: Recipe, selects: Selects) -> list[str]:
-    """Names of the parameters that learn, for an adapter kind that works on whole weights.
-
-    If only a tower's last blocks learn, what precedes its blocks (stems, embeddings) does not. Raises ConfigError if no
-    parameter would learn.
+    """Names of the parameters that learn, for an adapter kind that works on whole weights. If only a tower's last
+    blocks learn, what precedes its blocks (stems, embeddings) does not. Raises ConfigError if no parameter would learn.
     """
     if selects == "layers":
         modules = dict(model.named_modules())

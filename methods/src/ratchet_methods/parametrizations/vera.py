@@ -9,11 +9,9 @@ from ratchet_methods.parametrizations.parametrization import Parametrization, ma
 
 
 class Vera(Parametrization):
-    """W' = W + diag(b) B diag(d) A with A, B frozen; initially b = 0 and d = ``start`` (the paper's d_init).
-
-    A and B depend on ``seed`` and the shape, not on the update's seed: every update's ΔW has its rows in the span of
-    the same A, so the sum over any number of updates has the rank of a single one.
-    """
+    """W' = W + diag(b) B diag(d) A with A, B frozen; initially b = 0 and d = ``start`` (the paper's d_init). A and B
+    depend on ``seed`` and the shape, not on the update's seed: every update's ΔW has its rows in the span of the same
+    A, so the sum over any number of updates has the rank of a single one."""
 
     def __init__(
         self, weight: Tensor, rank: int, alpha: float, generator: torch.Generator, start: float = 0.1, seed: int = 0
