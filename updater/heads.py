@@ -26,7 +26,6 @@ certain as they were right: an ECE of 11 to 22 points on three of four domains, 
 LEAST = 2
 """Minimum images of a class: one of them is outside each fold."""
 JUDGED = 5000
-"""Approximate maximum of images used for calibration."""
 SCALES = np.geomspace(0.01, 4.0, 60)
 KNOWN = 0.95
 """Share of images of known classes that the threshold accepts."""
@@ -35,8 +34,6 @@ PAGE = 32
 
 @dataclass
 class Labelled:
-    """Samples of one split for a head: IDs and addresses by label, in draw order."""
-
     rows: dict[str, list[tuple[bytes, str, int]]] = field(default_factory=lambda: defaultdict(list))
 
     def drawn(self, most: int, least: int) -> list[tuple[str, str, int]]:

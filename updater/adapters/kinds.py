@@ -18,8 +18,6 @@ from updater.recipes.plugin_registry import Methods
 
 
 class AdapterKind(ABC):
-    """A kind of adapter, under the name in a recipe's ``adapter.kind``."""
-
     whole: ClassVar[bool] = False
     """True if its parameters are differences of whole weights, which mean the same in the next update, and not factors.
     """

@@ -170,7 +170,6 @@ class LoraModel(AdapterModel):
                     part.weight.requires_grad_(f"{name}.lora_{side}" in self.parameters)
 
     def delta(self) -> dict[str, LowRank | Dense]:
-        """Current factors, with the scale folded in."""
         scale = self.alpha / self.rank
         return self._whole.delta | {
             name: LowRank(

@@ -55,6 +55,7 @@ def first_touched(names: Iterable[str], model: nn.Module, which: Which) -> int:
 
 
 def vlm_layers(base: VlmBase, model: nn.Module, recipe: Recipe) -> list[str]:
+    """Names of the layers that learn. Raises ConfigError if there are none."""
     wanted: dict[str, Tower] = {"image": recipe.image, "connector": recipe.connector, "text": recipe.text}
     chosen: list[str] = []
     for part, tower in wanted.items():
@@ -105,6 +106,7 @@ def late_layers(names: Sequence[str], part: str, tower: Tower, blocks: str, coun
 
 
 def chosen_names(chosen: Sequence[str], recipe: Recipe, base: str) -> list[str]:
+    """Raises ConfigError if no layer would learn."""
     if not chosen:
         raise ConfigError(f"recipe {recipe.name}: no layer of base {base!r} would learn.", "Raise `blocks`.")
     return sorted(set(chosen))

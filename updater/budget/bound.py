@@ -36,7 +36,6 @@ class BudgetSpent(Exception):
 @dataclass(frozen=True)
 class Size:
     counts: tuple[float, ...] = ()
-    """Counts of items processed together: rows, texts."""
     lengths: tuple[float, ...] = ()
     """Tokens of the longest text, and of the longest of another kind; values of all pictures. 0 if absent: it then cost
     at most as much as one of the first length."""

@@ -34,7 +34,6 @@ class Cost:
     """Measured cost of an update's first batch, saved with the update so that a resumed one plans the same steps."""
 
     step_gflops: float
-    """Forward and backward of an average batch."""
     sample_gflops: float
     row_gflops: Mapping[Part, float]
     """GFLOPs computed once per example, by its pool: teachers' passes, and what no step changes."""
@@ -137,7 +136,6 @@ class Spending:
         self.steps.append(0.0)
 
     def spent(self) -> float:
-        """GFLOPs so far, without the passes after the last step."""
         return math.fsum([self._prepared(), *self.steps])
 
     def _left(self, steps: Sequence[float]) -> float:

@@ -93,7 +93,6 @@ class Throttle:
         self._open(totals)
 
     def __call__(self) -> float:
-        """Current share; polls the server every :data:`POLL_SECONDS`."""
         now = self.clock()
         if now - self._polled >= POLL_SECONDS:
             self._polled = now

@@ -33,7 +33,6 @@ class Drawn:
 
     new: np.ndarray
     replay: np.ndarray
-    """At most ``replay_limit`` earlier rows."""
 
 
 def draw_rows(
@@ -128,7 +127,6 @@ def _codes(names: Iterable[str], known: dict[str, int]) -> np.ndarray:
 
 
 def _concepts(rows: pa.RecordBatch, family: Family) -> Iterator[str]:
-    """Concepts over which replay is balanced; for questions including their kind."""
     columns = [rows[name].to_pylist() for name in ("concept", "domain")]
     kinds = rows["label"].to_pylist() if family == "vlm" else [None] * rows.num_rows
     for concept, domain, kind in zip(*columns, kinds, strict=True):

@@ -231,6 +231,7 @@ def _reference(folders: Sequence[Path], limit: int, seed: int, family: Family) -
 
 
 def check_reference(folders: Sequence[Path]) -> None:
+    """Raise ConfigError if a folder of the reference pool does not exist."""
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(
@@ -239,7 +240,6 @@ def check_reference(folders: Sequence[Path]) -> None:
 
 
 def _in_turn(drawn: Sequence[tuple[bytes, FolderItem]]) -> list[tuple[bytes, FolderItem]]:
-    """The first of each label, then the second of each, and so on."""
     seen: Counter[str] = Counter()
     turns = []
     for key, item in drawn:
@@ -287,7 +287,6 @@ def grouped(domains: Sequence[str], size: int) -> list[int]:
 
 
 def run_starts(domains: Sequence[str], size: int) -> tuple[int, ...]:
-    """First rows of runs of one domain, of at most ``size`` rows."""
     starts: list[int] = []
     for place, domain in enumerate(domains):
         if not starts or domain != domains[place - 1] or place - starts[-1] == size:

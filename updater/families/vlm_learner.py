@@ -43,7 +43,6 @@ class Checked:
     tokens: int
     answer: int
     picture: int
-    """Values of the processor's tensors."""
     shown: int
     """Tokens of the question with the known answer before it, if an objective needs that."""
 
@@ -85,7 +84,6 @@ class VlmLearner(Learner[Question]):
         return LONGEST
 
     def begin(self, between: Callable[[], None]) -> None:
-        """Decide by the first image whether features are kept, for all examples."""
         if self.keeps_features is None and self.examples:
             self.keeps_features = False
             if self._takes_features:
@@ -264,7 +262,6 @@ class VlmLearner(Learner[Question]):
         return self._logits(self.model.model, [sequences[row] for row in rows], self._eyes(rows))
 
     def _prompts(self, which: str, rows: Sequence[int]) -> dict[int, dict[str, Tensor]]:
-        """Inputs before the answer, by row: the question alone (``tokens``), or with the known answer (``shown``)."""
         if which == "tokens":
             return {row: each.prompt for row, each in zip(rows, self._sequences(rows), strict=True)}
         return dict(zip(rows, self._kept("shown.", rows), strict=True))

@@ -50,8 +50,6 @@ def answered(prompt: Mapping[str, Tensor], answer: Tensor) -> Tokens:
 
 @dataclass(frozen=True)
 class Read:
-    """A chunk of examples. ``images`` are the processor's outputs for all of them."""
-
     sequences: list[Tokens]
     images: dict[str, Tensor]
 
@@ -101,7 +99,6 @@ class Reader:
         return len(self.processor.tokenizer(prompt)["input_ids"]) + len(answer_tokens(self.processor, answer))
 
     def read(self, examples: Sequence[Question], images: Sequence[np.ndarray]) -> Read:
-        """Tokens and pixels of a chunk of examples, from their decoded images, uint8 [h, w, 3]."""
         asks = [question(image, each.question) for each, image in zip(examples, images, strict=True)]
         with self._reading:
             batch = inputs(self.processor, asks)

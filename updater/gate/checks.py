@@ -186,7 +186,6 @@ def check_parity(
 
 
 def check_vlm_drift(model: nn.Module, directory: Path) -> Check:
-    """:func:`check_drift` of the weights of the base `model` that the adapter changes."""
     after = effective_weights(directory, model)
     return check_drift({name: weight.detach() for name, weight in model.named_parameters() if name in after}, after)
 

@@ -86,7 +86,6 @@ class ClipEvaluator(Scorer):
         )  # fmt: skip
 
     def checks(self, candidate: str, suites: Sequence[Suite], facts: Mapping[str, Any]) -> list[Check]:
-        """loads, finite, collapse of each tower, norm drift, parity, latency, size."""
         engine = self.engine
         checks = [c.check_loads(candidate in engine.resident, candidate, facts)]
         few = list({item.id: item for _, items in probe(suites) for item in items}.values())[:PROBE]
@@ -165,7 +164,6 @@ class AcrossBasesEvaluator(ClipEvaluator):
             self.old.load(name, directory)
 
     def score(self, suite: Suite, adapter: str | None, *, label: str = "") -> Outcomes:
-        """Ranks of the right answers; None is the new base alone."""
         if adapter in (None, self.candidate):
             return super().score(suite, adapter, label=label)
         alone = adapter == base_alone(self.old.base)

@@ -34,8 +34,6 @@ MOST_REFERENCES = 3
 
 
 class ItemScores(Protocol):
-    """One model's scores of its answers to a suite, of either family."""
-
     @property
     def ids(self) -> NDArray[np.str_]:
         """Item ids [n], in the suite's order."""
@@ -62,7 +60,6 @@ class Scores:
     clusters: NDArray[np.int_] | None = None
     """Items with the same number are not independent (:meth:`Suite.clusters`); None: all items are independent."""
     best: ItemScores | None = None
-    """The best release so far; None if it is the incumbent, or there was none."""
     best_name: str = ""
 
 

@@ -55,7 +55,6 @@ Words = frozenset[str]
 MOST_ITEMS: Final = 2_000
 """Items of a suite to compare, evenly spaced: their cosines take 16 MB."""
 MOST_PAIRS: Final = 150
-"""As in MMVP."""
 NEAR_IMAGES: Final = 0.99
 """Quantile of the cosine of two images from which they look alike."""
 FAR_TEXTS: Final = 0.5
@@ -152,7 +151,6 @@ class StoreCounts:
         self.store, self.version, self.having, self.cache = store, version, having, cache
 
     def __call__(self, concepts: Iterable[str]) -> Counts:
-        """Raises StoreError."""
         terms = sorted({content_words(concept) for concept in concepts}, key=sorted)
         rows = self.store.count(self.version, "train", having=self.having)
         stride = max(1, -(-rows // MAX_ROWS))
@@ -198,8 +196,6 @@ def count_terms(samples: Iterable[Words], terms: Sequence[Words]) -> tuple[NDArr
 
 @dataclass(frozen=True, slots=True)
 class HardPair:
-    """Two items of a suite that look alike and whose captions differ, with their cosines by the base."""
-
     first: Item
     second: Item
     image_similarity: float
@@ -289,7 +285,6 @@ def mine_pairs(items: Sequence[Item], images: Vectors, texts: Vectors) -> list[H
 
 
 def right_pairs(scorer: Scorer, suite: Suite, pairs: Sequence[HardPair], adapter: str | None) -> NDArray[np.bool_]:
-    """Mask of the pairs that a model tells apart, bool [pairs]; cached with the suite's scores."""
     label = f"{suite.name}, pairs"
 
     def compute() -> tuple[NDArray[np.bool_]]:

@@ -168,8 +168,6 @@ def _fresh(settings: Settings, family: Family) -> tuple[HeldOut, list[Suite]]:
 
 @dataclass(frozen=True, slots=True)
 class EngineScore:
-    """Scores of the base alone on one suite, in [0, 1]."""
-
     suite: str
     items: int
     float32: float

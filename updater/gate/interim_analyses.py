@@ -49,10 +49,8 @@ class InterimAnalysis:
     """Items of the last look, fixed with the first."""
     alpha: float
     level: float
-    """Level of the test for a gain."""
     loss_alpha: float
     loss_level: float
-    """Level of each such test of this look."""
     before: float
     spent: float
 
@@ -65,17 +63,13 @@ class InterimAnalysis:
 
 @dataclass(frozen=True, slots=True)
 class AnalysisPlan:
-    """Settings of a candidate's looks, fixed before its answers are seen."""
-
     alpha: float
     loss_alpha: float
     """Budget of all looks for each test that excludes a loss: ``gate.alpha``."""
     needed: int
     tested: tuple[int, ...] = ()
     candidates: int = 0
-    """Other candidates since the last release, before it."""
     only: bool = False
-    """True for a single look, with the items available."""
 
     @classmethod
     def alone(cls, alpha: float) -> AnalysisPlan:

@@ -32,7 +32,6 @@ COLOURS = {"passed": GOOD, "failed": BAD, "inconclusive": OPEN}
 WIDTH = 5.4
 ROW = 0.42
 _ONE_AT_A_TIME = threading.Lock()
-"""matplotlib's settings are global."""
 
 
 def forest(suites: Suites) -> str:
@@ -56,7 +55,6 @@ def forest(suites: Suites) -> str:
 
 
 def bars(suites: Suites) -> str:
-    """Score of incumbent and candidate per suite, with the base as a tick."""
     plot, axes = _rows(suites)
     for y, suite in zip(reversed(range(len(suites))), suites, strict=True):
         base = 100 * suite["base"]

@@ -21,11 +21,9 @@ NO_LOOK = "none: it could not have passed, and spent no alpha"
 TEMPLATES = Path(__file__).parent / "templates"
 BOTH = ("before", "after")
 SAMPLES = ("sample", *(f"sample_{when}" for when in BOTH))
-"""Fields of :class:`updater.gate.verdict.Regression` that name a sample."""
 
 
 def write_report(verdict: Verdict, directory: Path) -> None:
-    """Write both files into `directory` (created if missing), each atomically."""
     directory.mkdir(parents=True, exist_ok=True)
     value = verdict.to_json()
     replace_file(directory / JSON_NAME, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())

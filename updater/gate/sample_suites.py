@@ -87,7 +87,6 @@ class HeldOut:
         return pa.Table.from_pylist(rows, pa.schema([SAMPLE_SCHEMA.field(name) for name in columns]))
 
     def expect(self, ids: Sequence[str]) -> None:
-        """Read neighbours in ``ids`` together, except those announced before."""
         new = [each for each in dict.fromkeys(ids) if each not in self._page_of]
         for start in range(0, len(new), PAGE):
             page = new[start : start + PAGE]

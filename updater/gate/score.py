@@ -44,7 +44,6 @@ TEXT_BATCH = 16
 """On a CPU small batches stay in its caches: 6 ms an image in batches of 8, 12 in batches of 64 (lite0, 128 px)."""
 GPU_BATCH = 64
 KEEP_PIXELS = 256 * 1024 * 1024
-"""Bytes of decoded pixels to keep between models that answer the same suite."""
 KEEP_FILES = 400
 """Score files to keep in a folder, the newest (each about 10 KB)."""
 SIDE = 96
@@ -103,7 +102,6 @@ class Scorer:
         return Outcomes(ids, ranks, answers, suite.k)
 
     def choices(self, suite: Suite) -> tuple[list[str], ...]:
-        """Possible answers per view: classes; or unique texts, and item IDs."""
         items = suite.items()
         texts = sorted({item.text for item in items})
         return (texts,) if suite.task == "classification" else (texts, [item.id for item in items])
@@ -242,7 +240,6 @@ def kept(
 
 
 def store_arrays(path: Path, **arrays: NDArray[Any]) -> None:
-    """Write arrays atomically; then delete the oldest files beyond KEEP_FILES."""
     with replacing(path, durable=False) as staging:
         np.savez_compressed(staging, **cast(dict[str, Any], arrays))
     by_age = sorted(path.parent.glob("*.npz"), key=_age, reverse=True)

@@ -65,16 +65,13 @@ class Comparison:
     """H0: there is no loss."""
     method: str
     spread: float
-    """Standard deviation of one item's difference."""
     bounds: Callable[[float], tuple[float, float]]
     """Lower and upper bound of the difference, each missed with at most the given probability."""
     units: int
-    """Independent clusters: captions, images, or single items."""
     resample: Callable[[], Bootstrap]
 
     @property
     def unit_spread(self) -> float:
-        """Standard deviation of one independent unit's difference."""
         return self.spread * math.sqrt(self.units / self.n)
 
     def needed(self, level: float) -> int:

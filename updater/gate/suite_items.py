@@ -50,8 +50,6 @@ AGREEING = 3
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image with its text, its class or its question; `read` gives the encoded image."""
-
     id: str
     text: str
     """The caption; the class label in a classification suite; the question in a VQA suite."""
@@ -185,7 +183,6 @@ def grade(metric: str, answer: str, references: Sequence[str]) -> float:
 
 
 def polarity(answer: str) -> str:
-    """`yes` or `no` if the answer begins with it, else empty."""
     first, *_ = normalise(answer).split() or [""]
     return first if first in ("yes", "no") else ""
 

@@ -50,7 +50,6 @@ METRICS: dict[Task, tuple[Metric, ...]] = {
     "retrieval": ("recall@5", "recall@1", "recall@10"),
     "vqa": ("exact_match", "vqa_accuracy", "yes_no"),
 }
-"""Metrics of each task; the first is the default."""
 VIEWS: dict[Task, tuple[str, ...]] = {
     "classification": ("class",),
     "retrieval": ("image to text", "text to image"),
@@ -130,6 +129,7 @@ class Suite(BaseModel):
         return Path(self.data.replace("${home}", str(self._home or "."))).expanduser()
 
     def check_folder(self) -> None:
+        """Raise GateError if the data folder does not exist."""
         if not self.folder.is_dir():
             raise GateError(
                 f"suite {self.name}: its data folder {self.folder} does not exist.",
@@ -138,7 +138,6 @@ class Suite(BaseModel):
 
     @property
     def cache(self) -> Path | None:
-        """Folder for cached scores; None without a home folder."""
         return self._home / "cache" / "gate" if self._home else None
 
     def divisible(self, min_items: int) -> bool:

@@ -58,12 +58,10 @@ class Regression:
 @dataclass(frozen=True, slots=True)
 class Change:
     name: str
-    """A metric, or the rank statistic."""
     before: float
     after: float
     difference: float
     ci_low: float
-    """One-sided bounds at the level of the test."""
     ci_high: float
     p: float
     """H0 of a `statistic`: there is no gain; otherwise: the loss is at least the margin."""
@@ -78,10 +76,8 @@ class PooledGain:
     strata: dict[str, int]
     statistic: Change
     recall: Change
-    """The metric that users see; a loss of `margin` must be excluded."""
     margin: float
     alpha: float
-    """Level of both tests: that of the look."""
     method: str
     spread: float
     recall_spread: float
@@ -132,7 +128,6 @@ class SuiteResult:
     statistic: Change | None = None
     """In a gain suite: the quantity whose gain is tested, against the incumbent."""
     recall: Change | None = None
-    """In a gain suite: its metric, and whether a loss of the margin is excluded."""
     best: str = ""
     """Adapter of the best release so far by this suite; empty if it is the incumbent, or there was none."""
     best_release: Change | None = None
@@ -157,16 +152,11 @@ class SuiteResult:
 
 @dataclass(frozen=True, slots=True)
 class CrossVersion:
-    """Recall at `k` of texts in images, over retrieval suites, by the versions of both (see :mod:`.clip`)."""
-
     n: int
     k: int
     old_old: float
-    """The incumbent's texts in the incumbent's images: searches before the release."""
     new_old: float
-    """The candidate's texts in the incumbent's images: searches at the start of a backfill."""
     new_new: float
-    """The candidate's texts in the candidate's images: searches after it."""
     ci_low: float
     """One-sided lower bound of `new_old - old_old`."""
     margin: float
@@ -193,8 +183,6 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class TailBin:
-    """Items of a suite whose concepts are about equally frequent in the training data."""
-
     name: str
     n: int
     units: int
@@ -203,8 +191,6 @@ class TailBin:
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """Results of suites by how often their concepts were seen in training."""
-
     rows: int
     counted: int
     """Training samples that were read; counts are scaled up if these are fewer."""
@@ -238,7 +224,6 @@ class PairAccuracy:
     improved: int
     worsened: int
     shown: tuple[ShownPair, ...] = ()
-    """Examples that the candidate gets wrong; those that were right before come first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +246,6 @@ class YesShare:
 class TowerShift:
     n: int
     from_incumbent: float
-    """Mean of 1 - cosine between the incumbent's and the candidate's features of an item."""
     from_base: float
     rank_before: float
     """Effective rank of the incumbent's features (:func:`updater.gate.checks.effective_rank`)."""
@@ -274,20 +258,16 @@ class FeatureShift:
 
     towers: dict[str, TowerShift]
     gap_before: float
-    """Distance between the incumbent's mean image and mean text feature, 0 to 2."""
     gap_after: float
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnostics:
-    """Diagnostics of one verdict; those that could not be computed are absent."""
-
     tail: Tail | None = None
     pairs: dict[str, PairAccuracy] = field(default_factory=dict)
     yes: dict[str, YesShare] = field(default_factory=dict)
     shift: FeatureShift | None = None
     warnings: tuple[str, ...] = ()
-    """For an operator; also about measurements that failed."""
 
     def summary(self) -> dict[str, Any]:
         value = asdict(self)
@@ -309,7 +289,6 @@ class Verdict:
     look: InterimAnalysis
     """Number and level of this look at the candidate, and the alpha spent and left."""
     candidates: int
-    """Other candidates since the last release, before this one."""
     fresh: int
     """Independent items of the look that are new samples; others come from gain suites of the user."""
     seconds: float
@@ -352,7 +331,6 @@ class Verdict:
         return {name: jsonable(value) for name, value in everything.items()}
 
     def summary(self) -> dict[str, Any]:
-        """The part that the ledger keeps, without thumbnails."""
         kept: dict[str, Any] = {
             "outcome": self.outcome,
             "reasons": self.reasons,
@@ -384,7 +362,6 @@ def jsonable(value: Any) -> Any:
 
 
 def diagnostics_lines(diagnostics: Mapping[str, Any]) -> Iterator[str]:
-    """Lines for a terminal, from the diagnostics of a verdict's summary or report."""
     if not diagnostics:
         return
     for warning in diagnostics["warnings"]:

@@ -43,13 +43,10 @@ LATENCY_BATCH = 8
 
 @dataclass(frozen=True, slots=True)
 class VlmAnswers:
-    """One model's answers, aligned with `ids` [n]."""
-
     ids: NDArray[np.str_]
     texts: tuple[str, ...]
     """Raw answers; empty if a log-probability was not finite."""
     hits: NDArray[np.float64]
-    """Scores in [0, 1]: [n, 1]."""
     ranks: None = None
 
 
@@ -113,7 +110,6 @@ class VlmEvaluator:
         return worst_answers(suite, (before.texts, before.hits[:, 0]), (after.texts, after.hits[:, 0]))
 
     def checks(self, candidate: str, suites: Sequence[Suite], facts: Mapping[str, Any]) -> list[Check]:
-        """loads, finite, norm drift, parity, latency, size."""
         directory = self._directories.get(candidate)
         checks = [c.check_loads(directory is not None, candidate, facts)]
         if directory is None or not suites:
@@ -156,7 +152,6 @@ class VlmEvaluator:
         return checks
 
     def _finite(self, candidate: str, suites: Sequence[Suite]) -> Check:
-        """The engine's golden inputs, and answers to the probe, have finite log-probabilities."""
         try:
             with _living("answering the golden inputs"):
                 self.vlm.golden(candidate)

@@ -87,6 +87,7 @@ class VlmObjective(Objective[AnswerBatch]):
 
 
 def known_teacher(name: str) -> str:
+    """Raise TypeError, as for a wrong argument, unless it is the name of a fixed teacher."""
     if name not in ("base", "incumbent"):
         raise TypeError(f"teacher is {name!r}, not one of base, incumbent")
     return name

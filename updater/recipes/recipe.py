@@ -48,8 +48,6 @@ class Optimizer(Section):
 
 
 class Gradients(Section):
-    """Gradient harmonization: what happens if terms pull in opposite directions."""
-
     harmonize: bool = Field(False, description="Project each term's gradient off those that it conflicts with.")
     drop: float = Field(0.0, ge=0, lt=1, description="Share of new rows left out at most: those most in conflict.")
 
@@ -70,8 +68,6 @@ class Mixture(Section):
 
 
 class Batches(Section):
-    """The examples of a pool that share a batch."""
-
     domains: Literal["mixed", "grouped"] = Field(
         "mixed", description="grouped: runs of one domain, whose rows are each other's (hard) negatives."
     )

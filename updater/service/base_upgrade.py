@@ -56,7 +56,6 @@ class UpgradePlan:
     new: ClipBase
     recipe: Recipe
     incumbent: str | None
-    """The live adapter, of the old base; None if nothing was released."""
     store_version: int
     data_to: Mapping[str, int]
     samples: int
@@ -64,7 +63,6 @@ class UpgradePlan:
     gflops: float
     training: Estimate
     embedded: int
-    """Samples of the store that the catalog embeds again in the new image space."""
 
     def rows(self) -> list[tuple[str, str]]:
         """Labels and values for display. Properties that both bases share are left out."""

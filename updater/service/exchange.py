@@ -177,7 +177,6 @@ def export_adapter(settings: Settings, name: str, target: Path) -> Path:
 
 
 def model_card(ledger: Ledger, row: AdapterRow, directory: Path) -> str:
-    """Model card in the Hugging Face format, with the adapter's base, origin and verdict."""
     files = read_adapter(directory)
     update, verdict = ledger.update_of(row.name), ledger.verdict_on(row.name)
     releases = [str(r.number) for r in ledger.releases(RELEASES) if row.name in (r.clip, r.vlm)]

@@ -149,7 +149,6 @@ def _scores(verdict: VerdictRow) -> list[Score]:
 
 
 def _shifts(verdict: VerdictRow) -> dict[str, tuple[float, float]]:
-    """By tower; empty for a VLM, or a candidate that was not scored."""
     shift = (verdict.summary.get("diagnostics") or {}).get("shift")
     towers = shift["towers"] if shift else {}
     return {tower: (moved["from_incumbent"], moved["from_base"]) for tower, moved in towers.items()}

@@ -64,8 +64,6 @@ _OTHER_BASE = "It was trained for another model: import it where that is the bas
 
 @dataclass(frozen=True)
 class Named:
-    """A directory's own description in ``ratchet.json``; all None without one, as from PEFT."""
-
     family: str | None = None
     base_digest: str | None = None
     name: str | None = None

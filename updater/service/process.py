@@ -92,7 +92,6 @@ class StopSignal:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Inside the context a signal is only recorded; training checks for it between steps."""
         self._training = True
         try:
             yield

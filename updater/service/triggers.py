@@ -34,14 +34,12 @@ PLENTY = 20
 """Above this multiple of the needed items, rows are not read to count independent ones. If their captions are too few,
 the gate reports it."""
 RECENT = 10
-"""Verdicts used for the spread of the rank statistic."""
 LOOK = re.compile(r"^(?P<first>.+)-look-(?P<number>\d+)$")
 NEEDED = "gflops_needed"
 """In the cost of an update that failed because its budget did not pay for one step: the budget that would have."""
 TRAINED_BY = "trained_by"
 """In the cost of a further look: the update that trained the candidate, whose cost it is."""
 IMPORTED = "imported"
-"""Recipe name of an update whose adapter was imported."""
 ONLY_LOOK = "only_look"
 """In the cost of an update that is judged once, with the available items, and not kept, like an import: see
 :class:`Ready`."""
@@ -49,8 +47,6 @@ ONLY_LOOK = "only_look"
 
 @dataclass(frozen=True)
 class Learned:
-    """The part of the store that a model has learned."""
-
     updates: list[UpdateRow]
     incumbent: str | None
     """Adapter that updates begin from and are compared with (during a canary, the stable one); None is the base."""
@@ -72,7 +68,6 @@ class KeptCandidate:
     update: UpdateRow
     verdict: VerdictRow
     next_items: int
-    """Fresh items at which that is due."""
     needed: int
     seen: int
 
@@ -84,12 +79,9 @@ class KeptCandidate:
 
 @dataclass(frozen=True)
 class FreshItems:
-    """Independent fresh items since the live adapter's data."""
-
     items: int
     needed: int
     candidate: KeptCandidate | None
-    """Candidate that waits for them; None: the next update does."""
 
     @property
     def enough(self) -> bool:
@@ -105,8 +97,6 @@ class FreshItems:
 
 @dataclass(frozen=True)
 class Ready:
-    """An update may begin."""
-
     learned: Learned
     data_to: dict[str, int]
     new_samples: int
@@ -118,8 +108,6 @@ class Ready:
 
 @dataclass(frozen=True)
 class Reevaluate:
-    """An inconclusive candidate is asked again: enough fresh items have arrived."""
-
     candidate: KeptCandidate
     store_version: int
     fresh: FreshItems

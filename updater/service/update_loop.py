@@ -71,8 +71,6 @@ ASK_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class StepResult:
-    """Result of :meth:`UpdaterService.step`: nothing (``update`` is None), or one whole update."""
-
     update: UpdateRow | None
     reason: str
 
@@ -195,7 +193,6 @@ class UpdaterService:
         return StepResult(done, done.error or done.state)
 
     def _lacks(self, recipe: Recipe, ready: Ready) -> str:
-        """Name what is missing to train and judge an update, before anything is spent."""
         try:
             check_suites(self.settings, recipe.family, learned=bool(ready.learned.data_from))
             if recipe.mixture.reference > 0:

@@ -60,8 +60,6 @@ CHUNK = 48
 
 @dataclass(frozen=True)
 class Precomputed:
-    """Storage of what a learner computes once per example."""
-
     folder: Path
     key: str = ""
     """Identifies what is computed, apart from the examples: base, recipe, incumbent. Shards with another key are made
@@ -74,8 +72,6 @@ class Precomputed:
 
 
 class Learner(ABC, Generic[E]):
-    """A model with an adapter in training, its optimizer and the recipe's loss."""
-
     def __init__(self, base: Base, recipe: Recipe, model: AdapterModel) -> None:
         self.base = base
         self.recipe = recipe
@@ -222,7 +218,6 @@ class Learner(ABC, Generic[E]):
                 self.average.stepped(self.parameters)
 
     def remembered(self) -> dict[str, Tensor]:
-        """State of objectives and regularizers for the next update, by name."""
         state = {name + key: value for name, term in self._terms() for key, value in term.state().items()}
         return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
@@ -239,7 +234,6 @@ class Learner(ABC, Generic[E]):
         ]
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters, optimizer moments, and the state of terms and teachers, by name."""
         tensors = {f"parameter.{name}": p.detach().cpu().contiguous() for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -388,7 +382,6 @@ class Learner(ABC, Generic[E]):
             return Fetched(list(pool.map(decoded, rows, chosen, encoded)), left_out)
 
     def close(self) -> None:
-        """Stop reading ahead."""
         self.shards.close()
 
 

@@ -139,7 +139,6 @@ class _Pass:
     run: Callable[[], Tensor]
     output: Tensor
     first: int
-    """Index of these rows in ``output``."""
 
 
 class CachedPasses:
@@ -187,7 +186,6 @@ class CachedPasses:
         self._open.clear()
 
     def backward(self, after: Callable[[], None] = lambda: None) -> None:
-        """Propagate the gradients of the outputs into the parameters; calls ``after`` after each micro-batch."""
         while self._open:
             each = self._open.pop()
             gradient = each.output.grad

@@ -110,7 +110,6 @@ class Shards:
         self.folder, self.layout, self.fetch, self.compute, self.between = folder, layout, fetch, compute, between
         self.contents, self.size, self.team, self.afford = contents, size, team, afford
         self.gflops: dict[int, float] = {}
-        """GFLOPs of each existing shard, by its number."""
         self.sizes: dict[int, int] = {}
         self.left_out: dict[int, str] = {}
         """Reasons by row of existing shards that cannot be prepared; it has values of a stand-in."""
@@ -176,7 +175,6 @@ class Shards:
             return {_OF_ONE_ROW.sub("", key) for key in file.keys()}  # noqa: SIM118 - no iterator
 
     def close(self) -> None:
-        """Stop reading ahead."""
         if self._reader is not None:
             self._reader.shutdown(wait=True, cancel_futures=True)
             self._reader = None
@@ -222,7 +220,6 @@ class Shards:
         self._made(number, flops.gflops, size, left_out)
 
     def _made(self, number: int, gflops: float, size: Size, left_out: Mapping[int, str]) -> None:
-        """``left_out``: by their index in the shard."""
         self.gflops[number] = gflops
         self._costs[self._group(number)].add(size, gflops)
         self.left_out |= {self.layout[number].start + place: why for place, why in left_out.items()}

@@ -35,13 +35,10 @@ class Progress:
     step: int
     steps: int
     seconds: float
-    """Wall-clock seconds spent in training, over all attempts."""
     truncated: bool = False
     budget_spent: bool = False
-    """True if the next step might have exceeded the budget."""
     losses: dict[str, list[float]] = field(default_factory=dict)
     gflops: list[float] = field(default_factory=list)
-    """GFLOPs of each step, of all processes."""
     known: list[list[Any]] = field(default_factory=list)
     excess: float = 1.0
     prepared: float = 0.0

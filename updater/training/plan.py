@@ -31,8 +31,6 @@ MEASURED = 100
 
 @dataclass(frozen=True)
 class Visits:
-    """The examples of each pool that some number of steps visit, and their batches."""
-
     pools: Pools
     batches: BatchPlan
 
@@ -40,7 +38,6 @@ class Visits:
         return self.pools.rows(self.batches.batch(step))
 
     def seen(self, steps: int) -> list[int]:
-        """Indices of the examples that the first steps see."""
         counts = self.batches.counts
         return self.pools.rows([(p, row) for p in counts for row in range(self.batches.visited(p, steps))])
 
@@ -116,7 +113,6 @@ class Planner:
         return Visits(pools, BatchPlan(counts, pools.sizes, self.seed, runs))
 
     def _cost(self, run: str, visits: Visits, precomputed: Precomputed, between: Callable[[], None]) -> Cost:
-        """Measured once: a resumed update must plan the same number of steps."""
         path = self.work_dir / "cost.json"
         saved = read_json(path)
         if isinstance(saved, dict) and saved.get("run") == run:

@@ -23,7 +23,6 @@ class Limits:
     """Share of time spent computing; the trainer sleeps for the rest, between steps."""
     checkpoint_steps: int = 10
     work_bytes: float = 16 * 2**30
-    """Disk for what is computed once per sample."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,6 @@ class TrainResult:
     visited: int
     """New samples that were in a batch; the others were passed over."""
     left_out: dict[str, str]
-    """Reasons by ID, of visited samples that could not be prepared."""
     carry_over: Path | None = None
 
 
@@ -55,12 +53,9 @@ class TrainResult:
 class Estimate:
     steps: int
     gflops: float
-    """Memory-adjusted GFLOPs of these steps and their preparation."""
     seconds: float
-    """On this machine at its current load, without pauses."""
     visited: int
     sample_gflops: float
-    """Forward pass of one sample through the whole model."""
 
 
 def cost_of(result: TrainResult) -> dict[str, Any]:

@@ -47,14 +47,12 @@ class Job:
     limits: Limits
     work_dir: Path
     carry_over: Path | None = None
-    """State from the update that made the incumbent."""
     device: str | None = None
 
 
 @dataclass(frozen=True)
 class Hooks:
     stop: Callable[[], bool] = lambda: False
-    """True ends in a checkpoint and :class:`Stopped`."""
     duty_cycle: Callable[[], float] = lambda: 1.0
     report: Callable[[str], None] = lambda line: None
 
@@ -83,7 +81,6 @@ class Trainer:
         self.learner.remember(self.received.terms)
         self.planner = Planner(self.learner, self.recipe, job.pools, job.seed, self.limits, job.work_dir)
         self.progress: Progress | None = None
-        """Progress while steps are taken, saved when the update is stopped."""
         self.began = self.slept = time.monotonic()
 
     def __enter__(self) -> Trainer:
@@ -254,7 +251,6 @@ class Trainer:
         )
 
     def _resume(self, plan: TrainingPlan, visits: Visits) -> Progress:
-        """Prepare rows, and restore the checkpoint of an earlier attempt."""
         self.learner.join(self.team)
         run = digest_json([plan.run, visits.pools.digest])
         # Processes make different shards: none of them may stop by itself.

@@ -81,7 +81,6 @@ class Workers:
     threads: int
     gpus: bool = False
     address: str = ""
-    """Ray cluster; empty: a local one for the duration of the call."""
 
     @classmethod
     def of(cls, settings: Settings) -> Workers | None:

@@ -52,7 +52,6 @@ class CompatibleMomentumContrast(ClipObjective):
         self.caption = caption[: self.size]
 
     def _keys(self, batch: Features) -> tuple[TeacherFeatures, Tensor]:
-        """Keys of the batch, then of the queue, newest first."""
         teacher = batch.teachers[self.teacher]
         if self.queue is None:
             return teacher, batch.caption

@@ -56,7 +56,6 @@ class Parametrization(nn.Module, AdapterKind):
         """Called after each step of the optimizer."""
 
     def state(self) -> dict[str, Tensor]:
-        """State that a resumed update needs in addition to the parameters."""
         return {}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
