@@ -60,11 +60,8 @@ def learn_heads(
     engine: ClipEngine, directory: Path, store: SampleStore, version: int, heads: Sequence[LearnedHead], held_out: int
 ) -> dict[str, Head]:
     """Learn the heads of an adapter, by name. A head that cannot be judged or learned yet is logged and left out.
-
-    Args:
-        engine: of the adapter's base; the adapter is made resident.
-        held_out: labelled samples of a head's classes that the gate needs.
-    """
+    ``engine``: of the adapter's base; the adapter is made resident. ``held_out``: labelled samples of a head's classes
+    that the gate needs."""
     name = read_adapter(directory).name
     engine.load(name, directory)
     train, held = (labelled(store, version, split, heads) for split in ("train", "fresh_eval"))

@@ -27,12 +27,8 @@ class AdapterKind(ABC):
     def build(
         cls, base: ClipBase, plain: nn.Module, recipe: Recipe, start: WeightDelta, seed: int, device: str
     ) -> tuple[list[str], AdapterModel]:
-        """Return the names of the layers or parameters that learn, and the model to train.
-
-        Args:
-            plain: the base's own model.
-            start: the delta to begin with.
-        """
+        """Return the names of the layers or parameters that learn, and the model to train. ``plain``: the base's own
+        model. ``start``: the delta to begin with."""
 
 
 class Lora(AdapterKind):

@@ -83,14 +83,9 @@ def _block_number(name: str, blocks: str) -> int | None:
 
 
 def late_layers(names: Sequence[str], part: str, tower: Tower, blocks: str, count: int, recipe: Recipe) -> list[str]:
-    """Layers of one part that learn: those in its last blocks, or outside the blocks.
-
-    Args:
-        blocks: name of the part's list of blocks; empty without a known one.
-        count: number of blocks in it.
-
-    Raises ConfigError: the recipe counts blocks, and the part has no list of them.
-    """
+    """Layers of one part that learn: those in its last blocks, or outside the blocks. ``blocks``: name of the part's
+    list of blocks; empty without a known one. ``count``: number of blocks in it. Raises ConfigError: the recipe counts
+    blocks, and the part has no list of them."""
     if tower.locked:
         return []
     if tower.blocks is None:

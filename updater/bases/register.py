@@ -261,12 +261,8 @@ def add_vlm(home: Path | str, name: str, source: Path | str) -> VlmBase:
 
 
 def push_base(home: Path, name: str, artifacts: Artifacts) -> None:
-    """Store a registered base under ``bases/<name>``. The same content again is fine.
-
-    Raises:
-        BaseModelError: there is no such base.
-        AdapterError: the name is taken by another base; adapters of one do not fit the other.
-    """
+    """Store a registered base under ``bases/<name>``. The same content again is fine. Raises BaseModelError: there is
+    no such base; AdapterError: the name is taken by another base; adapters of one do not fit the other."""
     if name not in list_bases(home):
         raise BaseModelError(
             f"there is no base {name!r} in {home}.", "`ratchet base add` or `ratchet base build` first."

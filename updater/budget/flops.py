@@ -17,11 +17,7 @@ from updater.budget.bound import BudgetSpent
 
 class FlopCount(TorchDispatchMode):
     """Sum of torch's FLOP formulas. Does not track modules as torch's FlopCounterMode does, which is four times as
-    slow.
-
-    Args:
-        limit: GFLOPs; raises BudgetSpent instead of running the operation that would exceed them.
-    """
+    slow. ``limit``: GFLOPs; raises BudgetSpent instead of running the operation that would exceed them."""
 
     def __init__(self, formulas: Mapping[Any, Any], limit: float = math.inf) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -68,11 +68,7 @@ class ClipEvaluator(Scorer):
     ) -> CrossVersion | None:
         """Recall of a candidate's texts among images that the incumbent embedded: without a loss, searches need not
         wait for the catalog to be embedded again. None if both have one image space, or there is no retrieval suite.
-
-        Args:
-            margin: loss of recall that must be excluded.
-            level: of the one-sided test.
-        """
+        ``margin``: loss of recall that must be excluded. ``level``: of the one-sided test."""
         retrieval = [suite for suite in suites if suite.task == "retrieval"]
         if not retrieval or self.engine.spaces(incumbent).image == self.engine.spaces(candidate).image:
             return None

@@ -254,13 +254,9 @@ def hard_pairs(scorer: Scorer, suite: Suite) -> list[HardPair]:
 
 
 def mine_pairs(items: Sequence[Item], images: Vectors, texts: Vectors) -> list[HardPair]:
-    """Pairs with a high cosine of their images and a low one of their captions, the highest first.
-
-    An item is in at most one pair, so that pairs are independent. Ties are in the order of items.
-
-    Args:
-        images: L2-normalised [n, dim], as are `texts`, the caption of each item.
-    """
+    """Pairs with a high cosine of their images and a low one of their captions, the highest first. An item is in at
+    most one pair, so that pairs are independent. Ties are in the order of items. ``images``: L2-normalised [n, dim], as
+    are `texts`, the caption of each item."""
     first, second = (each.astype(np.int32) for each in np.triu_indices(len(items), 1))
     by_image, by_text = ((vectors @ vectors.T)[first, second] for vectors in (images, texts))
     if not len(first) or not (np.isfinite(by_image).all() and np.isfinite(by_text).all()):
@@ -300,10 +296,7 @@ def right_pairs(scorer: Scorer, suite: Suite, pairs: Sequence[HardPair], adapter
 
 def told_apart(images: tuple[Vectors, Vectors], texts: tuple[Vectors, Vectors]) -> NDArray[np.bool_]:
     """Mask of the pairs in which both images are nearer to their own caption than to the other's, bool [pairs].
-
-    Args:
-        images: of the first and second items of the pairs, L2-normalised [pairs, dim], as are `texts`.
-    """
+    ``images``: of the first and second items of the pairs, L2-normalised [pairs, dim], as are `texts`."""
     (one, other), (own, others) = images, texts
 
     def cosine(left: Vectors, right: Vectors) -> NDArray[np.float64]:

@@ -138,15 +138,9 @@ def _locate(artifacts: Artifacts, adapter: str) -> tuple[str, Path]:
 
 
 def pairs_command(settings: Settings, name: str) -> list[HardPair]:
-    """Pairs of a retrieval suite that the CLIP base cannot tell apart, the most similar first.
-
-    Args:
-        name: of a suite of `gate.suites`, or `fresh.<domain>` over all held-out samples of the store.
-
-    Raises:
-        GateError: there is no such suite, or it cannot be read.
-        BaseModelError: the base is not there.
-    """
+    """Pairs of a retrieval suite that the CLIP base cannot tell apart, the most similar first. ``name``: of a suite of
+    `gate.suites`, or `fresh.<domain>` over all held-out samples of the store. Raises GateError: there is no such suite,
+    or it cannot be read; BaseModelError: the base is not there."""
     suites = load_suites(settings.gate.suites, settings.home, "clip", settings.gate.max_items)
     known = [suite for suite in suites if suite.task == "retrieval"]
     if name not in {suite.name for suite in known}:

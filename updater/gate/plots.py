@@ -32,6 +32,7 @@ COLOURS = {"passed": GOOD, "failed": BAD, "inconclusive": OPEN}
 WIDTH = 5.4
 ROW = 0.42
 _ONE_AT_A_TIME = threading.Lock()
+"""matplotlib's settings are global."""
 
 
 def forest(suites: Suites) -> str:

@@ -54,12 +54,8 @@ class Images(Protocol):
 
 class HeldOut:
     """The split ``fresh_eval`` of one version of the store; also gives the images of the rows that were read.
-    Thread-safe.
-
-    Args:
-        version: pinned, or otherwise kept for as long as images are needed.
-        having: only samples with this field; None: all.
-    """
+    Thread-safe. ``version``: pinned, or otherwise kept for as long as images are needed. ``having``: only samples with
+    this field; None: all."""
 
     def __init__(self, store: SampleStore, version: int, having: Having | None) -> None:
         self.store, self.version, self.having = store, version, having

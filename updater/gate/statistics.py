@@ -65,6 +65,7 @@ class Comparison:
     """H0: there is no loss."""
     method: str
     spread: float
+    """Standard deviation of one item's difference."""
     bounds: Callable[[float], tuple[float, float]]
     """Lower and upper bound of the difference, each missed with at most the given probability."""
     units: int

@@ -152,6 +152,9 @@ class SuiteResult:
 
 @dataclass(frozen=True, slots=True)
 class CrossVersion:
+    """Recall at `k` of texts in images, over retrieval suites. `new_old`: the candidate's texts in the incumbent's
+    images, as in searches at the start of a backfill (see :mod:`updater.gate.clip`)."""
+
     n: int
     k: int
     old_old: float

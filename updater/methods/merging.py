@@ -137,11 +137,8 @@ def search(
     between: Callable[[], None] = lambda: None,
 ) -> Searched:
     """Return the best of ``merge.search``, the first among equals; ``merge`` unchanged if nothing can be scored.
-
-    Args:
-        write: writes the adapter of a merge into a directory.
-        between: called after each score (duty cycle, signals).
-    """
+    ``write``: writes the adapter of a merge into a directory. ``between``: called after each score (duty cycle,
+    signals)."""
     scores: dict[float, float] = {}
     began = time.monotonic()
     if scored is None or not merge.search or not scored.passes:

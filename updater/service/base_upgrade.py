@@ -252,12 +252,8 @@ class Switch:
 
 def plan_switch(settings: Settings, ledger: Ledger, name: str) -> Switch:
     """Find the release of a switch to the base ``name``: its newest upgrade that passed the gate or, without one, the
-    adapter of its newest full release.
-
-    Raises:
-        BaseModelError: there is no such base, or it is live.
-        ReleaseError: nothing of that base may be released, or something else has to be decided first.
-    """
+    adapter of its newest full release. Raises BaseModelError: there is no such base, or it is live; ReleaseError:
+    nothing of that base may be released, or something else has to be decided first."""
     base = load_base(settings.home, name)
     live = ledger.live()
     if live is None:

@@ -152,12 +152,8 @@ def _base_of(settings: Settings, directory: Path, name: str | None) -> tuple[Fam
 
 def export_adapter(settings: Settings, name: str, target: Path) -> Path:
     """Write an adapter of the ledger to the new directory ``target``; `ratchet adapters import` reads it as the same
-    adapter.
-
-    Raises:
-        LedgerError: there is no such adapter.
-        AdapterError: its files are missing or damaged, or ``target`` exists.
-    """
+    adapter. Raises LedgerError: there is no such adapter; AdapterError: its files are missing or damaged, or ``target``
+    exists."""
     if target.exists():
         raise AdapterError(f"{target} exists already.", "Name a new directory.")
     with closing(Ledger.open(settings.ledger)) as ledger:

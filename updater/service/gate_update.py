@@ -44,14 +44,9 @@ from updater.step.learner import Base
 def gate_update(
     settings: Settings, ledger: Ledger, artifacts: Artifacts, store: SampleStore, base: Base, update: UpdateRow
 ) -> UpdateRow:
-    """Gate the adapter of a trained update and record the verdict, once. Idempotent.
-
-    Args:
-        base: of the adapter; an upgrade's incumbent has another one.
-
-    Raises GateError: a suite cannot be read, base or incumbent cannot be scored, or the engine died. The update stays
-    ``trained``.
-    """
+    """Gate the adapter of a trained update and record the verdict, once. Idempotent. ``base``: of the adapter; an
+    upgrade's incumbent has another one. Raises GateError: a suite cannot be read, base or incumbent cannot be scored,
+    or the engine died. The update stays ``trained``."""
     row = ledger.verdict_of(update.id)
     if row is None:
         verdict = _gate(settings, ledger, artifacts, store, base, update)
@@ -150,14 +145,9 @@ def _family(update: UpdateRow) -> Family:
 def update_suites(
     settings: Settings, store: SampleStore, update: UpdateRow, learned: Mapping[str, int] | None = None
 ) -> tuple[list[Suite], list[Suite]]:
-    """Return the suites that judge an update: configured and memory suites, and fresh ones.
-
-    Args:
-        learned: end of the data that the incumbent has learned; by default the start of the update's own. For an
-            upgrade, which learns them again, their held-out samples are in both kinds of suite.
-
-    Raises GateError if a suite cannot be read.
-    """
+    """Return the suites that judge an update: configured and memory suites, and fresh ones. ``learned``: end of the
+    data that the incumbent has learned; by default the start of the update's own. For an upgrade, which learns them
+    again, their held-out samples are in both kinds of suite. Raises GateError if a suite cannot be read."""
     learned = update.data_from if learned is None else learned
     family = _family(update)
     held_out = HeldOut(store, update.store_version, HAVING[family])

@@ -90,14 +90,9 @@ def _lacks(settings: Settings, family: Family, learned: bool) -> str:
 
 
 def check_suites(settings: Settings, family: Family, *, learned: bool = False, read: bool = True) -> int:
-    """Number of suites for models of a family.
-
-    Args:
-        learned: whether data was learned before, from which the gate makes memory suites.
-        read: read all items, instead of only checking their folders.
-
-    Raises GateError: a suite cannot be read, or there is no retention suite.
-    """
+    """Number of suites for models of a family. ``learned``: whether data was learned before, from which the gate makes
+    memory suites. ``read``: read all items, instead of only checking their folders. Raises GateError: a suite cannot be
+    read, or there is no retention suite."""
     suites = load_suites(settings.gate.suites, settings.home, family, settings.gate.max_items)
     for suite in suites:
         if read:

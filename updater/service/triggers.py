@@ -251,12 +251,8 @@ def _base_name(settings: Settings, family: Family) -> str:
 def fresh_items(
     settings: GateSettings, ledger: Ledger, store: SampleStore, family: Family, learned: Learned, *, halved: bool
 ) -> FreshItems:
-    """Fresh items that a family's next update, or its kept candidate, waits for.
-
-    Args:
-        halved: whether the recipe searches for a weight on half of them: see
-            :func:`updater.service.gate_update.tuned_on`.
-    """
+    """Fresh items that a family's next update, or its kept candidate, waits for. ``halved``: whether the recipe
+    searches for a weight on half of them: see :func:`updater.service.gate_update.tuned_on`."""
     candidate = kept_candidate(ledger, learned)
     needed = candidate.needed if candidate else plan(settings, ledger, family, None, halved=halved).needed
     version, after = learned.store_version, learned.data_from
@@ -308,12 +304,8 @@ def split_id(update_id: str) -> tuple[str, int]:
 def plan(
     settings: GateSettings, ledger: Ledger, family: str, update: UpdateRow | None, *, halved: bool
 ) -> AnalysisPlan:
-    """Plan a candidate's next look; the first look fixes the plan for all.
-
-    Args:
-        update: the look; None: of a candidate that will be trained.
-        halved: only half of the fresh items are asked, because a search uses the other half.
-    """
+    """Plan a candidate's next look; the first look fixes the plan for all. ``update``: the look; None: of a candidate
+    that will be trained. ``halved``: only half of the fresh items are asked, because a search uses the other half."""
     verdicts = ledger.looks_since_release(family)
     candidate = None if update is None else split_id(update.id)[0]
     own = [verdict.summary["look"] for verdict in verdicts if split_id(verdict.update_id)[0] == candidate]

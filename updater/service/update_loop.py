@@ -427,16 +427,9 @@ def run_update(
     family: Family | None = None,
     retry: bool = False,
 ) -> StepResult | None:
-    """Run the updater until SIGTERM; with ``once``, one update.
-
-    Args:
-        recipe: train with this one, and only its family.
-        family: train only this family, with the recipe of the settings.
-
-    Raises:
-        ConfigError: ``recipe`` is of another family than ``family``.
-        TrainingError: with ``once``, if there is nothing to train, or the update failed.
-    """
+    """Run the updater until SIGTERM; with ``once``, one update. ``recipe``: train with this one, and only its family.
+    ``family``: train only this family, with the recipe of the settings. Raises ConfigError: ``recipe`` is of another
+    family than ``family``; TrainingError: with ``once``, if there is nothing to train, or the update failed."""
     stop = StopSignal()
     stop.install()
     with only_one(settings.home):

@@ -53,13 +53,9 @@ class Span:
 
 
 def spans(groups: Sequence[str], sizes: Mapping[str, int], most: int) -> list[Span]:
-    """Divide rows into shards of one group each, at every multiple of its size and of at most ``most`` rows.
-
-    A shard's name contains its group and its position in it, so more rows of another group do not change it.
-
-    Args:
-        sizes: by group, rows of one step, which are prepared together; ``most`` for other groups.
-    """
+    """Divide rows into shards of one group each, at every multiple of its size and of at most ``most`` rows. A shard's
+    name contains its group and its position in it, so more rows of another group do not change it. ``sizes``: by group,
+    rows of one step, which are prepared together; ``most`` for other groups."""
     edges = [0, *(i for i in range(1, len(groups)) if groups[i] != groups[i - 1]), len(groups)]
     result: list[Span] = []
     counts: dict[str, int] = defaultdict(int)
@@ -119,12 +115,8 @@ class Shards:
         self._reader: ThreadPoolExecutor | None = None
 
     def ready(self, rows: Sequence[int]) -> None:
-        """Make the missing shards of these rows.
-
-        Raises:
-            DiskFull: there is no room for one of them.
-            BudgetSpent: making one would exceed what ``afford`` allows.
-        """
+        """Make the missing shards of these rows. Raises DiskFull: there is no room for one of them; BudgetSpent: making
+        one would exceed what ``afford`` allows."""
         wanted = [number for number in self.numbers(rows) if number not in self.gflops]
         if not wanted:
             return

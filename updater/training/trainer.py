@@ -210,12 +210,8 @@ class Trainer:
 
     def forward_backward(self, step: int, rows: list[int], spending: Spending) -> tuple[float, dict[str, float]]:
         """Compute loss and gradients of ready rows within the budget: see
-        :meth:`updater.step.learner.Learner.forward_backward`.
-
-        Raises:
-            BudgetSpent: they would exceed it.
-            TrainingError: the loss is not finite.
-        """
+        :meth:`updater.step.learner.Learner.forward_backward`. Raises BudgetSpent: they would exceed it; TrainingError:
+        the loss is not finite."""
         size = self.learner.size(rows)
         with counted(spending.afford_step(size)) as flops:
             loss, terms = self.learner.forward_backward(rows)

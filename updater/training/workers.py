@@ -96,16 +96,9 @@ class Workers:
         self, steps: Steps, work_dir: Path, stop: Callable[[], bool] = lambda: False,
         duty_cycle: Callable[[], float] = lambda: 1.0,
     ) -> None:  # fmt: skip
-        """Take all steps of an update.
-
-        Args:
-            steps: called in each process with the team.
-            work_dir: of the update; on a file system that all processes see.
-
-        Raises:
-            Stopped: ``stop()``; progress is in the checkpoint.
-            RatchetError: raised by a worker; TrainingError: workers ended repeatedly.
-        """
+        """Take all steps of an update. ``steps``: called in each process with the team. ``work_dir``: of the update; on
+        a file system that all processes see. Raises Stopped: ``stop()``; progress is in the checkpoint; RatchetError:
+        raised by a worker; TrainingError: workers ended repeatedly."""
         control = Control(work_dir)
         control.write(False, duty_cycle())
         failures: list[BaseException] = []

@@ -13,13 +13,9 @@ SIDE = ".lora_A"
 
 
 class Orthogonal(Regularizer):
-    """``sum |A_i A^T|`` over layers and all earlier updates i; the recipe's weight is lambda.
-
-    A are the rows [r, in] of the LoRA factors that read a layer's input. Those of earlier updates are kept at unit
-    length. Useful only if each update learns its own factors: ``merge.start: base``.
-
-    Args:
-        most: rows to keep per layer, those of the newest updates.
+    """``sum |A_i A^T|`` over layers and all earlier updates i; the recipe's weight is lambda. A are the rows [r, in] of
+    the LoRA factors that read a layer's input. Those of earlier updates are kept at unit length. Useful only if each
+    update learns its own factors: ``merge.start: base``. ``most``: rows to keep per layer, those of the newest updates.
     """
 
     def __init__(self, most: int = 256) -> None:
