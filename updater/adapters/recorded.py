@@ -10,8 +10,7 @@ from core.ledger.collection import collected_error
 
 
 def fetch_recorded(artifacts: Artifacts, ledger: Ledger, adapter: str) -> Path:
-    """Fetch an adapter to a local directory and check its files against the ledger's digest (a name is only 48 bits of
-    it).
+    """Fetch an adapter to a local directory and check it against the ledger's digest (a name is only 48 bits of it).
 
     Raises:
         AdapterCollected: the garbage collector deleted it.

@@ -92,8 +92,7 @@ class Cost:
 class Spending:
     """GFLOPs of an update over all its attempts; guarantees that they never exceed its budget.
 
-    The next pass is bounded from above (:mod:`updater.budget.bound`), with a reserve for the passes after the last
-    step.
+    Bounds the next pass from above (:mod:`updater.budget.bound`), with a reserve for the passes after the last step.
 
     Args:
         budget: memory-adjusted GFLOPs.
@@ -122,8 +121,8 @@ class Spending:
         number = len(self.steps)
         again = sum(batch == number for batch in self._closing(number + 1))
         left = self._left([*self.steps, 0.0]) / (1 + self._again * again)
-        left = min(left, self._left(self.steps)) if number else left  # if it is broken off, the others are the last
-        most = self.costs.most(size) * (1 if number else self._again)  # what was measured is the step of one process
+        left = min(left, self._left(self.steps)) if number else left  # if it is aborted, the earlier steps are the last
+        most = self.costs.most(size) * (1 if number else self._again)  # measured in one process
         # Where steps do not repeat, the most expensive one says nothing about the others.
         return self._within(left, most, self.costs.least(size) if self._repeats else 0.0)
 

@@ -16,8 +16,8 @@ from updater.budget.bound import BudgetSpent
 
 
 class FlopCount(TorchDispatchMode):
-    """Sum of torch's FLOP formulas. Does not track modules as torch's FlopCounterMode does, which is four times as
-    slow. ``limit``: GFLOPs; raises BudgetSpent instead of running the operation that would exceed them."""
+    """Sum of torch's FLOP formulas. Does not track modules as FlopCounterMode, which is four times as slow. ``limit``:
+    GFLOPs; raises BudgetSpent instead of running the operation that would exceed them."""
 
     def __init__(self, formulas: Mapping[Any, Any], limit: float = math.inf) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -29,7 +29,7 @@ class FlopCount(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         formula = self._formulas.get(func.overloadpacket)
-        if formula is None and self._is_composite(func):  # one that is made of others, where autograd did not do it
+        if formula is None and self._is_composite(func):  # composite that autograd did not decompose
             with self:
                 return func.decompose(*args, **kwargs)
         if formula is not None:

@@ -100,7 +100,7 @@ class Throttle:
         return self.share
 
     def _look(self, totals: Latencies | None) -> None:
-        if totals is None:  # no one is served, so that nothing is in the way
+        if totals is None:  # nothing is served, so nothing is slowed down
             self._set(1.0, "the server does not answer")
             return
         if self._window is None or _restarted(totals, self._window):

@@ -2,9 +2,8 @@
 
 Pending rows (D) come in the order of the setting ``updater.draw``: ``uniform`` by a hash of seed and id, so that the
 first m rows are a sample of m; ``newest`` by the time at which they were stored. The budget decides later how many are
-visited. Earlier rows, including those that an update passed over, are drawn by the replay reservoir.
-
-One pass over the columns of ids, places and concepts; some 40 bytes per row are kept.
+visited. Earlier rows, including those that an update passed over, are drawn by the replay reservoir. Some 40 bytes per
+row are kept.
 """
 
 from __future__ import annotations

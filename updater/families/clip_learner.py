@@ -175,7 +175,7 @@ class ClipLearner(Learner[Pair]):
     def ready(self, rows: Sequence[int]) -> None:
         super().ready(rows)
         for extra in self.objective_texts.values():
-            extra.shards.ready(extra.of(rows) or [0])  # one at least, so that what others take can be told
+            extra.shards.ready(extra.of(rows) or [0])  # at least one, to estimate the cost of others
 
     def prepared_gflops(self) -> float:
         return super().prepared_gflops() + sum(
@@ -303,7 +303,7 @@ def view_pixels(preprocess: Preprocess, image: bytes, pair: Pair, views: Views) 
     if pair.view == 0:
         return preprocess.pixels(image)
     chance = random.Random(int(digest12(f"{pair.id} {pair.view}".encode()), 16))  # noqa: S311 - nothing is kept secret
-    shrinks = math.sqrt(views.area)  # of a side, at most: so much more must be decoded
+    shrinks = math.sqrt(views.area)  # of a side, at most: decode that much more
 
     def needed(size: tuple[int, int]) -> tuple[int, int]:
         width, height = preprocess.needed(size)

@@ -170,7 +170,7 @@ def check_parity(
 ) -> Check:
     try:
         trained = trainer(pixels, list(texts))
-    except Exception as error:  # whatever the trainer's model does, the gate must come to a verdict
+    except Exception as error:  # whatever the trainer's model does, the gate must reach a verdict
         return Check("parity", False, f"the trainer's model failed on the probe: {error!r}"[:300])
     distances = []
     for mine, theirs in zip(trained, served, strict=True):

@@ -79,7 +79,7 @@ def gate_command(
             meta |= {"rank": int(read_adapter(directory).config.get("r") or 0), "bytes": size}
         except AdapterError as error:
             if not Path(candidate).is_dir() and not artifacts.exists(f"adapters/{candidate}"):
-                raise  # a name that is nowhere is a typing error; an adapter that will not load is a verdict
+                raise  # an unknown name is a typo; an adapter that does not load gets a verdict
             meta["load_error"] = error.message
         verdict = run_gate(
             evaluator=evaluator,
@@ -117,7 +117,7 @@ def _family(candidate: str) -> Family:
     directory = Path(candidate)
     name = directory.name
     if directory.is_dir():
-        with suppress(OSError, ValueError, AttributeError):  # what is wrong with it is the gate's to say
+        with suppress(OSError, ValueError, AttributeError):  # the gate reports what is wrong with it
             name = str(json.loads((directory / ABOUT).read_text()).get("name"))
     return "vlm" if name.startswith("vlm-") else "clip"
 

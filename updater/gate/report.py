@@ -151,7 +151,6 @@ def with_samples(report: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]
     """A report with the texts and pictures of its samples.
 
     Args:
-        report: a verdict's JSON.
         rows: samples in the store by ID, with ``text``, ``question`` and ``answer``.
         picture: URL of a sample's thumbnail, with ``{}`` for its ID.
     """

@@ -110,8 +110,8 @@ def run_gate(
         best: by retention suite the adapter of the best release so far, resident in the engine.
         counts: frequency of concepts in the candidate's training data; without them results are not split by it.
         cost: shown in the report.
-        meta: shown in the report; `tuned_on` (names of suites that the recipe was tuned on: judged on their hidden
-            half), `load_error` (why the candidate is not resident), `rank` and `bytes` of the adapter.
+        meta: shown in the report. `tuned_on`: suites that the recipe was tuned on, judged on their hidden half;
+            `load_error`: why the candidate is not resident; `rank` and `bytes` of the adapter.
 
     Raises GateError: a suite cannot be read, or base or incumbent cannot be scored. A bad candidate never raises.
     """

@@ -2,9 +2,8 @@
 
 Gain suites use the newest rows. Once the update is released these become memory: retention suites, a bounded reservoir
 per domain drawn by a hash of the sample ID, so that a new row displaces at most one and a deleted one is gone. A
-candidate's heads have retention suites of labelled rows.
-
-IDs, domains and texts, which determine the items, are read at once; images only when needed.
+candidate's heads have retention suites of labelled rows. IDs, domains and texts, which determine the items, are read at
+once; images only when needed.
 """
 
 from __future__ import annotations

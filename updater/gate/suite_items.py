@@ -168,9 +168,9 @@ def normalise(answer: str) -> str:
 def grade(metric: str, answer: str, references: Sequence[str]) -> float:
     """Score of an answer, in [0, 1].
 
-    exact_match   1 if it equals a reference
-    vqa_accuracy  with three references or more: a third for each that it equals, at most 1; else as exact_match
-    yes_no        1 if its first word is the "yes" or "no" of the (first) reference
+    exact_match   1 if it equals a reference vqa_accuracy  with three references or more: a third for each that it
+    equals, at most 1; else as exact_match yes_no        1 if its first word is the "yes" or "no" of the (first)
+    reference
     """
     if metric == "yes_no":
         answered = polarity(answer)

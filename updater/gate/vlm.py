@@ -31,7 +31,7 @@ from updater.gate.suite_items import Item, grade, majority, open_picture, polari
 from updater.gate.suites import Family, Suite, probe
 from updater.gate.verdict import Check, Diagnostics, Regression, YesShare
 
-if TYPE_CHECKING:  # it brings the engines
+if TYPE_CHECKING:  # importing it loads the engines
     from serving.engines.vlm.open import SyncVlm
 
 SPARE_TOKENS = 4

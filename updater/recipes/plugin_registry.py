@@ -69,7 +69,7 @@ def recipe_files(shipped: Path) -> dict[str, Path]:
     for point in _others("ratchet.recipes", frozenset()).values():
         try:
             folders = getattr(_loaded(point), "__path__", ())
-        except ConfigError as error:  # its recipes are missing, and no others
+        except ConfigError as error:  # only its recipes are missing
             log.warning("%s", error)
             continue
         for folder in folders:

@@ -1,5 +1,4 @@
-"""Upgrades to another CLIP base: an update that learns the old base's data on the new one, and the release of its
-result.
+"""Upgrades to another CLIP base: an update that learns the old base's data on the new one, and its release.
 
 An upgrade's data begin at the start and end where the live adapter's do. The updater trains, judges and stores it like
 any update, but does not propose it, because the running encoders have the old base: a switch releases it. Its adapter
@@ -7,11 +6,6 @@ starts at zero, and nothing is distilled from the old model. Its cost is measure
 
 Servers answer with the newest release of their base (``base.clip``): those of the old base continue unchanged, and
 those started with the new one use this release from their first request.
-
-    plan = plan_upgrade(settings, "b16")
-    update = begin_upgrade(settings, plan, "ann")
-    update, verdict = finish_upgrade(settings, update.id)
-    switch_base(settings, "b16", actor="ann", reason="better on all domains")
 """
 
 from __future__ import annotations

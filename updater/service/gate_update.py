@@ -114,7 +114,7 @@ def _gate(
         for name in sorted({*best.values()} - {adapter}):
             try:
                 evaluator.load(name, fetch_recorded(artifacts, ledger, name))
-            except AdapterError as error:  # an old release that is gone must not keep every new one out
+            except AdapterError as error:  # a missing old release must not block every new one
                 best = {suite: other for suite, other in best.items() if other != name}
                 meta.setdefault("not_compared", {})[name] = error.message
         if directory is not None:

@@ -70,7 +70,7 @@ def learning_states(settings: Settings, ledger: Ledger, store: SampleStore) -> d
 
 def _state(settings: Settings, ledger: Ledger, store: SampleStore, family: Family) -> LearningState:
     halved = False
-    with suppress(RatchetError):  # a recipe that cannot be read: the updater says so
+    with suppress(RatchetError):  # the updater reports an unreadable recipe
         recipe = settings.updater.recipe if family == "clip" else settings.updater.vlm_recipe
         halved = bool(load_recipe(recipe).merge.search)
     learned = Learned.of(ledger, store, family)

@@ -100,7 +100,7 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._training or self.wanted:
-            signal.signal(number, signal.SIG_IGN)  # asked again, it would break off what runs at the exit
+            signal.signal(number, signal.SIG_IGN)  # a second signal would interrupt the exit handlers
             raise SystemExit(128 + number if number == signal.SIGINT else 0)
         self.wanted = True
 

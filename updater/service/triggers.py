@@ -264,7 +264,7 @@ def fresh_items(
     return FreshItems(items, needed, candidate)
 
 
-@lru_cache(maxsize=8)  # asked every few seconds, also where no version is new
+@lru_cache(maxsize=8)  # called every few seconds, often for the same version
 def _units(
     store: SampleStore,
     family: Family,

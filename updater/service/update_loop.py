@@ -177,7 +177,7 @@ class UpdaterService:
             if update.state == "training" and self._data_is_gone(update):
                 return StepResult(self._abandon(update), "its data is not kept any more")
             say(f"{update.id} goes on ({update.state})")
-            self.store.pin(update.id, update.store_version)  # who began it may have died before that
+            self.store.pin(update.id, update.store_version)  # the process that began it may have died before pinning
         else:
             if waits := self._waits_for_base(family):
                 return StepResult(None, waits)
@@ -280,7 +280,7 @@ class UpdaterService:
                 update = self._propose(update, family)
         except (LedgerError, StoreError, GateError, ConfigError, DiskFull, BucketEmpty) as error:
             metrics.update.unjudged(family, isinstance(error, GateError))
-            raise  # storage that is away or full, and wrong settings, are not the update's fault: it waits
+            raise  # unavailable or full storage and wrong settings are not the update's fault: it waits
         except RatchetError as error:
             update = self._fail(update, family, error)
         except Stopped:
@@ -290,7 +290,7 @@ class UpdaterService:
             if update.state not in FINISHED:
                 return self._abandon(update)
             say(f"{update.id} ends: {update.error}")
-        except Exception as error:  # of a library, memory among them: it may pass, and must not come forever
+        except Exception as error:  # of a library or for memory: may be transient, so it is retried
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull(f"{update.id} waits: {error}.", "Free space there; the update goes on then.") from error
             log.exception("%s: %s", update.id, error)

@@ -52,7 +52,9 @@ def computing(precision: TrainPrecision, device: torch.device) -> Iterator[None]
         yield
         return
     before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # torch's fused attention of inference knows no autocast on a CPU
+    torch.backends.mha.set_fastpath_enabled(
+        False
+    )  # torch's fused inference attention does not support autocast on a CPU
     try:
         with torch.autocast(device.type, torch.bfloat16):
             yield
@@ -180,7 +182,7 @@ class CachedPasses:
             again = partial(_same, own) if whole else partial(run, part)
             self._open.append(_Pass(again, output, first))
             first += len(own)
-        return output.view_as(output)  # a view: saved leaf tensors would count as parameters
+        return output.view_as(output)  # a view: a saved leaf would be taken for a parameter, and not counted
 
     def drop(self) -> None:
         self._open.clear()

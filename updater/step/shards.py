@@ -251,7 +251,7 @@ class Shards:
         try:
             with replacing(path, durable=False) as staging:
                 save_file(tensors, staging, metadata=metadata)
-        except (OSError, SafetensorError) as error:  # safetensors says so in words of its own
+        except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
             raise self._full(str(error)) from error
         self.sizes[number] = path.stat().st_size
 

@@ -52,7 +52,7 @@ def save_checkpoint(directory: Path, tensors: dict[str, Tensor], progress: Progr
     try:
         with replacing(directory / NAME) as staging:
             save_file(tensors, staging, metadata={"progress": json.dumps(asdict(progress))})
-    except (OSError, SafetensorError) as error:  # safetensors says so in words of its own
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         raise DiskFull(
             f"a checkpoint cannot be written to {directory}: {error}.", "Free space there; the update goes on then."
         ) from error

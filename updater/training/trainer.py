@@ -150,7 +150,7 @@ class Trainer:
         plan = self.plan()
         visits = self.planner.visits(plan.steps)
         progress = self._resume(plan, visits)
-        if progress.truncated or progress.budget_spent:  # that had ended it before it was killed
+        if progress.truncated or progress.budget_spent:  # it had ended before it was killed
             return plan, visits, progress
         self.progress = progress
         cost, earlier = plan.cost, progress.seconds
@@ -189,7 +189,7 @@ class Trainer:
             if (step + 1) % self.limits.checkpoint_steps == 0 or step + 1 == progress.steps:
                 self._save(progress)
             self._between()
-        self.progress = None  # what follows is done again by the next attempt
+        self.progress = None  # the next attempt repeats what follows
         return plan, visits, progress
 
     def train_step(self, step: int, steps: int, rows: list[int], spending: Spending) -> dict[str, float]:

@@ -13,8 +13,7 @@ from updater.methods.objectives import ClipObjective, positive
 
 
 class CompatibleMomentumContrast(ClipObjective):
-    """Contrast of the student's images with the momentum model's texts and a queue of earlier ones, and vice versa
-    (CTP).
+    """Contrast of the student's images with the momentum model's texts and a queue of them, and vice versa (CTP).
 
     The momentum model becomes ``keep`` times itself, ``new`` times the student, and the rest the model with which the
     update began (Zhu et al. 2023), so that its targets stay compatible with both. Keys with the row's caption are

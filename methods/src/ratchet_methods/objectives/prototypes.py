@@ -15,15 +15,13 @@ from updater.methods.batches import Features
 class Prototypes:
     """One mean per concept and side (for example, the images and the texts of a teacher).
 
-    A concept is a label or a caption, identified by the number of its words as a caption, which is the same in every
-    update.
+    A concept is a label or a caption, identified by ``caption_number`` of its words, the same in every update.
 
     Args:
         sides: names of the features that have means.
         most: concepts to keep, those seen last.
         window: number of samples up to which the mean is exact; after that it is an exponential one.
-        captions: a pair without a label counts under its caption; otherwise only if no example of an update has a
-            label.
+        captions: a pair without a label counts under its caption; otherwise only if an update has no labels.
     """
 
     def __init__(self, sides: Sequence[str], most: int, window: int, captions: bool) -> None:
