@@ -19,8 +19,7 @@ from updater.recipes.plugin_registry import Methods
 
 class AdapterKind(ABC):
     whole: ClassVar[bool] = False
-    """True if its parameters are differences of whole weights, which mean the same in the next update, and not factors.
-    """
+    """True if its parameters are differences of whole weights, which mean the same in the next update, not factors."""
 
     @classmethod
     @abstractmethod

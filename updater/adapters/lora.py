@@ -23,7 +23,7 @@ from updater.adapters.model import OTHER_BASE, AdapterModel, WholeWeights, plain
 from updater.adapters.weight_deltas import Dense, LowRank, WeightDelta, compress
 
 NEGLIGIBLE = 1e-9
-"""Singular values below this share of the largest are noise: their directions start again, or they would stay zero."""
+"""Singular values below this share of the largest are noise: their directions are initialised, or they stay zero."""
 
 
 def read_delta(directory: Path, base: ClipBase | VlmBase) -> dict[str, LowRank | Dense]:

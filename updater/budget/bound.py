@@ -18,7 +18,7 @@ from typing import Any
 
 MARGIN = 1.01
 """Tolerance above the bound, for terms of a loss that see more rows than before or a queue that fills. They are a small
-part of a step and grow slowly; the largest excess of earlier steps is added (:attr:`Costs.excess`)."""
+part of a step and grow slowly; the largest excess so far is also allowed for (:attr:`Costs.excess`)."""
 
 KEPT = 32
 """Number of sizes whose costs are remembered, the newest: each pair of them is compared before each step."""

@@ -16,8 +16,8 @@ from updater.budget.bound import BudgetSpent
 
 
 class FlopCount(TorchDispatchMode):
-    """Sum of torch's FLOP formulas. Does not track modules as FlopCounterMode, which is four times as slow. ``limit``:
-    GFLOPs; raises BudgetSpent instead of running the operation that would exceed them."""
+    """Sum of torch's FLOP formulas, without the module tracking of its FlopCounterMode, which is four times as slow.
+    ``limit``: GFLOPs; raises BudgetSpent instead of running the operation that would exceed them."""
 
     def __init__(self, formulas: Mapping[Any, Any], limit: float = math.inf) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

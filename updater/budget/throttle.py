@@ -27,8 +27,7 @@ WINDOW_REQUESTS = 50
 WINDOW_SECONDS = 60.0
 """After this long without enough requests, traffic counts as low, and the share grows."""
 BEFORE_SECONDS = 600.0
-"""Length of the period before an update that later requests are compared with: a busy hour of yesterday does not count.
-"""
+"""Period before an update that later requests are compared with: a busy hour of yesterday does not count."""
 GROWTH = 0.1
 METRIC = "ratchet_http_request_seconds"
 

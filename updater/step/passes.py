@@ -52,9 +52,7 @@ def computing(precision: TrainPrecision, device: torch.device) -> Iterator[None]
         yield
         return
     before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(
-        False
-    )  # torch's fused inference attention does not support autocast on a CPU
+    torch.backends.mha.set_fastpath_enabled(False)  # fused inference attention does not support autocast on a CPU
     try:
         with torch.autocast(device.type, torch.bfloat16):
             yield
