@@ -26,7 +26,8 @@ class Objective(ABC, Generic[B]):
 
     family: ClassVar[Family]
     teacher: str | None = None
-    """Teacher to compare with (``base``, ``incumbent`` or ``momentum``); its passes are charged."""
+    """Teacher to compare with: ``base``, ``incumbent`` (the adapter with which the update begins; the base without one)
+    or ``momentum``. Its passes are charged."""
     momentum: tuple[float, float, float] = (0.9, 0.05, 0.05)
     """Shares of itself, the student and the start in a momentum teacher after a step."""
     frozen_texts: bool = False
@@ -119,10 +120,8 @@ class FeatureDistillation(ClipObjective):
     Both towers are held: with only the image tower distilled, the texts could drift.
 
     Args:
-        image: weight of the image tower's part.
-        text: weight of the text tower's part.
-        teacher: ``base``, or ``incumbent`` (the adapter with which the update begins; the base without one).
-        replay: the same for replayed rows, if they have another teacher. Held to the base, they would be pulled back to
+        image, text: weights of the towers' parts.
+        replay: teacher of replayed rows, if it is another one. Held to the base, they would be pulled back to
             their state before they were learned.
     """
 
@@ -149,7 +148,6 @@ class ContrastiveDistillation(ClipObjective):
 
     Args:
         temperature: T; above 1, unlikely texts count more.
-        teacher: ``base``, or ``incumbent`` (the live adapter, with which the update begins).
         captions: number of distinct captions of the reference pool, evenly spread, that are added to the batch's own
             texts in ``L_img`` as the teacher sees them (ZSCL compares each image with the frozen texts of the whole
             reference).

@@ -17,11 +17,7 @@ class CompatibleMomentumContrast(ClipObjective):
 
     The momentum model becomes ``keep`` times itself, ``new`` times the student, and the rest the model with which the
     update began (Zhu et al. 2023), so that its targets stay compatible with both. Keys with the row's caption are
-    positives, also in the queue: samples repeat within one update.
-
-    Args:
-        temperature: of the softmax.
-        queue: pairs kept from earlier steps.
+    positives, also in the queue: samples repeat within one update. ``queue``: pairs kept from earlier steps.
     """
 
     teacher: str = "momentum"

@@ -19,10 +19,7 @@ class LanguageGuided(ClipObjective):
 
     A class is a label in a prompt. The targets are the same in every update; the text tower gets no gradient. Rows
     without a label do not count. If no example of an update has a label, each distinct caption is a class, without the
-    prompt.
-
-    Args:
-        template: the prompt, with {} for the label.
+    prompt. ``template``: the prompt, with {} for the label.
     """
 
     frozen_texts: bool = True

@@ -16,9 +16,6 @@ class OffDiagonalDistillation(ClipObjective):
     student's own row in their place, which adds neither value nor gradient. Pairs with equal captions are positives of
     each other. Similarities are cosines without the model's temperature, as in the published code. That code sums over
     rows and this takes the mean: the paper's alpha is the term's weight divided by its batch of 64.
-
-    Args:
-        teacher: ``incumbent`` (the live adapter, with which the update begins) or ``base``.
     """
 
     def __init__(self, teacher: str = "incumbent") -> None:

@@ -27,8 +27,6 @@ class RandomTextDistillation(ClipObjective):
         count: strings; all are encoded at each step.
         length: whole-word tokens of CLIP's vocabulary in each string. Other tokenizers may split some.
         seed: determines the strings, with ``count`` and ``length``.
-        temperature: T.
-        teacher: ``incumbent`` (the live adapter, with which the update begins) or ``base``.
     """
 
     def __init__(

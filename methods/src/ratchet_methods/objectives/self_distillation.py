@@ -13,10 +13,7 @@ class SelfDistillation(VlmObjective):
 
     The teacher is a running mean of the student that sees the known answer as an example in its prompt (SDFT, Shenfeld
     et al. 2026, "Self-Distillation Enables Continual Learning"). It only works for models that can learn from an
-    example in the prompt.
-
-    Args:
-        keep: share of itself that the teacher keeps at each step, 0 to 1.
+    example in the prompt. ``keep``: share of itself that the teacher keeps at each step, 0 to 1.
     """
 
     own_answers = True

@@ -16,10 +16,6 @@ class SwappedDistillation(ClipObjective):
     If the teacher's nearest text belongs to another image, that value and the one of the image's own text are exchanged
     (logit swap, Mix-CPT, Jiang et al. 2024, there for the next token), and all others stay. If the teacher is right,
     this is plain distillation. Pairs with equal captions are right for each other.
-
-    Args:
-        teacher: ``incumbent`` (the live adapter, with which the update begins) or ``base``.
-        temperature: softens both distributions.
     """
 
     def __init__(self, teacher: str = "incumbent", temperature: float = 1.0) -> None:

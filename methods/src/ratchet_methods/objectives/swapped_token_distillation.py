@@ -12,14 +12,9 @@ from updater.methods.objectives import VlmObjective, known_teacher
 
 
 class SwappedTokenDistillation(VlmObjective):
-    """KL(teacher' || student) at each token of the known answer, which is the most probable one under teacher'.
-
-    If the teacher expects another token, the probabilities of the two are exchanged, and all others stay (logit swap
-    self-distillation, Mix-CPT, Jiang et al. 2024).
-
-    Args:
-        teacher: ``incumbent`` (the adapter with which the update begins, or the base without one) or ``base``.
-    """
+    """KL(teacher' || student) at each token of the known answer, which is the most probable one under teacher'. If the
+    teacher expects another token, the probabilities of the two are exchanged, and all others stay (logit swap
+    self-distillation, Mix-CPT, Jiang et al. 2024)."""
 
     def __init__(self, teacher: str = "incumbent") -> None:
         self.teacher: str = known_teacher(teacher)

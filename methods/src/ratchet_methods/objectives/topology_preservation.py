@@ -11,15 +11,9 @@ from updater.methods.objectives import ClipObjective, known_teacher, positive
 
 
 class TopologyPreservation(ClipObjective):
-    """``1/2 (KL_i2t + KL_t2i) + 1/2 (KL_i2i + KL_t2t)`` against the old model (CTP, Zhu et al. 2023).
-
-    Each KL compares a row's softmax over the batch, the teacher's with the student's. Within a tower a row is not
-    compared with itself, which is always nearest.
-
-    Args:
-        temperature: of every softmax.
-        teacher: ``incumbent`` (the live adapter, with which the update begins) or ``base``.
-    """
+    """``1/2 (KL_i2t + KL_t2i) + 1/2 (KL_i2i + KL_t2t)`` against the old model (CTP, Zhu et al. 2023). Each KL compares
+    a row's softmax over the batch, the teacher's with the student's. Within a tower a row is not compared with itself,
+    which is always nearest."""
 
     def __init__(self, temperature: float = 0.07, teacher: str = "incumbent") -> None:
         positive(temperature=temperature)

@@ -15,10 +15,8 @@ class Codyra(Parametrization):
     penalty, with a threshold t that grows linearly. The rest is merged into the weights, so the next update starts with
     all ranks again.
 
-    Args:
-        shrinkage: sum of all thresholds of an update, whatever its number of steps; the default is that of the
-            published code (250 steps, t up to 0.005). Gates that do not move are pruned if they began below it: 47% of
-            them.
+    ``shrinkage``: sum of all thresholds of an update, whatever its number of steps; the default is that of the
+    published code (250 steps, t up to 0.005). Gates that do not move are pruned if they began below it: 47% of them.
     """
 
     def __init__(

@@ -22,9 +22,8 @@ class Si(Regularizer):
     (change^2 + d)`` with damping d. Batch noise can make omega negative, and a negative Omega would push parameters
     away. As with EWC, ``theta - theta_start`` is the parameter itself.
 
-    Args:
-        xi: the damping is xi times the mean square change of the parameters of one tensor. In the paper xi is the
-            damping itself, 0.1; squared changes in fine-tuning are a millionth of that, and nothing would be held.
+    ``xi``: the damping is xi times the mean square change of the parameters of one tensor. In the paper xi is the
+    damping itself, 0.1; squared changes in fine-tuning are a millionth of that, and nothing would be held.
     """
 
     fixed_coordinates: ClassVar[bool] = True
