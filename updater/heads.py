@@ -1,7 +1,5 @@
-"""Heads of a candidate: learned from the labelled samples of the store, in the candidate's own image space.
-
-A head has class means and the covariance that all classes share, calibrated on what it has not seen.
-"""
+"""Heads of a candidate, learned from the labelled samples of the store in the candidate's own image space. A head has
+class means and a covariance shared by all classes, calibrated on held-out folds."""
 
 from __future__ import annotations
 
@@ -23,35 +21,30 @@ from streams.store.rows import Split
 from streams.store.sample_store import ADDRESS, SampleStore
 
 FOLDS = 10
-"""With two, the means and the covariance that it is calibrated on were so much worse that probabilities came out half
-as sure as they were right: an ECE of 11 to 22 points on three of four domains, and of 5 to 13 with ten."""
+"""With two folds, the means and covariance used for calibration were so much worse that probabilities came out half as
+certain as they were right: an ECE of 11 to 22 points on three of four domains, and 5 to 13 with ten."""
 LEAST = 2
-"""Images of a class: one of them is in no fold that it is judged by."""
+"""Minimum images of a class: one of them is outside each fold."""
 JUDGED = 5000
-"""Images, about, that it is calibrated by where there are more."""
 SCALES = np.geomspace(0.01, 4.0, 60)
 KNOWN = 0.95
-"""Share of images of known classes that the threshold is to let through."""
+"""Share of images of known classes that the threshold accepts."""
 PAGE = 32
-"""Images that are read and encoded at once."""
 
 
 @dataclass
 class Labelled:
-    """Samples of one split that a head is about: by label their ids and addresses, in the order of a draw."""
-
     rows: dict[str, list[tuple[bytes, str, int]]] = field(default_factory=lambda: defaultdict(list))
 
     def drawn(self, most: int, least: int) -> list[tuple[str, str, int]]:
-        """(label, id, address) of at most ``most`` samples, as many of each class; classes with fewer than ``least``
-        samples are left out. The same rows give the same draw, in whatever order they come."""
+        """(label, id, address) of at most ``most`` samples, equally many per class; classes with fewer than ``least``
+        samples are left out. Independent of the order of rows."""
         classes = {label: sorted(rows) for label, rows in sorted(self.rows.items()) if len(rows) >= least}
         each = max(least, most // max(len(classes), 1))
         return [(label, name, place) for label, rows in classes.items() for _, name, place in rows[:each]]
 
 
 def labelled(store: SampleStore, version: int, split: Split, heads: Sequence[LearnedHead]) -> dict[str, Labelled]:
-    """By head, the samples that have a label and are of one of its domains."""
     samples = {head.name: Labelled() for head in heads}
     for batch in store.addresses(["id", "label", "domain"], version, split):
         columns = (batch[name].to_pylist() for name in ("id", "label", "domain", ADDRESS))
@@ -66,12 +59,9 @@ def labelled(store: SampleStore, version: int, split: Split, heads: Sequence[Lea
 def learn_heads(
     engine: ClipEngine, directory: Path, store: SampleStore, version: int, heads: Sequence[LearnedHead], held_out: int
 ) -> dict[str, Head]:
-    """The heads of an adapter, by name. One that cannot be judged or learned yet is left out, which is said.
-
-    Args:
-        engine: of the adapter's base; the adapter is made resident.
-        held_out: labelled samples that the gate needs of a head's classes.
-    """
+    """Learn the heads of an adapter, by name. A head that cannot be judged or learned yet is logged and left out.
+    ``engine``: of the adapter's base; the adapter is made resident. ``held_out``: labelled samples of a head's classes
+    that the gate needs."""
     name = read_adapter(directory).name
     engine.load(name, directory)
     train, held = (labelled(store, version, split, heads) for split in ("train", "fresh_eval"))
@@ -92,7 +82,6 @@ def learn_heads(
 
 
 def with_heads(engine: ClipEngine, directory: Path, heads: dict[str, Head], out_dir: Path) -> Path:
-    """The same adapter with heads, in a directory of its own that has its new name."""
     files = read_adapter(directory)
     name = write_adapter(out_dir / "with-heads", files.tensors, files.config, engine.base, heads)
     target = out_dir / name
@@ -116,11 +105,11 @@ def _features(
 
 
 def fit_head(features: npt.ArrayLike, labels: Sequence[str]) -> Head:
-    """From unit features [n, dim] and a label each; every class needs two images at least.
+    """Fit a head to unit features [n, dim] and their labels.
 
-    The covariance is shrunk towards a multiple of the identity (Ledoit and Wolf 2004). The scale of probabilities is
-    the one of the least cross entropy, and the threshold for "none of these" a quantile of distances, both on folds
-    that the means and the covariance were not made of.
+    The covariance is shrunk towards a multiple of the identity (Ledoit and Wolf 2004). The scale of probabilities
+    minimises the cross entropy, and the threshold for "none of these" is a quantile of distances, both on folds that
+    the means and covariance did not use.
 
     Raises ValueError with fewer than two classes, or a class of one image.
     """
@@ -164,7 +153,7 @@ def _fitted(names: Sequence[str], x: Floats, y: npt.NDArray[np.int_], scale: flo
 
 
 def _shrunk(residuals: Floats, classes: int) -> Floats:
-    """The covariance [dim, dim] of residuals, shrunk as far as its own noise says (Ledoit and Wolf 2004)."""
+    """Covariance [dim, dim] of residuals with the shrinkage of Ledoit and Wolf (2004)."""
     count, dim = residuals.shape
     sample = residuals.T @ residuals / count
     level = float(np.trace(sample)) / dim
@@ -179,7 +168,6 @@ def _shrunk(residuals: Floats, classes: int) -> Floats:
 
 
 def _folds(y: npt.NDArray[np.int_]) -> npt.NDArray[np.int_]:
-    """Each class's images in turns, so that every fold has some of each."""
     fold = np.zeros(len(y), dtype=int)
     for number in np.unique(y):
         rows = np.flatnonzero(y == number)

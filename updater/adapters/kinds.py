@@ -1,7 +1,5 @@
-"""Adapter kinds: what learns in the layers of a CLIP that learn, and the model in which it does.
-
-The shipped recipes use LoRA; other kinds are installed (:mod:`updater.recipes.plugin_registry`).
-"""
+"""Adapter kinds: what learns in the layers of a CLIP. The shipped recipes use LoRA; packages can add kinds
+(:mod:`updater.recipes.plugin_registry`)."""
 
 from __future__ import annotations
 
@@ -20,28 +18,19 @@ from updater.recipes.plugin_registry import Methods
 
 
 class AdapterKind(ABC):
-    """One kind, by the name that a recipe's ``adapter.kind`` has."""
-
     whole: ClassVar[bool] = False
-    """True if its parameters are differences of whole weights, which mean the same in the next update, and not
-    factors."""
+    """True if its parameters are differences of whole weights, which mean the same in the next update, not factors."""
 
     @classmethod
     @abstractmethod
     def build(
         cls, base: ClipBase, plain: nn.Module, recipe: Recipe, start: WeightDelta, seed: int, device: str
     ) -> tuple[list[str], AdapterModel]:
-        """Names of the layers or parameters that learn, and the model in which they do.
-
-        Args:
-            plain: the base's own model.
-            start: the delta to begin with.
-        """
+        """Return the names of the layers or parameters that learn, and the model to train. ``plain``: the base's own
+        model. ``start``: the delta to begin with."""
 
 
 class Lora(AdapterKind):
-    """PEFT's LoRA, which never forms ΔW."""
-
     @classmethod
     def build(
         cls, base: ClipBase, plain: nn.Module, recipe: Recipe, start: WeightDelta, seed: int, device: str

@@ -1,4 +1,4 @@
-"""PEFT's LoRA on a base: which layers learn, what they start from, and what is written at the end."""
+"""PEFT's LoRA on a base: the layers that learn, their start, and what is written at the end."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from updater.adapters.model import OTHER_BASE, AdapterModel, WholeWeights, plain
 from updater.adapters.weight_deltas import Dense, LowRank, WeightDelta, compress
 
 NEGLIGIBLE = 1e-9
-"""A singular value below this share of the largest is not a direction: it starts afresh, or it would stay zero."""
+"""Singular values below this share of the largest are noise: their directions are initialised, or they stay zero."""
 
 
 def read_delta(directory: Path, base: ClipBase | VlmBase) -> dict[str, LowRank | Dense]:
-    """The changes of an adapter directory to its base. Raises AdapterError, also when it is of another one."""
+    """Read an adapter directory as changes to its base. Raises AdapterError, also for an adapter of another base."""
     files = read_adapter(directory)
     files.check_base(base)
     return delta_of(files, base)
@@ -59,10 +59,8 @@ def delta_of(files: AdapterFiles, base: ClipBase | VlmBase) -> dict[str, LowRank
 
 
 class LoraModel(AdapterModel):
-    """A base with LoRA layers on ``trained`` modules, and frozen ones on what else the incumbent has.
-
-    The same module is the teacher: inside :meth:`base` the adapter is switched off.
-    """
+    """A base with LoRA layers on ``trained`` modules, and frozen ones on the incumbent's other layers. The same module
+    is the teacher: :meth:`base` switches the adapter off."""
 
     def __init__(
         self,
@@ -74,7 +72,7 @@ class LoraModel(AdapterModel):
         seed: int,
         device: str = "cpu",
     ) -> None:
-        """``trained``: names of layers of the base. ``start``: factors to begin with; others begin at ΔW = 0."""
+        """``trained``: layer names of the base. ``start``: factors to begin with; other layers begin at ΔW = 0."""
         from peft import LoraConfig, inject_adapter_in_model  # takes four seconds, and most importers train nothing
 
         self.frozen = base
@@ -143,14 +141,11 @@ class LoraModel(AdapterModel):
 
     @property
     def base_names(self) -> list[str]:
-        """Every layer with LoRA, trained or carried, or with whole weights of the incumbent's."""
         return sorted({*map(plain_name, self.layers), *(name.rpartition(".")[0] for name in self._whole.delta)})
 
     def restore(self) -> None:
-        """Undo rounding in attention weights: PEFT adds and subtracts ΔW there at every pass, and W drifts.
-
-        Without it a resumed run, which starts from the exact W, would not end where an uninterrupted one does.
-        """
+        """Undo rounding in attention weights, where PEFT adds and subtracts ΔW at every pass so that W drifts.
+        Otherwise a resumed run, which starts from the exact W, would end differently from an uninterrupted one."""
         with torch.no_grad():
             for layer, in_proj, out_proj in self._attention:
                 attention = layer.get_base_layer()
@@ -159,7 +154,6 @@ class LoraModel(AdapterModel):
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Inside, the model is the base alone."""
         for layer in self._all():
             layer.enable_adapters(False)
         self._whole.use(False)
@@ -175,7 +169,6 @@ class LoraModel(AdapterModel):
                     part.weight.requires_grad_(f"{name}.lora_{side}" in self.parameters)
 
     def delta(self) -> dict[str, LowRank | Dense]:
-        """The factors as they are now, the scale folded in."""
         scale = self.alpha / self.rank
         return self._whole.delta | {
             name: LowRank(
@@ -199,10 +192,8 @@ class LoraModel(AdapterModel):
 
 
 def trainer_encoder(base: ClipBase, directory: Path) -> Callable[[NDArray[np.uint8], list[str]], tuple[Any, Any]]:
-    """Encode as the trainer does, with PEFT's unmerged layers: what the gate compares the server's vectors with.
-
-    The returned function takes uint8 [n, S, S, 3] and texts; it returns two float32 arrays [n, dim] of unit length.
-    """
+    """Encode as the trainer does, with PEFT's unmerged layers, for comparison with the server's vectors. The returned
+    function takes uint8 [n, S, S, 3] and texts; it returns two float32 arrays [n, dim] of unit length."""
     files = read_adapter(directory)
     delta = delta_of(files, base)
     model = LoraModel(base, (), files.config["r"], files.config["lora_alpha"], delta, seed=0)

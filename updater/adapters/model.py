@@ -1,4 +1,4 @@
-"""A base in training, whatever it is that learns: the same module is student and teacher."""
+"""A base in training, whatever kind of adapter learns: the same module is student and teacher."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class AdapterModel(ABC):
     @property
     @abstractmethod
     def base_names(self) -> list[str]:
-        """Every layer that differs from the base or may come to, by its name in the base."""
+        """Every layer that differs from the base or may differ later, by its name in the base."""
 
     @abstractmethod
     def base(self) -> AbstractContextManager[None]:
-        """Inside, the model is the base alone."""
+        """Switch the adapter off inside the context: the model is the base alone."""
 
     @abstractmethod
     def delta(self) -> dict[str, LowRank | Dense]:
-        """The difference to the base as it is now."""
+        """Current difference to the base."""
 
     @abstractmethod
     def write(self, delta: WeightDelta, directory: Path) -> str:
@@ -48,25 +48,24 @@ class AdapterModel(ABC):
 
     @property
     def replaced(self) -> list[nn.Module]:
-        """Modules that form a whole weight in place of a parameter of the base: they count no more than it does."""
+        """Modules that form a whole weight in place of a base parameter; their memory counts once."""
         return []
 
     def stepped(self, step: int, steps: int) -> None:  # noqa: B027 - most have nothing to do then
         """Called after each step of the optimizer."""
 
     def state(self) -> dict[str, Tensor]:
-        """Further state that a resumed update needs, next to the parameters."""
         return {}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027
-        """Take back what :meth:`state` gave."""
+        """Restore what :meth:`state` returned."""
 
     def restore(self) -> None:  # noqa: B027
         """Undo what a pass left behind in frozen weights."""
 
     @contextmanager
     def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, the parameters have these values: the student of another time, as a teacher."""
+        """Give the parameters these values inside the context: an earlier student, as a teacher."""
         own = {name: parameter.data for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             parameter.data = values[name]
@@ -79,7 +78,7 @@ class AdapterModel(ABC):
 
 
 class WholeWeights:
-    """Whole parameters that an incumbent replaced: in force, but for when the base alone is asked for."""
+    """Whole parameters that an incumbent replaced; active except when the base alone is asked for."""
 
     def __init__(self, model: nn.Module, delta: WeightDelta) -> None:
         self._own: list[tuple[nn.Module, str, nn.Parameter, Tensor, Tensor]] = []
@@ -94,7 +93,6 @@ class WholeWeights:
         self.use(True)
 
     def use(self, on: bool) -> None:
-        """Put the incumbent's values in force, or the base's."""
         for module, leaf, parameter, plain, replaced in self._own:
             # PEFT gives attention a new parameter at every pass; a parametrization takes the old one along.
             current = module._parameters.get(leaf)
@@ -102,17 +100,17 @@ class WholeWeights:
 
 
 def applied(plain: Tensor, part: Dense) -> Tensor:
-    """A parameter's value under a whole difference; exact where the difference was taken of float32 values."""
+    """Value of a parameter with a whole difference; exact if the difference was taken between float32 values."""
     return (plain.double().cpu() + part.value).to(plain.device, plain.dtype)
 
 
 def plain_name(name: str) -> str:
-    """A layer's name in the base, from PEFT's (which goes through ``base_layer`` inside attention)."""
+    """Layer name in the base, from PEFT's (which goes through ``base_layer`` inside attention)."""
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
 def parameter_of(layer: str, modules: Mapping[str, nn.Module]) -> str:
-    """The parameter that a factor changes, from the layer's name as PEFT spells it."""
+    """Parameter that a factor changes, from the layer name in PEFT's spelling."""
     plain = plain_name(layer)
     return f"{plain}.in_proj_weight" if isinstance(modules[plain], nn.MultiheadAttention) else f"{plain}.weight"
 
@@ -127,11 +125,9 @@ def write_delta(
     config: Mapping[str, Any],
     unchanged: WeightDelta,
 ) -> str:
-    """Write a delta as an adapter directory, factors compressed to the rank; returns the adapter's name.
-
-    What is in ``unchanged`` with the same rank is written as it is there, bit by bit: a locked tower keeps its
-    embedding space, and with it every search index.
-    """
+    """Write a delta as an adapter directory, factors compressed to the rank; returns the adapter's name. Parts in
+    ``unchanged`` with the same rank are written bit by bit: a locked tower keeps its embedding space, and with it every
+    search index."""
     model = frozen.build_model()
     scale = alpha / rank
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}

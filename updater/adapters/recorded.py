@@ -1,4 +1,4 @@
-"""Adapters as the ledger has recorded them."""
+"""Adapters recorded in the ledger."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from core.ledger.collection import collected_error
 
 
 def fetch_recorded(artifacts: Artifacts, ledger: Ledger, adapter: str) -> Path:
-    """A local directory with an adapter whose files have the digest of the ledger; a name is only 48 bits of it.
+    """Fetch an adapter to a local directory and check it against the ledger's digest (a name is only 48 bits of it).
 
     Raises:
-        AdapterCollected: the garbage collector took it.
-        AdapterError: it is not in the artifacts, or is not the one that was recorded.
-        LedgerUnavailable, ArtifactsUnavailable: a store is away.
+        AdapterCollected: the garbage collector deleted it.
+        AdapterError: it is not in the artifacts, or differs from what was recorded.
+        LedgerUnavailable, ArtifactsUnavailable: a store cannot be reached.
     """
     for name, time in ledger.collected([adapter]).items():
         raise collected_error(name, time)

@@ -1,4 +1,4 @@
-"""The layers of a model that learn: the last blocks of its parts, as a recipe says."""
+"""The layers of a model that learn: the last blocks of its parts, as the recipe says."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from serving.engines.vlm.vlm_base import VlmBase
 from updater.recipes import Recipe, Tower
 
 BLOCK_LISTS = ("blocks", "resblocks", "layer", "layers", "stages")
-"""Names of the list of a tower's blocks in timm, open_clip and transformers."""
+"""Names of a tower's list of blocks in timm, open_clip and transformers."""
 EYES = ("image", "connector")
-"""Parts that work on images alone: what they give is the same for every question."""
+"""Parts that see images only: their output is the same for every question."""
 _BLOCK = re.compile(rf"(.*?\.(?:{'|'.join(BLOCK_LISTS)}))\.(\d+)\.")
 Which = Literal["image", "text"]
 
 
 def tower_blocks(model: nn.Module, which: Which) -> tuple[str, int]:
-    """Name of the tower's list of blocks, and how many there are; ("", 0) when it has none that is known."""
+    """Name of the tower's list of blocks and its length; ("", 0) without a known one."""
     for name, module in model.named_modules():
         known = name.rsplit(".", 1)[-1] in BLOCK_LISTS and isinstance(module, nn.ModuleList | nn.Sequential)
         if known and tower_of(name) == which and len(module) > 1:
@@ -32,7 +32,7 @@ def tower_blocks(model: nn.Module, which: Which) -> tuple[str, int]:
 
 
 def clip_layers(base: ClipBase, model: nn.Module, recipe: Recipe) -> list[str]:
-    """Names of the layers that learn under a recipe. Raises ConfigError when that is none."""
+    """Names of the layers that learn. Raises ConfigError if there are none."""
     chosen: list[str] = []
     wanted: dict[Which, Tower] = {"image": recipe.image, "text": recipe.text}
     for which, tower in wanted.items():
@@ -43,10 +43,8 @@ def clip_layers(base: ClipBase, model: nn.Module, recipe: Recipe) -> list[str]:
 
 
 def first_touched(names: Iterable[str], model: nn.Module, which: Which) -> int:
-    """The first block that any of ``names`` is in: blocks below it form the prefix.
-
-    Layers of the tower outside the blocks come after them, but for stems, which make it 0.
-    """
+    """First block that contains any of ``names``; the blocks below it form the prefix. Layers of the tower outside the
+    blocks come after them, except stems, which give 0."""
     blocks, count = tower_blocks(model, which)
     own = [name for name in names if tower_of(name) == which]
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
@@ -57,7 +55,7 @@ def first_touched(names: Iterable[str], model: nn.Module, which: Which) -> int:
 
 
 def vlm_layers(base: VlmBase, model: nn.Module, recipe: Recipe) -> list[str]:
-    """Names of the layers that learn under a recipe. Raises ConfigError when that is none."""
+    """Names of the layers that learn. Raises ConfigError if there are none."""
     wanted: dict[str, Tower] = {"image": recipe.image, "connector": recipe.connector, "text": recipe.text}
     chosen: list[str] = []
     for part, tower in wanted.items():
@@ -67,7 +65,7 @@ def vlm_layers(base: VlmBase, model: nn.Module, recipe: Recipe) -> list[str]:
 
 
 def _vlm_blocks(names: Iterable[str]) -> tuple[str, int]:
-    """Name of the list of blocks that most of these layers are in, and how many there are; ("", 0) without one."""
+    """Name of the list of blocks that holds most of these layers, and its length; ("", 0) without one."""
     numbered = [(match[1], int(match[2])) for match in map(_BLOCK.match, names) if match]
     if not numbered:
         return "", 0
@@ -76,26 +74,18 @@ def _vlm_blocks(names: Iterable[str]) -> tuple[str, int]:
 
 
 def sees(base: VlmBase, names: Iterable[str]) -> bool:
-    """True if any of these layers works on images."""
     return any(base.part_of(name) in EYES for name in names)
 
 
 def _block_number(name: str, blocks: str) -> int | None:
-    """The number of the block that a module is in, or None when it is in none."""
     match = re.match(rf"{re.escape(blocks)}\.(\d+)\.", name) if blocks else None
     return int(match[1]) if match else None
 
 
 def late_layers(names: Sequence[str], part: str, tower: Tower, blocks: str, count: int, recipe: Recipe) -> list[str]:
-    """Of the layers of one part those that learn: in its last blocks, or outside them.
-
-    Args:
-        blocks: name of the part's list of blocks; empty when it has none that is known.
-        count: blocks in it.
-
-    Raises:
-        ConfigError: the recipe counts blocks where there are none.
-    """
+    """Layers of one part that learn: those in its last blocks, or outside the blocks. ``blocks``: name of the part's
+    list of blocks; empty without a known one. ``count``: number of blocks in it. Raises ConfigError: the recipe counts
+    blocks, and the part has no list of them."""
     if tower.locked:
         return []
     if tower.blocks is None:
@@ -111,7 +101,7 @@ def late_layers(names: Sequence[str], part: str, tower: Tower, blocks: str, coun
 
 
 def chosen_names(chosen: Sequence[str], recipe: Recipe, base: str) -> list[str]:
-    """The layers that learn, in order. Raises ConfigError when there are none."""
+    """Raises ConfigError if no layer would learn."""
     if not chosen:
         raise ConfigError(f"recipe {recipe.name}: no layer of base {base!r} would learn.", "Raise `blocks`.")
     return sorted(set(chosen))

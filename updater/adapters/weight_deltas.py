@@ -1,7 +1,5 @@
-"""The algebra of deltas: sums and compression of ΔW, low-rank ones without ever forming ΔW.
-
-Everything is float64 inside: a merge repeated over hundreds of updates must not lose digits.
-"""
+"""Algebra of deltas: sums and compression of ΔW, for low-rank ones without ever forming ΔW. All computation is float64:
+a merge repeated over hundreds of updates must not lose digits."""
 
 from __future__ import annotations
 
@@ -12,50 +10,46 @@ import torch
 from torch import Tensor
 
 NEGLIGIBLE = 1e-6
-"""A share of a ΔW below this is rounding: its factors came from float32."""
+"""Relative changes of ΔW below this are rounding: its factors came from float32."""
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """ΔW = b @ a of one layer, the LoRA scale folded in: a [r, in], b [out, r], float64."""
+    """ΔW = b @ a of one layer, with the LoRA scale folded in: a [r, in], b [out, r], float64."""
 
     a: Tensor
     b: Tensor
 
     @property
     def rank(self) -> int:
-        """Columns of b."""
         return self.a.shape[0]
 
     def dense(self) -> Tensor:
-        """ΔW [out, in]."""
         return self.b @ self.a
 
     @classmethod
     def of(cls, matrix: Tensor) -> LowRank:
-        """A ΔW [out, in] that has no low rank, exactly; the writer's compression finds its best approximation."""
+        """Factors of a full-rank ΔW [out, in], exactly; the best approximation is found when the adapter is written."""
         out, inner = matrix.shape
         eye = torch.eye(min(out, inner), dtype=matrix.dtype)
         return cls(eye, matrix) if inner <= out else cls(matrix, eye)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Its tensors."""
         return self.a, self.b
 
 
 @dataclass(frozen=True)
 class Dense:
-    """The difference of one whole parameter, for what low rank cannot say: float64, in the parameter's shape."""
+    """Difference of one whole parameter that is not low-rank: float64, in the parameter's shape."""
 
     value: Tensor
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Its tensors."""
         return (self.value,)
 
 
 WeightDelta = Mapping[str, LowRank | Dense]
-"""Factors by module name as PEFT spells it; whole differences by parameter name."""
+"""Factors by module name in PEFT's spelling; whole differences by parameter name."""
 
 
 def merge(incumbent: WeightDelta, trained: WeightDelta, weight: float) -> dict[str, LowRank | Dense]:
@@ -64,7 +58,7 @@ def merge(incumbent: WeightDelta, trained: WeightDelta, weight: float) -> dict[s
 
 
 def combine(shares: Sequence[tuple[float, WeightDelta]]) -> dict[str, LowRank | Dense]:
-    """ΔW = the weighted sum of deltas, exactly; where one has nothing, its ΔW is 0."""
+    """Weighted sum of deltas, exactly; a layer missing from one has ΔW = 0 there."""
     combined: dict[str, LowRank | Dense] = {}
     for name in sorted({name for _, delta in shares for name in delta}):
         parts = [(share, delta[name]) for share, delta in shares if name in delta and share != 0]
@@ -89,7 +83,7 @@ def fits(factor: LowRank, rank: int) -> bool:
 
 
 def kept_share(delta: WeightDelta, rank: int) -> float:
-    """Share of the squared norm of a delta's factors that is left when each is compressed to a rank; 1 of nothing."""
+    """Share of the squared norm of a delta's factors that compression to ``rank`` keeps; 1 for an empty delta."""
     factors = [part for part in delta.values() if isinstance(part, LowRank)]
     whole = sum(map(_squared_norm, factors))
     kept = sum(_squared_norm(part if fits(part, rank) else compress(part, rank)) for part in factors)
@@ -97,16 +91,13 @@ def kept_share(delta: WeightDelta, rank: int) -> float:
 
 
 def _squared_norm(factor: LowRank) -> float:
-    """Of ΔW, by the small [r, r] products of its factors."""
     return float(((factor.b.T @ factor.b) * (factor.a @ factor.a.T)).sum())
 
 
 def compress(factor: LowRank, rank: int) -> LowRank:
-    """The best approximation of rank ``rank`` (Eckart-Young), as factors of exactly that rank.
-
-    Through QR of both factors and an SVD of their small [r, r] core, so that the cost does not grow with the layer.
-    The singular values are split evenly between both factors; a lower true rank leaves zeros.
-    """
+    """Best approximation of rank ``rank`` (Eckart-Young), as factors of exactly that rank. Uses QR of both factors and
+    an SVD of their small [r, r] core, so the cost does not grow with the layer. The singular values are split evenly
+    between both factors; a lower true rank is padded with zeros."""
     q_out, r_out = torch.linalg.qr(factor.b)
     q_in, r_in = torch.linalg.qr(factor.a.T)
     u, s, vt = torch.linalg.svd(r_out @ r_in.T)

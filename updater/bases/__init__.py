@@ -1,7 +1,4 @@
-"""Bases: where they come from (:mod:`updater.bases.register`), and the data that a shipped one knows.
-
-An update is held to those where the operator names no reference pool.
-"""
+"""Bases (:mod:`updater.bases.register`), and the reference data of shipped ones, used if the operator names no pool."""
 
 from __future__ import annotations
 
@@ -12,9 +9,8 @@ from core.settings import Settings
 from core.settings.serving import SHIPPED
 
 REFERENCE: Final = ("noto", "pixel_ultica")
-"""Of the domains that the shipped CLIP was trained on, the two with the best texts."""
+"""The two training domains of the shipped CLIP with the best texts."""
 VLM_REFERENCE: Final = ("vqa_base",)
-"""The questions that the shipped VLM was trained on."""
 
 
 def reference_folders(settings: Settings) -> list[Path]:
@@ -23,6 +19,5 @@ def reference_folders(settings: Settings) -> list[Path]:
 
 
 def shipped_folders(settings: Settings, is_shipped: bool, names: tuple[str, ...]) -> list[Path]:
-    """Those of the prepared folders that are there; none for another base."""
     folders = [settings.home / "data" / name for name in names if is_shipped]
     return [folder for folder in folders if folder.is_dir()]

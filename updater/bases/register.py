@@ -1,4 +1,4 @@
-"""Bases: any open_clip model and any Hugging Face VLM is registered, and kept in the artifacts for other machines.
+"""Register open_clip models and Hugging Face VLMs as bases, and keep them in the artifacts for other machines.
 
     add_base(home, "b16", "ViT-B-16", Path("b16.safetensors"))
     add_base(home, "l14", "hf-hub:laion/CLIP-ViT-L-14-laion2B-s32B-b82K")
@@ -7,8 +7,7 @@
     push_base(home, "b16", Artifacts(settings.artifacts))
     pull_base(home, "b16", settings.artifacts)                 in each pod, before it starts
 
-Only safetensors are read, and no code that comes with a model is run. What comes from a hub is fetched once, here; a
-registered base needs no network.
+Only safetensors are read, and no code that comes with a model is run. A registered base needs no network.
 """
 
 from __future__ import annotations
@@ -40,19 +39,15 @@ HUB, LOCAL = "hf-hub:", "local-dir:"
 HUB_CONFIG = "open_clip_config.json"
 HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 _TEXT_KEPT = ("*.json", "*.txt", "*.model")
-"""Vocabulary and configuration files of a text tower, as Hugging Face names them."""
 _VLM_KEPT = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
-"""Files that are fetched of a hub repository; no pickled weights, no code."""
+"""Files fetched from a hub repository; no pickled weights, no code."""
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def add_base(home: Path | str, name: str, model: str, weights: Path | None = None) -> ClipBase:
     """Register an open_clip model as base ``name`` and return it; registering the same content again is fine.
-
-    ``weights`` is a safetensors file of the whole model; needed for built-in names, and otherwise in place of what
-    the hub or folder has.
-    Raises :class:`BaseModelError` naming what is wrong and the way out.
-    """
+    ``weights`` is a safetensors file of the whole model; required for built-in model names, otherwise it replaces the
+    weights of the hub or folder. Raises :class:`BaseModelError`."""
     if weights is not None:
         check_safetensors(Path(weights))
     with tempfile.TemporaryDirectory(prefix="ratchet-base-") as temporary:
@@ -81,7 +76,7 @@ def add_base(home: Path | str, name: str, model: str, weights: Path | None = Non
 
 
 def check_safetensors(path: Path) -> None:
-    """Raise :class:`BaseModelError` unless ``path`` is a safetensors file (whatever it is called)."""
+    """Raise :class:`BaseModelError` unless ``path`` is a safetensors file with that suffix."""
     if not path.is_file():
         raise BaseModelError(f"There is no weights file {path}.", "Check the path.")
     try:
@@ -98,7 +93,7 @@ def check_safetensors(path: Path) -> None:
 
 
 def _locate(model: str, weights: Path | None) -> tuple[dict[str, Any], Path, str | None]:
-    """Configuration, weights file, and where Hugging Face text files are if not under their own name."""
+    """Configuration, weights file, and the source of Hugging Face text files if it differs from their own name."""
     if model.startswith(LOCAL):
         folder = Path(model.removeprefix(LOCAL))
         candidates = [folder / n for n in HUB_WEIGHTS] + sorted(folder.glob("*.safetensors"))
@@ -127,10 +122,8 @@ def _locate(model: str, weights: Path | None) -> tuple[dict[str, Any], Path, str
 
 
 def _published_preprocess(model: str) -> dict[str, Any]:
-    """Mean, deviation and geometry of the architecture's published checkpoints: the most common ones.
-
-    A weights file does not say how its images were normalised; where checkpoints differ, the choice is said aloud.
-    """
+    """Most common preprocessing (mean, deviation, geometry) of the architecture's published checkpoints. A weights file
+    does not say how its images were normalised; if checkpoints differ, the choice is reported."""
     fields = ("mean", "std", "interpolation", "resize_mode")
     published = Counter(
         json.dumps({key: config.get(key) for key in fields})
@@ -188,7 +181,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _text_side(text_cfg: dict[str, Any], source: str | None, work: Path) -> tuple[dict[str, Any], Path | None]:
-    """Tokenizer description, and the folder of the files to carry along; ``text_cfg`` is pointed at them."""
+    """Tokenizer description, and the folder of the files to copy; points ``text_cfg`` at them."""
     kwargs = dict(text_cfg.get("tokenizer_kwargs") or {})
     tower, vocabulary = text_cfg.get("hf_model_name"), text_cfg.get("hf_tokenizer_name")
     if not tower and not vocabulary:
@@ -208,7 +201,7 @@ def _text_side(text_cfg: dict[str, Any], source: str | None, work: Path) -> tupl
     described = {
         "kind": "hf",
         "directory": TEXT_FILES,
-        # Only Hugging Face towers mask padding; for the others its positions are part of what was learnt.
+        # Only Hugging Face towers mask padding; the others learned with its positions.
         "trim": bool(tower),
         "mode": text_cfg.get("tokenizer_mode"),
         "kwargs": kwargs,
@@ -241,11 +234,9 @@ def _load(model: nn.Module, path: Path, name: str) -> None:
 
 
 def add_vlm(home: Path | str, name: str, source: Path | str) -> VlmBase:
-    """Register a Hugging Face VLM as base ``name`` and return it; registering the same content again is fine.
-
-    Raises :class:`BaseModelError`: no such folder or repository, pickled weights only, code of its own, weights that
-    are not finite, or another base under this name.
-    """
+    """Register a Hugging Face VLM as base ``name`` and return it; registering the same content again is fine. Raises
+    :class:`BaseModelError`: no such folder or repository, only pickled weights, custom code, weights that are not
+    finite, or another base of this name."""
     text = str(source)
     folder = Path(text)
     if text.startswith(HUB):
@@ -270,12 +261,8 @@ def add_vlm(home: Path | str, name: str, source: Path | str) -> VlmBase:
 
 
 def push_base(home: Path, name: str, artifacts: Artifacts) -> None:
-    """Store a registered base under ``bases/<name>``. The same content again is fine.
-
-    Raises:
-        BaseModelError: there is no such base.
-        AdapterError: the name is taken by another base; adapters of one do not fit the other.
-    """
+    """Store a registered base under ``bases/<name>``. The same content again is fine. Raises BaseModelError: there is
+    no such base; AdapterError: the name is taken by another base; adapters of one do not fit the other."""
     if name not in list_bases(home):
         raise BaseModelError(
             f"there is no base {name!r} in {home}.", "`ratchet base add` or `ratchet base build` first."
@@ -285,11 +272,8 @@ def push_base(home: Path, name: str, artifacts: Artifacts) -> None:
 
 
 def pull_base(home: Path, name: str, url: str) -> Path:
-    """Bring a base from the artifacts into ``home``; readers of ``home`` see all of it or nothing.
-
-    Raises:
-        BaseModelError: it was never pushed, or ``home`` has another base of that name.
-    """
+    """Fetch a base from the artifacts into ``home``, atomically. Raises BaseModelError: it was never pushed, or
+    ``home`` has another base of that name."""
     target = base_directory(home, name)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".pull-", dir=target.parent) as temporary:

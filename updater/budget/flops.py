@@ -1,4 +1,4 @@
-"""FLOPs of what really runs, operation by operation. A multiply-add counts 2."""
+"""Counts FLOPs operation by operation, as they run. A multiply-add counts 2."""
 
 from __future__ import annotations
 
@@ -16,17 +16,12 @@ from updater.budget.bound import BudgetSpent
 
 
 class FlopCount(TorchDispatchMode):
-    """Adds up torch's own formulas (those of its FlopCounterMode, which also tells modules apart: every step is
-    counted, and that made it four times as slow as this).
-
-    Args:
-        limit: GFLOPs; the operation that would exceed them is not done, and raises BudgetSpent.
-    """
+    """Sum of torch's FLOP formulas, without the module tracking of its FlopCounterMode, which is four times as slow.
+    ``limit``: GFLOPs; raises BudgetSpent instead of running the operation that would exceed them."""
 
     def __init__(self, formulas: Mapping[Any, Any], limit: float = math.inf) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.gflops = 0.0
-        """So far."""
         self._total, self._limit = 0, limit * 1e9
         self._formulas = {**flop_registry, **formulas}
         self._composite: dict[Any, bool] = {}
@@ -34,7 +29,7 @@ class FlopCount(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         formula = self._formulas.get(func.overloadpacket)
-        if formula is None and self._is_composite(func):  # one that is made of others, where autograd did not do it
+        if formula is None and self._is_composite(func):  # composite that autograd did not decompose
             with self:
                 return func.decompose(*args, **kwargs)
         if formula is not None:
@@ -54,7 +49,6 @@ class FlopCount(TorchDispatchMode):
 
 
 def _shape_after(func: Any, args: Any, kwargs: Any) -> Any:
-    """An operation's output without its values, where its formula asks for that."""
     if func.overloadpacket not in (torch.ops.aten.convolution, torch.ops.aten._convolution):
         return None
     with _disable_current_modes():  # another counter must not count it
@@ -64,11 +58,12 @@ def _shape_after(func: Any, args: Any, kwargs: Any) -> Any:
 
 @contextmanager
 def counted(limit: float = math.inf) -> Iterator[FlopCount]:
-    """A counter that sees all attention: it gets the formula of the CPU's kernel, which torch's does not know, and the
-    fused layers of inference, of which it knows nothing, are switched off. Nor does it count the weights' gradient of
-    a depthwise convolution as one of all channels with all channels.
+    """Count FLOPs inside the context, with fixes to torch's counting.
 
-    Raises BudgetSpent before what would be counted exceeds ``limit`` (GFLOPs).
+    It adds the formula of the CPU's attention kernel, switches off the fused inference layers (which have none), and
+    does not count the weight gradient of a depthwise convolution as one of all channels with all channels.
+
+    Raises BudgetSpent before the count exceeds ``limit`` (GFLOPs).
     """
     aten = torch.ops.aten
     formulas = {
@@ -94,7 +89,7 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **
 
 
 def _convolution_backward(grad: Any, inputs: Any, weight: Any, *rest: Any, **_: Any) -> int:
-    """Of inputs and of weights, each as much as the forward pass, whatever the groups."""
+    """FLOPs of the gradients of inputs and weights, each as many as the forward pass, whatever the groups."""
     _, _, _, _, transposed, _, _, wanted = rest
     forward = conv_flop_count(inputs.shape, weight.shape, grad.shape, transposed=transposed)
     return int(forward) * sum(map(bool, wanted[:2]))

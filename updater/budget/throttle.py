@@ -1,13 +1,12 @@
-"""The trainer gives way to serving: it computes less of the time while requests take longer than before.
+"""Trainer back-off: it computes less of the time while requests take longer than before.
 
-The server's own count of latencies is read between steps. A route is slow when its requests of the last moments took,
-on average, more than so many times what they did in the minutes before the update began. Then the share of time that
-the trainer takes is halved, down to a least one; it grows again, in tenths, while nothing is slow (additive increase
-and multiplicative decrease, as in TCP). Results never depend on it: it decides when a step is computed, and not what.
+The server's latency counters are read between steps. A route is slow if its recent requests took, on average, more than
+a given ratio of their mean in the minutes before the update. The trainer's share of time is then halved, down to a
+minimum; while nothing is slow it grows by tenths (additive increase and multiplicative decrease, as in TCP). Only the
+time at which a step is computed depends on it, never the result.
 
-It looks at the mean because that is what a share of time can move: a trainer that computes a quarter of the time slows
-a quarter of the requests, and the p99 is made of those. What a single request feels is a matter of priority, which is
-in ``updater/service/process.py``.
+The mean is what a share of time can change: a trainer that computes a quarter of the time slows a quarter of the
+requests, which make up the p99. Single requests are protected by priority (``updater/service/process.py``).
 """
 
 from __future__ import annotations
@@ -25,28 +24,26 @@ from ratchet_client import Client, ServerError
 
 POLL_SECONDS = 5.0
 WINDOW_REQUESTS = 50
-"""Requests of one route whose mean is compared."""
 WINDOW_SECONDS = 60.0
-"""After this long without enough requests, no one is there to be slowed down."""
+"""After this long without enough requests, traffic counts as low, and the share grows."""
 BEFORE_SECONDS = 600.0
-"""Requests of so long before an update are what later ones are compared with: a busy hour of yesterday is not."""
+"""Period before an update that later requests are compared with: a busy hour of yesterday does not count."""
 GROWTH = 0.1
 METRIC = "ratchet_http_request_seconds"
 
 
 class Took(NamedTuple):
-    """Requests of a route since the server started, and the seconds that they took together."""
+    """Requests of a route since the server started, and their total seconds."""
 
     requests: float = 0.0
     seconds: float = 0.0
 
 
 Latencies = Mapping[str, Took]
-"""By route."""
 
 
 class Throttle:
-    """The share of its time that the trainer may compute, between ``least`` and 1; ask it between steps.
+    """Share of time in which the trainer may compute, between ``least`` and 1; call it between steps.
 
     >>> throttle = Throttle(lambda: latencies(client), most_ratio=1.25, least=0.25)
     >>> throttle.begin()
@@ -69,7 +66,7 @@ class Throttle:
         self._began = self._polled = -math.inf
 
     def watch(self) -> None:
-        """Nothing is trained: remember, about once a minute, what the server has answered until now."""
+        """Record the server's totals about once a minute, while nothing is trained."""
         now = self.clock()
         if self._seen and now - self._seen[-1][0] < WINDOW_SECONDS:
             return
@@ -82,11 +79,9 @@ class Throttle:
             self._seen.popleft()
 
     def begin(self) -> None:
-        """An update begins: what was answered since it was first watched is what later requests are compared with.
-
-        A route with too few requests since then is compared with all that it answered, as is everything when nothing
-        was watched: the updater has just been started.
-        """
+        """Start an update: later requests are compared with those since the first :meth:`watch`. A route with too few
+        requests since then is compared with all it answered; so is every route if nothing was watched because the
+        updater has just started."""
         totals = self.read() or {}
         then = self._seen[0][1] if self._seen else {}
         self._seen.clear()
@@ -97,7 +92,6 @@ class Throttle:
         self._open(totals)
 
     def __call__(self) -> float:
-        """The share now; looks at the server when it did not for a while."""
         now = self.clock()
         if now - self._polled >= POLL_SECONDS:
             self._polled = now
@@ -105,7 +99,7 @@ class Throttle:
         return self.share
 
     def _look(self, totals: Latencies | None) -> None:
-        if totals is None:  # no one is served, so that nothing is in the way
+        if totals is None:  # nothing is served, so nothing is slowed down
             self._set(1.0, "the server does not answer")
             return
         if self._window is None or _restarted(totals, self._window):
@@ -124,7 +118,6 @@ class Throttle:
         self._open(totals)
 
     def _ratio(self, route: str, lately: Took) -> float:
-        """Mean of a route lately over its mean before the update; 0 where too few requests tell."""
         before = self._before.get(route, Took())
         if min(lately.requests, before.requests) < WINDOW_REQUESTS:
             return 0.0
@@ -141,7 +134,7 @@ class Throttle:
 
 
 def latencies(client: Client) -> Latencies | None:
-    """Latencies of a server's API routes from ``/metrics``; None when it does not answer."""
+    """Latencies of a server's API routes from ``/metrics``; None if it does not answer."""
     try:
         page = client.metrics()
     except ServerError:
@@ -162,5 +155,4 @@ def _since(now: Took, then: Took) -> Took:
 
 
 def _restarted(now: Latencies, then: Latencies) -> bool:
-    """True if the server has restarted its counters."""
     return any(now.get(route, Took()).requests < took.requests for route, took in then.items())

@@ -1,10 +1,9 @@
-"""The rows of the sample store that an update may learn from, in order: by their addresses, without their words.
+"""Draws the rows of the sample store that an update may learn from, as ordered addresses without their contents.
 
-What is pending (D) comes in the order of the setting ``updater.draw``: ``uniform`` by a hash of seed and id, so that
-the first m rows are m drawn from all of them; ``newest`` by the time at which they were stored. How many are visited
-follows from the budget, later. What is earlier is drawn by the replay reservoir, also what an update passed over.
-
-One pass over the columns of ids, places and concepts; for each row some 40 bytes are kept.
+Pending rows (D) come in the order of the setting ``updater.draw``: ``uniform`` by a hash of seed and id, so that the
+first m rows are a sample of m; ``newest`` by the time at which they were stored. The budget decides later how many are
+visited. Earlier rows, including those that an update passed over, are drawn by the replay reservoir. Some 40 bytes per
+row are kept.
 """
 
 from __future__ import annotations
@@ -23,19 +22,16 @@ from streams.store.sample_store import ADDRESS, Having, SampleStore
 from updater.recipes import Family, Recipe
 
 HAVING: Mapping[Family, Having] = {"clip": "text", "vlm": "question"}
-"""The field that a sample must have for a family to learn from it."""
 PLACE = ("topic", "partition", "offset")
 PARTITIONS = 1 << 32
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Addresses of rows in one version of the store, uint64, each array in the order of its draw."""
+    """Addresses of rows in one version of the store, uint64, each array in draw order."""
 
     new: np.ndarray
-    """All that is pending."""
     replay: np.ndarray
-    """At most ``replay_limit`` of what is earlier."""
 
 
 def draw_rows(
@@ -47,9 +43,8 @@ def draw_rows(
     draw: Draw,
     data_to: Mapping[str, int] | None = None,
 ) -> Drawn:
-    """Draw from the training split of a version; new is what lies at or after the offsets ``data_from``. What lies at
-    or after ``data_to`` is not drawn; None: all that the version has may be.
-    """
+    """Draw from the training split of a version; rows at or after the offsets ``data_from`` are new. Rows at or after
+    ``data_to`` are excluded; None excludes none."""
     replays = recipe.mixture.replay > 0
     new, old = _Rows(), _Rows()
     columns = ["id", *PLACE, "ingested_at", "domain", "concept", *(["label"] if recipe.family == "vlm" else [])]
@@ -64,7 +59,7 @@ def draw_rows(
 
 
 def _is_new(batch: pa.RecordBatch, data_from: Mapping[str, int]) -> np.ndarray:
-    """True for each row at or after the offset from which its partition is new, bool [n]."""
+    """Mask of rows at or after the first new offset of their partition, bool [n]."""
     topics = batch["topic"].dictionary_encode()
     codes, partition = (
         each.to_numpy(zero_copy_only=False).astype(np.int64) for each in (topics.indices, batch["partition"])
@@ -78,15 +73,13 @@ def _is_new(batch: pa.RecordBatch, data_from: Mapping[str, int]) -> np.ndarray:
 
 
 class _Rows:
-    """Columns of some rows, piece after piece."""
-
     def __init__(self) -> None:
         self.pieces: list[dict[str, np.ndarray]] = []
         self.topics: dict[str, int] = {}
         self.concepts: dict[str, int] = {}
 
     def add(self, batch: pa.RecordBatch, where: np.ndarray, seed: int, family: Family | None = None) -> None:
-        """Take the rows of a batch for which ``where`` holds; with their concepts where a family is given."""
+        """Add the rows of a batch selected by ``where``; with their concepts if a family is given."""
         rows = batch.filter(pa.array(where))
         columns = {name: rows[name].to_numpy(zero_copy_only=False) for name in (ADDRESS, "partition", "offset")}
         columns["key"] = np.fromiter((draw_key(each, seed) for each in rows["id"].to_pylist()), np.uint64)
@@ -97,7 +90,6 @@ class _Rows:
         self.pieces.append(columns)
 
     def drawn(self, draw: Draw) -> np.ndarray:
-        """Addresses in the order of a draw."""
         if not self.pieces:
             return np.empty(0, np.uint64)
         rows = self._by_place()
@@ -110,7 +102,6 @@ class _Rows:
         return addresses
 
     def replayed(self, recipe: Recipe) -> np.ndarray:
-        """Addresses of the reservoir, in the order of its draw."""
         if not self.pieces:
             return np.empty(0, np.uint64)
         rows = self._by_place()
@@ -120,7 +111,6 @@ class _Rows:
         return addresses
 
     def _by_place(self) -> np.ndarray:
-        """Rows by topic, partition and offset: the same whatever the order of the files."""
         rank = np.empty(len(self.topics), np.int64)
         rank[[self.topics[name] for name in sorted(self.topics)]] = np.arange(len(self.topics))
         order: np.ndarray = np.lexsort((self._column("offset"), self._column("partition"), rank[self._column("topic")]))
@@ -136,7 +126,6 @@ def _codes(names: Iterable[str], known: dict[str, int]) -> np.ndarray:
 
 
 def _concepts(rows: pa.RecordBatch, family: Family) -> Iterator[str]:
-    """The concepts that replay is balanced over; for questions also their kind."""
     columns = [rows[name].to_pylist() for name in ("concept", "domain")]
     kinds = rows["label"].to_pylist() if family == "vlm" else [None] * rows.num_rows
     for concept, domain, kind in zip(*columns, kinds, strict=True):
@@ -146,17 +135,16 @@ def _concepts(rows: pa.RecordBatch, family: Family) -> Iterator[str]:
 def reservoir_order(
     keys: np.ndarray, concepts: Sequence[Hashable], capacity: int, half_life: float, balanced: bool = True
 ) -> np.ndarray:
-    """Numbers of at most ``capacity`` rows in the order of the draw: the first m of them are a reservoir of m.
+    """Row numbers of at most ``capacity`` rows in draw order: the first m of them are a reservoir of m.
 
-    Weighted sampling without replacement (Efraimidis and Spirakis, A-Res): each row gets the key u^(1/w) and the
-    largest keys stay. u is a hash of seed and id, so that the draw is a pure function of the rows and the seed; w = 1 /
+    Weighted sampling without replacement (Efraimidis and Spirakis, A-Res): each row gets the key u^(1/w), and the
+    largest keys are kept. u is a hash of seed and id, so the draw is a pure function of the rows and the seed; w = 1 /
     decayed count of the row's concept (MetaCLIP's balancing for a stream: a row counts half after ``half_life`` further
     rows).
 
     Args:
-        keys: of each row :func:`draw_key`, uint64 [n], oldest row first.
-        concepts: of each row.
-        balanced: without it all rows are as likely.
+        keys: :func:`draw_key` of each row, uint64 [n], oldest row first.
+        balanced: if false, all rows are equally likely.
     """
     counts = decayed_counts(concepts, half_life) if balanced else {}
     weights = np.fromiter((counts.get(concept, 1.0) for concept in concepts), np.float64, len(keys))
@@ -180,5 +168,5 @@ def decayed_counts(concepts: Iterable[Hashable], half_life: float) -> dict[Hasha
 
 
 def draw_key(name: str, seed: int) -> int:
-    """64 bits of a hash of seed and id."""
+    """First 64 bits of a hash of seed and id."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big")

@@ -16,25 +16,21 @@ PARTS: tuple[Part, ...] = ("new", "reference", "replay")
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Rows of each pool in one batch, and the order in which the pools are gone through.
-
-    A pool is gone through in epochs: first in its own order, that of its draw, and shuffled again for each later one.
-    So the rows that steps visit first are always the next ones, and a longer pool has the same first batches.
-    """
+    """Rows of each pool in one batch, and the order in which pools are traversed. A pool is traversed in epochs: first
+    in draw order, then shuffled again for each later epoch. So new rows are visited in order, and a longer pool has the
+    same first batches."""
 
     counts: Mapping[Part, int]
     sizes: Mapping[Part, int]
     seed: int
     runs: Mapping[Part, tuple[int, ...]] = field(default_factory=dict)
-    """The first rows of runs that stay together in later epochs, by the pools that have them."""
+    """First rows of runs that stay together in later epochs, for pools that have them."""
 
     @property
     def rows(self) -> int:
-        """Rows in one batch."""
         return sum(self.counts.values())
 
     def batch(self, step: int) -> list[tuple[Part, int]]:
-        """(pool, row) of every row of batch ``step``."""
         return [
             (part, self._row(part, step * count + number))
             for part, count in self.counts.items()
@@ -42,7 +38,6 @@ class BatchPlan:
         ]
 
     def visited(self, part: Part, steps: int) -> int:
-        """Rows of a pool that so many steps see: its first ones."""
         return min(self.sizes[part], steps * self.counts.get(part, 0))
 
     def _row(self, part: Part, position: int) -> int:
@@ -56,10 +51,8 @@ class BatchPlan:
 
 
 def plan_batches(mixture: Mixture, batch_size: int, sizes: Mapping[Part, int], seed: int) -> BatchPlan:
-    """Divide a batch by the mixture's shares. The share of an empty P goes to B and the other way round, else to D.
-
-    Raises ValueError when there is nothing new.
-    """
+    """Divide a batch by the mixture's shares. The share of an empty P goes to B and vice versa, otherwise to D. Raises
+    ValueError if there is nothing new."""
     if sizes["new"] == 0:
         raise ValueError("there are no new rows to learn from")
     shares: dict[Part, float] = {"new": mixture.new, "reference": mixture.reference, "replay": mixture.replay}
@@ -73,7 +66,7 @@ def plan_batches(mixture: Mixture, batch_size: int, sizes: Mapping[Part, int], s
 
 
 def _apportioned(rows: int, shares: Mapping[Part, float]) -> dict[Part, int]:
-    """Whole rows within one of each share, by largest remainders; something new is in every batch."""
+    """Whole rows within one of each share, by largest remainders; every batch has at least one new row."""
     exact = {part: rows * share for part, share in shares.items()}
     counts = {part: math.floor(value) for part, value in exact.items()}
     by_remainder = sorted(exact, key=lambda part: counts[part] - exact[part])
@@ -87,7 +80,7 @@ def _apportioned(rows: int, shares: Mapping[Part, float]) -> dict[Part, int]:
 
 @lru_cache(maxsize=8)
 def shuffled(size: int, key: str) -> tuple[int, ...]:
-    """The numbers below ``size`` in an order that the key decides."""
+    """Permutation of ``range(size)``, determined by the key."""
     order = list(range(size))
     # Python's generator, seeded by a hash: the same on every machine and for every version of torch.
     random.Random(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")).shuffle(order)  # noqa: S311

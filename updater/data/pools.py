@@ -1,8 +1,6 @@
-"""The examples of an update: three pools of examples, pinned by the store's version and a seed.
-
-Each pool is in the order of its draw, so that its first m examples are a draw of m: an update visits as many of them as
-its budget pays for. The order of visits (views of images, runs of one domain) is a function of what was drawn, of the
-recipe and of a seed, so that a resumed update visits the same.
+"""The examples of an update: three pools, determined by the store's version and a seed. Each pool is in draw order, so
+its first m examples are a draw of m: an update visits as many as its budget pays for. The order of visits (views of
+images, runs of one domain) is a function of the draw, the recipe and a seed, so that a resumed update visits the same.
 """
 
 from __future__ import annotations
@@ -30,14 +28,13 @@ from updater.data.mixture import PARTS, shuffled
 from updater.recipes import Batches, Family, Part, Recipe, Views
 
 WORDS_ROWS = 1024
-"""Rows whose words are read from the store at once, and kept until others are asked for."""
 IMAGE_ROWS = 48
-"""Rows whose images are: at 8 MiB each 384 MiB, for each of two pools."""
+"""Rows whose images are read at once: at 8 MiB each 384 MiB, for each of two pools."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One image with its text, and a class label if it has one. ``id`` names the content, ``read`` gives the image."""
+    """An image with its text and optional class label. ``id`` names the content, ``read`` gives the image."""
 
     id: str
     text: str
@@ -45,17 +42,15 @@ class Pair:
     label: str = ""
     domain: str = ""
     view: int = 0
-    """The view of the image that is seen; 0 is the image as it is."""
 
     @property
     def content(self) -> str:
-        """Names what is learned from."""
         return f"{self.id} {self.view} {self.text}"
 
 
 @dataclass(frozen=True)
 class Question:
-    """One image with a question and its answer; the rest as for a pair."""
+    """An image with a question and its answer; other fields as in :class:`Pair`."""
 
     id: str
     question: str
@@ -66,12 +61,10 @@ class Question:
 
     @property
     def text(self) -> str:
-        """Both as one line, to tell examples apart."""
         return f"{self.question} {self.answer}"
 
     @property
     def content(self) -> str:
-        """Names what is learned from."""
         return f"{self.id} {self.text}"
 
 
@@ -87,32 +80,27 @@ class Pools:
     replay: Sequence[Example] = ()
 
     def of(self, part: Part) -> Sequence[Example]:
-        """One pool by its name."""
         pools: dict[Part, Sequence[Example]] = {"new": self.new, "reference": self.reference, "replay": self.replay}
         return pools[part]
 
     def shuffled(self, seed: int) -> Pools:
-        """The same pools in a random order, for those that were not drawn by chance."""
         order = random.Random(seed)  # noqa: S311 - nothing is kept secret
         return Pools(*(tuple(order.sample(pool, len(pool))) for pool in map(self.of, PARTS)))
 
     @property
     def sizes(self) -> dict[Part, int]:
-        """Examples in each pool."""
         return {part: len(self.of(part)) for part in PARTS}
 
     @property
     def examples(self) -> list[Example]:
-        """All of them, one pool after the other: what a learner prepares."""
         return [example for part in PARTS for example in self.of(part)]
 
     @property
     def parts(self) -> list[Part]:
-        """The pool of each of :attr:`examples`."""
         return [part for part in PARTS for _ in self.of(part)]
 
     def rows(self, batch: Sequence[tuple[Part, int]]) -> list[int]:
-        """Numbers of a batch's (pool, row) among :attr:`examples`."""
+        """Indices into :attr:`examples` of a batch's (pool, row)."""
         ends = accumulate(self.sizes.values(), initial=0)
         first = dict(zip(PARTS, ends, strict=False))
         return [first[part] + row for part, row in batch]
@@ -133,12 +121,9 @@ def draw_pools(
     draw: Draw = "uniform",
     data_to: Mapping[str, int] | None = None,
 ) -> Pools:
-    """The pools of an update: D is what lies after ``data_from`` in ``version``, B is drawn from before it; with
-    ``data_to`` without what lies after that.
-
-    Only samples that the recipe's family learns from are in them. A pure function of its arguments and of the
-    reference folders' contents. Words and images of the store are read when an example is asked for.
-    """
+    """Draw the pools of an update: D from ``data_from`` on (up to ``data_to``) in ``version``, B from before it.
+    Contains only samples that the recipe's family learns from. A pure function of its arguments and of the reference
+    folders' contents. Words and images of the store are read when an example is accessed."""
     drawn = draw_rows(store, recipe, version, data_from, seed, draw, data_to)
     folders = reference if recipe.mixture.reference > 0 else ()
     return Pools(
@@ -156,10 +141,9 @@ def _example(name: str, row: Mapping[str, str], read: Callable[[], bytes], famil
 
 
 class StoredExamples(Sequence[Example]):
-    """Examples of the sample store in the order of a draw; words and images are read some rows at a time."""
+    """Examples of the sample store in draw order; words and images are read a page at a time."""
 
     def __init__(self, store: SampleStore, version: int, addresses: np.ndarray, family: Family) -> None:
-        """``addresses``: uint64 [n], of rows in this version."""
         self.addresses = addresses
         self.family: Family = family
         self._store, self._version = store, version
@@ -195,10 +179,8 @@ class StoredExamples(Sequence[Example]):
 
 
 class _Pages:
-    """Columns of some rows of the store, read a page at a time; the last one is kept. For several threads.
-
-    A row that is asked for out of turn, in another order than that of the draw, is read alone.
-    """
+    """Columns of rows of the store, read a page at a time; the last page is kept. Thread-safe. A row that is read out
+    of draw order is read alone."""
 
     def __init__(
         self, store: SampleStore, version: int, addresses: np.ndarray, columns: Sequence[str], size: int
@@ -222,10 +204,8 @@ class _Pages:
 
 
 def _reference(folders: Sequence[Path], limit: int, seed: int, family: Family) -> tuple[Example, ...]:
-    """``limit`` examples of the reference folders' training split, drawn by hash: adding a folder keeps most of them.
-
-    Questions are drawn in turn from each of their kinds, which their labels name, so that the rare ones are held too.
-    """
+    """``limit`` examples of the reference folders' training split, drawn by hash, so that adding a folder keeps most of
+    them. Questions are drawn in turn from each of their kinds (labels), so that rare kinds are included."""
     drawn: list[tuple[bytes, FolderItem]] = []
     check_reference(folders)
     for folder in folders:
@@ -251,7 +231,7 @@ def _reference(folders: Sequence[Path], limit: int, seed: int, family: Family) -
 
 
 def check_reference(folders: Sequence[Path]) -> None:
-    """Raises ConfigError where a folder of the reference pool does not exist."""
+    """Raise ConfigError if a folder of the reference pool does not exist."""
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(
@@ -260,7 +240,6 @@ def check_reference(folders: Sequence[Path]) -> None:
 
 
 def _in_turn(drawn: Sequence[tuple[bytes, FolderItem]]) -> list[tuple[bytes, FolderItem]]:
-    """The first of each label, then the second of each, and so on."""
     seen: Counter[str] = Counter()
     turns = []
     for key, item in drawn:
@@ -270,17 +249,17 @@ def _in_turn(drawn: Sequence[tuple[bytes, FolderItem]]) -> list[tuple[bytes, Fol
 
 
 def caption_number(caption: str) -> int:
-    """A number for a caption (case and surrounding spaces do not count), the same in every update."""
+    """Number of a caption (ignoring case and surrounding spaces), the same in every update."""
     return int(digest12(caption.strip().lower().encode()), 16)
 
 
 def mixed_seed(seed: int, version: int) -> int:
-    """A seed for one update: another store version draws other reference pairs and another order."""
+    """Seed for one update: each store version gives other reference pairs and another order."""
     return int(digest12(f"{seed} {version}".encode()), 16) % 2**31
 
 
 def visits(rows: Sequence[Example], most: int, views: Views, batches: Batches, seed: str) -> tuple[Example, ...]:
-    """At most ``most`` visits of a pool: its rows in their order, and after them, in another one, each further view."""
+    """At most ``most`` visits of a pool: its rows in order, followed by each further view in another order."""
     examples = list(islice(_with_views(rows, views, seed), most))
     if batches.domains == "mixed":
         return tuple(examples)
@@ -296,11 +275,9 @@ def _with_views(rows: Sequence[Example], views: Views, seed: str) -> Iterator[Ex
 
 
 def grouped(domains: Sequence[str], size: int) -> list[int]:
-    """An order of rows in which runs of at most ``size`` are of one domain.
-
-    The rows of a domain keep their order, and its last run may be shorter. A run stands where its rows stood on
-    average, so that in the first rows of the new order each domain has about its share of the old one.
-    """
+    """Order of rows in which runs of at most ``size`` have one domain. The rows of a domain keep their order; its last
+    run may be shorter. A run is placed at the mean position of its rows, so that any prefix of the new order has about
+    the same share of each domain as the old one."""
     own: dict[str, list[int]] = defaultdict(list)
     for place, domain in enumerate(domains):
         own[domain].append(place)
@@ -310,7 +287,6 @@ def grouped(domains: Sequence[str], size: int) -> list[int]:
 
 
 def run_starts(domains: Sequence[str], size: int) -> tuple[int, ...]:
-    """The first rows of runs of one domain, of at most ``size`` rows, in an order of rows."""
     starts: list[int] = []
     for place, domain in enumerate(domains):
         if not starts or domain != domains[place - 1] or place - starts[-1] == size:

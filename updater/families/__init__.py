@@ -1,8 +1,5 @@
-"""The differences between the two kinds of models that are updated; everything else is the same code for both.
-
-A CLIP learns from pairs of an image and a text, a VLM from an image, a question and its answer. A recipe says which
-family it trains.
-"""
+"""Differences between the two model families that are updated: a CLIP learns from image-text pairs, a VLM from
+questions about images with their answers. A recipe names its family."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
 def make_learner(base: Base, recipe: Recipe, start: WeightDelta, seed: int, device: str = "cpu") -> AnyLearner:
-    """The learner of a base. Raises ConfigError when the recipe is of another family."""
+    """Create the learner of a base. Raises ConfigError if the recipe is of another family."""
     if recipe.family == "clip" and isinstance(base, ClipBase):
         return ClipLearner(base, recipe, start, seed, device)
     if recipe.family == "vlm" and isinstance(base, VlmBase):
@@ -41,13 +38,13 @@ def make_learner(base: Base, recipe: Recipe, start: WeightDelta, seed: int, devi
 
 
 def families_with_a_base(settings: Settings) -> tuple[Family, ...]:
-    """The families that are updated: the CLIP, and the VLM if its base is registered."""
     vlm = settings.base.vlm and settings.base.vlm in list_bases(settings.home, "vlm")
     return ("clip", "vlm") if vlm else ("clip",)
 
 
 def family_base(settings: Settings, family: Family) -> Base:
-    """The base that a family's adapters belong to. Raises BaseModelError when it is not registered."""
+    """Base that a family's adapters belong to. Raises BaseModelError if it is not registered, ConfigError if none is
+    set."""
     if family == "clip":
         return load_base(settings.home, settings.base.clip)
     if not settings.base.vlm:
@@ -58,7 +55,7 @@ def family_base(settings: Settings, family: Family) -> Base:
 
 
 def family_recipe(settings: Settings, family: Family) -> Recipe:
-    """The recipe that the settings name for a family. Raises ConfigError when it is of the other one."""
+    """Recipe that the settings name for a family. Raises ConfigError if it is of the other one."""
     setting = "vlm_recipe" if family == "vlm" else "recipe"
     recipe = load_recipe(getattr(settings.updater, setting))
     if recipe.family != family:
@@ -70,10 +67,8 @@ def family_recipe(settings: Settings, family: Family) -> Recipe:
 
 
 def reference_of(settings: Settings, family: Family) -> list[Path]:
-    """Folder datasets of a family's reference pool: ``updater.reference``, or what the shipped base brings along.
-
-    For a VLM only folders with questions count.
-    """
+    """Folder datasets of a family's reference pool: ``updater.reference``, or those of the shipped base. For a VLM only
+    folders with questions count."""
     if family == "clip":
         return reference_folders(settings)
     check_reference(settings.updater.reference)
@@ -84,7 +79,7 @@ def reference_of(settings: Settings, family: Family) -> list[Path]:
 
 
 def spaces_of(base: Base, adapter: Path) -> tuple[str, str]:
-    """The image space and the text space that an adapter directory makes; empty for a VLM, which has none."""
+    """Image space and text space of an adapter directory; empty for a VLM, which has none."""
     if isinstance(base, VlmBase):
         return "", ""
     spaces = base.spaces_with(

@@ -34,12 +34,12 @@ from updater.step.shards import Fetched, Shards, Values, spans
 
 WHICH: tuple[Which, Which] = ("image", "text")
 SHORT_WORDS = 3
-"""A caption of at most so many words is the name of a thing, and no description."""
+"""Captions of at most this many words name a thing rather than describe it."""
 
 
 @dataclass
 class ObjectiveTexts:
-    """Texts of an objective's own: each with its example, or -1 for one that is in every batch."""
+    """An objective's own texts, each with its example, or -1 for a text in every batch."""
 
     texts: list[str]
     example: list[int]
@@ -48,7 +48,6 @@ class ObjectiveTexts:
     tower: TowerPass
 
     def of(self, rows: Sequence[int]) -> list[int]:
-        """Numbers of the texts that belong to a batch."""
         wanted = {*rows, -1}
         return [number for number, example in enumerate(self.example) if example in wanted]
 
@@ -96,7 +95,7 @@ class ClipLearner(Learner[Pair]):
                 self.objective_texts[term.name] = self._objective_texts(term.name, wanted, objective, between)
 
     def _tower_passes(self) -> dict[Which, TowerPass]:
-        """Boundaries are kept of the text tower first, which takes less, and of the image tower if there is room."""
+        """Keep boundaries of the text tower first, which take less space, and of the image tower if there is room."""
         left = self.precomputed.room
         passes: dict[Which, TowerPass] = {}
         blank: dict[Which, Tensor] = {"text": self._tokenize([""]).to(self.model.device), "image": self._blank}
@@ -157,7 +156,7 @@ class ClipLearner(Learner[Pair]):
         return Size((len(rows),), (self._longest([self.texts[row] for row in rows]),))
 
     def size(self, rows: Sequence[int]) -> Size:
-        """Rows, and these with the objectives' own texts; tokens of the longest text of each kind."""
+        """Count rows, and rows plus the objectives' own texts; lengths are tokens of the longest text of each kind."""
         own = [extra.texts[number] for extra in self.objective_texts.values() for number in extra.of(rows)]
         longest = self._longest([self.texts[row] for row in rows])
         counts = len(rows), len(rows) + len(own)
@@ -176,7 +175,7 @@ class ClipLearner(Learner[Pair]):
     def ready(self, rows: Sequence[int]) -> None:
         super().ready(rows)
         for extra in self.objective_texts.values():
-            extra.shards.ready(extra.of(rows) or [0])  # one at least, so that what others take can be told
+            extra.shards.ready(extra.of(rows) or [0])  # at least one, to estimate the cost of others
 
     def prepared_gflops(self) -> float:
         return super().prepared_gflops() + sum(
@@ -223,7 +222,7 @@ class ClipLearner(Learner[Pair]):
         )
 
     def _teacher(self, name: str, rows: Sequence[int]) -> TeacherFeatures:
-        """Its features; not a number for rows that no objective compares with it."""
+        """Features of a teacher; NaN for rows that no objective compares with it."""
         places = [place for place, row in enumerate(rows) if self.parts[row] in self.teacher_parts[name]]
         image, text = (torch.full((len(rows), self.base.dim), torch.nan, device=self.model.device) for _ in WHICH)
         if places:
@@ -236,7 +235,7 @@ class ClipLearner(Learner[Pair]):
         return torch.stack(self.shards.get(name, rows)).to(self.model.device)
 
     def features(self, which: Which, rows: Sequence[int]) -> Tensor:
-        """Student features [n, dim] of unit length, from as far up the tower as possible."""
+        """Student features [n, dim] of unit length, computed from as far up the tower as possible."""
         if which == "text":
             return self._texts(self.tower_passes["text"], self.shards, "text.", self.texts, rows)
         if not self.tower_passes["image"].learns:
@@ -298,17 +297,13 @@ def _extend(values: dict[str, list[Tensor]], tower: str, more: Values) -> None:
 
 
 def view_pixels(preprocess: Preprocess, image: bytes, pair: Pair, views: Views) -> np.ndarray:
-    """``uint8 [size, size, 3]`` of the image as a pair's view shows it; view 0 is what serving sees of it.
-
-    Another view is a part of the image in its own proportions, at least ``views.area`` of it, at a random place, and
-    mirrored half of the time if ``views.flip`` says so.
-
-    Raises :class:`core.errors.RecordError` when it is no acceptable image.
-    """
+    """Pixels ``uint8 [size, size, 3]`` of a pair's view; view 0 is what serving sees of the image. Other views are a
+    crop in the image's proportions, at least ``views.area`` of it, at a random place, mirrored half of the time with
+    ``views.flip``. Raises :class:`core.errors.RecordError` for an unacceptable image."""
     if pair.view == 0:
         return preprocess.pixels(image)
     chance = random.Random(int(digest12(f"{pair.id} {pair.view}".encode()), 16))  # noqa: S311 - nothing is kept secret
-    shrinks = math.sqrt(views.area)  # of a side, at most: so much more must be decoded
+    shrinks = math.sqrt(views.area)  # of a side, at most: decode that much more
 
     def needed(size: tuple[int, int]) -> tuple[int, int]:
         width, height = preprocess.needed(size)
@@ -325,7 +320,7 @@ def view_pixels(preprocess: Preprocess, image: bytes, pair: Pair, views: Views) 
 
 
 def phrased(pair: Pair, templates: Sequence[str]) -> str:
-    """The caption; one that is the pair's label, or has a few words, in one of the templates: each view in the next.
+    """Caption to learn: short ones and those equal to the label are put into a template, a different one for each view.
 
     >>> phrased(Pair("7", "red kite", read=bytes), ["a photo of a {}"])
     'a photo of a red kite'

@@ -1,8 +1,8 @@
 """The two towers of a CLIP as *prefix* and *suffix*: what no adapter touches is computed once per sample.
 
-With adapters in the last blocks only, everything below them is the same at every step. Its output (the *boundary*) is
-kept per sample; a step starts there, and autograd never goes below it. A sample's numbers depend on the samples that go
-through the model with it: those of its shard, in fixed passes.
+With adapters in the last blocks only, the output of the blocks below (the *boundary*) is the same at every step. It is
+kept per sample; steps and autograd start there. A sample's numbers depend on the samples that pass the model with it:
+those of its shard, in fixed passes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from updater.step.shards import Values
 
 
 class SplitTower:
-    """One tower that can start at its boundary. ``cut`` blocks form the prefix; 0 means that it has none."""
+    """A tower that can start at its boundary. ``cut`` blocks form the prefix; 0 for none."""
 
     def __init__(self, model: nn.Module, which: Which, cut: int, precision: TrainPrecision = "float32") -> None:
         self.model = cast(Any, model)
@@ -45,16 +45,13 @@ class SplitTower:
         return F.normalize(features.float(), dim=-1)
 
     def record(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of the whole tower, and the boundary on the way there [n, ...]."""
         features = self.whole(inputs)
         return features, self._prefix[-1].output
 
     def resume(self, boundary: Tensor, inputs: Tensor) -> Tensor:
-        """Features from the boundary on. ``inputs``: token ids; for images any one picture [1, 3, S, S].
-
-        The stem still runs on ``inputs``, and its result is thrown away: for texts the ids are needed for masks and
-        pooling, for images one picture costs nothing.
-        """
+        """Features from the boundary on. ``inputs``: token ids; for images any single picture [1, 3, S, S]. The stem
+        still runs on ``inputs`` and its result is discarded: texts need the ids for masks and pooling, and one picture
+        costs nothing."""
         for block in self._prefix:
             block.skip = True
         self._prefix[-1].replacement = boundary
@@ -67,7 +64,7 @@ class SplitTower:
 
 
 class _Skippable(nn.Module):
-    """A block of the prefix: runs, or hands on its input. The last one keeps its output, or hands on a replacement."""
+    """Block of the prefix: runs, or passes its input on. The last one stores its output, or passes on a replacement."""
 
     def __init__(self, inner: nn.Module, last: bool) -> None:
         super().__init__()
@@ -86,27 +83,22 @@ class _Skippable(nn.Module):
         return output
 
     def get_weight_dtype(self) -> torch.dtype:
-        """open_clip asks the first block of a text tower for its type."""
         return cast(torch.dtype, cast(Any, self.inner).get_weight_dtype())
 
 
 @dataclass
 class TowerPass:
-    """One tower, run once over each sample.
-
-    Its values by name: features [dim] of each teacher under the teacher's name; ``fixed``, features of a tower in which
-    nothing learns; ``boundary`` where it is kept.
-    """
+    """One tower, run once over each sample. Values by name: features [dim] of each teacher; ``fixed``, features of a
+    tower that does not learn; ``boundary`` if kept."""
 
     model: AdapterModel
     tower: SplitTower
     learns: bool
     keep: bool = False
-    """True if boundaries are kept: for a tower that learns and has a prefix, where there is room for them."""
+    """True for a tower that learns and has a prefix, if there is room for boundaries."""
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor, teachers: Sequence[str]) -> Values:
-        """Values of some normalised pixels or token ids, with the model at its start, for those teachers."""
         values: dict[str, Sequence[Tensor]] = {}
         boundary: Tensor | None = None
         if self.keep or "base" in teachers:
@@ -117,7 +109,7 @@ class TowerPass:
             if "base" in teachers:
                 values["base"] = list(features.cpu())
         if not self.learns or "incumbent" in teachers:
-            # What the incumbent changed in a locked tower stays in force; below the boundary it changed nothing.
+            # The incumbent's changes to a locked tower stay active; below the boundary there are none.
             features = (self.tower.whole(inputs) if boundary is None else self._resumed(boundary, inputs)).cpu()
             if not self.learns:
                 values["fixed"] = list(features)
@@ -142,11 +134,8 @@ class TowerPass:
 
 
 def stack_boundaries(rows: Sequence[Tensor], length: int | None, device: torch.device) -> Tensor:
-    """Boundaries of a batch, [n, ...]; with ``length`` (texts) each cut or zero-padded to that many tokens.
-
-    Positions beyond a text's own tokens are masked in every tower that can be trimmed, so that what they hold does
-    not matter.
-    """
+    """Boundaries of a batch, [n, ...]; with ``length`` (texts) each cut or zero-padded to that many tokens. Positions
+    beyond a text's own tokens are masked in every tower that can be trimmed, so their values do not matter."""
     if length is None:
         return torch.stack(list(rows)).to(device)
     out = rows[0].new_zeros(len(rows), length, *rows[0].shape[1:])

@@ -1,4 +1,4 @@
-"""The learner of a VLM: answers to questions about images, likely and as the teacher would give them."""
+"""The learner of a VLM: likely answers to questions about images, close to those of teachers."""
 
 from __future__ import annotations
 
@@ -31,34 +31,28 @@ from updater.step.learner import CHUNK, STAND_IN, Learner
 from updater.step.shards import Values
 
 TOP = 256
-"""Tokens of a teacher's distribution that are kept one by one; the others are one."""
+"""Tokens of a teacher's distribution that are kept one by one; the others are summed."""
 OWN_TOKENS = 32
-"""Of an answer that the model gives in training, at most: each is a pass."""
+"""Maximum length of an answer that the model gives in training: each token is a pass."""
 Inputs = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Checked:
-    """An encoded image that the processor takes with its question, and how large both are."""
-
     encoded: bytes
     tokens: int
-    """Of question, picture and answer."""
     answer: int
-    """Of these."""
     picture: int
-    """Values of the processor's tensors."""
     shown: int
-    """Tokens of the question with the known answer before it, if an objective asks that."""
+    """Tokens of the question with the known answer before it, if an objective needs that."""
 
     @property
     def sizes(self) -> list[int]:
-        """All of them."""
         return [self.tokens, self.answer, self.picture, self.shown]
 
 
 class VlmLearner(Learner[Question]):
-    """The learner of a VLM. Where image tower and connector do not learn, they run once per example."""
+    """The learner of a VLM. Image tower and connector run once per example if they do not learn."""
 
     base: VlmBase
 
@@ -77,11 +71,10 @@ class VlmLearner(Learner[Question]):
         }  # fmt: skip
         self.seed = seed
         self._own: dict[int, Tensor] = {}
-        """The answers that the model has just given, by row."""
         self.keeps_features: bool | None = None
         self.longest_batch = 0
         self._unending = False
-        """True while no answer of the model's own ends before :data:`OWN_TOKENS`."""
+        """True while the model's own answers must not end before :data:`OWN_TOKENS`."""
 
     def takes(self, example: Question) -> bool:
         return self.reader.takes(example) and (not self.own_parts or self.reader.takes(shown(example)))
@@ -91,7 +84,6 @@ class VlmLearner(Learner[Question]):
         return LONGEST
 
     def begin(self, between: Callable[[], None]) -> None:
-        """Decide by the first image whether features are kept: the same for all, whatever came first."""
         if self.keeps_features is None and self.examples:
             self.keeps_features = False
             if self._takes_features:
@@ -100,7 +92,7 @@ class VlmLearner(Learner[Question]):
                 self.keeps_features = 0 < size <= self.precomputed.room
 
     def _first_images(self) -> Inputs:
-        """Of the first example that can be read; of a stand-in where there is none among the first ones."""
+        """Inputs of the first readable example; of a stand-in if none of the first ones is readable."""
         for example in self.examples[:CHUNK]:
             encoded = example.read()
             with suppress(Exception):  # an example that cannot be prepared is left out later, by its name
@@ -112,7 +104,7 @@ class VlmLearner(Learner[Question]):
         return f"{self.keeps_features}, by tiles, with sizes"
 
     def decode(self, example: Question, image: bytes) -> Checked:
-        """Only looked at: whole images are decoded where they are used, a pass at a time, for they may be large."""
+        """Only check the image: large images are decoded again where they are used, one pass at a time."""
         picture = [np.array(open_accepted(image).decode())]
         read = self.reader.read([example], picture)
         (words,) = read.sequences
@@ -124,8 +116,8 @@ class VlmLearner(Learner[Question]):
         return self._size([each.sizes for each in images])
 
     def size(self, rows: Sequence[int]) -> Size:
-        """The rows, and those that the model answers itself; tokens of the longest question, with and without its known
-        answer before it; values of all pictures, and of their squares, unless they are kept."""
+        """Count rows, and rows that the model answers itself; lengths are tokens of the longest question, with and
+        without the known answer before it, and values of all pictures and of their squares unless features are kept."""
         sizes = [each.tolist() for each in self.shards.get("sizes", rows)]
         own = sum(self.parts[row] in self.own_parts for row in rows)
         return self._size(
@@ -137,7 +129,6 @@ class VlmLearner(Learner[Question]):
         )
 
     def _size(self, sizes: Sequence[Sequence[int]], own: int = 0) -> Size:
-        """Of rows with these :attr:`Checked.sizes`."""
         tokens, answers, pictures, shown_before = zip(*sizes, strict=True)
         squares = math.hypot(*pictures)  # attention within each
         head = cast(Any, self.model.model).get_output_embeddings().weight
@@ -165,7 +156,6 @@ class VlmLearner(Learner[Question]):
         return values
 
     def _values(self, rows: range, checked: Sequence[Checked]) -> Values:
-        """Tokens; what the language model takes of an image, or the encoded image; what each teacher says."""
         examples = [self.examples[row] for row in rows]
         encoded = [each.encoded for each in checked]
         read = self._read(examples, encoded)
@@ -174,7 +164,7 @@ class VlmLearner(Learner[Question]):
         for key in read.sequences[0].inputs:
             values[f"tokens.{key}"] = [each.inputs[key] for each in read.sequences]
         if self.keeps_features:
-            # Of images that are cut into tiles the processor does not say how many each has: then one at a time.
+            # The processor does not say how many tiles each image has: then one at a time.
             features = self._see(read.images, len(rows)) or [
                 self._see(self._read([example], [image]).images, 1)[0]
                 for example, image in zip(examples, encoded, strict=True)
@@ -228,7 +218,6 @@ class VlmLearner(Learner[Question]):
         )
 
     def _own_answers(self, rows: Sequence[int]) -> OwnAnswers | None:
-        """The model's answers now, to the rows that an objective asks for; None where there is none."""
         places = [place for place, row in enumerate(rows) if self.parts[row] in self.own_parts]
         if not places or self.momentum is None:
             return None
@@ -244,15 +233,15 @@ class VlmLearner(Learner[Question]):
 
     @torch.no_grad()
     def _answer(self, rows: Sequence[int]) -> dict[int, Tensor]:
-        """Tokens that the model draws for each row, the end among them where it comes within :data:`OWN_TOKENS`. The
-        same rows of the same model are answered the same."""
+        """Sample answer tokens for each row, up to the end token or :data:`OWN_TOKENS`; deterministic for the same rows
+        and model."""
         dice = torch.Generator().manual_seed(int(digest_json([self.seed, list(rows)])[:15], 16))
         end = torch.tensor([end_token(self.reader.processor)])
         own = dict.fromkeys(rows, end[:0])
         left = list(rows)
         for _ in range(OWN_TOKENS):
             prompts = self._prompts("tokens", left)
-            # The end stands for the token that is drawn: logits are those before it.
+            # The end token stands for the one to be drawn: logits are those before it.
             so_far = {row: answered(prompt, torch.cat([own[row], end])) for row, prompt in prompts.items()}
             ahead = {row: Tokens(each.inputs, 1) for row, each in so_far.items()}
             logits = self.passes(partial(self._logits_of, ahead), left)
@@ -266,7 +255,6 @@ class VlmLearner(Learner[Question]):
         return own
 
     def _run_own(self, which: str, rows: Sequence[int]) -> Tensor:
-        """Logits of the model at its own answers, after the prompts of :meth:`_prompts`."""
         prompts = self._prompts(which, rows)
         return self._logits_of({row: answered(prompts[row], self._own[row]) for row in rows}, rows)
 
@@ -274,13 +262,11 @@ class VlmLearner(Learner[Question]):
         return self._logits(self.model.model, [sequences[row] for row in rows], self._eyes(rows))
 
     def _prompts(self, which: str, rows: Sequence[int]) -> dict[int, dict[str, Tensor]]:
-        """By row, the inputs before the answer: of the question alone (``tokens``), or with the answer (``shown``)."""
         if which == "tokens":
             return {row: each.prompt for row, each in zip(rows, self._sequences(rows), strict=True)}
         return dict(zip(rows, self._kept("shown.", rows), strict=True))
 
     def _kept(self, prefix: str, rows: Sequence[int]) -> list[dict[str, Tensor]]:
-        """Row by row, the values of the shards whose names begin so, by the rest of their names."""
         names = sorted(name for name in self.shards.names(rows[0]) if name.startswith(prefix))
         columns = {name.removeprefix(prefix): self.shards.get(name, rows) for name in names}
         return [{key: values[place] for key, values in columns.items()} for place in range(len(rows))]
@@ -297,13 +283,13 @@ class VlmLearner(Learner[Question]):
         return [Tokens(inputs, int(answer)) for inputs, answer in kept]
 
     def plain(self, model: nn.Module, examples: Sequence[Question]) -> Tensor:
-        """Padded to the length of the batch that was looked at last, which is what a step is compared with."""
+        """Padded to the length of the last batch, which a step is compared with."""
         read = self._read(examples, [each.read() for each in examples])
         logits = self._logits(model, read.sequences, read.images, self.longest_batch)
         return F.cross_entropy(logits, _targets(read.sequences, logits.device)[0])
 
     def _logits(self, model: nn.Module, sequences: Sequence[Tokens], image_inputs: Inputs, length: int = 0) -> Tensor:
-        """Before each answer token of all sequences, one after another: logits, float32 [t, vocabulary]."""
+        """Logits before each answer token of all sequences, one after another: float32 [t, vocabulary]."""
         vlm = cast(Any, model)
         device = next(model.parameters()).device
         batch = _to(pad(sequences, length), device)
@@ -314,9 +300,9 @@ class VlmLearner(Learner[Question]):
         return cast(Tensor, vlm.get_output_embeddings()(hidden[row, place - 1].float()))
 
     def _see(self, images: Inputs, count: int) -> list[Tensor]:
-        """The connector's outputs for each of ``count`` images, from the processor's outputs: [tiles, tokens, dim],
-        or [tokens, dim] where the model keeps them apart. Empty where it is more than one tensor, and has to be
-        computed at each step, or of several images that are cut into tiles."""
+        """Connector outputs of ``count`` images, from the processor's outputs: [tiles, tokens, dim], or [tokens, dim]
+        where the model separates them. Empty if they are more than one tensor, which has to be computed at each step,
+        or belong to several tiled images."""
         inner = cast(Any, self.model.model).base_model
         with self.computing():
             output = inner.get_image_features(**_to(images, self.model.device), return_dict=True)
@@ -329,7 +315,6 @@ class VlmLearner(Learner[Question]):
         return [each.detach().cpu().clone() for each in given] if len(given) == count else []
 
     def _eyes(self, rows: Sequence[int]) -> Inputs:
-        """The model's inputs of a batch's images: features if they are kept, else pixels."""
         if not self.keeps_features:
             encoded = [image.numpy().tobytes() for image in self.shards.get("encoded", rows)]
             return self._read([self.examples[row] for row in rows], encoded).images
@@ -357,14 +342,13 @@ class VlmLearner(Learner[Question]):
 
 
 def _targets(sequences: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Each answer token of all sequences, one after another [t], and the sequence that it is of [t]."""
+    """Answer tokens of all sequences, one after another [t], and the number of the sequence of each [t]."""
     target = torch.cat([each.inputs["input_ids"][-each.answer :] for each in sequences])
     row = torch.cat([torch.full((each.answer,), number) for number, each in enumerate(sequences)])
     return target.to(device), row.to(device)
 
 
 def _silence(tokens: int, k: int) -> Teacher:
-    """A place holder for rows that no objective compares with a teacher."""
     return Teacher(torch.zeros(tokens, k, dtype=torch.long), torch.zeros(tokens, k), torch.zeros(tokens))
 
 

@@ -1,4 +1,4 @@
-"""From a question and its answer to tokens and pixels, as serving reads them."""
+"""Converts a question and its answer to tokens and pixels, as serving reads them."""
 
 from __future__ import annotations
 
@@ -18,22 +18,20 @@ from serving.errors import InvalidRequest
 from updater.data.pools import Question
 
 SMALL = 64
-"""Values of one image that are no pixels, such as its grid of patches, are at most this many."""
+"""Bound on the values of an image's tensors that are not pixels, such as its grid of patches."""
 
 LONGEST = 512
-"""Most tokens of question, answer and what the chat template writes around them. A batch is as long as its longest."""
+"""Maximum tokens of question, answer and the chat template around them. A batch is as long as its longest."""
 
 
 KNOWN_WORDS = 1 << 16
-"""Questions whose length is remembered: it is asked when they are drawn, and when batches are planned."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of one example: the prompt, and then ``answer`` tokens, of which the last one is the end."""
+    """Tokens of one example: the prompt, followed by ``answer`` tokens, the last of which is the end."""
 
     inputs: Mapping[str, Tensor]
-    """``input_ids`` [tokens], and what else the model takes of each token."""
     answer: int
 
     def __len__(self) -> int:
@@ -41,12 +39,10 @@ class Tokens:
 
     @property
     def prompt(self) -> dict[str, Tensor]:
-        """The inputs up to where the answer begins."""
         return {key: value[: len(self) - self.answer] for key, value in self.inputs.items()}
 
 
 def answered(prompt: Mapping[str, Tensor], answer: Tensor) -> Tokens:
-    """A prompt's inputs with the tokens of an answer, int [n]."""
     inputs = {key: torch.cat([value, torch.zeros_like(answer)]) for key, value in prompt.items()}
     inputs["input_ids"][-len(answer) :] = answer
     return Tokens(inputs, len(answer))
@@ -54,13 +50,11 @@ def answered(prompt: Mapping[str, Tensor], answer: Tensor) -> Tokens:
 
 @dataclass(frozen=True)
 class Read:
-    """A chunk of examples. ``images`` are the processor's outputs for all of them."""
-
     sequences: list[Tokens]
     images: dict[str, Tensor]
 
     def beside_pixels(self) -> list[dict[str, Tensor]]:
-        """Example by example, what the language model takes of an image next to what the image tower made of it."""
+        """Image inputs of the language model in addition to the image features, per example."""
         count = len(self.sequences)
         small = {
             key: value for key, value in self.images.items()
@@ -70,17 +64,14 @@ class Read:
 
 
 SHOWN = "{question} This is an example of an answer: {answer}. Now answer yourself: {question}"
-"""The prompt of a teacher that has read the known answer (after the prompt of SDFT, Shenfeld et al. 2026)."""
+"""Prompt of a teacher that has read the known answer (after the prompt of SDFT, Shenfeld et al. 2026)."""
 
 
 def shown(example: Question) -> Question:
-    """The same question, with the known answer before it as an example."""
     return replace(example, question=SHOWN.format(question=example.question, answer=example.answer))
 
 
 class Reader:
-    """The processor of a base."""
-
     def __init__(self, base: VlmBase) -> None:
         self.processor = base.processor()
         self._reading = Lock()  # a fast tokenizer that pads is for one thread at a time
@@ -88,18 +79,16 @@ class Reader:
 
     @property
     def not_said(self) -> list[int]:
-        """Special tokens but the end: no answer has them, and one would stand for an image."""
+        """Special tokens except the end: no answer has them, and one would stand for an image."""
         tokenizer = self.processor.tokenizer
         special = {*tokenizer.all_special_ids, tokenizer.convert_tokens_to_ids(image_token(self.processor))}
         return sorted(special - {end_token(self.processor), None})
 
     def takes(self, example: Question) -> bool:
-        """True if a question can be asked at all, and is not too long with its answer."""
         return 0 < self.words(example) <= LONGEST
 
     def words(self, example: Question) -> int:
-        """Tokens of question, answer and what is written around them, with an image of the least size; 0 where the
-        question cannot be asked."""
+        """Tokens of question, answer and template, with an image of the smallest size; 0 for an invalid question."""
         return self._words(example.question, example.answer)
 
     def _count(self, words: str, answer: str) -> int:
@@ -110,7 +99,6 @@ class Reader:
         return len(self.processor.tokenizer(prompt)["input_ids"]) + len(answer_tokens(self.processor, answer))
 
     def read(self, examples: Sequence[Question], images: Sequence[np.ndarray]) -> Read:
-        """Tokens and pixels of a chunk of examples, from their decoded images, uint8 [h, w, 3]."""
         asks = [question(image, each.question) for each, image in zip(examples, images, strict=True)]
         with self._reading:
             batch = inputs(self.processor, asks)
@@ -126,13 +114,13 @@ class Reader:
 
 
 def pad(sequences: Sequence[Tokens], length: int = 0) -> dict[str, Tensor]:
-    """One batch [n, tokens], padded behind: a token sees only what is before it, so that padding changes nothing."""
+    """One batch [n, tokens], right-padded: tokens see only what precedes them, so padding changes nothing."""
     longest = max(length, *(len(each) for each in sequences))
     batch: dict[str, Tensor] = {}
     for key, first in sequences[0].inputs.items():
         batch[key] = torch.zeros(len(sequences), longest, dtype=first.dtype)
         for row, each in enumerate(sequences):
-            # Filled with its own last token, which is in every vocabulary and stands for no image.
+            # Padding repeats the last token, which is in every vocabulary and does not stand for an image.
             batch[key][row] = each.inputs[key][-1]
             batch[key][row, : len(each)] = each.inputs[key]
     lengths = torch.tensor([len(each) for each in sequences])

@@ -1,8 +1,6 @@
-"""Engineering checks: what a candidate must be before anybody asks how good it is.
-
-Each takes plain arrays, numbers or answers and returns a `Check`; a broken candidate gives a failed check, never an
-exception. The bounds are wide: they catch what is broken, the suites judge what is good.
-"""
+"""Engineering checks of a candidate, made before its quality is judged. Each takes plain arrays, numbers or answers and
+returns a `Check`; a broken candidate gives a failed check, never an exception. The bounds are wide: they catch what is
+broken, quality is judged by the suites."""
 
 from __future__ import annotations
 
@@ -32,35 +30,31 @@ Encode = Callable[[NDArray[np.uint8], list[str]], tuple[Vectors, Vectors]]
 """The trainer's model: (pixels uint8 [n, S, S, 3], texts) -> L2-normalised image and text vectors."""
 
 RANK_RATIO = 0.5
-"""Effective rank of the features, relative to the base's. A healthy update stays near 1."""
+"""Minimum effective rank of the features relative to the base's. A healthy update stays near 1."""
 ROOM = 0.5
-"""Share of the base's room (1 - mean pairwise cosine) that must be left: at 0 all vectors are the same."""
+"""Minimum share of the base's spread (1 - mean pairwise cosine): at 0 all vectors are the same."""
 WEIGHT_DRIFT = 1.0
 """Norm of the change relative to the norm of the changed weights: at 1 the change is as large as they are."""
 PARITY = 1e-3
-"""Largest cosine distance between the trainer's and the engine's vector of one input; of a VLM largest difference of an
-answer's log-probability, relative where that is above 1."""
+"""Largest cosine distance between the trainer's and the engine's vector of one input; for a VLM the largest difference
+of an answer's log-probability, relative if that is above 1."""
 MOST_NOISE = 0.3
-"""Bound on what half precision may explain of the latter."""
+"""Bound on the part of a VLM's difference that half precision may explain."""
 LATENCY_RATIO, GRACE_SECONDS = 2.0, 0.005
-"""Candidate over base: merged weights cost nothing, so more than noise means that they are not merged. Slower by no
-more than the grace is noise, whatever the ratio."""
+"""Candidate over base: merged weights cost nothing, so more than noise means that they are not merged. Up to the grace,
+a slowdown counts as noise whatever the ratio."""
 VLM_LATENCY_RATIO, VLM_GRACE_SECONDS = 4.0, 0.05
-"""LoRA layers cost something in every VLM engine, and more than this is broken."""
+"""LoRA layers have a cost in every VLM engine; more than this means a fault."""
 RANK, MEGABYTES = 512, 512.0
-"""Largest LoRA rank, and size of an adapter on disk."""
 FEWEST = 20
-"""Answers from which anything is concluded about their mixture."""
 SAMENESS = 0.5
-"""Share of the room for different answers (1 - share of the most common one) that must be left."""
+"""Share of the base's room for different answers (1 - share of the most common one) that must be left."""
 VARIETY = 0.25
-"""Share of the different answers that must be left."""
 ONE_SIDED = 0.25
-"""Share of the references' "yes" (and of their "no") that must be said."""
+"""Share of the references' "yes" (and "no") answers that must be given."""
 
 
 def check_loads(resident: bool, candidate: str, facts: Mapping[str, Any]) -> Check:
-    """The candidate is in the engine; if it would not load, `facts["load_error"]` says why."""
     if not resident:
         reason = str(facts.get("load_error") or f"{candidate} is not resident in the engine")
         return Check("loads", False, reason[:300])
@@ -68,7 +62,6 @@ def check_loads(resident: bool, candidate: str, facts: Mapping[str, Any]) -> Che
 
 
 def check_size(rank: int | None, size_bytes: int | None) -> Check:
-    """Rank and bytes of the adapter, where the trainer tells them."""
     megabytes = (size_bytes or 0) / 1e6
     ok = (rank or 0) <= RANK and megabytes <= MEGABYTES
     detail = f"rank {rank if rank is not None else 'not given'}, {megabytes:.1f} MB"
@@ -87,9 +80,9 @@ def check_latency(
 ) -> Check:
     """Compare the fastest of `rounds` turns each, base and candidate in alternation; `ask` does the same work for both.
 
-    A busy machine must not reject a candidate: what looks slow is measured up to five times as long before it is
-    believed, and a difference of `grace` seconds is never held against it. By processor time, the time in which others
-    have the processor does not count. (A wait for a GPU is processor time, too: CUDA spins.)
+    Robust against a busy machine: a slow result is measured up to five times as long, and a difference of up to `grace`
+    seconds always passes. Processor time excludes time in which others have the processor. (It includes waiting for a
+    GPU: CUDA spins.)
     """
     best: dict[str | None, float] = {}
 
@@ -110,10 +103,8 @@ def check_latency(
 
 
 def check_drift(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> Check:
-    """||dW|| / ||W|| over all changed weights together; the largest single one is named.
-
-    Takes the state dicts of the base and the candidate as the engine holds them; unchanged tensors are shared.
-    """
+    """||dW|| / ||W|| over all changed weights together; the largest single one is named. Takes the state dicts of base
+    and candidate as the engine holds them; unchanged tensors are shared."""
     squares = {
         name: (float((after[name] - weight).double().pow(2).sum()), float(weight.double().pow(2).sum()))
         for name, weight in before.items()
@@ -158,14 +149,13 @@ def effective_rank(vectors: Vectors) -> float:
 
 
 def mean_cosine(vectors: Vectors) -> float:
-    """Mean cosine over all pairs of different rows."""
     n = len(vectors)
     total = vectors.astype(np.float64).sum(axis=0)
     return float((total @ total - np.einsum("ij,ij->", vectors, vectors, dtype=np.float64)) / (n * (n - 1)))
 
 
 def check_collapse(tower: str, base: Vectors, candidate: Vectors) -> Check:
-    """Vectors of different inputs keep their distance: effective rank and room against the base's."""
+    """Vectors of different inputs keep their distance: effective rank and spread against the base's."""
     ratio = effective_rank(candidate) / effective_rank(base)
     room = (1.0 - mean_cosine(candidate)) / max(1.0 - mean_cosine(base), 1e-9)
     detail = (
@@ -178,10 +168,9 @@ def check_collapse(tower: str, base: Vectors, candidate: Vectors) -> Check:
 def check_parity(
     trainer: Encode, pixels: NDArray[np.uint8], texts: Sequence[str], served: tuple[Vectors, Vectors]
 ) -> Check:
-    """The trainer's model and the serving engine give the same vectors: what was trained is what is served."""
     try:
         trained = trainer(pixels, list(texts))
-    except Exception as error:  # whatever the trainer's model does, the gate must come to a verdict
+    except Exception as error:  # whatever the trainer's model does, the gate must reach a verdict
         return Check("parity", False, f"the trainer's model failed on the probe: {error!r}"[:300])
     distances = []
     for mine, theirs in zip(trained, served, strict=True):
@@ -197,7 +186,6 @@ def check_parity(
 
 
 def check_vlm_drift(model: nn.Module, directory: Path) -> Check:
-    """:func:`check_drift` of the weights of the base `model` that the adapter changes."""
     after = effective_weights(directory, model)
     return check_drift({name: weight.detach() for name, weight in model.named_parameters() if name in after}, after)
 
@@ -210,13 +198,9 @@ def check_vlm_parity(
     answers: Sequence[str],
     served: Sequence[Sequence[float]],
 ) -> Check:
-    """The engine gives an answer the log-probability that transformers and PEFT give it: what was trained is served.
-
-    `served` are the engine's log-probabilities of one answer to each ask, by the base and by the candidate. An engine
-    that computes in half precision differs with the base too; three times that much is then allowed.
-
-    PEFT changes `model` for good.
-    """
+    """The engine gives answers the log-probability that transformers and PEFT give them. PEFT changes `model`
+    permanently. `served` are the engine's log-probabilities of one answer to each question, by base and candidate. An
+    engine in half precision also differs with the base; three times that difference is then allowed."""
     processor = base.processor()
     trained = cast(Any, PeftModel.from_pretrained(model, str(directory))).eval()
     differences = []
@@ -234,10 +218,8 @@ def check_vlm_parity(
 
 
 def check_sameness(references: Sequence[str], base: Sequence[str], candidate: Sequence[str]) -> Check:
-    """Different questions keep different answers; all three are aligned, for questions that are not yes/no.
-
-    Compared with the base or the references, whichever ask for less: a base that babbles is no measure.
-    """
+    """Different questions keep different answers; the arguments are aligned, for questions that are not yes/no.
+    Compared with base or references, whichever require less: a base that babbles is not a measure."""
     most, common, kinds = _mixture(candidate)
     room = min(1.0 - _mixture(base)[0], 1.0 - _mixture(references)[0]) * SAMENESS
     variety = min(_mixture(base)[2], _mixture(references)[2]) * VARIETY
@@ -250,17 +232,14 @@ def check_sameness(references: Sequence[str], base: Sequence[str], candidate: Se
 
 
 def _mixture(answers: Sequence[str]) -> tuple[float, str, int]:
-    """Share of the most common answer, that answer, and the number of different ones."""
     counts = Counter(normalise(answer) for answer in answers)
     common, most = counts.most_common(1)[0]
     return most / len(answers), common, len(counts)
 
 
 def check_polarity(references: Sequence[str], base: Sequence[str], candidate: Sequence[str]) -> Check:
-    """Both yes and no are said to yes/no questions; all three are aligned.
-
-    A base that says one of them too rarely itself lowers what is asked for: the candidate may stay as it is.
-    """
+    """Yes/no questions get both answers; the arguments are aligned. If the base itself rarely gives one of them, the
+    bound is lower: the candidate may stay as it is."""
     parts = []
     for word in ("yes", "no"):
         expected = share_of(word, references)
@@ -276,5 +255,4 @@ def check_polarity(references: Sequence[str], base: Sequence[str], candidate: Se
 
 
 def share_of(word: str, answers: Sequence[str]) -> float:
-    """Share of the answers that begin with "yes", or with "no"."""
     return sum(polarity(answer) == word for answer in answers) / len(answers)

@@ -25,33 +25,29 @@ from updater.gate.verdict import Check, CrossVersion, Diagnostics, Regression
 
 LATENCY_BATCH = 8
 CROSS_VERSION_ITEMS: Final = 600
-"""Over all suites: images that the incumbent may have to embed once more, some seconds."""
+"""Over all suites: the incumbent may have to embed these images again, some seconds."""
 
 
 class ClipEvaluator(Scorer):
-    """Asks the models in a `ClipEngine`. See :class:`updater.gate.run.Evaluator`."""
-
     family: Family = "clip"
 
     def __init__(self, engine: ClipEngine, *, parity: c.Encode | None = None, cache: Path | None = None) -> None:
-        """`parity`: the trainer's model, to compare with what the engine serves; `cache`: folder of kept scores,
-        by default the suite's own, `home/cache/gate`."""
+        """`parity`: the trainer's model, to compare with the engine; `cache`: folder of scores, by default the suite's
+        own, `home/cache/gate`."""
         super().__init__(engine, cache)
         self.parity = parity
 
     @property
     def base(self) -> ClipBase:
-        """The base of all its models."""
         return self.engine.base
 
     def load(self, name: str, directory: Path, *, candidate: bool = False) -> None:
-        """Make an adapter resident. Raises AdapterError."""
+        """Raises AdapterError."""
         self.engine.load(name, directory)
         if candidate:
             self.parity = trainer_encoder(self.base, directory)
 
     def diagnostics(self, scores: Sequence[Scores], incumbent: str | None, candidate: str) -> Diagnostics:
-        """Pairs that look alike to the base, and how far the features moved."""
         suites = [each.suite for each in scores]
         retrieval = [suite for suite in suites if suite.task == "retrieval"]
         pairs = {suite.name: pair_accuracy(self, suite, incumbent, candidate) for suite in retrieval}
@@ -61,25 +57,18 @@ class ClipEvaluator(Scorer):
         )
 
     def regressions(self, suite: Suite, before: Outcomes, after: Outcomes) -> tuple[Regression, ...]:
-        """Hits that became misses."""
         return worst_items(self, suite, before, after)
 
     def answer_checks(self, candidate: str, suites: Sequence[Suite]) -> list[Check]:
-        """None: vectors tell all, before any suite is scored."""
+        """Always empty: :meth:`checks` sees the vectors before any suite is scored."""
         return []
 
     def cross_version(
         self, suites: Sequence[Suite], incumbent: str | None, candidate: str, margin: float, level: float
     ) -> CrossVersion | None:
-        """Recall across versions: texts of a candidate among images that the incumbent embedded. Where it is as good,
-        searches need not wait for the catalog to be embedded again.
-
-        None where there is nothing to measure: both have one image space, or no suite is of retrieval.
-
-        Args:
-            margin: loss of recall that must be excluded.
-            level: of the one-sided test.
-        """
+        """Recall of a candidate's texts among images that the incumbent embedded: without a loss, searches need not
+        wait for the catalog to be embedded again. None if both have one image space, or there is no retrieval suite.
+        ``margin``: loss of recall that must be excluded. ``level``: of the one-sided test."""
         retrieval = [suite for suite in suites if suite.task == "retrieval"]
         if not retrieval or self.engine.spaces(incumbent).image == self.engine.spaces(candidate).image:
             return None
@@ -93,7 +82,6 @@ class ClipEvaluator(Scorer):
         )  # fmt: skip
 
     def checks(self, candidate: str, suites: Sequence[Suite], facts: Mapping[str, Any]) -> list[Check]:
-        """loads, finite, collapse of each tower, norm drift, parity, latency, size."""
         engine = self.engine
         checks = [c.check_loads(candidate in engine.resident, candidate, facts)]
         few = list({item.id: item for _, items in probe(suites) for item in items}.values())[:PROBE]
@@ -123,7 +111,7 @@ class ClipEvaluator(Scorer):
         return checks
 
     def latency(self, candidate: str, pixels: NDArray[np.uint8], texts: list[str]) -> Check:
-        """Time a batch, on one thread: threads that wait for each other measure the machine, not the model."""
+        """Time a batch on one thread: several would wait for each other, which measures the machine, not the model."""
 
         def ask(adapter: str | None) -> None:
             self.engine.encode_images(pixels, adapter)
@@ -141,7 +129,7 @@ class ClipEvaluator(Scorer):
 def _hits(
     scorer: Scorer, suite: Suite, incumbent: str | None, candidate: str, most: int
 ) -> tuple[NDArray[np.float64], ...]:
-    """1 for each text of a suite that has a right image among its k nearest, by the versions of both."""
+    """1 for each text with a right image among its k nearest: old texts in old images, new in old, new in new."""
     items = spread(suite.items(), most)
     texts = sorted({item.text for item in items})
     right = np.array([[item.text == text for item in items] for text in texts])
@@ -153,14 +141,12 @@ def _hits(
 
 
 def base_alone(base: ClipBase) -> str:
-    """Name of the incumbent where nothing was released: the old base without an adapter."""
     return f"the base {base.name}"
 
 
 class AcrossBasesEvaluator(ClipEvaluator):
-    """Asks a candidate on a new base and everything else (the incumbent, the best release) on an old one, each through
-    an engine of its own base. Items are the same for all, so every comparison is paired as it is within one base.
-    """
+    """Evaluates a candidate on a new base and everything else (incumbent, best release) on an old one, each in an
+    engine of its base. Items are the same for all, so comparisons are paired as within one base."""
 
     def __init__(self, old: ClipEngine, new: ClipEngine, candidate: str, *, cache: Path | None = None) -> None:
         super().__init__(new, cache=cache)
@@ -168,25 +154,23 @@ class AcrossBasesEvaluator(ClipEvaluator):
         self.candidate = candidate
 
     def load(self, name: str, directory: Path, *, candidate: bool = False) -> None:
-        """Make an adapter resident in the engine of its base. Raises AdapterError."""
         if candidate:
             super().load(name, directory, candidate=True)
         else:
             self.old.load(name, directory)
 
     def score(self, suite: Suite, adapter: str | None, *, label: str = "") -> Outcomes:
-        """Ranks of the right answers; None is the new base alone."""
         if adapter in (None, self.candidate):
             return super().score(suite, adapter, label=label)
         alone = adapter == base_alone(self.old.base)
         return self.old.score(suite, None if alone else adapter, label=label)
 
     def diagnostics(self, scores: Sequence[Scores], incumbent: str | None, candidate: str) -> Diagnostics:
-        """None: features of two bases cannot be compared."""
+        """Always empty: features of two bases cannot be compared."""
         return Diagnostics()
 
     def cross_version(
         self, suites: Sequence[Suite], incumbent: str | None, candidate: str, margin: float, level: float
     ) -> CrossVersion | None:
-        """None: vectors of two bases cannot be compared."""
+        """Always None: vectors of two bases cannot be compared."""
         return None

@@ -1,14 +1,14 @@
 """From outcomes to decisions: results per suite, the pooled gain, and one outcome for the candidate.
 
-Retention: non-inferiority per suite and reference (the incumbent, the base, the best release so far), each test at the
-look's whole level for losses; the suite's p is its largest (intersection-union: Berger, Technometrics 24, 1982).
+Retention: non-inferiority per suite and reference (incumbent, base, best release so far), each test at the look's full
+level for losses; a suite's p is the largest of them (intersection-union: Berger, Technometrics 24, 1982).
 
 Gain: one test over all gain suites, stratified by suite and weighted by units; for retrieval on 1/log2(2 + rank). It
-counts only where a loss of the default margin is excluded for the metric, too. Single suites attribute the gain and
-decide nothing (Holm over them).
+counts only if a loss of the default margin is also excluded for the metric. Single suites only attribute the gain (Holm
+over them).
 
-Rejection: one suite that is shown to be worse, by Holm over all suites and Bonferroni over a suite's references. What
-is neither shown to stay inside the margin nor to be worse is *inconclusive*. The reasons are in docs/how-it-works.md.
+Rejection: one suite that is significantly worse, by Holm over all suites and Bonferroni over a suite's references.
+Anything neither shown to stay inside the margin nor to be worse is *inconclusive*. Reasons: docs/how-it-works.md.
 """
 
 from __future__ import annotations
@@ -31,12 +31,9 @@ from updater.gate.verdict import Change, Check, Decision, PooledGain, Regression
 RANK_STATISTIC = "1/log2(2 + rank)"
 INCUMBENT, BASE = "the incumbent", "the base"
 MOST_REFERENCES = 3
-"""Incumbent, base and the best release."""
 
 
 class ItemScores(Protocol):
-    """One model's scores of its answers to a suite, of either family."""
-
     @property
     def ids(self) -> NDArray[np.str_]:
         """Item ids [n], in the suite's order."""
@@ -47,45 +44,39 @@ class ItemScores(Protocol):
 
     @property
     def ranks(self) -> NDArray[np.int32] | None:
-        """0-based ranks of the right answers [n, views]; None where answers have none."""
+        """0-based ranks of the right answers [n, views]; None for answers without ranks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Three models' answers to one suite. `before` is the incumbent (the base itself, where nothing was released)."""
+    """Answers of three models to one suite. `before` is the incumbent (the base if nothing was released)."""
 
     suite: Suite
     base: ItemScores
     before: ItemScores
     after: ItemScores
     chance: float = 0.0
-    """Score of guessing."""
     worst: tuple[Regression, ...] = ()
     clusters: NDArray[np.int_] | None = None
-    """Items with the same number are not independent (:meth:`Suite.clusters`); None: every item counts by itself."""
+    """Items with the same number are not independent (:meth:`Suite.clusters`); None: all items are independent."""
     best: ItemScores | None = None
-    """The best release so far; None where it is the incumbent, or there was none."""
     best_name: str = ""
-    """Its adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """Results of all suites."""
-
     results: tuple[SuiteResult, ...]
     gain: PooledGain | None
-    """None where there is no gain suite."""
     tested: bool = False
-    """True if everything that a pass needs could be tested: some retention suite, each with items enough, and a gain.
-    It follows from how much there was to ask, and not from the answers."""
+    """True if all tests that a pass needs were possible: retention suites, each with enough items, and a gain. Depends
+    on the number of items, not on the answers."""
 
 
 def decide(scores: Sequence[Scores], *, level: float, loss_level: float, margin: float, min_items: int) -> Findings:
-    """One result per suite, in the order given, and the pooled gain.
+    """Compute one result per suite, in the order given, and the pooled gain.
 
     Args:
-        level: of the tests for a gain. At 0 nothing is shown, and intervals are those at LEAST_LEVEL.
+        level: of the tests for a gain. At 0 nothing can be shown, and intervals use LEAST_LEVEL.
         loss_level: of the tests that exclude a loss, and of those that show one.
         margin: for suites that name none.
     """
@@ -114,7 +105,6 @@ def decide(scores: Sequence[Scores], *, level: float, loss_level: float, margin:
 
 
 def conclude(findings: Findings, checks: Sequence[Check]) -> tuple[GateOutcome, tuple[str, ...]]:
-    """The outcome and its reasons, the gravest first."""
     results, gain = findings.results, findings.gain
     failed = [f"{check.name}: {check.detail}" for check in checks if not check.ok]
     failed += [f"{r.name}: {r.reason}" for r in results if r.decision == "failed"]
@@ -138,10 +128,10 @@ def conclude(findings: Findings, checks: Sequence[Check]) -> tuple[GateOutcome, 
 
 @dataclass(frozen=True, slots=True)
 class _Sides:
-    """The candidate compared with each reference, by the suite's metric; `statistic` is what a gain is tested on."""
+    """The candidate compared with each reference, by the suite's metric; the gain is tested on `statistic`."""
 
     references: dict[str, Comparison]
-    """By the reference's name in words; a model that is two references is compared once."""
+    """By the reference's description; a model that is two references is compared once."""
     incumbent: Comparison
     base: Comparison
     statistic: Comparison
@@ -180,11 +170,10 @@ class _Sides:
 
     @property
     def worst(self) -> tuple[str, Comparison]:
-        """The reference against which least is shown."""
         return max(self.references.items(), key=lambda entry: entry[1].p_noninferior)
 
     def p_worse(self, level: float) -> float:
-        """Of H0: no loss against any reference. 1 where the loss is shown to stay inside the margin."""
+        """p of H0: no loss against any reference. 1 if the loss is shown to stay inside the margin."""
         open_ = [side.p_worse for side in self.references.values() if side.p_noninferior > level]
         return min(1.0, min(open_, default=1.0) * len(self.references))
 
@@ -282,7 +271,6 @@ def _gain(
 def _pooled(
     strata: Sequence[tuple[Suite, _Sides]], level: float, loss_level: float, margin: float, min_items: int
 ) -> PooledGain:
-    """The test that decides about the gain."""
     statistic = pool([sides.statistic for _, sides in strata], margin)
     metric = pool([sides.incumbent for _, sides in strata], margin)
     names = [
@@ -337,10 +325,8 @@ def _too_few(task: Task, side: Comparison, min_items: int) -> str:
 
 
 def percent(share: float) -> str:
-    """`0.257` -> `25.7%`."""
     return f"{100 * share:.1f}%"
 
 
 def points(share: float) -> str:
-    """`0.05` -> `5.0 points`."""
     return f"{100 * share:.1f} points"

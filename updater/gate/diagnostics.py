@@ -1,8 +1,7 @@
-"""Diagnostics of one gate run, from answers and features that it already has. They decide nothing: they show where a
-result comes from.
+"""Diagnostics of one gate run, from its answers and features. They explain results and decide nothing.
 
 - :func:`measure_tail`: a suite's result by how often its concepts were seen in training.
-- :func:`pair_accuracy`: pairs of images that the base cannot tell apart, and how many of them a model tells apart.
+- :func:`pair_accuracy`: the share of image pairs, indistinguishable to the base, that a model tells apart.
 - :func:`feature_shift`: how far the features of each tower of a CLIP moved.
 - :func:`yes_share`: how often a VLM says yes.
 """
@@ -43,34 +42,28 @@ from updater.gate.verdict import (
 )
 
 LEVEL: Final = 0.05
-"""Beyond each end of an interval."""
 DRAWS: Final = 2_000
-"""Of the bootstrap: 100 lie beyond each end."""
+"""Bootstrap draws: 100 are beyond each end."""
 EDGES: Final = (1, 10, 100)
-"""Counts at which the second bin and those after it begin."""
 MAX_ROWS = 1_000_000
-"""Samples whose words are looked at, some 10 s; of more, every n-th, and counts are multiplied by n."""
+"""Samples whose words are read, some 10 s; of more, every n-th, with counts multiplied by n."""
 COLUMNS = ("text", "question", "answer", "concept", "label")
 _WORD = re.compile(r"[^\W_]+")
 _STOP = frozenset(["a", "an", "and", "at", "by", "for", "from", "in", "is", "of", "on", "or", "the", "to", "with"])
 Words = frozenset[str]
 
 MOST_ITEMS: Final = 2_000
-"""Items of a suite that are compared, evenly spaced: their cosines take 16 MB."""
+"""Items of a suite to compare, evenly spaced: their cosines take 16 MB."""
 MOST_PAIRS: Final = 150
-"""As in MMVP."""
 NEAR_IMAGES: Final = 0.99
 """Quantile of the cosine of two images from which they look alike."""
 FAR_TEXTS: Final = 0.5
 """Quantile of the cosine of two captions up to which they differ."""
 MOST_OVERLAP: Final = 1 / 3
-"""Share of the words of two captions that they may have in common."""
 SAME_IMAGE: Final = 0.9999
-"""Cosine from which two images are one image: no model can tell copies apart."""
+"""Cosine from which two images are the same: no model can tell copies apart."""
 POOL: Final = 20 * MOST_PAIRS
-"""Pairs whose words are looked at, the most similar first."""
 FEWEST_PAIRS: Final = 5
-"""Pairs from which a share says anything."""
 SHOWN: Final = 6
 SHIFT_ITEMS: Final = 128
 """Over all retention suites. A model whose answers came from the cache computes as many images and texts, a second."""
@@ -90,26 +83,21 @@ def interval(before: Floats, after: Floats, clusters: NDArray[np.int_] | None, s
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """The number of samples that name each concept."""
-
     of: Mapping[Words, int]
     rows: int
-    """All samples."""
     counted: int
-    """Those that were looked at."""
 
     def __getitem__(self, concept: str) -> int:
         return self.of.get(content_words(concept), 0)
 
 
 ConceptCounts = Callable[[Iterable[str]], Counts]
-"""Counts concepts in what a candidate may have learned from; raises StoreError."""
+"""Counts concepts in the data that a candidate may have learned from; raises StoreError."""
 
 
 def measure_tail(scores: Sequence[Scores], counts: ConceptCounts) -> Tail | None:
     """Split the results of suites by how often their concepts were seen in training, after Let It Wag (Udandarao et
-    al., NeurIPS 2024). None where the store has no training sample. Raises StoreError.
-    """
+    al., NeurIPS 2024). None without training samples. Raises StoreError."""
     concepts = [[concept_of(s.suite, item) for item in s.suite.items()] for s in scores]
     seen = counts(concept for each in concepts for concept in each)
     if not seen.rows:
@@ -122,8 +110,8 @@ def measure_tail(scores: Sequence[Scores], counts: ConceptCounts) -> Tail | None
 
 
 def concept_of(suite: Suite, item: Item) -> str:
-    """The concept that an item shows, in words: its class; its concept, or its caption where the data name none; of a
-    question without a concept its answer, or the question where that is yes or no."""
+    """Concept that an item shows, in words: its class; its concept, or its caption if there is none; for a question
+    without a concept its answer, or the question itself if that is yes or no."""
     if suite.task == "classification":
         return suite.names.get(item.text, item.text)
     if item.concept or suite.task == "retrieval":
@@ -144,7 +132,7 @@ def _bins(scores: Scores, places: NDArray[np.int_]) -> Iterable[TailBin]:
 
 
 def content_words(text: str) -> Words:
-    """The words of a text that say what is shown; all of them where there is no such word.
+    """Words of a text other than articles and prepositions; all words if nothing else is left.
 
     >>> sorted(content_words("The flag of Côte_d'Ivoire"))
     ['côte', 'd', 'flag', 'ivoire']
@@ -154,20 +142,15 @@ def content_words(text: str) -> Words:
 
 
 class StoreCounts:
-    """Counts how often the training split of one version of the sample store names a concept. What was counted is kept
-    in a folder.
-
-    A sample names a concept when its caption, question and answer, concept and label hold all of the concept's words,
-    in any order; articles and prepositions do not count.
-    """
+    """Counts how often the training split of one version of the sample store names a concept; counts are cached in a
+    folder. A sample names a concept if its caption, question and answer, concept and label together contain all of the
+    concept's words, in any order; articles and prepositions do not count."""
 
     def __init__(self, store: SampleStore, version: int, having: Having | None, cache: Path | None = None) -> None:
-        """``version``: one that is pinned, or that is kept meanwhile; ``having``: what a sample must have for the
-        family to learn from it."""
+        """``version``: pinned, or otherwise kept meanwhile; ``having``: field that a sample needs for the family."""
         self.store, self.version, self.having, self.cache = store, version, having, cache
 
     def __call__(self, concepts: Iterable[str]) -> Counts:
-        """Raises StoreError."""
         terms = sorted({content_words(concept) for concept in concepts}, key=sorted)
         rows = self.store.count(self.version, "train", having=self.having)
         stride = max(1, -(-rows // MAX_ROWS))
@@ -182,7 +165,6 @@ class StoreCounts:
         return Counts({term: int(count) for term, count in zip(terms, counts, strict=True)}, rows, int(counted))
 
     def _samples(self, stride: int) -> Iterator[Words]:
-        """The words of every stride-th sample."""
         start = 0
         for batch in self.store.addresses(COLUMNS, self.version, "train", self.having):
             columns = [batch[name].to_pylist()[start % stride :: stride] for name in COLUMNS]
@@ -192,10 +174,8 @@ class StoreCounts:
 
 
 def count_terms(samples: Iterable[Words], terms: Sequence[Words]) -> tuple[NDArray[np.int64], int]:
-    """For each term the number of samples that have all of its words, int64 [terms]; and the number of samples.
-
-    A term is looked for only where its rarest word, among the terms, is: the work depends on what a sample holds.
-    """
+    """Number of samples that contain all words of each term, int64 [terms]; and the number of samples. A term is only
+    looked up by its rarest word among the terms, so the work depends on the words of a sample."""
     shared = Counter(word for term in terms for word in term)
     by_word: dict[str, list[tuple[int, Words]]] = defaultdict(list)
     for place, term in enumerate(terms):
@@ -216,8 +196,6 @@ def count_terms(samples: Iterable[Words], terms: Sequence[Words]) -> tuple[NDArr
 
 @dataclass(frozen=True, slots=True)
 class HardPair:
-    """Two items of a suite that look alike and whose captions differ, with their cosines by the base."""
-
     first: Item
     second: Item
     image_similarity: float
@@ -225,7 +203,6 @@ class HardPair:
 
 
 def pair_accuracy(scorer: Scorer, suite: Suite, incumbent: str | None, candidate: str) -> PairAccuracy | None:
-    """Of a retrieval suite; None where it has few such pairs. A pair counts only where both of its images are right."""
     pairs = hard_pairs(scorer, suite)
     if len(pairs) < FEWEST_PAIRS:
         return None
@@ -248,12 +225,9 @@ def pair_accuracy(scorer: Scorer, suite: Suite, incumbent: str | None, candidate
 
 
 def hard_pairs(scorer: Scorer, suite: Suite) -> list[HardPair]:
-    """Find the pairs of a retrieval suite that a CLIP cannot tell apart though their captions differ, the most similar
-    first.
-
-    As in MMVP (Tong et al., Eyes Wide Shut?, CVPR 2024), with captions in the place of a second vision encoder and
-    quantiles in that of bounds. They are mined by the base, once: they stay the same whatever is released.
-    """
+    """Pairs of a retrieval suite that a CLIP cannot tell apart though their captions differ, the most similar first. As
+    in MMVP (Tong et al., Eyes Wide Shut?, CVPR 2024), with captions instead of a second vision encoder and quantiles
+    instead of bounds. They are mined once by the base, so releases do not change them."""
     items = spread(suite.items(), MOST_ITEMS)
     places = {item.id: place for place, item in enumerate(items)}
 
@@ -280,13 +254,9 @@ def hard_pairs(scorer: Scorer, suite: Suite) -> list[HardPair]:
 
 
 def mine_pairs(items: Sequence[Item], images: Vectors, texts: Vectors) -> list[HardPair]:
-    """Pairs with a high cosine of their images and a low one of their captions, the highest first.
-
-    An item is in one pair at most, so that pairs are independent. Equal cosines are in the order of the items.
-
-    Args:
-        images: L2-normalised [n, dim], and so `texts`, the caption of each item.
-    """
+    """Pairs with a high cosine of their images and a low one of their captions, the highest first. An item is in at
+    most one pair, so that pairs are independent. Ties are in the order of items. ``images``: L2-normalised [n, dim], as
+    are `texts`, the caption of each item."""
     first, second = (each.astype(np.int32) for each in np.triu_indices(len(items), 1))
     by_image, by_text = ((vectors @ vectors.T)[first, second] for vectors in (images, texts))
     if not len(first) or not (np.isfinite(by_image).all() and np.isfinite(by_text).all()):
@@ -311,7 +281,6 @@ def mine_pairs(items: Sequence[Item], images: Vectors, texts: Vectors) -> list[H
 
 
 def right_pairs(scorer: Scorer, suite: Suite, pairs: Sequence[HardPair], adapter: str | None) -> NDArray[np.bool_]:
-    """Pairs that one model tells apart: bool [pairs]; kept with the suite's scores."""
     label = f"{suite.name}, pairs"
 
     def compute() -> tuple[NDArray[np.bool_]]:
@@ -326,11 +295,8 @@ def right_pairs(scorer: Scorer, suite: Suite, pairs: Sequence[HardPair], adapter
 
 
 def told_apart(images: tuple[Vectors, Vectors], texts: tuple[Vectors, Vectors]) -> NDArray[np.bool_]:
-    """Pairs of which both images are nearer to their own caption than to the other's: bool [pairs].
-
-    Args:
-        images: of the first and the second items of the pairs, L2-normalised [pairs, dim]; and so their `texts`.
-    """
+    """Mask of the pairs in which both images are nearer to their own caption than to the other's, bool [pairs].
+    ``images``: of the first and second items of the pairs, L2-normalised [pairs, dim], as are `texts`."""
     (one, other), (own, others) = images, texts
 
     def cosine(left: Vectors, right: Vectors) -> NDArray[np.float64]:
@@ -342,7 +308,6 @@ def told_apart(images: tuple[Vectors, Vectors], texts: tuple[Vectors, Vectors]) 
 
 
 def _pair_file(scorer: Scorer, suite: Suite, adapter: str | None, *what: object) -> Path | None:
-    """Where something about a suite's pairs is kept that one model's features tell. None: nowhere."""
     folder = scorer.folder(suite)
     return folder and folder / "pairs" / f"{digest12(digest_json([*what, *scorer.key(suite, adapter)]))}.npz"
 
@@ -359,10 +324,9 @@ def _shown(item: Item) -> PairImage:
 def feature_shift(
     scorer: Scorer, suites: Sequence[Suite], incumbent: str | None, candidate: str
 ) -> FeatureShift | None:
-    """Measure how far an update moved the features of each tower, and whether they still spread; on a few items of
-    every retention suite, with the texts that it asks (RESTORE: Yang et al., 2024). None where they are fewer than two.
-    Raises ValueError for features that are not finite.
-    """
+    """Measure how far an update moved the features of each tower, and their spread, on a few items of every retention
+    suite with their texts (RESTORE: Yang et al., 2024). None with fewer than two. Raises ValueError for features that
+    are not finite."""
     retention = [suite for suite in suites if suite.role == "retention"]
     chosen = [
         (item, item.text if suite.task == "retrieval" else prompt(suite.templates[0], suite, item.text))
@@ -391,22 +355,19 @@ def feature_shift(
 
 
 def mean_shift(before: Vectors, after: Vectors) -> float:
-    """Mean of 1 - cosine between the rows of two L2-normalised arrays [n, dim]: 0 where nothing moved."""
+    """Mean of 1 - cosine between the rows of two L2-normalised arrays [n, dim]."""
     return float(1.0 - np.einsum("ij,ij->i", before, after, dtype=np.float64).mean())
 
 
 def modality_gap(images: Vectors, texts: Vectors) -> float:
-    """Distance between the means of two sets of L2-normalised features, from 0 to 2.
-
-    Liang et al., Mind the Gap, NeurIPS 2022.
-    """
+    """Distance between the means of two sets of L2-normalised features, 0 to 2 (Liang et al., Mind the Gap, NeurIPS
+    2022)."""
     return float(np.linalg.norm(images.mean(axis=0, dtype=np.float64) - texts.mean(axis=0, dtype=np.float64)))
 
 
 def yes_share(suite: Suite, base: Sequence[str], before: Sequence[str], after: Sequence[str]) -> YesShare | None:
-    """Count how often a VLM says yes to the suite's yes/no questions (POPE: Li et al., EMNLP 2023). None where they
-    are few. Answers are aligned with its items; one that is neither yes nor no is not yes.
-    """
+    """Share of yes among a VLM's answers to the suite's yes/no questions (POPE: Li et al., EMNLP 2023); None if there
+    are few. Answers are aligned with its items; an answer that is neither yes nor no is not yes."""
     references = [item.answers[0] if item.answers else "" for item in suite.items()]
     closed = [bool(polarity(reference)) for reference in references]
     if sum(closed) < FEWEST:

@@ -1,6 +1,5 @@
-"""The gate from a command line or a Python prompt: `ratchet gate run`, `report` and `pairs`, and the scores by
-which `ratchet tune` judges half precision.
-"""
+"""The gate from a command line or a Python prompt: `ratchet gate run`, `report` and `pairs`, and scores for `ratchet
+tune`."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ from updater.gate.suites import Family, Suite, load_suites
 from updater.gate.verdict import Verdict
 
 ITEMS: Final = 300
-"""Of a suite, at most: a minute or two for a ViT-B-32 on two cores."""
+"""Maximum per suite: a minute or two for a ViT-B-32 on two cores."""
 
 
 def gate_command(
@@ -44,19 +43,15 @@ def gate_command(
     suites: Sequence[Path] | None = None,
     out: Path | None = None,
 ) -> tuple[Verdict, Path]:
-    """Judge an adapter by hand; nothing is recorded or released.
+    """Judge an adapter by hand; nothing is recorded or released. Returns the verdict and the report's HTML file.
 
     Args:
         candidate: an adapter's name, or its directory.
-        incumbent: an adapter's name or directory, or "base"; by default what is live.
+        incumbent: an adapter's name or directory, or "base"; by default the live one.
         suites: YAML files or folders instead of the setting `gate.suites`.
         out: folder of the report; by default `home/gate/<candidate>`.
 
-    Returns:
-        the verdict, and the report's HTML file.
-
-    Raises:
-        GateError, AdapterError, BaseModelError: the suites, the incumbent or the base cannot be used.
+    Raises GateError, AdapterError, BaseModelError: the suites, the incumbent or the base cannot be used.
     """
     artifacts = Artifacts(settings.artifacts)
     family = _family(candidate)
@@ -84,7 +79,7 @@ def gate_command(
             meta |= {"rank": int(read_adapter(directory).config.get("r") or 0), "bytes": size}
         except AdapterError as error:
             if not Path(candidate).is_dir() and not artifacts.exists(f"adapters/{candidate}"):
-                raise  # a name that is nowhere is a typing error; an adapter that will not load is a verdict
+                raise  # an unknown name is a typo; an adapter that does not load gets a verdict
             meta["load_error"] = error.message
         verdict = run_gate(
             evaluator=evaluator,
@@ -103,11 +98,8 @@ def gate_command(
 
 
 def report_command(settings: Settings, update: str | None = None, out: Path | None = None) -> Path:
-    """Bring the report of an update (the last judged one by default) into a local folder; returns the HTML file.
-
-    Raises:
-        GateError: there is no verdict yet, or none for this update.
-    """
+    """Fetch the report of an update (by default the last judged one) into a local folder; returns the HTML file. Raises
+    GateError: there is no verdict yet, or none for this update."""
     with closing(Ledger.open(settings.ledger)) as ledger:
         verdict = ledger.verdict_of(update) if update else next(iter(ledger.verdicts(limit=1)), None)
     if verdict is None:
@@ -122,11 +114,10 @@ def report_command(settings: Settings, update: str | None = None, out: Path | No
 
 
 def _family(candidate: str) -> Family:
-    """Of an adapter's name, or of the name that its directory's files tell."""
     directory = Path(candidate)
     name = directory.name
     if directory.is_dir():
-        with suppress(OSError, ValueError, AttributeError):  # what is wrong with it is the gate's to say
+        with suppress(OSError, ValueError, AttributeError):  # the gate reports what is wrong with it
             name = str(json.loads((directory / ABOUT).read_text()).get("name"))
     return "vlm" if name.startswith("vlm-") else "clip"
 
@@ -140,7 +131,6 @@ def _base(settings: Settings, family: Family) -> ClipBase | VlmBase:
 
 
 def _locate(artifacts: Artifacts, adapter: str) -> tuple[str, Path]:
-    """Name and directory of an adapter given by either."""
     directory = Path(adapter)
     if directory.is_dir():
         return adapter_name(directory), directory
@@ -148,14 +138,9 @@ def _locate(artifacts: Artifacts, adapter: str) -> tuple[str, Path]:
 
 
 def pairs_command(settings: Settings, name: str) -> list[HardPair]:
-    """Pairs of a retrieval suite that the CLIP base cannot tell apart, the most similar first.
-
-    Args:
-        name: of a suite of `gate.suites`, or `fresh.<domain>` over all held-out samples of the store.
-
-    Raises:
-        GateError: there is no such suite, or it cannot be read. BaseModelError: the base is not there.
-    """
+    """Pairs of a retrieval suite that the CLIP base cannot tell apart, the most similar first. ``name``: of a suite of
+    `gate.suites`, or `fresh.<domain>` over all held-out samples of the store. Raises GateError: there is no such suite,
+    or it cannot be read; BaseModelError: the base is not there."""
     suites = load_suites(settings.gate.suites, settings.home, "clip", settings.gate.max_items)
     known = [suite for suite in suites if suite.task == "retrieval"]
     if name not in {suite.name for suite in known}:
@@ -169,7 +154,6 @@ def pairs_command(settings: Settings, name: str) -> list[HardPair]:
 
 
 def _fresh(settings: Settings, family: Family) -> tuple[HeldOut, list[Suite]]:
-    """Held-out samples of the newest version of the store, and gain suites over all of them."""
     store, gate = SampleStore(settings.lake), settings.gate
     held_out = HeldOut(store, store.version(), HAVING[family])
     rows = held_out.rows(TEXT_COLUMNS)
@@ -178,27 +162,21 @@ def _fresh(settings: Settings, family: Family) -> tuple[HeldOut, list[Suite]]:
 
 @dataclass(frozen=True, slots=True)
 class EngineScore:
-    """Scores of the base alone on one suite, in [0, 1]."""
-
     suite: str
     items: int
     float32: float
     served: float
     noise: float
-    """Standard error of float32's score, by the items that were drawn; at least one item's worth."""
+    """Standard error of the float32 score over the sampled items; at least one item's worth."""
 
     @property
     def within_noise(self) -> bool:
-        """True if the scores differ by no more than other items would have made of them."""
+        """True if the difference is within the variation of drawing other items."""
         return abs(self.served - self.float32) <= self.noise
 
 
 def engine_scores(base: ClipBase, choice: EngineChoice, suites: Sequence[Suite], threads: int) -> list[EngineScore]:
-    """The base's scores by an engine and by torch in float32: what is gated is what is served.
-
-    Raises:
-        GateError: an image of a suite cannot be read.
-    """
+    """Scores of the base in an engine and in torch's float32. Raises GateError if a suite's image cannot be read."""
     limited = [suite.model_copy(update={"limit": min(suite.limit, ITEMS)}) for suite in suites]
     scores: list[list[tuple[int, float]]] = []
     for each in (FLOAT32, choice):

@@ -1,17 +1,17 @@
-"""When a candidate is asked, and at which level: the items that a test needs, and what each look spends of alpha.
+"""Interim analyses of a candidate: the items that a test needs, and the part of alpha that each look spends.
 
-A look is one gate run whose tests could be made. Two rules keep the chance of a false accept:
+A look is one gate run whose tests were possible. Two rules bound the chance of a false accept:
 
-- *Over the looks at one candidate* the alpha-spending function of Lan and DeMets (Biometrika 70, 1983, 659-663) of
+- *Over the looks at one candidate*: the alpha-spending function of Lan and DeMets (Biometrika 70, 1983, 659-663) of
   O'Brien-Fleming type, by the share of the needed independent items that a look has. Levels follow from the joint
   distribution of the looks by numerical integration (Armitage, McPherson and Rowe, JRSS A 132, 1969, 235-244), for
-  independent increments; a suite whose items stay the same is tested more strictly than needed (Slepian's inequality).
-- *Over the candidates* since the last release the tests for a gain have shares that sum to alpha
-  (:func:`candidate_alpha`). A candidate takes its share with its first look, and hands on none of it: whether there
-  were later looks may depend on the answers.
+  independent increments; a suite with unchanged items is tested more strictly than needed (Slepian's inequality).
+- *Over the candidates* since the last release: the tests for a gain have shares that sum to alpha
+  (:func:`candidate_alpha`). A candidate takes its whole share with its first look and returns none of it, because the
+  number of later looks may depend on the answers.
 
-The tests that exclude a loss have the whole alpha for each candidate, and share it over its looks alone: retention
-suites have as many items as they have. The reasons are in docs/how-it-works.md, "A verdict".
+The tests that exclude a loss have the whole alpha for each candidate, shared over its looks only: the number of items
+in retention suites does not grow. Reasons: docs/how-it-works.md, "A verdict".
 """
 
 from __future__ import annotations
@@ -27,74 +27,56 @@ from scipy import optimize, stats
 from updater.gate.statistics import POWER, items_needed
 
 PRIOR_SPREAD = 0.25
-"""Standard deviation of one item's difference, as long as no verdict has one. On the safe side: of the hits of gentle
-updates it is 0.1 to 0.24 (docs/benchmarks/gate), and the rank statistic sees as much with fewer items."""
+"""Standard deviation of one item's difference until a verdict has measured it. Conservative: hits of gentle updates
+have 0.1 to 0.24 (docs/benchmarks/gate), and the rank statistic needs fewer items."""
 RANK_EFFICIENCY = 2.6
-"""A test on 1/log2(2 + rank) sees with one item what one on hits sees with so many."""
+"""Items in hits that are worth one item in 1/log2(2 + rank)."""
 LOOKS = 4
 """An inconclusive candidate is asked again with each further quarter of the needed items."""
 LEAST_LEVEL = 1e-9
-"""A look that may spend less spends nothing."""
+"""A look with less to spend spends nothing."""
 POINTS = 300
-"""Of the numerical integration: levels are exact to six digits where looks are a hundredth of the items apart."""
+"""Points of the numerical integration: levels are exact to six digits for looks a hundredth of the items apart."""
 REACH = 8.0
-"""It begins so many standard deviations below zero."""
+"""Start of the integration, in standard deviations below zero."""
 
 
 @dataclass(frozen=True, slots=True)
 class InterimAnalysis:
-    """One look at a candidate."""
-
     number: int
-    """1 is the first."""
     items: int
-    """Independent items that it has."""
     needed: int
-    """Those of the last look, set with the first."""
+    """Items of the last look, fixed with the first."""
     alpha: float
-    """Budget of all looks at this candidate together for its gain."""
     level: float
-    """Of the test for a gain: p values up to it are significant."""
     loss_alpha: float
-    """Budget of all looks together for each test that excludes a loss."""
     loss_level: float
-    """Of each such test of this look."""
     before: float
-    """Spent by the looks before it."""
     spent: float
-    """Spent with this one."""
 
     @property
     def next(self) -> int | None:
-        """Items with which the candidate is asked again if it is inconclusive; None: it has had all that are needed."""
+        """Items for the next look if this one is inconclusive; None if it was the last."""
         further = self.items + math.ceil(self.needed / LOOKS)
         return None if self.items >= self.needed else min(self.needed, further)
 
 
 @dataclass(frozen=True, slots=True)
 class AnalysisPlan:
-    """Everything that is settled about a candidate before its answers are looked at."""
-
     alpha: float
-    """Budget of all looks at it together for its gain."""
     loss_alpha: float
-    """Their budget for each test that excludes a loss: ``gate.alpha``."""
+    """Budget of all looks for each test that excludes a loss: ``gate.alpha``."""
     needed: int
-    """Independent items of its last look."""
     tested: tuple[int, ...] = ()
-    """Items of the looks that were made."""
     candidates: int = 0
-    """Others that were looked at since the last release, before it."""
     only: bool = False
-    """It is looked at once, with the items that there are."""
 
     @classmethod
     def alone(cls, alpha: float) -> AnalysisPlan:
-        """The only look at the first candidate after a release."""
         return cls(candidate_alpha(alpha, 0), alpha, 1, only=True)
 
     def look(self, items: int) -> InterimAnalysis:
-        """The next look, with so many items. Where they are no more than before, its levels are 0."""
+        """The next look, with ``items``. Its levels are 0 if they are no more than before."""
         items = max(1, items)
         needed, counts = items if self.only else self.needed, (*self.tested, items)
         level, loss_level = (_levels(each, counts, needed)[-1] for each in (self.alpha, self.loss_alpha))
@@ -105,11 +87,11 @@ class AnalysisPlan:
 
 
 def candidate_alpha(alpha: float, candidates: int) -> float:
-    """The alpha that all looks at a candidate may spend on its gain, after `candidates` others since the last release.
+    """Alpha that all looks at a candidate may spend on its gain, after `candidates` others since the last release.
 
-    The series alpha * 6 / (pi^2 (k+1)^2) sums to alpha over endlessly many candidates: however long an updater tries,
-    the chance that one without a gain slips in before the next release stays below alpha. It starts at 0.61 alpha and
-    falls slowly (alpha / 2^k would leave nothing after ten).
+    The series alpha * 6 / (pi^2 (k+1)^2) sums to alpha over infinitely many candidates: the chance that one without a
+    gain passes before the next release stays below alpha. It starts at 0.61 alpha and falls slowly (alpha / 2^k would
+    leave nothing after ten).
     """
     if candidates < 0:
         raise ValueError(f"candidates is {candidates}: it counts those that were looked at before")
@@ -117,21 +99,21 @@ def candidate_alpha(alpha: float, candidates: int) -> float:
 
 
 def alpha_left(alpha: float, candidates: int) -> float:
-    """The alpha left for further candidates when so many have taken their shares since the last release."""
+    """Alpha left for further candidates after ``candidates`` have taken their shares since the last release."""
     return alpha - sum(candidate_alpha(alpha, k) for k in range(candidates))
 
 
 def needed_items(
     spread: float | None, *, detect: float, alpha: float, power: float = POWER, fewest: int = 1, most: int | None = None
 ) -> int:
-    """Items with which one look at `alpha` shows a true gain of `detect` with the chance `power`.
+    """Items with which one look at `alpha` shows a true gain of `detect` with probability `power`.
 
     Args:
         spread: standard deviation of one item's difference; None: PRIOR_SPREAD. At least that of a gain of `detect`
-            without any loss is taken, a variance of d (1 - d) in hits: earlier candidates may have changed less.
+            without any loss is used, a variance of d (1 - d) in hits: earlier candidates may have changed less.
         alpha: what the candidate may spend (:func:`candidate_alpha`).
-        fewest: items that a test asks for at least.
-        most: items that the gate can ask at most; more are not waited for.
+        fewest: minimum items of a test.
+        most: maximum items that the gate can ask.
     """
     least = math.sqrt(detect * (1.0 - detect) / RANK_EFFICIENCY)
     wanted = max(fewest, items_needed(max(PRIOR_SPREAD if spread is None else spread, least), detect, alpha, power))
@@ -139,14 +121,14 @@ def needed_items(
 
 
 def spending(alpha: float, fraction: float) -> float:
-    """The alpha that may be spent up to an information fraction: 2 - 2 Phi(z(alpha / 2) / sqrt(fraction))."""
+    """Alpha that may be spent up to an information fraction: 2 - 2 Phi(z(alpha / 2) / sqrt(fraction))."""
     if fraction <= 0.0:
         return 0.0
     return float(2.0 * stats.norm.sf(stats.norm.isf(alpha / 2.0) / math.sqrt(min(1.0, fraction))))
 
 
 def _levels(alpha: float, looks: Sequence[int], needed: int) -> list[float]:
-    """One-sided levels of looks with so many items: a Brownian motion at the times looks / needed must cross."""
+    """One-sided levels of looks with these items, for a Brownian motion at the times looks / needed."""
     nodes, weights = np.polynomial.legendre.leggauss(POINTS)
     places, masses = np.zeros(1), np.ones(1)  # where the motion is, of the paths that have not crossed
     time, spent = 0.0, 0.0
@@ -167,7 +149,7 @@ def _levels(alpha: float, looks: Sequence[int], needed: int) -> list[float]:
 
 
 def _bound(places: NDArray[np.float64], masses: NDArray[np.float64], deviation: float, chance: float) -> float:
-    """The bound that the motion exceeds after one more step with this chance."""
+    """Bound that the motion exceeds after one more step with probability ``chance``."""
 
     def excess(bound: float) -> float:
         return float(stats.norm.sf(bound, places, deviation) @ masses) - chance

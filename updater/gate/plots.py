@@ -1,8 +1,5 @@
-"""The report's two plots as inline SVG, and what the console's plots share with them.
-
-Colours are CSS variables, so one drawing serves dark and light. Nothing is styled in place (attributes say how it
-looks), so that a page may forbid inline styles.
-"""
+"""The report's two plots as inline SVG, and helpers shared with the console's plots. Colours are CSS variables, so one
+drawing serves dark and light. Style is in attributes, so that a page may forbid inline styles."""
 
 from __future__ import annotations
 
@@ -30,12 +27,10 @@ VARIABLES = {
     OPEN: "--open",
     BEFORE: "--before",
 }
-"""Marker colours that matplotlib writes, and the CSS variables that take their place."""
+"""Marker colours that matplotlib writes, and the CSS variables that replace them."""
 COLOURS = {"passed": GOOD, "failed": BAD, "inconclusive": OPEN}
 WIDTH = 5.4
-"""Inches; the page scales the drawing to its own width."""
 ROW = 0.42
-"""Inches of height for one suite."""
 _ONE_AT_A_TIME = threading.Lock()
 """matplotlib's settings are global."""
 
@@ -61,7 +56,6 @@ def forest(suites: Suites) -> str:
 
 
 def bars(suites: Suites) -> str:
-    """Score of the incumbent and of the candidate, per suite, with the base as a tick."""
     plot, axes = _rows(suites)
     for y, suite in zip(reversed(range(len(suites))), suites, strict=True):
         base = 100 * suite["base"]
@@ -79,7 +73,6 @@ def bars(suites: Suites) -> str:
 
 
 def _rows(suites: Suites) -> tuple[Figure, Any]:
-    """A drawing with a row for each suite, the first at the top, which is at the highest y."""
     height = 0.55 + ROW * len(suites)
     plot = figure(height)
     axes = plot.add_axes((0.31, 0.52 / height, 0.67, 1 - 0.56 / height))
@@ -91,7 +84,6 @@ def _rows(suites: Suites) -> tuple[Figure, Any]:
 
 
 def figure(height: float, width: float = WIDTH) -> Figure:
-    """An empty drawing without a ground; inches."""
     plot = Figure(figsize=(width, height))
     FigureCanvasSVG(plot)
     plot.patch.set_alpha(0)
@@ -99,7 +91,6 @@ def figure(height: float, width: float = WIDTH) -> Figure:
 
 
 def style(axes: Any) -> None:
-    """Thin grid, no frame."""
     axes.patch.set_alpha(0)
     axes.set_axisbelow(True)
     axes.grid(axis="x", color=LINE, linewidth=0.7)
@@ -110,7 +101,7 @@ def style(axes: Any) -> None:
 
 
 def drawn(plot: Figure, title: str, prefix: str) -> str:
-    """SVG text for inclusion in HTML: text stays text, ids start with ``prefix`` and depend on the drawing alone."""
+    """SVG text for inclusion in HTML: text stays text, ids start with ``prefix`` and depend only on the drawing."""
     stream = io.StringIO()
     with (
         _ONE_AT_A_TIME,

@@ -1,8 +1,6 @@
-"""A verdict as `report.json` and one self-contained `report.html`: no script, no font and no image from outside.
-
-A report holds the ids of samples, and who shows it reads them from the store. A sample that was deleted is then in no
-report, and those that show it say so.
-"""
+"""A verdict as `report.json` and one self-contained `report.html`, without scripts or external fonts and images. A
+report holds sample IDs only; their contents are read from the store when it is shown, so a deleted sample is in no
+report."""
 
 from __future__ import annotations
 
@@ -23,11 +21,9 @@ NO_LOOK = "none: it could not have passed, and spent no alpha"
 TEMPLATES = Path(__file__).parent / "templates"
 BOTH = ("before", "after")
 SAMPLES = ("sample", *(f"sample_{when}" for when in BOTH))
-"""Fields of :class:`updater.gate.verdict.Regression` that name a sample."""
 
 
 def write_report(verdict: Verdict, directory: Path) -> None:
-    """Write both files into `directory` (made if missing), each atomically."""
     directory.mkdir(parents=True, exist_ok=True)
     value = verdict.to_json()
     replace_file(directory / JSON_NAME, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
@@ -35,17 +31,16 @@ def write_report(verdict: Verdict, directory: Path) -> None:
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """The page of a verdict's JSON, so that an old report can be drawn again."""
+    """HTML page of a verdict's JSON, also for an old report."""
     return _fill("report.html", report)
 
 
 def render_body(report: Mapping[str, Any]) -> str:
-    """The body of the page, for inclusion in another one that links :func:`styles`. Nothing is styled in place."""
+    """Body of the page, for inclusion in another one that links :func:`styles`. Contains no inline styles."""
     return _fill("verdict.html", report)
 
 
 def styles() -> str:
-    """The style sheet of :func:`render_body`, the palette included."""
     return "\n".join((TEMPLATES / name).read_text() for name in ("palette.css", "verdict.css"))
 
 
@@ -76,7 +71,6 @@ def _fill(template: str, report: Mapping[str, Any]) -> str:
 
 
 def _cost(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Rows of the cost table: what the trainer told, with the units it uses in words."""
     labels = {
         "gflops_planned": ("Compute planned (MAF)", "GFLOPs"),
         "gflops_spent": ("Compute spent (MAF)", "GFLOPs"),
@@ -99,7 +93,6 @@ def _cost(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Rows of the facts table: who was judged, against whom, on what data, at which level, and what comes next."""
     meta, look = dict(report["meta"]), report["look"]
     number = f"number {look['number']} at this candidate" if look["made"] else NO_LOOK
     left = f"{look['left_for_others']:.2g} left for later ones"
@@ -148,7 +141,6 @@ def _value(value: Any) -> str:
 
 
 def samples_of(report: Mapping[str, Any]) -> set[str]:
-    """Ids of the samples that a report names."""
     worst = (worse for suite in report["suites"] for worse in suite["worst"])
     shown = (pair for pairs in report["diagnostics"]["pairs"].values() for pair in pairs["shown"])
     named = {str(worse[name]) for worse in worst for name in SAMPLES}
@@ -159,13 +151,11 @@ def with_samples(report: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]
     """A report with the texts and pictures of its samples.
 
     Args:
-        report: a verdict's JSON.
-        rows: by id the samples that the store has, with ``text``, ``question`` and ``answer``.
-        picture: where a sample's thumbnail is, with ``{}`` for its id.
+        rows: samples in the store by ID, with ``text``, ``question`` and ``answer``.
+        picture: URL of a sample's thumbnail, with ``{}`` for its ID.
     """
 
     def filled(shown: Mapping[str, Any]) -> dict[str, Any]:
-        """An item that became worse, or an image of a pair."""
         sample = shown["sample"]
         if not sample:
             return dict(shown)

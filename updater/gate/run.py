@@ -1,8 +1,5 @@
-"""One gate run: candidate, incumbent and base answer the same suites through the serving engine -> Verdict.
-
-The engine is opened for one run, and closed after it whatever happens. What differs between families of models is in
-:class:`Evaluator`; everything else is shared.
-"""
+"""One gate run: candidate, incumbent and base answer the same suites through the serving engine -> Verdict. Differences
+between model families are in :class:`Evaluator`."""
 
 from __future__ import annotations
 
@@ -34,38 +31,34 @@ M = TypeVar("M", bound=ItemScores)
 
 
 class Evaluator(Protocol[M]):
-    """One serving engine of a base and its resident adapters: what is gated is what is served."""
-
     @property
     def family(self) -> Family:
-        """Of the suites that it answers."""
+        pass
 
     @property
     def base(self) -> ClipBase | VlmBase:
-        """The base of all its models."""
+        pass
 
     def load(self, name: str, directory: Path, *, candidate: bool = False) -> None:
-        """Make an adapter resident. Raises AdapterError; GateError when the engine is dead.
-
-        A `candidate` that the trainer made is compared with the trainer's model.
-        """
+        """Make an adapter resident. Raises AdapterError; GateError if the engine is dead. A `candidate` is also
+        compared with the trainer's model."""
 
     def checks(self, candidate: str, suites: Sequence[Suite], facts: Mapping[str, Any]) -> list[Check]:
-        """Engineering checks before anything is scored; those named `loads` and `finite` decide whether it is."""
+        """Engineering checks before scoring, which is skipped if those named `loads` or `finite` fail."""
 
     def score(self, suite: Suite, adapter: str | None, *, label: str = "") -> M:
-        """One model's answers to one suite; None is the base. Raises GateError for what no model could answer."""
+        """Answers of one model (None is the base) to one suite. Raises GateError if no model could answer."""
 
     def answer_checks(self, candidate: str, suites: Sequence[Suite]) -> list[Check]:
-        """Engineering checks that look at the answers to all suites, after they were scored."""
+        """Engineering checks of the answers to all suites, after scoring."""
 
     def cross_version(
         self, suites: Sequence[Suite], incumbent: str | None, candidate: str, margin: float, level: float
     ) -> CrossVersion | None:
-        """Recall of the candidate's texts among images that the incumbent embedded. None where that says nothing."""
+        """Recall of the candidate's texts among images that the incumbent embedded; None if not applicable."""
 
     def diagnostics(self, scores: Sequence[Scores], incumbent: str | None, candidate: str) -> Diagnostics:
-        """Diagnostics of this family, after all suites were scored."""
+        pass
 
     def chance(self, suite: Suite) -> float:
         """Score of guessing."""
@@ -76,11 +69,8 @@ class Evaluator(Protocol[M]):
 
 @contextmanager
 def open_evaluator(settings: Settings, base: ClipBase | VlmBase) -> Iterator[Evaluator[Any]]:
-    """An engine of `base`, as it serves: a CLIP in this process, a VLM in the engine that the settings name.
-
-    Raises:
-        GateError: the VLM engine does not start.
-    """
+    """Open an engine of `base` as in serving: a CLIP in this process, a VLM in the engine that the settings name.
+    Raises GateError if the VLM engine does not start."""
     if isinstance(base, ClipBase):
         yield ClipEvaluator(ClipEngine.of(settings, base, threads=settings.updater.threads))
         return
@@ -116,16 +106,14 @@ def run_gate(
         incumbent: adapter of the live release; None is the base alone.
         suites: retention suites, and gain suites of the user, all of the evaluator's family.
         fresh: gain suites from `fresh_eval`, see `fresh_suites`.
-        plan: what the looks at this candidate may spend, and those made so far; `AnalysisPlan.alone` for a single one.
+        plan: budget and history of the looks at this candidate; `AnalysisPlan.alone` for a single one.
         best: by retention suite the adapter of the best release so far, resident in the engine.
-        counts: how often concepts are in the data that the candidate learned from; without them results are not split
-            by it.
+        counts: frequency of concepts in the candidate's training data; without them results are not split by it.
         cost: shown in the report.
-        meta: shown in the report; `tuned_on` (names of suites that the recipe was tuned on: their verdict falls on the
-            hidden half), `load_error` (why the candidate is not resident), `rank` and `bytes` of the adapter.
+        meta: shown in the report. `tuned_on`: suites that the recipe was tuned on, judged on their hidden half;
+            `load_error`: why the candidate is not resident; `rank` and `bytes` of the adapter.
 
-    Raises:
-        GateError: a suite cannot be read, or base or incumbent cannot be scored. A bad candidate never raises.
+    Raises GateError: a suite cannot be read, or base or incumbent cannot be scored. A bad candidate never raises.
     """
     started = time.monotonic()
     facts = dict(meta or {})
@@ -146,7 +134,7 @@ def run_gate(
     if all(check.ok for check in checks if check.name in ("loads", "finite")):
         findings, failed, scores = _suites(evaluator, candidate, incumbent, gated, best or {}, settings, look)
         checks += failed
-    # checks that look at the answers come after the tests, and take nothing back
+    # Checks of the answers come after the tests, and do not undo the spending of alpha.
     sound = all(check.ok for check in checks[:early])
     outcome, reasons = conclude(findings, checks)
     crossing = None
@@ -186,7 +174,7 @@ def _suites(
     settings: GateSettings,
     look: InterimAnalysis,
 ) -> tuple[Findings, list[Check], list[Scores]]:
-    """Ask all suites: results, checks of the answers, and the answers; none of those where the candidate failed."""
+    """Results, checks of the answers, and the answers of all suites; no answers if the candidate failed."""
     scores: list[Scores] = []
     for number, suite in enumerate(suites, start=1):
         say(f"gate: suite {number}/{len(suites)} {suite.name} ({len(suite.items())} items)")
@@ -223,9 +211,8 @@ def diagnose(
     candidate: str,
     counts: ConceptCounts | None,
 ) -> Diagnostics:
-    """Compute what decides nothing: what cannot be computed becomes a warning, and so does a share of "yes" that leaves
-    the truth. ``scores`` are none where the candidate could not be scored.
-    """
+    """Compute diagnostics; failures become warnings, as does a share of "yes" that moves away from the truth.
+    ``scores`` is empty if the candidate could not be scored."""
     found, warnings = Diagnostics(), []
     try:
         found = evaluator.diagnostics(scores, incumbent, candidate) if scores else found

@@ -1,10 +1,9 @@
 """Suites from held-out (`fresh_eval`) rows of the sample store, and the best release so far by each suite.
 
-Gain suites are of the newest rows. Once the update is released they become memory: retention suites, a bounded
-reservoir for each domain, drawn by a hash of the sample's id, so that a further row displaces at most one and a deleted
-one is gone. A candidate's heads have retention suites of labelled rows.
-
-Which samples are asked follows from ids, domains and texts: those are read at once, an image when it is asked for.
+Gain suites use the newest rows. Once the update is released these become memory: retention suites, a bounded reservoir
+per domain drawn by a hash of the sample ID, so that a new row displaces at most one and a deleted one is gone. A
+candidate's heads have retention suites of labelled rows. IDs, domains and texts, which determine the items, are read at
+once; images only when needed.
 """
 
 from __future__ import annotations
@@ -28,43 +27,34 @@ from updater.gate.suite_items import Item, limited, sample_item
 from updater.gate.suites import MAX_ITEMS, Family, Role, Suite, Task
 
 CAPACITY: dict[Family, int] = {"clip": 1000, "vlm": 400}
-"""Items of a suite; an answer of a VLM costs many times what a vector does. A loss of 5 points is excluded at 80% power
-with some 160 where nothing was lost; where updates since took 3 points from the best release, it takes 1,000."""
+"""Items of a suite; a VLM's answer costs many times what a vector does. Some 160 exclude a loss of 5 points at 80%
+power if nothing was lost; if updates since took 3 points from the best release, it takes 1,000."""
 MOST_DOMAINS = 12
 """Suites of single domains. All must pass, and each is asked of the candidate."""
 MOST_FRESH = 6
-"""Gain suites of single domains."""
 PREFIX = "memory"
 COLUMNS = ("id", "label", "domain", "concept")
 WORDS_ROWS = 1024
-"""Rows whose words are read at once."""
 TEXT_COLUMNS = ("id", "text", "question", "answer", "domain", "concept")
 PAGE = 16
-"""Images that are read at once."""
 PAGES = 8
-"""Pages that are kept, for as many threads: of images of 8 MiB, the largest that are ingested, 1 GiB."""
+"""Cached pages, for as many threads: with images of 8 MiB, the ingest limit, 1 GiB."""
 MOST_RIVALS = 2
-"""Best releases that are compared: each is resident in the gate's engine with incumbent and candidate."""
+"""Best releases to compare: each is resident in the gate's engine with incumbent and candidate."""
 
 
 class Images(Protocol):
-    """Encoded images by sample id."""
-
     def expect(self, ids: Sequence[str]) -> None:
-        """These will be asked for, in this order: neighbours may be read together."""
+        """Announce the next images in order, so that neighbours can be read together."""
 
     def __call__(self, sample: str) -> bytes:
-        """One of them. Raises GateError."""
+        """Raises GateError."""
 
 
 class HeldOut:
-    """The split ``fresh_eval`` of one version of the store; also gives the images of the rows that were read. For
-    several threads.
-
-    Args:
-        version: one that is pinned, or that is kept for as long as the images are asked for.
-        having: only samples that have a text, or a question; None: all.
-    """
+    """The split ``fresh_eval`` of one version of the store; also gives the images of the rows that were read.
+    Thread-safe. ``version``: pinned, or otherwise kept for as long as images are needed. ``having``: only samples with
+    this field; None: all."""
 
     def __init__(self, store: SampleStore, version: int, having: Having | None) -> None:
         self.store, self.version, self.having = store, version, having
@@ -75,7 +65,7 @@ class HeldOut:
         self._lock = Lock()
 
     def rows(self, columns: Sequence[str], after: Mapping[str, int] | None = None) -> pa.Table:
-        """All rows, or those at or after some offsets, in no order. ``columns``: id, and others than the image."""
+        """All rows, or those at or after some offsets, unordered. ``columns``: ``id``, and others except the image."""
         schema = pa.schema([SAMPLE_SCHEMA.field(name) for name in columns])
         parts = [schema.empty_table()]
         for batch in self.store.addresses(columns, self.version, "fresh_eval", self.having, after):
@@ -84,7 +74,7 @@ class HeldOut:
         return pa.concat_tables(parts)
 
     def some(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
-        """Other columns of rows that :meth:`rows` has given, in the order of ``ids``."""
+        """Other columns of rows that :meth:`rows` returned, in the order of ``ids``."""
         rows: list[dict[str, Any]] = []
         for start in range(0, len(ids), WORDS_ROWS):
             addresses = [self._addresses[each] for each in ids[start : start + WORDS_ROWS]]
@@ -92,7 +82,6 @@ class HeldOut:
         return pa.Table.from_pylist(rows, pa.schema([SAMPLE_SCHEMA.field(name) for name in columns]))
 
     def expect(self, ids: Sequence[str]) -> None:
-        """Read neighbours in ``ids`` together, but for those that were expected before."""
         new = [each for each in dict.fromkeys(ids) if each not in self._page_of]
         for start in range(0, len(new), PAGE):
             page = new[start : start + PAGE]
@@ -100,7 +89,7 @@ class HeldOut:
             self._pages.append(page)
 
     def __call__(self, sample: str) -> bytes:
-        """The image of a row that :meth:`rows` has given. Raises GateError when the store cannot be read."""
+        """Image of a row that :meth:`rows` returned. Raises GateError if the store cannot be read."""
         if sample not in self._page_of:
             self.expect([sample])
         number = self._page_of[sample]
@@ -128,14 +117,14 @@ def fresh_suites(
     min_items: int = 50,
     limit: int = MAX_ITEMS,
 ) -> list[Suite]:
-    """One gain suite for each domain that asks at least `min_items` fresh captions (or images with questions), the
-    largest MOST_FRESH of them, and one over the rest, if it asks as many.
+    """One gain suite for each of the MOST_FRESH largest domains with at least `min_items` fresh captions (or images
+    with questions), and one over the rest if it has as many.
 
-    If no domain has enough, one suite over all rows together; none if there are no rows. So hardly any row is left
-    out, and with a further row there are not fewer items. Images are read of none but the items that are drawn.
+    If no domain has enough, one suite over all rows; none without rows. So few rows are left out, and a further row
+    never lowers the number of items. Images are read only for the sampled items.
 
-    A CLIP is asked for retrieval both ways, where items with the same text count as each other's hits; a VLM is
-    asked the questions, and its answers must match. Rows without a text (a question) are left out.
+    A CLIP is asked for retrieval both ways (items with the same text are hits of each other); a VLM answers the
+    questions. Rows without a text (or question) are left out.
 
     Args:
         rows: columns id, domain, concept and text, or question and answer.
@@ -158,7 +147,6 @@ def fresh_suites(
 
 
 def items_by_domain(rows: pa.Table, family: Family, images: Images) -> dict[str, list[Item]]:
-    """Items by domain, in the order in which domains appear."""
     by_domain: dict[str, list[Item]] = defaultdict(list)
     for row in rows.select([name for name in TEXT_COLUMNS if name in rows.column_names]).to_pylist():
         text, question, answer = ((row.get(name) or "").strip() for name in ("text", "question", "answer"))
@@ -172,7 +160,6 @@ def items_by_domain(rows: pa.Table, family: Family, images: Images) -> dict[str,
 def store_suite(
     items: Sequence[Item], name: str, role: Role, family: Family, limit: int, description: str, images: Images
 ) -> Suite:
-    """A suite over items of the sample store, at most `limit` of them."""
     task: Task = "retrieval" if family == "clip" else "vqa"
     suite = Suite(name=name, role=role, task=task, limit=limit, description=description)
     suite._items = tuple(limited(items, limit, suite.seed))
@@ -181,22 +168,20 @@ def store_suite(
 
 
 def fresh_suite(items: Sequence[Item], domain: str, family: Family, limit: int, images: Images) -> Suite:
-    """A gain suite over items of one domain, or of several where it is empty."""
     name = slug(f"fresh.{domain}" if domain else "fresh")
     description = f"New {domain or 'samples'} that were never trained on."
     return store_suite(items, name, "gain", family, limit, description, images)
 
 
 def slug(name: str) -> str:
-    """A domain's name as that of a suite."""
     return "".join(c if c.isalnum() or c in "_.-" else "-" for c in name.lower())[:64]
 
 
 def choose_memory(rows: pa.Table, family: Family, min_units: int) -> dict[str, list[str]]:
-    """Ids of the samples of each memory suite, by its name.
+    """Choose the sample IDs of each memory suite, by its name.
 
-    The largest domains with at least `min_units` samples have a suite each; the rest of the domains, and samples
-    without one, are one suite together. Which rows are chosen does not depend on their order.
+    The largest domains with at least `min_units` samples form a suite each; all other samples form one together. The
+    choice does not depend on the order of rows.
 
     Args:
         rows: columns id and domain of all held-out samples of the data that was learned.
@@ -213,16 +198,14 @@ def choose_memory(rows: pa.Table, family: Family, min_units: int) -> dict[str, l
 
 
 def reservoir(ids: Sequence[str], capacity: int) -> list[str]:
-    """The `capacity` ids whose hashes are smallest."""
     return sorted(ids, key=lambda name: hashlib.sha256(f"{PREFIX} {name}".encode()).digest())[:capacity]
 
 
 def memory_suites(
     rows: pa.Table, chosen: dict[str, list[str]], family: Family, min_units: int, images: Images
 ) -> list[Suite]:
-    """The suites of :func:`choose_memory` from the rows that it chose. Those with fewer independent items than
-    `min_units` are left out.
-    """
+    """The suites of :func:`choose_memory` from the rows that it chose, except those with fewer than `min_units`
+    independent items."""
     by_id = {item.sample_id: item for items in items_by_domain(rows, family, images).values() for item in items}
     suites = []
     for name, ids in chosen.items():
@@ -236,16 +219,14 @@ def memory_suites(
 
 
 def learned_before(rows: pa.Table, fresh: pa.Table) -> pa.Table:
-    """The rows that are not among the fresh ones; both have a column id."""
     known = set(fresh["id"].to_pylist())
     return rows.filter(np.array([name not in known for name in rows["id"].to_pylist()], dtype=bool))
 
 
 def head_suites(settings: Settings, store: SampleStore, version: int, heads: Mapping[str, Head]) -> list[Suite]:
-    """A retention suite for each head of the candidate, asked by head, and by prompts where an incumbent or the base
-    has none: so a head must not be worse than the one before it, nor than zero-shot classification. Raises AdapterError
-    where one cannot be judged: the settings do not name it, or no held-out sample has its labels.
-    """
+    """A retention suite for each head of the candidate, answered by head, or by prompts if incumbent or base lacks it:
+    a head must not be worse than its predecessor, nor than zero-shot classification. Raises AdapterError for a head
+    that cannot be judged: it is not in the settings, or no held-out sample has its labels."""
     wanted = {head.name: head for head in settings.updater.heads}
     if not heads:
         return []
@@ -278,22 +259,22 @@ def head_suites(settings: Settings, store: SampleStore, version: int, heads: Map
 
 
 def best_by_suite(verdicts: Sequence[VerdictRow], suites: Sequence[str], incumbent: str | None) -> dict[str, str]:
-    """By suite the adapter that was released with the highest score in its verdict, less the base's in the same one: a
-    candidate is compared with it, so that small losses cannot add up.
+    """By suite, the released adapter with the highest score in its verdict relative to the base's score there.
+    Candidates are compared with it, so that small losses cannot add up.
 
-    A score is compared by its distance to the base because the items of a memory suite change as data are learned. The
-    incumbent is not named, as it is a reference anyway. Of more than MOST_RIVALS adapters those that are best on most
-    suites are named.
+    Scores are relative to the base because the items of a memory suite change as data are learned. The incumbent is
+    omitted, as it is a reference anyway. If there are more than MOST_RIVALS adapters, those best on most suites are
+    kept.
 
     Args:
-        verdicts: released ones of one family and base, the newest first; adapters of another base do not compare.
-        suites: names of retention suites. That of a memory suite also stands for the fresh suite of its domain, by
-            which the domain was judged when it was new.
+        verdicts: released ones of one family and base, newest first.
+        suites: names of retention suites. A memory suite also stands for the fresh suite of its domain, by which the
+            domain was judged when it was new.
     """
     best: dict[str, str] = {}
     for name in suites:
         scored = [(score, verdict.adapter) for verdict in verdicts if (score := _score(verdict, name)) is not None]
-        if scored:  # the newest first: of equal ones it is taken
+        if scored:  # verdicts are newest first, so ties go to the newest
             best[name] = max(scored, key=lambda pair: pair[0])[1]
     best = {name: adapter for name, adapter in best.items() if adapter != incumbent}
     named = {adapter for adapter, _ in Counter(best.values()).most_common(MOST_RIVALS)}

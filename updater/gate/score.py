@@ -1,9 +1,8 @@
-"""Ask a model the questions of a suite, through the serving engine: what is gated is what is served.
+"""Scores a CLIP on a suite through the serving engine.
 
 Answers are ranks: of the true class among the classes, of the best matching text for an image, of the best matching
 image for a text. Rank 0 is right. Ties and non-finite scores count against the model: a collapsed model, for which
-everything is equally similar, must not look perfect. What one model answered to one suite is kept on disk, in one small
-file; the items that a candidate gets wrong and that were right before are shown in its report.
+everything is equally similar, must not look perfect. Answers are cached on disk, one small file per model and suite.
 """
 
 from __future__ import annotations
@@ -38,16 +37,15 @@ from updater.gate.verdict import Regression
 Vectors = NDArray[np.float32]
 T = TypeVar("T")
 View = tuple[NDArray[np.floating], NDArray[np.bool_]]
-"""Of one way of asking: similarities [n, choices], and which choices are right."""
+"""For one way of asking: similarities [n, choices], and which choices are right."""
 
 IMAGE_BATCH = 8
 TEXT_BATCH = 16
 """On a CPU small batches stay in its caches: 6 ms an image in batches of 8, 12 in batches of 64 (lite0, 128 px)."""
 GPU_BATCH = 64
 KEEP_PIXELS = 256 * 1024 * 1024
-"""Bytes of decoded pixels kept between the models that answer the same suite."""
 KEEP_FILES = 400
-"""Score files kept in a folder; the oldest go first (each about 10 KB)."""
+"""Score files to keep in a folder, the newest (each about 10 KB)."""
 SIDE = 96
 """Longest side of a thumbnail, in pixels: a dozen for each of ten suites stay below 0.5 MB."""
 MOST = 12
@@ -60,24 +58,20 @@ class Outcomes:
 
     ids: NDArray[np.str_]
     ranks: NDArray[np.int32]
-    """0-based rank of the best right answer."""
     answers: NDArray[np.int32]
     """The model's first choice: an index into `Scorer.choices(suite)` of that view."""
     k: int
 
     @property
     def hits(self) -> NDArray[np.float64]:
-        """1 where the right answer is among the first k, else 0. Shape [n, views]."""
+        """1 if the right answer is among the first k, else 0: [n, views]."""
         return (self.ranks < self.k).astype(np.float64)
 
 
 class Scorer:
-    """Scores suites for the adapters resident in one engine; embeddings and scores are computed once.
-
-    Scores are cached on disk by suite digest, embedding spaces (content digests of everything that makes a vector)
-    and the engine's precision, whose rounding must not differ between two models that are compared; so a base or an
-    incumbent that has answered a suite before costs nothing.
-    """
+    """Scores suites for the adapters resident in one engine; embeddings and scores are computed once. Scores are cached
+    on disk by suite digest, embedding spaces (content digests of everything that makes a vector) and the engine's
+    precision, whose rounding must not differ between compared models."""
 
     def __init__(self, engine: ClipEngine, cache: Path | None = None) -> None:
         self.engine = engine
@@ -108,7 +102,6 @@ class Scorer:
         return Outcomes(ids, ranks, answers, suite.k)
 
     def choices(self, suite: Suite) -> tuple[list[str], ...]:
-        """For each view the possible answers: classes; or unique texts, and item ids."""
         items = suite.items()
         texts = sorted({item.text for item in items})
         return (texts,) if suite.task == "classification" else (texts, [item.id for item in items])
@@ -138,7 +131,7 @@ class Scorer:
     def texts(self, texts: Sequence[str], adapter: str | None, label: str = "texts") -> Vectors:
         """L2-normalised text vectors [n, dim]; each distinct text is embedded once per space."""
         known = self._texts.setdefault(self.engine.spaces(adapter).text, {})
-        # texts of like length together: a batch is as long as its longest text
+        # Texts of similar length together: a batch is as long as its longest text.
         missing = sorted({text for text in texts if text not in known}, key=lambda text: (len(text), text))
 
         def encode(batch: Sequence[str]) -> Vectors:
@@ -151,11 +144,9 @@ class Scorer:
     def _encoded(
         self, items: Sequence[T], size: int, encode: Callable[[Sequence[T]], Vectors], label: str
     ) -> Iterator[tuple[Sequence[T], Vectors]]:
-        """Batches with their vectors, in order, on as many threads as torch was given, each computing alone.
-
-        Several threads in one forward pass wait for each other at every layer; next to a busy server that made a gate
-        run four times as long. Whole batches side by side have nothing to wait for.
-        """
+        """Batches with their vectors, in order, on as many threads as torch was given, each computing alone. Several
+        threads in one forward pass wait for each other at every layer; next to a busy server that made a gate run four
+        times as long."""
         threads = torch.get_num_threads() if self.engine.device.type == "cpu" else 1
         size = size if self.engine.device.type == "cpu" else GPU_BATCH
         batches = [items[i : i + size] for i in range(0, len(items), size)]
@@ -171,7 +162,7 @@ class Scorer:
             torch.set_num_threads(threads)
 
     def pixels(self, item: Item) -> NDArray[np.uint8]:
-        """The item's image as the engine wants it: uint8 [S, S, 3]."""
+        """The item's image for the engine: uint8 [S, S, 3]."""
         cached = self._pixels.get(item.source)
         if cached is not None:
             return cached
@@ -183,7 +174,7 @@ class Scorer:
         return pixels
 
     def _classify(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> list[View]:
-        """By probabilities of the adapter's head, 0 for a class that it does not know; else by cosines with prompts."""
+        """Score by probabilities of the adapter's head (0 for a class unknown to it), or by cosines with prompts."""
         (classes,) = self.choices(suite)
         similarity: NDArray[np.float64]
         if (head := self._head(suite, adapter)) is not None:
@@ -212,11 +203,9 @@ class Scorer:
         return [(similarity, to_text), (similarity.T[own], to_image)]
 
     def folder(self, suite: Suite) -> Path | None:
-        """Where its answers are kept; None: nowhere."""
         return self.cache or suite.cache
 
     def key(self, suite: Suite, adapter: str | None) -> list[str]:
-        """Names everything that decides what one model answers to a suite."""
         spaces = self.engine.spaces(adapter)
         head = self._head(suite, adapter)
         own = [heads_digest({suite.head: head})] if head else []
@@ -224,15 +213,12 @@ class Scorer:
 
 
 def prompt(template: str, suite: Suite, label: str) -> str:
-    """A class as a suite's template asks for it."""
     return template.replace("{}", suite.names.get(label, label.replace("_", " ")))
 
 
 def rank_of_best(similarity: NDArray[np.floating], right: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """The number of wrong answers that do not score below the best right one. Both arrays have shape [n, choices].
-
-    "Not below" and not "above": a tie or a NaN on either side counts against the model.
-    """
+    """Number of wrong answers that do not score below the best right one. Both arrays have shape [n, choices]. "Not
+    below" rather than "above": a tie or a NaN on either side counts against the model."""
     best = np.where(right, similarity, -np.inf).max(axis=1, keepdims=True)
     ranks: NDArray[np.int32] = (~(similarity < best) & ~right).sum(axis=1, dtype=np.int32)
     return ranks
@@ -244,10 +230,7 @@ def kept(
     compute: Callable[[], Sequence[NDArray[Any]]],
     fits: Callable[[Sequence[NDArray[Any]]], bool],
 ) -> Sequence[NDArray[Any]]:
-    """The arrays that a file keeps under these names; where there is none that fits, they are computed and kept.
-
-    `path` None: they are kept nowhere.
-    """
+    """Load named arrays from a file, or compute and save them if there is none that fits. `path` None: no file."""
     arrays: Sequence[NDArray[Any]] | None = load_arrays(path, names) if path else None
     if arrays is None or not fits(arrays):
         arrays = compute()
@@ -257,7 +240,6 @@ def kept(
 
 
 def store_arrays(path: Path, **arrays: NDArray[Any]) -> None:
-    """Write arrays atomically; then drop the oldest files beyond the bound."""
     with replacing(path, durable=False) as staging:
         np.savez_compressed(staging, **cast(dict[str, Any], arrays))
     by_age = sorted(path.parent.glob("*.npz"), key=_age, reverse=True)
@@ -266,7 +248,7 @@ def store_arrays(path: Path, **arrays: NDArray[Any]) -> None:
 
 
 def load_arrays(path: Path, names: Sequence[str]) -> list[NDArray[Any]] | None:
-    """The arrays of these names, or None if there is no file or it is damaged (it is then written again)."""
+    """Arrays of these names; None if the file is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = [file[name] for name in names]
@@ -285,7 +267,7 @@ def _age(path: Path) -> float:
 
 
 def worst_items(scorer: Scorer, suite: Suite, before: Outcomes, after: Outcomes) -> tuple[Regression, ...]:
-    """Hits that became misses, the deepest fall first; an item is shown once, in its worse view."""
+    """Hits that became misses, the largest fall first; an item appears once, in its worse view."""
     fall = np.where((before.hits > after.hits), after.ranks - before.ranks, 0)
     view, depth = fall.argmax(axis=1), fall.max(axis=1)
     order = np.lexsort((before.ids, -depth))[:MOST]
@@ -307,7 +289,7 @@ def worst_answers(
     before: tuple[Sequence[str], NDArray[np.float64]],
     after: tuple[Sequence[str], NDArray[np.float64]],
 ) -> tuple[Regression, ...]:
-    """Questions that earned more before, the deepest fall first; both arguments are answers and what they earned."""
+    """Questions with a lower score than before, the largest fall first; both arguments are answers and their scores."""
     items, fall = suite.items(), before[1] - after[1]
     order = np.lexsort((np.array([item.id for item in items]), -fall))[:MOST]
     return tuple(
@@ -318,7 +300,7 @@ def worst_answers(
 
 
 def _choices(scorer: Scorer, suite: Suite, view: int) -> Sequence[Item | str]:
-    """Possible answers in a view: items where it is their image, or their caption and they are samples."""
+    """Possible answers in a view: items if their image is the answer, or if they are samples and their caption is."""
     items = suite.items()
     if suite.views[view] == "text to image":
         return items
@@ -346,7 +328,6 @@ def _worse(item: Item, view: str, ranks: tuple[int, int], answers: tuple[Item | 
 
 
 def _shown(answer: Item | str) -> str:
-    """Its text; none of a sample."""
     if isinstance(answer, str):
         return answer[:MOST_CHARS]
     return "" if answer.sample_id else answer.text[:MOST_CHARS]

@@ -1,13 +1,13 @@
-"""The statistics that let a candidate in: paired tests, their intervals, and corrections for several.
+"""Paired tests, their intervals, and corrections for multiple tests.
 
-Every comparison is paired: the same items, before and after. Two kinds of outcome exist.
+Every comparison is paired: the same items, before and after. There are two kinds of outcome.
 
 - *Accuracy*: one 0/1 per item. Non-inferiority uses Tango's score test for a paired difference of proportions
   (Statistics in Medicine 17, 1998, 891-908) and the interval that inverts it; superiority the exact McNemar test.
-- *Clusters*: numbers in [0, 1], one for each way in which an item is asked, of items that may depend on each other
-  (a shared caption, or questions about one image). Whole clusters are resampled by a studentised bootstrap of the mean
-  over items, a ratio of two sums (Cochran, Sampling Techniques, 1977, 6.4). Where each item is alone with one outcome
-  of 0 or 1, it is tested as an accuracy.
+- *Clusters*: numbers in [0, 1], one for each way in which an item is asked, of items that may depend on each other (a
+  shared caption, or questions about one image). Whole clusters are resampled by a studentised bootstrap of the mean
+  over items, a ratio of two sums (Cochran, Sampling Techniques, 1977, 6.4). Independent items with one outcome of 0 or
+  1 are tested as an accuracy.
 
 Ranks are tested on 1/log2(2 + rank), the gain of a single right answer in DCG (Jarvelin and Kekalainen, ACM TOIS 20,
 2002): few items cross the k-th place of recall@k, and 100 items say with it what 260 say of recall@5.
@@ -29,29 +29,28 @@ from scipy import optimize, stats
 Floats = NDArray[np.float64]
 
 RESAMPLES = 20_000
-"""Bootstrap draws at least; the smallest p value is 1 / (draws + 1)."""
+"""Minimum bootstrap draws; the smallest p value is 1 / (draws + 1)."""
 
 PSEUDO = 0.5
-"""Half an item is added at -1 and at +1 before resampling, as Agresti and Min (2005) do for paired proportions:
-with no disagreement at all the plain bootstrap would claim certainty from any number of items. Where outcomes are no
-hits and misses it is added at the largest difference that was seen (`reach`): at +-1 it would hide what 50 items show
-of a rank statistic, and at the differences' root mean square a test at 3% would be one at 6% (both by simulation)."""
+"""Half an item is added at -1 and at +1 before resampling, as Agresti and Min (2005) do for paired proportions: without
+any disagreement the plain bootstrap would claim certainty from any number of items. For graded outcomes it is added at
+the largest observed difference (`reach`): at +-1 it would hide what 50 items show of a rank statistic, and at the
+differences' root mean square a test at 3% would be one at 6% (both by simulation)."""
 
 CELLS = 250_000
-"""Numbers of a chunk of draws: 2 MB, which stay in a core's cache. Chunks of 32 MB take ten times as long."""
+"""Numbers in a chunk of draws: 2 MB, which fit a core's cache. Chunks of 32 MB take ten times as long."""
 POWER = 0.8
-"""Chance with which a test is to show what is there, as usual in trials: 0.9 would take a third more items."""
+"""Power of a test, as usual in trials: 0.9 would take a third more items."""
 SMALLEST_REACH = 1e-6
-"""Of a model that changes no rank at all."""
 MAX_RESAMPLES = 400_000
-"""Bound on the draws (a second or two, and 50 MB)."""
+"""Maximum draws (a second or two, and 50 MB)."""
 BEYOND, BEYOND_SHARE = 25.0, 2.0
-"""Draws beyond a level: p is known to a fifth of itself there, and where tests share the level it can be reached."""
+"""Draws beyond a level: p is then known to a fifth of itself, and can be reached if tests share the level."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One paired comparison of two models on the same items; all p values and bounds are one-sided."""
+    """Paired comparison of two models on the same items; all p values and bounds are one-sided."""
 
     n: int
     before: float
@@ -59,36 +58,31 @@ class Comparison:
     difference: float
     margin: float
     p_noninferior: float
-    """Of H0: the loss is at least `margin`."""
+    """H0: the loss is at least `margin`."""
     p_superior: float
-    """Of H0: there is no gain."""
+    """H0: there is no gain."""
     p_worse: float
-    """Of H0: there is no loss."""
+    """H0: there is no loss."""
     method: str
     spread: float
     """Standard deviation of one item's difference."""
     bounds: Callable[[float], tuple[float, float]]
     """Lower and upper bound of the difference, each missed with at most the given probability."""
     units: int
-    """Clusters that are independent of each other: captions, images, or items where each is alone."""
     resample: Callable[[], Bootstrap]
-    """Its bootstrap distribution, to be pooled with others."""
 
     @property
     def unit_spread(self) -> float:
-        """Standard deviation of one independent unit's difference."""
         return self.spread * math.sqrt(self.units / self.n)
 
     def needed(self, level: float) -> int:
-        """Items with which non-inferiority would be shown at `level` with POWER if nothing had changed."""
+        """Items that would show non-inferiority at `level` with POWER if nothing had changed."""
         return items_needed(self.spread, self.margin, level)
 
 
 def tango_z(gained: int, lost: int, n: int, difference: float) -> float:
-    """Tango's score statistic for H0: p(after) - p(before) = difference; positive where the data lie above it.
-
-    `gained` items went from wrong to right, `lost` the other way, of `n` in all.
-    """
+    """Tango's score statistic for H0: p(after) - p(before) = difference; positive if the data are above it. `gained`
+    items went from wrong to right, `lost` the other way, of `n` in all."""
     a = 2.0 * n
     b = -gained - lost + (2.0 * n - gained + lost) * difference
     c = -lost * difference * (1.0 - difference)
@@ -123,14 +117,14 @@ def mcnemar_superior(gained: int, lost: int) -> float:
 
 
 def reciprocal_log_rank(ranks: NDArray[np.integer]) -> Floats:
-    """1/log2(2 + rank) of 0-based ranks: 1 where the answer is right, 0.5 at rank 2, near 0 far down."""
+    """1/log2(2 + rank) of 0-based ranks: 1 for a right answer, 0.5 at rank 2, near 0 far down."""
     return np.asarray(1.0 / np.log2(2.0 + ranks), dtype=np.float64)
 
 
 def compare_accuracy(
     before: Floats, after: Floats, *, margin: float, level: float = 0.05, tests: int = 1, seed: int = 0
 ) -> Comparison:
-    """Compare two aligned 0/1 vectors of shape [n]. Raises ValueError if they are not."""
+    """Compare two aligned 0/1 vectors of shape [n]. Raises ValueError otherwise."""
     _check(before, after)
     if not (np.isin(before, (0.0, 1.0)).all() and np.isin(after, (0.0, 1.0)).all()):
         raise ValueError("accuracy compares 0/1 outcomes")
@@ -168,13 +162,12 @@ def compare_clusters(
     """Compare two aligned outcome arrays of shape [n] or [n, views] in [0, 1].
 
     Args:
-        clusters: [n]; items with the same number are resampled together. None: each item is alone.
-        level: at which the comparison will be tested: it decides how many draws are made.
+        clusters: [n]; items with the same number are resampled together. None: all items are independent.
+        level: of the later test; it determines the number of draws.
         tests: how many may share that level (Holm, Bonferroni).
-        graded: outcomes are no hits and misses, but numbers that nearly every item moves (a rank statistic).
+        graded: outcomes are not hits and misses, but numbers that nearly every item changes (a rank statistic).
 
-    Raises:
-        ValueError: the arrays do not align.
+    Raises ValueError: the arrays do not align.
     """
     _check(before, after)
     first = before.reshape(len(before), -1)
@@ -197,10 +190,8 @@ def compare_clusters(
 
 
 def pool(strata: Sequence[Comparison], margin: float) -> Comparison:
-    """The mean over strata weighted by their units, its variance the weighted sum of theirs.
-
-    A single stratum is its own pool. The strata must have been compared at one `level` and with different seeds.
-    """
+    """Mean over strata weighted by their units, with the weighted sum of their variances. A single stratum is its own
+    pool. The strata must have been compared at one `level` and with different seeds."""
     if len(strata) == 1 and strata[0].margin == margin:
         return strata[0]
     units = sum(stratum.units for stratum in strata)
@@ -235,33 +226,27 @@ def _compared(
 
 
 def items_needed(spread: float, margin: float, level: float, power: float = POWER) -> int:
-    """Items with which a one-sided test at `level` finds a distance of `margin` with `power`.
-
-    `spread` is the standard deviation of one item's difference.
-    """
+    """Items with which a one-sided test at `level` detects a distance of `margin` with `power`. `spread` is the
+    standard deviation of one item's difference."""
     if margin <= 0.0:
         return 0
     return math.ceil((_reach(level, power) * spread / margin) ** 2)
 
 
 def smallest_difference(spread: float, items: int, level: float, power: float = POWER) -> float:
-    """The distance that a one-sided test at `level` finds with `power` in so many items: :func:`items_needed`, turned
-    round.
-    """
+    """Inverse of :func:`items_needed`: the distance that a test detects with ``items``."""
     return _reach(level, power) * spread / math.sqrt(max(items, 1))
 
 
 def _reach(level: float, power: float) -> float:
-    """Standard errors between a hypothesis and what is found with `power`."""
+    """Standard errors between a hypothesis and a distance detected with `power`."""
     return float(stats.norm.isf(level) + stats.norm.ppf(power))
 
 
 def holm(p_values: list[float], level: float) -> list[tuple[bool, float]]:
-    """Holm's step-down: for each hypothesis whether it is rejected, and the level at which it was tested.
-
-    After the first that is not rejected, none is; those are shown at the level where the procedure stopped, so that
-    an interval drawn at a suite's level always tells the same story as its decision.
-    """
+    """Holm's step-down: for each hypothesis whether it is rejected, and the level at which it was tested. After the
+    first that is not rejected, none is; these are reported at the level where the procedure stopped, so that an
+    interval at a suite's level always agrees with its decision."""
     found = [(False, level)] * len(p_values)
     going, local = True, level
     for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
@@ -274,9 +259,8 @@ def holm(p_values: list[float], level: float) -> list[tuple[bool, float]]:
 
 @lru_cache(maxsize=64)
 def _draws(level: float, tests: int) -> int:
-    """Enough draws that BEYOND of them lie beyond `level`, and BEYOND_SHARE beyond the part of it that each of `tests`
-    gets when they share it; the least, where no number that is affordable would reach it.
-    """
+    """Draws so that BEYOND of them are beyond `level`, and BEYOND_SHARE beyond its part for each of `tests` that share
+    it; RESAMPLES if MAX_RESAMPLES would not reach the level."""
     if level * MAX_RESAMPLES < 1.0:
         return RESAMPLES
     return int(min(MAX_RESAMPLES, max(RESAMPLES, math.ceil(max(BEYOND, BEYOND_SHARE * tests) / level))))
@@ -289,19 +273,17 @@ def _check(before: Floats, after: Floats) -> None:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """A bootstrap distribution of a mean difference, studentised: each draw is divided by its own standard error."""
+    """Studentised bootstrap distribution of a mean difference: each draw is divided by its own standard error."""
 
     difference: float
     error: float
-    """Standard error of `difference`."""
     moves: Floats
-    """[draws]: each draw's mean less the mean that was drawn from."""
+    """[draws]: each draw's mean minus the resampled mean."""
     errors: Floats
     """[draws]: each draw's own standard error."""
 
     @cached_property
     def pivots(self) -> Floats:
-        """Sorted draws of (mean* - mean) / error*."""
         return np.sort(self.moves / self.errors)
 
     def p_above(self, value: float) -> float:
@@ -317,14 +299,13 @@ class Bootstrap:
         return (beyond + 1) / (len(self.pivots) + 1)
 
     def low(self, level: float) -> float:
-        """Lower one-sided bound: the smallest value that `p_above` does not refuse at `level`."""
+        """Lower one-sided bound: the smallest value that `p_above` does not reject at `level`."""
         count = len(self.pivots)
         beyond = math.floor(level * (count + 1)) - 1  # draws that may lie at or beyond the bound
         pivot = self.pivots[count - 1 - max(beyond, 0)]
         return max(self.difference - float(pivot) * self.error, -1.0)
 
     def high(self, level: float) -> float:
-        """Upper one-sided bound."""
         count = len(self.pivots)
         beyond = math.floor(level * (count + 1)) - 1
         return min(self.difference - float(self.pivots[max(beyond, 0)]) * self.error, 1.0)
@@ -333,12 +314,9 @@ class Bootstrap:
 def bootstrap(
     sums: Floats, sizes: Floats | None = None, *, reach: float = 1.0, seed: int = 0, draws: int = RESAMPLES
 ) -> Bootstrap:
-    """Resample clusters with replacement; the same seed gives the same answer.
-
-    `sums` [clusters] are the summed differences of a cluster's items, and `sizes` [clusters] how many items it has:
-    one each by default. The difference is sum(sums) / sum(sizes). `reach` is the difference of an item at which half an
-    item is added, see PSEUDO.
-    """
+    """Resample clusters with replacement; deterministic for a seed. `sums` [clusters] are the summed differences of a
+    cluster's items, and `sizes` [clusters] the numbers of its items (default 1). The difference is sum(sums) /
+    sum(sizes). `reach` is the difference at which half an item is added, see PSEUDO."""
     n = len(sums)
     ones = np.ones(n) if sizes is None else sizes
     usual = float(ones.mean())
@@ -363,10 +341,8 @@ def bootstrap(
 
 
 def stratified(strata: Sequence[Bootstrap], weights: Sequence[float]) -> Bootstrap:
-    """The weighted mean of the differences of strata that were drawn independently, with as many draws each.
-
-    The variances of strata add up, weighted by the squared weights (Cochran, Sampling Techniques, 1977, 5.3).
-    """
+    """Weighted mean of the differences of independently drawn strata, with as many draws each. The variances of strata
+    add up, weighted by the squared weights (Cochran, Sampling Techniques, 1977, 5.3)."""
     shares = np.array(weights, dtype=np.float64) / sum(weights)
     return Bootstrap(
         difference=float(shares @ [each.difference for each in strata]),
@@ -377,11 +353,9 @@ def stratified(strata: Sequence[Bootstrap], weights: Sequence[float]) -> Bootstr
 
 
 def _sums(moments: Floats, index: NDArray[np.int_], share: Floats, n: int, seed: int, draws: int) -> Floats:
-    """Sums of `moments` [values, 5] over `n` drawn clusters: [draws, 5].
-
-    A draw is a multinomial count of the different values. Where there are few of them it is drawn as such; where
-    nearly every cluster has its own, drawing the clusters and counting them is several times faster.
-    """
+    """Sums of `moments` [values, 5] over `n` drawn clusters: [draws, 5]. A draw is a multinomial count of the distinct
+    values. If there are few, it is drawn as such; if nearly every cluster has its own, drawing the clusters and
+    counting them is several times faster."""
     rng = np.random.default_rng(seed)
     count = len(moments)
     few = 5 * count < n

@@ -1,8 +1,8 @@
-"""Items of suites: where they come from, which of them are drawn, and what a free-text answer to one earns.
+"""Items of suites: their sources, their selection, and grades of free-text answers.
 
 Answers are normalised as in the evaluation of VQA v2 (Antol et al., ICCV 2015; Goyal et al., CVPR 2017; rules at
-https://visualqa.org/evaluation.html): lower case, number words as digits, no articles, no punctuation but the
-points of decimal numbers and apostrophes, contractions with their apostrophe. Answer and references go through it.
+https://visualqa.org/evaluation.html): lower case, number words as digits, no articles, no punctuation except decimal
+points and apostrophes, contractions with their apostrophe. This applies to answers and references.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Half = Literal["all", "tuning", "hidden"]
 Result = TypeVar("Result")
 T = TypeVar("T")
 SAMPLE = "sample/"
-"""Begins the source of an item that is a sample of the store; that of a folder is an absolute path."""
+"""Prefix of an item's source for a sample of the store; a folder's is an absolute path."""
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(_WORDS)}}
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -45,49 +45,41 @@ _GROUPING = re.compile(r"(?<=\d),(?=\d)")
 _POINT = re.compile(r"\.(?!\d)")
 _MARKS = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!:*#]")
 AGREEING = 3
-"""Answers of people that must agree before an answer counts in full (VQA v2)."""
+"""Human answers that must agree before an answer counts in full (VQA v2)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image with its text, its class or its question; `read` gives the encoded image."""
-
     id: str
-    """Digest of name and text."""
     text: str
     """The caption; the class label in a classification suite; the question in a VQA suite."""
     key: str
-    """Decides the half: items of one concept are all tuned on, or all hidden."""
+    """Determines the half: items of one concept are all tuned on, or all hidden."""
     name: str
-    """The image's place inside its folder, which survives a move of the home folder."""
+    """The image's path inside its folder, independent of the home folder."""
     source: str
-    """Names the image everywhere: suites that ask different things about it embed it once."""
+    """Identifies the image: suites that ask different things about it embed it once."""
     read: Callable[[], bytes]
     answers: tuple[str, ...] = ()
-    """Reference answers of a question, as many as people gave; the main one comes first."""
     concept: str = ""
-    """The thing shown, in words; empty where the data name none."""
 
     @property
     def sample_id(self) -> str:
-        """Its id in the sample store; empty for an item of a folder."""
+        """ID in the sample store; empty for an item of a folder."""
         return self.source.removeprefix(SAMPLE) if self.source.startswith(SAMPLE) else ""
 
 
 def make_item(name: str, source: str, text: str, key: str, read: Callable[[], bytes], **more: Any) -> Item:
-    """An item, named by its place and its text."""
     return Item(digest12(digest_json([name, text])), text, key, name, source, read, **more)
 
 
 def captioned(row: FolderItem, place: str, text: str) -> Item:
-    """An image of a folder with its caption or class."""
-    # where the class is all there is to a concept, each picture goes to a half by itself
+    # If the class is the only concept, each picture goes to a half by itself.
     key = row.path.name if row.concept == text else row.concept or row.text or row.path.name
     return make_item(place, str(row.path.absolute()), text, key, row.bytes, concept=row.concept)
 
 
 def question_item(row: FolderItem, place: str) -> Item:
-    """An image of a folder with its question and answers."""
     answers = tuple(sorted(row.answers or (row.answer,), key=lambda answer: answer != row.answer))
     key, source = row.concept or row.path.name, str(row.path.absolute())
     return make_item(place, source, row.question, key, row.bytes, answers=answers, concept=row.concept)
@@ -96,7 +88,7 @@ def question_item(row: FolderItem, place: str) -> Item:
 def sample_item(
     row: Mapping[str, Any], images: Callable[[str], bytes], text: str, answer: str = "", key: str = ""
 ) -> Item:
-    """A sample of the store with what it is asked. ``images``: by sample id; ``key``: its concept by default."""
+    """Item of a sample of the store. ``images``: by sample ID; ``key``: its concept by default."""
     source, concept = f"{SAMPLE}{row['id']}", row.get("concept") or ""
     key = key or concept or (source if answer else text)
     answers = (answer,) if answer else ()
@@ -104,11 +96,8 @@ def sample_item(
 
 
 def caption_clusters(items: Sequence[Item]) -> NDArray[np.int_]:
-    """For each item the number of its cluster: those that share a caption or an image are in one, over any steps.
-
-    A caption has one vector: what an update does to it shows in all items that have it. The case of letters does not
-    count.
-    """
+    """Cluster number of each item; items connected by shared captions or images, directly or indirectly, form a
+    cluster. A caption has one vector, so an update changes it for all items with that caption, ignoring case."""
     texts = np.unique([item.text.casefold() for item in items], return_inverse=True)[1]
     images = np.unique([item.source for item in items], return_inverse=True)[1] + len(items)
     graph = coo_array((np.ones(len(items)), (texts, images)), shape=(2 * len(items), 2 * len(items)))
@@ -117,31 +106,28 @@ def caption_clusters(items: Sequence[Item]) -> NDArray[np.int_]:
 
 
 def image_clusters(items: Sequence[Item]) -> NDArray[np.int_]:
-    """For each item the number of its image's content: what a model sees there shows in all questions about it."""
     numbers: NDArray[np.int_] = np.unique([digest12(item.read()) for item in items], return_inverse=True)[1]
     return numbers
 
 
 def without_lonely(items: Iterable[Item]) -> list[Item]:
-    """Items whose class has another member: a class with one member measures the member."""
+    """Items whose class has more than one member: a single member measures the member, not the class."""
     listed = list(items)
     sizes = Counter(item.text for item in listed)
     return [item for item in listed if sizes[item.text] > 1]
 
 
 def limited(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
-    """A draw by hash of seed and image: in any order of rows, and alike for two suites over one folder."""
+    """Draw by a hash of seed and image: independent of the order of rows, and equal for two suites over one folder."""
     return sorted(in_order_of_draw(items, seed)[:limit], key=lambda item: item.id)
 
 
 def in_order_of_draw(items: Iterable[Item], seed: int) -> list[Item]:
-    """Every different item once, those that any limit draws first."""
     unique = {item.id: item for item in items}.values()
     return sorted(unique, key=lambda item: (digest_json([seed, item.name]), item.id))
 
 
 def of_half(items: Iterable[Item], half: Half) -> list[Item]:
-    """The items of one half, by hash of their concept."""
     if half == "all":
         return list(items)
     bit = 1 if half == "hidden" else 0
@@ -149,12 +135,11 @@ def of_half(items: Iterable[Item], half: Half) -> list[Item]:
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
-    """At most `count` of them, evenly spaced."""
     return list(items[:: max(1, len(items) // max(count, 1))][:count])
 
 
 def open_picture(item: Item) -> Image.Image:
-    """The decoded image, RGB. Raises GateError naming the item."""
+    """The decoded RGB image. Raises GateError naming the item."""
     return read_picture(item, OpenedImage.decode)
 
 
@@ -170,7 +155,7 @@ def read_picture(item: Item, read: Callable[[OpenedImage], Result]) -> Result:
 
 
 def normalise(answer: str) -> str:
-    """One answer in its comparable form.
+    """Normalise an answer for comparison.
 
     >>> normalise("The two red-brown dogs, dont you see?")
     "2 red brown dogs don't you see"
@@ -183,9 +168,9 @@ def normalise(answer: str) -> str:
 def grade(metric: str, answer: str, references: Sequence[str]) -> float:
     """Score of an answer, in [0, 1].
 
-    exact_match   1 if it equals a reference
-    vqa_accuracy  with three references or more: a third for each that it equals, at most 1; else as exact_match
-    yes_no        1 if its first word is the "yes" or "no" of the (first) reference
+    exact_match   1 if it equals a reference vqa_accuracy  with three references or more: a third for each that it
+    equals, at most 1; else as exact_match yes_no        1 if its first word is the "yes" or "no" of the (first)
+    reference
     """
     if metric == "yes_no":
         answered = polarity(answer)
@@ -198,13 +183,12 @@ def grade(metric: str, answer: str, references: Sequence[str]) -> float:
 
 
 def polarity(answer: str) -> str:
-    """`yes` or `no` if the answer begins with it, else empty."""
     first, *_ = normalise(answer).split() or [""]
     return first if first in ("yes", "no") else ""
 
 
 def majority(metric: str, references: Sequence[Sequence[str]]) -> tuple[str, float]:
-    """The one answer that earns most when it is given to every question, and its mean: what needs no image at all."""
+    """The answer that scores best when given to every question, and its mean score: the baseline without an image."""
     best, most = "", 0.0
     for answer in sorted({normalise(reference) for own in references for reference in own}):
         earned = sum(grade(metric, answer, own) for own in references) / len(references)

@@ -1,8 +1,8 @@
-"""Suites: what a candidate is asked, and what it has to show.
+"""Suites: the questions for a candidate, and the results it must show.
 
 A suite is a YAML file over a folder dataset (`streams.publish.folders`), or is made from `fresh_eval` rows of the
-sample store (`fresh`). `retention` suites must not lose, `gain` suites are where an update may show that it learned
-something. The task decides which family of models is asked: a CLIP classifies and retrieves, a VLM answers questions.
+sample store (`fresh`). `retention` suites must not lose; on `gain` suites an update may show that it learned. The task
+determines the model family: a CLIP classifies and retrieves, a VLM answers questions.
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ from updater.gate.suite_items import (
 )
 
 MAX_ITEMS = 2000
-"""Most items where nothing else is said, as the setting gate.max_items: 12 s a model at 6 ms an image."""
+"""Default limit, as the setting gate.max_items: 12 s a model at 6 ms an image."""
 BUILTIN = Path(__file__).parent / "suites"
 PROBE = 64
-"""Items that the engineering checks look at."""
 _NEEDED = {"classification": "class", "retrieval": "text", "vqa": "question and its answer"}
 
 Role = Literal["retention", "gain"]
@@ -51,13 +50,11 @@ METRICS: dict[Task, tuple[Metric, ...]] = {
     "retrieval": ("recall@5", "recall@1", "recall@10"),
     "vqa": ("exact_match", "vqa_accuracy", "yes_no"),
 }
-"""Metrics of each task; the first is taken where a suite names none."""
 VIEWS: dict[Task, tuple[str, ...]] = {
     "classification": ("class",),
     "retrieval": ("image to text", "text to image"),
     "vqa": ("answer",),
 }
-"""Questions to one item."""
 
 
 class Suite(BaseModel):
@@ -116,7 +113,6 @@ class Suite(BaseModel):
 
     @property
     def family(self) -> Family:
-        """Which models are asked."""
         return "vlm" if self.task == "vqa" else "clip"
 
     @property
@@ -126,16 +122,14 @@ class Suite(BaseModel):
 
     @property
     def views(self) -> tuple[str, ...]:
-        """The questions to one item: its class, its text by image and its image by text, or its question."""
         return VIEWS[self.task]
 
     @property
     def folder(self) -> Path:
-        """Where the data lie, with ${home} filled in."""
         return Path(self.data.replace("${home}", str(self._home or "."))).expanduser()
 
     def check_folder(self) -> None:
-        """Raises GateError where there is no such folder."""
+        """Raise GateError if the data folder does not exist."""
         if not self.folder.is_dir():
             raise GateError(
                 f"suite {self.name}: its data folder {self.folder} does not exist.",
@@ -144,17 +138,16 @@ class Suite(BaseModel):
 
     @property
     def cache(self) -> Path | None:
-        """Where scores of this suite may be kept, if it belongs to a home folder."""
         return self._home / "cache" / "gate" if self._home else None
 
     def divisible(self, min_items: int) -> bool:
-        """True if both halves have items enough to say something; else the suite stays whole for the gate."""
+        """True if both halves have enough items; otherwise the suite stays whole for the gate."""
         halves: tuple[Half, Half] = ("tuning", "hidden")
         self.items()  # read once: both halves are made of it
         return all(len(self.half(half).items()) >= max(min_items, 2) for half in halves)
 
     def half(self, half: Half) -> Suite:
-        """The same suite over its tuning half or its hidden half: by hash of the concept, so both are stable."""
+        """The same suite over one half, by a hash of the concept, so that halves are stable."""
         suite = self.model_copy()
         suite._half, suite._digest = half, None
         suite._items = None if self._items is None else tuple(of_half(self._items, half))
@@ -173,7 +166,7 @@ class Suite(BaseModel):
         return self._items
 
     def digest(self) -> str:
-        """Names the question: images, texts, prompts and metric, and neither role nor margin. 64 hex digits."""
+        """SHA-256 of the questions (images, texts, prompts and metric, but not role and margin), 64 hex digits."""
         if self._digest is None:
             fields = {"task", "metric"} if self.task == "vqa" else {"task", "metric", "templates", "names", "label"}
             fields |= {"head"} if self.head else set()
@@ -185,15 +178,14 @@ class Suite(BaseModel):
         return self._digest
 
     def clusters(self) -> NDArray[np.int_] | None:
-        """For each item the number of its cluster: items that share a caption (retrieval) or an image (questions) are
-        not independent of each other. None where every item counts by itself.
-        """
+        """Cluster number of each item: items that share a caption (retrieval) or an image (questions) are not
+        independent. None if all items are."""
         if self.task == "classification":
             return None
         return (image_clusters if self.task == "vqa" else caption_clusters)(self.items())
 
     def units(self) -> int:
-        """Clusters, or items where each counts by itself: what is independent."""
+        """Number of independent units: clusters, or items without clusters."""
         clusters = self.clusters()
         return len(self.items()) if clusters is None else len(np.unique(clusters))
 
@@ -208,7 +200,6 @@ class Suite(BaseModel):
 
 
 def probe(suites: Sequence[Suite]) -> list[tuple[Suite, list[Item]]]:
-    """A few items of every suite, about PROBE in all."""
     share = max(2, PROBE // max(len(suites), 1))
     return [(suite, spread(suite.items(), share)) for suite in suites]
 
@@ -216,14 +207,9 @@ def probe(suites: Sequence[Suite]) -> list[tuple[Suite, list[Item]]]:
 def load_suites(
     paths: Iterable[Path] = (), home: Path | None = None, family: Family | None = None, max_items: int = MAX_ITEMS
 ) -> list[Suite]:
-    """Read suites from YAML files and folders of them; the built-in ones when `paths` is empty.
-
-    Only those for models of `family` are returned; all when it is None. `max_items` is the limit of those that name
-    none.
-
-    Raises:
-        GateError: a file is missing, is not a suite, or two have the same name.
-    """
+    """Read suites from YAML files and folders; the built-in ones if `paths` is empty. Returns only those for models of
+    `family`; None means all. `max_items` is the default limit. Raises GateError: a file is missing, is not a suite, or
+    two have the same name."""
     given = list(paths)
     files: list[Path] = []
     for path in given or [BUILTIN]:
@@ -282,5 +268,5 @@ def _read(suite: Suite) -> list[Item]:
 
 @lru_cache(maxsize=1)
 def _rows(folder: Path, split: str | None, stamp: int) -> Sequence[FolderItem]:
-    """Several suites in a row ask about one folder, which is read once. `stamp`: when its index was written."""
+    """Cached, because consecutive suites often use one folder. `stamp`: modification time of its index."""
     return read_folder(folder, split=split)

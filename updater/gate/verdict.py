@@ -1,7 +1,5 @@
-"""A verdict as plain data, which the ledger, the console and the report read; its diagnostics decide nothing.
-
-Shares, scores and differences are from 0 to 1 (0.05 = 5 points).
-"""
+"""A verdict as plain data, for the ledger, the console and the report. Shares, scores and differences are from 0 to 1
+(0.05 = 5 points)."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ TAIL_BINS = ("never", "1-9", "10-99", "100+")
 PAIR_CHANCE = 0.25
 """Score of guessing pairs: both of two."""
 YES_BOUND = 0.1
-"""A share of "yes" that moved away from the truth by more than this is a warning."""
+"""Movement of a share of "yes" away from the truth that gives a warning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,28 +33,23 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Regression:
-    """An item that was right before and is wrong now.
-
-    Of a sample of the store only ids are kept, and its texts and its thumbnail are empty: who shows the report reads
-    them from the store (:mod:`updater.gate.report`), so that a sample that is deleted is in no report.
+    """An item that was right before and is wrong now. For a sample of the store only IDs are kept; its texts and
+    thumbnail are read when the report is shown (:mod:`updater.gate.report`), so that a deleted sample is in no report.
     """
 
     id: str
     text: str
-    """Caption, class or question."""
     view: str
-    """The question: "class", "image to text", "text to image" or "answer"."""
     rank_before: int
-    """0-based rank of the right answer; 0 is right. Of a free answer 0 if it is right, 1 if it is not."""
+    """0-based rank of the right answer; 0 is right. For a free answer 0 if it is right, 1 if not."""
     rank_after: int
     answer_before: str
     answer_after: str
     thumbnail: str
     """JPEG data URI, at most 96 px; empty if the image could not be read."""
     expected: str = ""
-    """Reference answers of a question."""
     sample: str = ""
-    """Id in the sample store; empty for an item of a folder."""
+    """ID in the sample store; empty for an item of a folder."""
     sample_before: str = ""
     """The sample whose caption or image was the answer, in retrieval over samples."""
     sample_after: str = ""
@@ -64,53 +57,37 @@ class Regression:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One quantity before and after, over one suite or several."""
-
     name: str
-    """The quantity: a metric, or the rank statistic."""
     before: float
     after: float
     difference: float
     ci_low: float
-    """One-sided bounds at the level of the test."""
     ci_high: float
     p: float
-    """Of a `statistic` that there is no gain; of the others that the loss is at least the margin."""
+    """H0 of a `statistic`: there is no gain; otherwise: the loss is at least the margin."""
 
 
 @dataclass(frozen=True, slots=True)
 class PooledGain:
-    """The test over all gain suites together; it decides whether there is a gain."""
-
     decision: Decision
     reason: str
     n: int
     units: int
-    """Independent captions, images or items."""
     strata: dict[str, int]
-    """Units of each suite: its weight in the mean."""
     statistic: Change
-    """The measure that must become better."""
     recall: Change
-    """The metric that users see; a loss of `margin` must be excluded."""
     margin: float
     alpha: float
-    """The level of both tests: that of the look."""
     method: str
     spread: float
-    """Standard deviation of one unit's difference of the statistic."""
     recall_spread: float
-    """The same of `recall`."""
 
     def summary(self) -> dict[str, Any]:
-        """The part that the ledger keeps."""
         return {name: value for name, value in asdict(self).items() if name not in ("reason", "n", "alpha", "method")}
 
 
 @dataclass(frozen=True, slots=True)
 class SuiteResult:
-    """The result of one suite. Scores and differences are shares (0.05 = 5 points)."""
-
     name: str
     role: str
     task: str
@@ -119,57 +96,50 @@ class SuiteResult:
     half: str
     n: int
     units: int
-    """Independent captions, images or items; `min_items` counts these."""
     base: float
     before: float
     after: float
     difference: float
-    """after - before."""
     ci_low: float
-    """One-sided bounds at `alpha`, so [ci_low, ci_high] is a two-sided 1 - 2 alpha interval."""
+    """One-sided bounds at `alpha`: [ci_low, ci_high] is a two-sided 1 - 2 alpha interval."""
     ci_high: float
     difference_base: float
-    """after - base."""
     ci_base_low: float
     ci_base_high: float
     p: float
-    """Retention: of a loss of at least the margin, the largest over the references. Gain: of no gain."""
+    """Retention: p of a loss of at least the margin, the largest over the references. Gain: p of no gain."""
     p_incumbent: float
     p_base: float
     alpha: float
-    """The level this suite was tested at: that of the look; in a gain suite after Holm."""
+    """Level of this suite's test: that of the look; in a gain suite after Holm."""
     margin: float
-    """Of a gain suite the default one, for its `recall`."""
+    """In a gain suite the default, for its `recall`."""
     decision: Decision
     reason: str
     method: str
     needed: int
-    """Items with which non-inferiority could be expected to be shown, had nothing changed; 0 for gain suites."""
+    """Items expected to show non-inferiority if nothing had changed; 0 for gain suites."""
     chance: float = 0.0
-    """Score of guessing."""
     by_view: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Score before and after for each way of asking."""
     improved: int = 0
-    """Answers that went from wrong to right, and the other way round."""
+    """Answers that went from wrong to right; `worsened` vice versa."""
     worsened: int = 0
     worst: tuple[Regression, ...] = ()
     statistic: Change | None = None
-    """Of a gain suite: what its gain is tested on, against the incumbent."""
+    """In a gain suite: the quantity whose gain is tested, against the incumbent."""
     recall: Change | None = None
-    """Of a gain suite: its metric, and whether a loss of the margin is excluded."""
     best: str = ""
-    """Adapter of the best release so far by this suite; empty where it is the incumbent, or there was none."""
+    """Adapter of the best release so far by this suite; empty if it is the incumbent, or there was none."""
     best_release: Change | None = None
     """The metric from the best release to the candidate, and whether a loss of the margin is excluded."""
 
     @property
     def margin_left(self) -> float | None:
-        """The part of the margin that the lowest bound leaves; below 0 it is used up. None for a gain suite."""
+        """Distance of the lowest bound from the margin, negative beyond it. None for a gain suite."""
         lows = [self.ci_low, self.ci_base_low, *([self.best_release.ci_low] if self.best_release else [])]
         return min(lows) + self.margin if self.role == "retention" else None
 
     def summary(self) -> dict[str, Any]:
-        """The part that the ledger keeps."""
         names = ("role", "metric", "n", "units", "base", "before", "after", "difference", "margin", "margin_left")
         changes = {name: getattr(self, name) for name in ("statistic", "recall", "best_release")}
         return {
@@ -182,19 +152,14 @@ class SuiteResult:
 
 @dataclass(frozen=True, slots=True)
 class CrossVersion:
-    """Recall at `k` of texts in images, over retrieval suites, by the versions of both; see
-    :mod:`updater.gate.clip`. Shares from 0 to 1.
-    """
+    """Recall at `k` of texts in images, over retrieval suites. `new_old`: the candidate's texts in the incumbent's
+    images, as in searches at the start of a backfill (see :mod:`updater.gate.clip`)."""
 
     n: int
-    """Texts that were asked."""
     k: int
     old_old: float
-    """The incumbent's texts in the incumbent's images: searches before the release."""
     new_old: float
-    """The candidate's texts in the incumbent's images: searches at the beginning of a backfill."""
     new_new: float
-    """The candidate's texts in the candidate's images: searches after it."""
     ci_low: float
     """One-sided lower bound of `new_old - old_old`."""
     margin: float
@@ -205,13 +170,12 @@ class CrossVersion:
         return self.ci_low > -self.margin
 
     def summary(self) -> dict[str, float | int | bool]:
-        """The part that the ledger keeps."""
         return {**asdict(self), "allowed": self.allowed}
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """The candidate compared with the incumbent. The interval holds 90%: 5% lie beyond each of its ends."""
+    """The candidate compared with the incumbent. The interval holds 90%: 5% are beyond each end."""
 
     before: float
     after: float
@@ -222,32 +186,23 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class TailBin:
-    """The items of a suite whose concept the training data name about equally often."""
-
     name: str
-    """One of TAIL_BINS."""
     n: int
     units: int
-    """Independent captions, images or items."""
     score: Interval
-    """Of the suite's metric."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """The results of suites by how often their concepts were seen in training."""
-
     rows: int
-    """Training samples of the store."""
     counted: int
-    """Of them, those that were looked at; counts are scaled up where these are fewer."""
+    """Training samples that were read; counts are scaled up if these are fewer."""
     suites: dict[str, tuple[TailBin, ...]]
-    """By suite, the bins that have items, the rarest first."""
 
 
 @dataclass(frozen=True, slots=True)
 class PairImage:
-    """One image of a pair. A sample of the store has its id alone, see :class:`updater.gate.verdict.Regression`."""
+    """One image of a pair. A sample of the store has only its ID, see :class:`Regression`."""
 
     text: str
     thumbnail: str
@@ -256,19 +211,15 @@ class PairImage:
 
 @dataclass(frozen=True, slots=True)
 class ShownPair:
-    """A pair that the candidate does not tell apart."""
-
     first: PairImage
     second: PairImage
     image_similarity: float
-    """Cosine of both images by the base."""
     right_before: bool
-    """The incumbent did."""
 
 
 @dataclass(frozen=True, slots=True)
 class PairAccuracy:
-    """Pairs of a retrieval suite that look alike to the base: the share of which both images find their own caption."""
+    """Share of look-alike pairs of a retrieval suite in which both images find their own caption."""
 
     n: int
     base: float
@@ -276,7 +227,6 @@ class PairAccuracy:
     improved: int
     worsened: int
     shown: tuple[ShownPair, ...] = ()
-    """Some that the candidate gets wrong; those that were right before come first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,51 +241,38 @@ class YesShare:
 
     @property
     def moved_away(self) -> float:
-        """By how much further it is from the truth than before; negative where it is nearer."""
+        """Increase of the distance from the truth; negative if the share moved closer."""
         return abs(self.after - self.truth) - abs(self.before - self.truth)
 
 
 @dataclass(frozen=True, slots=True)
 class TowerShift:
-    """Features of one tower on retention items."""
-
     n: int
-    """Images, or texts."""
     from_incumbent: float
-    """Mean of 1 - cosine between the incumbent's and the candidate's feature of an item."""
     from_base: float
     rank_before: float
-    """Effective rank of the incumbent's features (:func:`updater.gate.checks.effective_rank`): how many directions
-    they use."""
+    """Effective rank of the incumbent's features (:func:`updater.gate.checks.effective_rank`)."""
     rank_after: float
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureShift:
-    """Distances that an update moved the features of both towers, and between them."""
+    """Movement of both towers' features in an update, and the gap between them."""
 
     towers: dict[str, TowerShift]
-    """Of "image" and "text"."""
     gap_before: float
-    """Distance between the mean image and the mean text feature of the incumbent, from 0 to 2."""
     gap_after: float
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnostics:
-    """Everything of one verdict; what could not be asked is absent."""
-
     tail: Tail | None = None
     pairs: dict[str, PairAccuracy] = field(default_factory=dict)
-    """By retrieval suite."""
     yes: dict[str, YesShare] = field(default_factory=dict)
-    """By suite with yes/no questions."""
     shift: FeatureShift | None = None
     warnings: tuple[str, ...] = ()
-    """For an operator to look at; also about measurements that failed."""
 
     def summary(self) -> dict[str, Any]:
-        """The part that the ledger keeps: without the pairs that are shown."""
         value = asdict(self)
         for pair in value["pairs"].values():
             del pair["shown"]
@@ -344,42 +281,36 @@ class Diagnostics:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The result of one gate run."""
-
     outcome: GateOutcome
     reasons: tuple[str, ...]
     candidate: str
     incumbent: str | None
-    """None is the base alone."""
     base: str
     suites: tuple[SuiteResult, ...]
     checks: tuple[Check, ...]
     alpha: float
     look: InterimAnalysis
-    """Which look at the candidate this is, its level, and what looks have spent and may still spend."""
+    """Number and level of this look at the candidate, and the alpha spent and left."""
     candidates: int
-    """Others that were looked at since the last release, before this one."""
     fresh: int
-    """Independent items of the look that are new samples; others are of gain suites of the user."""
+    """Independent items of the look that are new samples; others come from gain suites of the user."""
     seconds: float
     created_at: str
     cost: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
     cross_version: CrossVersion | None = None
-    """Recall of the candidate's texts among images that the incumbent embedded; None where they share the tower."""
+    """Recall of the candidate's texts among the incumbent's images; None if they share the image tower."""
     gain: PooledGain | None = None
-    """The test over all gain suites; None where there is none, or nothing was scored."""
+    """The test over all gain suites; None without any, or if nothing was scored."""
     spent: bool = True
-    """True if the look was made, and spent its part of alpha: it could have passed by its tests. False where a check
-    that looks at no answers failed, or there were too few items for a test that a pass needs."""
+    """True if the look counts and spent its part of alpha, because its tests could have passed. False if a check before
+    scoring failed, or there were too few items."""
     diagnostics: Diagnostics = field(default_factory=Diagnostics)
-    """They decide nothing."""
 
     @property
     def caught_by(self) -> tuple[str, ...]:
-        """Names of what kept the candidate out: failed checks and suites; if nothing failed, what is unproven, `gain`
-        for the test over all gain suites.
-        """
+        """Names of failed checks and suites or, if nothing failed, of unproven ones; `gain` is the test over all gain
+        suites."""
         failed = [check.name for check in self.checks if not check.ok]
         failed += [suite.name for suite in self.suites if suite.decision == "failed"]
         if failed or self.outcome == "passed":
@@ -388,7 +319,7 @@ class Verdict:
         return (*unproven, *(["gain"] if self.gain is None or self.gain.decision != "passed" else []))
 
     def look_summary(self) -> dict[str, Any]:
-        """The look, and what follows from it. Where it was not made it has spent nothing."""
+        """The look and its consequences. A look that does not count has spent nothing."""
         spent = self.look.spent if self.spent else self.look.before
         taken = self.candidates + (self.spent or self.look.number > 1)
         return {
@@ -398,12 +329,11 @@ class Verdict:
         }  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as JSON values (NaN and infinity become None: JSON has no words for them)."""
+        """All values as JSON; NaN and infinity become None."""
         everything = {**asdict(self), "look": self.look_summary(), "caught_by": self.caught_by}
         return {name: jsonable(value) for name, value in everything.items()}
 
     def summary(self) -> dict[str, Any]:
-        """The part that the ledger keeps: short, without thumbnails."""
         kept: dict[str, Any] = {
             "outcome": self.outcome,
             "reasons": self.reasons,
@@ -435,7 +365,6 @@ def jsonable(value: Any) -> Any:
 
 
 def diagnostics_lines(diagnostics: Mapping[str, Any]) -> Iterator[str]:
-    """The diagnostics of a verdict's summary or report, for a terminal; of none, nothing."""
     if not diagnostics:
         return
     for warning in diagnostics["warnings"]:

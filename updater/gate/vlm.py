@@ -1,8 +1,6 @@
-"""Gates a vision-language model: it is asked questions about images, through the engine that serves it.
-
-All questions of a suite are asked at once (the engine batches them) and greedily. Each answer is asked for once: the
-checks and the suites share what came, and what a base or an incumbent said to a suite is kept on disk.
-"""
+"""Gates a vision-language model with questions about images, through the engine that serves it. All questions of a
+suite are asked greedily in one batch. Each answer is generated once: checks and suites share it, and answers of base
+and incumbent are cached on disk."""
 
 from __future__ import annotations
 
@@ -33,51 +31,42 @@ from updater.gate.suite_items import Item, grade, majority, open_picture, polari
 from updater.gate.suites import Family, Suite, probe
 from updater.gate.verdict import Check, Diagnostics, Regression, YesShare
 
-if TYPE_CHECKING:  # it brings the engines
+if TYPE_CHECKING:  # importing it loads the engines
     from serving.engines.vlm.open import SyncVlm
 
 SPARE_TOKENS = 4
-"""Room beyond the longest reference answer: a longer answer is cut, and it is wrong either way."""
+"""Room beyond the longest reference answer: a longer answer is cut, and is wrong either way."""
 KEEP_PIXELS = 256 * 1024 * 1024
-"""Bytes of decoded images that are asked about at once."""
 GOLDEN = 6
-"""Answers whose log-probabilities are compared with the trainer's model."""
 LATENCY_BATCH = 8
 
 
 @dataclass(frozen=True, slots=True)
 class VlmAnswers:
-    """One model's answers, aligned with `ids` [n]."""
-
     ids: NDArray[np.str_]
     texts: tuple[str, ...]
-    """As the model gave them; empty where a log-probability was not finite."""
+    """Raw answers; empty if a log-probability was not finite."""
     hits: NDArray[np.float64]
-    """Score of each, in [0, 1]: [n, 1]."""
     ranks: None = None
-    """An answer in words has none."""
 
 
 class VlmEvaluator:
-    """Asks the models in a VLM engine. See :class:`updater.gate.run.Evaluator`."""
-
     family: Family = "vlm"
 
     def __init__(self, vlm: SyncVlm, serve: Serve, *, cache: Path | None = None) -> None:
-        """`vlm` is started; `cache`: folder of kept answers, by default each suite's own."""
+        """`vlm` is started; `cache`: folder of answers, by default each suite's own."""
         self.vlm = vlm
         self.base: VlmBase = vlm.engine.base
         self.kind = vlm.engine.kind
         self.serve = serve
         self.cache = cache
         self.question_count = 0
-        """Questions that the engine has answered."""
         self._directories: dict[str, Path] = {}
         self._known_texts: dict[tuple[str | None, str, str, int], str] = {}
         self._room: dict[str, int] = {}
 
     def load(self, name: str, directory: Path, *, candidate: bool = False) -> None:
-        """Make an adapter resident. Raises AdapterError; GateError when the engine died."""
+        """Raises AdapterError; GateError if the engine died."""
         with _living(f"loading {name}"):
             self.vlm.load(name, directory)
         self._directories[name] = directory
@@ -101,16 +90,15 @@ class VlmEvaluator:
         return VlmAnswers(ids, tuple(texts), np.array(earned, dtype=np.float64)[:, None])
 
     def chance(self, suite: Suite) -> float:
-        """Score of the most common answer when it is given to every question."""
+        """Score of the most common answer when given to every question."""
         return majority(str(suite.metric), [item.answers for item in suite.items()])[1]
 
     def cross_version(
         self, suites: Sequence[Suite], incumbent: str | None, candidate: str, margin: float, level: float
     ) -> None:
-        """None: nothing that it computes is kept."""
+        """Always None: a VLM has no vectors in the catalog."""
 
     def diagnostics(self, scores: Sequence[Scores], incumbent: str | None, candidate: str) -> Diagnostics:
-        """The share of "yes" to yes/no questions."""
         shares: dict[str, YesShare] = {}
         for each in scores:
             answers = cast(tuple[VlmAnswers, ...], (each.base, each.before, each.after))
@@ -119,11 +107,9 @@ class VlmEvaluator:
         return Diagnostics(yes=shares)
 
     def regressions(self, suite: Suite, before: VlmAnswers, after: VlmAnswers) -> tuple[Regression, ...]:
-        """Answers that were better before."""
         return worst_answers(suite, (before.texts, before.hits[:, 0]), (after.texts, after.hits[:, 0]))
 
     def checks(self, candidate: str, suites: Sequence[Suite], facts: Mapping[str, Any]) -> list[Check]:
-        """loads, finite, norm drift, parity, latency, size."""
         directory = self._directories.get(candidate)
         checks = [c.check_loads(directory is not None, candidate, facts)]
         if directory is None or not suites:
@@ -154,7 +140,7 @@ class VlmEvaluator:
         return checks
 
     def answer_checks(self, candidate: str, suites: Sequence[Suite]) -> list[Check]:
-        """Neither the same answer to everything, nor always yes or always no."""
+        """Detect the same answer to everything, always yes, or always no."""
         references = [item.answers[0] for suite in suites for item in suite.items()]
         base, after = ([t for suite in suites for t in self.score(suite, name).texts] for name in (None, candidate))
         closed = np.array([bool(polarity(reference)) for reference in references])
@@ -166,7 +152,6 @@ class VlmEvaluator:
         return checks
 
     def _finite(self, candidate: str, suites: Sequence[Suite]) -> Check:
-        """The engine's own golden inputs, and answers to the probe, have finite log-probabilities."""
         try:
             with _living("answering the golden inputs"):
                 self.vlm.golden(candidate)
@@ -181,17 +166,14 @@ class VlmEvaluator:
     def _log_probabilities(
         self, asks: Sequence[GenerationRequest], answers: Sequence[str], adapter: str | None
     ) -> list[float]:
-        """One answer to each question."""
         return [score for (score,) in self.vlm.scores(asks, [[answer] for answer in answers], adapter)]
 
     def _texts(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> list[str]:
-        """Answers in the order of the items; the engine is asked for those that are not known yet."""
         missing = [item for item in items if self._key(suite, item, adapter) not in self._known_texts]
         self._ask_all(suite, missing, adapter, label)
         return [self._known_texts[self._key(suite, item, adapter)] for item in items]
 
     def _ask_all(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> list[GenerationResult]:
-        """Ask the engine, in portions; what it answers is known from then on."""
         replies: list[GenerationResult] = []
         for some in self._portions(items):
             asks = [self._ask(item, self._tokens(suite)) for item in some]
@@ -204,7 +186,6 @@ class VlmEvaluator:
         return replies
 
     def _portions(self, items: Sequence[Item]) -> Iterator[list[Item]]:
-        """Items whose decoded images fit into KEEP_PIXELS together."""
         if not items:
             return
         size = max(math.prod(open_picture(item).size) * 3 for item in spread(items, 8))
@@ -216,7 +197,7 @@ class VlmEvaluator:
         return question(np.array(open_picture(item), dtype=np.uint8), item.text, max_tokens)
 
     def _tokens(self, suite: Suite) -> int:
-        """Longest answer that is waited for: that of the suite's longest reference, and a few."""
+        """Maximum answer length: the suite's longest reference plus SPARE_TOKENS."""
         known = self._room.get(suite.digest())
         if known is None:
             answers = sorted({answer for item in suite.items() for answer in item.answers})
@@ -238,9 +219,8 @@ class VlmEvaluator:
 
 @contextmanager
 def _living(doing: str) -> Iterator[None]:
-    """Turn the death of the engine into a GateError: it is not the candidate's fault, so the update waits, and is
-    judged again. The same for a question that the engine does not take.
-    """
+    """Turn the death of the engine, or an unacceptable question, into a GateError: it is not the candidate's fault, so
+    the update waits and is judged again."""
     try:
         yield
     except InvalidRequest as error:

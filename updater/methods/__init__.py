@@ -1,1 +1,1 @@
-"""The methods that the shipped recipes name, and the protocols of those that other packages bring."""
+"""The methods of the shipped recipes, and the protocols for methods of other packages."""

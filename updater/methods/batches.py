@@ -1,7 +1,5 @@
-"""Batches: what an objective sees of the rows of one step, and what teachers say of them.
-
-A CLIP's batch is :class:`Features`, a VLM's :class:`AnswerBatch`.
-"""
+"""Batches: the rows of one step as objectives and teachers see them, :class:`Features` for a CLIP, :class:`AnswerBatch`
+for a VLM."""
 
 from __future__ import annotations
 
@@ -18,21 +16,19 @@ from updater.recipes import Part
 
 @dataclass(frozen=True)
 class Batch(ABC):
-    """The rows of one step. ``part`` names, row by row, where an example came from."""
+    """The rows of one step. ``part`` is the pool of each row."""
 
     part: tuple[Part, ...]
 
     def rows(self, parts: Collection[Part]) -> list[int]:
-        """Numbers of the rows that came from one of ``parts``."""
         return [row for row, part in enumerate(self.part) if part in parts]
 
     def select(self, rows: list[int]) -> Self:
-        """The batch of these rows alone."""
         return self if len(rows) == len(self.part) else self._select(rows)
 
     @abstractmethod
     def zero(self) -> Tensor:
-        """A scalar 0 where the batch is."""
+        """A scalar 0 on the batch's device."""
 
     @abstractmethod
     def _select(self, rows: list[int]) -> Self: ...
@@ -40,23 +36,20 @@ class Batch(ABC):
 
 @dataclass(frozen=True)
 class TeacherFeatures:
-    """Another model's view of the same pairs: unit features [n, dim] without gradients."""
+    """Another model's features of the same pairs: unit length, [n, dim], without gradients."""
 
     image: Tensor
     text: Tensor
 
     def __getitem__(self, index: Tensor) -> TeacherFeatures:
-        """The same of some of the rows."""
         return TeacherFeatures(self.image[index], self.text[index])
 
 
 @dataclass(frozen=True)
 class AuxiliaryTexts:
-    """Further texts of an objective's own: the student's features [m, dim] and each teacher's, of unit length.
-
-    ``row`` int [m] is the row of the batch that a text belongs to, -1 for one that is in every batch. ``number`` int
-    [m] is its place in what the objective asked for. With ``Objective.frozen_texts``, ``text`` is of the incumbent.
-    """
+    """An objective's own texts: features [m, dim] of the student and each teacher, of unit length. ``row`` int [m] is
+    the batch row of a text, -1 for a text in every batch. ``number`` int [m] is its index in the objective's
+    ``further_texts``. With ``Objective.frozen_texts``, ``text`` is of the incumbent."""
 
     text: Tensor
     teachers: Mapping[str, Tensor]
@@ -64,7 +57,6 @@ class AuxiliaryTexts:
     number: Tensor
 
     def select(self, rows: Sequence[int], size: int) -> AuxiliaryTexts:
-        """Those of some rows of a batch of ``size``, renumbered, and those of no row."""
         place = torch.full((size + 1,), -2, device=self.row.device)
         place[torch.tensor(rows, device=place.device)] = torch.arange(len(rows), device=place.device)
         place[-1] = -1
@@ -76,13 +68,12 @@ class AuxiliaryTexts:
 
 @dataclass(frozen=True)
 class Features(Batch):
-    """A CLIP's features of pairs. All are L2-normalised float32 [n, dim]; gradients flow into the student's only.
+    """A CLIP's features of pairs. All are L2-normalised float32 [n, dim]; only the student's have gradients.
 
-    ``caption`` int [n] holds one number per distinct caption, the same in every update: rows with the same number
-    describe each other.
-    ``label`` int [n] holds one number per distinct label, -1 where a pair has none. ``scale`` is 1 / temperature.
-    ``teachers`` are by name, those that an objective asks for: ``base``, ``incumbent`` (the model with which the update
-    begins), ``momentum`` (a running mean of the student). ``texts`` are by objective.
+    ``caption`` int [n] has one number per distinct caption, the same in every update: rows with the same number
+    describe each other. ``label`` int [n] has one number per distinct label, -1 for pairs without one. ``scale`` is 1 /
+    temperature. ``teachers`` by name: ``base``, ``incumbent`` (the model with which the update begins), ``momentum`` (a
+    running mean of the student). ``texts`` are by objective.
     """
 
     image: Tensor
@@ -94,7 +85,6 @@ class Features(Batch):
     texts: Mapping[str, AuxiliaryTexts] = field(default_factory=dict)
 
     def teacher_features(self, teacher_of: Callable[[Part], str | None]) -> TeacherFeatures:
-        """Each row's features by its own teacher, which its part decides."""
         names = [teacher_of(part) for part in self.part]
         image, text = self.image.detach(), self.text.detach()
         for name in dict.fromkeys(names):
@@ -104,7 +94,7 @@ class Features(Batch):
         return TeacherFeatures(image, text)
 
     def zero(self) -> Tensor:
-        # With gradients, all 0: a step in which no term has rows to see is a step like others, and costs as much.
+        # With zero gradients, so that a step in which no term has rows costs as much as any other.
         return 0.0 * (self.image.sum() + self.text.sum())
 
     def _select(self, rows: list[int]) -> Self:
@@ -123,28 +113,23 @@ class Features(Batch):
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher's distribution over the next token, at answer tokens: its most probable tokens, and the rest as one.
-
-    ``tokens`` int [t, k] and ``logprobs`` float32 [t, k], natural, most probable first; ``rest`` float32 [t] is the
-    log-probability of all others together, -inf when k is the whole vocabulary.
-    """
+    """A teacher's distribution over the next token at answer tokens: the most probable tokens, and one bucket for the
+    rest. ``tokens`` int [t, k] and ``logprobs`` float32 [t, k] (natural), most probable first; ``rest`` float32 [t] is
+    the log-probability of all others together, -inf if k is the whole vocabulary."""
 
     tokens: Tensor
     logprobs: Tensor
     rest: Tensor
 
     def __getitem__(self, index: Tensor) -> Teacher:
-        """The same at some of the tokens."""
         return Teacher(self.tokens[index], self.logprobs[index], self.rest[index])
 
 
 @dataclass(frozen=True)
 class OwnAnswers:
-    """Answers that a VLM gives now to some rows of a batch, all tokens one after another.
-
-    ``logits`` float32 [t, vocabulary] are the student's before each token, ``teacher`` those of the momentum model that
-    has read the known answer before, without gradients. ``row`` int [t] is the row of the batch.
-    """
+    """A VLM's current answers to some rows of a batch, all tokens one after another. ``logits`` float32 [t, vocabulary]
+    are the student's before each token; ``teacher`` those of the momentum model that has read the known answer, without
+    gradients. ``row`` int [t] is the row of the batch."""
 
     logits: Tensor
     teacher: Tensor
@@ -153,11 +138,11 @@ class OwnAnswers:
 
 @dataclass(frozen=True)
 class AnswerBatch(Batch):
-    """A VLM's logits at answers: all answer tokens of all rows one after another, their end tokens included.
+    """A VLM's logits at answers: all answer tokens of all rows one after another, including end tokens.
 
-    ``logits`` float32 [t, vocabulary] are the student's, before each token; ``target`` int [t] is the token itself and
-    ``row`` int [t] the row that it belongs to. ``teachers`` are by name, ``base`` or ``incumbent``; what they say of
-    rows that no objective compares is undefined. ``own`` is there where an objective asks for it.
+    ``logits`` float32 [t, vocabulary] are the student's, before each token; ``target`` int [t] is the token and ``row``
+    int [t] its row. ``teachers`` are by name, ``base`` or ``incumbent``, and undefined for rows that no objective
+    compares. ``own`` is set if an objective needs it.
     """
 
     logits: Tensor
@@ -170,7 +155,6 @@ class AnswerBatch(Batch):
         return self.logits.new_zeros(())
 
     def teacher_distributions(self, teacher_of: Callable[[Part], str | None]) -> Teacher:
-        """The distributions of each row's own teacher, which its part decides."""
         names = [teacher_of(part) for part in self.part]
         teacher = self.teachers[names[0] or ""]
         for name in dict.fromkeys(names[1:]):
@@ -184,7 +168,6 @@ class AnswerBatch(Batch):
         return teacher
 
     def mean_over_rows(self, values: Tensor) -> Tensor:
-        """See :func:`mean_over_rows`, of values at the known answers' tokens."""
         return mean_over_rows(values, self.row, len(self.part))
 
     def _select(self, rows: list[int]) -> Self:
@@ -202,16 +185,13 @@ class AnswerBatch(Batch):
 
 
 def mean_over_rows(values: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Each row's mean over its tokens, and then the mean over rows: long answers count as much as short ones.
-
-    ``values`` [t] are at the tokens of all rows, ``row`` int [t] says of which.
-    """
+    """Mean over tokens of each row, then over rows: long answers count as much as short ones. ``values`` [t] are at the
+    tokens of all rows, ``row`` int [t] is their row."""
     sums = values.new_zeros(rows).index_add(0, row, values)
     return (sums / torch.bincount(row, minlength=rows)).mean()
 
 
 def _own_of(own: OwnAnswers, place: Tensor) -> OwnAnswers:
-    """Those of the rows that have a place, int [rows of the batch], among those that were selected."""
     index = (place[own.row] >= 0).nonzero().flatten()
     return OwnAnswers(own.logits[index], own.teacher[index], place[own.row[index]])
 
@@ -234,7 +214,7 @@ def divergence(teacher: Teacher, logits: Tensor) -> Tensor:
 
 
 def _others(logprobs: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probability of all tokens but these, together [t]; -inf when there are none."""
+    """Log-probability of all other tokens together [t]; -inf if there are none."""
     if tokens.shape[1] == logprobs.shape[1]:
         return logprobs.new_full((len(logprobs),), -torch.inf)
     return logprobs.scatter(1, tokens, -torch.inf).logsumexp(dim=1)

@@ -1,12 +1,12 @@
-"""The merge of the trained delta with the one in service, by a rule that the recipe names.
+"""Merges the trained delta with the served one, by a rule that the recipe names.
 
 A rule is a function ``(served, trained, start, weight, **options) -> delta`` over
-:class:`updater.adapters.WeightDelta`, all differences to the base; ranks may add up, the writer compresses them. One
-that looks at the updates before is a class, a :class:`RememberingRule`. The shipped recipes use :func:`linear`; other
-rules are installed.
+:class:`updater.adapters.WeightDelta`, all differences to the base; ranks may add up, the writer compresses them. A rule
+that depends on earlier updates is a class derived from :class:`RememberingRule`. The shipped recipes use
+:func:`linear`; packages can add rules.
 
-The weight of a rule may be searched, as WiSE-FT and PAINT do it: every weight is scored, the best one kept. What scores
-is handed in: training knows nothing of the gate (``updater/service/gate_update.py``).
+The weight may be searched as in WiSE-FT and PAINT: every weight is scored, the best one kept. The scoring function is
+passed in (``updater/service/gate_update.py``).
 """
 
 from __future__ import annotations
@@ -28,31 +28,28 @@ from updater.recipes.plugin_registry import Methods
 
 NONE = "none"
 Memory = Mapping[str, Tensor]
-"""A rule's memory of the updates so far, in their carry-over; empty before the first one."""
+"""A rule's memory of the updates so far, from their carry-over; empty before the first one."""
 
 
 class RememberingRule(ABC):
-    """A rule that looks at all updates so far. Keyword arguments of ``__init__`` are the recipe's ``merge.options``."""
+    """A rule that depends on all earlier updates. Keyword arguments of ``__init__`` are ``merge.options``."""
 
     @abstractmethod
     def remember(
         self, served: WeightDelta, trained: WeightDelta, start: WeightDelta, memory: Memory
     ) -> dict[str, Tensor]:
-        """The memory with this update, from the one without it."""
+        """Add this update to the memory."""
 
     @abstractmethod
     def __call__(self, served: WeightDelta, trained: WeightDelta, weight: float, memory: Memory) -> WeightDelta:
-        """The delta to serve next. ``memory``: with this update."""
+        """Return the delta to serve next. ``memory`` includes this update."""
 
 
 def linear(
     served: WeightDelta, trained: WeightDelta, start: WeightDelta, weight: float, towards: str = "served"
 ) -> WeightDelta:
-    """Linear interpolation: ΔW = (1 - weight) ΔW_other + weight ΔW_trained, exactly.
-
-    ``towards``: the other end, ``served`` (EMA merge; PAINT, Ilharco et al. 2022) or ``base``, whose ΔW is 0 (WiSE-FT,
-    Wortsman et al. 2022).
-    """
+    """Linear interpolation: ΔW = (1 - weight) ΔW_other + weight ΔW_trained, exactly. ``towards``: the other end,
+    ``served`` (EMA merge; PAINT, Ilharco et al. 2022) or ``base``, whose ΔW is 0 (WiSE-FT, Wortsman et al. 2022)."""
     if towards not in ("served", "base"):
         raise TypeError(f"towards is {towards!r}, not one of served, base")
     return merge(served if towards == "served" else {}, trained, weight)
@@ -64,11 +61,8 @@ RULES: Final[Methods[Any]] = Methods("merging", "merge rule", {"linear": linear}
 def merged(
     merge: Merge, served: WeightDelta, trained: WeightDelta, start: WeightDelta, memory: Memory | None = None
 ) -> WeightDelta:
-    """The delta to serve after an update. Raises ConfigError for an unknown rule or option.
-
-    Args:
-        memory: what :func:`remembered` gave for this update; None: there was none before it.
-    """
+    """Return the delta to serve after an update. Raises ConfigError for an unknown rule or option. ``memory``: result
+    of :func:`remembered` for this update; None without memory."""
     if merge.rule == NONE:
         return trained
     rule = _rule(merge)
@@ -82,13 +76,11 @@ def merged(
 def remembered(
     merge: Merge, served: WeightDelta, trained: WeightDelta, start: WeightDelta, memory: Memory
 ) -> dict[str, Tensor]:
-    """The rule's memory of this update and those before; nothing for most rules."""
     rule = None if merge.rule == NONE else _rule(merge)
     return rule.remember(served, trained, start, memory) if isinstance(rule, RememberingRule) else {}
 
 
 def _rule(merge: Merge) -> Any:
-    """A function, or a remembering rule with the recipe's options."""
     rule = RULES.find(merge.rule)
     if not isinstance(rule, type):
         return rule
@@ -97,19 +89,19 @@ def _rule(merge: Merge) -> Any:
 
 
 class Scored(Protocol):
-    """Scores an adapter directory; the higher the better. The same directory has the same score."""
+    """Scores an adapter directory, higher is better; deterministic for a directory."""
 
     @property
     def passes(self) -> int:
-        """Forward passes of one sample that a call takes."""
+        """Forward passes of one sample per call."""
 
     def __call__(self, directory: Path) -> float:
-        """The score of the adapter in ``directory``."""
+        pass
 
 
 @dataclass(frozen=True)
 class Searched:
-    """The result of a search. Without one, ``scores`` is empty and ``merge`` the recipe's."""
+    """Result of a search. Without one, ``scores`` is empty and ``merge`` the recipe's."""
 
     merge: Merge
     scores: dict[float, float]
@@ -117,7 +109,7 @@ class Searched:
     passes: int = 0
 
     def to_json(self, sample_gflops: float) -> dict[str, Any]:
-        """Its cost for the ledger; empty when there was none. Like the gate's, its passes are not charged."""
+        """Cost for the ledger; empty without a search. Like the gate's, its passes are not charged."""
         if not self.scores:
             return {}
         return {
@@ -129,7 +121,7 @@ class Searched:
 
 
 def check_searchable(recipe: Recipe, scored: Scored | None) -> None:
-    """Raises ConfigError when a recipe searches and there is nothing to score with."""
+    """Raise ConfigError if a recipe searches without a scoring function."""
     if recipe.merge.search and scored is None:
         raise ConfigError(
             f"recipe {recipe.name!r}: merge.search wants suites to score on, and there are none here.",
@@ -144,12 +136,9 @@ def search(
     folder: Path,
     between: Callable[[], None] = lambda: None,
 ) -> Searched:
-    """The best of ``merge.search``, among equals the one listed first; ``merge`` as it is where nothing can be asked.
-
-    Args:
-        write: writes the adapter that a merge makes, into a directory.
-        between: called after each score (duty cycle, signals).
-    """
+    """Return the best of ``merge.search``, the first among equals; ``merge`` unchanged if nothing can be scored.
+    ``write``: writes the adapter of a merge into a directory. ``between``: called after each score (duty cycle,
+    signals)."""
     scores: dict[float, float] = {}
     began = time.monotonic()
     if scored is None or not merge.search or not scored.passes:

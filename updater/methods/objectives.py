@@ -1,8 +1,5 @@
-"""The loss of an update: terms that add up, found by name.
-
-What a term is (:class:`Objective`), and those that the shipped recipes use. Others are installed, see
-:mod:`updater.recipes.plugin_registry`.
-"""
+"""The loss of an update: its terms (:class:`Objective`), and those of the shipped recipes. Packages can add terms
+(:mod:`updater.recipes.plugin_registry`)."""
 
 from __future__ import annotations
 
@@ -28,26 +25,24 @@ class Objective(ABC, Generic[B]):
     """One term of the loss. Keyword arguments of ``__init__`` are the recipe's ``options``."""
 
     family: ClassVar[Family]
-    """The models whose batches it takes."""
     teacher: str | None = None
-    """The teacher that it compares with (``base``, ``incumbent`` or ``momentum``); its passes are charged."""
+    """Teacher to compare with: ``base``, ``incumbent`` (the adapter with which the update begins; the base without one)
+    or ``momentum``. Its passes are charged."""
     momentum: tuple[float, float, float] = (0.9, 0.05, 0.05)
-    """For a momentum teacher: the shares of itself, of the student and of the start in what it becomes by a step."""
+    """Shares of itself, the student and the start in a momentum teacher after a step."""
     frozen_texts: bool = False
-    """True if its further texts are needed as its teachers see them alone, so that the student never runs them."""
+    """True if only teachers' features of its further texts are needed, so that the student never runs them."""
 
     own_answers: bool = False
-    """True if it needs answers that the student gives now, and what its momentum model, which has read the known
-    answer, thinks of them. A VLM's; the passes are charged."""
+    """For VLMs: true if it needs the student's current answers, and their probabilities by a momentum model that has
+    read the known answer. The passes are charged."""
     replay_teacher: str | None = None
-    """The teacher of replayed rows, where it is another one than ``teacher``."""
+    """Teacher of replayed rows, if it differs from ``teacher``."""
 
     def teacher_of(self, part: Part) -> str | None:
-        """The teacher of rows that came from ``part``."""
         return self.replay_teacher if part == "replay" and self.replay_teacher else self.teacher
 
     def teachers_of(self, part: Part) -> tuple[str, ...]:
-        """All teachers that it compares rows from ``part`` with."""
         if self.replay_teacher is None:
             return self.teachers
         own = self.teacher_of(part)
@@ -55,53 +50,45 @@ class Objective(ABC, Generic[B]):
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """All teachers that it compares with, for one that has several."""
         return tuple(dict.fromkeys(name for name in (self.teacher, self.replay_teacher) if name))
 
     @abstractmethod
     def __call__(self, batch: B) -> Tensor:
-        """The term's value: a scalar, a mean over rows, so that it does not grow with the batch."""
+        """Return the term's value: a scalar, a mean over rows so that it does not grow with the batch."""
 
     def begin(self, captions: Sequence[str], labels: Sequence[str]) -> None:
-        """Called before the first step; what an earlier update left is loaded by then.
-
-        Called twice: with the examples of the first batches, of which one is measured, and with all that steps visit.
-        ``captions`` are those of all examples, ``labels`` the distinct labels in the order of ``Features.label``.
-        """
+        """Called before the first step, after the state of an earlier update was loaded. Called twice: with the
+        examples of the first batches, of which one is measured, and with all that steps visit. ``captions`` are those
+        of all examples, ``labels`` the distinct labels in the order of ``Features.label``."""
 
     def further_texts(
         self, captions: Sequence[str], labels: Sequence[str], parts: Sequence[Part]
     ) -> list[tuple[int, str]]:
-        """Texts that it needs next to the captions, each with the number of its example, -1 for one in every batch.
-        ``parts``: the pool of each example; the rest as in :meth:`begin`.
-        """
+        """Texts needed in addition to the captions, each with the number of its example, -1 for a text in every batch.
+        ``parts``: the pool of each example; other arguments as in :meth:`begin`."""
         return []
 
     def stepped(self, batch: B) -> None:
         """Called after the optimizer's step on ``batch``, without gradients."""
 
     def state(self) -> dict[str, Tensor]:
-        """Its memory: kept in checkpoints, and for the next update."""
+        """State for checkpoints and for the next update."""
         return {}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`state` gave, in this update or in the one before."""
+        """Restore what :meth:`state` returned, in this update or in the one before."""
 
 
 class ClipObjective(Objective[Features]):
-    """One term of a CLIP's loss."""
-
     family: ClassVar[Family] = "clip"
 
 
 class VlmObjective(Objective[AnswerBatch]):
-    """One term of a VLM's loss."""
-
     family: ClassVar[Family] = "vlm"
 
 
 def known_teacher(name: str) -> str:
-    """The name of a teacher that stays as it is. Raises TypeError, as for a wrong argument."""
+    """Raise TypeError, as for a wrong argument, unless it is the name of a fixed teacher."""
     if name not in ("base", "incumbent"):
         raise TypeError(f"teacher is {name!r}, not one of base, incumbent")
     return name
@@ -115,11 +102,9 @@ def positive(**options: float) -> None:
 
 
 class Contrastive(ClipObjective):
-    """Cross entropy of each row and each column of the similarity matrix against its positives.
-
-    Row i's target is uniform over the rows that carry the same caption (DreamLIP's multi-positive form): with plain
-    one-hot targets two pictures of "a red apple" would push each other's caption away.
-    """
+    """Cross entropy of each row and each column of the similarity matrix against its positives. Row i's target is
+    uniform over the rows with the same caption (DreamLIP's multi-positive form): one-hot targets would make two
+    pictures of "a red apple" push each other's caption away."""
 
     def __call__(self, batch: Features) -> Tensor:
         """Mean over both directions, in nats."""
@@ -130,16 +115,14 @@ class Contrastive(ClipObjective):
 
 
 class FeatureDistillation(ClipObjective):
-    """Mean squared distance on the unit sphere to the teacher's features, of images and of texts.
+    """Mean squared distance on the unit sphere to the teacher's features, of images and texts.
 
-    Both towers are held: with only the image tower distilled, the texts are free to drift.
+    Both towers are held: with only the image tower distilled, the texts could drift.
 
     Args:
-        image: weight of the image tower's part.
-        text: weight of the text tower's part.
-        teacher: ``base``, or ``incumbent``: the adapter with which the update begins; the base where there is none.
-        replay: the same for replayed rows, where they have another teacher. Held to the base, they are pulled back to
-            what they were before they were learned.
+        image, text: weights of the towers' parts.
+        replay: teacher of replayed rows, if it is another one. Held to the base, they would be pulled back to
+            their state before they were learned.
     """
 
     def __init__(self, image: float = 1.0, text: float = 1.0, teacher: str = "base", replay: str | None = None) -> None:
@@ -157,18 +140,17 @@ class FeatureDistillation(ClipObjective):
 
 
 class ContrastiveDistillation(ClipObjective):
-    """``L_img + L_txt`` of ZSCL (Zheng et al. 2023); over new rows, with the incumbent as teacher, it is LwF's.
+    """``L_img + L_txt`` of ZSCL (Zheng et al. 2023); over new rows with the incumbent as teacher, that of LwF.
 
     ``L_img = T^2 CE(softmax(z0 / T), softmax(z / T))`` with ``z = scale image @ text.T`` of the student and ``z0`` of
     the teacher, row by row; ``L_txt`` is the same of ``z.T``. Both factors of ``z`` are the student's: with the
-    teacher's texts in it, nothing would hold the text tower.
+    teacher's texts nothing would hold the text tower.
 
     Args:
-        temperature: T; above 1 the unlikely texts count more.
-        teacher: ``base``, or ``incumbent``: the live adapter, with which the update begins.
-        captions: of the reference pool, so many distinct ones stand next to the batch's own texts in ``L_img``, as the
-            teacher sees them (ZSCL compares each image with the texts of the whole reference, all of them frozen);
-            evenly spread where there are more.
+        temperature: T; above 1, unlikely texts count more.
+        captions: number of distinct captions of the reference pool, evenly spread, that are added to the batch's own
+            texts in ``L_img`` as the teacher sees them (ZSCL compares each image with the frozen texts of the whole
+            reference).
     """
 
     def __init__(self, temperature: float = 2.0, teacher: str = "base", captions: int = 0) -> None:
@@ -190,8 +172,8 @@ class ContrastiveDistillation(ClipObjective):
         return [(-1, distinct[number * len(distinct) // count]) for number in range(count)]
 
     def __call__(self, batch: Features) -> Tensor:
-        """Sum over both directions of the mean over rows, in nats. Where nothing moved, it is T^2 times the teacher's
-        entropy, and its gradient is 0."""
+        """Sum over both directions of the mean over rows, in nats. If nothing moved, it is T^2 times the teacher's
+        entropy, with gradient 0."""
         teacher = batch.teachers[self.teacher]
         sharpness = batch.scale / self.temperature
         old = sharpness * teacher.image @ teacher.text.T
@@ -206,7 +188,7 @@ class ContrastiveDistillation(ClipObjective):
 
 
 class AnswerLikelihood(VlmObjective):
-    """Cross entropy of each answer token and of the answer's end; the question and the image are only read."""
+    """Cross entropy of each answer token including the end; question and image are only read."""
 
     def __call__(self, batch: AnswerBatch) -> Tensor:
         """Mean over rows of the mean over a row's tokens, in nats."""
@@ -216,11 +198,10 @@ class AnswerLikelihood(VlmObjective):
 class TokenDistillation(VlmObjective):
     """KL(teacher || student) over the next token, at each token of the known answer (Hinton et al. 2015, at T = 1).
 
-    The teacher is kept as its most probable tokens and one bucket for all others, which the student's others are
-    compared with: a lower bound of the whole KL, and equal to it when every token is kept.
+    The teacher is kept as its most probable tokens and one bucket for all others, compared with the student's others: a
+    lower bound of the whole KL, and equal to it if every token is kept.
 
-    Args:
-        teacher, replay: as of :class:`FeatureDistillation`.
+    ``teacher``, ``replay``: as in :class:`FeatureDistillation`.
     """
 
     def __init__(self, teacher: str = "base", replay: str | None = None) -> None:
@@ -247,7 +228,7 @@ OBJECTIVES: Final[Methods[type[Objective[Any]]]] = Methods(
 
 
 def names(family: Family) -> list[str]:
-    """Names of the objectives that a recipe of a family may use; without those that cannot be imported."""
+    """Names of the objectives for a family's recipes, except those that cannot be imported."""
     found = []
     for name in OBJECTIVES.names():
         try:
@@ -259,7 +240,7 @@ def names(family: Family) -> list[str]:
 
 
 def build(terms: Sequence[Term], family: Family) -> list[tuple[Term, Objective[Any]]]:
-    """The objectives of a recipe. Raises ConfigError for a name or an option that its family does not have."""
+    """Create the objectives of a recipe. Raises ConfigError for a name or option that its family does not have."""
     built = []
     for term in terms:
         kind = OBJECTIVES.find(term.name)
@@ -274,7 +255,6 @@ def build(terms: Sequence[Term], family: Family) -> list[tuple[Term, Objective[A
 
 
 def values(objectives: Sequence[tuple[Term, Objective[Any]]], batch: Batch) -> list[tuple[Term, Tensor]]:
-    """Each term that has a weight and rows to see, with its value, unweighted."""
     weighted = []
     for term, objective in objectives:
         rows = batch.rows(term.over)

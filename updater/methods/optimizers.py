@@ -1,20 +1,19 @@
-"""The movement of parameters: an optimizer, its learning rate, and slow copies of them along the way.
+"""Optimizers, learning-rate schedules, and running means of parameters.
 
-An optimizer is AdamW, or installed: a function ``(groups, weight_decay, **options)`` that gives a
+An optimizer is AdamW, or a plugin: a function ``(groups, weight_decay, **options)`` that returns a
 ``torch.optim.Optimizer``. Its state must be tensors by parameter, so that a checkpoint can hold it without pickle.
 
-Learning rates have no horizon by default: a stream has no last step, so that no phase may depend on one.
+Schedules have no horizon by default, because a stream has no last step:
 
-*infinite* (Infinite LR): linear warm-up, cosine cool-down to a constant rate, constant for as long as it takes; an
-exponential anneal only before a candidate is handed over. Updates that start from an incumbent skip the peak and its
-cool-down: they warm up to the constant rate. *rsqrt*: linear warm-up, then peak x sqrt(W / step). Both end in the same
-anneal. *cosine*: linear warm-up, then down to ``final`` over the steps of the update, afresh in each: the papers' usual
-one, which has a horizon.
+*infinite* (Infinite LR): linear warm-up, cosine cool-down to a constant rate, and an exponential anneal only before a
+candidate is handed over. Updates that start from an incumbent skip the peak and its cool-down: they warm up to the
+constant rate. *rsqrt*: linear warm-up, then peak x sqrt(W / step), with the same anneal. *cosine*: linear warm-up, then
+down to ``final`` over the steps of each update, as is usual in papers; it has a horizon.
 
-Each update begins with an optimizer without moments, whose first steps are as long as the rate allows whatever the
-gradient is. So each warms up; but for *cosine*, for at most a quarter of its steps, so that a short one still learns.
+Each update begins without optimizer moments, so that its first steps are as long as the rate allows whatever the
+gradient. So each warms up, for at most a quarter of its steps (except *cosine*) so that a short one still learns.
 
-Over all of them a meta-schedule (FoMo-in-Flux) may lower the rates from update to update.
+A meta-schedule (FoMo-in-Flux) may lower the rates from update to update.
 """
 
 from __future__ import annotations
@@ -41,25 +40,25 @@ OPTIMIZERS: Final[Methods[Callable[..., torch.optim.Optimizer]]] = Methods("opti
 
 
 def make(optimizer: Optimizer, groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
-    """The optimizer of a recipe. Raises ConfigError for an unknown kind or option."""
+    """Create a recipe's optimizer. Raises ConfigError for an unknown kind or option."""
     factory = OPTIMIZERS.find(optimizer.kind)
     with OPTIMIZERS.options_of(optimizer.kind):
         return factory(groups, weight_decay, **optimizer.options)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer, parameter: Tensor) -> int:
-    """Bytes of an optimizer's state for a parameter: its own ``state_bytes`` if it has one, else Adam's two moments."""
+    """Bytes of an optimizer's state for a parameter: its own ``state_bytes``, or Adam's two moments."""
     own = getattr(optimizer, "state_bytes", None)
     return int(own(parameter)) if own else 2 * parameter.numel() * parameter.element_size()
 
 
 def learning_rate(schedule: Schedule, step: int, steps: int, first: bool, update: int = 0) -> float:
-    """The rate of ``step`` (from 0).
+    """Learning rate of ``step`` (from 0).
 
     Args:
-        steps: steps of this update, which only the anneal before the hand-over looks at.
+        steps: steps of this update, for the final anneal.
         first: whether the update starts from the base; later ones warm up to the constant phase.
-        update: how many updates came before, for the meta-schedule.
+        update: number of earlier updates, for the meta-schedule.
     """
     return meta_factor(schedule, update, steps) * _rate(schedule, step, steps, first)
 
@@ -67,7 +66,7 @@ def learning_rate(schedule: Schedule, step: int, steps: int, first: bool, update
 def meta_factor(schedule: Schedule, update: int, steps: int) -> float:
     """*rsqrt*: sqrt((k + 1) W / (k S + W)) after k updates of S steps, with W warm-up steps; 1 in the first update.
 
-    It falls to sqrt(W / S), and not to 0: an endless stream is still learned from. Nothing is raised where W > S.
+    It falls to sqrt(W / S), and not to 0, so that an endless stream is still learned. It is 1 where W > S.
     """
     warm = max(schedule.warmup_steps, 1)
     if schedule.updates == "constant" or warm >= steps:
@@ -102,7 +101,6 @@ def _cosine(schedule: Schedule, step: int, steps: int) -> float:
 
 
 def _endless(schedule: Schedule, step: int, first: bool) -> float:
-    """The rate without warm-up and anneal."""
     warm = schedule.warmup_steps
     if schedule.kind == "rsqrt":
         return schedule.peak * math.sqrt(max(warm, 1) / max(step + 1, warm, 1))
@@ -118,9 +116,8 @@ def _endless(schedule: Schedule, step: int, first: bool) -> float:
 
 
 class Average:
-    """theta_bar <- (n theta_bar + theta) / (n + 1) every ``every`` steps, the start being the first (ZSCL, Zheng et al.
-    2023). For factors it is the mean of the factors, not of their product.
-    """
+    """theta_bar <- (n theta_bar + theta) / (n + 1) every ``every`` steps, including the start (ZSCL, Zheng et al.
+    2023). For factors it is the mean of the factors, not of their product."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], every: int) -> None:
         self.every = every
@@ -129,14 +126,13 @@ class Average:
 
     @torch.no_grad()
     def stepped(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Take the parameters in after every so many steps."""
         self.steps += 1
         if self.steps % self.every == 0:
             self.values = self._with(parameters)
 
     @torch.no_grad()
     def apply(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Set the parameters to the mean; where they stand counts in it, however few steps ago the last one was."""
+        """Set the parameters to the mean, including their current values even between multiples of ``every``."""
         mean = self._with(parameters) if self.steps % self.every else self.values
         for name, parameter in parameters.items():
             parameter.copy_(mean[name])
@@ -146,11 +142,9 @@ class Average:
         return {name: value.lerp(parameters[name].detach(), share) for name, value in self.values.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """State that a resumed update needs."""
         return {"steps": torch.tensor(self.steps)} | {f"value.{name}": value for name, value in self.values.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`state` gave."""
         self.steps = int(tensors["steps"])
         self.values = {name: tensors[f"value.{name}"].to(value.device) for name, value in self.values.items()}
 
@@ -165,7 +159,6 @@ class Momentum:
 
     @torch.no_grad()
     def stepped(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Follow the student after a step."""
         keep, new, start = self.shares
         for name, value in self.values.items():
             value.mul_(keep).add_(parameters[name], alpha=new).add_(self.start[name], alpha=start)

@@ -1,7 +1,4 @@
-"""Regularizers: terms of the loss over parameters instead of examples, with what they remember of earlier updates.
-
-What one is (:class:`Regularizer`), and that of the shipped recipes; others are installed.
-"""
+"""Regularizers: terms of the loss over parameters, with their state from earlier updates. Packages can add more."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from updater.recipes.plugin_registry import Methods
 
 Parameters = Mapping[str, nn.Parameter]
 Gradients = Callable[[int], None]
-"""Puts the gradients of the objectives alone, at batch number n, into the parameters' ``grad``."""
+"""Computes the gradients of the objectives alone, at batch number n, into the parameters' ``grad``."""
 
 
 class Regularizer(ABC):
@@ -29,35 +26,33 @@ class Regularizer(ABC):
     """True if it needs parameters that mean the same in the next update: differences of whole weights, not factors."""
 
     def begin(self, parameters: Parameters) -> None:  # noqa: B027
-        """Called before the first step, with the parameters where the update starts."""
+        """Called before the first step, with the parameters at their start."""
 
     @abstractmethod
     def __call__(self, parameters: Parameters) -> Tensor:
-        """The penalty: a scalar."""
+        """Return the penalty: a scalar."""
 
     def stepped(self, parameters: Parameters) -> None:  # noqa: B027
         """Called after each step of the optimizer; ``grad`` is still the step's."""
 
     def finish(self, parameters: Parameters, gradients: Gradients) -> None:  # noqa: B027
-        """Called after the last step: the time to measure what mattered. Passes are charged (``passes``)."""
+        """Called after the last step, to measure what mattered. Its passes are charged (``passes``)."""
 
     @property
     def passes(self) -> int:
-        """Batches that :meth:`finish` asks gradients of."""
+        """Batches whose gradients :meth:`finish` requests."""
         return 0
 
     def state(self) -> dict[str, Tensor]:
-        """Its memory: kept in checkpoints, and for the next update."""
+        """State for checkpoints and for the next update."""
         return {}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027
-        """Take back what :meth:`state` gave, in this update or in the one before."""
+        """Restore what :meth:`state` returned, in this update or in the one before."""
 
 
 class L2(Regularizer):
-    """Sum over parameters of ``(theta - theta_start)^2``: they stay near where the update started (L2-SP, Li et al.
-    2018; ZSCL's weight consolidation).
-    """
+    """Sum over parameters of ``(theta - theta_start)^2`` (L2-SP, Li et al. 2018; ZSCL's weight consolidation)."""
 
     def begin(self, parameters: Parameters) -> None:
         self.start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -70,7 +65,7 @@ REGULARIZERS: Final[Methods[type[Regularizer]]] = Methods("regularizers", "regul
 
 
 def build(recipe: Recipe) -> Sequence[tuple[Term, Regularizer]]:
-    """The regularizers of a recipe. Raises ConfigError for an unknown name or option, or where one has no meaning."""
+    """Create a recipe's regularizers. Raises ConfigError for an unknown name or option, or one without meaning here."""
     built = []
     for term in recipe.regularizers:
         kind = REGULARIZERS.find(term.name)

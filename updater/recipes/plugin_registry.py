@@ -1,8 +1,8 @@
-"""Methods and recipes that installed packages bring, next to those of Ratchet.
+"""Registry of methods and recipes from Ratchet and from installed packages.
 
-A package names each of its methods in an entry point, ``hinge = "my_methods.hinge:Hinge"``, whose group is
-``ratchet.`` and the kind (objectives, regularizers, merging, optimizers, adapters). Packages with recipes (YAML
-files) are in the group ``ratchet.recipes``. The papers' methods come so, from ``ratchet-methods``.
+A package declares each method as an entry point, ``hinge = "my_methods.hinge:Hinge"``, in the group ``ratchet.`` plus
+the kind (objectives, regularizers, merging, optimizers, adapters). Packages with recipes (YAML files) are in the group
+``ratchet.recipes``. ``ratchet-methods`` is such a package.
 """
 
 from __future__ import annotations
@@ -22,24 +22,23 @@ T = TypeVar("T")
 
 
 class Methods(Generic[T]):
-    """The methods of one kind by name: ours, and those of installed packages.
+    """The methods of one kind by name: Ratchet's own, and those of installed packages.
 
     Args:
         kind: names the group of entry points.
-        noun: what an error calls one of them.
-        own: Ratchet's, which no package can replace.
-        base: the class that those of other packages derive from; without it they may be anything that can be called.
+        noun: names a method in errors.
+        own: Ratchet's, which packages cannot replace.
+        base: class that packages' methods derive from; without it any callable is accepted.
     """
 
     def __init__(self, kind: str, noun: str, own: Mapping[str, T], base: type | None = None) -> None:
         self.group, self.noun, self.own, self.base = f"ratchet.{kind}", noun, own, base
 
     def names(self) -> list[str]:
-        """Names that a recipe may use, in order."""
         return sorted({*self.own, *self._others()})
 
     def find(self, name: str) -> T:
-        """The method of that name. Raises ConfigError for an unknown one, and for one that cannot be imported."""
+        """Raises ConfigError for an unknown method, and for one that cannot be imported."""
         others = self._others()
         if name in self.own:
             return self.own[name]
@@ -54,7 +53,7 @@ class Methods(Generic[T]):
 
     @contextmanager
     def options_of(self, name: str) -> Iterator[None]:
-        """Inside, a TypeError is a wrong option of a recipe: ConfigError says so."""
+        """Turn a TypeError inside the context into a ConfigError about a recipe's options."""
         try:
             yield
         except TypeError as error:
@@ -65,13 +64,12 @@ class Methods(Generic[T]):
 
 
 def recipe_files(shipped: Path) -> dict[str, Path]:
-    """Files of recipes by name: ours, and those of other packages."""
     ours = {path.stem: path for path in sorted(shipped.glob("*.yaml"))}
     theirs: dict[str, Path] = {}
     for point in _others("ratchet.recipes", frozenset()).values():
         try:
             folders = getattr(_loaded(point), "__path__", ())
-        except ConfigError as error:  # its recipes are missing, and no others
+        except ConfigError as error:  # only its recipes are missing
             log.warning("%s", error)
             continue
         for folder in folders:
@@ -83,7 +81,6 @@ def recipe_files(shipped: Path) -> dict[str, Path]:
 
 @cache
 def _others(group: str, taken: frozenset[str]) -> dict[str, EntryPoint]:
-    """Of installed packages, by name. Ours come first: a name that is taken cannot be replaced."""
     found: dict[str, EntryPoint] = {}
     for point in entry_points(group=group):
         if point.name in taken or point.name in found:

@@ -1,4 +1,4 @@
-"""The typed form of a recipe. A recipe is data: it names objectives, merge rules and the like, which are code."""
+"""The schema of recipes. A recipe is data: it names objectives, merge rules and so on, which are code."""
 
 from __future__ import annotations
 
@@ -20,19 +20,16 @@ ALL_PARTS: tuple[Part, ...] = ("new", "reference", "replay")
 
 
 PLACE = "{}"
-"""The place of a caption in a template."""
 Template = Annotated[str, StringConstraints(pattern=r"^[^{}]*\{\}[^{}]*$", max_length=200)]
 
 
 class Section(BaseModel):
-    """A group of fields; unknown keys are errors, and so are numbers that are not finite (``.inf``, ``.nan``)."""
+    """A group of fields; rejects unknown keys and numbers that are not finite (``.inf``, ``.nan``)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Tower(Section):
-    """The modules of one part of a model that learn."""
-
     locked: bool = Field(False, description="Nothing in this part learns; a CLIP tower keeps its embedding space.")
     blocks: int | None = Field(
         None, ge=0, description="Last blocks that learn (0: only what follows the blocks); all when unset."
@@ -41,22 +38,16 @@ class Tower(Section):
 
 
 class Adapter(Section):
-    """The kind of adapter in the layers that learn, by name."""
-
     kind: str = Field("lora", description="lora is PEFT's; others are listed in docs/recipes.md.")
     options: dict[str, float | int | str | bool] = Field(default_factory=dict)
 
 
 class Optimizer(Section):
-    """The optimizer, by name: see ``updater/methods/optimizers.py``."""
-
     kind: str = "adamw"
     options: dict[str, float | int | str | bool] = Field(default_factory=dict)
 
 
 class Gradients(Section):
-    """Gradient harmonization: what happens where terms pull in opposite directions."""
-
     harmonize: bool = Field(False, description="Project each term's gradient off those that it conflicts with.")
     drop: float = Field(0.0, ge=0, lt=1, description="Share of new rows left out at most: those most in conflict.")
 
@@ -77,8 +68,6 @@ class Mixture(Section):
 
 
 class Batches(Section):
-    """The examples of a pool that are in a batch together."""
-
     domains: Literal["mixed", "grouped"] = Field(
         "mixed", description="grouped: runs of one domain, whose rows are each other's (hard) negatives."
     )
@@ -118,12 +107,12 @@ class Schedule(Section):
 
 
 class Merge(Section):
-    """The merge of the incumbent's delta with the trained one, which is served after an update.
+    """Merge of the incumbent's delta with the trained one, served after an update.
 
-    Rules are in ``updater/methods/merging.py``, or installed; ``none`` serves what was trained. ``start`` is what the
-    next update trains from: what is served (EMA merge), what was trained (finetuned merge), or the base (zero-shot
-    merge). ``search`` lists weights to try: the one that scores best on the tuning half of the gate's suites takes the
-    place of ``weight``, and the gate then judges by the hidden half.
+    Rules are in ``updater/methods/merging.py`` or plugins; ``none`` serves the trained delta. ``start`` is where the
+    next update trains from: the served delta (EMA merge), the trained one (finetuned merge), or the base (zero-shot
+    merge). ``search`` lists weights to try: the one that scores best on the tuning half of the gate's suites replaces
+    ``weight``, and the gate then uses the hidden half.
     """
 
     rule: str = "linear"
@@ -185,7 +174,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _eyes_stay(cls, values: Any) -> Any:
-        """A VLM's image tower is locked unless the recipe says otherwise: what it sees is then computed once."""
+        """Lock a VLM's image tower by default, so that its features are computed once."""
         if isinstance(values, dict) and values.get("family") == "vlm":
             return {"image": {"locked": True}, **values}
         return values
@@ -210,17 +199,16 @@ class Recipe(Section):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the recipe, 64 hex digits; the description does not count."""
+        """SHA-256 of the recipe without its description, 64 hex digits."""
         return digest_json(self.model_dump(mode="json", exclude={"description"}))
 
     def to_yaml(self) -> str:
-        """The recipe as YAML that :func:`load_recipe` reads back to an equal one."""
-        # Beyond ASCII everything is escaped: PyYAML writes one of the line breaks (U+0085) as it is, and reads a space.
+        # Escape all non-ASCII: PyYAML writes the line break U+0085 unescaped, and reads it as a space.
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     @classmethod
     def parse(cls, values: Any, origin: str = "recipe") -> Recipe:
-        """Check a mapping. Raises ConfigError that names the field."""
+        """Validate a mapping. Raises ConfigError that names the field."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -233,12 +221,11 @@ class Recipe(Section):
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with Ratchet, and with other installed packages."""
     return sorted(recipe_files(SHIPPED))
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """A recipe by name, of Ratchet or an installed package, or any by the path of its YAML file. Raises ConfigError."""
+    """Load a recipe by name, or by the path of its YAML file. Raises ConfigError."""
     path, known = Path(name), recipe_files(SHIPPED)
     if str(name) in known:
         path = known[str(name)]

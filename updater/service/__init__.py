@@ -1,1 +1,2 @@
-"""The updater as a process: it waits, trains, gates and proposes. Nothing is imported here: it starts without torch."""
+"""The updater as a process: waits, trains, gates and proposes. Nothing is imported here, so that it starts without
+torch."""

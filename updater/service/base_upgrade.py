@@ -1,17 +1,11 @@
-"""Another CLIP base: an upgrade that learns again what was learned on the old one, and the release that switches to it.
+"""Upgrades to another CLIP base: an update that learns the old base's data on the new one, and its release.
 
-An upgrade is an update whose data begin at nothing, and end where the live adapter's do. The updater trains, judges and
-stores it as its own; what it passes is not proposed, because the encoders that run have the old base: a switch releases
-it. Its adapter starts at zero on the new base. Nothing is distilled from the old model. What it would cost is measured
-before it begins, on one batch.
+An upgrade's data begin at the start and end where the live adapter's do. The updater trains, judges and stores it like
+any update, but does not propose it, because the running encoders have the old base: a switch releases it. Its adapter
+starts at zero, and nothing is distilled from the old model. Its cost is measured on one batch beforehand.
 
-Servers answer with the newest release of the base that they have (``base.clip``). So those of the old base go on as
-they are, and those that are started with the new one answer with this release from their first request on.
-
-    plan = plan_upgrade(settings, "b16")
-    update = begin_upgrade(settings, plan, "ann")
-    update, verdict = finish_upgrade(settings, update.id)
-    switch_base(settings, "b16", actor="ann", reason="better on all domains")
+Servers answer with the newest release of their base (``base.clip``): those of the old base continue unchanged, and
+those started with the new one use this release from their first request.
 """
 
 from __future__ import annotations
@@ -47,31 +41,25 @@ from updater.training.train import estimate
 from updater.training.workers import Stopped
 
 SUFFIX = ".upgrade"
-"""Of the recipe's name: what an ordinary update of the recipe has tried does not depend on it."""
+"""Appended to the recipe's name, so that the upgrade does not count as an attempt of the recipe itself."""
 
 
 @dataclass(frozen=True)
 class UpgradePlan:
-    """Data, recipe and cost of an upgrade."""
-
     old: ClipBase
     new: ClipBase
     recipe: Recipe
     incumbent: str | None
-    """The live adapter, of the old base; None where nothing was released."""
     store_version: int
     data_to: Mapping[str, int]
     samples: int
-    """Of the training split, before ``data_to``."""
     seed: int
     gflops: float
-    """Budget, in MAF-GFLOPs."""
     training: Estimate
     embedded: int
-    """Samples of the store that the catalog embeds again in the new image space."""
 
     def rows(self) -> list[tuple[str, str]]:
-        """For people: what, and how much. Of the bases, what is the same is left out."""
+        """Labels and values for display. Properties that both bases share are left out."""
         old, new, training = self.old, self.new, self.training
         facts = {
             "base": (f"{old.name} ({digest12(old.digest)})", f"{new.name} ({digest12(new.digest)})"),
@@ -97,15 +85,16 @@ class UpgradePlan:
 def plan_upgrade(settings: Settings, name: str, gflops: float | None = None) -> UpgradePlan:
     """Plan an upgrade from the live base to the registered base ``name``, and measure its cost; nothing is recorded.
 
-    Data are what the live adapter has learned; where that is nothing, all that is in the store. The recipe is the one
-    of the settings, with steps enough to visit each sample once. One batch is measured on the new base, which takes
-    about as long as a step.
+    Its data are those that the live adapter has learned, or the whole store if that is nothing. The recipe is that of
+    the settings, with enough steps to visit each sample once. One batch is measured on the new base, which takes about
+    as long as a step.
 
     Args:
         gflops: budget; by default that of a day.
 
     Raises:
         BaseModelError: there is no such base, or it is the live one.
+        ConfigError: the budget is not a positive number.
         TrainingError: the live release has another base than the settings, an upgrade waits, or there is no sample.
         BudgetError: the budget does not pay for one step.
     """
@@ -140,7 +129,7 @@ def plan_upgrade(settings: Settings, name: str, gflops: float | None = None) -> 
         gflops=gflops, seconds=math.inf, threads=settings.updater.threads,
         work_bytes=settings.updater.work_gib * 2**30,
     )  # fmt: skip
-    # no replay, since nothing was learned on the new base
+    # No replay: nothing was learned on the new base.
     pools = draw_pools(
         store, longer, reference_of(settings, "clip"), version, {}, seed, settings.updater.draw, data_to
     )  # fmt: skip
@@ -193,7 +182,7 @@ def begin_upgrade(settings: Settings, plan: UpgradePlan, actor: str) -> UpdateRo
 
 
 def begun(settings: Settings, name: str) -> UpdateRow | None:
-    """The unfinished upgrade to a base, if there is one. Raises TrainingError when there is one to another base."""
+    """The unfinished upgrade to a base, or None. Raises TrainingError if there is one to another base."""
     with closing(Ledger.open(settings.ledger)) as ledger:
         return _unfinished(ledger, name)
 
@@ -212,11 +201,8 @@ def _unfinished(ledger: Ledger, name: str) -> UpdateRow | None:
 
 
 def finish_upgrade(settings: Settings, update_id: str) -> tuple[UpdateRow, VerdictRow | None]:
-    """Train and judge an upgrade in this process, from where it is; with SIGTERM it stops at a checkpoint.
-
-    Raises:
-        TrainingError: an updater works here, which takes the upgrade up by itself; or it waits for something.
-    """
+    """Train and judge an upgrade in this process, resuming where it is; SIGTERM stops it at a checkpoint. Raises
+    TrainingError: an updater runs here, which will take the upgrade itself; or it waits for something."""
     stop = StopSignal()
     with closing(Ledger.open(settings.ledger)) as ledger:
         with only_one(settings.home, wait=False):
@@ -233,10 +219,8 @@ def finish_upgrade(settings: Settings, update_id: str) -> tuple[UpdateRow, Verdi
 
 
 def cancel_upgrade(settings: Settings, name: str) -> UpdateRow:
-    """Drop the upgrade to a base, whether it is trained yet or waits for its release.
-
-    Raises TrainingError when there is none, or an updater works on it.
-    """
+    """Drop the upgrade to a base, before or after training. Raises TrainingError if there is none, or an updater works
+    on it."""
     with closing(Ledger.open(settings.ledger)) as ledger, only_one(settings.home, wait=False):
         update = _unfinished(ledger, name)
         if update is None:
@@ -252,24 +236,18 @@ def cancel_upgrade(settings: Settings, name: str) -> UpdateRow:
 
 @dataclass(frozen=True)
 class Switch:
-    """A release that would change the base."""
-
     live: ReleaseRow
     live_base: str
     base: ClipBase
     clip: str | None
     update_id: str | None
-    """The upgrade that made the adapter; None: it goes back to an earlier release's."""
+    """The upgrade that made the adapter; None for a return to an earlier release's."""
 
 
 def plan_switch(settings: Settings, ledger: Ledger, name: str) -> Switch:
-    """Find the release of a switch to the base ``name``: the newest upgrade to it that passed the gate or, where there
-    is none, the adapter of its newest plain release.
-
-    Raises:
-        BaseModelError: there is no such base, or it is live.
-        ReleaseError: nothing of that base may be released, or something else has to be decided first.
-    """
+    """Find the release of a switch to the base ``name``: its newest upgrade that passed the gate or, without one, the
+    adapter of its newest full release. Raises BaseModelError: there is no such base, or it is live; ReleaseError:
+    nothing of that base may be released, or something else has to be decided first."""
     base = load_base(settings.home, name)
     live = ledger.live()
     if live is None:
@@ -304,7 +282,7 @@ def plan_switch(settings: Settings, ledger: Ledger, name: str) -> Switch:
 
 
 def switch_base(settings: Settings, name: str, *, actor: str, reason: str) -> ReleaseRow:
-    """Load the base with its adapter here, look at golden inputs as an encoder would, and release it.
+    """Load the base with its adapter here, check golden inputs as an encoder would, and release it.
 
     Raises:
         AdapterError: it cannot be loaded; nothing was released.

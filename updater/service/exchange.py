@@ -1,8 +1,6 @@
-"""Adapters from elsewhere and for elsewhere, as PEFT directories.
-
-An imported adapter becomes an update that is trained already: the updater judges and proposes it as its own. The update
-has learned no data of this store: ``data_to`` is empty, so that once it is live the next update begins with all of it.
-What it is compared with is set when it is judged: another release may come before.
+"""Imports and exports adapters as PEFT directories. An imported adapter becomes an update in the state ``trained``,
+which the updater judges and proposes. It has learned no data of this store: ``data_to`` is empty, so once it is live
+the next update begins with all of it. Its incumbent is set when it is judged, because another release may come before.
 """
 
 from __future__ import annotations
@@ -32,28 +30,25 @@ from updater.step.learner import Base
 
 CARD: Final = "README.md"
 RELEASES: Final = 1000
-"""Releases that are looked through for the adapter."""
 
 
 @dataclass(frozen=True)
 class Import:
-    """An imported adapter: the update that it is, and whether the ledger had one of this adapter before."""
-
     update: UpdateRow
     known: bool
 
 
 def import_adapter(settings: Settings, directory: Path, *, actor: str, base: str | None = None) -> Import:
-    """Check a PEFT directory, store its adapter, and record an update in the state ``trained``. Safe to repeat.
+    """Check a PEFT directory, store its adapter, and record an update in the state ``trained``. Idempotent.
 
     Args:
         directory: ``adapter_config.json`` and ``adapter_model.safetensors``; with ``ratchet.json`` if it was exported.
         actor: who imports it, for the ledger.
-        base: name of the base that it is an adapter of; needed where there is no ``ratchet.json``.
+        base: name of the adapter's base; required without ``ratchet.json``.
 
     Raises:
         AdapterError: it does not fit; says what and why.
-        LedgerError, ArtifactsUnavailable: a store is away.
+        LedgerError, ArtifactsUnavailable: a store cannot be reached.
     """
     family, frozen = _base_of(settings, directory, base)
     artifacts = Artifacts(settings.artifacts)
@@ -99,7 +94,6 @@ def import_adapter(settings: Settings, directory: Path, *, actor: str, base: str
 
 
 def _bring_back(ledger: Ledger, artifacts: Artifacts, name: str, directory: Path, actor: str) -> None:
-    """Store the files of a known adapter again, which the garbage collector had taken."""
     row, digest = ledger.adapter(name), directory_digest(directory)
     if row.digest not in (None, digest):
         raise AdapterError(f"{name} has other files than the one in the ledger.", "Restore it from a backup.")
@@ -111,12 +105,8 @@ def _bring_back(ledger: Ledger, artifacts: Artifacts, name: str, directory: Path
 
 
 def gate_import(settings: Settings, imported: Import) -> tuple[UpdateRow, VerdictRow | None]:
-    """Judge and propose an imported adapter, unless that was done before.
-
-    Raises:
-        TrainingError: an updater works here, an older update is not finished, or what it would be compared with is
-            not decided: the updater judges it when it can.
-    """
+    """Judge and propose an imported adapter, unless that was done before. Raises TrainingError: an updater runs here,
+    an older update is unfinished, or the incumbent is undecided: the updater judges it later."""
     update = imported.update
     family: Family = "vlm" if update.family == "vlm" else "clip"
     with closing(Ledger.open(settings.ledger)) as ledger:
@@ -136,7 +126,6 @@ def gate_import(settings: Settings, imported: Import) -> tuple[UpdateRow, Verdic
 
 
 def _base_of(settings: Settings, directory: Path, name: str | None) -> tuple[Family, Base]:
-    """The base in the settings that an adapter belongs to, by its digest or by name."""
     if not directory.is_dir():
         raise AdapterError(f"{directory} is no directory.", "Name the directory that PEFT's `save_pretrained` wrote.")
     about = named(directory)
@@ -162,13 +151,9 @@ def _base_of(settings: Settings, directory: Path, name: str | None) -> tuple[Fam
 
 
 def export_adapter(settings: Settings, name: str, target: Path) -> Path:
-    """Write an adapter of the ledger to the new directory ``target``; `ratchet adapters import` takes it back as the
-    same adapter.
-
-    Raises:
-        LedgerError: there is no such adapter.
-        AdapterError: its files are away or damaged, or ``target`` exists.
-    """
+    """Write an adapter of the ledger to the new directory ``target``; `ratchet adapters import` reads it as the same
+    adapter. Raises LedgerError: there is no such adapter; AdapterError: its files are missing or damaged, or ``target``
+    exists."""
     if target.exists():
         raise AdapterError(f"{target} exists already.", "Name a new directory.")
     with closing(Ledger.open(settings.ledger)) as ledger:
@@ -188,7 +173,6 @@ def export_adapter(settings: Settings, name: str, target: Path) -> Path:
 
 
 def model_card(ledger: Ledger, row: AdapterRow, directory: Path) -> str:
-    """A card in the form of the Hugging Face hub: what the adapter is of, where it came from, how it was judged."""
     files = read_adapter(directory)
     update, verdict = ledger.update_of(row.name), ledger.verdict_on(row.name)
     releases = [str(r.number) for r in ledger.releases(RELEASES) if row.name in (r.clip, r.vlm)]

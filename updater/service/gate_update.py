@@ -1,4 +1,4 @@
-"""From a trained candidate to a stored verdict: its suites, the gate, its report, and the ledger's row."""
+"""Gates a trained candidate: its suites, the gate, its report, and the ledger's row."""
 
 from __future__ import annotations
 
@@ -44,15 +44,9 @@ from updater.step.learner import Base
 def gate_update(
     settings: Settings, ledger: Ledger, artifacts: Artifacts, store: SampleStore, base: Base, update: UpdateRow
 ) -> UpdateRow:
-    """Gate the adapter of a trained update and record what came out. Safe to repeat: a verdict is recorded once.
-
-    Args:
-        base: that the adapter is of; an upgrade's incumbent is of another one.
-
-    Raises:
-        GateError: a suite cannot be read, base or incumbent cannot be scored, or the engine died. The update stays
-            ``trained``.
-    """
+    """Gate the adapter of a trained update and record the verdict, once. Idempotent. ``base``: of the adapter; an
+    upgrade's incumbent has another one. Raises GateError: a suite cannot be read, base or incumbent cannot be scored,
+    or the engine died. The update stays ``trained``."""
     row = ledger.verdict_of(update.id)
     if row is None:
         verdict = _gate(settings, ledger, artifacts, store, base, update)
@@ -60,7 +54,7 @@ def gate_update(
         with tempfile.TemporaryDirectory() as folder:
             write_report(verdict, Path(folder))
             for file in sorted(Path(folder).iterdir()):
-                # Written file by file: a repeated gate has another duration, and replaces the report of a lost verdict.
+                # File by file: a repeated gate has another duration, and replaces the report of a lost verdict.
                 artifacts.write_bytes(f"{key}/{file.name}", file.read_bytes())
         row = ledger.record_verdict(update.id, verdict.candidate, verdict.outcome, key, verdict.summary())
         again = verdict.outcome == "inconclusive" and verdict.look.next is not None
@@ -71,7 +65,7 @@ def gate_update(
 
 
 def _gflops(verdict: VerdictRow, update: UpdateRow) -> float:
-    """Forward passes of the candidate over all suites, in GFLOPs; base and incumbent are scored once and kept."""
+    """GFLOPs of the candidate's forward passes over all suites; base and incumbent are scored once and cached."""
     items = int(sum(suite["n"] for suite in verdict.summary.get("suites", {}).values()))
     return items * float(update.cost.get("sample_gflops", 0.0))
 
@@ -120,7 +114,7 @@ def _gate(
         for name in sorted({*best.values()} - {adapter}):
             try:
                 evaluator.load(name, fetch_recorded(artifacts, ledger, name))
-            except AdapterError as error:  # an old release that is gone must not keep every new one out
+            except AdapterError as error:  # a missing old release must not block every new one
                 best = {suite: other for suite, other in best.items() if other != name}
                 meta.setdefault("not_compared", {})[name] = error.message
         if directory is not None:
@@ -151,14 +145,9 @@ def _family(update: UpdateRow) -> Family:
 def update_suites(
     settings: Settings, store: SampleStore, update: UpdateRow, learned: Mapping[str, int] | None = None
 ) -> tuple[list[Suite], list[Suite]]:
-    """The suites that judge an update: those of its family with those of what was learned before, and fresh ones.
-
-    Args:
-        learned: where the data end that the updates which led to the incumbent have learned; by default where the
-            update's own begin. Of one that learns them again, held-out samples of them are in both kinds of suite.
-
-    Raises GateError when a suite cannot be read.
-    """
+    """Return the suites that judge an update: configured and memory suites, and fresh ones. ``learned``: end of the
+    data that the incumbent has learned; by default the start of the update's own. For an upgrade, which learns them
+    again, their held-out samples are in both kinds of suite. Raises GateError if a suite cannot be read."""
     learned = update.data_from if learned is None else learned
     family = _family(update)
     held_out = HeldOut(store, update.store_version, HAVING[family])
@@ -174,19 +163,16 @@ def update_suites(
 
 
 def tuned_on(suites: Sequence[Suite], min_items: int) -> list[Suite]:
-    """The suites that a search may look at: those of which both halves have items enough to say something."""
     return [suite for suite in suites if suite.divisible(min_items)]
 
 
 class TuningScores:
-    """Scores merged adapters of one update on the tuning half of its suites, through the engine that serves: an
-    :class:`updater.methods.merging.Scored`. The verdict then falls on the hidden half.
-
-    PAINT's measure: the mean of what must not be lost (retention suites) and of what is to be learned (gain suites).
-    """
+    """Scores merged adapters of one update on the tuning half of its suites, through the serving engine: a
+    :class:`updater.methods.merging.Scored`. The verdict then uses the hidden half. PAINT's measure: the mean of
+    retention suites and gain suites."""
 
     def __init__(self, settings: Settings, base: Base, suites: Sequence[Suite]) -> None:
-        """``suites``: those of :func:`tuned_on`; without any there is no search, and the recipe's weight is taken."""
+        """``suites``: result of :func:`tuned_on`; if empty, there is no search, and the recipe's weight is used."""
         self.settings = settings
         self.base = base
         self.suites = [suite.half("tuning") for suite in suites]
@@ -200,17 +186,16 @@ class TuningScores:
         update: UpdateRow,
         learned: Mapping[str, int] | None = None,
     ) -> TuningScores:
-        """On what an update will be judged by, see :func:`update_suites`. Raises GateError."""
+        """Scores for the suites of :func:`update_suites`. Raises GateError."""
         suites, fresh = update_suites(settings, store, update, learned)
         return cls(settings, base, tuned_on([*suites, *fresh], settings.gate.min_items))
 
     @property
     def passes(self) -> int:
-        """Items asked of one adapter."""
         return sum(len(suite.items()) for suite in self.suites)
 
     def __call__(self, directory: Path) -> float:
-        """The mean of both roles' means; of one role where there is no suite of the other. Between 0 and 1."""
+        """Mean of both roles' means, or of one role without suites of the other; between 0 and 1."""
         name = adapter_name(directory)
         by_role: dict[str, list[float]] = {}
         with open_evaluator(self.settings, self.base) as evaluator:

@@ -1,9 +1,6 @@
-"""The state of learning: fresh items and alpha of each model, what is missing to judge an update or hold it in place,
-and the gauges of what the ledger knows.
-
-The last verdict and the last update's cost stay true when the updater restarts, and when another process made them
-(`ratchet trainer --once`); so they are exported from the ledger, and not by the process that wrote them there.
-"""
+"""The state of learning: fresh items and alpha of each model, what is missing to judge an update, and gauges from the
+ledger. Metrics of verdicts and costs come from the ledger, so that they survive restarts of the updater and include
+other processes (`ratchet trainer --once`)."""
 
 from __future__ import annotations
 
@@ -28,36 +25,30 @@ from updater.service import triggers
 from updater.service.triggers import FreshItems, Learned
 
 VERDICTS = 500
-"""Verdicts that are looked through for the last one with each outcome."""
 
 
 @dataclass(frozen=True)
 class LearningState:
-    """One model's."""
-
     fresh: FreshItems
     plan: AnalysisPlan
-    """Of the candidate that is kept, or of the next one."""
     alpha: float
     """``gate.alpha``: for the gains of all candidates until the next release, and for the losses of each."""
     lacks: str = ""
-    """The part that is missing to judge an update, so that none begins."""
+    """What is missing to judge an update; none begins until it is empty."""
 
     @property
     def spent(self) -> float:
-        """By the candidates since the last release; each takes its share with its first look."""
+        """Alpha spent by the candidates since the last release; each takes its share with its first look."""
         return self.alpha - alpha_left(self.alpha, self.plan.candidates + bool(self.plan.tested))
 
     @property
     def alpha_line(self) -> str:
-        """For people."""
         spent = f"{self.spent:.2g} spent, {self.alpha - self.spent:.2g} left"
         return (
             f"alpha {self.alpha:g} for gains until the next release: {spent}; for losses, all of it for each candidate"
         )
 
     def to_json(self) -> dict[str, Any]:
-        """For machines."""
         candidate = self.fresh.candidate
         return {
             "fresh_items": self.fresh.items,
@@ -71,7 +62,6 @@ class LearningState:
 
 
 def learning_states(settings: Settings, ledger: Ledger, store: SampleStore) -> dict[Family, LearningState]:
-    """Of each family that has a base."""
     families: list[Family] = ["clip"]
     if settings.base.vlm and settings.base.vlm in list_bases(settings.home, "vlm"):
         families.append("vlm")
@@ -80,7 +70,7 @@ def learning_states(settings: Settings, ledger: Ledger, store: SampleStore) -> d
 
 def _state(settings: Settings, ledger: Ledger, store: SampleStore, family: Family) -> LearningState:
     halved = False
-    with suppress(RatchetError):  # a recipe that cannot be read: the updater says so
+    with suppress(RatchetError):  # the updater reports an unreadable recipe
         recipe = settings.updater.recipe if family == "clip" else settings.updater.vlm_recipe
         halved = bool(load_recipe(recipe).merge.search)
     learned = Learned.of(ledger, store, family)
@@ -100,15 +90,9 @@ def _lacks(settings: Settings, family: Family, learned: bool) -> str:
 
 
 def check_suites(settings: Settings, family: Family, *, learned: bool = False, read: bool = True) -> int:
-    """The number of suites that ask models of a family.
-
-    Args:
-        learned: whether something was learned before, of which the gate makes suites itself.
-        read: read all items, and do not only look for their folders.
-
-    Raises:
-        GateError: one cannot be read, or there is none that holds what the model can do.
-    """
+    """Number of suites for models of a family. ``learned``: whether data was learned before, from which the gate makes
+    memory suites. ``read``: read all items, instead of only checking their folders. Raises GateError: a suite cannot be
+    read, or there is no retention suite."""
     suites = load_suites(settings.gate.suites, settings.home, family, settings.gate.max_items)
     for suite in suites:
         if read:
@@ -124,14 +108,11 @@ def check_suites(settings: Settings, family: Family, *, learned: bool = False, r
 
 
 class LedgerMetrics:
-    """Exports them when they have changed."""
-
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self._exported: tuple[Any, ...] = ()
 
     def export(self, families: Iterable[Family]) -> None:
-        """Look at the ledger, and export what is new."""
         newest = [(row.id, row.state) for row in self.ledger.updates(1)], [row.id for row in self.ledger.verdicts(1)]
         if newest == self._exported:
             return
@@ -150,7 +131,6 @@ class LedgerMetrics:
 
 
 def export_budget(settings: Settings, ledger: Ledger) -> None:
-    """Export the level of the bucket, and the share that the next update takes from it."""
     rate, capacity = triggers.bucket(settings)
     level = ledger.bucket_level(time.time(), rate, capacity)
     metrics.update.budget(level, capacity, triggers.planned_gflops(settings))
@@ -164,7 +144,6 @@ def _scores(verdict: VerdictRow) -> list[Score]:
 
 
 def _shifts(verdict: VerdictRow) -> dict[str, tuple[float, float]]:
-    """By tower; none of a VLM, nor of a candidate that was not scored."""
     shift = (verdict.summary.get("diagnostics") or {}).get("shift")
     towers = shift["towers"] if shift else {}
     return {tower: (moved["from_incumbent"], moved["from_base"]) for tower, moved in towers.items()}

@@ -1,9 +1,9 @@
-"""PEFT directories from elsewhere: checked against a base, and rewritten as adapter directories of ours.
+"""Checks PEFT directories against a base, and rewrites them as Ratchet's adapter directories.
 
-What PEFT means must be what is served: each field of the configuration is honoured or refused, none is ignored.
-rsLoRA and ranks or alphas per layer are honoured: their scale goes into ``lora_B``, and smaller ranks are padded with
-zeros, so that the stored adapter is plain LoRA of one rank. Names, shapes and sizes are read from the file's header
-and checked before any value is read.
+Each field of the configuration is either honoured or rejected, never ignored, so that the served model is what PEFT
+means. rsLoRA and ranks or alphas per layer are honoured: their scale goes into ``lora_B``, and smaller ranks are padded
+with zeros, so the stored adapter is plain LoRA of one rank. Names, shapes and sizes are checked in the file's header
+before any value is read.
 """
 
 from __future__ import annotations
@@ -42,20 +42,19 @@ from updater.adapters.model import plain_name
 
 Shapes = Mapping[str, tuple[int, ...]]
 NAMED: Final = 10
-"""Names in an error; of the others the number is told."""
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _OUR_TARGETS = re.compile(r"\(\?:[\w\\.|-]*\)")
 """Targets as the trainer writes them: alternatives of escaped names. No other expression from outside is kept."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _PLAIN_START = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of ``init_lora_weights`` that leave the base's weights as they are; PiSSA, OLoRA, CorDA, MiCA, LoftQ and
-LoRA-GA change them, and their adapters mean a difference to that changed base."""
+"""Values of ``init_lora_weights`` that leave the base's weights unchanged; PiSSA, OLoRA, CorDA, MiCA, LoftQ and LoRA-GA
+change them, and their adapters are differences to that changed base."""
 _TRAINING_ONLY = frozenset({
     "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size",
     "revision", "runtime_config", "task_type",
 })  # fmt: skip
-"""Fields that say how an adapter was trained or which layers were chosen, which its tensors tell by themselves."""
+"""Fields about training or the choice of layers, which the tensors show themselves."""
 _HONOURED = frozenset({
     "alpha_pattern", "bias", "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules", "use_rslora",
 })  # fmt: skip
@@ -65,15 +64,13 @@ _OTHER_BASE = "It was trained for another model: import it where that is the bas
 
 @dataclass(frozen=True)
 class Named:
-    """A directory's own description in ``ratchet.json``; all None where there is none, as in one that PEFT wrote."""
-
     family: str | None = None
     base_digest: str | None = None
     name: str | None = None
 
 
 def named(directory: Path) -> Named:
-    """Read ``ratchet.json``, if there is one. Raises AdapterError when it cannot be read."""
+    """Read ``ratchet.json``, if there is one. Raises AdapterError if it cannot be read."""
     if not (directory / ABOUT).is_file():
         return Named()
     about = read_json(directory / ABOUT)
@@ -87,16 +84,14 @@ def named(directory: Path) -> Named:
 
 
 def convert(directory: Path, base: ClipBase | VlmBase, max_rank: int, target: Path) -> str:
-    """Check a PEFT directory and write it as an adapter directory of ours; returns the adapter's name.
+    """Check a PEFT directory and write it as an adapter directory; returns the adapter's name.
 
     Args:
         directory: ``adapter_config.json`` and ``adapter_model.safetensors``.
-        base: what it is an adapter of.
-        max_rank: the highest rank that is served.
+        max_rank: highest rank that is served.
         target: the new directory.
 
-    Raises:
-        AdapterError: names the field, file or module that does not fit, and what to do.
+    Raises AdapterError: names the field, file or module that does not fit, and a fix.
     """
     config = _checked_config(read_json(directory / CONFIG))
     shapes, parameters = _base_shapes(base)
@@ -140,7 +135,6 @@ def _checked_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _base_shapes(base: ClipBase | VlmBase) -> tuple[Shapes, Shapes]:
-    """Shapes of the weights of layers that can carry LoRA, and of parameters that may be replaced as a whole."""
     if isinstance(base, VlmBase):
         return dict(linear_shapes(base)), {}
     model = base.build_model()
@@ -153,7 +147,7 @@ def _base_shapes(base: ClipBase | VlmBase) -> tuple[Shapes, Shapes]:
 
 
 def _read_tensors(path: Path, layers: Shapes, parameters: Shapes, max_rank: int) -> dict[str, torch.Tensor]:
-    """Tensors under PEFT's names; names, shapes and types are checked in the header, then values are read."""
+    """Tensors under PEFT's names; names, shapes and types are checked in the header before values are read."""
     if not path.is_file():
         others = [p.name for p in path.parent.glob("adapter_model.*")]
         hint = f" (there is {others[0]}: pickle files are never read)" if others else ""
@@ -205,7 +199,7 @@ def _check_names(keys: list[str], layers: Shapes, parameters: Shapes) -> None:
 
 
 def _module(key: str) -> tuple[str, str]:
-    """The layer in the base and the side of a LoRA tensor; of another tensor its own name and ''."""
+    """Base layer and side of a LoRA tensor; for another tensor its own name and ''."""
     plain = key.removeprefix(PREFIX)
     match = _KEY.fullmatch(plain)
     if match is None:
@@ -228,7 +222,6 @@ def _check_shape(key: str, side: str, shape: tuple[int, ...], weight: tuple[int,
 
 
 def _plain(files: AdapterFiles) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The same ΔW as LoRA with one rank and the scale 1."""
     layers = lora_layers(files)
     rank = max(a.shape[0] for a, _, _ in layers.values())
     tensors = {key: tensor for key, tensor in files.tensors.items() if not _module(key)[1]}
@@ -244,9 +237,8 @@ def _plain(files: AdapterFiles) -> tuple[dict[str, Any], dict[str, torch.Tensor]
 
 
 def _targets(targets: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Names stay; an expression only where the trainer wrote it. No other regular expression from outside reaches
-    any program that reads the adapter later: the names of the layers that the tensors are of stand for it.
-    """
+    """Target modules: names, or an expression written by the trainer. Any other expression is replaced by the names of
+    the layers, so that no outside regular expression reaches programs that read the adapter later."""
     if (isinstance(targets, str) and _OUR_TARGETS.fullmatch(targets)) or (isinstance(targets, list) and targets):
         return targets
     modules = {match["module"] for key in tensors if (match := _KEY.fullmatch(key.removeprefix(PREFIX)))}

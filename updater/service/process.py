@@ -1,4 +1,4 @@
-"""The trainer as a process: settings of the C libraries, priority, signals, one trainer at a time, and its folders."""
+"""The trainer's process: settings of the C libraries, priority, signals, a lock per home, and work folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from core.priority import nice_process, nice_session
 from core.progress import say
 
 QUIET_SECONDS = 60.0
-"""After this long the reason for waiting is repeated."""
 ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
@@ -28,15 +27,15 @@ ENVIRONMENT = {
 }
 """Read once by the C libraries, before Python runs.
 
-glibc keeps freed memory: otherwise each step gives its activations back to the kernel and pays for fresh, zeroed pages
-again, which was 40% of the whole time on two cores. OpenMP's threads sleep while they wait for each other: when they
-spin, two of them on a busy server burn the time slice that the other one needs, and a step took 7 s instead of 1.6.
-With work space of a fixed size cuBLAS adds up in the same order each time.
+glibc keeps freed memory: otherwise each step returns its activations to the kernel and pays for fresh, zeroed pages,
+which was 40% of the time on two cores. OpenMP's threads sleep while they wait for each other: when they spin on a busy
+server, one burns the time slice that the other needs, and a step took 7 s instead of 1.6. With a fixed work space
+cuBLAS adds up in the same order each time.
 """
 
 
 def use_environment() -> None:
-    """Put :data:`ENVIRONMENT` in force: unless it is, this process starts again with it (same pid, same arguments)."""
+    """Apply :data:`ENVIRONMENT`: unless it is set, this process starts again with it (same PID, same arguments)."""
     if sys.platform == "linux" and not all(name in os.environ for name in ENVIRONMENT):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -44,23 +43,20 @@ def use_environment() -> None:
 
 
 def be_nice() -> None:
-    """Lower this process's priority to the lowest one, so that serving comes first. Parts run in sessions of their own,
-    so the session gets the same niceness.
-    """
+    """Set this process's priority to the lowest, so that serving comes first. Parts run in their own sessions, so the
+    session gets the same niceness."""
     nice_process(19)
     nice_session()
 
 
 class UpdaterBusy(TrainingError):
-    """An updater works in this home, and takes up what is recorded."""
+    """Another updater runs in this home, and takes up what is recorded."""
 
 
 @contextmanager
 def only_one(home: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the trainer's lock of this home: two trainers would both go on with the same unfinished update.
-
-    Waits for another one to end, or raises UpdaterBusy; the kernel lets go of the lock of a process that was killed.
-    """
+    """Hold the trainer's lock of this home: two trainers would both continue the same unfinished update. Waits for
+    another one to end, or raises UpdaterBusy. The kernel releases the lock of a killed process."""
     home.mkdir(parents=True, exist_ok=True)
     with (home / "updater.lock").open("a") as file:
         try:
@@ -74,25 +70,20 @@ def only_one(home: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def work_folders(home: Path) -> list[Path]:
-    """Work folders of this machine, by the ids of their updates: checkpoints, measured costs, prepared shards.
-
-    A process that was killed may leave one.
-    """
+    """Work folders of this machine (checkpoints, measured costs, prepared shards), named by update ID. A killed process
+    may leave one."""
     return sorted(path for path in (home / "updates").glob("*") if path.is_dir())
 
 
 class StopSignal:
-    """SIGTERM and SIGINT: in training, the wish to end after this step; anywhere else, the end at once.
-
-    Every point outside training can be repeated, so that there is nothing to finish.
-    """
+    """SIGTERM and SIGINT: in training, a request to stop after this step; otherwise exit at once, as every other point
+    can be repeated."""
 
     def __init__(self) -> None:
         self.wanted = False
         self._training = False
 
     def install(self) -> None:
-        """Take over both signals of this process."""
         signal.signal(signal.SIGTERM, self._handle)
         signal.signal(signal.SIGINT, self._handle)
 
@@ -101,7 +92,6 @@ class StopSignal:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Inside, a signal is only remembered; training asks for it between steps."""
         self._training = True
         try:
             yield
@@ -110,22 +100,19 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._training or self.wanted:
-            signal.signal(number, signal.SIG_IGN)  # asked again, it would break off what runs at the exit
+            signal.signal(number, signal.SIG_IGN)  # a second signal would interrupt the exit handlers
             raise SystemExit(128 + number if number == signal.SIGINT else 0)
         self.wanted = True
 
 
 class ThrottledLog:
-    """Logs why the updater waits, when the reason is another one, and else once a minute.
-
-    The figures in a reason change with every look: they alone are no news.
-    """
+    """Logs why the updater waits: when the reason changes, and otherwise once a minute. Changes of figures alone do not
+    count."""
 
     def __init__(self) -> None:
         self._last_kind, self._last_time = "", 0.0
 
     def say(self, reason: str) -> None:
-        """Say the reason, if it is time to."""
         kind = re.sub(r"\d[\d.,]*", "", reason)
         if kind != self._last_kind or time.monotonic() - self._last_time > QUIET_SECONDS:
             say(f"updater waits: {reason}")

@@ -1,4 +1,4 @@
-"""From an update that has begun to a trained candidate: the budget, the trainer, and the ledger's row."""
+"""Trains an update: the budget, the trainer, and the ledger's row."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from updater.training.workers import Workers
 
 
 class BucketEmpty(BudgetError):
-    """Another update has spent what this one was to be charged; it waits until the bucket holds it."""
+    """Another update has spent the budget of this one; it waits until the bucket is full enough."""
 
 
 def train_update(
@@ -51,16 +51,16 @@ def train_update(
     stop: StopSignal,
     ended: Callable[[], bool] = lambda: False,
 ) -> UpdateRow:
-    """Train an update and record its adapter. Safe to repeat: it goes on from its checkpoint, and is charged once.
+    """Train an update and record its adapter. Idempotent: it resumes from its checkpoint, and is charged once.
 
     Args:
-        base: that is trained; of an upgrade, the new one.
-        work: folder of checkpoints, of measured costs, and of the adapter until it is in the artifacts.
-        ended: true once an operator has ended the update; asked between steps.
+        base: to train; for an upgrade, the new one.
+        work: folder of checkpoints, measured costs, and the adapter until it is in the artifacts.
+        ended: true once an operator has ended the update; checked between steps.
 
     Raises:
         BucketEmpty: the update waits for its budget.
-        Stopped: asked to stop, or ended; else the update goes on from its checkpoint next time.
+        Stopped: asked to stop, or ended; otherwise the update resumes from its checkpoint next time.
         RatchetError: it cannot be trained.
     """
     rate, capacity = triggers.bucket(settings)
@@ -148,7 +148,6 @@ def train_update(
 def _with_heads(
     settings: Settings, store: SampleStore, update: UpdateRow, base: Base, result: TrainResult, work: Path
 ) -> TrainResult:
-    """The candidate with the heads of the settings, learned in its own image space."""
     wanted = settings.updater.heads
     if not wanted or not isinstance(base, ClipBase):
         return result

@@ -1,8 +1,8 @@
-"""When an update begins, and on which data; and when a candidate that was inconclusive is asked again.
+"""Decides when an update begins and on which data, and when an inconclusive candidate is asked again.
 
-Such a candidate is kept, and asked again when more fresh items have arrived. Each further look is an update of its own
-that is trained already, as an import is: same adapter, recipe and data, another version of the store. So nothing of it
-is lost or repeated when the updater is killed, and each look has its verdict and its report.
+Such a candidate is kept until more fresh items have arrived. Each further look is recorded as an update that is already
+trained, like an import: same adapter, recipe and data, another version of the store. So nothing is lost or repeated
+when the updater is killed, and each look has its own verdict and report.
 """
 
 from __future__ import annotations
@@ -29,34 +29,29 @@ from updater.gate.sample_suites import TEXT_COLUMNS, HeldOut, fresh_suites
 from updater.recipes import Family, Recipe
 
 HISTORY = 10_000
-"""Updates that are looked through; far more than a daily budget pays for within the life of a base."""
+"""Updates to search; far more than a daily budget pays for within the life of a base."""
 PLENTY = 20
-"""So many times the items that an update needs are not read to be counted. Where their captions are that few, the gate
-says so."""
+"""Above this multiple of the needed items, rows are not read to count independent ones. If their captions are too few,
+the gate reports it."""
 RECENT = 10
-"""Verdicts from which the spread of the rank statistic is taken."""
 LOOK = re.compile(r"^(?P<first>.+)-look-(?P<number>\d+)$")
 NEEDED = "gflops_needed"
-"""In the cost of an update that failed because its budget did not pay for one step: what would have."""
+"""In the cost of an update that failed because its budget did not pay for one step: the budget that would have."""
 TRAINED_BY = "trained_by"
-"""In the cost of a further look: the update that trained the candidate, and whose cost it is."""
+"""In the cost of a further look: the update that trained the candidate, whose cost it is."""
 IMPORTED = "imported"
-"""Name in the place of a recipe's, of an update whose adapter came from elsewhere."""
 ONLY_LOOK = "only_look"
-"""In the cost of an update that is judged once, by what there is, and not kept, as an import is: see :class:`Ready`."""
+"""In the cost of an update that is judged once, with the available items, and not kept, like an import: see
+:class:`Ready`."""
 
 
 @dataclass(frozen=True)
 class Learned:
-    """The part of the store that a model has learned."""
-
     updates: list[UpdateRow]
-    """Of its family, the newest first."""
     incumbent: str | None
-    """The adapter that updates begin from and are compared with (during a canary, the stable one); None is the base."""
+    """Adapter that updates begin from and are compared with (during a canary, the stable one); None is the base."""
     data_from: dict[str, int]
-    """Where the data end that the incumbent has learned; after a rollback that is further back, and an imported adapter
-    has learned none of it."""
+    """End of the data that the incumbent has learned; earlier after a rollback, and empty for an imported adapter."""
     store_version: int
 
     @classmethod
@@ -70,37 +65,26 @@ class Learned:
 
 @dataclass(frozen=True)
 class KeptCandidate:
-    """An inconclusive candidate that is asked again."""
-
     update: UpdateRow
-    """Its newest look."""
     verdict: VerdictRow
     next_items: int
-    """Fresh items with which that is due."""
     needed: int
-    """Those of the last look."""
     seen: int
-    """Those of the newest look."""
 
     @property
     def next_id(self) -> str:
-        """Id of the update that is the next look."""
         first, number = split_id(self.update.id)
         return f"{first}-look-{number + 1}"
 
 
 @dataclass(frozen=True)
 class FreshItems:
-    """Independent fresh items since the live adapter's data."""
-
     items: int
     needed: int
     candidate: KeptCandidate | None
-    """The candidate that waits for them; None: the next update does."""
 
     @property
     def enough(self) -> bool:
-        """True when the wait is over."""
         return self.items >= (self.needed if self.candidate is None else self.candidate.next_items)
 
     def __str__(self) -> str:
@@ -113,22 +97,17 @@ class FreshItems:
 
 @dataclass(frozen=True)
 class Ready:
-    """An update may begin."""
-
     learned: Learned
     data_to: dict[str, int]
     new_samples: int
     fresh: FreshItems
-    """With fewer than needed the gate may not see a gain of ``gate.detect``."""
+    """With fewer than needed the gate may miss a gain of ``gate.detect``."""
     once: bool
-    """It is judged once, with the items that there are: an operator wants it now, or ``updater.wait_for_items`` is
-    off."""
+    """Judged once, with the available items: an operator asked for it now, or ``updater.wait_for_items`` is off."""
 
 
 @dataclass(frozen=True)
 class Reevaluate:
-    """A candidate that was inconclusive is asked again: enough fresh items have arrived."""
-
     candidate: KeptCandidate
     store_version: int
     fresh: FreshItems
@@ -136,28 +115,26 @@ class Reevaluate:
 
 @dataclass(frozen=True)
 class Waiting:
-    """Nothing to do yet, and why."""
-
     reason: str
 
 
 def decide(
     settings: Settings, ledger: Ledger, store: SampleStore, recipe: Recipe, *, now: bool = False, retry: bool = False
 ) -> Ready | Reevaluate | Waiting:
-    """Decide if an update of the recipe's family begins.
+    """Decide whether an update of the recipe's family begins.
 
-    Data to learn is what the live adapter has not learned: everything after the update that made it that a family can
-    learn from. The trigger counts only what came after the last finished update of this recipe, so that rejected data
-    is not tried forever. Only the family's own proposals are waited for.
+    It learns the data that the live adapter has not learned: everything after the update that made it. The trigger
+    counts only data after the last finished update of this recipe, so that rejected data is not tried forever. Only the
+    family's own proposals block it.
 
-    It also waits for as many fresh items as the gate needs to show a gain of ``gate.detect``; when the oldest new
-    sample has waited for ``updater.max_wait_seconds``, it begins without them. While an inconclusive candidate is kept
-    for its next look nothing is trained, unless the stream brings new samples and no fresh ones. With
-    ``updater.wait_for_items`` off it waits for no items, and no candidate is kept.
+    It waits for as many fresh items as the gate needs to show a gain of ``gate.detect``, but at most
+    ``updater.max_wait_seconds`` after the oldest new sample. While an inconclusive candidate is kept for its next look
+    nothing is trained, unless the stream brings new samples and no fresh ones. With ``updater.wait_for_items`` off it
+    waits for no items, and no candidate is kept.
 
     Args:
-        now: begin with a single new sample, whatever the gate can see, and instead of a candidate that is kept.
-        retry: also when all of it was tried by this recipe before, or when a budget did not pay for a step of it.
+        now: begin with a single new sample, whatever the gate can detect, and instead of a kept candidate.
+        retry: also if this recipe has tried all of it before, or a budget did not pay for a step of it.
     """
     family = recipe.family
     unreleased = waits_for_release(ledger, family)
@@ -202,7 +179,7 @@ def decide(
 
 
 def waits_for_release(ledger: Ledger, family: Family) -> str | None:
-    """The reason to train and judge nothing of a family now: what it is compared with is not decided. None: go on."""
+    """Reason to train and judge nothing of a family now, because its incumbent is undecided; None to go on."""
     own = {update.id for update in ledger.updates(HISTORY, family)}
     open_proposals = [p for p in ledger.pending_proposals() if p.update_id in own]
     if open_proposals:
@@ -231,7 +208,7 @@ def _oldest_seconds(store: SampleStore, version: int, after: dict[str, int], hav
 
 
 def _dried_up(settings: Settings, fresh: FreshItems) -> bool:
-    """True if no fresh item has come for long since a candidate was asked: there may be none any more."""
+    """True if no fresh item has arrived for long since a candidate was asked: there may never be one."""
     assert fresh.candidate is not None
     age = (datetime.now(UTC) - fresh.candidate.verdict.created_at.astimezone(UTC)).total_seconds()
     return fresh.items <= fresh.candidate.seen and age >= settings.updater.max_wait_seconds
@@ -241,22 +218,21 @@ def _dried_up(settings: Settings, fresh: FreshItems) -> bool:
 
 
 def planned_gflops(settings: Settings) -> float:
-    """The charge of one update before it trains; the difference to what it spent goes back after."""
+    """Charge of one update before it trains; the unspent part is returned afterwards."""
     return min(settings.budget.gflops_per_update, settings.budget.gflops_per_day)
 
 
 def bucket(settings: Settings) -> tuple[float, float]:
-    """Refill in MAF-GFLOPs a second, and the most that can be saved up."""
+    """Refill in MAF-GFLOPs a second, and capacity."""
     return settings.budget.gflops_per_day / 86_400, settings.budget.gflops_per_day
 
 
 def affordability(settings: Settings, family: Family, needed: float) -> dict[str, Any]:
-    """The ledger's note of an update whose budget did not pay for one step: none like it begins again."""
     return {NEEDED: needed, "base": _base_name(settings, family)}
 
 
 def _unaffordable(settings: Settings, updates: Sequence[UpdateRow], recipe: Recipe) -> UpdateRow | None:
-    """The last update of this very recipe and base, where it needed more for one step than an update may spend now."""
+    """The last update of this recipe and base, if one of its steps needed more than an update may spend now."""
     digest = digest_json(recipe.model_dump(mode="json"))
     own = (each for each in updates if each.state in FINISHED and digest_json(each.recipe) == digest)
     last = next(own, None)
@@ -275,12 +251,8 @@ def _base_name(settings: Settings, family: Family) -> str:
 def fresh_items(
     settings: GateSettings, ledger: Ledger, store: SampleStore, family: Family, learned: Learned, *, halved: bool
 ) -> FreshItems:
-    """The fresh items that a family's next update waits for, or a candidate of it that is kept.
-
-    Args:
-        halved: whether the recipe searches for a weight, on half of them: see
-            :func:`updater.service.gate_update.tuned_on`.
-    """
+    """Fresh items that a family's next update, or its kept candidate, waits for. ``halved``: whether the recipe
+    searches for a weight on half of them: see :func:`updater.service.gate_update.tuned_on`."""
     candidate = kept_candidate(ledger, learned)
     needed = candidate.needed if candidate else plan(settings, ledger, family, None, halved=halved).needed
     version, after = learned.store_version, learned.data_from
@@ -292,7 +264,7 @@ def fresh_items(
     return FreshItems(items, needed, candidate)
 
 
-@lru_cache(maxsize=8)  # asked every few seconds, also where no version is new
+@lru_cache(maxsize=8)  # called every few seconds, often for the same version
 def _units(
     store: SampleStore,
     family: Family,
@@ -302,7 +274,6 @@ def _units(
     max_items: int,
     halved: bool,
 ) -> int:
-    """Independent items of the fresh suites that the gate would make."""
     held_out = HeldOut(store, version, HAVING[family])
     rows = held_out.rows(TEXT_COLUMNS, dict(data_from))
     suites = fresh_suites(rows, held_out, family=family, min_items=min_items, limit=max_items)
@@ -311,11 +282,8 @@ def _units(
 
 
 def kept_candidate(ledger: Ledger, learned: Learned) -> KeptCandidate | None:
-    """The candidate that is asked again; None where there is none.
-
-    It is the newest update's: a newer one ends it, and so does another incumbent, a look with all the items that are
-    needed, and a guard that withdrew it.
-    """
+    """The candidate to ask again, or None. It belongs to the newest update. A newer update ends it, as do another
+    incumbent, a look with all needed items, and a guard that withdrew it."""
     update = learned.updates[0] if learned.updates else None
     if update is None or update.state != "done" or update.incumbent != learned.incumbent:
         return None
@@ -328,7 +296,7 @@ def kept_candidate(ledger: Ledger, learned: Learned) -> KeptCandidate | None:
 
 
 def split_id(update_id: str) -> tuple[str, int]:
-    """The update that trained or imported a candidate, and which time it is asked: 1 by that update itself."""
+    """The update that trained or imported a candidate, and the number of the look, from 1."""
     match = LOOK.match(update_id)
     return (match["first"], int(match["number"])) if match else (update_id, 1)
 
@@ -336,12 +304,8 @@ def split_id(update_id: str) -> tuple[str, int]:
 def plan(
     settings: GateSettings, ledger: Ledger, family: str, update: UpdateRow | None, *, halved: bool
 ) -> AnalysisPlan:
-    """Settle a candidate's plan before its next look; the first look settles it for all.
-
-    Args:
-        update: the look; None: of a candidate that will be trained.
-        halved: only half of the fresh items are asked, because a search looks at the other half.
-    """
+    """Plan a candidate's next look; the first look fixes the plan for all. ``update``: the look; None: of a candidate
+    that will be trained. ``halved``: only half of the fresh items are asked, because a search uses the other half."""
     verdicts = ledger.looks_since_release(family)
     candidate = None if update is None else split_id(update.id)[0]
     own = [verdict.summary["look"] for verdict in verdicts if split_id(verdict.update_id)[0] == candidate]
@@ -357,17 +321,15 @@ def plan(
         fewest=settings.min_items,
         most=settings.max_items // (2 if halved else 1),
     )
-    # an upgrade to another base is looked at once, too: further looks are updates, and those are of the live base
+    # An upgrade is also looked at once: further looks would be updates of the live base.
     only = update is not None and (bool(update.cost.get(ONLY_LOOK)) or ledger.base_upgrade(update.id) is not None)
     return AnalysisPlan(alpha, settings.alpha, needed, (), others, only=only)
 
 
 def spread(verdicts: Sequence[VerdictRow]) -> float | None:
-    """Standard deviation of one item's difference, pooled over the newest verdicts that have one; None: none has.
-
-    It is the larger one of the statistic's and of the hits' over what the statistic is worth: ``gate.detect`` is in
-    points that users see, and a gain of 3 points of recall can be less than 3 points of 1/log2(2 + rank).
-    """
+    """Standard deviation of one item's difference, pooled over the newest verdicts that have one; None without any. The
+    larger of the statistic's and the hits', the latter converted by RANK_EFFICIENCY: ``gate.detect`` is in points that
+    users see, and a gain of 3 points of recall can be less than 3 points of 1/log2(2 + rank)."""
     gains: list[Mapping[str, Any]] = [verdict.summary.get("gain") or {} for verdict in verdicts]
     measured = [gain for gain in gains if gain.get("spread") and gain["units"] > 1][:RECENT]
     units = sum(gain["units"] for gain in measured)

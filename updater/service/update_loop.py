@@ -1,10 +1,10 @@
 """The updater: waits for data and budget, trains, gates, proposes. Every step can be repeated after a kill.
 
-training   charged once (by the update's id); trains from its last checkpoint; writes the adapter and what the update
-           leaves for the next one (its carry-over), then the ledger
-trained    the adapter is in the artifacts and in the ledger; the gate judges it. An imported adapter begins here, and
-           so does a candidate that was inconclusive and is asked again
-gated      the verdict and its report are stored; what passed is proposed
+training   charged once (by the update's ID); trains from its last checkpoint; writes the adapter and its carry-over
+           for the next update, then the ledger
+trained    the adapter is in the artifacts and in the ledger; the gate judges it. Imported adapters and inconclusive
+           candidates that are asked again begin here
+gated      the verdict and its report are stored; an adapter that passed is proposed
 done       or failed, with the reason
 """
 
@@ -59,33 +59,25 @@ from updater.training.workers import Stopped
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3
-"""An update fails when it has been broken off so often by an error that is none of Ratchet's own, or when so many
-processes died in it at one place."""
+"""An update fails after this many errors outside Ratchet, or process deaths at one place."""
 POLL_SECONDS = 5.0
-"""Between two looks at the triggers."""
 RETRY_SECONDS = 30.0
-"""After an error of storage or suites."""
 LATENCY_RATIO = 1.25
-"""The trainer gives way while a route takes this multiple of what it did before: less is within the usual variation."""
+"""The trainer backs off while a route takes this multiple of its earlier time: less is within the usual variation."""
 LEAST_DUTY_CYCLE = 0.25
-"""Share of time that the trainer keeps while requests take longer: with less an update would not end for hours."""
+"""Minimum share of time while requests take longer: with less an update would take hours."""
 ASK_SECONDS = 5.0
-"""Between two looks at whether an operator has ended the update that is in training."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of :meth:`UpdaterService.step`: nothing (``update`` is None), or one whole update."""
-
     update: UpdateRow | None
     reason: str
 
 
 class UpdaterService:
-    """The updater's state machine; all state is in the ledger and in ``home/updates/<id>``.
-
-    It updates the CLIP and the VLM in turn, from one budget; with a recipe or a family, only that model.
-    """
+    """The updater's state machine; all state is in the ledger and in ``home/updates/<id>``. It updates the CLIP and the
+    VLM in turn, from one budget; with a recipe or a family, only that model."""
 
     def __init__(
         self,
@@ -95,7 +87,7 @@ class UpdaterService:
         family: Family | None = None,
         stop: StopSignal | None = None,
     ) -> None:
-        """Raises ConfigError when a recipe is of another family than wanted, BaseModelError when there is no base."""
+        """Raises ConfigError if a recipe is of another family than wanted, BaseModelError without a base."""
         if recipe and family not in (None, recipe.family):
             raise ConfigError(
                 f"recipe {recipe.name!r} trains a {recipe.family.upper()}, not a {str(family).upper()}.",
@@ -105,7 +97,7 @@ class UpdaterService:
         only = recipe.family if recipe else family
         turns = (only,) if only else families_with_a_base(settings)
         self.turns: deque[Family] = deque(turns)
-        """Whose turn it is, first; who had it goes to the end."""
+        """Families in the order of their turns; the current one moves to the end."""
         self.recipes: dict[Family, Recipe] = {each: recipe or family_recipe(settings, each) for each in turns}
         self.bases: dict[Family, Base] = {each: family_base(settings, each) for each in turns}
         self.ledger = Ledger.open(settings.ledger)
@@ -122,7 +114,7 @@ class UpdaterService:
         )
 
     def run_forever(self) -> None:
-        """Poll the triggers until asked to stop. Errors of storage or suites are reported and tried again."""
+        """Poll the triggers until asked to stop. Errors of storage or suites are reported and retried."""
         for family in self.turns:
             metrics.update.now(family, "waiting")
         waiting_log = ThrottledLog()
@@ -144,15 +136,15 @@ class UpdaterService:
             time.sleep(wait)
 
     def step(self, *, now: bool = False, retry: bool = False) -> StepResult:
-        """Finish the update that a killed trainer left, or begin one if it is time to. See :func:`triggers.decide`.
+        """Finish the update that a killed trainer left, or begin one if it is due. See :func:`triggers.decide`.
 
-        Each family is asked in its turn, until one of them has something to do.
+        Families are asked in turn, until one has something to do.
 
         Raises:
-            RatchetError: storage, base or suites cannot be used; the update stays where it is and is taken up again.
-                The next turn is the other family's.
-            TrainingError: a library's error broke it off; it is tried again, and fails after :data:`ATTEMPTS`.
-            Stopped: asked to stop in training; the update goes on from its checkpoint next time.
+            RatchetError: storage, base or suites cannot be used; the update stays as it is and is resumed later. The
+                next turn is the other family's.
+            TrainingError: a library's error; it is retried, and fails after :data:`ATTEMPTS`.
+            Stopped: asked to stop in training; the update resumes from its checkpoint next time.
         """
         reasons = {}
         for _ in range(len(self.turns)):
@@ -185,7 +177,7 @@ class UpdaterService:
             if update.state == "training" and self._data_is_gone(update):
                 return StepResult(self._abandon(update), "its data is not kept any more")
             say(f"{update.id} goes on ({update.state})")
-            self.store.pin(update.id, update.store_version)  # who began it may have died before that
+            self.store.pin(update.id, update.store_version)  # the process that began it may have died before pinning
         else:
             if waits := self._waits_for_base(family):
                 return StepResult(None, waits)
@@ -201,7 +193,6 @@ class UpdaterService:
         return StepResult(done, done.error or done.state)
 
     def _lacks(self, recipe: Recipe, ready: Ready) -> str:
-        """Name what is missing to hold an update in place and to judge it: nothing is spent before it is there."""
         try:
             check_suites(self.settings, recipe.family, learned=bool(ready.learned.data_from))
             if recipe.mixture.reference > 0:
@@ -213,7 +204,7 @@ class UpdaterService:
         return ""
 
     def _waits_for_base(self, family: Family, upgrade: BaseUpgradeRow | None = None) -> str | None:
-        """The reason to train nothing now. An upgrade needs both of its bases: one may be pulled again."""
+        """Reason to train nothing now. An upgrade needs both of its bases: one may be pulled again."""
         home = self.settings.home
         if upgrade is None:
             return waits_for_base(self.ledger, home, self.bases[family])
@@ -226,7 +217,7 @@ class UpdaterService:
     def _begin(self, recipe: Recipe, ready: Ready) -> UpdateRow:
         values, learned = recipe.model_dump(mode="json"), ready.learned
         seed = mixed_seed(0, learned.store_version)
-        # with the newest update, so that a repeated attempt on the same data gets an id of its own
+        # Includes the newest update, so that a repeated attempt on the same data gets its own ID.
         previous = learned.updates[0].id if learned.updates else None
         what = [values, seed, learned.store_version, learned.data_from, learned.incumbent, previous]
         update = self.ledger.begin_update(
@@ -251,7 +242,6 @@ class UpdaterService:
         return update
 
     def _reevaluate(self, due: Reevaluate) -> UpdateRow:
-        """Record the next look at a candidate that was inconclusive."""
         last = due.candidate.update
         update = self.ledger.begin_update(
             due.candidate.next_id,
@@ -270,7 +260,6 @@ class UpdaterService:
         return update
 
     def _finish(self, update: UpdateRow, family: Family) -> UpdateRow:
-        """Take an update from where it is to its end."""
         work, upgrade = self.work_dir(update), self.ledger.base_upgrade(update.id)
         try:
             self._count_death(update)
@@ -291,7 +280,7 @@ class UpdaterService:
                 update = self._propose(update, family)
         except (LedgerError, StoreError, GateError, ConfigError, DiskFull, BucketEmpty) as error:
             metrics.update.unjudged(family, isinstance(error, GateError))
-            raise  # storage that is away or full, and wrong settings, are not the update's fault: it waits
+            raise  # unavailable or full storage and wrong settings are not the update's fault: it waits
         except RatchetError as error:
             update = self._fail(update, family, error)
         except Stopped:
@@ -301,7 +290,7 @@ class UpdaterService:
             if update.state not in FINISHED:
                 return self._abandon(update)
             say(f"{update.id} ends: {update.error}")
-        except Exception as error:  # of a library, memory among them: it may pass, and must not come forever
+        except Exception as error:  # of a library or for memory: may be transient, so it is retried
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull(f"{update.id} waits: {error}.", "Free space there; the update goes on then.") from error
             log.exception("%s: %s", update.id, error)
@@ -346,10 +335,7 @@ class UpdaterService:
         return self.ledger.advance_update(update.id, "failed", error=str(error), cost=cost)
 
     def _attempted(self, update: UpdateRow, family: Family, error: Exception) -> UpdateRow:
-        """Handle an error that is none of Ratchet's: the update is tried again, and fails after :data:`ATTEMPTS`.
-
-        Raises TrainingError where it is tried again.
-        """
+        """Count an error outside Ratchet. Raises TrainingError for a retry; the update fails after :data:`ATTEMPTS`."""
         attempts = int(self.ledger.update(update.id).cost.get("attempts", 0)) + 1
         why = f"{type(error).__name__}: {error}"
         update = self.ledger.advance_update(update.id, update.state, cost={"attempts": attempts})
@@ -360,11 +346,9 @@ class UpdaterService:
         return self._fail(update, family, TrainingError(f"it broke off {attempts} times; the last reason is {why}."))
 
     def _count_death(self, update: UpdateRow) -> None:
-        """Write down that this process begins; it takes that back unless it dies (SIGKILL, memory, the machine's end).
-
-        Raises TrainingError where others have died at the very place where it would begin. One that comes further
-        before it dies begins at another place.
-        """
+        """Record that this process begins; the entry is removed at the end, unless the process dies (SIGKILL, memory,
+        power). Raises TrainingError if others have died at the same place. A process that gets further before it dies
+        begins at another place."""
         died, place = self.ledger.update(update.id).cost.get(BEGAN) or {"died": -1}, self._place(update)
         deaths = int(died["died"]) + 1 if died.get("place", place) == place else 0
         if deaths >= ATTEMPTS:
@@ -375,14 +359,13 @@ class UpdaterService:
         self.ledger.advance_update(update.id, cost={BEGAN: {"died": deaths, "place": place}})
 
     def _place(self, update: UpdateRow) -> str:
-        """The progress of an update: its state, its last checkpoint, and what is prepared."""
         work = self.work_dir(update)
         checkpoint = work / CHECKPOINT
         saved = checkpoint.stat().st_mtime_ns if checkpoint.is_file() else 0
         return f"{update.state} {saved} {len(list((work / PREPARED).glob('*')))}"
 
     def _is_ended(self, update_id: str) -> bool:
-        """True if an operator has ended an update, or a deletion waited too long for it; asked now and then."""
+        """True if an operator has ended an update, or a deletion waited too long for it; polled every ASK_SECONDS."""
         if time.monotonic() - self._asked < ASK_SECONDS:
             return False
         self._asked = time.monotonic()
@@ -391,7 +374,7 @@ class UpdaterService:
         return False
 
     def _data_is_gone(self, update: UpdateRow) -> bool:
-        """True if the store has forgotten the version that an update was pinned to."""
+        """True if the store has dropped the version that an update was pinned to."""
         latest = self.store.version()  # raises when the store cannot be read at all
         try:
             self.store.count(version=update.store_version)
@@ -408,18 +391,17 @@ class UpdaterService:
         return self.ledger.advance_update(update.id, "abandoned", error=error)
 
     def _remove_finished(self) -> None:
-        """Delete the work folders of updates that are over. Raises LedgerUnavailable."""
+        """Delete the work folders of finished updates. Raises LedgerUnavailable."""
         for path in work_folders(self.settings.home):
             if self.ledger.is_finished(path.name):
                 shutil.rmtree(path, ignore_errors=True)
 
     def work_dir(self, update: UpdateRow) -> Path:
-        """Checkpoints and measured costs of an unfinished update."""
         return self.settings.update_folders / update.id
 
 
 def waits_for_base(ledger: Ledger, home: Path, base: Base) -> str | None:
-    """The reason to train nothing on a base now: the live release has another one, or an upgrade waits for its own."""
+    """Reason to train nothing on a base now: the live release has another one, or an upgrade waits for its release."""
     if not isinstance(base, ClipBase):
         return None
     stable = ledger.stable()
@@ -445,16 +427,9 @@ def run_update(
     family: Family | None = None,
     retry: bool = False,
 ) -> StepResult | None:
-    """Run the updater until SIGTERM; with ``once``, one update.
-
-    Args:
-        recipe: train with this one, and only its family.
-        family: train only this family, with the recipe of the settings.
-
-    Raises:
-        ConfigError: ``recipe`` is of another family than ``family``.
-        TrainingError: with ``once``, when there is nothing to train, or the update failed.
-    """
+    """Run the updater until SIGTERM; with ``once``, one update. ``recipe``: train with this one, and only its family.
+    ``family``: train only this family, with the recipe of the settings. Raises ConfigError: ``recipe`` is of another
+    family than ``family``; TrainingError: with ``once``, if there is nothing to train, or the update failed."""
     stop = StopSignal()
     stop.install()
     with only_one(settings.home):

@@ -1,1 +1,1 @@
-"""One training step, whatever the model: learner, gradients, precision, and what is computed once per example."""
+"""One training step for any model: learner, gradients, precision, and what is computed once per example."""

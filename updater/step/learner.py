@@ -1,8 +1,5 @@
-"""One training step, whatever the model: rows of prepared examples in, loss and gradients out.
-
-What differs between a CLIP and a VLM is in ``updater/families``; the course of an update is in
-``updater/training/trainer.py``.
-"""
+"""One training step for any model: rows of prepared examples in, loss and gradients out. Differences between CLIP and
+VLM are in ``updater/families``; the loop is in ``updater/training/trainer.py``."""
 
 from __future__ import annotations
 
@@ -56,29 +53,25 @@ def _grey_picture() -> bytes:
 
 
 STAND_IN: Final = _grey_picture()
-"""Takes the place of a picture that cannot be prepared, in what is computed of its neighbours; no step sees it."""
+"""Replaces an image that cannot be prepared, where its neighbours are computed; no step sees it."""
 CHUNK = 48
-"""Most examples in one pass of what is computed once, and in a shard where no pool says otherwise."""
+"""Maximum examples in one pass of what is computed once, and in a shard unless the pool has its own size."""
 
 
 @dataclass(frozen=True)
 class Precomputed:
-    """The place of what a learner computes once per example."""
-
     folder: Path
     key: str = ""
-    """Names what is computed, apart from the examples: base, recipe, incumbent. Those of another are made again."""
+    """Identifies what is computed, apart from the examples: base, recipe, incumbent. Shards with another key are made
+    again."""
     rows: Mapping[str, int] = field(default_factory=dict)
-    """Examples that a step visits, by their pool: they are in shards of their own."""
+    """Examples per step by pool; each step's are in shards of their own."""
     room: float = math.inf
     """Bytes on disk for one example; boundaries of frozen blocks that need more are computed at each step."""
     threads: int = 1
-    """Threads that decode images."""
 
 
 class Learner(ABC, Generic[E]):
-    """A model with an adapter in training, its optimizer and the recipe's loss."""
-
     def __init__(self, base: Base, recipe: Recipe, model: AdapterModel) -> None:
         self.base = base
         self.recipe = recipe
@@ -92,7 +85,6 @@ class Learner(ABC, Generic[E]):
             regularizer.begin(self.parameters)
         weighted = [(term, objective) for term, objective in self.objectives if term.weight > 0]
         self.teacher_parts: dict[str, set[Part]] = {}
-        """The pools whose examples a teacher is asked about, by its name."""
         for term, objective in weighted:
             for part in term.over:
                 for name in objective.teachers_of(part):
@@ -103,22 +95,20 @@ class Learner(ABC, Generic[E]):
         started = "incumbent" in self.teacher_parts or any(objective.frozen_texts for _, objective in self.objectives)
         self._start = {name: p.detach().clone() for name, p in self.parameters.items()} if started else None
         self.afford: Callable[[float, float], float] = lambda most, least: math.inf
-        """Called before something is prepared, with the GFLOPs that it takes at most and at least. Returns those that
-        it may take; what it raises is passed on."""
+        """Called before something is prepared, with its maximum and minimum GFLOPs. Returns the GFLOPs that it may
+        take, or raises."""
         self.shards = Shards(Path(), (), (), self._fetch, self._compute_at_start)
         self.passes = CachedPasses(recipe.micro_batch)
         self.team = ALONE
         self.padding = 0
-        """Tokens that are added to each batch, see :meth:`padded`."""
+        """Tokens added to each batch, see :meth:`padded`."""
         self._last: Batch | None = None
         self.left_out: list[int] = []
-        """Rows that the last step left out for their conflicts, as :meth:`forward_backward` was given them."""
+        """Rows given to :meth:`forward_backward` that the last step left out for their conflicts."""
 
     def join(self, team: Team) -> None:
         """Share the work of each step with other processes. Called before :meth:`prepare`, whose folder they share.
-
-        Raises ConfigError where the recipe needs the gradient of each term.
-        """
+        Raises ConfigError if the recipe needs the gradient of each term."""
         if team.size > 1 and self.recipe.gradients.harmonize:
             raise ConfigError(
                 f"recipe {self.recipe.name!r} has gradients.harmonize, which several processes cannot share.",
@@ -127,26 +117,24 @@ class Learner(ABC, Generic[E]):
         self.team = self.passes.team = team
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Parameters by the factor on their learning rate."""
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.parameters.items():
             groups.setdefault(self.rate_of(name), []).append(parameter)
         return [{"params": parameters, "factor": factor} for factor, parameters in groups.items()]
 
     def rate_of(self, parameter: str) -> float:
-        """The recipe's factor on the learning rate of a parameter."""
         return 1.0
 
     def prepare(
         self, examples: Sequence[E], parts: Sequence[Part], precomputed: Precomputed | None = None,
         between: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        """Take the examples that steps refer to by number. What no step changes is computed once for each, in shards,
-        when a step first asks for one.
+        """Set the examples that steps refer to by number. What no step changes is computed once for each, in shards,
+        when a step first needs it.
 
         Args:
             parts: the pool of each.
-            precomputed: where shards are kept; without it, in a folder that goes with the learner.
+            precomputed: where shards are kept; by default in a temporary folder.
             between: called after each shard (duty cycle, signals).
         """
         if precomputed is None:
@@ -167,21 +155,20 @@ class Learner(ABC, Generic[E]):
         """Called by :meth:`prepare` when the examples are known, before any shard is made."""
 
     def ready(self, rows: Sequence[int]) -> None:
-        """Make what is missing of what no step changes, for some examples. Raises DiskFull, and what :attr:`afford`
-        does."""
+        """Make missing shards of some examples. Raises DiskFull, and what :attr:`afford` raises."""
         self.shards.ready(rows)
 
     def usable(self, rows: Sequence[int]) -> list[int]:
-        """Those of some rows, which are ready, that could be prepared. None where nothing new is among them."""
+        """Those of some ready rows that could be prepared; empty if nothing new is among them."""
         usable = [row for row in rows if row not in self.shards.left_out]
         return usable if any(self.parts[row] == "new" for row in usable) else []
 
     @abstractmethod
     def batch(self, rows: Sequence[int]) -> Batch:
-        """The batch that objectives see of some examples, which are made ready."""
+        """Return the batch that objectives see of some examples, after making them ready."""
 
     def forward_backward(self, rows: Sequence[int], regularized: bool = True) -> tuple[float, dict[str, float]]:
-        """Loss and gradients of some examples, and each term alone, unweighted; parameters stay."""
+        """Compute loss and gradients of some examples, and each term unweighted; parameters do not change."""
         self.optimizer.zero_grad(set_to_none=True)
         self.passes.drop()
         batch = self.batch(rows)
@@ -199,7 +186,7 @@ class Learner(ABC, Generic[E]):
             harmonized_backward([t.weight * value for t, value in alone], list(self.parameters.values()))
         else:
             loss.backward()  # type: ignore[no-untyped-call]
-            if self.team.rank:  # what does not come through the rows' outputs is the same in all processes
+            if self.team.rank:  # independent of the rows' outputs, so equal in all processes: added once
                 self.optimizer.zero_grad(set_to_none=True)
             self.passes.backward(after=self.model.restore)
             self.team.add_gradients(self.parameters.values())
@@ -207,10 +194,8 @@ class Learner(ABC, Generic[E]):
         return float(loss.detach()), {term.name: float(value.detach()) for term, value in alone}
 
     def optimizer_step(self, rate: float, step: int = 0, steps: int = 1) -> None:
-        """One optimizer step at a learning rate, the gradient's norm bounded, and what follows from it.
-
-        Raises TrainingError, and changes nothing, where the gradient is not finite.
-        """
+        """Take one optimizer step with a bounded gradient norm, and update terms and running means. Raises
+        TrainingError, and changes nothing, if the gradient is not finite."""
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.recipe.clip_norm)
         if not torch.isfinite(norm):
             raise TrainingError(
@@ -233,25 +218,22 @@ class Learner(ABC, Generic[E]):
                 self.average.stepped(self.parameters)
 
     def remembered(self) -> dict[str, Tensor]:
-        """State of objectives and regularizers for the next update, by name."""
         state = {name + key: value for name, term in self._terms() for key, value in term.state().items()}
         return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
     def remember(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`remembered` gave; what is of no term of this recipe is left out."""
+        """Restore what :meth:`remembered` returned, except terms that this recipe lacks."""
         for name, term in self._terms():
             if own := _under(tensors, name):
                 term.load_state({key: value.to(self.model.device) for key, value in own.items()})
 
     def _terms(self) -> list[tuple[str, Objective[Any] | Regularizer]]:
-        """Objectives and regularizers, and what the names of their tensors begin with."""
         return [
             *((f"objective.{term.name}.", objective) for term, objective in self.objectives),
             *((f"regularizer.{term.name}.", regularizer) for term, regularizer in self.regularizers),
         ]
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters, optimizer moments, and what terms and teachers remember, by name."""
         tensors = {f"parameter.{name}": p.detach().cpu().contiguous() for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -261,12 +243,12 @@ class Learner(ABC, Generic[E]):
         if self.average is not None:
             tensors |= {f"average.{name}": value.cpu().clone() for name, value in self.average.state().items()}
         tensors |= {f"model.{name}": value.cpu().contiguous() for name, value in self.model.state().items()}
-        # Two names of one tensor, a queue and its copy say, cannot both be in a file of safetensors.
+        # safetensors rejects two names of one tensor, such as a queue and its copy.
         return tensors | {name: value.clone() for name, value in self.remembered().items()}
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what :meth:`state` gave. Raises KeyError or RuntimeError when it does not fit."""
+        """Restore what :meth:`state` returned. Raises KeyError or RuntimeError if it does not fit."""
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"parameter.{name}"])
             moments = {
@@ -287,13 +269,13 @@ class Learner(ABC, Generic[E]):
         self.remember(tensors)
 
     def takes(self, example: E) -> bool:
-        """True if the model can learn from an example at all; others are left out of every pool."""
+        """True if the model can learn from an example; others are left out of every pool."""
         return True
 
     @property
     @abstractmethod
     def longest(self) -> int:
-        """Most tokens of an example, as :meth:`length` counts them."""
+        """Maximum of :meth:`length`."""
 
     @abstractmethod
     def length(self, row: int) -> int:
@@ -301,8 +283,8 @@ class Learner(ABC, Generic[E]):
 
     @abstractmethod
     def decode(self, example: E, image: bytes) -> Any:
-        """Decode an example's image for the model, in any thread. What it raises says that
-        the model cannot learn from this example."""
+        """Decode an example's image for the model, in any thread. Any exception means that the model cannot learn from
+        this example."""
 
     @abstractmethod
     def compute(self, rows: range, images: Sequence[Any]) -> Values:
@@ -311,36 +293,36 @@ class Learner(ABC, Generic[E]):
 
     @abstractmethod
     def shard_size(self, rows: range, images: Sequence[Any]) -> Size:
-        """The size that the cost of :meth:`compute` grows with."""
+        """Size that determines the cost of :meth:`compute`."""
 
     @abstractmethod
     def size(self, rows: Sequence[int]) -> Size:
-        """The size that the cost of a step on some examples grows with, which are ready."""
+        """Size that determines the cost of a step on some ready examples."""
 
     @abstractmethod
     def plain(self, model: nn.Module, examples: Sequence[E]) -> Tensor:
-        """A scalar of the base's own ``model`` over examples: what full fine-tuning would compute, to be measured."""
+        """A scalar computed by the base's own ``model`` over examples, to measure full fine-tuning."""
 
     @property
     def shard_choices(self) -> str:
-        """The decisions of :meth:`begin` about what shards hold: with other ones they are made again."""
+        """Decisions of :meth:`begin` about the contents of shards, which are made again if these differ."""
         return ""
 
     @property
     def answers_itself(self) -> bool:
-        """True if the cost of a step depends on what the model says in it."""
+        """True if the cost of a step depends on the model's output in it."""
         return False
 
     def dearest(self) -> AbstractContextManager[None]:
-        """Inside, a step takes the most that one of its size may take, where :attr:`answers_itself`."""
+        """Make a step take the maximum for its size inside the context, if :attr:`answers_itself`."""
         return nullcontext()
 
     def prepared_gflops(self) -> float:
-        """GFLOPs of what no step changes, as computed so far in all attempts; the same in any order of shards."""
+        """GFLOPs of preparation so far in all attempts; independent of the order of shards."""
         return math.fsum(self.shards.gflops.values())
 
     def row_gflops(self, rows: Sequence[int]) -> dict[Part, float]:
-        """The same for one example of each pool, on average over those of ``rows``, which are ready."""
+        """Mean GFLOPs of preparing one example of each pool, over ``rows``, which are ready."""
         result: dict[Part, float] = {}
         for part in PARTS:
             if own := [row for row in rows if self.parts[row] == part]:
@@ -348,21 +330,19 @@ class Learner(ABC, Generic[E]):
         return result
 
     def texts_gflops(self) -> float:
-        """The same for texts that are in every batch."""
         return 0.0
 
     def row_bytes(self) -> float:
-        """Disk that was taken for an example so far, on average."""
         count = sum(len(self.shards.layout[number].rows) for number in self.shards.sizes)
         return sum(self.shards.sizes.values()) / count
 
     def computing(self) -> AbstractContextManager[None]:
-        """Inside, passes of the model run in the recipe's precision."""
+        """Run passes of the model in the recipe's precision inside the context."""
         return computing(self.precision, self.model.device)
 
     @contextmanager
     def padded(self, tokens: int) -> Iterator[None]:
-        """Inside, a batch is so many tokens longer than its longest text: to measure what length costs."""
+        """Lengthen batches beyond their longest text inside the context, to measure the cost of length."""
         self.padding = tokens
         try:
             yield
@@ -371,7 +351,7 @@ class Learner(ABC, Generic[E]):
 
     @contextmanager
     def at_start(self) -> Iterator[None]:
-        """Inside, the model is what the update began with, whatever it has learned since."""
+        """Reset the model to the start of the update inside the context."""
         if self._start is None:
             yield
             return
@@ -383,7 +363,8 @@ class Learner(ABC, Generic[E]):
             return self.compute(rows, images)
 
     def _fetch(self, rows: range) -> Fetched:
-        """Read one after another, as the store is read in pages; decoding is in :attr:`Precomputed.threads` threads."""
+        """Examples are read one after another, as the store is read in pages; decoding uses
+        :attr:`Precomputed.threads`."""
         chosen = [self.examples[row] for row in rows]
         encoded = [example.read() for example in chosen]
         left_out: dict[int, str] = {}
@@ -401,7 +382,6 @@ class Learner(ABC, Generic[E]):
             return Fetched(list(pool.map(decoded, rows, chosen, encoded)), left_out)
 
     def close(self) -> None:
-        """End what is read in advance."""
         self.shards.close()
 
 

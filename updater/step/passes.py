@@ -1,15 +1,13 @@
-"""Passes of the model over a batch: their precision, micro-batches, and processes that share them. Gradients of terms
-or rows that pull against each other.
+"""Passes of the model over a batch: precision, micro-batches, sharing among processes, and conflicting gradients.
 
-Passes run in float32, or in mixed precision (Micikevicius et al. 2018) by torch's autocast, where the processor
-multiplies bfloat16 fast: only the products of a pass are in bfloat16. Weights, what learns, its gradients and optimizer
-state stay float32, and so do the features, logits and losses that come of a pass. bfloat16 has float32's range, so that
-no loss is scaled.
+Passes run in float32, or in mixed precision (Micikevicius et al. 2018) by torch's autocast where the processor
+multiplies bfloat16 fast: only products are in bfloat16. Weights, trained parameters, gradients and optimizer state stay
+float32, as do features, logits and losses. bfloat16 has float32's range, so losses need no scaling.
 
 Each process of a team has the whole model, and computes a part of every batch. A loss that compares every row with
-every other cannot be summed over parts of a batch, but it sees of a row only what the model makes of it
-(:class:`CachedPasses`). So processes exchange these outputs, and each has the loss of the whole batch; then they
-exchange the gradients of the parameters.
+every other cannot be summed over parts of a batch, but it depends only on the model's outputs (:class:`CachedPasses`).
+So processes exchange these outputs, each computes the loss of the whole batch, and they exchange the gradients of the
+parameters.
 """
 
 from __future__ import annotations
@@ -33,16 +31,14 @@ from updater.recipes import Part, Recipe, TrainPrecision
 
 T = TypeVar("T")
 ONE_FILE_SYSTEM: Final = "Processes that train one update need one file system for home."
-"""The remedy where one does not see what another has written."""
 NEW: tuple[Part, ...] = ("new",)
 Run = Callable[[Sequence[int]], Tensor]
 """Outputs of some rows, [n, ...], in the order of the rows; a row may have several."""
 
 
 def training_precision(recipe: Recipe, base: ClipBase | VlmBase, device: torch.device) -> TrainPrecision:
-    """The recipe's precision. ``auto`` is bfloat16 on a processor that multiplies it fast, but for a small base: there
-    products are a small part of a pass, as in serving.
-    """
+    """The recipe's precision. ``auto`` is bfloat16 on a processor that multiplies it fast, except for a small base,
+    where products are a small part of a pass, as in serving."""
     if recipe.precision != "auto":
         return recipe.precision
     fast = processor(device.type).multiplies_bfloat16_fast
@@ -51,12 +47,12 @@ def training_precision(recipe: Recipe, base: ClipBase | VlmBase, device: torch.d
 
 @contextmanager
 def computing(precision: TrainPrecision, device: torch.device) -> Iterator[None]:
-    """Inside, passes run in this precision. Outputs may be bfloat16; their users make them float32."""
+    """Run passes in this precision inside the context. Outputs may be bfloat16; callers convert them to float32."""
     if precision == "float32":
         yield
         return
     before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # torch's fused attention of inference knows no autocast on a CPU
+    torch.backends.mha.set_fastpath_enabled(False)  # fused inference attention does not support autocast on a CPU
     try:
         with torch.autocast(device.type, torch.bfloat16):
             yield
@@ -65,39 +61,38 @@ def computing(precision: TrainPrecision, device: torch.device) -> Iterator[None]
 
 
 class Team:
-    """This process alone. Every method of a larger one is called by all of its processes, in the same order."""
+    """This process alone. In a larger team all processes call each method, in the same order."""
 
     rank = 0
     size = 1
 
     def share(self, rows: Sequence[T]) -> Sequence[T]:
-        """This process's part of some rows: consecutive ones."""
         return rows[len(rows) * self.rank // self.size : len(rows) * (self.rank + 1) // self.size]
 
     def join(self, own: Tensor) -> tuple[Tensor, int]:
-        """The rows [n, ...] of all processes in the order of their ranks, without gradients; where its own begin."""
+        """Rows [n, ...] of all processes in rank order, without gradients, and the index of the first own row."""
         return own, 0
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Put the sum over all processes in place of each parameter's gradient; the same bits everywhere."""
+        """Replace each parameter's gradient by the sum over all processes, bitwise equal everywhere."""
 
     def agree(self, value: T) -> T:
         """The first process's value."""
         return value
 
     def total(self, value: float) -> float:
-        """The sum over all processes, the same in each."""
+        """Sum over all processes, the same in each."""
         return value
 
     def wait(self) -> None:
-        """Return when all processes have come here."""
+        """Barrier for all processes."""
 
 
 ALONE = Team()
 
 
 class TorchTeam(Team):
-    """The default process group of torch, which has to be there. Tensors are on one device of each process."""
+    """torch's default process group, which must exist. Tensors are on one device of each process."""
 
     def __init__(self) -> None:
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
@@ -111,7 +106,7 @@ class TorchTeam(Team):
         return torch.cat(parts), sum(counts[: self.rank])
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Added in the order of the ranks: a resumed run computes the same."""
+        """Added in rank order, so that a resumed run computes the same."""
         own = list(parameters)
         has = torch.tensor([parameter.grad is not None for parameter in own], dtype=torch.float32)
         gradients = [(p.new_zeros(p.shape) if p.grad is None else p.grad).detach().reshape(-1).float() for p in own]
@@ -142,24 +137,22 @@ class TorchTeam(Team):
 @dataclass(frozen=True)
 class _Pass:
     run: Callable[[], Tensor]
-    """Gives outputs of some rows, with a graph."""
     output: Tensor
-    """Of all rows."""
     first: int
-    """The place at which the outputs of these rows begin in it."""
 
 
 class CachedPasses:
-    """Runs a model over rows in micro-batches of ``size``, with the same gradient as of the whole batch at once; with
-    0, over all of a process's at once.
+    """Runs a model over rows in micro-batches of ``size`` with the gradient of the whole batch; 0 runs all of a
+    process's rows at once.
 
     GradCache (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"): a
-    contrastive loss compares every row with every other, so it cannot be summed over micro-batches. But it sees of a
-    row only the model's output. Outputs of all rows are computed without a graph; the loss gives the gradient of each
-    output; then each micro-batch runs again with its graph, and its outputs pass their gradients on. One forward pass
-    more, and the memory of one micro-batch.
+    contrastive loss compares every row with every other, so it cannot be summed over micro-batches, but it depends only
+    on the model's outputs. Outputs of all rows are computed without a graph; the loss gives the gradient of each
+    output; then each micro-batch runs again with its graph and propagates these gradients. This costs one more forward
+    pass, and the memory of one micro-batch.
 
-    Several processes (:class:`Team`) divide a batch the same way: each runs its own rows, and has the outputs of all.
+    Several processes (:class:`Team`) divide a batch the same way: each runs its own rows, and receives the outputs of
+    all.
     """
 
     def __init__(self, size: int) -> None:
@@ -168,7 +161,7 @@ class CachedPasses:
         self._open: list[_Pass] = []
 
     def __call__(self, run: Run, rows: Sequence[int]) -> Tensor:
-        """The outputs of ``run`` for all rows. With gradients, :meth:`backward` has to follow the loss's own."""
+        """Return the outputs of ``run`` for all rows. With gradients, call :meth:`backward` after that of the loss."""
         shared = 1 < self.team.size <= len(rows)
         mine = self.team.share(rows) if shared else rows
         size = self.size or len(mine)
@@ -187,14 +180,12 @@ class CachedPasses:
             again = partial(_same, own) if whole else partial(run, part)
             self._open.append(_Pass(again, output, first))
             first += len(own)
-        return output.view_as(output)  # of a leaf, what the loss keeps would be taken for a parameter and not counted
+        return output.view_as(output)  # a view: a saved leaf would be taken for a parameter, and not counted
 
     def drop(self) -> None:
-        """Forget passes whose loss had no backward pass."""
         self._open.clear()
 
     def backward(self, after: Callable[[], None] = lambda: None) -> None:
-        """Pass the gradients of the outputs on into the parameters; ``after`` is called after each micro-batch."""
         while self._open:
             each = self._open.pop()
             gradient = each.output.grad
@@ -209,11 +200,9 @@ def _same(output: Tensor) -> Tensor:
 
 
 def harmonized_backward(terms: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
-    """Put into ``grad`` the sum of the terms' gradients, each projected off those that it conflicts with.
-
-    Where ``g_i . g_j < 0``, ``g_i <- g_i - (g_i . g_j) / |g_j|^2 g_j`` (gradient surgery, Yu et al. 2020), in the order
-    of the terms, so that the result is a function of them alone.
-    """
+    """Set ``grad`` to the sum of the terms' gradients, each projected off those that it conflicts with. If ``g_i . g_j
+    < 0``, ``g_i <- g_i - (g_i . g_j) / |g_j|^2 g_j`` (gradient surgery, Yu et al. 2020), in the order of the terms, so
+    that the result is deterministic."""
     gradients = [_flat(term, parameters) for term in terms]
     whole = torch.zeros_like(gradients[0])
     for number, gradient in enumerate(gradients):
@@ -237,13 +226,13 @@ def _flat(term: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def agreement(loss: Tensor, batch: Features) -> Tensor:
-    """The agreement of each row's gradient with those of the other rows: cosines [n] in [-1, 1].
+    """Agreement of each row's gradient with those of the other rows: cosines [n] in [-1, 1].
 
-    Row i's gradient is that of ``loss`` with respect to a linear map W right after each tower, z + W (z - mean z), at
-    W = 0: the outer product of g_i, the gradient with respect to the row's feature z_i (tangential to the sphere), with
-    c_i = z_i - mean z. Two rows agree by (g_i . g_j) (c_i . c_j), summed over towers: where alike inputs are pulled in
-    opposite directions, one of them has the wrong partner. The row itself does not count among the others. Without the
-    mean taken off, all features of a tower would be alike: they lie in a narrow cone.
+    Row i's gradient is that of ``loss`` with respect to a linear map W right after each tower, z + W (z - mean z), at W
+    = 0: the outer product of g_i, the gradient with respect to the row's feature z_i (tangential to the sphere), with
+    c_i = z_i - mean z. Two rows agree by (g_i . g_j) (c_i . c_j), summed over towers: if similar inputs are pulled in
+    opposite directions, one of them has the wrong partner. Without subtracting the mean, all features of a tower would
+    be similar: they lie in a narrow cone.
     """
     towers = [features for features in (batch.image, batch.text) if features.requires_grad]
     products = loss.new_zeros(len(batch.part), len(batch.part), dtype=torch.float64)
@@ -259,7 +248,7 @@ def agreement(loss: Tensor, batch: Features) -> Tensor:
 
 
 def without_conflicts(loss: Tensor, batch: Features, share: float) -> list[int]:
-    """Rows without those new ones that conflict most with the others: at most a share of them, rounded down."""
+    """Rows without the new ones that conflict most with the others: at most ``share`` of the new rows, rounded down."""
     new = batch.rows(NEW)
     agrees = agreement(loss, batch).tolist()
     worst = sorted(new, key=lambda row: agrees[row])[: int(share * len(new))]

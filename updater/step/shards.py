@@ -1,11 +1,9 @@
-"""Values that are computed once per example, on disk: in shards, each made when a step first asks for one of its rows.
+"""Values computed once per example, stored in shards that are made when a step first needs one of their rows.
 
-A shard is a file of safetensors with the values of a few consecutive examples, written whole or not at all. What it
-holds depends on its examples and on the model at its start, never on the step that asks: so a resumed update reads the
-same bits, and makes no shard again. Images are read and decoded for the next shard while the model computes.
-
-What a shard takes at most is told before it is computed, by its size and by what others took: see
-:mod:`updater.budget.bound`.
+A shard is a safetensors file with the values of a few consecutive examples, written atomically. Its contents depend on
+its examples and on the model at its start, never on the step, so a resumed update reads the same bits. Images are read
+and decoded for the next shard while the model computes. The cost of a shard is bounded beforehand
+(:mod:`updater.budget.bound`).
 """
 
 from __future__ import annotations
@@ -35,15 +33,15 @@ from updater.budget.flops import counted
 from updater.step.passes import ALONE, ONE_FILE_SYSTEM, Team
 
 RESERVE_BYTES = 256 << 20
-"""Free space that a shard leaves on the disk: for checkpoints, the adapter, and an embedded ledger next to it."""
+"""Free disk space to leave for checkpoints, the adapter, and an embedded ledger on the same disk."""
 _OF_ONE_ROW = re.compile(r"\.\d+$")
 Values = Mapping[str, Sequence[Tensor]]
-"""Values of some rows, by name one tensor for each row. Their shapes may differ from row to row."""
+"""Values of some rows: by name one tensor for each row. Shapes may differ between rows."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """The rows ``start`` to ``end`` of a learner's examples (or texts), and the name of the file that holds them."""
+    """Rows ``start`` to ``end`` of a learner's examples (or texts), and the name of their file."""
 
     name: str
     start: int
@@ -51,18 +49,13 @@ class Span:
 
     @property
     def rows(self) -> range:
-        """Their numbers."""
         return range(self.start, self.end)
 
 
 def spans(groups: Sequence[str], sizes: Mapping[str, int], most: int) -> list[Span]:
-    """Divide rows into shards of one group each, at every multiple of its size and of at most ``most`` rows.
-
-    The name of a shard tells its group and its place in it: more rows of another group do not change it.
-
-    Args:
-        sizes: of each group, rows of one step, which are prepared together; ``most`` where a group has none.
-    """
+    """Divide rows into shards of one group each, at every multiple of its size and of at most ``most`` rows. A shard's
+    name contains its group and its position in it, so more rows of another group do not change it. ``sizes``: by group,
+    rows of one step, which are prepared together; ``most`` for other groups."""
     edges = [0, *(i for i in range(1, len(groups)) if groups[i] != groups[i - 1]), len(groups)]
     result: list[Span] = []
     counts: dict[str, int] = defaultdict(int)
@@ -79,27 +72,23 @@ def spans(groups: Sequence[str], sizes: Mapping[str, int], most: int) -> list[Sp
 
 @dataclass(frozen=True)
 class Fetched:
-    """The inputs of a shard's rows, read."""
-
     values: Any = None
     left_out: Mapping[int, str] = field(default_factory=dict)
-    """Rows that cannot be prepared, with the reason: they have a stand-in among the values."""
+    """Reasons by row that cannot be prepared; its value is a stand-in."""
 
 
 class Shards:
     """The shards of some rows.
 
     Args:
-        folder: where their files are.
-        layout: which rows are in which.
-        contents: what each row is; a file that was made of other rows is made again.
-        fetch: reads what the rows need (images, say) in a thread of its own, for the next shard in advance.
-        compute: the values of the rows, from what was fetched. All is counted.
-        size: what the cost of computing them grows with.
+        contents: identifies each row; a file made of other rows is made again.
+        fetch: reads inputs of rows (such as images) in a thread, for the next shard in advance.
+        compute: values of rows, from what was fetched; its FLOPs are counted.
+        size: determines the cost of computing them.
         between: called after each shard that was made.
         team: processes with the same folder; each makes some of the shards.
-        afford: called before shards are made, with the GFLOPs that these take at most and at least. Returns the GFLOPs
-            that they may take; what it raises is passed on.
+        afford: called before shards are made, with their maximum and minimum GFLOPs. Returns the GFLOPs that they may
+            take, or raises.
     """
 
     def __init__(
@@ -117,24 +106,17 @@ class Shards:
         self.folder, self.layout, self.fetch, self.compute, self.between = folder, layout, fetch, compute, between
         self.contents, self.size, self.team, self.afford = contents, size, team, afford
         self.gflops: dict[int, float] = {}
-        """GFLOPs of each shard that is there, by its number."""
         self.sizes: dict[int, int] = {}
-        """Its bytes."""
         self.left_out: dict[int, str] = {}
-        """Rows that cannot be prepared, of the shards that are there, and why: they have values of a stand-in."""
+        """Reasons by row of existing shards that cannot be prepared; it has values of a stand-in."""
         self._costs: dict[str, Costs] = defaultdict(Costs)
-        """Of the shards of a group."""
         self._place = [number for number, span in enumerate(layout) for _ in span.rows]
         self._ahead: dict[int, Future[Any]] = {}
         self._reader: ThreadPoolExecutor | None = None
 
     def ready(self, rows: Sequence[int]) -> None:
-        """Make the shards of these rows that are not there.
-
-        Raises:
-            DiskFull: there is no room for one of them.
-            BudgetSpent: making one would exceed what ``afford`` allows.
-        """
+        """Make the missing shards of these rows. Raises DiskFull: there is no room for one of them; BudgetSpent: making
+        one would exceed what ``afford`` allows."""
         wanted = [number for number in self.numbers(rows) if number not in self.gflops]
         if not wanted:
             return
@@ -156,11 +138,10 @@ class Shards:
                 )
 
     def numbers(self, rows: Sequence[int]) -> list[int]:
-        """Numbers of the shards that hold these rows."""
         return sorted({self._place[row] for row in rows})
 
     def get(self, name: str, rows: Sequence[int]) -> list[Tensor]:
-        """One value of some rows, which must be ready. Raises KeyError where they have none of that name."""
+        """One value of some ready rows. Raises KeyError if they have none of that name."""
         result: dict[int, Tensor] = {}
         by_shard: dict[int, set[int]] = defaultdict(set)
         for row in rows:
@@ -176,18 +157,16 @@ class Shards:
         return [result[row] for row in rows]
 
     def mean_gflops(self, rows: Sequence[int]) -> float:
-        """GFLOPs of one of these rows, which are ready, on average over their shards; 0 for none."""
+        """Mean GFLOPs per row over the shards of some ready rows; 0 without rows."""
         numbers = self.numbers(rows)
         count = sum(len(self.layout[number].rows) for number in numbers)
         return sum(self.gflops[number] for number in numbers) / count if count else 0.0
 
     def names(self, row: int) -> set[str]:
-        """Names of the values of a row that is ready."""
         with safe_open(self._path(self._place[row]), framework="pt") as file:
             return {_OF_ONE_ROW.sub("", key) for key in file.keys()}  # noqa: SIM118 - no iterator
 
     def close(self) -> None:
-        """End what is read in advance."""
         if self._reader is not None:
             self._reader.shutdown(wait=True, cancel_futures=True)
             self._reader = None
@@ -199,7 +178,7 @@ class Shards:
         return digest_bytes(*(self.contents[row].encode() for row in self.layout[number].rows))
 
     def _find(self, number: int) -> bool:
-        """Take a shard that an earlier process has made."""
+        """Load the metadata of a shard that an earlier process made; False if there is none."""
         path = self._path(number)
         try:
             with safe_open(path, framework="pt") as file:
@@ -233,13 +212,12 @@ class Shards:
         self._made(number, flops.gflops, size, left_out)
 
     def _made(self, number: int, gflops: float, size: Size, left_out: Mapping[int, str]) -> None:
-        """``left_out``: by their place in the shard."""
         self.gflops[number] = gflops
         self._costs[self._group(number)].add(size, gflops)
         self.left_out |= {self.layout[number].start + place: why for place, why in left_out.items()}
 
     def _bounds(self, number: int, fetched: Fetched) -> tuple[float, float]:
-        """GFLOPs that a shard takes at most and at least; by another group where there is none of its own yet."""
+        """Maximum and minimum GFLOPs of a shard; estimated from another group if its own has none yet."""
         size, group = self.size(self.layout[number].rows, fetched.values), self._group(number)
         costs = self._costs[group if group in self._costs else next(iter(self._costs), group)]
         return costs.most(size), costs.least(size)
@@ -254,7 +232,7 @@ class Shards:
         return fetched
 
     def _fetch_ahead(self, number: int) -> None:
-        """Begin to read what the next shard of the same group needs, unless it is there."""
+        """Start reading inputs of the next shard in the same group, unless it exists."""
         if number >= len(self.layout) or number in self._ahead or self._path(number).exists():
             return
         if self._group(number) != self._group(number - 1):
@@ -273,7 +251,7 @@ class Shards:
         try:
             with replacing(path, durable=False) as staging:
                 save_file(tensors, staging, metadata=metadata)
-        except (OSError, SafetensorError) as error:  # safetensors says so in words of its own
+        except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
             raise self._full(str(error)) from error
         self.sizes[number] = path.stat().st_size
 
@@ -285,7 +263,7 @@ class Shards:
 
 
 def _packed(values: Values) -> dict[str, Tensor]:
-    """One tensor for all rows where they are of one shape, else one for each."""
+    """One tensor for all rows if they have one shape, otherwise one for each."""
     tensors: dict[str, Tensor] = {}
     for name, rows in values.items():
         if len({(row.shape, row.dtype) for row in rows}) == 1:

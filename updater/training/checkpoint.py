@@ -1,8 +1,6 @@
-"""Files of an update: its checkpoint, what was settled when it began, and what it leaves for the next one.
-
-A checkpoint is one safetensors file, replaced atomically: no pickle, and no state of random generators. Batches are a
-pure function of seed and step, so that parameters, moments and the number of the step are all there is.
-"""
+"""Files of an update: its checkpoint, its initial settings, and its carry-over for the next one. A checkpoint is one
+safetensors file, replaced atomically, without pickle or generator states: batches are a pure function of seed and step,
+so parameters, moments and the step number suffice."""
 
 from __future__ import annotations
 
@@ -31,45 +29,37 @@ CARRY_OVER = "memory.safetensors"
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of an update. ``run`` names what is computed: a checkpoint of another run is not taken."""
+    """Progress of an update. ``run`` identifies the computation: a checkpoint of another run is ignored."""
 
     run: str
     step: int
-    """Steps done."""
     steps: int
-    """Steps planned."""
     seconds: float
-    """Wall-clock seconds spent in training, over all attempts."""
     truncated: bool = False
-    """True if the wall-clock bound ended it."""
     budget_spent: bool = False
-    """True if the next step might have cost more than was left."""
     losses: dict[str, list[float]] = field(default_factory=dict)
     gflops: list[float] = field(default_factory=list)
-    """GFLOPs of each step, of all processes."""
     known: list[list[Any]] = field(default_factory=list)
-    """Of steps by their sizes, see :meth:`updater.budget.bound.Costs.to_json`."""
     excess: float = 1.0
-    """See :attr:`updater.budget.bound.Costs.excess`."""
     prepared: float = 0.0
-    """GFLOPs of what was prepared, when the budget stopped it: also for the step that was not taken."""
+    """GFLOPs of preparation when the budget stopped it, including that for the step not taken."""
     broken_off: float = 0.0
-    """GFLOPs of a step, or of preparing for it, that would have exceeded the budget."""
+    """GFLOPs of an aborted step or its preparation."""
 
 
 def save_checkpoint(directory: Path, tensors: dict[str, Tensor], progress: Progress) -> None:
-    """Write the checkpoint whole or not at all. Raises DiskFull where there is no room for it."""
+    """Write the checkpoint atomically. Raises DiskFull."""
     try:
         with replacing(directory / NAME) as staging:
             save_file(tensors, staging, metadata={"progress": json.dumps(asdict(progress))})
-    except (OSError, SafetensorError) as error:  # safetensors says so in words of its own
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         raise DiskFull(
             f"a checkpoint cannot be written to {directory}: {error}.", "Free space there; the update goes on then."
         ) from error
 
 
 def load_checkpoint(directory: Path, run: str) -> tuple[dict[str, Tensor], Progress] | None:
-    """The checkpoint of this run, or None: there is none, it is of another run, or it is damaged."""
+    """The checkpoint of this run; None if it is missing, damaged, or of another run."""
     path = directory / NAME
     if not path.is_file():
         return None
@@ -86,12 +76,11 @@ def load_checkpoint(directory: Path, run: str) -> tuple[dict[str, Tensor], Progr
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
     replace_file(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
-    """Read what :func:`write_json` wrote; None when there is nothing or it is damaged."""
+    """Read JSON; None if it is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -99,10 +88,8 @@ def read_json(path: Path) -> Any:
 
 
 def run_precision(work_dir: Path, run: str, precision: TrainPrecision) -> TrainPrecision:
-    """The precision with which this run began in ``work_dir``; ``precision``, and it is kept, where it begins now.
-
-    An update that is resumed on another machine ends in what it would have ended in on the first, up to rounding.
-    """
+    """Precision with which this run began in ``work_dir``; for a new run ``precision``, which is saved. An update
+    resumed on another machine thus ends in the same result, up to rounding."""
     path = work_dir / PRECISION
     known = read_json(path)
     if isinstance(known, dict) and known.get("run") == run and known.get("precision") in get_args(TrainPrecision):
@@ -113,12 +100,11 @@ def run_precision(work_dir: Path, run: str, precision: TrainPrecision) -> TrainP
 
 @dataclass(frozen=True)
 class CarryOver:
-    """State for the next update from the same adapter: one safetensors file in a directory of its own, kept
-    under the adapter's name. An update that starts from another adapter, after a rollback say, finds that one's.
+    """State for the next update from the same adapter: one safetensors file in its own directory, stored under the
+    adapter's name. An update from another adapter, such as after a rollback, uses that adapter's state.
 
-    ``start``: the delta to train from, where that is not what is served. ``terms``: tensors by name.
-
-    ``updates``: how many came before, where the schedule looks at that. ``merge``: what the merge rule remembers.
+    ``start``: the delta to train from, if it is not the served one. ``terms``: tensors by name. ``updates``: number of
+    earlier updates, if the schedule needs it. ``merge``: memory of the merge rule.
     """
 
     start: WeightDelta = field(default_factory=dict)
@@ -128,7 +114,6 @@ class CarryOver:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name."""
         tensors = {f"term/{name}": value for name, value in self.terms.items()}
         tensors |= {f"merge/{name}": value for name, value in self.merge.items()}
         if self.updates:
@@ -142,11 +127,10 @@ class CarryOver:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the tensors, 64 hex digits; of nothing, the empty text."""
+        """SHA-256 of the tensors, 64 hex digits; empty without tensors."""
         return digest_tensors(self.tensors) if self.tensors else ""
 
     def write(self, directory: Path) -> Path | None:
-        """Write it, and return the directory; None when there is nothing to remember."""
         if not self.tensors:
             return None
         with replacing(directory / CARRY_OVER) as staging:
@@ -155,7 +139,7 @@ class CarryOver:
 
     @classmethod
     def read(cls, directory: Path) -> CarryOver:
-        """Read what :meth:`write` wrote. Raises TrainingError when it is damaged."""
+        """Raises TrainingError if it is damaged."""
         try:
             tensors = load_file(directory / CARRY_OVER)
         except (OSError, SafetensorError) as error:

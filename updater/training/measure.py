@@ -1,8 +1,6 @@
-"""The cost of training, counted and not guessed: FLOPs of the real step, and its peak memory.
-
-Memory is counted in one way for the step and for full fine-tuning, on a CPU and on a GPU: weights, gradients and
-optimizer state of what learns, and the most that autograd keeps at once for the backward pass. No allocator is asked.
-"""
+"""Measured cost of training: FLOPs of a real step, and its peak memory. Memory is counted in the same way for the step
+and for full fine-tuning, on CPU and GPU: weights, gradients and optimizer state of trained parameters, and the most
+that autograd keeps at once for the backward pass, without asking an allocator."""
 
 from __future__ import annotations
 
@@ -24,18 +22,15 @@ from updater.methods import optimizers
 from updater.step.learner import AnyLearner
 
 SMALL, LARGE = 2, 4
-"""Batches at which full fine-tuning is measured, on a CPU; its activations grow by the row, the rest is fixed."""
+"""Batch sizes for measuring full fine-tuning, on a CPU; activations grow by the row, the rest is fixed."""
 STRETCH = 8
-"""Tokens by which a batch is lengthened that has the longest text of all."""
+"""Extra tokens for a batch that already has the longest text."""
 
 
 def measure(learner: AnyLearner, examples: Sequence[Example], batches: Sequence[list[int]]) -> Cost:
-    """Count the first step (nothing is learned by it), what is prepared for it, and a small step of full fine-tuning.
-
-    A batch costs what its longest text makes it cost, and that is a polynomial of second degree, by its attention: the
-    first batch is counted at three lengths, by padding. ``batches`` are those whose lengths count; of the others than
-    the first no row is prepared.
-    """
+    """Count the first step (without learning), its preparation, and a small step of full fine-tuning. The cost of a
+    batch is a polynomial of second degree in its longest text (attention): the first batch is counted at three lengths,
+    by padding. The other ``batches`` only contribute their lengths; their rows are not prepared."""
     model, replaced, optimizer, rows = learner.model.model, learner.model.replaced, learner.optimizer, batches[0]
     learner.ready(rows)
     lengths = [max(learner.length(row) for row in batch) for batch in batches]
@@ -74,7 +69,7 @@ def measure(learner: AnyLearner, examples: Sequence[Example], batches: Sequence[
         sample_gflops=sample_gflops,
         row_gflops=learner.row_gflops(rows),
         texts_gflops=learner.texts_gflops(),
-        # Gradient and optimizer state of what learns, next to weights and what autograd keeps.
+        # Gradient and optimizer state of trained parameters, in addition to weights and what autograd keeps.
         peak_bytes=weights + trained + peak(),
         full_bytes=everything * 4 + small + per_row * (len(rows) - SMALL),
         row_bytes=learner.row_bytes(),
@@ -84,7 +79,7 @@ def measure(learner: AnyLearner, examples: Sequence[Example], batches: Sequence[
 
 
 def _mean_cost(costs: Mapping[int, float], lengths: Sequence[int]) -> float:
-    """Mean over batches of some lengths, by the polynomial through what was counted at others."""
+    """Mean over batches of some lengths, by the polynomial through the counted costs."""
     known = np.array(list(costs), float)
     fitted = np.polynomial.Polynomial.fit(known, list(costs.values()), len(costs) - 1)
     return float(np.mean(fitted(np.array(lengths, float)))) if len(costs) > 1 else next(iter(costs.values()))
@@ -105,9 +100,8 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class _SavedBytes:
-    """Bytes that autograd keeps for backward passes, now and at most; a storage counts once, until nothing of it is
-    saved_bytes. Parameters do not count, nor what is excluded.
-    """
+    """Bytes that autograd keeps for backward passes, current and peak. A storage counts once, until all its uses are
+    released. Parameters and excluded tensors do not count."""
 
     def __init__(self) -> None:
         self.most = 0
@@ -116,31 +110,25 @@ class _SavedBytes:
         self._excluded: dict[int, Tensor] = {}  # held, since a freed storage's address may be used again
 
     def exclude(self, tensor: Tensor) -> None:
-        """Count nothing of this tensor's storage."""
         self._excluded[_address(tensor)] = tensor.detach()
 
     def pack(self, tensor: Tensor) -> Tensor | _Saved:
-        """The hook of a tensor that is saved."""
         parameter = isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)
         return tensor if parameter or _address(tensor) in self._excluded else _Saved(tensor, self)
 
     def add(self, tensor: Tensor) -> None:
-        """One more use of a storage."""
         self._users[_address(tensor)] += 1
         if self._users[_address(tensor)] == 1:
             self._now += tensor.untyped_storage().nbytes()
             self.most = max(self.most, self._now)
 
     def remove(self, tensor: Tensor) -> None:
-        """One use less."""
         self._users[_address(tensor)] -= 1
         if not self._users[_address(tensor)]:
             self._now -= tensor.untyped_storage().nbytes()
 
 
 class _Saved:
-    """A saved tensor; autograd lets go of it when its node's backward pass is over."""
-
     def __init__(self, tensor: Tensor, saved_bytes: _SavedBytes) -> None:
         self.tensor, self._saved_bytes = tensor, saved_bytes
         saved_bytes.add(tensor)
@@ -150,10 +138,8 @@ class _Saved:
 
 
 class _AttentionExtras(TorchDispatchMode):
-    """Excludes what an attention kernel returns next to its output: the normalisers of its softmax, seeds, paddings.
-
-    They are small, and differ between the kernels of a CPU and of a GPU.
-    """
+    """Excludes secondary outputs of attention kernels: softmax normalisers, seeds, paddings. They are small, and differ
+    between CPU and GPU kernels."""
 
     def __init__(self, saved_bytes: _SavedBytes) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -171,14 +157,11 @@ class _AttentionExtras(TorchDispatchMode):
 
 @contextmanager
 def peak_saved_bytes(model: nn.Module, replaced: Sequence[nn.Module] = ()) -> Iterator[Callable[[], float]]:
-    """Most bytes that are kept at once for backward passes inside, on every device by the same count.
-
-    An allocator's figure would hold temporary buffers, caches and rounding, which no CPU reports, and which depend on
-    the GPU: its ratio to what is counted elsewhere means nothing. What ``replaced`` modules form stands where a
-    parameter does, and counts no more than parameters.
-    """
+    """Peak bytes kept for backward passes inside the context, counted equally on every device. An allocator's figure
+    would include temporary buffers, caches and rounding, which no CPU reports and which depend on the GPU, so ratios
+    would mean nothing. Weights formed by ``replaced`` modules count like parameters."""
     saved_bytes = _SavedBytes()
-    for parameter in model.parameters():  # of which layers save views: a linear layer its transpose
+    for parameter in model.parameters():  # layers save views of them: a linear layer its transpose
         saved_bytes.exclude(parameter)
     hooks = [kind.register_forward_hook(lambda _, __, weight: saved_bytes.exclude(weight)) for kind in replaced]
     try:

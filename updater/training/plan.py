@@ -1,8 +1,6 @@
-"""The steps that the budget of an update pays for: the cost of one, how many there are, and the rows that they visit.
-
-The first batch is measured; from that follow the steps, and from these the rows of each pool. No other row is prepared,
-and each when the first step asks for it.
-"""
+"""Plans an update: the cost of a step, the number of steps that the budget pays for, and the rows that they visit. The
+first batch is measured; the number of steps follows from it, and from that the rows of each pool. Rows are prepared
+when a step first needs them."""
 
 from __future__ import annotations
 
@@ -27,66 +25,55 @@ from updater.training.measure import measure
 from updater.training.result import Limits
 
 PREPARED = "prepared"
-"""Folder of shards, in an update's work folder."""
 MEASURED = 100
-"""Batches whose mean length a step's cost follows from."""
+"""Batches whose mean length is used for the cost of a step."""
 
 
 @dataclass(frozen=True)
 class Visits:
-    """The examples of each pool that some number of steps visit, and the batches that go through them."""
-
     pools: Pools
     batches: BatchPlan
 
     def rows(self, step: int) -> list[int]:
-        """Numbers of a batch's examples among those of all pools."""
         return self.pools.rows(self.batches.batch(step))
 
     def seen(self, steps: int) -> list[int]:
-        """Numbers of the examples that the first steps see."""
         counts = self.batches.counts
         return self.pools.rows([(p, row) for p in counts for row in range(self.batches.visited(p, steps))])
 
     def new_samples(self, steps: int, views: int) -> int:
-        """New samples that the first steps see, in whatever of their views."""
+        """Distinct new samples that the first steps see, in any view."""
         seen = self.pools.new[: self.batches.visited("new", steps)]
         return len(seen) if views == 1 else len({each.id for each in seen})
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The plan that follows from the measured batch."""
-
     run: str
-    """Names everything that decides what is computed once per example."""
+    """Identifies everything that decides what is computed once per example."""
     cost: Cost
     steps: int
     precomputed: Precomputed
     measured: Visits
-    """Visits of the first :data:`MEASURED` steps."""
     whole: BatchPlan
-    """The batches as if the model could learn from all of what was drawn, in every view."""
+    """The batches as if the model could learn from all drawn examples, in every view."""
 
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans the steps of one update."""
-
     learner: AnyLearner
     recipe: Recipe
     source: Pools
-    """All that may be visited."""
     seed: int
     limits: Limits
     work_dir: Path
 
     def plan(self, run: str, between: Callable[[], None]) -> TrainingPlan:
-        """Measure a step, unless an earlier attempt has, and see how many the budget pays for.
+        """Measure a step, unless an earlier attempt did, and plan as many as the budget pays for.
 
         Raises:
-            TrainingError: nothing new is there, or none of it can be prepared.
-            ConfigError: the work folder does not hold the rows of one step.
+            TrainingError: there is nothing new, or none of it can be prepared.
+            ConfigError: the work folder cannot hold the rows of one step.
             StepUnaffordable: the budget does not pay for one.
         """
         measured = self.visits(min(self.recipe.max_steps, MEASURED))
@@ -106,10 +93,7 @@ class Planner:
         return TrainingPlan(run, cost, steps, precomputed, measured, whole)
 
     def visits(self, steps: int) -> Visits:
-        """The visits of so many steps, to what the model can learn from.
-
-        Raises TrainingError when nothing new is left.
-        """
+        """Visits of ``steps`` to usable examples. Raises TrainingError if nothing new is left."""
         takes, mixture, size = self.learner.takes, self.recipe.mixture, self.recipe.batch_size
         some = {part: int(any(map(takes, self.source.of(part)))) for part in PARTS}
         if not some["new"]:
@@ -129,7 +113,6 @@ class Planner:
         return Visits(pools, BatchPlan(counts, pools.sizes, self.seed, runs))
 
     def _cost(self, run: str, visits: Visits, precomputed: Precomputed, between: Callable[[], None]) -> Cost:
-        """Measured once: a resumed update must plan the same number of steps."""
         path = self.work_dir / "cost.json"
         saved = read_json(path)
         if isinstance(saved, dict) and saved.get("run") == run:
@@ -147,7 +130,7 @@ class Planner:
         return cost
 
     def _usable(self, batches: Sequence[list[int]], examples: Sequence[Example]) -> list[int]:
-        """The rows that can be prepared of the first batch that has a new one among them. Raises TrainingError."""
+        """Usable rows of the first batch with a new one among them. Raises TrainingError."""
         for batch in batches:
             self.learner.ready(batch)
             if rows := self.learner.usable(batch):
@@ -157,7 +140,7 @@ class Planner:
         raise nothing_usable({examples[row].id: left_out[row] for row in new})
 
     def _most_steps(self, cost: Cost, whole: BatchPlan) -> int:
-        """As many as the recipe wants, and as the disk may hold the rows of. Raises ConfigError where that is none."""
+        """Limit by the recipe and by disk space. Raises ConfigError if there is no room for one step."""
         rows = int(self.limits.work_bytes / max(cost.row_bytes, 1.0))
 
         def visited(steps: int) -> int:
@@ -173,7 +156,6 @@ class Planner:
 
 
 def nothing_usable(left_out: Mapping[str, str]) -> TrainingError:
-    """The error of an update of which no sample can be prepared. ``left_out``: reasons by id."""
     name, why = next(iter(left_out.items()))
     return TrainingError(
         f"of {len(left_out)} samples none can be prepared; {name}: {why}.",

@@ -1,12 +1,11 @@
-"""Training of one update: pinned data, recipe and seed in, an adapter directory out. The same in, the same out.
+"""Trains one update, deterministically: pinned data, recipe and seed in, an adapter directory out.
 
->>> result = train(base, load_recipe("default"), pools, None, seed=0, budget=limits, out_dir=a, work_dir=b)
+>>> result = train(base, load_recipe("default"), pools, None, seed=0, limits=limits, out_dir=a, work_dir=b)
 >>> result.adapter
 'clip-0123456789ab'
 
-A killed run goes on from its last checkpoint in ``work_dir`` and ends in the same adapter.
-
-Its course is in :class:`updater.training.trainer.Trainer`, what its budget pays for in :mod:`updater.training.plan`.
+A killed run resumes from its last checkpoint in ``work_dir`` and yields the same adapter. See
+:class:`updater.training.trainer.Trainer` for the loop, :mod:`updater.training.plan` for the budget.
 """
 
 from __future__ import annotations
@@ -50,20 +49,20 @@ def train(
 
     Args:
         incumbent: adapter directory to start from; None starts from the base.
-        carry_over: what the update that made the incumbent left for the next one, if its recipe left something.
+        carry_over: state from the update that made the incumbent, if any.
         out_dir: the adapter is written to ``out_dir/<its name>``.
         work_dir: keeps checkpoints and measured costs of this update.
-        scored: scores merged adapters, for recipes whose merge searches its weight.
-        stop: asked between steps; True ends in a checkpoint and :class:`Stopped`.
-        duty_cycle: asked between steps for the share of ``limits.duty_cycle`` that may be used just now.
-        workers: processes that take the steps in place of this one.
+        scored: scores merged adapters, for recipes that search the merge weight.
+        stop: checked between steps; True ends in a checkpoint and :class:`Stopped`.
+        duty_cycle: polled between steps for the share of ``limits.duty_cycle`` that may currently be used.
+        workers: processes that take the steps instead of this one.
 
     Raises:
         TrainingError: the loss is not finite, or nothing is new; nothing is written.
-        ConfigError: the recipe is of another family than the base, or searches its merge's weight without ``scored``;
-            or ``limits.work_bytes`` does not hold the rows of one step.
-        BudgetError: the budget does not pay for one step with its own rows.
-        DiskFull: there is no room for what is computed once per sample; what was done is kept.
+        ConfigError: the recipe is of another family than the base, or searches its merge weight without ``scored``; or
+            ``limits.work_bytes`` cannot hold the rows of one step.
+        BudgetError: the budget does not pay for one step with its rows.
+        DiskFull: there is no room for what is computed once per sample; completed work is kept.
         Stopped: see ``stop``.
     """
     check_searchable(recipe, scored)
@@ -80,11 +79,8 @@ def train(
 
 
 def take_steps(job: Job, team: Team, control: Control) -> None:
-    """The part of each process of a team in :func:`train`, after its caller has measured a step: take all steps. The
-    result is in the checkpoint.
-
-    Raises: what :func:`train` does.
-    """
+    """Take all steps, in each process of a team, after the caller has measured a step. The result is in the checkpoint.
+    Raises what :func:`train` raises."""
     hooks = Hooks(control.stop, control.duty_cycle, control.report)
     with _reproducible(job.limits.threads), Trainer(replace(job, device=None), hooks, team) as trainer:
         trainer.take_steps()
@@ -93,11 +89,8 @@ def take_steps(job: Job, team: Team, control: Control) -> None:
 def estimate(
     base: Base, recipe: Recipe, pools: Pools, *, seed: int, limits: Limits, work_dir: Path, device: str | None = None
 ) -> Estimate:
-    """Estimate :func:`train` from the base: one batch is measured and one step taken, which is thrown away.
-
-    What is prepared for it stays in ``work_dir``; training with the same arguments uses it.
-
-    Raises: what :func:`train` does before its first step.
+    """Estimate :func:`train` from the base: one batch is measured and one step taken and discarded. Its preparation
+    stays in ``work_dir``, for training with the same arguments. Raises what :func:`train` raises before its first step.
     """
     job = Job(base, recipe, pools, None, seed, limits, work_dir, device=device)
     with _reproducible(limits.threads), Trainer(job) as trainer:
@@ -106,7 +99,7 @@ def estimate(
 
 @contextmanager
 def _reproducible(threads: int) -> Iterator[None]:
-    """A fixed number of threads and deterministic algorithms; both change the order in which numbers are added."""
+    """Fix the number of threads and use deterministic algorithms; both affect the order of additions."""
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)

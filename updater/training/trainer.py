@@ -1,4 +1,4 @@
-"""The course of one update, from top to bottom: train, take the steps, one step, its loss and gradients."""
+"""The training loop of one update, from top to bottom: train, take the steps, one step, its loss and gradients."""
 
 from __future__ import annotations
 
@@ -37,39 +37,31 @@ from updater.training.workers import Stopped
 
 @dataclass(frozen=True)
 class Job:
-    """One update that is to be trained: with the machine's precision, all that decides what is computed."""
+    """An update to train: everything that, with the machine's precision, decides what is computed."""
 
     base: Base
     recipe: Recipe
     pools: Pools
     incumbent: Path | None
-    """Adapter directory to start from; None starts from the base."""
     seed: int
     limits: Limits
     work_dir: Path
-    """Keeps checkpoints and measured costs."""
     carry_over: Path | None = None
-    """Left for this update by the one that made the incumbent."""
     device: str | None = None
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """Calls to others between steps."""
-
     stop: Callable[[], bool] = lambda: False
-    """True ends in a checkpoint and :class:`Stopped`."""
     duty_cycle: Callable[[], float] = lambda: 1.0
-    """The share of ``limits.duty_cycle`` that may be used just now."""
     report: Callable[[str], None] = lambda line: None
-    """Called after each step."""
 
 
 NO_HOOKS: Final = Hooks()
 
 
 class Trainer:
-    """Trains one update, in a ``with`` statement: it ends what the learner reads in advance."""
+    """Trains one update; as a context manager, it stops the learner's reading ahead."""
 
     def __init__(self, job: Job, hooks: Hooks = NO_HOOKS, team: Team = ALONE) -> None:
         place = job.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,7 +73,7 @@ class Trainer:
         own = training_precision(job.recipe, job.base, torch.device(place))
         precision = run_precision(job.work_dir, run, own)
         self.run = digest_json([run, precision])
-        """Names everything that decides what the update computes."""
+        """Identifies everything that decides what the update computes."""
         self.recipe = job.recipe.model_copy(update={"precision": precision})
         starts = {"served": self.served, "trained": self.received.start or self.served, "base": {}}
         self.start: WeightDelta = starts[self.recipe.merge.start]
@@ -89,7 +81,6 @@ class Trainer:
         self.learner.remember(self.received.terms)
         self.planner = Planner(self.learner, self.recipe, job.pools, job.seed, self.limits, job.work_dir)
         self.progress: Progress | None = None
-        """The progress while steps are taken: it is saved when the update is stopped."""
         self.began = self.slept = time.monotonic()
 
     def __enter__(self) -> Trainer:
@@ -99,9 +90,8 @@ class Trainer:
         self.learner.close()
 
     def train(self, out_dir: Path, scored: Scored | None) -> TrainResult:
-        """Plan and take the steps, merge, and write the adapter."""
         learner = self.learner
-        # Of what the incumbent learned, the share that the recipe's rank holds.
+        # Share of the incumbent's ΔW that the recipe's rank can hold.
         kept = kept_share(self.served, self.recipe.rank) if isinstance(learner.model, LoraModel) else 1.0
         if kept < 1:
             say(
@@ -156,11 +146,11 @@ class Trainer:
         )
 
     def take_steps(self) -> tuple[TrainingPlan, Visits, Progress]:
-        """Plan the steps and the rows that they visit, and go on from the last checkpoint to the last step."""
+        """Plan the steps and their rows, and take all steps from the last checkpoint on."""
         plan = self.plan()
         visits = self.planner.visits(plan.steps)
         progress = self._resume(plan, visits)
-        if progress.truncated or progress.budget_spent:  # that had ended it before it was killed
+        if progress.truncated or progress.budget_spent:  # it had ended before it was killed
             return plan, visits, progress
         self.progress = progress
         cost, earlier = plan.cost, progress.seconds
@@ -199,13 +189,12 @@ class Trainer:
             if (step + 1) % self.limits.checkpoint_steps == 0 or step + 1 == progress.steps:
                 self._save(progress)
             self._between()
-        self.progress = None  # what follows is done again by the next attempt
+        self.progress = None  # the next attempt repeats what follows
         return plan, visits, progress
 
     def train_step(self, step: int, steps: int, rows: list[int], spending: Spending) -> dict[str, float]:
-        """Learn from a batch, without what cannot be prepared. Returns the loss and each term; nothing where no row is
-        left. Raises BudgetSpent.
-        """
+        """Learn from a batch, except rows that cannot be prepared. Returns the loss and each term; nothing if no row is
+        left. Raises BudgetSpent."""
         self.learner.ready(rows)
         rows = self.learner.usable(rows)
         if not rows:
@@ -220,13 +209,9 @@ class Trainer:
         return {"loss": loss, **terms}
 
     def forward_backward(self, step: int, rows: list[int], spending: Spending) -> tuple[float, dict[str, float]]:
-        """Loss and gradients of rows that are ready, within what is left of the budget: see
-        :meth:`updater.step.learner.Learner.forward_backward`.
-
-        Raises:
-            BudgetSpent: they would exceed it.
-            TrainingError: the loss is not finite.
-        """
+        """Compute loss and gradients of ready rows within the budget: see
+        :meth:`updater.step.learner.Learner.forward_backward`. Raises BudgetSpent: they would exceed it; TrainingError:
+        the loss is not finite."""
         size = self.learner.size(rows)
         with counted(spending.afford_step(size)) as flops:
             loss, terms = self.learner.forward_backward(rows)
@@ -239,11 +224,10 @@ class Trainer:
         return loss, terms
 
     def plan(self) -> TrainingPlan:
-        """Measure a step, and plan as many as the budget pays for."""
         return self.planner.plan(self.run, self._between)
 
     def estimate(self) -> Estimate:
-        """Plan the steps, and take one of them, whose rows no other has."""
+        """Plan the steps, and take one whose rows are not prepared yet."""
         plan = self.plan()
         pools, cost = plan.measured.pools, plan.cost
         self.learner.prepare(pools.examples, pools.parts, plan.precomputed, self._between)
@@ -263,7 +247,6 @@ class Trainer:
         )
 
     def _resume(self, plan: TrainingPlan, visits: Visits) -> Progress:
-        """Prepare what steps need, as far as an earlier attempt came; its checkpoint is taken back."""
         self.learner.join(self.team)
         run = digest_json([plan.run, visits.pools.digest])
         # Processes make different shards: none of them may stop by itself.
@@ -281,8 +264,8 @@ class Trainer:
         return progress
 
     def _write(self, trained: WeightDelta, out_dir: Path, scored: Scored | None) -> tuple[Path, Searched, Path | None]:
-        """Merge what was trained with what is served. Returns the adapter's directory, what a search of the merge's
-        weight came to, and the directory of what the next update wants to know."""
+        """Merge the trained delta with the served one. Returns the adapter's directory, the result of a search for the
+        merge weight, and the carry-over's directory."""
         rule = self.recipe.merge
         memory = remembered(rule, self.served, trained, self.start, self.received.merge)
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -305,7 +288,7 @@ class Trainer:
         return directory, searched, carry_over.write(out_dir / f"{name}.memory")
 
     def _between(self) -> None:
-        """Between steps and shards: end if asked to, and sleep for the share of time that is others'."""
+        """Between steps and shards: stop if asked to, and sleep for the rest of the duty cycle."""
         stop, share = self.team.agree((self.hooks.stop(), self.limits.duty_cycle * self.hooks.duty_cycle()))
         if stop:
             if self.progress is not None:
@@ -321,7 +304,6 @@ class Trainer:
             save_checkpoint(self.job.work_dir, self.learner.state(), progress)
 
     def _left_out(self, visits: Visits, steps: int) -> dict[str, str]:
-        """Reasons by id, of the examples that so many steps came to and could not use."""
         left_out = self.learner.shards.left_out
         return {visits.pools.examples[row].id: left_out[row] for row in visits.seen(steps) if row in left_out}
 

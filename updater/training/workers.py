@@ -1,9 +1,6 @@
-"""Several processes, and machines, that take the steps of one update, by Ray Train.
-
-It starts them, gives them a process group of torch, and ends all of them when one ends; then all are started again, and
-go on from the update's own checkpoint. What the updater tells them meanwhile is in a file of the work folder, which all
-of them see.
-"""
+"""Processes, also on several machines, that take the steps of one update, by Ray Train. It starts them with a torch
+process group, and ends all of them when one ends; then all start again from the update's own checkpoint. The updater's
+messages to them are in a file of the work folder, which all of them see."""
 
 from __future__ import annotations
 
@@ -29,54 +26,44 @@ from updater.step.passes import Team, TorchTeam
 from updater.training.checkpoint import read_json, write_json
 
 CONTROL: Final = "control.json"
-"""Written by the updater."""
 PROGRESS: Final = "progress.txt"
-"""Written by the first worker."""
 LOOK_SECONDS: Final = 0.5
-"""Between two looks at it."""
 REPORT_SECONDS: Final = 10.0
-"""Between two lines of progress."""
 STOP_SECONDS: Final = 60.0
-"""For workers to come to the end of a step; what they do not save is done again."""
+"""Time for workers to finish a step; unsaved work is repeated."""
 ATTEMPTS: Final = 5
-"""Of workers that end without saying why (killed, out of memory, a node that is gone), one after the other."""
+"""For workers that end without an error (killed, out of memory, a lost node), consecutive."""
 Steps = Callable[[Team, "Control"], None]
 
 
 class Stopped(Exception):
-    """Training was asked to stop; what was done is in the checkpoint."""
+    """Training was asked to stop; progress is in the checkpoint."""
 
 
 class Control:
-    """Messages between the updater and its workers."""
-
     def __init__(self, work_dir: Path) -> None:
         self._path = work_dir / CONTROL
         self._progress = work_dir / PROGRESS
         self._written: dict[str, Any] = {}
 
     def write(self, stop: bool, duty_cycle: float) -> None:
-        """Tell the workers, if it is news."""
         values = {"stop": stop, "duty_cycle": duty_cycle}
         if values != self._written:
             write_json(self._path, values)
             self._written = values
 
     def stop(self) -> bool:
-        """True if the workers are to end."""
         return bool(self._read().get("stop", False))
 
     def duty_cycle(self) -> float:
-        """Share of the time that may be used."""
         return float(self._read().get("duty_cycle", 1.0))
 
     def report(self, line: str) -> None:
-        """Tell the updater how far it is. Called in every step: nothing waits for the disk."""
+        """Report progress to the updater. Not durable, as it is called in every step."""
         with replacing(self._progress, durable=False) as staging:
             staging.write_text(line)
 
     def reported(self) -> str:
-        """The last report; empty before the first."""
         with suppress(FileNotFoundError):
             return self._progress.read_text()
         return ""
@@ -88,17 +75,16 @@ class Control:
 
 @dataclass(frozen=True)
 class Workers:
-    """``count`` processes of ``threads`` threads each, with a GPU each where ``gpus`` says so."""
+    """``count`` processes of ``threads`` threads each, with a GPU each if ``gpus``."""
 
     count: int
     threads: int
     gpus: bool = False
     address: str = ""
-    """Of a Ray cluster; empty: one that begins and ends with the call, on this machine."""
 
     @classmethod
     def of(cls, settings: Settings) -> Workers | None:
-        """The workers of the settings; None: this process alone."""
+        """Workers from the settings; None: this process alone."""
         updater = settings.updater
         if updater.workers == 1:
             return None
@@ -110,16 +96,9 @@ class Workers:
         self, steps: Steps, work_dir: Path, stop: Callable[[], bool] = lambda: False,
         duty_cycle: Callable[[], float] = lambda: 1.0,
     ) -> None:  # fmt: skip
-        """Take all steps of an update.
-
-        Args:
-            steps: what each process does; called with the whole of them.
-            work_dir: of the update; on a file system that all of them see.
-
-        Raises:
-            Stopped: ``stop()``; what was done is in the checkpoint.
-            RatchetError: what a worker raised; TrainingError: they ended again and again.
-        """
+        """Take all steps of an update. ``steps``: called in each process with the team. ``work_dir``: of the update; on
+        a file system that all processes see. Raises Stopped: ``stop()``; progress is in the checkpoint; RatchetError:
+        raised by a worker; TrainingError: workers ended repeatedly."""
         control = Control(work_dir)
         control.write(False, duty_cycle())
         failures: list[BaseException] = []
@@ -152,7 +131,7 @@ class Workers:
 
         begins = not ray.is_initialized()
         if begins:
-            # Ray has a shell start the processes, and quotes all but the path of Python, which may have a space.
+            # Ray starts the processes with a shell, and quotes all but the path of Python, which may contain a space.
             python = {"py_executable": shlex.quote(sys.executable)}
             local: dict[str, Any] = {
                 "num_cpus": self.threads * self.count, "include_dashboard": False, "runtime_env": python
@@ -199,7 +178,6 @@ def _work(config: dict[str, Any]) -> None:
 
 
 def _raised_by_worker(error: BaseException) -> RatchetError | None:
-    """The error that a worker raised of its own accord."""
     for failure in getattr(error, "worker_failures", {}).values():
         each: BaseException | None = failure
         while each is not None:

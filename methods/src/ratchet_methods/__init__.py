@@ -1,1 +1,1 @@
-"""The papers' methods of continual learning, as plugins of Ratchet's updater: see docs/methods.md."""
+"""Continual-learning methods from papers, as plugins of Ratchet's updater (see docs/methods.md)."""

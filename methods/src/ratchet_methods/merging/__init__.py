@@ -1,1 +1,1 @@
-"""Rules by which what was trained joins what is served."""
+"""Merge rules: how a trained adapter is combined with the served one."""

@@ -7,15 +7,13 @@ import math
 from updater.adapters import Dense, LowRank, WeightDelta, combine
 
 PARALLEL = 1e-6
-"""Below this sine of the angle the formula divides zero by zero; its limit is the straight line."""
+"""Sine of the angle below which the formula divides zero by zero; linear interpolation, its limit, is used there."""
 
 
 def slerp(served: WeightDelta, trained: WeightDelta, start: WeightDelta, weight: float) -> WeightDelta:
-    """ΔW = sin((1 - w) Ω) / sin Ω ΔW_served + sin(w Ω) / sin Ω ΔW_trained, Ω the angle between both.
-
-    Where the straight line between two updates that agree little runs closer to the base than either, this keeps
-    their length. A layer that only one of both changes is interpolated along the straight line.
-    """
+    """ΔW = sin((1 - w) Ω) / sin Ω ΔW_served + sin(w Ω) / sin Ω ΔW_trained, Ω being the angle between both. Keeps the
+    length of ΔW where linear interpolation of dissimilar updates would shrink it. A layer that only one of them changes
+    is interpolated linearly."""
     merged: dict[str, LowRank | Dense] = {}
     for name in sorted({*served, *trained}):
         old, new = served.get(name), trained.get(name)
@@ -34,7 +32,7 @@ def _shares(old: LowRank | Dense, new: LowRank | Dense, weight: float) -> tuple[
 
 
 def _inner(one: LowRank | Dense, other: LowRank | Dense) -> float:
-    """<ΔW_1, ΔW_2>; of two factors it is the sum over (b1ᵀ b2) * (a1 a2ᵀ)."""
+    """<ΔW_1, ΔW_2>; for factors the sum over (b1ᵀ b2) * (a1 a2ᵀ)."""
     if isinstance(one, LowRank) and isinstance(other, LowRank):
         return float(((one.b.T @ other.b) * (one.a @ other.a.T)).sum())
     assert isinstance(one, Dense) and isinstance(other, Dense)

@@ -1,4 +1,4 @@
-"""Task arithmetic: what an update learned is added to what is served (Ilharco et al. 2023)."""
+"""Task arithmetic: add what an update learned to what is served (Ilharco et al. 2023)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from updater.adapters import WeightDelta, combine
 
 
 def task_arithmetic(served: WeightDelta, trained: WeightDelta, start: WeightDelta, weight: float) -> WeightDelta:
-    """ΔW = ΔW_served + weight (ΔW_trained - ΔW_start), exactly.
-
-    With ``start: base`` the sum of all task vectors so far, each with its weight; nothing that was learned fades.
-    """
+    """ΔW = ΔW_served + weight (ΔW_trained - ΔW_start), exactly. With ``start: base`` this is the weighted sum of all
+    task vectors so far: earlier updates do not decay."""
     return combine([(1.0, served), (weight, trained), (-weight, start)])

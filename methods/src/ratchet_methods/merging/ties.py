@@ -1,4 +1,4 @@
-"""TIES: trim small changes, elect a sign per weight, average what agrees (Yadav et al. 2023)."""
+"""TIES merging: trim small changes, elect a sign per weight, average the values that agree (Yadav et al. 2023)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ SIDES = ("up", "down")
 
 
 class Ties(RememberingRule):
-    """ΔW = weight × the mean of those task vectors that have the elected sign, weight by weight.
+    """ΔW = weight × the mean, per weight, of the task vectors that have the elected sign.
 
-    A task vector is what one update learned, trimmed once, when it arrives. The merge is over those of all updates so
-    far, as the paper merges all tasks at once: of each weight the sums and the numbers of its positive and of its
-    negative values are remembered. Without a memory, what is served counts as one task vector, untrimmed.
+    A task vector is what one update learned, trimmed when it arrives. As in the paper all tasks are merged at once: the
+    memory holds, per weight, the sums and counts of positive and of negative values over all updates. Without a memory,
+    the served ΔW counts as one untrimmed task vector.
 
-    ΔW is formed, a layer at a time. What comes out has no low rank: a LoRA adapter holds its best approximation.
+    ΔW is formed one layer at a time. The result is not low-rank; a LoRA adapter holds its best approximation.
 
     Args:
         weight: the paper's λ.
-        keep: share of a layer's values that trimming leaves, the largest; above 0 and below 1.
+        keep: share of a layer's values (the largest) that trimming keeps, between 0 and 1.
     """
 
     def __init__(self, keep: float = 0.2) -> None:
@@ -60,7 +60,6 @@ class Ties(RememberingRule):
 
 
 def _elected(memory: Memory, name: str) -> Tensor:
-    """The mean of the side whose sum is larger."""
     up, down = (memory[f"{name}/{side}/sum"].double() for side in SIDES)
     counts = [memory[f"{name}/{side}/count"].clamp_min(1) for side in SIDES]
     return torch.where(up >= down, up / counts[0], -down / counts[1])

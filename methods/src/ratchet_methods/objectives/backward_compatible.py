@@ -1,4 +1,4 @@
-"""Backward compatibility: a new query finds its old document, in an index of old, mixed or new vectors."""
+"""Backward compatibility: new queries find old documents in an index of old, mixed or new vectors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from updater.methods.objectives import ClipObjective, known_teacher
 class BackwardCompatible(ClipObjective):
     """The new-to-old contrastive term of hot-refresh training (RACT, Zhang et al. 2022), between the towers.
 
-    A new text's positive is its image's *old* vector; its negatives are the other images' old vectors and their new
-    ones, as it meets both while an index is refreshed. The same for new images and old texts. Pairs with equal
+    A new text's positive is its image's *old* vector; its negatives are the old and new vectors of the other images,
+    both of which an index holds while it is refreshed. The same applies to new images and old texts. Pairs with equal
     captions are positives of each other.
 
     Args:
-        teacher: ``incumbent``: the live adapter, whose vectors are in the index; or ``base``.
+        teacher: ``incumbent`` (the live adapter, whose vectors are in the index) or ``base``.
     """
 
     def __init__(self, teacher: str = "incumbent") -> None:
@@ -34,6 +34,6 @@ class BackwardCompatible(ClipObjective):
 
 
 def _contrast(to_old: Tensor, to_new: Tensor, positive: Tensor) -> Tensor:
-    """Mean over rows of minus the mean log probability of a row's positives, among all old and the negative new."""
+    """Mean over rows of the negative mean log-probability of a row's positives, among all old and the negative new."""
     norm = torch.cat([to_old, to_new.masked_fill(positive, -torch.inf)], dim=1).logsumexp(dim=1)
     return (norm - (to_old * positive).sum(dim=1) / positive.sum(dim=1)).mean()

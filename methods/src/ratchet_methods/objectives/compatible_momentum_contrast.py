@@ -1,4 +1,4 @@
-"""Compatible momentum contrast: image-text contrast with a slow model that is also held near the start."""
+"""Compatible momentum contrast: image-text contrast with a momentum model that also stays near the start."""
 
 from __future__ import annotations
 
@@ -13,16 +13,11 @@ from updater.methods.objectives import ClipObjective, positive
 
 
 class CompatibleMomentumContrast(ClipObjective):
-    """The student's images against the momentum model's texts and a queue of earlier ones, and the other way (CTP).
+    """Contrast of the student's images with the momentum model's texts and a queue of them, and vice versa (CTP).
 
-    The momentum model becomes ``keep`` of itself, ``new`` of the student and the rest of the model with which the
-    update began (Zhu et al. 2023), so that what the student is drawn to stays compatible with both. Keys that carry
-    the row's caption are positives, in the queue as well: samples come again within one update.
-
-    Args:
-        temperature: of the softmax.
-        queue: pairs kept from the steps before.
-        keep, new: see above.
+    The momentum model becomes ``keep`` times itself, ``new`` times the student, and the rest the model with which the
+    update began (Zhu et al. 2023), so that its targets stay compatible with both. Keys with the row's caption are
+    positives, also in the queue: samples repeat within one update. ``queue``: pairs kept from earlier steps.
     """
 
     teacher: str = "momentum"
@@ -47,13 +42,11 @@ class CompatibleMomentumContrast(ClipObjective):
         return 0.5 * (image + text)
 
     def stepped(self, batch: Features) -> None:
-        """The momentum model's features of the step join the queue; the oldest leave it."""
         keys, caption = self._keys(batch)
         self.queue = TeacherFeatures(keys.image[: self.size], keys.text[: self.size])
         self.caption = caption[: self.size]
 
     def _keys(self, batch: Features) -> tuple[TeacherFeatures, Tensor]:
-        """The batch's, and then the queue's, newest first."""
         teacher = batch.teachers[self.teacher]
         if self.queue is None:
             return teacher, batch.caption

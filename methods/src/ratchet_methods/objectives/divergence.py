@@ -1,4 +1,4 @@
-"""The divergence of one model's distributions from another's, row by row."""
+"""Row-wise divergence between the distributions of two models."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from torch import Tensor
 
 
 def row_divergence(teacher: Tensor, student: Tensor, masked: Tensor | None = None) -> Tensor:
-    """KL(softmax(teacher) || softmax(student)) of each row [n], in nats, from logits [n, m].
-
-    Columns where ``masked`` bool [n, m] is true are outside both distributions. A row that is masked as a whole has
-    nothing to differ in: 0.
-    """
+    """KL(softmax(teacher) || softmax(student)) of each row [n], in nats, from logits [n, m]. Columns where ``masked``
+    bool [n, m] is true are excluded from both distributions. A fully masked row gives 0."""
     if masked is None:
         masked = torch.zeros_like(teacher, dtype=torch.bool)
     empty = masked.all(dim=1, keepdim=True)

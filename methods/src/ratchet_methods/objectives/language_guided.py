@@ -1,4 +1,4 @@
-"""Language-guided supervision: images are classified by frozen texts, which no update moves."""
+"""Language-guided supervision: classify images by frozen text features."""
 
 from __future__ import annotations
 
@@ -17,12 +17,9 @@ from updater.recipes import Part
 class LanguageGuided(ClipObjective):
     """Cross entropy of each image against the base's text features of all classes (LingoCL, Ni et al. 2024).
 
-    A class is a label in a prompt. The targets are the same in every update, so that images of one class meet at one
-    place whenever they arrive; the text tower gets no gradient. Rows without a label do not count. Where no example of
-    an update has a label, each distinct caption is a class, without the prompt.
-
-    Args:
-        template: the prompt, with {} for the label.
+    A class is a label in a prompt. The targets are the same in every update; the text tower gets no gradient. Rows
+    without a label do not count. If no example of an update has a label, each distinct caption is a class, without the
+    prompt. ``template``: the prompt, with {} for the label.
     """
 
     frozen_texts: bool = True
@@ -45,7 +42,7 @@ class LanguageGuided(ClipObjective):
         return [(-1, text) for text in distinct.values()]
 
     def __call__(self, batch: Features) -> Tensor:
-        """Mean over rows that have a class, in nats; 0 where none has."""
+        """Mean over rows that have a class, in nats; 0 if none has."""
         classes = batch.label
         if self._captions:
             place = {number: place for place, number in enumerate(self._captions)}

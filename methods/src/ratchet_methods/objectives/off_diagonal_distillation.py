@@ -1,4 +1,4 @@
-"""Off-diagonal distillation: how near an image is to the texts of the others stays as it was."""
+"""Off-diagonal distillation: keep the similarities of an image to the texts of other images."""
 
 from __future__ import annotations
 
@@ -12,21 +12,17 @@ from updater.methods.objectives import ClipObjective, known_teacher
 class OffDiagonalDistillation(ClipObjective):
     """``1/2 (KL_i + KL_t)`` of Mod-X (Ni et al. 2023), between old and new similarity rows without their positives.
 
-    Rows that the teacher got wrong, its nearest text being another's, are not worth keeping: the paper puts the
-    student's own row in their place, so that they add neither to the value nor to the gradient. Pairs with equal
-    captions are positives of each other. Similarities are cosines, as in the published code, without the model's
-    temperature. That code adds rows up, and we take their mean: the paper's alpha is the term's weight divided by the
-    rows of a batch there (64).
-
-    Args:
-        teacher: ``incumbent``: the live adapter, with which the update begins; or ``base``.
+    Rows that the teacher got wrong (its nearest text belongs to another image) do not count: the paper puts the
+    student's own row in their place, which adds neither value nor gradient. Pairs with equal captions are positives of
+    each other. Similarities are cosines without the model's temperature, as in the published code. That code sums over
+    rows and this takes the mean: the paper's alpha is the term's weight divided by its batch of 64.
     """
 
     def __init__(self, teacher: str = "incumbent") -> None:
         self.teacher: str = known_teacher(teacher)
 
     def __call__(self, batch: Features) -> Tensor:
-        """Mean over both directions and all rows, those left out counting 0; in nats."""
+        """Mean over both directions and all rows, excluded rows counting 0; in nats."""
         teacher = batch.teachers[self.teacher]
         positive = batch.caption[:, None] == batch.caption[None, :]
         old = teacher.image @ teacher.text.T

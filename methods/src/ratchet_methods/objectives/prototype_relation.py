@@ -1,4 +1,4 @@
-"""Relations of samples to the prototypes of what was learned before stay as they were."""
+"""Prototype-sample relation distillation: keep the relations of samples to prototypes of earlier data."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from updater.methods.objectives import ClipObjective, positive
 class PrototypeRelation(ClipObjective):
     """Prototype-sample relation distillation (PRD, Asadi et al. 2023), of images.
 
-    Each label has a prototype that is learned: it begins at the first image of its label. For each prototype k that an
+    Each label has a learned prototype that starts at the first image with that label. For each prototype k that an
     earlier update left, q_k is the softmax over the batch's images of their similarities to it:
 
         mean over k of KL(q_k of the incumbent's images, to k as it was left || q_k of the student's, to k as it is now)
 
-    After each step of the student the prototypes take one of gradient descent, on this value and on ``pull`` times the
-    mean of 1 - cosine between an image and its label's prototype; images get no gradient of the latter. Rows without a
-    label have no prototype; in relations every row counts. Where no example of an update has a label, each distinct
-    caption is one. In a first update the value is 0. The paper's supervised contrast is a term of its own.
+    After each step of the student the prototypes take one step of gradient descent, on this value plus ``pull`` times
+    the mean of 1 - cosine between an image and its label's prototype; images get no gradient from the latter. Rows
+    without a label have no prototype, but count in relations. If no example of an update has a label, each distinct
+    caption is one. In a first update the value is 0. The paper's supervised contrast is a separate term.
 
     Args:
-        temperature: by which similarities are divided.
-        rate: of the prototypes' steps (the published code's 0.01, with the weight 4 that is the term's here).
-        pull: see above (the published code's 2 to 4).
-        most: prototypes that are kept, those seen last.
+        temperature: divides similarities.
+        rate: learning rate of the prototypes (0.01 in the published code, times the weight 4 that is the term's here).
+        pull: see above (2 to 4 in the published code).
+        most: prototypes to keep, those seen last.
     """
 
     teacher: str | None = "incumbent"
@@ -48,7 +48,6 @@ class PrototypeRelation(ClipObjective):
         self.before = dict(self.prototypes.means)
 
     def __call__(self, batch: Features) -> Tensor:
-        """In nats."""
         common = [concept for concept in self.before if concept in self.prototypes.means]
         if not common:
             return batch.zero()

@@ -1,4 +1,4 @@
-"""Distillation against random texts: each image keeps its distribution over strings that mean nothing."""
+"""Distillation against random texts: each image keeps its distribution over meaningless strings."""
 
 from __future__ import annotations
 
@@ -20,15 +20,13 @@ NAME = "random_text_distillation"
 class RandomTextDistillation(ClipObjective):
     """LwF over a vocabulary of replayed random strings (LwF-VR, Ding et al. 2022).
 
-    ``T^2 CE(softmax(z0 / T), softmax(z / T))`` over the strings for each image: where no text of the old domains is at
-    hand, any texts show how the towers lie to each other.
+    ``T^2 CE(softmax(z0 / T), softmax(z / T))`` over the strings for each image, for when no text of the old domains is
+    available.
 
     Args:
         count: strings; all are encoded at each step.
-        length: tokens of CLIP's vocabulary in each, all of them whole words. Other tokenizers may cut some in pieces.
-        seed: the strings are a function of it, of ``count`` and of ``length``.
-        temperature: T.
-        teacher: ``base``, or ``incumbent``: the live adapter, with which the update begins.
+        length: whole-word tokens of CLIP's vocabulary in each string. Other tokenizers may split some.
+        seed: determines the strings, with ``count`` and ``length``.
     """
 
     def __init__(
@@ -47,11 +45,10 @@ class RandomTextDistillation(ClipObjective):
     def further_texts(
         self, captions: Sequence[str], labels: Sequence[str], parts: Sequence[Part]
     ) -> list[tuple[int, str]]:
-        """The random strings, in every batch."""
         return [(-1, text) for text in self.texts]
 
     def __call__(self, batch: Features) -> Tensor:
-        """Mean over images, in nats; its gradient is 0 where nothing moved."""
+        """Mean over images, in nats; its gradient is 0 if nothing moved."""
         texts = batch.texts[NAME]
         sharpness = batch.scale / self.temperature
         old = sharpness * batch.teachers[self.teacher].image @ texts.teachers[self.teacher].T
@@ -60,7 +57,6 @@ class RandomTextDistillation(ClipObjective):
 
 
 def random_texts(count: int, length: int, seed: int) -> list[str]:
-    """``count`` strings of ``length`` words, each of which is one token of CLIP."""
     words = _words()
     drawn = random.Random(seed)  # noqa: S311 - nothing is kept secret
     return [" ".join(drawn.choices(words, k=length)) for _ in range(count)]
@@ -68,6 +64,5 @@ def random_texts(count: int, length: int, seed: int) -> list[str]:
 
 @cache
 def _words() -> list[str]:
-    """CLIP's tokens that end a word and are nothing but small Latin letters."""
     tokens = (token.removesuffix("</w>") for token in SimpleTokenizer().encoder if token.endswith("</w>"))
     return [word for word in tokens if word.isascii() and word.isalpha()]

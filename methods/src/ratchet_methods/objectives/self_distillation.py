@@ -1,4 +1,4 @@
-"""On-policy self-distillation: the model answers as it would have answered after reading the right answer."""
+"""On-policy self-distillation: answer as the model would after reading the right answer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from updater.methods.objectives import VlmObjective
 
 
 class SelfDistillation(VlmObjective):
-    """KL(student || teacher) at each token of an answer that the student has just given.
+    """KL(student || teacher) at each token of an answer that the student has just generated.
 
-    The teacher is a running mean of the student that has read the known answer as an example before it is asked
-    (SDFT, Shenfeld et al. 2026, "Self-Distillation Enables Continual Learning"). It teaches no more than the model can
-    take from an example: one that cannot learns nothing.
-
-    Args:
-        keep: share of itself that the teacher keeps at each step, 0 to 1.
+    The teacher is a running mean of the student that sees the known answer as an example in its prompt (SDFT, Shenfeld
+    et al. 2026, "Self-Distillation Enables Continual Learning"). It only works for models that can learn from an
+    example in the prompt. ``keep``: share of itself that the teacher keeps at each step, 0 to 1.
     """
 
     own_answers = True

@@ -14,18 +14,18 @@ from updater.methods.objectives import ClipObjective
 from updater.recipes import Part
 
 END = re.compile(r"[.,;:!?]+(?:\s+|$)|\n+")
-"""The places at which a caption is split: at marks with a space after them, so that 3.5 and U.S. stay whole."""
+"""Split points of a caption: punctuation followed by a space, so that 3.5 and U.S. stay whole."""
 
 
 class Subcaptions(ClipObjective):
     """Contrast of images with the parts of their captions (DreamLIP, Zheng et al. 2024).
 
-    An image's target is uniform over its own sub-captions among those of the whole batch; a sub-caption's is uniform
-    over the images whose captions contain it. A caption that cannot be split has none: `contrastive` has it already.
+    An image's target is uniform over its own sub-captions among those of the batch; a sub-caption's is uniform over the
+    images whose captions contain it. A caption that cannot be split has none: `contrastive` covers it.
 
     Args:
-        most: sub-captions of one caption; of more, as many are taken, evenly spread over it.
-        shortest: words of the shortest that is used: "on a table" says little of a picture.
+        most: sub-captions to use of one caption, spread evenly over it.
+        shortest: minimum words: "on a table" says little about a picture.
     """
 
     def __init__(self, most: int = 4, shortest: int = 3) -> None:
@@ -50,7 +50,7 @@ class Subcaptions(ClipObjective):
         return wanted
 
     def __call__(self, batch: Features) -> Tensor:
-        """Mean over both directions, in nats; 0 where no caption of the batch has a part."""
+        """Mean over both directions, in nats; 0 if no caption of the batch has a part."""
         texts = batch.texts.get("subcaptions")
         if texts is None or not len(texts.row):
             return batch.zero()

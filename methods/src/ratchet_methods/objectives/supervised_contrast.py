@@ -1,4 +1,4 @@
-"""Supervised contrast: images of one class meet, images of others part."""
+"""Supervised contrast: pull images of one class together and push others apart."""
 
 from __future__ import annotations
 
@@ -12,15 +12,9 @@ from updater.methods.objectives import ClipObjective, positive
 
 
 class SupervisedContrast(ClipObjective):
-    """SupCon (Khosla et al. 2020), of images: for each one the mean over the others of its class of their log-share in
-    the softmax over all other images of the batch.
-
-    A class is a label; where no example of an update has one, each distinct caption is. Images that are alone in their
-    class are not pulled, and push.
-
-    Args:
-        temperature: of the softmax.
-    """
+    """SupCon (Khosla et al. 2020) of images: the mean, over the other images of its class, of their log-probability in
+    the softmax over all other images of the batch. A class is a label or, if no example of an update has one, a
+    distinct caption. Images that are alone in their class are only negatives."""
 
     def __init__(self, temperature: float = 0.1) -> None:
         positive(temperature=temperature)
@@ -31,7 +25,7 @@ class SupervisedContrast(ClipObjective):
         self._labelled = bool(labels)
 
     def __call__(self, batch: Features) -> Tensor:
-        """Mean over images that have another of their class, in nats; 0 where none has."""
+        """Mean over images that share their class with another, in nats; 0 if none does."""
         classes = batch.label if self._labelled else batch.caption
         itself = torch.eye(len(classes), dtype=torch.bool, device=classes.device)
         same = (classes[:, None] == classes[None, :]) & (classes[:, None] >= 0) & ~itself

@@ -1,4 +1,4 @@
-"""Logit-swap distillation: a pair is learned with the least change of what the teacher thinks of all others."""
+"""Logit-swap distillation: learn a pair with the least change to the teacher's other similarities."""
 
 from __future__ import annotations
 
@@ -10,16 +10,12 @@ from updater.methods.objectives import ClipObjective, known_teacher, positive
 
 
 class SwappedDistillation(ClipObjective):
-    """``CE(softmax(z0'), softmax(z))`` in both directions, ``z0'`` a row of the teacher's with its largest value on the
-    pair itself.
+    """``CE(softmax(z0'), softmax(z))`` in both directions, ``z0'`` being a teacher's row with its largest value moved
+    to the pair itself.
 
-    Where the teacher's nearest text of an image is another's, that value and the one of its own text change places
-    (logit swap, Mix-CPT, Jiang et al. 2024, there of the next token): the right one wins, and all others keep what they
-    had. Where the teacher is right it is plain distillation. Pairs with equal captions are right for each other.
-
-    Args:
-        teacher: ``base``, or ``incumbent``: the live adapter, with which the update begins.
-        temperature: by which both distributions are softened.
+    If the teacher's nearest text belongs to another image, that value and the one of the image's own text are exchanged
+    (logit swap, Mix-CPT, Jiang et al. 2024, there for the next token), and all others stay. If the teacher is right,
+    this is plain distillation. Pairs with equal captions are right for each other.
     """
 
     def __init__(self, teacher: str = "incumbent", temperature: float = 1.0) -> None:
@@ -42,7 +38,7 @@ def _loss(old: Tensor, new: Tensor, right: Tensor) -> Tensor:
 
 
 def swapped(logits: Tensor, right: Tensor) -> Tensor:
-    """Rows [n, m] whose largest value is where ``right`` bool [n, m] is, by exchange with the largest there."""
+    """Exchange the largest value of each row [n, m] with the largest one where ``right`` bool [n, m] is true."""
     top = logits.argmax(dim=1, keepdim=True)
     best = logits.masked_fill(~right, -float("inf")).argmax(dim=1, keepdim=True)
     largest, own = logits.gather(1, top), logits.gather(1, best)

@@ -1,4 +1,4 @@
-"""Logit-swap distillation of answers: a token is learned with the least change of what the teacher thinks of others."""
+"""Logit-swap distillation of answers: learn a token with the least change to the teacher's other probabilities."""
 
 from __future__ import annotations
 
@@ -12,14 +12,9 @@ from updater.methods.objectives import VlmObjective, known_teacher
 
 
 class SwappedTokenDistillation(VlmObjective):
-    """KL(teacher' || student) at each token of the known answer; of teacher', the answer's token is the most probable.
-
-    Where the teacher expects another token, the probabilities of the two change places, and all others keep theirs
-    (logit swap self-distillation, Mix-CPT, Jiang et al. 2024).
-
-    Args:
-        teacher: ``base``, or ``incumbent``: the adapter with which the update begins; the base where there is none.
-    """
+    """KL(teacher' || student) at each token of the known answer, which is the most probable one under teacher'. If the
+    teacher expects another token, the probabilities of the two are exchanged, and all others stay (logit swap
+    self-distillation, Mix-CPT, Jiang et al. 2024)."""
 
     def __init__(self, teacher: str = "incumbent") -> None:
         self.teacher: str = known_teacher(teacher)
@@ -31,8 +26,8 @@ class SwappedTokenDistillation(VlmObjective):
 
 
 def swapped(teacher: Teacher, target: Tensor) -> Teacher:
-    """The teacher with ``target`` int [t] most probable. Exact also where it kept no probability of that token: the
-    token that was first then joins the rest, with the probability that the target had in it."""
+    """Make ``target`` int [t] the most probable token of the teacher. Exact even if the teacher kept no probability of
+    that token: the former first token then joins the rest, with the probability that the target had in it."""
     first = teacher.tokens[:, :1]
     tokens = torch.where(teacher.tokens == target[:, None], first, teacher.tokens)
     tokens = torch.cat([target[:, None], tokens[:, 1:]], dim=1)

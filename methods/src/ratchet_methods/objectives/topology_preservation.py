@@ -1,4 +1,4 @@
-"""Topology preservation: who is near to whom stays as it was, between the towers and within each."""
+"""Topology preservation: keep the neighbourhoods of samples, between the towers and within each."""
 
 from __future__ import annotations
 
@@ -11,15 +11,9 @@ from updater.methods.objectives import ClipObjective, known_teacher, positive
 
 
 class TopologyPreservation(ClipObjective):
-    """``1/2 (KL_i2t + KL_t2i) + 1/2 (KL_i2i + KL_t2t)`` against the old model (CTP, Zhu et al. 2023).
-
-    Each KL is of a row's softmax over the batch, the teacher's against the student's. Within a tower a row is not
-    compared with itself, which is always nearest.
-
-    Args:
-        temperature: of every softmax.
-        teacher: ``incumbent``: the live adapter, with which the update begins; or ``base``.
-    """
+    """``1/2 (KL_i2t + KL_t2i) + 1/2 (KL_i2i + KL_t2t)`` against the old model (CTP, Zhu et al. 2023). Each KL compares
+    a row's softmax over the batch, the teacher's with the student's. Within a tower a row is not compared with itself,
+    which is always nearest."""
 
     def __init__(self, temperature: float = 0.07, teacher: str = "incumbent") -> None:
         positive(temperature=temperature)
@@ -27,7 +21,7 @@ class TopologyPreservation(ClipObjective):
         self.teacher: str = known_teacher(teacher)
 
     def __call__(self, batch: Features) -> Tensor:
-        """Mean over rows, in nats: 0 where nothing moved, or where all was turned alike."""
+        """Mean over rows, in nats; 0 if nothing moved, or everything was rotated alike."""
         teacher = batch.teachers[self.teacher]
         itself = torch.eye(len(batch.part), dtype=torch.bool, device=batch.image.device)
         across = teacher.image @ teacher.text.T, batch.image @ batch.text.T

@@ -1,4 +1,4 @@
-"""Relations to prototypes stay as two teachers see them, each as far as it can be trusted with a sample."""
+"""Distillation of relations to prototypes from two teachers, weighted per sample by how reliable each is."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ SIDES = ("image", "text")
 class TwoTeacherRelations(ClipObjective):
     """Distillation of intra- and inter-modal relations from two teachers (MulKI, Zhang et al. 2024).
 
-    A teacher's prototypes are running means of its image and text features, per label, or per caption where a pair has
-    no label. A feature's relations are the softmax of its similarities to all image prototypes, and to all text
-    prototypes. The student's image and text keep those that the teacher's image and text have:
+    A teacher's prototypes are running means of its image and text features, per label, or per caption for pairs without
+    one. A feature's relations are the softmax of its similarities to all image prototypes, and to all text prototypes.
+    The student's image and text keep those of the teacher's image and text:
 
         sum over teachers m of w_m(i) * mean over the 4 relations r of KL(r_m(i) || r_student(i))
 
-    with w(i) = softmax over m of the similarity of m's own image and text of pair i: the base is followed where the
-    incumbent has forgotten, and the incumbent where it has learned. All similarities are divided by the model's
-    temperature. Before the first step of a first update there are no prototypes, and the value is 0.
+    with w(i) = softmax over m of the similarity of m's own image and text of pair i: the base leads where the incumbent
+    has forgotten, the incumbent where it has learned. All similarities are divided by the model's temperature. Before
+    the first step of a first update there are no prototypes, and the value is 0.
 
     Args:
-        most: concepts that are kept, those seen last.
-        window: samples that a mean goes over.
+        most: concepts to keep, those seen last.
+        window: samples that a mean covers.
     """
 
     def __init__(self, most: int = 512, window: int = 100) -> None:
@@ -71,7 +71,7 @@ class TwoTeacherRelations(ClipObjective):
 
 
 def trust(batch: Features) -> Tensor:
-    """The weight of each teacher on each pair, [teachers, n]; over teachers they add up to 1."""
+    """Weight of each teacher for each pair, [teachers, n]; sums to 1 over teachers."""
     teachers = [batch.teachers[name] for name in TEACHERS]
     return (batch.scale * torch.stack([(each.image * each.text).sum(dim=1) for each in teachers])).softmax(dim=0)
 

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 
 class GaLore(torch.optim.Optimizer):
-    """G [m, n] with m <= n becomes R = P^T G [rank, n], the update is ``lr scale P Adam(R)``; G^T otherwise.
-
-    P holds the first left singular vectors of the gradient, taken again every ``every`` steps; moments stay as they are
-    then, as in the paper. Vectors, and matrices of no more than ``rank`` rows or columns, have plain AdamW.
-    """
+    """G [m, n] with m <= n becomes R = P^T G [rank, n]; the update is ``lr scale P Adam(R)``. For m > n, G^T is used. P
+    holds the first left singular vectors of the gradient, recomputed every ``every`` steps; moments are kept then, as
+    in the paper. Vectors, and matrices with at most ``rank`` rows or columns, use plain AdamW."""
 
     def __init__(
         self,
@@ -48,7 +46,7 @@ class GaLore(torch.optim.Optimizer):
             return self._adam(state, gradient)
         matrix = _wide(gradient)
         if int(state["step"]) % self.every == 0:
-            # The left singular vectors, from the small side: an embedding has tens of thousands of columns.
+            # eigh of the small square side: an embedding has tens of thousands of columns.
             state["projector"] = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -self.rank :].contiguous()
         projector = state["projector"]
         change = self.scale * (projector @ self._adam(state, projector.T @ matrix))
@@ -70,7 +68,6 @@ class GaLore(torch.optim.Optimizer):
         return parameter.dim() > 1 and min(parameter.flatten(1).shape) > self.rank
 
     def state_bytes(self, parameter: Tensor) -> int:
-        """Bytes that the moments of a parameter, and its projector, take."""
         if not self._projects(parameter):
             return 2 * parameter.numel() * parameter.element_size()
         short, long = sorted(parameter.flatten(1).shape)

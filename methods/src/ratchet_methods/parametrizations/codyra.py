@@ -1,4 +1,4 @@
-"""CoDyRA: low-rank terms whose importance is learned, and the unimportant ones pruned (Lu et al. 2024)."""
+"""CoDyRA: low-rank terms with learned importance, the unimportant ones pruned (Lu et al. 2024)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from ratchet_methods.parametrizations.parametrization import Parametrization, ma
 
 
 class Codyra(Parametrization):
-    """W' = W + B diag(g) A; B = 0 and g ~ N(0, 1) at first.
+    """W' = W + B diag(g) A; initially B = 0 and g ~ N(0, 1).
 
     In the second half of an update each step ends with ``g <- sign(g) max(|g| - t, 0)``, the proximal step of an l1
-    penalty; the threshold t grows linearly. What is left is merged into the weights, so that the next update starts
-    with all ranks again.
+    penalty, with a threshold t that grows linearly. The rest is merged into the weights, so the next update starts with
+    all ranks again.
 
-    Args:
-        shrinkage: all thresholds of an update together, whatever its steps: the published code's (250 steps, t up to
-            0.005). Gates that do not move are pruned where they began below it: 47% of them.
+    ``shrinkage``: sum of all thresholds of an update, whatever its number of steps; the default is that of the
+    published code (250 steps, t up to 0.005). Gates that do not move are pruned if they began below it: 47% of them.
     """
 
     def __init__(

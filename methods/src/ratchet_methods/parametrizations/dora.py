@@ -1,4 +1,4 @@
-"""DoRA: magnitude and direction of a weight learn apart (Liu et al. 2024)."""
+"""DoRA: separate learning of a weight's magnitude and direction (Liu et al. 2024)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from ratchet_methods.parametrizations.parametrization import Parametrization, ma
 
 
 class Dora(Parametrization):
-    """W' = m (W + s B A) / ||W + s B A||, with the norm and m per output row; s = alpha / rank, B = 0 at first.
-
-    The norm is a constant to the gradient, as in the paper (its section 4.3), which saves memory and costs no accuracy.
-    """
+    """W' = m (W + s B A) / ||W + s B A||, with the norm and m per output row; s = alpha / rank, initially B = 0. The
+    norm is a constant to the gradient, as in the paper (section 4.3), which saves memory at no cost in accuracy."""
 
     def __init__(self, weight: Tensor, rank: int, alpha: float, generator: torch.Generator) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""NuSA-CL: learning happens where a weight has least energy (null-space adaptation for continual learning)."""
+"""NuSA-CL: learn where a weight has the least energy (null-space adaptation for continual learning)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from ratchet_methods.parametrizations.parametrization import Parametrization, ma
 
 
 class NusaCl(Parametrization):
-    """W' = W + U_n M V_n^T; U_n, V_n are the ``rank`` last singular directions of W, frozen. M = 0 at first.
-
-    W is the weight as the update finds it, so that what an earlier update wrote there is no longer free.
-    """
+    """W' = W + U_n M V_n^T; U_n, V_n are the ``rank`` last singular directions of W, frozen. Initially M = 0. W is the
+    weight at the start of the update, so directions used by earlier updates are no longer free."""
 
     u: Tensor
     v: Tensor
@@ -29,7 +27,7 @@ class NusaCl(Parametrization):
         return self.v, self.u @ self.middle
 
     def state(self) -> dict[str, Tensor]:
-        # Singular directions have no sign of their own: another machine's would not fit the M of a checkpoint.
+        # The signs of singular directions are arbitrary: another machine's would not fit the M of a checkpoint.
         return {"u": self.u, "v": self.v}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:

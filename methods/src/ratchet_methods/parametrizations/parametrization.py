@@ -1,4 +1,4 @@
-"""The contract of a parametrization, the weights that it is put on, and the base that learns through them."""
+"""Parametrizations of weights: their interface, the weights they apply to, and the model that learns through them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,13 @@ from updater.recipes import Recipe, Tower
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 Selects = Literal["layers", "norms", "biases", "all"]
-"""The weights that are parametrized: of layers that take LoRA, of normalisations, biases, or every parameter."""
+"""Which weights are parametrized: those of layers that take LoRA, of normalisations, biases, or every parameter."""
 
 
 class Parametrization(nn.Module, AdapterKind):
-    """One weight's parametrization, registered with ``torch.nn.utils.parametrize``.
-
-    ``__init__`` takes the weight as the update finds it, the recipe's rank and alpha, a seeded generator, and the
-    recipe's ``adapter.options`` as keyword arguments. Its ``nn.Parameter`` are what learns. ``whole`` is true where W'
-    alone could stand in the place of W.
-    """
+    """Parametrization of one weight, registered with ``torch.nn.utils.parametrize``. ``__init__`` takes the weight at
+    the start of the update, the recipe's rank and alpha, a seeded generator, and the recipe's ``adapter.options`` as
+    keyword arguments. Its ``nn.Parameter`` attributes learn. Set ``whole`` if W' alone could replace W."""
 
     selects: ClassVar[Selects] = "layers"
 
@@ -46,38 +43,36 @@ class Parametrization(nn.Module, AdapterKind):
         )
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The effective weight, in the weight's shape: W + b @ a, where :meth:`factors` gives them."""
+        """Effective weight, in the weight's shape: W + b @ a, from :meth:`factors`."""
         factors = self.factors()
         assert factors is not None, "without factors, a kind has a forward of its own"
         return weight + (factors[1] @ factors[0]).view_as(weight)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """(a [r, in], b [out, r]) with W' - W = b @ a for the weight as [out, in]; None where that has no low rank."""
+        """(a [r, in], b [out, r]) with W' - W = b @ a for the weight as [out, in]; None if that is not low-rank."""
         return None
 
     def stepped(self, step: int, steps: int) -> None:
         """Called after each step of the optimizer."""
 
     def state(self) -> dict[str, Tensor]:
-        """Further state that a resumed update needs, next to the parameters."""
         return {}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what :meth:`state` gave."""
+        """Restore what :meth:`state` returned."""
 
 
 def matrix(weight: Tensor) -> Tensor:
-    """A weight as [out, in]; a convolution's kernel counts as input."""
+    """Weight as [out, in]; a convolution's kernel counts as input."""
     return weight.flatten(1)
 
 
 def normal(shape: tuple[int, ...], std: float, generator: torch.Generator, like: Tensor) -> nn.Parameter:
-    """A parameter drawn from N(0, std)."""
     return nn.Parameter((torch.randn(shape, generator=generator) * std).to(like.device, like.dtype))
 
 
 class WeightModel(AdapterModel):
-    """A base with a :class:`Parametrization` on each of ``trained``; the incumbent's ΔW is in the weights already."""
+    """A base with a :class:`Parametrization` on each of ``trained``, on top of the incumbent's ΔW."""
 
     def __init__(
         self,
@@ -170,18 +165,15 @@ class WeightModel(AdapterModel):
         return original.detach()
 
     def _layer(self, parameter: str) -> str:
-        """The layer of a factor as PEFT spells it, from its parameter."""
         layer = parameter.rpartition(".")[0]
         owner, _, last = layer.rpartition(".")
         inside = last == "out_proj" and isinstance(self._modules.get(owner), nn.MultiheadAttention)
         return f"{owner}{INNER_OUT_PROJ}" if inside else layer
 
     def write(self, delta: WeightDelta, directory: Path) -> str:
-        """As of every adapter, but for factors that the rank no longer holds: those are written as whole weights.
-
-        Ranks add up where an update begins with new factors, and these methods merge each update into the weights;
-        compressed again and again, what earlier ones learned would be lost.
-        """
+        """Write factors that exceed the rank as whole weights; otherwise as for every adapter. Ranks add up when each
+        update begins with new factors and is merged into the weights; repeated compression would lose what earlier
+        updates learned."""
         unchanged = {
             name: part
             for name, part in self._start.items()
@@ -215,8 +207,6 @@ class WeightModel(AdapterModel):
 
 
 class _Switch(nn.Module):
-    """A parametrization that can be taken out of force."""
-
     def __init__(self, parametrization: Parametrization) -> None:
         super().__init__()
         self.parametrization = parametrization
@@ -236,10 +226,8 @@ def _dense(start: WeightDelta, model: nn.Module, base: ClipBase) -> dict[str, Te
 
 
 def chosen_parameters(base: ClipBase, model: nn.Module, recipe: Recipe, selects: Selects) -> list[str]:
-    """Names of the parameters that learn under a recipe whose adapter kind works on whole weights.
-
-    Where a tower's last blocks learn, what comes before its blocks (stems, embeddings) does not.
-    Raises ConfigError when that is none.
+    """Names of the parameters that learn, for an adapter kind that works on whole weights. If only a tower's last
+    blocks learn, what precedes its blocks (stems, embeddings) does not. Raises ConfigError if no parameter would learn.
     """
     if selects == "layers":
         modules = dict(model.named_modules())
@@ -262,7 +250,6 @@ def chosen_parameters(base: ClipBase, model: nn.Module, recipe: Recipe, selects:
 
 
 def _weights(layer: str, module: nn.Module) -> list[str]:
-    """The parameters of a layer that LoRA would change."""
     if isinstance(module, nn.MultiheadAttention):
         return [f"{layer}.in_proj_weight", f"{layer}.out_proj.weight"]
     return [f"{layer}.weight"]
@@ -273,7 +260,7 @@ def _layer_of(parameter: str) -> str:
 
 
 def dense_delta(delta: WeightDelta, model: nn.Module) -> dict[str, Tensor]:
-    """ΔW of every parameter that a delta touches, by parameter name, float64 in the parameter's shape."""
+    """ΔW of every parameter that a delta changes, by parameter name, float64 in the parameter's shape."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     modules = dict(model.named_modules())
     dense: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""VeRA: two vectors learn per weight, around random matrices shared by weights of one shape (Kopiczko et al. 2024)."""
+"""VeRA: two learned vectors per weight, around random matrices shared by weights of a shape (Kopiczko et al. 2024)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from ratchet_methods.parametrizations.parametrization import Parametrization, ma
 
 
 class Vera(Parametrization):
-    """W' = W + diag(b) B diag(d) A with A, B frozen; b = 0 and d = ``start`` (the paper's d_init) at first.
-
-    A and B come from ``seed`` and the shape alone, not from the update's seed: the rows of every update's ΔW lie in the
-    span of the same A, so that the sum over any number of updates has the rank of one.
-    """
+    """W' = W + diag(b) B diag(d) A with A, B frozen; initially b = 0 and d = ``start`` (the paper's d_init). A and B
+    depend on ``seed`` and the shape, not on the update's seed: every update's ΔW has its rows in the span of the same
+    A, so the sum over any number of updates has the rank of a single one."""
 
     def __init__(
         self, weight: Tensor, rank: int, alpha: float, generator: torch.Generator, start: float = 0.1, seed: int = 0

@@ -1,4 +1,4 @@
-"""Whole weights learn: all of them, those of normalisations, or biases. The difference to the start is what learns."""
+"""Training of whole weights: all, those of normalisations, or biases, as a difference to the start."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from ratchet_methods.parametrizations.parametrization import Parametrization, Se
 
 
 class WholeWeights(Parametrization):
-    """Full fine-tuning: W' = W + D, D of the weight's shape, 0 at first. Weight decay then pulls towards the start, not
-    towards 0.
-    """
+    """Full fine-tuning: W' = W + D, with D of the weight's shape, initially 0. Weight decay pulls towards the start,
+    not towards 0."""
 
     selects: ClassVar[Selects] = "all"
     whole: ClassVar[bool] = True
@@ -27,12 +26,12 @@ class WholeWeights(Parametrization):
 
 
 class LayerNorm(WholeWeights):
-    """LNFit: as full fine-tuning, of LayerNorm, BatchNorm and their like (De Min et al. 2023; in FoMo-in-Flux)."""
+    """LNFit: full fine-tuning of LayerNorm, BatchNorm and similar (De Min et al. 2023; in FoMo-in-Flux)."""
 
     selects: ClassVar[Selects] = "norms"
 
 
 class Bias(WholeWeights):
-    """BitFit: as full fine-tuning, of every parameter that is called ``bias`` (Ben Zaken et al. 2022)."""
+    """BitFit: full fine-tuning of every parameter called ``bias`` (Ben Zaken et al. 2022)."""
 
     selects: ClassVar[Selects] = "biases"

@@ -14,11 +14,11 @@ from updater.methods.regularizers import Gradients, Parameters, Regularizer
 class Ewc(Regularizer):
     """``1/2 sum F (theta - theta_start)^2``; the recipe's weight is lambda.
 
-    Parameters are differences to the start of the update, so that ``theta - theta_start`` is the parameter itself. F is
-    the diagonal of the empirical Fisher matrix: squared gradients of the objectives, a mean over ``batches`` batches
-    after the last step, added to ``keep`` times that of earlier updates. Before the first of them it is 0. Each
-    update's is divided by its mean over all parameters (as Schwarz et al. do), so that updates count alike and lambda
-    means the same for any loss and any base: the curvature of the penalty along an average parameter.
+    Parameters are differences to the start of the update, so ``theta - theta_start`` is the parameter itself. F is the
+    diagonal of the empirical Fisher matrix: squared gradients of the objectives, averaged over ``batches`` batches
+    after the last step and added to ``keep`` times that of earlier updates. It is 0 in a first update. Each update's F
+    is divided by its mean over all parameters (as in Schwarz et al.), so that updates count equally and lambda means
+    the same for any loss and base: the curvature of the penalty along an average parameter.
     """
 
     fixed_coordinates: ClassVar[bool] = True
@@ -46,7 +46,7 @@ class Ewc(Regularizer):
         mean = total / sum(value.numel() for value in fisher.values())
         if mean > 0:
             fisher = {name: value / mean for name, value in fisher.items()}
-        # What does not learn in this update is remembered for one in which it does.
+        # Keep the values of parameters that do not learn in this update.
         earlier = {name: self.keep * value for name, value in self.fisher.items()}
         self.fisher = earlier | {name: earlier.get(name, 0) + value for name, value in fisher.items()}
 

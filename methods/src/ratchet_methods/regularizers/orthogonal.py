@@ -1,4 +1,4 @@
-"""Orthogonal subspaces: what an update learns lies across what earlier ones have learned (O-LoRA, Wang et al. 2023)."""
+"""O-LoRA: each update learns in a subspace orthogonal to those of earlier ones (Wang et al. 2023)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,9 @@ SIDE = ".lora_A"
 
 
 class Orthogonal(Regularizer):
-    """``sum |A_i A^T|`` over layers and all earlier updates i; the recipe's weight is lambda.
-
-    A are the rows [r, in] of the LoRA factors that read a layer's input. Those of earlier updates are remembered, of
-    unit length each. It means something where each update learns factors of its own: ``merge.start: base``.
-
-    Args:
-        most: rows that are remembered of a layer, those of the newest updates.
+    """``sum |A_i A^T|`` over layers and all earlier updates i; the recipe's weight is lambda. A are the rows [r, in] of
+    the LoRA factors that read a layer's input. Those of earlier updates are kept at unit length. Useful only if each
+    update learns its own factors: ``merge.start: base``. ``most``: rows to keep per layer, those of the newest updates.
     """
 
     def __init__(self, most: int = 256) -> None:

@@ -1,4 +1,4 @@
-"""Synaptic intelligence: as EWC, with the importance taken from the way instead of its end (Zenke et al. 2017)."""
+"""Synaptic intelligence: like EWC, with importance measured along the path of training (Zenke et al. 2017)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ from torch import Tensor
 from updater.methods.regularizers import Gradients, Parameters, Regularizer
 
 TINY = 1e-30
-"""Of a tensor that did not move at all nothing is divided."""
+"""Lower bound of the divisor, for a tensor that did not move at all."""
 
 
 class Si(Regularizer):
     """``sum Omega (theta - theta_start)^2``; the recipe's weight is c.
 
-    Each step adds ``-gradient * movement`` to omega, what the parameter did for the loss; the gradient is the step's,
-    penalty and bound on its norm included. After the last step ``Omega <- Omega + max(omega, 0) / (change^2 + d)``, d
-    the damping. Noise of batches can make omega negative, and a negative Omega would drive parameters away. As with
-    EWC, ``theta - theta_start`` is the parameter itself.
+    Each step adds ``-gradient * movement`` to omega, the parameter's contribution to the loss; the gradient is that of
+    the step, including the penalty and the bound on its norm. After the last step ``Omega <- Omega + max(omega, 0) /
+    (change^2 + d)`` with damping d. Batch noise can make omega negative, and a negative Omega would push parameters
+    away. As with EWC, ``theta - theta_start`` is the parameter itself.
 
-    Args:
-        xi: the damping is xi times the mean square change of the parameters of one tensor. The paper's xi is the
-            damping itself, 0.1 where weights move that far; the squares of what fine-tuning moves are a millionth of
-            it, and nothing would be held.
+    ``xi``: the damping is xi times the mean square change of the parameters of one tensor. In the paper xi is the
+    damping itself, 0.1; squared changes in fine-tuning are a millionth of that, and nothing would be held.
     """
 
     fixed_coordinates: ClassVar[bool] = True
