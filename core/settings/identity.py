@@ -21,7 +21,6 @@ class OAuth(Section):
 
     @property
     def enabled(self) -> bool:
-        """True if a source of tokens is set."""
         return bool(self.token_url or self.token_file)
 
     _url = field_validator("token_url")(http_url)
@@ -64,7 +63,6 @@ class Oidc(Section):
 
     @property
     def enabled(self) -> bool:
-        """True if there is a provider."""
         return bool(self.issuer)
 
     _urls = field_validator("issuer", "console_url")(http_url)

@@ -12,7 +12,7 @@ from core.settings.section import MIB, Section
 
 SHIPPED: Final = "shipped"
 SHIPPED_VLM: Final = "shipped-vlm"
-"""The bases that Ratchet makes by itself."""
+"""The bases that Ratchet makes itself."""
 
 
 class BaseModels(Section):
@@ -30,12 +30,11 @@ class Listener(Section):
 
     @property
     def on_loopback(self) -> bool:
-        """True where only this machine can reach it."""
         return is_loopback(self.host)
 
     @property
     def url(self) -> str:
-        """URL under which a process of the same machine reaches it."""
+        """URL for processes on the same machine."""
         return local_url(self.host, self.port)
 
 
@@ -126,8 +125,8 @@ class Serve(Listener):
 
     @property
     def vlm_queue(self) -> int:
-        """VLM requests that may wait or run; more are answered 429. Eight batches take some seconds each, which is as
-        long as ``deadline_seconds`` lets a request wait."""
+        """Limit on waiting and running VLM requests; more get 429. Eight batches of some seconds each take as long as
+        ``deadline_seconds`` lets a request wait."""
         return 8 * self.vlm_batch
 
 

@@ -31,8 +31,8 @@ OWNED_OPTIONS: Final[Mapping[str, str]] = {
     "value_deserializer": "records are decoded by ingest",
     "value_serializer": "records are encoded by Ratchet",
 }
-"""Options of kafka-python that `kafka.client` cannot set, because exactly-once delivery rests on them or because they
-have a setting of their own; each with its reason."""
+"""Options of kafka-python that `kafka.client` cannot set, because exactly-once delivery depends on them or because they
+have their own setting; each with its reason."""
 
 
 class Kafka(Section):

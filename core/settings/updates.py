@@ -15,7 +15,7 @@ Draw = Literal["uniform", "newest"]
 
 HEAD_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 MAX_HEADS = 64
-"""Of one adapter."""
+"""Per adapter."""
 
 
 class LearnedHead(Section):
