@@ -47,7 +47,7 @@ from ratchet_client.errors import RecordError as RecordError
 
 
 class SelectorError(ConfigError):
-    """A selector for a deletion cannot be carried out. ``field`` is the one that is wrong."""
+    """A selector for a deletion cannot be carried out. ``field`` is the wrong one."""
 
     def __init__(self, field: str, message: str, fix: str = "") -> None:
         super().__init__(message, fix)
@@ -55,19 +55,20 @@ class SelectorError(ConfigError):
 
 
 class RegistryUnavailable(BrokerError):
-    """The schema registry cannot be reached or refuses: an outage, which says nothing about the record at hand."""
+    """The schema registry cannot be reached or denies access: an outage, which says nothing about the record at
+    hand."""
 
 
 class SchemaUnavailable(RegistryUnavailable):
-    """The schema registry answers, but does not give one schema: it fails at it, or answers with something else."""
+    """The schema registry answers, but not with one schema: it fails, or returns something else."""
 
 
 class Fenced(BrokerError):
-    """Another sender took over, and the broker (or the lease) lets this one send no more."""
+    """Another sender took over, and the broker (or the lease) blocks this one."""
 
 
 class RecordTooLarge(BrokerError):
-    """The broker does not take a record of this size. ``index``: which one of those that were sent together."""
+    """The broker does not take a record of this size. ``index``: its place among the records sent together."""
 
     index: int = 0
 
@@ -77,11 +78,11 @@ class StoreError(RatchetError):
 
 
 class ArtifactsUnavailable(StoreError, Outage):
-    """The object store of the artifacts does not answer, or refuses; to be tried again."""
+    """The object store of the artifacts does not answer, or denies access; try again."""
 
 
 class StoreUnavailable(StoreError, Outage):
-    """The sample store cannot be read or written now; to be tried again."""
+    """The sample store cannot be read or written now; try again."""
 
 
 class StoreFull(StoreUnavailable):
@@ -91,7 +92,7 @@ class StoreFull(StoreUnavailable):
 
 
 class Superseded(StoreError):
-    """Another process has claimed partitions that this one wanted to write. ``keys`` names them."""
+    """Another process has claimed partitions that this one wanted to write; ``keys`` names them."""
 
     def __init__(self, keys: list[str]) -> None:
         super().__init__(f"{', '.join(keys)}: another process has claimed it since.", "It goes on from there.")
@@ -99,11 +100,11 @@ class Superseded(StoreError):
 
 
 class SkipRefused(StoreError):
-    """Offsets of a partition cannot be skipped; its position is as it was."""
+    """Offsets of a partition cannot be skipped; its position is unchanged."""
 
 
 class UnknownRecord(StoreError):
-    """No record was refused at this place."""
+    """No record was quarantined at this place."""
 
 
 class BaseModelError(RatchetError):
@@ -119,7 +120,7 @@ class TrainingError(RatchetError):
 
 
 class DiskFull(RatchetError):
-    """There is no room for what an update keeps on disk; it goes on when there is."""
+    """There is no room for what an update keeps on disk; it continues when there is."""
 
 
 class BudgetError(RatchetError):
@@ -139,19 +140,19 @@ class LedgerError(RatchetError):
 
 
 class AlreadyResubmitted(LedgerError):
-    """A refused record was sent again before."""
+    """A quarantined record was sent again before."""
 
 
 class LeaseLost(LedgerError):
-    """Another process holds the lease now; what this one was about to write was not written."""
+    """Another process holds the lease now; this one's write was dropped."""
 
 
 class LedgerUnavailable(LedgerError, Outage):
-    """The database is away, silent, full, read-only or too busy. Nothing was changed; to be tried again."""
+    """The database is unreachable, silent, full, read-only or too busy. Nothing was changed; try again."""
 
 
 class CommitUnknown(LedgerUnavailable):
-    """The connection was lost during COMMIT, and the ledger could not be asked since: it may have been either."""
+    """The connection was lost during COMMIT, and the ledger could not be queried since: the outcome is unknown."""
 
 
 class ReleaseError(RatchetError):
