@@ -47,8 +47,6 @@ _NO_KEY = digest_of("")
 
 
 class Keys(Protocol):
-    """The part of the ledger that is used."""
-
     def api_keys(self) -> list[KeyRow]:
         pass
 
@@ -62,20 +60,16 @@ class Principal:
     scopes: frozenset[KeyScope]
     kind: Literal["key", "operator", "anonymous"] = "key"
     key_id: str | None = None
-    """Only for keys in the ledger."""
     requests_per_minute: int = 0
     """0: no limit."""
 
     def may(self, *scopes: KeyScope) -> bool:
-        """True if the caller has one of the scopes."""
         return not self.scopes.isdisjoint(scopes)
 
     def actor(self, claimed: str | None = None) -> str:
-        """The name for the audit log.
-
-        A key is ``key:<name>``, with the caller's claimed name after a slash. Only the holder of the bootstrap key has
-        its claimed name. Claimed names have no colon, so none can pass for a key's. Raises AccessError if ``claimed``
-        is too long, not printable, has a colon, or is the name of a part of Ratchet.
+        """The name for the audit log. A key is ``key:<name>``, with the caller's claimed name after a slash. Only the
+        holder of the bootstrap key has its claimed name. Claimed names have no colon, so none can pass for a key's.
+        Raises AccessError if ``claimed`` is too long, not printable, has a colon, or is the name of a part of Ratchet.
         """
         claimed = claimed and _checked(claimed)
         if self.kind == "operator":
@@ -97,7 +91,6 @@ class Access:
         """``recall``: returns a copy of the keys, for a start while the ledger is unreachable."""
         rules, local = settings.access, settings.serve.on_loopback
         self.open = rules.require_keys == "never" or (rules.require_keys == "auto" and local)
-        """True if callers without a key may infer and search."""
         self.metrics_open = rules.metrics == "open" or (rules.metrics == "auto" and self.open and local)
         self.to_this_machine = rules.require_keys != "never" and local
         """True if :attr:`open` only applies to callers on this machine, not to what a proxy forwards."""
@@ -161,7 +154,6 @@ class Access:
 
     @property
     def silent(self) -> bool:
-        """True if the last read of the ledger failed."""
         return not self._current
 
     def unread(self, token: str | None, came: float) -> bool:

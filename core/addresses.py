@@ -41,7 +41,6 @@ def local_url(host: str, port: int) -> str:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -59,8 +58,6 @@ def listens(address: str, timeout: float = 1.0) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class AllowRule:
-    """An allow-list entry for hosts."""
-
     scheme: str
     """``http``, ``https``, or empty: both."""
     host: str
@@ -69,7 +66,6 @@ class AllowRule:
 
     @classmethod
     def parse(cls, text: str) -> AllowRule:
-        """Parse an entry. Raises ValueError with the problem."""
         parts = urlsplit(text if "://" in text else f"//{text}")
         if parts.scheme not in ("", *PORTS):
             raise ValueError(f"{text!r}: only http and https are fetched from a host")
@@ -111,7 +107,6 @@ class ObjectRule:
 
     @classmethod
     def parse(cls, text: str) -> ObjectRule:
-        """Parse an entry. Raises ValueError with the problem."""
         scheme, _, rest = text.partition("://")
         bucket, _, key = rest.partition("/")
         if scheme not in OBJECT_SCHEMES or not _BUCKET.fullmatch(bucket):

@@ -106,7 +106,6 @@ class ChildProcess:
         return self.process is not None and self.process.poll() is None
 
     def restart_dead(self, now: float) -> None:
-        """Restart it if it ended, with growing delays."""
         if self.running or now < self.retry_at:
             return
         if self.process is not None and self.retry_at <= 0:

@@ -41,7 +41,6 @@ _KINDS: Final[tuple[tuple[type[RatchetError], Dependency], ...]] = (
 class DependencyState:
     state: State = "ok"
     detail: str = ""
-    """One sentence; empty if it is ``ok``."""
     fix: str = ""
 
     @classmethod
@@ -55,7 +54,6 @@ _current: dict[Dependency, DependencyState] = {}
 
 
 def dependency_of(error: Exception) -> Dependency | None:
-    """The dependency that an error is about, if any."""
     if isinstance(error, (Fenced, RecordTooLarge)):  # about one sender, or one record
         return None
     return next((name for kind, name in _KINDS if isinstance(error, kind)), None)
@@ -70,7 +68,6 @@ def noted(error: Exception) -> Dependency | None:
 
 
 def answered(names: Iterable[Dependency]) -> None:
-    """Record and export that these dependencies work."""
     for name in names:
         _set(name, DependencyState())
 

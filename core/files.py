@@ -43,7 +43,6 @@ def replace_file(path: Path, data: bytes, mode: int = 0o644, prefix: str = "") -
 
 
 def flush(path: Path) -> None:
-    """Flush a file, or a directory's names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

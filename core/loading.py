@@ -1,8 +1,6 @@
-"""Loading, validation and editing of settings, with the origin of each value.
-
-Precedence: flags, environment (``RATCHET_SERVE__PORT=9000``), ``ratchet.yaml``, defaults. Load once at start with
-:func:`load_settings`; nothing else in Ratchet reads the environment.
-"""
+"""Loading, validation and editing of settings, with the origin of each value. Precedence: flags, environment
+(``RATCHET_SERVE__PORT=9000``), ``ratchet.yaml``, defaults. Load once at start with :func:`load_settings`; nothing else
+in Ratchet reads the environment."""
 
 from __future__ import annotations
 
@@ -86,14 +84,12 @@ def describe(settings: Settings) -> list[tuple[str, Any, str, str]]:
 
 
 def _masked(value: Any) -> Any:
-    """A displayable value, with passwords removed from URLs."""
     if isinstance(value, list):
         return [_masked(each) for each in value]
     return redact_url(value) if isinstance(value, str) else value
 
 
 def _of_file(path: Path | None) -> Iterator[tuple[str, Any, str]]:
-    """Names, values and origins; empty if the default file is missing."""
     file = path or Path(FILE)
     if path is not None and not file.exists():
         raise ConfigError(f"settings file {path} does not exist.", f"Check --config, or {FILE_VARIABLE}.")

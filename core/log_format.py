@@ -81,19 +81,16 @@ class RecordFormatter(logging.Formatter):
         self.request_id = request_id
 
     def message(self, record: logging.LogRecord) -> str:
-        """The redacted message, bounded."""
         text = self.redactor.redact(record.getMessage())
         return text if len(text) <= MAX_MESSAGE_CHARS else f"{text[:MAX_MESSAGE_CHARS]} [...]"
 
     def traceback(self, record: logging.LogRecord) -> str:
-        """The redacted traceback, or empty; only its end if it is too long."""
         parts = [self.formatException(record.exc_info)] if record.exc_info else []
         parts += [self.formatStack(record.stack_info)] if record.stack_info else []
         text = self.redactor.redact("\n".join(parts))
         return text if len(text) <= MAX_TRACEBACK_CHARS else f"[...] {text[-MAX_TRACEBACK_CHARS:]}"
 
     def request(self) -> dict[str, Any]:
-        """ID, release and adapter of the record's request, as far as known."""
         request = current()
         fields: dict[str, Any] = {"request_id": (request and request.request_id) or self.request_id()}
         if request is not None:
@@ -113,8 +110,6 @@ class JsonFormatter(RecordFormatter):
 
 
 class TextFormatter(RecordFormatter):
-    """A line for people, with tracebacks on separate lines."""
-
     def format(self, record: logging.LogRecord) -> str:
         labels = {name: value for name, value in self.labels.items() if name != "role"} | self.request()
         about = "".join(f" {name}={value}" for name, value in labels.items())

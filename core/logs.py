@@ -77,7 +77,6 @@ def inherited() -> LogConfig | None:
 
 
 def inherit(config: LogConfig | None, request_id: Callable[[], str] = str) -> None:
-    """Log like the parent process."""
     global _config
     root = logging.getLogger()
     own = [handler for handler in root.handlers if isinstance(handler.formatter, RecordFormatter)]
@@ -105,7 +104,6 @@ def log_format(format: Literal["auto", "json", "text"], service: bool = True) ->
 
 
 def secrets_of(settings: Settings | None, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """All secrets in the settings and the environment."""
     secrets = [value for name, value in environ.items() if _SECRET.search(name)]
     if settings is None:
         return secrets

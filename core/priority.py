@@ -42,11 +42,9 @@ def nice_thread(nice: int) -> None:
 
 def idle_thread() -> None:
     """Let this thread compute only while nothing else does (Linux's SCHED_IDLE; elsewhere no effect). Threads and
-    processes that it starts inherit that, permanently.
-
-    A nice thread still finishes its time slice, some milliseconds, when another wakes up, and its core counts as busy
-    when Linux looks for an idle one. A request wakes up a dozen threads in turn.
-    """
+    processes that it starts inherit that, permanently. A nice thread still finishes its time slice, some milliseconds,
+    when another wakes up, and its core counts as busy when Linux looks for an idle one. A request wakes up a dozen
+    threads in turn."""
     if hasattr(os, "SCHED_IDLE"):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 

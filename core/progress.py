@@ -107,7 +107,6 @@ def meter(label: str) -> Iterator[Callable[[Callable[[], str]], None]]:
 
 @contextmanager
 def step(label: str) -> Iterator[None]:
-    """Report the start of a step, and its duration or failure."""
     started = time.monotonic()
     say(f"{label} ...")
     try:

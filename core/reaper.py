@@ -1,6 +1,5 @@
-"""Runs a command, and ends all its descendants when it ends, when asked to, or when the parent process is gone.
-
-A script without imports of Ratchet, so that it starts in milliseconds; use :func:`core.child_process.reaped` for the
+"""Runs a command, and ends all its descendants when it ends, when asked to, or when the parent process is gone. A
+script without imports of Ratchet, so that it starts in milliseconds; use :func:`core.child_process.reaped` for the
 command line. Signals:
 
 * SIGTERM, SIGINT, SIGHUP: the command gets SIGTERM, once, and ends when it is done.
@@ -57,7 +56,6 @@ def main(parent: int, seconds: float, command: list[str]) -> int:
 
 
 def _receive_signals() -> int:
-    """The read end of a pipe that gets the number of each signal."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.set_blocking(writer, False)
@@ -92,7 +90,6 @@ def _start(command: list[str]) -> int:
 
 
 def _reap() -> dict[int, int]:
-    """Statuses of ended children by process ID."""
     ended: dict[int, int] = {}
     while True:
         try:
@@ -143,7 +140,6 @@ def descendants(root: int) -> list[int]:
 
 
 def _exit(status: int) -> None:
-    """End with the command's status."""
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         if -code != signal.SIGKILL:

@@ -1,8 +1,5 @@
-"""The request that the current code works for, so that log lines can name it.
-
-A context variable: tasks and :func:`asyncio.to_thread` inherit it. Start work that outlives a request with
-:func:`detached`.
-"""
+"""The request that the current code works for, so that log lines can name it. A context variable: tasks and
+:func:`asyncio.to_thread` inherit it. Start work that outlives a request with :func:`detached`."""
 
 from __future__ import annotations
 
@@ -32,12 +29,10 @@ def end(token: Token[RequestContext | None]) -> None:
 
 
 def current() -> RequestContext | None:
-    """The current request, if any."""
     return _current.get()
 
 
 def note(adapter: str, release: int | None = None) -> None:
-    """Record the adapter and release that answer this task's request."""
     request = _current.get()
     if request is None or not request.request_id:  # a replica, where the request's ID is known elsewhere
         _current.set(RequestContext("", release, adapter))

@@ -1,8 +1,6 @@
-"""Stop signals of a command: the first one raises an exception, later ones are ignored.
-
-A second exception during cleanup would interrupt it, and two signals are common: `make` passes on one that the whole
-group received already, and people press Ctrl-C twice.
-"""
+"""Stop signals of a command: the first one raises an exception, later ones are ignored. A second exception during
+cleanup would interrupt it, and two signals are common: `make` passes on one that the whole group received already, and
+people press Ctrl-C twice."""
 
 from __future__ import annotations
 
@@ -40,10 +38,8 @@ class Stopped(BaseException):
 @dataclass
 class _State:
     number: int = 0
-    """The first signal; 0 before."""
     raised: bool = False
     undisturbed: int = 0
-    """Nesting depth of :func:`undisturbed` blocks."""
 
 
 _state = _State()

@@ -1,7 +1,6 @@
-"""OpenTelemetry spans of requests: off unless Ray Serve was told to trace (``traces.endpoint``).
-
-Ray Serve accepts a client's W3C ``traceparent``, carries the trace through its handles, and makes a span of each
-replica call. Ratchet adds:
+"""OpenTelemetry spans of requests: off unless Ray Serve was told to trace (``traces.endpoint``). Ray Serve accepts a
+client's W3C ``traceparent``, carries the trace through its handles, and makes a span of each replica call. Ratchet
+adds:
 
     intake    the body is read                         (ingress)
     inspect   images are fetched and checked           (ingress)
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Tracer, TracerProvider
 
 EXPORTER: Final = "core.tracing:span_processors"
-"""The function that Ray Serve calls in each of its processes."""
 _NOTHING: Final[AbstractContextManager[Any]] = nullcontext()
 _tracer: Tracer | None = None
 
@@ -43,7 +41,6 @@ def span_processors() -> list[SpanProcessor]:
 
 
 def switch_on(provider: TracerProvider | None = None) -> None:
-    """Enable spans, with ``provider`` in place of the process's own."""
     global _tracer
     from opentelemetry import trace
 

@@ -47,7 +47,6 @@ class Artifacts:
         return f"{self.root}/{key}"
 
     def exists(self, key: str) -> bool:
-        """True if the key is a file or a complete directory."""
         path = self._path(key)
         return Path(path).exists() if self.local is not None else self._bucket.exists(path)
 
@@ -99,7 +98,6 @@ class Artifacts:
         return total
 
     def write_bytes(self, key: str, data: bytes) -> None:
-        """Write an object; readers see the old or the new one."""
         path = self._path(key)
         if self.local is not None:
             folder.write_bytes(Path(path), data)

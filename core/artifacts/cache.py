@@ -66,7 +66,6 @@ class Cache:
 
     @contextmanager
     def staging(self, key: str) -> Iterator[Path]:
-        """A temporary directory next to an entry's place, deleted at the end."""
         target = self.path(key)
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=target.parent))
@@ -76,7 +75,6 @@ class Cache:
             shutil.rmtree(staging, ignore_errors=True)
 
     def write_note(self, key: str, data: bytes) -> None:
-        """Mark an entry as complete."""
         replace_file(self._note(key), data, prefix=STAGING)
 
     def evict(self) -> int:
@@ -109,7 +107,6 @@ class Cache:
         }
 
     def _entry(self, target: Path) -> tuple[float, int, str]:
-        """Last use, bytes and key of an entry."""
         key = target.relative_to(self.folder).as_posix()
         try:
             used = self._note(key).stat().st_mtime
@@ -118,7 +115,6 @@ class Cache:
         return used, sum(file_size(path) for path in target.rglob("*")), key
 
     def _remove(self, key: str) -> bool:
-        """Delete an entry; False if a process holds it."""
         path, target = self._lock(key), self.path(key)
         try:
             lock = _acquire(path, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,8 +1,6 @@
-"""Artifact directories: digest and manifest, and storage in a local or shared folder.
-
-In a folder a directory is written next to its place, flushed to disk, then renamed. In an object store the manifest is
-written last, so a directory with a manifest is complete.
-"""
+"""Artifact directories: digest and manifest, and storage in a local or shared folder. In a folder a directory is
+written next to its place, flushed to disk, then renamed. In an object store the manifest is written last, so a
+directory with a manifest is complete."""
 
 from __future__ import annotations
 
@@ -139,7 +137,6 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def file_size(path: Path) -> int:
-    """Bytes of a file; 0 for a directory or a file that is gone."""
     try:
         return path.stat().st_size if path.is_file() else 0
     except FileNotFoundError:  # another process deletes it

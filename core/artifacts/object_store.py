@@ -40,7 +40,6 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
 
 def local_folder(filesystem: Any, root: str) -> Path | None:
-    """The local folder of a file system's path; None for an object store."""
     protocol = filesystem.protocol
     return Path(root) if "file" in ((protocol,) if isinstance(protocol, str) else protocol) else None
 
@@ -63,7 +62,6 @@ class ObjectStore:
         return bool(self.sizes(path))
 
     def sizes(self, path: str) -> dict[str, int]:
-        """Sizes in bytes of the objects below a path, by relative name."""
         prefix = self.filesystem._strip_protocol(path)
         try:
             listed = self._call(self.filesystem.find, path, size=LISTING_BYTES, detail=True)
@@ -85,7 +83,6 @@ class ObjectStore:
         self._call(self.filesystem.get_file, path, str(target), size=size)
 
     def delete(self, path: str) -> None:
-        """Delete an object; a missing one is ignored."""
         with suppress(FileNotFoundError):
             self._call(self.filesystem.rm_file, path)
 
@@ -110,12 +107,10 @@ class Bucket:
     interrupted upload are invisible to readers, and the next upload overwrites them."""
 
     def __init__(self, store: ObjectStore, cache: Cache) -> None:
-        """``cache``: local copies of fetched directories."""
         self.store = store
         self.cache = cache
 
     def exists(self, path: str) -> bool:
-        """True for a complete directory, or an object."""
         return self.store.has(f"{path}/{MARKER}") or self.store.has(path)
 
     def put(self, source: Path, path: str, key: str) -> None:

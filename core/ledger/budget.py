@@ -46,7 +46,6 @@ class BudgetQueries(Queries):
             charge.amount, charge.settled = actual, True
 
     def spent(self, key: str | None = None) -> float:
-        """The amount charged for one key (0 if none), or in total."""
         query = select(func.sum(ChargeRow.amount))
         if key is not None:
             query = query.where(ChargeRow.key == key)

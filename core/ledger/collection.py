@@ -38,7 +38,6 @@ class AdapterUse:
     last_used: datetime
     """The latest of: its record, a state change of its update, the replacement of a release with it."""
     released: bool
-    """True if any release had it."""
     collected_at: datetime | None
     collected_bytes: int | None
     """None until its files are deleted."""
@@ -46,8 +45,6 @@ class AdapterUse:
 
 @dataclass(frozen=True)
 class JudgedUpdate:
-    """An update with a verdict, which has a report."""
-
     id: str
     adapter: str
     judged_at: datetime
@@ -93,12 +90,10 @@ class CollectionQueries(Queries):
         ]  # fmt: skip
 
     def released_bases(self) -> list[str | None]:
-        """Base digests of all releases; None for those without one."""
         with self.database.read() as session:
             return list(session.scalars(select(ReleaseRow.clip_base).distinct()))
 
     def upgrade_bases(self) -> list[str]:
-        """Base digests that upgrades went to."""
         with self.database.read() as session:
             return list(session.scalars(select(BaseUpgradeRow.new_base).distinct()))
 

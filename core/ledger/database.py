@@ -1,8 +1,6 @@
-"""Transactions, migrations, and SQLite connections; PostgreSQL's are in :mod:`core.ledger.postgres`.
-
-After a connection is lost during COMMIT, its outcome is unknown. Writes through :func:`write_once` take
-:func:`lock_releases` first: a second attempt only gets that lock when the first has ended on the server, so what it
-then reads is final.
+"""Transactions, migrations, and SQLite connections; PostgreSQL's are in :mod:`core.ledger.postgres`. After a connection
+is lost during COMMIT, its outcome is unknown. Writes through :func:`write_once` take :func:`lock_releases` first: a
+second attempt only gets that lock when the first has ended on the server, so what it then reads is final.
 
 SQLite transactions declare at their start whether they write; files are in WAL mode, and durable.
 """
@@ -112,7 +110,6 @@ def _outages() -> Iterator[None]:
 
 
 def _cause(error: Exception) -> str:
-    """The driver's message, without the statement and its parameters."""
     words = str(getattr(error, "orig", None) or error).strip()
     return words.splitlines()[0].rstrip(".") if words else type(error).__name__
 
@@ -124,11 +121,8 @@ def _check_out(session: Session) -> None:
 
 def open_database(url: str, migrate: bool, check: bool = True) -> Database:
     """Connect to SQLite (WAL) or PostgreSQL and migrate; without ``check`` neither happens before the first call.
-
-    Raises:
-        LedgerUnavailable: the database does not answer.
-        LedgerError: the URL is wrong, or the database is not migrated.
-    """
+    Raises LedgerUnavailable: the database does not answer. Raises LedgerError: the URL is wrong, or the database is not
+    migrated."""
     try:
         parsed = make_url(url)
         engine = _make_engine(parsed)
@@ -174,7 +168,6 @@ def _make_engine(url: URL) -> Engine:
 
 
 def alembic_config(connection: Connection | None = None) -> Config:
-    """Alembic's configuration for the migrations in this package."""
     from alembic.config import Config
 
     config = Config()
@@ -205,8 +198,6 @@ def _migrate(database: Database) -> None:
 
 
 class Queries:
-    """Base of the ledger's queries."""
-
     database: Database
 
     def _all(self, query: Select[Result]) -> list[Result]:

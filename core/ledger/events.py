@@ -53,7 +53,6 @@ class EventQueries(Queries):
             return add_event(session, type, event_id, subject, data)
 
     def waiting_events(self, limit: int = 100) -> list[EventRow]:
-        """Unpublished events, oldest first."""
         query = select(EventRow).where(EventRow.published.is_(False)).order_by(EventRow.id).limit(limit)
         return self._all(query)
 
@@ -93,7 +92,6 @@ class EventQueries(Queries):
             return int(cast(CursorResult[Any], result).rowcount)
 
     def audit(self, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:
-        """Record an action that changes no other table."""
         with self.database.write() as session:
             note(session, actor, action, subject, detail)
 
@@ -110,7 +108,6 @@ class EventQueries(Queries):
 
 
 def add_event(session: Session, type: EventType, event_id: str, subject: str, data: Mapping[str, Any]) -> bool:
-    """Add an event in the transaction of its fact; see :meth:`EventQueries.record_event`."""
     _check(type, event_id, subject, data)
     values = {
         "event_id": event_id,
@@ -127,7 +124,6 @@ def add_event(session: Session, type: EventType, event_id: str, subject: str, da
 
 
 def clipped(text: str | None) -> str | None:
-    """External text, cut for an event."""
     return None if text is None else text[:MAX_TEXT_CHARS]
 
 
@@ -175,13 +171,11 @@ def tell_release(session: Session, row: ReleaseRow, proposal: ProposalRow | None
 
 
 def _image_space(session: Session, clip: str | None) -> str | None:
-    """Image space of an adapter; None for the base, whose space the ledger does not know."""
     adapter = None if clip is None else session.get(AdapterRow, clip)
     return None if adapter is None else adapter.image_space
 
 
 def _same_before(session: Session, row: ReleaseRow) -> int | None:
-    """The newest earlier full release with the same adapters."""
     query = (
         select(ReleaseRow.number)
         .where(ReleaseRow.number < row.number, ReleaseRow.share >= 1)
@@ -193,5 +187,4 @@ def _same_before(session: Session, row: ReleaseRow) -> int | None:
 
 
 def note(session: Session, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:
-    """Add an audit row in the transaction of the change."""
     session.add(AuditRow(actor=actor, action=action, subject=subject, detail=detail))

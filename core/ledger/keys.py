@@ -89,14 +89,12 @@ class KeyQueries(Queries):
         return self._all(query)
 
     def touch_keys(self, used: Mapping[str, datetime]) -> None:
-        """Record the time of last use by key ID."""
         with self.database.write() as session:
             for key_id, when in used.items():
                 session.execute(update(KeyRow).where(KeyRow.id == key_id).values(last_used_at=when))
 
 
 def parse_token(token: str) -> tuple[str, str] | None:
-    """ID and secret of a token; None if it is not a Ratchet token."""
     match = TOKEN.fullmatch(token)
     return None if match is None else (match[1], match[2])
 

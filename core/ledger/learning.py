@@ -24,7 +24,6 @@ from core.ledger.rows import (
 )
 
 RELEASED_VERDICTS = 500
-"""Verdicts searched for the best release."""
 FINISHED = ("done", "failed", "abandoned")
 BEGAN = "began"
 """Key in an update's cost: the place a process is working at, and how many have died there."""
@@ -43,15 +42,9 @@ class LearningQueries(Queries):
         digest: str | None = None,
     ) -> AdapterRow:
         """Record an adapter. Idempotent, so that a restart may repeat it. Clears a finished collection: store the files
-        after this call.
-
-        Args:
-            digest: :func:`core.artifacts.directory_digest` of its directory, checked on loading. The name has only 48
-                bits of a digest.
-
-        Raises:
-            LedgerError: it is recorded with other spaces or another digest, or its files are being collected.
-        """
+        after this call. ``digest``: :func:`core.artifacts.directory_digest` of its directory, checked on loading. The
+        name has only 48 bits of a digest. Raises LedgerError: it is recorded with other spaces or another digest, or
+        its files are being collected."""
         with self.database.write() as session:
             row = session.get(AdapterRow, name, with_for_update=True)
             if row is None:
@@ -77,7 +70,6 @@ class LearningQueries(Queries):
         return row
 
     def adapter_digests(self, names: Sequence[str | None]) -> dict[str, str]:
-        """Recorded SHA-256 of adapter directories."""
         wanted = [name for name in names if name is not None]
         query = select(AdapterRow).where(AdapterRow.name.in_(wanted), AdapterRow.digest.is_not(None))
         with self.database.read() as session:
@@ -190,12 +182,10 @@ class LearningQueries(Queries):
             return row
 
     def update_of(self, adapter: str) -> UpdateRow | None:
-        """The newest update that made or imported an adapter."""
         query = select(UpdateRow).where(UpdateRow.adapter == adapter).order_by(UpdateRow.created_at.desc()).limit(1)
         return self._first(query)
 
     def update(self, update_id: str) -> UpdateRow:
-        """One update. Raises LedgerError."""
         with self.database.read() as session:
             return _update(session, update_id)
 
@@ -206,7 +196,6 @@ class LearningQueries(Queries):
         return self._all(query)
 
     def is_finished(self, update_id: str) -> bool:
-        """True if the update exists and has ended."""
         with self.database.read() as session:
             row = session.get(UpdateRow, update_id)
             return row is not None and row.state in FINISHED
@@ -244,7 +233,6 @@ class LearningQueries(Queries):
         return self._all(query.order_by(VerdictRow.id.desc()).limit(limit))
 
     def verdict_on(self, adapter: str) -> VerdictRow | None:
-        """The newest verdict on an adapter, if any."""
         query = select(VerdictRow).where(VerdictRow.adapter == adapter).order_by(VerdictRow.id.desc()).limit(1)
         return self._first(query)
 
@@ -315,7 +303,6 @@ class LearningQueries(Queries):
             return row
 
     def base_upgrade(self, update_id: str) -> BaseUpgradeRow | None:
-        """The bases of an upgrade; None for other updates."""
         return self._get(BaseUpgradeRow, update_id)
 
     def approved_upgrade(self, new_base: str | None = None) -> BaseUpgradeRow | None:

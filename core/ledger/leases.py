@@ -1,8 +1,6 @@
-"""Queries of leases: the right to do a job that one process at a time does.
-
-A lease's epoch grows with each new holder. A holder that slept past its end still believes it holds it; so each write
-of the job carries the epoch, and :func:`check_lease` rejects outdated ones in the same transaction.
-"""
+"""Queries of leases: the right to do a job that one process at a time does. A lease's epoch grows with each new holder.
+A holder that slept past its end still believes it holds it; so each write of the job carries the epoch, and
+:func:`check_lease` rejects outdated ones in the same transaction."""
 
 from __future__ import annotations
 
@@ -98,7 +96,6 @@ def database_time(session: Session) -> datetime:
 
 @contextmanager
 def renewing(ledger: LeaseQueries, name: str, epoch: int, seconds: float) -> Iterator[None]:
-    """Renew a lease in a thread during the block."""
     ended = threading.Event()
 
     def renew() -> None:

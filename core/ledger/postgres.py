@@ -60,7 +60,6 @@ class BoundedConnection(psycopg.Connection[Any]):
 
 
 def bounded_url(url: URL) -> URL:
-    """Add the client's bounds that a URL does not set itself."""
     return url.update_query_dict({key: value for key, value in _CLIENT.items() if key not in url.query})
 
 

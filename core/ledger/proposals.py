@@ -16,12 +16,9 @@ from core.ledger.leases import CONTROLLER_LEASE, check_lease
 from core.ledger.rows import ProposalKind, ProposalRow, ProposalState, ReleaseRow, Scope
 
 ENDED: Final = ("committed", "failed")
-"""Final states."""
 
 
 class ProposalQueries(Queries):
-    """Proposals of the updater and operators, and their progress in the release controller."""
-
     def propose(
         self,
         kind: ProposalKind,
@@ -78,7 +75,6 @@ class ProposalQueries(Queries):
         return write_once(self.database, write, "the proposal")
 
     def proposal(self, proposal_id: int) -> ProposalRow:
-        """One proposal. Raises LedgerError."""
         with self.database.read() as session:
             return find_proposal(session, proposal_id)
 
@@ -142,7 +138,6 @@ def check_open(row: ProposalRow) -> None:
 
 
 def rollout_detail(share: float, forced: bool) -> dict[str, Any]:
-    """Audit fields that differ from a full release's."""
     return ({} if share >= 1 else {"share": share}) | ({"forced": True} if forced else {})
 
 

@@ -23,7 +23,6 @@ class RecordQueries(Queries):
     def request_deletion(
         self, deletion_id: str, selector: Mapping[str, Any], *, actor: str, reason: str
     ) -> DeletionRow:
-        """Record a deletion request; the same ID again returns the existing row."""
         with self.database.write() as session:
             row = session.get(DeletionRow, deletion_id)
             if row is None:
@@ -111,7 +110,6 @@ class RecordQueries(Queries):
             )
 
     def count_deletions(self, prefix: str = "", states: Sequence[DeletionState] = ()) -> int:
-        """Number of deletions, by ID prefix and state."""
         query = select(func.count()).select_from(DeletionRow)
         if prefix:
             query = query.where(DeletionRow.id.startswith(prefix, autoescape=True))

@@ -30,7 +30,6 @@ from core.ledger.rows import (
 )
 
 PLAIN: Final = 1.0
-"""Share of a full release."""
 NEWEST: Final = ReleaseRow.number.desc()
 _OPEN_HOLD: Final = select(HoldRow).where(HoldRow.resumed_at.is_(None)).order_by(HoldRow.id)
 
@@ -98,11 +97,9 @@ class ReleaseQueries(Queries):
             ) from None
 
     def live(self) -> ReleaseRow | None:
-        """The release with the highest number; None before the first start."""
         return self._first(select(ReleaseRow).order_by(NEWEST))
 
     def release(self, number: int) -> ReleaseRow:
-        """One release. Raises LedgerError."""
         row = self._get(ReleaseRow, number)
         if row is None:
             raise LedgerError(f"release {number} does not exist.", "See `ratchet releases list`.")
@@ -145,7 +142,6 @@ class ReleaseQueries(Queries):
             return session.scalars(query.limit(1)).first() is not None
 
     def withdrawn(self, names: Sequence[str | None]) -> dict[str, str]:
-        """Withdrawn adapters among ``names``, with the guard's reason."""
         wanted = [name for name in names if name is not None]
         query = select(AdapterRow).where(AdapterRow.name.in_(wanted), AdapterRow.withdrawn.is_not(None))
         with self.database.read() as session:
@@ -234,7 +230,6 @@ class ReleaseQueries(Queries):
         return write_once(self.database, write, f"release {live.number + 1}")
 
     def newest_of_each_base(self) -> list[ReleaseRow]:
-        """The newest full release of each base that was ever live, newest first."""
         numbers = (
             select(func.max(ReleaseRow.number))
             .where(ReleaseRow.share >= PLAIN, ReleaseRow.clip_base.is_not(None))

@@ -71,7 +71,6 @@ class Base(MappedAsDataclass, DeclarativeBase):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, _source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Validate and serialize file copies of rows by their fields."""
         required = {each.name: (each.default, each.default_factory) == (MISSING, MISSING) for each in fields(cls)}
         hints = {name: get_args(hint)[0] for name, hint in get_annotations(cls, eval_str=True).items()}
         schema = core_schema.typed_dict_schema(
@@ -176,7 +175,6 @@ class ProposalRow(Base, kw_only=True):
     share: Mapped[float] = mapped_column(default=1.0, server_default="1")
     """See :attr:`ReleaseRow.share`. For an update ``rollout.mode`` decides it at release."""
     forced: Mapped[bool] = mapped_column(default=False, server_default=false())
-    """An operator released adapters that no gate had passed."""
     attempt = mapped_column(String(32), unique=True, index=True)
     """ID of the writing call, to find the row if the response to COMMIT was lost."""
 
@@ -198,11 +196,9 @@ class ReleaseRow(Base, kw_only=True):
     clip_base: Mapped[str | None] = mapped_column(String(64), default=None)
     """Digest of the base of ``clip``, or of the base alone; None as long as no other base was ever live."""
     attempt = mapped_column(String(32), unique=True, index=True)
-    """See :attr:`ProposalRow.attempt`."""
 
     @property
     def plain(self) -> bool:
-        """True if it answers all requests."""
         return self.share >= 1.0
 
     def adapter(self, family: Family) -> str | None:
@@ -244,7 +240,6 @@ class BucketRow(Base, kw_only=True):
 
 
 def answers(share: float) -> str:
-    """A release's share of requests in words."""
     if share >= 1:
         return "all"
     return f"canary {100 * share:.3g}%" if share > 0 else "shadow"
@@ -284,7 +279,6 @@ class KeyRow(Base, kw_only=True):
     revoked_at: Mapped[datetime | None] = mapped_column(default=None)
     last_used_at: Mapped[datetime | None] = mapped_column(default=None)
     expires_at: Mapped[datetime | None] = mapped_column(default=None)
-    """None: valid until revoked."""
 
     def expired(self) -> bool:
         return self.expires_at is not None and self.expires_at <= utc_now()
@@ -331,8 +325,6 @@ class LeaseRow(Base, kw_only=True):
 
 
 class DeletionRow(Base, kw_only=True):
-    """A deletion and its receipt."""
-
     __tablename__ = "deletions"
     id: Mapped[str] = mapped_column(String(300), primary_key=True)
     selector: Mapped[dict[str, Any]]
@@ -351,7 +343,6 @@ class DeletionRow(Base, kw_only=True):
     version: Mapped[int | None] = mapped_column(BigInteger, default=None)
     """First store version in which no data file has it."""
     update_id: Mapped[str | None] = mapped_column(String(64), default=None)
-    """The first update trained without it."""
     requested_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
     removed_at: Mapped[datetime | None] = mapped_column(default=None)
     held_at: Mapped[datetime | None] = mapped_column(default=None)
@@ -360,4 +351,3 @@ class DeletionRow(Base, kw_only=True):
     remains: Mapped[str | None] = mapped_column(Text, default=None)
     """What remains in the bucket, or why that is unknown."""
     remains_until: Mapped[datetime | None] = mapped_column(default=None)
-    """Time when the rest can be deleted; None if unknown."""

@@ -1,8 +1,6 @@
-"""Time limits of ledger calls, as a deadline of the calling thread.
-
-A stopped server (SIGSTOP, a frozen virtual machine) keeps its connections open: the kernel acknowledges every packet
-and no timeout of the server or of TCP ends the wait. So the client enforces the limit.
-"""
+"""Time limits of ledger calls, as a deadline of the calling thread. A stopped server (SIGSTOP, a frozen virtual
+machine) keeps its connections open: the kernel acknowledges every packet and no timeout of the server or of TCP ends
+the wait. So the client enforces the limit."""
 
 from __future__ import annotations
 
@@ -41,5 +39,4 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def seconds_left() -> float:
-    """Time until this thread's limit; negative when it has passed, infinite without one."""
     return _deadline.value - time.monotonic()

@@ -1,8 +1,6 @@
-"""Export of the metrics to Prometheus.
-
-Serving runs in several processes. With ``PROMETHEUS_MULTIPROC_DIR`` set before the first import, the processes of one
-machine share a folder, whose disk may be full, and :func:`exposition` aggregates them. Ingest, maintenance and the
-updater are one process each, and listen on their own port.
+"""Export of the metrics to Prometheus. Serving runs in several processes. With ``PROMETHEUS_MULTIPROC_DIR`` set before
+the first import, the processes of one machine share a folder, whose disk may be full, and :func:`exposition` aggregates
+them. Ingest, maintenance and the updater are one process each, and listen on their own port.
 
 Every process imports all declarations, and metrics without labels exist with the value 0 from then on. A part therefore
 only exports its own: serving must not say that the broker is down.
@@ -44,11 +42,9 @@ FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 INITIAL_BYTES: Final = 1 << 16
 """prometheus_client's initial file size, which it doubles from there."""
 RETRY_SECONDS: Final = 10.0
-"""Pause before another attempt to allocate."""
 
 
 def exposition(part: Process) -> bytes:
-    """The exposition text of a part: all processes that share the folder, if any."""
     return generate_latest(_registry(part, _own_folder()))
 
 
@@ -73,8 +69,6 @@ def _owner(name: str) -> Process:
 
 
 class _Own(Collector):
-    """The metrics of one part, filtered from another collector."""
-
     def __init__(self, part: Process, folder: Path | None) -> None:
         self.part = part
         self.folder = folder
@@ -135,7 +129,6 @@ class AllocatedDict(mmap_dict.MmapedDict):
         self._has_file()
 
     def read_value(self, key: str) -> tuple[float, float]:
-        """Value and timestamp; a new key is 0."""
         if self._has_room(key):
             value: tuple[float, float] = super().read_value(key)  # type: ignore[no-untyped-call]
             return value

@@ -15,18 +15,15 @@ STATES: tuple[State, ...] = ("waiting", "training", "judging", "proposing")
 class update:
     @staticmethod
     def now(family: str, state: State) -> None:
-        """Set the trainer's state for a family."""
         for each in STATES:
             d.UPDATE_STATE.labels(family, each).set(int(each == state))
 
     @staticmethod
     def new_samples(family: str, count: int) -> None:
-        """Set the number of train samples neither learned nor tried."""
         d.UPDATE_WAITING.labels(family).set(count)
 
     @staticmethod
     def fresh_items(family: str, items: int, needed: int) -> None:
-        """Set the independent fresh items available, and the number that the gate needs."""
         d.UPDATE_FRESH.labels(family).set(items)
         d.UPDATE_FRESH_NEEDED.labels(family).set(needed)
 
@@ -43,7 +40,6 @@ class update:
 
     @staticmethod
     def visited(family: str, visited: int, passed_over: int) -> None:
-        """Count the new samples of an update that were in a batch, and those that were not."""
         d.UPDATE_VISITED.labels(family).inc(visited)
         d.UPDATE_PASSED_OVER.labels(family).inc(passed_over)
 
@@ -54,12 +50,10 @@ class update:
 
     @staticmethod
     def left_out(family: str, samples: int) -> None:
-        """Count samples that could not be prepared."""
         d.UPDATE_LEFT_OUT.labels(family).inc(samples)
 
     @staticmethod
     def cost(family: str, planned: float, spent: float) -> None:
-        """Set the compute of the last update."""
         d.UPDATE_PLANNED.labels(family).set(planned * GIGA)
         d.UPDATE_SPENT.labels(family).set(spent * GIGA)
 
@@ -70,7 +64,6 @@ class update:
 
     @staticmethod
     def budget(level: float, size: float, per_update: float) -> None:
-        """Set the token bucket's level and size, and the amount that an update takes before training."""
         d.BUDGET_LEVEL.set(level * GIGA)
         d.BUDGET_SIZE.set(size * GIGA)
         d.BUDGET_UPDATE.set(per_update * GIGA)

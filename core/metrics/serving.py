@@ -43,12 +43,10 @@ class http:
 
     @staticmethod
     def cached(size: int) -> None:
-        """Set the bytes of this process's cached vectors."""
         d.CACHE_BYTES.set(size)
 
     @staticmethod
     def refused(reason: str) -> None:
-        """Count an error by its code."""
         d.HTTP_REFUSED.labels(reason).inc()
 
     @staticmethod
@@ -65,13 +63,11 @@ class http:
 class encoder:
     @staticmethod
     def batch(kind: str, items: int, seconds: float) -> None:
-        """Record a forward pass of ``image`` or ``text`` items."""
         d.ENCODER_BATCH.labels(kind).observe(items)
         d.ENCODER_SECONDS.labels(kind).observe(seconds)
 
     @staticmethod
     def inside(running: int, waiting: int) -> None:
-        """Set the requests in a batch, and those waiting for one."""
         d.ENCODER_RUNNING.set(running)
         d.ENCODER_QUEUE.set(waiting)
 
@@ -92,12 +88,10 @@ class vlm:
 
     @staticmethod
     def first_token(seconds: float) -> None:
-        """Record a stream's time to first token."""
         d.VLM_FIRST.observe(seconds)
 
     @staticmethod
     def inside(running: int, waiting: int) -> None:
-        """Set the requests in the batch, and those waiting for it."""
         d.VLM_RUNNING.set(running)
         d.VLM_QUEUE.set(waiting)
 
@@ -105,13 +99,11 @@ class vlm:
 class catalog:
     @staticmethod
     def covered(rows: int, ratio: float) -> None:
-        """Set the rows of the live image space, and the lowest coverage of any resident space."""
         d.CATALOG_ROWS.set(rows)
         d.CATALOG_COVERAGE.set(ratio)
 
     @staticmethod
     def searchable(seconds: float) -> None:
-        """Record the time from ingest to searchable."""
         d.CATALOG_DELAY.observe(seconds)
 
     @staticmethod
@@ -128,7 +120,6 @@ class catalog:
 
     @staticmethod
     def indexed(rows: int, used: bool) -> None:
-        """Set the indexed rows of the live image space, and whether searches use the index."""
         d.CATALOG_INDEXED.set(rows)
         d.CATALOG_INDEX_USED.set(int(used))
 
@@ -149,7 +140,6 @@ class catalog:
 class drift:
     @staticmethod
     def measured(space: str, frechet: float, mean_shift: float) -> None:
-        """Set the distance of the newest embeddings from those before them."""
         d.DRIFT_FRECHET.labels(space).set(frechet)
         d.DRIFT_SHIFT.labels(space).set(mean_shift)
 
@@ -171,12 +161,10 @@ class release:
 
     @staticmethod
     def decided(kind: str, outcome: str) -> None:
-        """Count a committed or failed proposal."""
         d.RELEASES.labels(kind, outcome).inc()
 
     @staticmethod
     def waiting(proposals: int, held: bool) -> None:
-        """Set the number of open proposals, and whether updates are on hold."""
         d.RELEASE_PENDING.set(proposals)
         d.RELEASE_HELD.set(int(held))
 
@@ -222,7 +210,6 @@ class operator:
 class rollout:
     @staticmethod
     def watching(release: int, share: float) -> None:
-        """Set the release that the guard watches (0: none), and its share of requests."""
         d.GUARD_RELEASE.set(release)
         d.RELEASE_SHARE.set(share)
 
@@ -238,7 +225,6 @@ class rollout:
 
     @staticmethod
     def agreement(family: str, share: float) -> None:
-        """Set the share of inputs on which both sides agree so far."""
         d.ROLLOUT_AGREEMENT.labels(family).set(share)
 
     @staticmethod

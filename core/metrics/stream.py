@@ -16,7 +16,6 @@ WAITED_FOR = ("broker", "store", "registry")
 class dependency:
     @staticmethod
     def state(name: str, state: str) -> None:
-        """Set a dependency's state, one of :data:`STATES`."""
         for each in STATES:
             d.DEPENDENCY_STATE.labels(name, each).set(int(each == state))
 
@@ -24,7 +23,6 @@ class dependency:
 class ingest:
     @staticmethod
     def received(records: int, size: int) -> None:
-        """Count decided records: stored, duplicate or quarantined."""
         d.INGEST_RECORDS.inc(records)
         d.INGEST_BYTES.inc(size)
 
@@ -51,29 +49,24 @@ class ingest:
 
     @staticmethod
     def no_lag(partition: int) -> None:
-        """Remove a partition that is no longer read here."""
         with suppress(KeyError):
             d.INGEST_LAG.remove(str(partition))
 
     @staticmethod
     def lost(offsets: int, reason: str) -> None:
-        """Count offsets that were gone before they were read; reason is ``retention``."""
         d.INGEST_LOST.labels(reason).inc(offsets)
 
     @staticmethod
     def rewritten(offsets: int) -> None:
-        """Count offsets truncated from the log after they were stored."""
         d.INGEST_REWRITTEN.inc(offsets)
 
     @staticmethod
     def waiting(dependency: str) -> None:
-        """Set the dependency that ingest waits for, one of :data:`WAITED_FOR` or empty."""
         for each in WAITED_FOR:
             d.INGEST_WAITING.labels(each).set(int(each == dependency))
 
     @staticmethod
     def settled(count: int) -> None:
-        """Count samples stored twice and reduced to one."""
         d.DOUBLES_SETTLED.inc(count)
 
     @staticmethod
@@ -82,7 +75,6 @@ class ingest:
 
     @staticmethod
     def quarantine_failing(failing: bool) -> None:
-        """True if the newest quarantined record could not be published to the quarantine topic."""
         d.INGEST_QUARANTINE_FAILING.set(int(failing))
 
     @staticmethod
@@ -101,7 +93,6 @@ class events:
 
     @staticmethod
     def waiting(count: int) -> None:
-        """Set the number of unpublished events."""
         d.EVENTS_WAITING.set(count)
 
 
@@ -114,7 +105,6 @@ class maintain:
 
     @staticmethod
     def written(size: int) -> None:
-        """Count rewritten bytes."""
         d.MAINTAIN_WRITTEN.inc(size)
 
     @staticmethod
@@ -127,7 +117,6 @@ class maintain:
 
     @staticmethod
     def collected(kind: str, size: int) -> None:
-        """Count bytes that the garbage collector deleted."""
         d.COLLECTED.labels(kind).inc(size)
 
     @staticmethod

@@ -67,7 +67,6 @@ class Settings(Section):
 
     @property
     def lake(self) -> str:
-        """URL of the folder with the Lance datasets."""
         return self.lake_url or str((self.home / "lake").resolve())
 
     @property

@@ -34,7 +34,6 @@ class Listener(Section):
 
     @property
     def url(self) -> str:
-        """URL for processes on the same machine."""
         return local_url(self.host, self.port)
 
 

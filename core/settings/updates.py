@@ -10,12 +10,10 @@ from pydantic import Field
 from core.settings.section import Section
 
 Draw = Literal["uniform", "newest"]
-"""How an update draws from what is pending."""
 
 
 HEAD_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 MAX_HEADS = 64
-"""Per adapter."""
 
 
 class LearnedHead(Section):

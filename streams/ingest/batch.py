@@ -53,24 +53,19 @@ Watermark = Callable[[PartitionReader], int | None]
 @dataclass
 class CommitResult:
     version: int = 0
-    """The store's version that holds them."""
     samples: Counter[str] = field(default_factory=Counter)
     duplicates: Counter[str] = field(default_factory=Counter)
     corrected: int = 0
-    """Samples replaced by corrections."""
     rows: list[StoreRow] = field(default_factory=list)
     readings: list[PartitionReader] = field(default_factory=list)
     records: int = 0
     size: int = 0
-    """Bytes of the records."""
 
     def of_kind(self, kind: str) -> list[StoreRow]:
         return [row for row in self.rows if row["kind"] == kind]
 
 
 class Batch:
-    """Validated records waiting for their commit."""
-
     def __init__(self, kafka: Kafka, writer: StoreWriter, index: DuplicateIndex) -> None:
         self.kafka = kafka
         self.writer = writer
@@ -106,7 +101,6 @@ class Batch:
         return self._since + self.kafka.batch_seconds - time.monotonic()
 
     def drop(self, holds: Callable[[PartitionReader], bool]) -> None:
-        """Drop records of partition readers for which ``holds`` is false: others read them again."""
         lost = {reading for reading in self._readings if not holds(reading)}
         if lost:
             self._readings -= lost
@@ -114,13 +108,9 @@ class Batch:
             self._bytes = sum(size for *_, size in self._entries)
 
     def commit(self, watermark: Watermark) -> CommitResult:
-        """Store all records in one commit, and empty the batch.
-
-        Raises:
-            Superseded: another process has claimed some of the partitions; nothing was stored. Try again without them
-                (:meth:`drop`).
-            StoreUnavailable: nothing was stored; try again.
-        """
+        """Store all records in one commit, and empty the batch. Raises Superseded: another process has claimed some of
+        the partitions; nothing was stored. Try again without them (:meth:`drop`). Raises StoreUnavailable: nothing was
+        stored; try again."""
         ends = {reading: reading.behind(end) for reading, end, _, _ in self._entries}
         outcome = CommitResult(
             readings=list(ends), records=len(self._entries), size=sum(size for *_, size in self._entries)
@@ -220,7 +210,6 @@ class Batch:
 
 
 def _misfit(row: StoreRow) -> str:
-    """The reason why the table cannot hold a row, or empty."""
     try:
         pa.Table.from_pylist([row], schema=SCHEMA)
     except (TypeError, ValueError, OverflowError) as error:
@@ -231,7 +220,6 @@ def _misfit(row: StoreRow) -> str:
 def _position(
     reading: PartitionReader, behind: tuple[int, int], rows: list[StoreRow], unpublished: int | None
 ) -> Position:
-    """The partition's position after the batch. Quarantined records are published after it."""
     position, (end, epoch) = reading.claim.position, behind
     own = [row for row in rows if (row["topic"], row["partition"]) == (position.stream, position.partition)]
     first = min((row["offset"] for row in own if row["kind"] == "quarantine"), default=end)
@@ -251,7 +239,6 @@ class Corrections:
     def __init__(self, table: SampleTable, index: DuplicateIndex, records: Sequence[Accepted]) -> None:
         """Read what the records may replace. ``index`` must be up to date with ``table``. Raises StoreUnavailable."""
         self.replaced: dict[RecordPosition, StoreRow] = {}
-        """Receipts of replaced samples, by position."""
         self._by_id: dict[str, StoreRow] = {}
         self._by_key: dict[bytes, dict[RecordPosition, StoreRow]] = defaultdict(dict)
         ids = {each.row["id"] for each in records if each.row["key"] is not None and index.has(each.row["id"])}
@@ -277,7 +264,6 @@ class Corrections:
             self._by_key[row["key"]][position_of(row)] = row
 
     def targets(self, record: Accepted) -> list[StoreRow]:
-        """The samples and duplicates that a record would replace."""
         row = record.row
         found: list[StoreRow] = []
         if record.replaces == BY_KEY:
@@ -294,7 +280,6 @@ class Corrections:
         ]
 
     def replace(self, old: StoreRow, new: StoreRow) -> None:
-        """Replace a sample or a duplicate with a receipt."""
         stays = (
             old["id"] == new["id"] or old["kind"] == "duplicate"
         )  # the content stays stored, so indexes must not remove it

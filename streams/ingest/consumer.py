@@ -58,7 +58,6 @@ log = logging.getLogger(__name__)
 PUBLISH_SECONDS: Final = 5.0
 BACKOFF_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
 AWAY: Final = (BrokerError, StoreError, RegistryUnavailable, KafkaError, OSError)
-"""Errors of outages, which are waited out."""
 
 
 class Consumer:
@@ -89,7 +88,6 @@ class Consumer:
         self._indexing: Future[Any] | None = None
         self._indexer = ThreadPoolExecutor(1, "duplicate-index")
         self._idle_since: float | None = None
-        """Time of the first consecutive poll without records."""
 
     @property
     def status(self) -> IngestStatus:
@@ -132,7 +130,6 @@ class Consumer:
             self._report.stopped()
 
     def _finish(self) -> None:
-        """Store what is validated before stopping, and leave the rest to the next owner."""
         if self._gives_up():
             return
         self._collect()
@@ -147,7 +144,6 @@ class Consumer:
     # -- beginning and end ------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        """Open what outlives a connection to the broker. Raises StoreUnavailable."""
         limits, kafka, folder = self.settings.ingest, self.kafka, self.settings.home / "ingest"
         name, split_key = self.store.table.identity()
         if limits.split_key is not None:
@@ -172,7 +168,6 @@ class Consumer:
         self._admin.close()
 
     def _connect(self) -> None:
-        """Join the group. Raises BrokerError, StoreUnavailable."""
         if not self._opened:
             self._open()
         if self._indexing is None or self._indexing.done():
@@ -201,7 +196,6 @@ class Consumer:
     # -- claiming ---------------------------------------------------------------------------------------------------
 
     def _claim(self) -> None:
-        """Claim the partitions that the group has assigned."""
         self._drop(self._assignment.holds)
         partitions = self._assignment.unclaimed()
         if partitions and self._indexing is not None and self._indexing.done():
@@ -228,7 +222,6 @@ class Consumer:
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def _poll(self) -> None:
-        """Pass new records to the validators."""
         if not self._pool.has_room:
             self._pool.wait(POLL_SECONDS)
             return
@@ -278,7 +271,6 @@ class Consumer:
             self._pool.finish()
 
     def _collect(self) -> None:
-        """Move validated records to the batch, in the order of each partition."""
         try:
             while self._take_results():
                 if self._batch.due:
@@ -287,7 +279,6 @@ class Consumer:
             self._wait(error, 1)
 
     def _take_results(self) -> bool:
-        """Move the next results to the batch. False if there are none. Raises RegistryUnavailable."""
         results = self._pool.take()
         for each in results:
             if self._assignment.holds(each.reading):
@@ -412,7 +403,6 @@ class Consumer:
             self._retry_until_stopped(partial(self._begin_generation, reading, reading.next - start, again))
 
     def _begin_generation(self, reading: PartitionReader, rewritten: int, start: int) -> None:
-        """Count the rewritten offsets, and store the new generation, in one commit."""
         position = reading.claim.position
         generation = new_generation(self.store.positions().values(), position, start)
         end = replace(position, tally=position.tally + Counter(rewritten_offsets=rewritten))
@@ -443,7 +433,6 @@ class Consumer:
                 return False
 
     def _wait(self, error: Exception, failures: int) -> None:
-        """Report an outage, store what can be stored, and wait longer after more failures."""
         known = error if isinstance(error, RatchetError) else explain(error, connection(self.kafka), "reading")
         if isinstance(known, BrokerError) and known.state == "refused":
             try:
@@ -478,7 +467,6 @@ SWITCH_SECONDS: Final = 0.0005
 
 
 def run_ingest(settings: Settings) -> None:
-    """Read the topic until SIGTERM or SIGINT, then store what has been read, and return."""
     sys.setswitchinterval(SWITCH_SECONDS)
     processes = settings.ingest.processes or os.cpu_count() or 1
     consumer = Consumer(settings, on_change=ThrottledLog(), processes=processes)

@@ -53,7 +53,6 @@ from streams.store.writer import MOVED
 DuplicateKind = Literal["exact", "perceptual", "older"]
 """The same content; a similar image with the same words; content that was corrected by a record sent later."""
 CORRECTED: Final = "corrected"
-"""Reason on the receipt of a sample replaced by a later record."""
 OFF: Final = -1
 """Distance that turns image comparison off."""
 CANDIDATES: Final = 64
@@ -77,16 +76,12 @@ class KnownSample(NamedTuple):
     id: bytes
     """SHA-256, 32 bytes."""
     position: str
-    """As by :func:`streams.store.rows.name_of`."""
     look: bytes | None
     """:attr:`streams.ingest.perceptual_hash.PerceptualHash.data`; None: not compared by image."""
     words: int
-    """From :func:`words_hash`."""
     domain: str = ""
     asks: bool = False
-    """True if it has a question."""
     sent: datetime | None = None
-    """When its record was sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +183,6 @@ class DuplicateIndex:
         self._note_corrections([(bytes.fromhex(sample_id), _micros(sent))])
 
     def move(self, sample_id: str, position: str) -> None:
-        """Record a sample's new position."""
         with self._in_use():
             self._db.execute("UPDATE ids SET position = ? WHERE id = ?", (position, bytes.fromhex(sample_id)))
 
@@ -263,7 +257,6 @@ class DuplicateIndex:
             self._doubles.append((id_.hex(), second))
 
     def _places(self, dataset: Any, ids: Sequence[str]) -> dict[str, set[str]]:
-        """Positions of stored samples by ID."""
         places: dict[str, set[str]] = {each: set() for each in ids}
         for some in chunks(ids, IDS_PER_QUERY):
             where = f"kind = 'sample' AND {is_in('id', map(quoted, some))}"

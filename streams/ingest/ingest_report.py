@@ -21,19 +21,15 @@ State = Literal["starting", "joining", "reading", "waiting", "stopped"]
 
 @dataclass(frozen=True, slots=True)
 class IngestStatus:
-    """State of ingest, and counts since its start."""
-
     state: State = "starting"
     """``joining`` the consumer group; ``waiting`` for :attr:`waiting_for`."""
     waiting_for: Dependency | Literal[""] = ""
     samples: int = 0
     duplicates: int = 0
     corrected: int = 0
-    """Samples replaced by corrections."""
     quarantined: int = 0
     tombstones: int = 0
     gap_offsets: int = 0
-    """Offsets lost before they were read."""
     rewritten_offsets: int = 0
     """Offsets truncated from the log after their records were stored; other records are there now."""
     commits: int = 0
@@ -65,7 +61,6 @@ class IngestReport:
         self._store_problem = ""
 
     def watch_store(self) -> None:
-        """Measure the store, and report when it does not answer, until :meth:`stopped`."""
         threading.Thread(target=self._watch_store, name="store-watch", daemon=True).start()
 
     def connected(self, joined: bool, lag: int | None) -> None:
@@ -96,7 +91,6 @@ class IngestReport:
         return dependency
 
     def committed(self, outcome: CommitResult, lag: int | None, seconds: float) -> None:
-        """Report a stored batch."""
         quarantined, gaps = outcome.of_kind("quarantine"), outcome.of_kind("gap")
         metrics.ingest.committed(seconds)
         metrics.ingest.received(outcome.records, outcome.size)
@@ -189,8 +183,6 @@ class IngestReport:
 
 
 class ThrottledLog:
-    """Logs the status, at most every five seconds."""
-
     EVERY_SECONDS: Final = 5.0
 
     def __init__(self) -> None:

@@ -1,8 +1,5 @@
-"""A consumer's group membership: its partitions, their start positions, and checks of their log.
-
-The store, not Kafka, decides where to continue in a partition. A log can be lost, truncated, or deleted before it was
-read.
-"""
+"""A consumer's group membership: its partitions, their start positions, and checks of their log. The store, not Kafka,
+decides where to continue in a partition. A log can be lost, truncated, or deleted before it was read."""
 
 from __future__ import annotations
 
@@ -37,8 +34,6 @@ LOOK_SECONDS: Final = 2.0
 
 @dataclass(eq=False, slots=True)
 class PartitionReader:
-    """The reading of one partition, from its claim to its loss."""
-
     claim: Claim
     next: int
     """Next offset to take in; ahead of the claim's position by what is not stored yet."""
@@ -57,7 +52,6 @@ class PartitionReader:
 
     @property
     def stream(self) -> str:
-        """The topic with its generation."""
         return self.claim.position.stream
 
     @property
@@ -70,17 +64,14 @@ class PartitionReader:
 
     @property
     def stored(self) -> int:
-        """Next offset in the store."""
         return self.claim.position.next
 
 
 def start_position(known: Iterable[Position], topic: str, topic_id: str, partition: int, first: int) -> Position:
-    """The position from which to read a partition whose log begins at offset ``first``.
-
-    A topic whose ID differs from the store's has lost its log (a restarted embedded broker, a recreated topic): its
-    offsets mean other records now, so it is read from the beginning, as a new generation. A missing ID on either side
-    proves nothing: some brokers have none.
-    """
+    """The position from which to read a partition whose log begins at offset ``first``. A topic whose ID differs from
+    the store's has lost its log (a restarted embedded broker, a recreated topic): its offsets mean other records now,
+    so it is read from the beginning, as a new generation. A missing ID on either side proves nothing: some brokers have
+    none."""
     newest = newest_of_topic(known, topic)
     mine = newest.get(partition)
     if mine is not None and mine.topic_id == topic_id:
@@ -141,7 +132,6 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
                 self._readings.pop(each.partition, None)
 
     def unclaimed(self) -> list[int]:
-        """Assigned partitions without a reader."""
         with self._lock:
             return sorted(self._assigned - self._readings.keys())
 
@@ -165,7 +155,6 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
                     self.consumer.pause(TopicPartition(self.topic, reading.partition))
 
     def reading(self, partition: int) -> PartitionReader | None:
-        """The reader of a partition, or None if it is not assigned."""
         with self._lock:
             return self._readings.get(partition)
 
@@ -179,7 +168,7 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
 
 
 class LogLost(BrokerError):
-    """The topic's log is not the one read so far."""
+    pass
 
 
 class Membership:
@@ -196,7 +185,6 @@ class Membership:
 
     @classmethod
     def join(cls, clients: IngestClients, admin: Admin, store: SampleStore) -> Membership:
-        """Connect, and start to join the group. Raises BrokerError, StoreUnavailable."""
         topic = clients.kafka.topic
         topic_id = _ensure_topics(clients.kafka, admin, store)
         consumer = clients.consumer()
@@ -241,7 +229,6 @@ class Membership:
                 reading.next, reading.next_epoch = position.offset, max(position.leader_epoch, reading.next_epoch)
 
     def tell_kafka(self, readings: Sequence[PartitionReader]) -> None:
-        """Commit stored offsets to the group."""
         offsets = {
             TopicPartition(self._topic, each.partition): OffsetAndMetadata(each.stored, "", -1) for each in readings
         }
@@ -257,12 +244,10 @@ class Membership:
         return time.monotonic() - self._looked_at > LOOK_SECONDS
 
     def look(self) -> None:
-        """Check that what was just polled comes from the log read so far. Raises LogLost, BrokerError.
-
-        Called after each poll (0.5 ms): logs never come back, so if the topic still has its ID now, it had it then. If
-        the topic has more partitions than the consumer knows, the consumer refreshes now, so that the group assigns
-        them; by itself it would take up to five minutes.
-        """
+        """Check that what was just polled comes from the log read so far. Raises LogLost, BrokerError. Called after
+        each poll (0.5 ms): logs never come back, so if the topic still has its ID now, it had it then. If the topic has
+        more partitions than the consumer knows, the consumer refreshes now, so that the group assigns them; by itself
+        it would take up to five minutes."""
         topic = self._admin.topic(self._topic)
         self._looked_at = time.monotonic()
         if topic is None or topic.id != self.topic_id:
@@ -295,7 +280,6 @@ class Membership:
         return sum(lags.values()) if lags else None
 
     def forget_lag(self, partitions: Iterable[int] | None = None) -> None:
-        """Remove partitions (default: all) from the metrics."""
         for partition in list(self._measured if partitions is None else partitions):
             metrics.ingest.no_lag(partition)
             self._measured.discard(partition)

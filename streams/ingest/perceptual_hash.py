@@ -38,12 +38,10 @@ from streams.store.rows import Split
 SIDE: Final = 32
 GRID: Final = 3
 COLOUR_TOLERANCE: Final = 16
-"""Largest difference of a cell's channel, of 255, between images that look alike.
-
-Measured over 670 images of seven kinds (emoji, flags, clothes, photographs, drawings, crops of photographs, pages):
-JPEG at quality 70 changes it by at most 8, at 90 by 6, WebP at 80 by 6, half the size by 3, and half the size as JPEG
-by 11. An object in a clearly different colour is noticed if it fills a tenth of a cell.
-"""
+"""Largest difference of a cell's channel, of 255, between images that look alike. Measured over 670 images of seven
+kinds (emoji, flags, clothes, photographs, drawings, crops of photographs, pages): JPEG at quality 70 changes it by at
+most 8, at 90 by 6, WebP at 80 by 6, half the size by 3, and half the size as JPEG by 11. An object in a clearly
+different colour is noticed if it fills a tenth of a cell."""
 _DEAD_ZONE: Final = 0.25
 """Grey levels of amplitude."""
 _SCALE: Final = 4096
@@ -83,8 +81,6 @@ _BUCKETS: Final = [sum(1 << (63 - (8 * i + j)) for i, j in _LOWEST[:bits]) for b
 
 @dataclass(frozen=True, slots=True)
 class PerceptualHash:
-    """Shapes and colours of an image."""
-
     phash: int
     """64 bits, row by row of the 8x8, highest first; the first, mean brightness, is never set."""
     colours: bytes
@@ -126,12 +122,10 @@ def similar(one: PerceptualHash, other: PerceptualHash, distance: int) -> bool:
 
 
 def buckets(look: PerceptualHash) -> tuple[bytes, bytes, bytes]:
-    """Bucket names that similar images share, from coarse to fine; the last is the hash itself.
-
-    Equal pixels have one hash. Of lossy copies, 1.2% are in another coarse bucket (JPEG at quality 70 1.1%, at 90 0.7%,
-    WebP 1.5%, half the size 0.8%): it only uses the signs of the 12 lowest frequencies, and the mean colour in steps of
-    32 whose edges are near black, white and the middle. The fine bucket uses the 24 lowest.
-    """
+    """Bucket names that similar images share, from coarse to fine; the last is the hash itself. Equal pixels have one
+    hash. Of lossy copies, 1.2% are in another coarse bucket (JPEG at quality 70 1.1%, at 90 0.7%, WebP 1.5%, half the
+    size 0.8%): it only uses the signs of the 12 lowest frequencies, and the mean colour in steps of 32 whose edges are
+    near black, white and the middle. The fine bucket uses the 24 lowest."""
     cells = GRID**2
     steps = bytes(
         (sum(look.colours[channel::3]) + cells * _COLOUR_SHIFT) // (cells * _COLOUR_STEP) for channel in range(3)
@@ -154,7 +148,6 @@ def masks(distance: int) -> list[int]:
 
 
 def bands_of(phash: int, words: int, masks: Sequence[int]) -> list[int]:
-    """A hash's band numbers, signed 64 bits."""
     return [((words + (phash & mask) * _ODD + number) & _ALL_BITS) - _SIGN for number, mask in enumerate(masks)]
 
 
@@ -182,7 +175,6 @@ MOST_OWED: Final = 30.0
 """Bound on the held-out samples that a group catches up on. It keeps a changed share, or an earlier version's one-sided
 samples, from causing a long run of the other side."""
 COLUMNS: Final = ("coarse", "fine", "exact", "grp")
-"""Columns of :meth:`SplitRule.columns`."""
 TABLES: Final = (
     "CREATE TABLE sides (name INTEGER PRIMARY KEY, held INTEGER, seen INTEGER);"
     "CREATE TABLE owed (name INTEGER PRIMARY KEY, held REAL);"
@@ -194,7 +186,6 @@ class SplitRule:
     key: bytes = b""
     """The installation's secret, so that no producer can choose a side by computing it."""
     share: float = 0.0
-    """Share of held-out samples, from 0 to 1."""
 
     def columns(self, look: bytes | None, domain: str, asks: bool) -> tuple[int | None, ...]:
         """Values of :data:`COLUMNS` for a sample. Without a ``look`` (:attr:`PerceptualHash.data`) it only counts in
@@ -213,7 +204,6 @@ class SplitRule:
     def _decide(
         self, db: sqlite3.Connection, coarse: int | None, fine: int | None, exact: int | None, group: int | None
     ) -> bool:
-        """True for held out."""
         found = db.execute("SELECT name, held, seen FROM sides WHERE name IN (?, ?, ?)", (coarse, fine, exact))
         known = {name: (bool(held), seen) for name, held, seen in found}
         if exact in known:
@@ -230,7 +220,6 @@ class SplitRule:
         return (name or 0) % 2**64 < self.share * 2**64
 
     def note_staged(self, db: sqlite3.Connection) -> None:
-        """Count the samples of the table ``staged``, with :data:`COLUMNS` and ``held``, that are not in ``ids`` yet."""
         new = "FROM staged WHERE NOT EXISTS (SELECT 1 FROM ids WHERE ids.id = staged.id)"
         for name in COLUMNS[:3]:
             db.execute(

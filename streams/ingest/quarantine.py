@@ -1,6 +1,5 @@
-"""The quarantine topic: every quarantined record unchanged, with the reason and its position.
-
-A message has the original key, value and headers, so that a corrected record can be sent again, and also
+"""The quarantine topic: every quarantined record unchanged, with the reason and its position. A message has the
+original key, value and headers, so that a corrected record can be sent again, and also
 
     ratchet_reason      one of ratchet_client.records.REASONS
     ratchet_detail      the reason in words
@@ -54,7 +53,6 @@ def message(row: QuarantineRow) -> Encoded:
 
 
 def claim_check(row: QuarantineRow) -> Encoded:
-    """The message for a row whose record the topic does not accept."""
     size = len(row["original"] or b"")
     text = json.dumps({"record": name_of(position_of(row)), "reason": row["reason"], "bytes": size})
     check = ("ratchet_claim_check", name_of(position_of(row)).encode())
@@ -99,8 +97,6 @@ BACKOFF_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
 
 @dataclass
 class _Job:
-    """Quarantined records of one partition between two offsets."""
-
     reading: PartitionReader
     start: int
     end: int
@@ -109,7 +105,6 @@ class _Job:
     size: int = 0
     page: int = PAGE_ROWS
     oversized: int = -1
-    """Offset of a record that the topic does not accept."""
 
 
 class QuarantinePublisher:
@@ -128,13 +123,11 @@ class QuarantinePublisher:
         self._thread.start()
 
     def recover(self, reading: PartitionReader) -> None:
-        """Publish what an earlier owner of the partition quarantined and may not have published."""
         position = reading.claim.position
         if position.published < position.next:
             self._queue(_Job(reading, position.published, position.next, None))
 
     def publish(self, reading: PartitionReader, rows: Sequence[QuarantineRow]) -> None:
-        """Publish a partition's rows that were just stored."""
         if rows:
             size = sum(len(row["original"] or b"") + 1024 for row in rows)
             held = list(rows) if self._bytes + size <= MEMORY_BYTES else None
@@ -142,12 +135,10 @@ class QuarantinePublisher:
             self._queue(_Job(reading, min(offsets), max(offsets) + 1, held, size if held is not None else 0))
 
     def unpublished(self, reading: PartitionReader) -> int | None:
-        """First waiting offset of a partition, or None."""
         with self._changed:
             return next((job.start for job in self._jobs if job.reading is reading), None)
 
     def wait_until_published(self, seconds: float) -> bool:
-        """False if records still wait after ``seconds``."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._jobs, seconds)
 
@@ -205,7 +196,6 @@ class QuarantinePublisher:
                 raise  # even a claim check is too large
 
     def _later(self, job: _Job, error: Exception, failures: int) -> None:
-        """Log the failure, and wait longer after more failures."""
         metrics.ingest.quarantine_failing(True)
         noted(error)
         key, known = job.reading.claim.key, isinstance(error, (BrokerError, StoreError))
@@ -214,7 +204,6 @@ class QuarantinePublisher:
             self._changed.wait_for(lambda: self._ending, BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1])
 
     def _publish(self, job: _Job) -> None:
-        """Publish a job's first page and remove it from the job; the last page ends the job."""
         rows = job.rows[: job.page] if job.rows is not None else self._from_store(job)
         outbox = self._outbox(job.reading)
         entries = [_entry(row, job.page == 1 and job.oversized in (job.start, row["offset"])) for row in rows]
@@ -240,7 +229,6 @@ class QuarantinePublisher:
         return list(self.store.outbox(part, job.page))
 
     def _outbox(self, reading: PartitionReader) -> Outbox:
-        """The outbox of a reader. That of an earlier reader of the partition is closed."""
         known = self._outboxes.get(reading.claim.key)
         if known is not None and known[0] is reading:
             return known[1]

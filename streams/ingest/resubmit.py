@@ -54,17 +54,13 @@ HEADER: Final = "x-ratchet-resubmission-of"
 
 @dataclass(frozen=True, slots=True)
 class QuarantinedRecord:
-    """A quarantined record without its bytes."""
-
     place: str
     reason: str
     """One of :data:`ratchet_client.records.REASONS`."""
     detail: str
     source: str
-    """The sender named in the headers; empty if none."""
     refused_at: datetime
     resubmission: ResubmissionRow | None
-    """Its latest resubmission."""
 
 
 def list_quarantine(
@@ -118,7 +114,6 @@ def _sender(settings: Settings) -> RecordSender:
 
 @contextmanager
 def _claimed(ledger: Ledger, place: str, **who: Any) -> Iterator[None]:
-    """Claim a place before its record is sent, and settle the claim after."""
     ledger.begin_resubmission(place, **who)
     try:
         yield
@@ -129,7 +124,6 @@ def _claimed(ledger: Ledger, place: str, **who: Any) -> Iterator[None]:
 
 
 def _deliver(sender: RecordSender, topic: str, place: str, record: Encoded) -> Delivery:
-    """Send a quarantined record with its own headers and its place. Raises BrokerError."""
     headers: Headers = [*((name, value) for name, value in record.headers if name != HEADER), (HEADER, place.encode())]
     try:
         return sender.send(topic, Encoded(record.key, record.value, headers)).result(timeout=PUBLISH_SECONDS + 5)
@@ -143,7 +137,6 @@ PER_SECOND: Final = 50.0
 CLAIMED_PER_QUERY: Final = 500
 MAX_ERRORS: Final = 5
 MAX_FAILURES: Final = 3
-"""Consecutive failures that end the run: the broker is unreachable, and each one waits for it."""
 SENT: Final = 0
 SOME_FAILED: Final = 3
 _ORDER: Final = ("topic", "partition", "offset")
@@ -155,12 +148,10 @@ class QuarantineFilter:
     limit out of bounds."""
 
     reason: str | None = None
-    """One of :data:`ratchet_client.records.REASONS`."""
     source: str | None = None
     """As named in the headers; empty for those that name none."""
     since: datetime | None = None
     limit: int = LIMIT
-    """Most records that were not resubmitted before."""
 
     def __post_init__(self) -> None:
         if self.reason is not None and self.reason not in REASONS:
@@ -175,17 +166,13 @@ class ResubmitReport:
     chosen: int = 0
     """Matching records that were not resubmitted before."""
     sent: int = 0
-    """Records acknowledged by the broker."""
     before: int = 0
     """Matching records that were resubmitted before, or are being resubmitted by another process."""
     empty: int = 0
-    """Records without a value: there is nothing to send."""
     failed: int = 0
     """Records that the broker did not take; they may be tried again."""
     failures: int = 0
-    """Failures since the last success."""
     errors: list[str] = field(default_factory=list)
-    """The first few errors."""
 
     @property
     def exit_status(self) -> int:
@@ -269,7 +256,6 @@ def resubmit_many(
 def _choose(
     store: SampleStore, ledger: Ledger, which: QuarantineFilter, report: ResubmitReport
 ) -> list[RecordPosition]:
-    """Positions of the records to send, oldest first; also counts them in the report."""
     columns = [*_ORDER, "ingested_at"]
     schema = pa.schema([SCHEMA.field(name) for name in columns])
     batches = store.batches(quarantine_condition(which.reason, which.source, which.since), columns)
@@ -300,8 +286,6 @@ _PARTITION: Final = re.compile(r"([^:]{1,260}):([0-9]{1,9})")
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """Skipped offsets, from ``start`` to before ``until``."""
-
     stream: str
     partition: int
     start: int

@@ -50,7 +50,6 @@ class Received:
 
     @property
     def size(self) -> int:
-        """Size in a batch in bytes."""
         return len(self.value or b"") + len(self.key or b"") + sum(len(n) + len(v or b"") for n, v in self.headers)
 
     @property
@@ -69,18 +68,14 @@ class Rules:
     """Fetches referenced images; without it such records are quarantined."""
     registry: SchemaRegistry | None = None
     end: Callable[[], None] = lambda: None
-    """Closes the connections of these two."""
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A valid sample: its row in the store, without its split."""
-
     row: StoreRow
     record: Received | None = None
     """The record, for quarantine if its row does not fit the table."""
     replaces: str = ""
-    """Value of the header :data:`REPLACES_HEADER`."""
 
 
 def validate(record: Received, rules: Rules) -> Accepted | StoreRow:
@@ -192,7 +187,6 @@ def _header(record: Received, wanted: str) -> str | None:
 
 
 def _source(record: Received) -> str:
-    """The sender named in the headers; empty if none."""
     for name, value in record.headers:
         if name.lower() in ("ratchet_source", "ce_source") and value is not None:
             return value.decode(errors="replace")[:256]

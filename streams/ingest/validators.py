@@ -1,7 +1,6 @@
-"""Parallel validation of records in processes or threads, with results in the order of each partition.
-
-Threads decode images in parallel, but share the GIL; processes do not, and a record that kills a validating process
-does not kill the consumer.
+"""Parallel validation of records in processes or threads, with results in the order of each partition. Threads decode
+images in parallel, but share the GIL; processes do not, and a record that kills a validating process does not kill the
+consumer.
 
 **A record that kills the process** is quarantined after the third death. A file names the records being validated; it
 is memory-mapped, so its content survives the process (not the machine). Each death is counted for all records in the
@@ -52,7 +51,6 @@ Result = Accepted | StoreRow
 class Validated:
     reading: PartitionReader
     end: int
-    """The next offset to read after it."""
     leader_epoch: int
     size: int
     result: Result
@@ -60,8 +58,6 @@ class Validated:
 
 @dataclass(slots=True)
 class _Chunk:
-    """Records of one partition in order, with their leader epochs, and already known results."""
-
     reading: PartitionReader
     records: list[tuple[Received, int, StoreRow | None]] = field(default_factory=list)
     size: int = 0
@@ -73,8 +69,6 @@ class _Chunk:
 
 
 class ValidationPool:
-    """Records being validated, in chunks."""
-
     def __init__(self, validators: Validators, max_bytes: int, max_records: int) -> None:
         """``max_bytes`` and ``max_records`` bound the pool's records: see :attr:`has_room`."""
         self._validators = validators
@@ -90,7 +84,6 @@ class ValidationPool:
 
     @property
     def has_room(self) -> bool:
-        """True if another poll's records may be added."""
         return self._bytes < self._max_bytes and self._records < self._max_records
 
     def add(
@@ -108,7 +101,6 @@ class ValidationPool:
             self.flush()
 
     def flush(self) -> None:
-        """Start validating everything that was added."""
         chunk, self._filling = self._filling, None
         if chunk is not None:
             chunk.future = self._validators.submit(chunk.unknown)
@@ -139,17 +131,14 @@ class ValidationPool:
         ]
 
     def wait(self, seconds: float) -> None:
-        """Wait until the next results of some partition are ready, or for ``seconds``."""
         if self._pending:
             wait([queue[0].future for queue in self._pending.values()], seconds, FIRST_COMPLETED)
 
     def finish(self) -> None:
-        """Wait until all records are validated."""
         self.flush()
         wait([chunk.future for queue in self._pending.values() for chunk in queue])
 
     def drop(self, holds: Callable[[PartitionReader], bool]) -> None:
-        """Drop the records of partition readers for which ``holds`` is false."""
         if self._filling is not None and not holds(self._filling.reading):
             self._forget(self._filling)
             self._filling = None
@@ -159,7 +148,6 @@ class ValidationPool:
                 self._forget(chunk)
 
     def close(self) -> None:
-        """Stop, dropping pending records."""
         self._validators.close()
 
     def _forget(self, chunk: _Chunk) -> None:
@@ -172,8 +160,6 @@ class ValidationPool:
 
 @dataclass(frozen=True, slots=True)
 class ValidationSetup:
-    """Settings that a validating process needs."""
-
     limits: Ingest
     kafka: Kafka
 
@@ -183,7 +169,6 @@ class ValidationSetup:
         return FETCHES if self.limits.allowed_uris else 1
 
     def rules(self) -> Rules:
-        """Validation rules, whose fetcher and registry live as long as the process."""
         fetcher, registry = UriFetcher(self.limits), SchemaRegistry.of(self.kafka)
 
         def end() -> None:
@@ -205,8 +190,6 @@ def start_validators(work: ValidationSetup, processes: int, folder: Path) -> tup
 
 
 class ProcessValidators:
-    """Validates in child processes, which end with their consumer, however it ends."""
-
     def __init__(self, work: ValidationSetup, count: int, guard: CrashGuard) -> None:
         """``guard`` has slots for ``count`` processes of :attr:`ValidationSetup.threads` each."""
         self._work = work
@@ -267,16 +250,13 @@ class ThreadValidators:
         self._threads = ThreadPoolExecutor(count, "validate")
 
     def submit(self, records: Sequence[Received]) -> Future[list[Result]]:
-        """Validate records in the background."""
         return self._threads.submit(lambda: [self.alone(received) for received in records])
 
     def alone(self, received: Received) -> Result:
-        """Validate a record on the calling thread."""
         with self._notes.validating(received.record_position):
             return validate(received, self._rules)
 
     def close(self) -> None:
-        """End the threads, dropping pending records."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._rules.end()
 
@@ -319,7 +299,6 @@ def _validate(received: Received) -> Result:
 
 
 def _restore(received: Received, result: Result) -> Result:
-    """Restore, in the consumer, what :func:`validate_all` left out."""
     if isinstance(result, Accepted):
         row = result.row if result.row["image"] is not None else {**result.row, "image": received.value}
         return replace(result, row=row, record=received)
@@ -332,7 +311,6 @@ def _restore(received: Received, result: Result) -> Result:
 
 
 def crashed(received: Received, guard: CrashGuard) -> StoreRow:
-    """The quarantine row of a record that killed too many processes."""
     deaths = guard.deaths(received.record_position)
     return quarantine_row(received, "crashed", f"a process died {deaths} times while it validated this record.")
 
@@ -348,13 +326,11 @@ class Notes:
 
     @classmethod
     def of_process(cls, path: Path, number: int, threads: int) -> Notes:
-        """The slots of process ``number`` in its consumer's file."""
         with path.open("r+b") as file:
             return cls(mmap.mmap(file.fileno(), 0), range(number * threads, (number + 1) * threads))
 
     @contextmanager
     def validating(self, position: RecordPosition) -> Iterator[None]:
-        """Note that a record is being validated in this block."""
         with self._lock:
             slot = self._free.pop()
         self._write(slot, name_of(position).encode())
@@ -366,7 +342,6 @@ class Notes:
                 self._free.append(slot)
 
     def take(self) -> list[str]:
-        """The records named in all slots, which are emptied."""
         with self._lock:
             named = _named(self._content[:])
             self._content[:] = bytes(len(self._content))
@@ -419,11 +394,9 @@ class CrashGuard:
         return self._counts[name_of(position)]
 
     def is_poison(self, position: RecordPosition) -> bool:
-        """True if the record is to be quarantined instead of validated."""
         return self.deaths(position) >= DEATHS
 
     def count(self, names: Sequence[str]) -> None:
-        """Count a death for records, by their positions' names."""
         self._counts.update(names)
         with suppress(OSError):  # a full disk: saved with the next death
             self._save()
@@ -445,7 +418,6 @@ class CrashGuard:
 
 
 def _lock_file(folder: Path) -> tuple[int, Path]:
-    """Open and lock a file that no living consumer holds."""
     number = 0
     while True:
         path = folder / f"validating-{number}"
@@ -459,7 +431,6 @@ def _lock_file(folder: Path) -> tuple[int, Path]:
 
 
 def _named(content: bytes) -> list[str]:
-    """The records that slots name."""
     slots = (content[start : start + SLOT_BYTES] for start in range(0, len(content), SLOT_BYTES))
     return [text for slot in slots if (text := slot.rstrip(b"\0").decode(errors="replace"))]
 

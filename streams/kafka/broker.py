@@ -1,7 +1,5 @@
-"""The embedded broker: Tansu, a Kafka-compatible broker in one binary, for one machine and for tests.
-
-It keeps everything in memory: a stopped broker loses its log. Use Apache Kafka for data that matters.
-"""
+"""The embedded broker: Tansu, a Kafka-compatible broker in one binary, for one machine and for tests. It keeps
+everything in memory: a stopped broker loses its log. Use Apache Kafka for data that matters."""
 
 from __future__ import annotations
 
@@ -84,7 +82,6 @@ class EmbeddedBroker:
         self.process = None
 
     def kill(self) -> None:
-        """Kill the process, like a crash."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()

@@ -46,7 +46,6 @@ def connection(kafka: Kafka) -> Connection:
 
 
 def connect_producer(kafka: Kafka, limits: Ingest | None = None, **options: Any) -> Producer:
-    """A client producer for these settings; ``options`` are passed on. Raises like it."""
     to = connection(kafka)
     if limits is not None:
         options["limits"] = producer_limits(limits)
@@ -63,7 +62,6 @@ class Topic:
     """Empty if the broker has no topic IDs."""
     partitions: int
     replicas: int = 0
-    """Fewest replicas of a partition."""
 
 
 class Admin:
@@ -86,7 +84,6 @@ class Admin:
         return Topic(str(description["topic_id"] or ""), len(partitions), replicas)
 
     def topic_id(self, topic: str) -> str | None:
-        """ID of a topic; None if it does not exist. Raises BrokerError, like :meth:`topic`."""
         found = self.topic(topic)
         return None if found is None else found.id
 
@@ -177,7 +174,6 @@ def _create(client: KafkaAdminClient, topic: str, partitions: int, configs: dict
 
 
 def ensure_topics(kafka: Kafka, topics: Sequence[str], partitions: int = 1) -> None:
-    """Create missing topics. Raises BrokerError."""
     with closing(Admin(kafka)) as admin:
         admin.ensure_topics(topics, partitions)
 
@@ -206,14 +202,12 @@ class Right:
     operations: Sequence[str]
     kind: Literal["topic", "group", "transactional id"]
     name: str
-    """For a transactional ID: the prefix."""
 
     def __str__(self) -> str:
         return f"{'/'.join(self.operations)} on {self.kind} {self.name}{'*' if self.kind == 'transactional id' else ''}"
 
 
 def ingest_rights(kafka: Kafka) -> list[Right]:
-    """Rights that `ratchet ingest` needs."""
     return [
         Right(["Describe", "Read"], "topic", kafka.topic),
         Right(["Read"], "group", kafka.group),
@@ -223,7 +217,6 @@ def ingest_rights(kafka: Kafka) -> list[Right]:
 
 
 def event_rights(kafka: Kafka) -> list[Right]:
-    """Rights that `ratchet maintain`, which publishes events, needs."""
     if not kafka.events_topic:
         return []
     return [

@@ -1,8 +1,6 @@
-"""CloudEvents 1.0 about releases and more, published to the topic ``kafka.events_topic``.
-
-The ledger records an event in the transaction of its fact; :class:`EventPublisher` publishes it once
-(:mod:`streams.kafka.outbox`), in the ledger's order. docs/events.md describes the events.
-"""
+"""CloudEvents 1.0 about releases and more, published to the topic ``kafka.events_topic``. The ledger records an event
+in the transaction of its fact; :class:`EventPublisher` publishes it once (:mod:`streams.kafka.outbox`), in the ledger's
+order. docs/events.md describes the events."""
 
 from __future__ import annotations
 
@@ -57,7 +55,6 @@ def event_record(row: EventRow, source: str) -> Encoded:
 
 
 def event_id_of(record: Any, source: str) -> str | None:
-    """ID of the event in a kafka-python record; None for another source."""
     headers = dict(record.headers)
     if headers.get("ce_source") != source.encode() or not headers.get("ce_id"):
         return None
@@ -65,7 +62,6 @@ def event_id_of(record: Any, source: str) -> str | None:
 
 
 def transactional_id(kafka: Kafka) -> str:
-    """The transactional ID that all publishers of the same events share."""
     return f"ratchet-events:{kafka.events_topic}:{kafka.events_source}"
 
 
@@ -93,7 +89,6 @@ class EventPublisher:
         return bool(self.kafka.events_topic)
 
     def run(self, stopping: threading.Event) -> None:
-        """Publish events until ``stopping`` is set. Outages of the broker and the ledger are waited out."""
         last_error = ""
         try:
             while self.enabled and not stopping.is_set():
@@ -111,12 +106,9 @@ class EventPublisher:
             self.close()
 
     def publish_pending(self) -> int:
-        """Publish waiting events. Returns the number marked as published; 0 also if another process publishes.
-
-        Raises:
-            BrokerError: the broker is unreachable or denies access. The next call finds out what was sent.
-            SQLAlchemyError: the ledger is unreachable.
-        """
+        """Publish waiting events. Returns the number marked as published; 0 also if another process publishes. Raises
+        BrokerError: the broker is unreachable or denies access. The next call finds out what was sent. Raises
+        SQLAlchemyError: the ledger is unreachable."""
         total = 0
         self._measure()
         while self.enabled and (rows := self.ledger.waiting_events(BATCH)):
@@ -136,7 +128,6 @@ class EventPublisher:
         return total
 
     def close(self) -> None:
-        """Release the lease and the connection."""
         epoch = self._epoch
         self._give_up()
         if epoch is not None:

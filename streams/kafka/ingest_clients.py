@@ -38,7 +38,6 @@ class IngestClients:
         return consumer
 
     def sender(self, name: str, still_owner: Callable[[], bool]) -> FencedSender:
-        """Sender of one partition's quarantined records; ``name`` is its transactional ID."""
         return FencedSender(self.kafka, name, still_owner)
 
 

@@ -32,14 +32,12 @@ _JSON: Final = {"accept": "application/json", **UNCOMPRESSED}
 MAX_TOKEN_CHARS: Final = 64 * 1024
 REFRESH_AT: Final = 0.8
 DEFAULT_LIFE_SECONDS: Final = 300.0
-"""Assumed life of a token if the endpoint names none."""
 
 
 class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]
     """Provides tokens to kafka-python. Thread safe; one instance serves all clients of a process."""
 
     def __init__(self, oauth: OAuth, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-        """Raises ConfigError if the settings name no source of tokens."""
         super().__init__()
         if oauth.token_url and not (oauth.client_id and oauth.client_secret):
             missing = "client_secret" if oauth.client_id else "client_id"
@@ -48,19 +46,14 @@ class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]
             raise ConfigError("no source of tokens is set.", "Set kafka.oauth.token_url or kafka.oauth.token_file.")
         self.oauth = oauth
         self.last_error: str | None = None
-        """Reason why the last request failed; None after a success."""
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
         self._token = ""
         self._refresh_at = self._ends_at = 0.0
 
     def token(self) -> str:
-        """A currently valid token.
-
-        Raises:
-            SaslAuthenticationFailedError: the endpoint denies access, or the file has no token; names the setting.
-            KafkaConnectionError: the endpoint is unreachable; names the setting.
-        """
+        """A currently valid token. Raises SaslAuthenticationFailedError: the endpoint denies access, or the file has no
+        token; names the setting. Raises KafkaConnectionError: the endpoint is unreachable; names the setting."""
         with self._lock:
             try:
                 token = self._from_file() if self.oauth.token_file else self._from_endpoint()

@@ -1,7 +1,6 @@
-"""Publishes each entry of an outbox to its topic exactly once, across crashes and pauses.
-
-The entries, and which of them are published, are stored elsewhere (events in the ledger, quarantined records in the
-sample store). The steps here:
+"""Publishes each entry of an outbox to its topic exactly once, across crashes and pauses. The entries, and which of
+them are published, are stored elsewhere (events in the ledger, quarantined records in the sample store). The steps
+here:
 
 1. open a :class:`FencedSender`: earlier senders can send no more;
 2. read the topic's tail back: it has everything that earlier senders sent;
@@ -81,11 +80,8 @@ class Outbox:
 
     def publish(self, entries: Sequence[OutboxEntry]) -> dict[str, Delivery]:
         """Make sure that each entry is in the topic. Returns their places by ID. Entries published before cost nothing.
-
-        Raises:
-            Fenced: another process publishes this outbox now.
-            BrokerError: some may not have been published; the next call finds out which.
-        """
+        Raises Fenced: another process publishes this outbox now. Raises BrokerError: some may not have been published;
+        the next call finds out which."""
         if not entries:
             return {}
         if not self.sender.opened:
@@ -96,7 +92,6 @@ class Outbox:
         return {entry.id: self._deliveries[entry.id] for entry in entries}
 
     def forget(self, ids: Iterable[str]) -> None:
-        """Drop entries that are marked as published, and so are not passed again."""
         for each in ids:
             self._deliveries.pop(each, None)
 
@@ -276,12 +271,10 @@ def _within(seconds: float, call: Callable[[], Result]) -> Result:
 
 
 def read_back(kafka: Kafka, topic: str, since: datetime) -> Iterator[Any]:
-    """Yield a topic's kafka-python records sent after ``since`` (and some earlier ones), to its end.
-
-    Aborted records are left out if the broker tells them apart: the result is what ``isolation.level=read_committed``
-    consumers see. A missing topic has none. Raises BrokerError: the broker cannot be reached, or the end was not
-    reached within :data:`READ_BACK_SECONDS`.
-    """
+    """Yield a topic's kafka-python records sent after ``since`` (and some earlier ones), to its end. Aborted records
+    are left out if the broker tells them apart: the result is what ``isolation.level=read_committed`` consumers see. A
+    missing topic has none. Raises BrokerError: the broker cannot be reached, or the end was not reached within
+    :data:`READ_BACK_SECONDS`."""
     options = {"enable_auto_commit": False, "auto_offset_reset": "earliest", "isolation_level": "read_committed"}
     with reading_alone(kafka, f"reading topic {topic} back", **options) as consumer:
         yield from _read(consumer, topic, since)

@@ -55,8 +55,6 @@ class Corrupt:
 
 
 class RecordHead(NamedTuple):
-    """The fields before a record's key, and the end of the record."""
-
     end: int
     timestamp_delta: int
     offset_delta: int
@@ -95,7 +93,6 @@ class CorruptRecord(DefaultRecord):  # type: ignore[misc]
 def corrupt_records(
     partition: TopicPartition, offsets: range, detail: str, raw: Any, timestamp: int = -1
 ) -> Iterator[CorruptRecord]:
-    """One record per offset; the first carries the bytes."""
     known = timestamp if -1 <= timestamp <= INT64_MAX else -1
     for offset in offsets:
         excerpt = bytes(raw[:MAX_RAW_BYTES]) if offset == offsets.start else None
@@ -113,7 +110,6 @@ class DamagedBatch:
         self._records = corrupt_records(partition, offsets, detail, raw)
 
     def validate_crc(self) -> bool:
-        """Pass; the records report the damage."""
         return True
 
     def __iter__(self) -> Iterator[CorruptRecord]:
@@ -121,12 +117,10 @@ class DamagedBatch:
 
 
 class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
-    """A batch of Kafka 0.11 or later (magic 2) with a correct checksum.
-
-    A record with invalid UTF-8 in its header names, or with too many headers, is corrupt alone. After any other fault
-    nothing that follows can be parsed, and each offset up to the batch's last is corrupt; but no more of them than the
-    bytes can hold records: a producer could claim two billion.
-    """
+    """A batch of Kafka 0.11 or later (magic 2) with a correct checksum. A record with invalid UTF-8 in its header
+    names, or with too many headers, is corrupt alone. After any other fault nothing that follows can be parsed, and
+    each offset up to the batch's last is corrupt; but no more of them than the bytes can hold records: a producer could
+    claim two billion."""
 
     _buffer: bytearray
     _pos: int
@@ -147,7 +141,6 @@ class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
 
     @property
     def unreadable_control(self) -> bool:
-        """True if it should be an end-of-transaction marker, and is damaged."""
         if not self.is_control_batch:
             return False
         start = self._pos
@@ -160,7 +153,6 @@ class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
         return False
 
     def validate_crc(self) -> bool:
-        """Pass; it was checked before anything else was read."""
         return True
 
     def __iter__(self) -> Iterator[Any]:
@@ -230,7 +222,6 @@ class TolerantLegacyBatch(LegacyRecordBatch):  # type: ignore[misc]
         self._limit = limit
 
     def validate_crc(self) -> bool:
-        """Pass; it was checked before anything else was read."""
         return True
 
     def __iter__(self) -> Iterator[Any]:
@@ -282,12 +273,9 @@ class TooLarge(ValueError):
 
 
 def decompress(codec: int, data: memoryview, limit: int) -> bytearray:
-    """Expand ``data``. ``codec`` is the low three bits of a batch's attributes.
-
-    Raises:
-        TooLarge: the output exceeds ``limit`` bytes; at most ``limit`` + 1 MiB was held in memory.
-        Exception: whatever the codec's library raises for damaged data; ValueError for an unknown codec.
-    """
+    """Expand ``data``. ``codec`` is the low three bits of a batch's attributes. Raises TooLarge: the output exceeds
+    ``limit`` bytes; at most ``limit`` + 1 MiB was held in memory. Raises Exception: whatever the codec's library raises
+    for damaged data; ValueError for an unknown codec."""
     decoder = _DECODERS.get(codec)
     if decoder is None:
         raise ValueError(f"compression codec {codec} is not known")
@@ -320,7 +308,6 @@ def _unsnappy(data: memoryview, limit: int) -> bytearray:
 
 
 def _snappy_blocks(data: memoryview) -> list[memoryview]:
-    """The blocks of a stream of the Java library xerial; other data is one block."""
     if len(data) <= XERIAL_HEADER_BYTES or data[: len(XERIAL_MAGIC)] != XERIAL_MAGIC:
         return [data]
     blocks = []

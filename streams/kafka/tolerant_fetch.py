@@ -109,8 +109,6 @@ def expect_partitions(consumer: KafkaConsumer, topic: str, count: int) -> None:
 
 
 class TolerantRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
-    """The records of one partition in one fetch response."""
-
     #: Set before the first record is read.
     batches: FetchedBatches
     #: The newest leader epoch reported by the cluster, or -1. A batch's own epoch is not covered by its checksum.
@@ -140,8 +138,6 @@ class TolerantRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
 
 
 class _Parser:
-    """Replaces ``Fetcher._parse_fetched_data``."""
-
     def __init__(self, fetcher: Fetcher, max_batch_bytes: int) -> None:
         self._fetcher = fetcher
         self._library: Callable[[CompletedFetch], TolerantRecords | None] = fetcher._parse_fetched_data
@@ -248,7 +244,6 @@ class Suspects:
         return zlib.crc32(view) in digests or (last_position == position and fetches >= MAX_FETCHES - 1)
 
     def put(self, partition: TopicPartition, position: int, views: Iterable[memoryview]) -> None:
-        """Remember the damaged batches of a fetch that was read up to ``position``."""
         last_position, fetches, _ = self._seen.get(partition, (-1, 0, set()))
         self._seen[partition] = (
             position,
@@ -356,7 +351,6 @@ class FetchedBatches:
         return DamagedBatch(self.partition, offsets, detail, view)
 
     def _base_at(self, start: int) -> int | None:
-        """First offset named by the batch at ``start``, if complete."""
         view = self._frame(start)
         return None if view is None else int(struct.unpack_from(">q", view)[0])
 
@@ -418,7 +412,6 @@ def checked(view: memoryview) -> tuple[int, int]:
 
 
 def _counts(view: memoryview) -> tuple[int, int]:
-    """Last offset delta, and number of records, of a batch of magic 2."""
     (delta,) = struct.unpack_from(">i", view, LAST_DELTA_AT)
     (count,) = struct.unpack_from(">i", view, COUNT_AT)
     return delta, count

@@ -1,9 +1,6 @@
 """Export of samples as a folder with ``data.csv``, a Parquet file, or a WebDataset shard, all readable by
-``ratchet publish``.
-
-Written as a stream, with a few images in memory, and given the target's name only when complete (in a folder,
-``data.csv`` comes last).
-"""
+``ratchet publish``. Written as a stream, with a few images in memory, and given the target's name only when complete
+(in a folder, ``data.csv`` comes last)."""
 
 from __future__ import annotations
 
@@ -82,7 +79,6 @@ def export(
 
 
 def image_name(row: SampleRow) -> str:
-    """File name for a sample's image: its ID, with the suffix of its format."""
     return f"{row['id']}.{_SUFFIXES.get(sniff(row['image']), 'bin')}"
 
 

@@ -1,6 +1,5 @@
-"""The folder dataset: a directory of images with a `data.csv`.
-
-`ratchet publish` sends it, gate suites score it, and the base and the reference pool are made from it. A minimal one:
+"""The folder dataset: a directory of images with a `data.csv`. `ratchet publish` sends it, gate suites score it, and
+the base and the reference pool are made from it. A minimal one:
 
     data.csv                      photos/crane.jpg
 
@@ -51,7 +50,6 @@ COLUMNS: Final = (
     "file", "text", "label", "concept", "split", "domain", "source", "time", "tags", "question", "answer", "answers",
 )  # fmt: skip
 _LISTS: Final = ("tags", "answers")
-"""Columns with several values."""
 MAX_SPLITS_SHOWN: Final = 20
 
 
@@ -75,7 +73,6 @@ class FolderItem:
     answers: tuple[str, ...] = ()
     """Reference answers, including `answer` where people gave it; empty if only `answer` counts."""
     inline: bytes | None = field(default=None, repr=False)
-    """The encoded image, if it came inside the row."""
 
     def bytes(self, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
         """The encoded image. Raises `RecordError` if it is missing, or larger than `max_bytes`."""
@@ -101,7 +98,6 @@ class DatasetRow:
     """A row of a data set: its sample, or the error that makes it unusable."""
 
     place: str
-    """File and row, for messages."""
     content: FolderItem | RecordError
 
     def __post_init__(self) -> None:
@@ -240,8 +236,6 @@ def dataset_error(problem: str, fix: str) -> RecordError:
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """The location of a row, for messages."""
-
     file: Path
     place: str
     """``line 7``, ``row 12`` or ``sample 000123``."""
@@ -260,14 +254,9 @@ TableRow = tuple[Where, Mapping[str, Any] | RecordError]
 
 
 def csv_rows(path: Path, check_header: Callable[[Sequence[str]], None]) -> Iterator[TableRow]:
-    """Rows of a CSV file (UTF-8, comma separated, with a header), as strings by column.
-
-    Args:
-        check_header: called with the column names; raises `RecordError` if they are unsuitable.
-
-    Raises:
-        RecordError: the header is unsuitable, or a row is longer than `MAX_ROW_CHARS`.
-    """
+    """Rows of a CSV file (UTF-8, comma separated, with a header), as strings by column. ``check_header``: called with
+    the column names; raises `RecordError` if they are unsuitable. Raises RecordError: the header is unsuitable, or a
+    row is longer than `MAX_ROW_CHARS`."""
     # Python's own limit of 131,072 characters is below that of a base64 image.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_CHARS))
     # Invalid UTF-8 becomes lone surrogates, so that one such row does not end the reading.
@@ -309,8 +298,6 @@ def _csv_problem(row: dict[str | Any, Any], where: Where) -> RecordError | None:
 
 
 class _Lines:
-    """Lines of a text file for the csv module, with a bound on multi-line rows as well."""
-
     def __init__(self, stream: TextIO, path: Path) -> None:
         self._stream = stream
         self._path = path
@@ -363,7 +350,6 @@ MAX_NAME_BYTES: Final = 255
 
 
 def text_field(row: Mapping[str, Any], name: str, where: Where) -> str:
-    """The string `name`, stripped; empty if absent."""
     value = row.get(name)
     if value is None:
         return ""
@@ -395,7 +381,6 @@ def inside(root: Path, name: str, where: Where, must_exist: bool = True) -> Path
 
 
 def decode_base64(encoded: str, where: Where) -> bytes:
-    """Decode an `image` field: base64, or a `data:` URI."""
     if encoded.startswith("data:"):
         head, comma, encoded = encoded.partition(",")
         if not comma or not head.endswith(";base64"):
@@ -418,7 +403,6 @@ def iso_time(value: str, where: Where) -> str:
 
 
 def list_field(row: Mapping[str, Any], name: str, where: Where) -> tuple[str, ...]:
-    """A list of strings, or a string split at `;`."""
     value = row.get(name)
     if value is None:
         return ()

@@ -100,7 +100,6 @@ def publish(
 
 
 def _skip(rows: Iterator[DatasetRow], progress: ProgressFile) -> int:
-    """Skip the rows of the earlier run; returns their number."""
     earlier = progress.load()
     passed, place = 0, ""
     with meter("passing over what was delivered") as show:
@@ -128,7 +127,6 @@ class _Run:
         self._lock = threading.Lock()
 
     def check(self, rows: Iterator[DatasetRow]) -> None:
-        """Do everything except sending."""
         report, started = self._report, time.monotonic()
         with meter("checking") as show:
             for number, row in enumerate(rows, start=report.before + 1):
@@ -144,7 +142,6 @@ class _Run:
         report.seconds = time.monotonic() - started
 
     def send(self, rows: Iterator[DatasetRow], progress: ProgressFile, encoding: Encoding, resume: bool) -> None:
-        """Send the rows; acknowledged ones are in the progress file, however this ends."""
         report, settings, started = self._report, self._settings, time.monotonic()
         in_flight = InFlight(report.before)
         producer = connect_producer(settings.kafka, settings.ingest, encoding=encoding, on_delivery=lambda _: None)
@@ -244,18 +241,15 @@ class PublishReport:
     delivered: int = 0
     """Rows acknowledged by the broker; in a dry run, rows that would be sent."""
     size: int = 0
-    """Bytes of their images."""
     before: int = 0
     """Rows skipped because the resumed run had finished them."""
     seconds: float = 0.0
     partitions: Counter[int] = field(default_factory=Counter)
     last: dict[int, int] = field(default_factory=dict)
-    """Highest acknowledged offset by partition."""
     refused: Counter[str] = field(default_factory=Counter)
     """Invalid rows by reason; they were not sent."""
     examples: list[str] = field(default_factory=list)
     samples: list[str] = field(default_factory=list)
-    """In a dry run, the first few valid rows."""
 
     @property
     def exit_status(self) -> int:
@@ -265,7 +259,6 @@ class PublishReport:
         return SOME_REFUSED if self.delivered or self.before else ALL_REFUSED
 
     def progress(self, since: float) -> str:
-        """A progress line; ``since`` is monotonic time."""
         refused = f", {self.refused.total()} refused" if self.refused else ""
         return f"{self.delivered} rows, {self.size / 1e6:.1f} MB, {self._speed(time.monotonic() - since)}{refused}"
 
@@ -295,7 +288,6 @@ class PublishReport:
 
 
 def _open_rejects(path: Path | None, append: bool) -> Any:
-    """Open the rejects file, if any. Raises ConfigError if it cannot be written."""
     if path is None:
         return nullcontext()
     try:
@@ -326,7 +318,6 @@ class InFlight:
             self._last = number
 
     def pass_over(self, number: int) -> None:
-        """Count a row that is not sent."""
         with self._change:
             self._last = number
 
@@ -367,7 +358,6 @@ class Progress:
     topic: str
     split: str
     done: int = 0
-    """Rows that need not be sent again."""
     place: str = ""
     """File and row of the last of these; a different one there means that the data set has changed."""
 
@@ -397,7 +387,6 @@ class ProgressFile:
         return progress
 
     def note(self, number: int, place: str) -> None:
-        """Remember a row's place until it is done."""
         self._places[number] = place
 
     def save(self, done: int, every: int = SAVE_ROWS) -> None:
@@ -422,12 +411,9 @@ class ProgressFile:
 
 
 def wait_until_stored(settings: Settings, last: Mapping[int, int], seconds: float) -> None:
-    """Wait until ingest has stored or quarantined everything up to offsets of ``kafka.topic``, by partition.
-
-    Raises:
-        StoreUnavailable: it has not done so within ``seconds``.
-        BrokerError, StoreError: the topic or the store cannot be read.
-    """
+    """Wait until ingest has stored or quarantined everything up to offsets of ``kafka.topic``, by partition. Raises
+    StoreUnavailable: it has not done so within ``seconds``. Raises BrokerError, StoreError: the topic or the store
+    cannot be read."""
     topic = settings.kafka.topic
     with closing(Admin(settings.kafka)) as admin:
         topic_id = admin.topic_id(topic)

@@ -1,8 +1,6 @@
-"""Decoding of records as Kafka carries them.
-
-The encoding is detected per record, so a topic may mix them: the four that :mod:`ratchet_client.encoding` writes,
-structured CloudEvents with the image in `data_base64` and fields in extension attributes, binary ones with the JSON
-record as value, and
+"""Decoding of records as Kafka carries them. The encoding is detected per record, so a topic may mix them: the four
+that :mod:`ratchet_client.encoding` writes, structured CloudEvents with the image in `data_base64` and fields in
+extension attributes, binary ones with the JSON record as value, and
 
     Confluent            a zero byte, a schema ID and Avro, Protobuf or JSON (:mod:`streams.records.registry`)
     Kafka Connect        {"schema": ..., "payload": <the record as JSON>}, as its JsonConverter writes it
@@ -157,7 +155,6 @@ def _merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _opened(value: Any) -> Any:
-    """Parse a field ``extra``, which is JSON text in a header."""
     if isinstance(value, str):
         with suppress(ValueError, RecursionError):
             return json.loads(value)

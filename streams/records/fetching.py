@@ -34,10 +34,8 @@ log = logging.getLogger(__name__)
 MAX_URL_CHARS = 2048
 MAX_REDIRECTS = 4
 MAX_ADDRESSES = 4
-"""Addresses tried per name, in the resolver's order."""
 REDIRECTS = (301, 302, 303, 307, 308)
 OPAQUE = ("application/octet-stream", "binary/octet-stream")
-"""The types that object stores give to files without one."""
 FAILURES = (
     httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, httpcore.UnsupportedProtocol, OSError,
 )  # fmt: skip
@@ -58,17 +56,13 @@ class Rules:
     seconds: float
     """Per image, redirects included."""
     connections: int = 16
-    """Concurrent fetches; more wait."""
     stall_seconds: float | None = None
     """Longest time for a connection, or without a byte; None: half of ``seconds``."""
     rules_setting: str = "serve.image_hosts"
     networks_setting: str = "serve.image_networks"
-    """Names of the two settings, for messages."""
 
 
 class ByteBudget:
-    """A number of bytes shared by several fetches."""
-
     def __init__(self, size: int) -> None:
         self.size = size
         self.left = size
@@ -153,7 +147,6 @@ class Fetcher:
         return url
 
     async def _hop(self, url: httpx.URL, budget: ByteBudget) -> bytes | str:
-        """The image, or the location of a redirect."""
         port = url.port or PORTS[url.scheme]
         pinned = PinnedBackend(await self._addresses(url, port))
         target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=port, target=url.raw_path)
@@ -183,7 +176,6 @@ class Fetcher:
             return bytes(data)
 
     def _check_head(self, url: httpx.URL, status: int, head: dict[bytes, str]) -> None:
-        """Raise RecordError if the response head shows that it is not an image, or too large."""
         if status in RETRIED_STATUSES:
             retry_after = parse_retry_after(head.get(b"retry-after", ""))
             raise TransientFetchError(f"{shown(str(url))} answers {status}.", retry_after)
@@ -230,7 +222,6 @@ class SystemResolver:
         self._threads = ThreadPoolExecutor(threads, "resolve")
 
     async def __call__(self, host: str, port: int) -> list[str]:
-        """Addresses in the order in which to try them. Raises OSError."""
         look_up = asyncio.get_running_loop().run_in_executor(
             self._threads, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         )
@@ -271,7 +262,6 @@ def shown(url: str) -> str:
 
 
 def _may_pass(error: Exception) -> bool:
-    """True if a retry may avoid the failure."""
     if isinstance(error, httpcore.RemoteProtocolError):  # httpcore and h11 also report broken connections as this
         return str(error).startswith(("Server disconnected", "peer closed connection"))
     if isinstance(error, socket.gaierror):

@@ -1,5 +1,4 @@
 """Records in Confluent's wire format: a zero byte, a schema ID (4 bytes, big-endian), then Avro, Protobuf or JSON.
-
 https://docs.confluent.io/platform/current/schema-registry/fundamentals/serdes-develop/index.html#wire-format
 
 Works with any registry that has Confluent's REST API: Confluent, Redpanda, Karapace, Apicurio (ccompat). Avro and
@@ -29,7 +28,6 @@ from streams.records.registry_client import TIMEOUT_SECONDS, RegistryClient, Sch
 Decoder = Callable[[bytes], dict[str, Any]]
 
 MAX_SCHEMAS: Final = 512
-"""Schemas whose decoders and failures are cached."""
 REFUSED_SECONDS: Final = 30.0
 """Time before a missing or unusable schema is requested again: it may be registered late."""
 AWAY_SECONDS: Final = 1.0
@@ -67,24 +65,18 @@ class SchemaRegistry:
         self.client = RegistryClient(url, auth, timeout_seconds=timeout_seconds)
         self._decoders: dict[int, Decoder | _Refusal] = {}
         self._failing: dict[int, tuple[float, float]] = {}
-        """First and last failure of a schema, by its ID."""
         self._away: tuple[RegistryUnavailable, float] | None = None
         self._making = threading.Lock()
 
     @classmethod
     def of(cls, kafka: Kafka) -> SchemaRegistry | None:
-        """The registry of the settings; None if not set."""
         auth = kafka.schema_registry_auth
         return cls(kafka.schema_registry, auth.get_secret_value() if auth else None) if kafka.schema_registry else None
 
     def read(self, value: bytes) -> dict[str, Any]:
-        """Decode a record's fields; ``image`` may be bytes, or base64 text as in JSON.
-
-        Raises:
-            RecordError: ``schema``; ``not_json`` for a JSON value; ``schema_unavailable``: the registry has failed for
-                this schema for too long.
-            RegistryUnavailable: the registry is unreachable.
-        """
+        """Decode a record's fields; ``image`` may be bytes, or base64 text as in JSON. Raises RecordError: ``schema``;
+        ``not_json`` for a JSON value; ``schema_unavailable``: the registry has failed for this schema for too long.
+        Raises RegistryUnavailable: the registry is unreachable."""
         if len(value) < 6 or value[0] != 0:
             raise RecordError(
                 "schema", "the value ends before its schema id does.", "Send Confluent's wire format, or JSON."
@@ -138,12 +130,8 @@ class SchemaRegistry:
 
 
 def make_decoder(schema: Schema, client: RegistryClient) -> Decoder:
-    """The decoder for a schema.
-
-    Raises:
-        RecordError: ``schema``: it, or an import, cannot be used.
-        RegistryUnavailable: an import could not be fetched.
-    """
+    """The decoder for a schema. Raises RecordError: ``schema``: it, or an import, cannot be used. Raises
+    RegistryUnavailable: an import could not be fetched."""
     if schema.kind == "JSON":
         return _read_json
     from streams.records.registry_formats import avro_decoder, protobuf_decoder  # only with the extra

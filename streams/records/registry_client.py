@@ -28,8 +28,6 @@ _NOT_FOUND: Final = frozenset({"40401", "40402", "40403"})
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A schema that another one imports under ``name``."""
-
     name: str
     subject: str
     version: int
@@ -45,10 +43,7 @@ class Schema:
 
 
 class RegistryClient:
-    """Bounded GET calls. Thread safe."""
-
     def __init__(self, url: str, auth: str | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-        """``auth`` is ``user:password``."""
         self.url = url.rstrip("/")
         user, _, password = (auth or "").partition(":")
         accept = {"accept": "application/vnd.schemaregistry.v1+json, application/json"}

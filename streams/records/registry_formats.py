@@ -61,7 +61,6 @@ def avro_decoder(schema: Schema, client: RegistryClient) -> Callable[[bytes], di
 
 
 def _load_references(schema: Schema, client: RegistryClient, named: dict[str, Any], loaded: set[str]) -> None:
-    """Parse a schema's imports, innermost first, into ``named``."""
     for reference in schema.references:
         if reference.name in loaded:
             continue
@@ -154,7 +153,6 @@ def _misfit(what: str) -> RecordError:
 
 
 MAX_INDEXES: Final = 16
-"""Nesting depth of a message type in others."""
 MAX_FIELDS_BYTES: Final = 512 * 1024
 _MAIN: Final = "ratchet-registry-schema.proto"
 _GOOGLE: Final = (
@@ -253,15 +251,12 @@ def _fields(message: Any) -> dict[str, Any]:
 
 
 class _Pool:
-    """The descriptors of one schema and its imports, separate from other schemas."""
-
     def __init__(self, client: RegistryClient) -> None:
         self.pool: Any = DescriptorPool()
         self._client = client
         self._added: set[str] = set()
 
     def add(self, name: str, schema: Schema) -> descriptor_pb2.FileDescriptorProto:
-        """Add a file under its import name, after its imports."""
         file = descriptor_pb2.FileDescriptorProto.FromString(base64.b64decode(schema.text, validate=True))
         file.name = name
         references = {each.name: each for each in schema.references}

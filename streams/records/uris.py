@@ -44,17 +44,15 @@ PROBE_SECONDS = 5.0
 MAX_HOSTS = 1024
 """Hosts remembered. Beyond that, those with nothing in flight are forgotten."""
 RETRIES = 3
-"""Retries after a transient failure, within :data:`FETCH_SECONDS`."""
 FIRST_PAUSE_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 8.0
 
 
 class UriFetcher:
-    """Fetches images by URI for many threads, on its own event loop. Thread safe.
-
-    Transient failures (timeouts, broken connections, 408, 425, 429, 5xx) are retried :data:`RETRIES` times, with
-    growing pauses or those that the server asks for; ``seconds`` bounds one image from the start of its first attempt.
-    Failing hosts do not delay others (:class:`FetchLimits`). Memory: at most ``fetches`` times ``max_image_bytes``.
+    """Fetches images by URI for many threads, on its own event loop. Thread safe. Transient failures (timeouts, broken
+    connections, 408, 425, 429, 5xx) are retried :data:`RETRIES` times, with growing pauses or those that the server
+    asks for; ``seconds`` bounds one image from the start of its first attempt. Failing hosts do not delay others
+    (:class:`FetchLimits`). Memory: at most ``fetches`` times ``max_image_bytes``.
 
     >>> fetcher = UriFetcher(settings.ingest)
     >>> image = fetcher.fetch("https://cdn.example.org/images/bus.png")
@@ -74,7 +72,6 @@ class UriFetcher:
         self._closed = False
         self._running = ExitStack()
         self._portal: BlockingPortal | None = None
-        """Gives access to the event loop, whose thread starts with the first fetch."""
 
     def fetch(self, uri: str) -> bytes:
         """Fetch the bytes of ``uri`` (file, http, https, s3 or gs). Blocks.
@@ -313,7 +310,6 @@ class _Host:
     failed_at: float = 0.0
     probe_at: float = 0.0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set, and replaced by a new event, when a waiter may continue."""
 
 
 class FetchLimits:

@@ -43,7 +43,6 @@ def in_gap(stream: str, partition: int, offset: int) -> str:
 
 
 def quarantine_condition(reason: str | None = None, source: str | None = None, since: datetime | None = None) -> str:
-    """Quarantined records by reason, source (empty: unknown) and time."""
     clauses = ["kind = 'quarantine'"]
     if reason is not None:
         clauses.append(f"reason = {quoted(reason)}")

@@ -1,7 +1,5 @@
 """Deletion of samples from the store, its old versions and the quarantine rows; the catalog and replay follow the
-store.
-
-A *selector* names at least one of the following fields; all that it names must match:
+store. A *selector* names at least one of the following fields; all that it names must match:
 
     id        the sample's ID, 64 hex digits
     source    origin, as producers state it; also of quarantined records
@@ -56,7 +54,6 @@ _SELECTORS: Final = ({"key", "before", "until"}, {"id", "before", "until"})
 _HEX = re.compile(r"(?:[0-9a-f]{2})+")
 _ID = re.compile(r"[0-9a-f]{64}")
 _NUMBERS: Final = (2**31, 2**63)
-"""Exclusive bounds of a partition and of an offset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +73,6 @@ def request_deletion(ledger: Ledger, selector: Mapping[str, str], *, actor: str,
 
 
 def count_selected(store: SampleStore, selector: Mapping[str, str]) -> Selected:
-    """Count the samples and quarantined records that a selector selects now. Raises SelectorError, StoreError."""
     where = condition({name: value for name, value in selector.items() if value})
     return Selected(*(store.count_rows(f"kind = '{kind}' AND {where}") for kind in ("sample", "quarantine")))
 
@@ -116,16 +112,12 @@ def take_tombstones(store: SampleStore, ledger: Ledger) -> int:
 
 
 def remove(store: SampleStore, ledger: Ledger, deletions: Sequence[DeletionRow]) -> int:
-    """Remove the rows that deletions select from the store's newest version. Returns the number of rows. Call it again
-    until they are done: records validated before a deletion may be stored after it. The ledger's entries are derived
-    from receipts in the store, so a crash in between loses nothing. Tombstones share one scan.
+    """Remove the rows that deletions select from the store's newest version. Returns the number of rows.
 
-    Args:
-        deletions: in the order in which they were requested.
-
-    Raises:
-        SelectorError: a selector is invalid.
-        StoreUnavailable: try again.
+    Call it again until they are done: records validated before a deletion may be stored after it. The ledger's entries
+    are derived from receipts in the store, so a crash in between loses nothing. Tombstones share one scan.
+    ``deletions``: in the order in which they were requested. Raises SelectorError: a selector is invalid. Raises
+    StoreUnavailable: try again.
     """
     found = dict(_tombstone_rows(store, [each for each in deletions if is_tombstone(each)]))
     for each in deletions:
@@ -179,7 +171,6 @@ def _earlier(store: SampleStore, ids: Sequence[str], version: int) -> dict[str, 
 
 
 def as_json(row: DeletionRow) -> dict[str, Any]:
-    """The receipt of a deletion in JSON form."""
     times = {name: getattr(row, name) for name in ("requested_at", "removed_at", "held_at", "done_at", "remains_until")}
     return {
         "id": row.id,
@@ -286,7 +277,6 @@ def is_tombstone(deletion: DeletionRow) -> bool:
 
 
 def _tombstone_rows(store: SampleStore, deletions: Sequence[DeletionRow]) -> Iterator[tuple[RecordPosition, str]]:
-    """Positions of the rows that tombstones select, each with the ID of the first one that does."""
     if not deletions:
         return
     by_name: dict[str | bytes, list[DeletionRow]] = defaultdict(list)
@@ -320,9 +310,7 @@ def _covers(selector: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
 
 
 AT_ONCE: Final = 1000
-"""S3's limit per call."""
 ASKED: Final = 20
-"""Versions whose lock is looked up, last written first: those are locked the longest."""
 ELSEWHERE: Final = (
     "Old versions of objects were not looked for, which is done in s3:// only: see to versioning and soft delete."
 )
@@ -344,7 +332,6 @@ class OldVersion:
 class Remains:
     words: str
     until: datetime | None = None
-    """End of the lock, if known."""
 
 
 class OldVersions:

@@ -72,14 +72,13 @@ class MaintenanceRun:
     removed: int = 0
     freed: int = 0
     waiting: bool = False
-    """True if another process holds the lease: nothing was done."""
 
 
 class Maintainer:
     """Maintains one sample store.
 
     >>> Maintainer(settings).run_once()
-    Run(written=0, removed=0, ...)
+    MaintenanceRun(written=0, removed=0, ...)
     """
 
     def __init__(
@@ -89,7 +88,6 @@ class Maintainer:
         store: SampleStore | None = None,
         collect: Callable[[], object] | None = None,
     ) -> None:
-        """``collect`` is called every ``gc.hours``."""
         self.settings = settings
         self.ledger = ledger or Ledger.open(settings.ledger)
         self.store = store or SampleStore(settings.lake)
@@ -118,7 +116,6 @@ class Maintainer:
         return run
 
     def run(self, stopping: threading.Event) -> None:
-        """Run repeatedly until ``stopping``; outages are waited out."""
         publisher = threading.Thread(target=self.events.run, args=(stopping,), name="events")
         publisher.start()
         last_error = ""
@@ -136,7 +133,6 @@ class Maintainer:
         publisher.join()
 
     def close(self) -> None:
-        """Release the lease and close connections."""
         try:
             row = self.ledger.lease(LEASE)
             if row is not None and row.holder == self._holder:
@@ -194,7 +190,6 @@ class Maintainer:
         return expired
 
     def _tell_gaps(self) -> None:
-        """Record an event for each gap. The event's ID is derived from the gap's row."""
         gaps = self.store.tally()["gap"]
         if gaps == self._gaps:
             return
@@ -209,7 +204,6 @@ class Maintainer:
         self._gaps = gaps
 
     def _prune_events(self) -> None:
-        """Remove events from the ledger that were published long ago."""
         if not self._due("prune", PRUNE_SECONDS):
             return
         self.ledger.prune_events(datetime.now(UTC) - timedelta(days=KEEP_EVENTS_DAYS))
@@ -228,7 +222,6 @@ class Maintainer:
         return freed
 
     def _unpin(self, pending: list[DeletionRow]) -> None:
-        """Remove update pins that have kept a version from before a deletion for too long."""
         late = datetime.now(UTC) - timedelta(hours=PIN_HOURS)
         versions = [each.version or 0 for each in pending if each.removed_at is not None and each.removed_at < late]
         for name, version in self.store.pins().items():
@@ -296,13 +289,11 @@ class Maintainer:
 
 
 def _event_id(position: str) -> str:
-    """ID of a gap's event; long topic names are cut and get a digest."""
     name = f"gap-{position}"
     return name if len(name) <= 200 else f"{name[:180]}-{digest12(name.encode())}"
 
 
 def run_maintain(settings: Settings, once: bool = False, collect: Callable[[], object] | None = None) -> None:
-    """Maintain the sample store until SIGTERM or SIGINT, or run once. ``collect``: see :class:`Maintainer`."""
     if once:
         with closing(Maintainer(settings, collect=collect)) as maintainer:
             say(f"maintain: {maintainer.run_once()}")
@@ -356,13 +347,10 @@ ROWS_AT_ONCE: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """The facts about a data file that planning needs."""
-
     id: int
     rows: int
     size: int
     deleted: int
-    """Deleted rows whose bytes are still there."""
 
     @property
     def share(self) -> float:
@@ -403,7 +391,6 @@ def compact(store: SampleStore, expunge: bool = False) -> int:
 
 
 def index(store: SampleStore) -> None:
-    """Extend the indexes to every full fragment."""
     dataset = store.table.open()
     if dataset is None:
         return
@@ -464,5 +451,4 @@ def _fragments(store: SampleStore) -> list[Fragment]:
 
 
 def has_deleted_rows(store: SampleStore) -> bool:
-    """True if the newest version's data files still contain deleted rows."""
     return any(each.deleted for each in _fragments(store))

@@ -1,6 +1,5 @@
-"""The Lance table of the sample store: its rows, and the positions they come from.
-
-Every record of the topic becomes one row, so that each can be accounted for:
+"""The Lance table of the sample store: its rows, and the positions they come from. Every record of the topic becomes
+one row, so that each can be accounted for:
 
     kind        meaning                                                          columns
     sample      an accepted sample                                               all sample columns
@@ -108,7 +107,6 @@ SCHEMA: Final = pa.schema(
 )
 POSITION_SCHEMA: Final = pa.schema([SCHEMA.field(name) for name in POSITION_COLUMNS])
 KEY_BYTES: Final = 256
-"""Longer keys are stored as their SHA-256."""
 
 Tally = Counter[str]
 """Row counts by kind; samples also by ``train`` and ``fresh_eval``, and for each of those ``train/text`` and
@@ -153,7 +151,6 @@ def parse_position(name: str) -> RecordPosition:
 
 
 def read_position(text: str) -> RecordPosition:
-    """Parse a position that a user typed. Raises RecordError."""
     match = _POSITION.fullmatch(text)
     if match is None:
         raise RecordError("position", f"{text[:300]!r} is no position of a record.", "It reads topic:partition:offset.")
@@ -178,8 +175,6 @@ def parse_stream(stream: str) -> tuple[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Reading progress of one partition."""
-
     stream: str
     partition: int
     next: int
@@ -219,7 +214,6 @@ class Position:
 
 
 def newest_of_topic(positions: Iterable[Position], topic: str) -> dict[int, Position]:
-    """Positions in a topic's newest generation, by partition."""
     newest: dict[int, Position] = {}
     for position in positions:
         name, generation = parse_stream(position.stream)
@@ -283,7 +277,6 @@ def gap_row(stream: str, partition: int, start: int, until: int, reason: str, wh
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Split the items into lists of at most ``size``."""
     left = iter(items)
     while some := list(islice(left, size)):
         yield some
@@ -308,12 +301,9 @@ class SampleTable:
         self._session = lance.Session(INDEX_CACHE_BYTES, METADATA_CACHE_BYTES)
 
     def open(self, version: int | None = None) -> Any | None:
-        """Open a version as a Lance dataset; the newest by default, None if there is no table yet.
-
-        Raises:
-            StoreUnavailable: it cannot be read now.
-            StoreError: the version is no longer kept, or the table is from another version of Ratchet.
-        """
+        """Open a version as a Lance dataset; the newest by default, None if there is no table yet. Raises
+        StoreUnavailable: it cannot be read now. Raises StoreError: the version is no longer kept, or the table is from
+        another version of Ratchet."""
         if version == 0:
             return None
         try:
@@ -382,7 +372,6 @@ class SampleTable:
         return metadata[b"ratchet.store"].decode(), bytes.fromhex(metadata[b"ratchet.split_key"].decode())
 
     def discard(self, files: Iterable[str]) -> None:
-        """Delete data files that no version of the table has, by their names in its data folder."""
         session = LanceFileSession(f"{self.url}/data")
         for name in files:
             try:
@@ -406,7 +395,6 @@ def position_fragments(dataset: Any) -> list[Any]:
 
 
 def positions(dataset: Any) -> Iterator[tuple[int, Position]]:
-    """Fragment and position of every partition, :data:`ROOT` included."""
     fragments = position_fragments(dataset)
     if not fragments:
         return

@@ -1,6 +1,5 @@
-"""Queries on the sample store: samples by filter, counts by domain, source and concept, and receipts.
-
-They scan whole columns in bounded memory: for people, not for the path of a record.
+"""Queries on the sample store: samples by filter, counts by domain, source and concept, and receipts. They scan whole
+columns in bounded memory: for people, not for the path of a record.
 
 >>> trace(store, ("ratchet.samples", 0, 42))
 [Receipt(stream='ratchet.samples', partition=0, offset=42, outcome='stored', ...)]
@@ -51,8 +50,6 @@ _ID: Final = re.compile(r"[0-9a-f]{8,64}")
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """The outcome of one record. Strings are empty where there is no value."""
-
     stream: str
     """The topic, with its generation if it was recreated (topic@1)."""
     partition: int
@@ -61,12 +58,10 @@ class Receipt:
     id: str = ""
     duplicate_of: str = ""
     reason: str = ""
-    """Code of a quarantine, duplicate, loss or deletion."""
     detail: str = ""
     source: str = ""
     split: str = ""
     time: datetime | None = None
-    """Time of the outcome (UTC)."""
 
     @property
     def position(self) -> str:
@@ -119,7 +114,6 @@ def _by_position(store: SampleStore, query: RecordPosition) -> list[Receipt]:
 
 
 def _generations(known: Iterable[Position], topic: str) -> list[str]:
-    """The logs of a topic name, newest first."""
     if "@" in topic:
         return [topic]
     streams = {each.stream for each in known if parse_stream(each.stream)[0] == topic}
@@ -168,7 +162,6 @@ class SampleFilter:
     since: datetime | None = None
 
     def where(self) -> str:
-        """The filter as an SQL condition."""
         clauses = ["kind = 'sample'"]
         for name in ("split", "domain", "source", "concept"):
             value = getattr(self, name)
@@ -194,7 +187,6 @@ def newest_samples(
 
 
 def with_images(store: SampleStore, rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Rows with their images, read a few at a time; samples deleted meanwhile are skipped."""
     for group in chunks(rows, IMAGE_ROWS):
         images = store.image([row["id"] for row in group])
         for row in group:
@@ -214,7 +206,6 @@ def stream_samples(store: SampleStore, which: SampleFilter, version: int | None 
 
 
 def count_samples(store: SampleStore, which: SampleFilter, version: int | None = None) -> int:
-    """Number of matching samples; an empty filter needs no scan."""
     if which.is_empty:
         return store.count(version)
     return sum(batch.num_rows for batch in store.batches(which.where(), ["offset"], version=version))
@@ -229,7 +220,6 @@ class ValueCounts:
     """Rows of dropped values. A value may have rows here that were counted before it was dropped."""
 
     def add(self, values: pa.Array) -> None:
-        """Count the values of a batch; null counts as empty."""
         for each in pc.value_counts(values):
             self.counts[each["values"].as_py() or ""] += each["counts"].as_py()
         if len(self.counts) > MAX_VALUES:
@@ -238,7 +228,6 @@ class ValueCounts:
             self.counts = most_common
 
     def top(self, limit: int) -> list[tuple[str, int]]:
-        """The most frequent values, then the sum of the others."""
         rows = self.counts.most_common(limit)
         others = self.counts.total() + self.omitted - sum(count for _, count in rows)
         return [*rows, (OTHERS, others)] if others else rows
@@ -251,9 +240,7 @@ class StoreStats:
     size: int
     """Bytes of the data files, including what is not compacted yet."""
     samples: dict[str, ValueCounts]
-    """Samples by ``domain``, ``source`` and ``concept``."""
     refusals: dict[str, ValueCounts]
-    """Quarantined records by ``reason`` and ``source``."""
 
 
 def store_stats(store: SampleStore) -> StoreStats:
@@ -265,7 +252,6 @@ def store_stats(store: SampleStore) -> StoreStats:
 def quarantine_counts(
     store: SampleStore, reason: str | None = None, source: str | None = None, version: int | None = None
 ) -> dict[str, ValueCounts]:
-    """Quarantined records by ``reason`` and by ``source``, optionally of one of them."""
     return count_values(store, quarantine_condition(reason, source), ("reason", "source"), version)
 
 

@@ -39,7 +39,6 @@ from streams.store.writer import Rows, StoreWriter
 Having = Literal["text", "question"]
 BATCH_ROWS: Final = 8192
 BACKUP_PIN: Final = "backup-"
-"""Prefix of backups' pins; updates pin under their IDs."""
 IO_BUFFER_BYTES: Final = 64 << 20
 """Read-ahead of a scan; Lance's default is 2 GiB."""
 ADDRESS: Final = "_rowaddr"
@@ -69,12 +68,8 @@ class SampleStore:
         return 0 if dataset is None else int(dataset.version)
 
     def pin(self, name: str, version: int) -> None:
-        """Keep a version until :meth:`unpin`. Pinning another version under the same name moves the pin.
-
-        Raises:
-            StoreUnavailable: try again.
-            StoreError: the version is no longer kept.
-        """
+        """Keep a version until :meth:`unpin`. Pinning another version under the same name moves the pin. Raises
+        StoreUnavailable: try again. Raises StoreError: the version is no longer kept."""
         dataset = self.table.open()
         if dataset is None or not version:
             return
@@ -106,7 +101,6 @@ class SampleStore:
         return {position.key: position for position in known if position.key != ROOT.key}
 
     def offsets(self, version: int | None = None) -> dict[str, int]:
-        """Next offset to read of each partition, by ``topic:partition`` (``topic@n:partition`` after a lost log)."""
         return {key: position.next for key, position in self.positions(version).items()}
 
     def tally(self, version: int | None = None) -> Tally:
@@ -226,7 +220,6 @@ class SampleStore:
     def batches(
         self, where: str, columns: Sequence[str], size: int = BATCH_ROWS, version: int | None = None
     ) -> Iterator[pa.RecordBatch]:
-        """Like :meth:`select`, in batches of at most ``size`` rows, in storage order."""
         dataset = self.table.open(version)
         if dataset is not None:
             yield from self._batches(dataset, columns, where, size)
@@ -302,7 +295,6 @@ class SampleStore:
         return self._table(["id", "ingested_at"], where, version)
 
     def gaps(self, limit: int = 100) -> list[dict[str, Any]]:
-        """The newest gaps, newest first: position, until, reason and time."""
         if not self.tally()["gap"]:
             return []
         return self.newest(limit, "kind = 'gap'", ["until", "reason", "detail"])
@@ -320,7 +312,6 @@ class SampleStore:
         return sum(file.file_size_bytes or 0 for fragment in fragments for file in fragment.data_files())
 
     def put(self, rows: Rows, ends: Iterable[Position]) -> int:
-        """Store rows that do not come from a consumer: :meth:`streams.store.writer.StoreWriter.put`."""
         return StoreWriter(self.table).put(rows, ends)
 
     def _where(self, dataset: Any, split: str | None, after: Mapping[str, int] | None, having: Having | None) -> str:

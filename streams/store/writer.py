@@ -55,11 +55,8 @@ OUTAGES: Final = 2
 
 @dataclass(eq=False, slots=True)
 class Claim:
-    """The right to store records of one partition, until another process claims it."""
-
     position: Position
     fragment: int
-    """The fragment that holds the position."""
 
     @property
     def key(self) -> str:
@@ -77,12 +74,8 @@ class StoreWriter:
     ) -> list[Claim]:
         """Take over partitions, each at its stored position, or at the given one where none is stored. A topic ID that
         the store does not know yet is taken from the given position. ``rows`` and ``moves`` are committed in the same
-        transaction, as by :meth:`commit`.
-
-        Raises:
-            Superseded: a claim in ``moves`` is not the newest; nothing was claimed.
-            StoreUnavailable: nothing was claimed; try again.
-        """
+        transaction, as by :meth:`commit`. Raises Superseded: a claim in ``moves`` is not the newest; nothing was
+        claimed. Raises StoreUnavailable: nothing was claimed; try again."""
         wanted = list(starts)
         for _ in range(ATTEMPTS):
             dataset = self.table.create()
@@ -152,13 +145,8 @@ class StoreWriter:
 
         With the reason :data:`DELETION` records are deleted: a sample passes to another record that also sent it,
         unless that meets the condition too. Other reasons delete samples and quarantined records. The bytes stay in the
-        data files until maintenance has rewritten those and removed the old versions.
-
-        Args:
-            where: in Lance's SQL, as for :meth:`streams.store.sample_store.SampleStore.select`.
-
-        Raises:
-            StoreUnavailable: nothing was deleted; try again.
+        data files until maintenance has rewritten those and removed the old versions. ``where``: in Lance's SQL, as for
+        :meth:`streams.store.sample_store.SampleStore.select`. Raises StoreUnavailable: nothing was deleted; try again.
         """
         now = datetime.now(UTC)
         of, pass_on = (SENT, True) if reason == DELETION else (CONTENT, False)
@@ -237,10 +225,8 @@ class StoreWriter:
 
     def merge(self, fragments: Sequence[int], rows_at_once: int) -> int:
         """Rewrite some fragments as one, without deleted rows. Returns the bytes written; 0 if another process changed
-        one of them meanwhile, and nothing was changed.
-
-        Lance's own compaction merges only neighbours, and moves what it writes to the end, where it separates other
-        neighbours. Raises StoreUnavailable: nothing was changed; try again.
+        one of them meanwhile, and nothing was changed. Lance's own compaction merges only neighbours, and moves what it
+        writes to the end, where it separates other neighbours. Raises StoreUnavailable: nothing was changed; try again.
         """
         dataset = self.table.create()
         parts = [dataset.get_fragment(number) for number in fragments]

@@ -84,7 +84,6 @@ def read_dataset(
 
 
 def choose(path: Path | str, name: str | None) -> Format:
-    """The format with this name; None: the detected one. Raises RecordError."""
     if name is None:
         return detect(path)
     if name not in FORMATS:

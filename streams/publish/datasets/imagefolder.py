@@ -37,14 +37,12 @@ MAX_DEPTH: Final = 16
 
 
 def matches(path: Path) -> bool:
-    """True for a folder with metadata files, or with folders of images."""
     if not path.is_dir():
         return False
     return bool(_metadata_files(path)) or any(image.parent != path for image in images_under(path))
 
 
 def read(source: Source) -> Iterator[DatasetRow]:
-    """Rows of the metadata files if any, else the images of the class folders."""
     indexes = _metadata_files(source.path)
     if not indexes:
         yield from _classes(source)
@@ -121,11 +119,9 @@ FORMAT: Final = Format("imagefolder", "image files with metadata.csv or .jsonl, 
 
 
 _LOOKED_AT: Final = 16
-"""Images checked for texts when detecting the format."""
 
 
 def _is_sidecars(path: Path) -> bool:
-    """True if one of the first images has a text file."""
     return path.is_dir() and any(
         image.with_suffix(".txt").is_file() for image in islice(images_under(path), _LOOKED_AT)
     )

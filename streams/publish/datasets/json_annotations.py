@@ -27,7 +27,6 @@ from streams.publish.folders import DatasetRow, FolderItem, Where, dataset_error
 
 _Shape = Literal["coco", "conversations", ""]
 _MAX_FILES: Final = 64
-"""JSON files inspected per folder."""
 _MAX_ROOTS: Final = 64
 _HEAD_BYTES: Final = 64 * 1024
 _LINES: Final = (".jsonl", ".ndjson")
@@ -39,8 +38,6 @@ _CLOSE: Final = ("end_map", "end_array")
 
 
 class _Bounded:
-    """A file that yields a bounded number of bytes until `reset`."""
-
     def __init__(self, path: Path, stream: BinaryIO) -> None:
         self._path = path
         self._stream = stream
@@ -112,7 +109,6 @@ def _shape_of(path: Path) -> _Shape:
 
 
 def _files_of_shape(path: Path, shape: _Shape) -> list[Path]:
-    """The JSON files of this kind: the file itself, or those in a folder and its ``annotations``."""
     candidates = iter([path] if path.suffix.lower() == ".json" else [])
     if path.is_dir():
         candidates = (file for folder in (path, path / "annotations") for file in sorted(folder.glob("*.json")))

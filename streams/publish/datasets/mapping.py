@@ -1,7 +1,6 @@
-"""Mapping of common column names to sample fields, for formats that prescribe none.
-
-Columns are matched by name, ignoring case. Each caption of a list, and each turn of a conversation, becomes a sample of
-the same image. A class name serves as the text if there is no other.
+"""Mapping of common column names to sample fields, for formats that prescribe none. Columns are matched by name,
+ignoring case. Each caption of a list, and each turn of a conversation, becomes a sample of the same image. A class name
+serves as the text if there is no other.
 
 Values that define the sample (texts, questions, answers, classes) must have the right type, or the row is bad. Other
 values (source, concept, domain, split, time, tags) are ignored if they do not fit: elsewhere these names mean other
@@ -25,7 +24,6 @@ from ratchet_client.images import MAX_BYTES
 from streams.publish.folders import DatasetRow, FolderItem, Where, iso_time, list_field
 
 IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
-"""Suffixes of the formats that :mod:`ratchet_client.images` decodes."""
 MAX_TEXT_BYTES: Final = 2**20
 """Longest text, JSON object or other field of a row that is read."""
 _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
@@ -40,7 +38,6 @@ class Source:
 
     @property
     def domain(self) -> str:
-        """Name of the data set: the default domain of its rows."""
         if self.path.is_dir():
             return self.path.resolve().name
         return self.path.parent.resolve().name if "{" in self.path.name else self.path.name.split(".")[0]
@@ -86,8 +83,6 @@ _MODELS: Final = frozenset({"gpt", "assistant", "model"})
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """The image of a row: a file, or inline bytes with a name."""
-
     path: Path
     inline: bytes | None = None
 
@@ -104,7 +99,6 @@ def rows_of(where: Where, items: Iterable[FolderItem]) -> Iterator[DatasetRow]:
 
 
 def has_words(columns: Sequence[str]) -> bool:
-    """True if columns with these names can make a sample."""
     names = {name.lower() for name in columns}
     return bool(names & {*TEXT, *LABEL, *CONVERSATIONS}) or bool(names & set(QUESTION) and names & {*ANSWER, "answers"})
 

@@ -35,7 +35,6 @@ from streams.publish.folders import DatasetRow, FolderItem, Where, dataset_error
 
 IMAGE: Final = ("image", "img", "images", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 STATUS: Final = ("status", "error_message")
-"""img2dataset's columns about each download."""
 BATCH_BYTES: Final = 16 * 2**20
 MAX_BATCH_ROWS: Final = 256
 BUFFER_BYTES: Final = 2**20
@@ -50,7 +49,6 @@ class _Layout:
 
 
 def matches(path: Path) -> bool:
-    """True for a parquet file, or a folder whose first one has an image column."""
     if path.is_dir():
         try:
             first = next(iter(files_under(path, ".parquet")), None)
@@ -165,7 +163,6 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
-    """The features in the ``huggingface`` metadata, if any."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: each for name, each in features.items() if isinstance(each, dict)}

@@ -46,8 +46,6 @@ _DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, LZMAErro
 
 
 class _BoundedTarInfo(tarfile.TarInfo):
-    """A member with bounded extended headers."""
-
     def _proc_member(self, tar: tarfile.TarFile) -> Any:
         if self.size < 0 or (not self.isreg() and self.size > MAX_HEADER_BYTES):
             raise tarfile.ReadError(f"a header of {self.size} bytes")
@@ -59,7 +57,6 @@ class _Group:
     key: str
     parts: dict[str, bytes] = field(default_factory=dict)
     problem: tuple[str, str, str] | None = None
-    """Field, problem, fix."""
 
 
 def expand(path: Path) -> list[Path]:
@@ -83,7 +80,6 @@ def _choices(brace: str, path: Path) -> list[str]:
 
 
 def _shards_of(path: Path) -> list[Path]:
-    """The shards of a file, folder or pattern, in order. Raises RecordError if one is missing."""
     if path.is_dir():
         return files_under(path, *SUFFIXES)
     shards = [path] if path.is_file() else expand(path)
