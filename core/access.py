@@ -48,10 +48,10 @@ _NO_KEY = digest_of("")
 
 class Keys(Protocol):
     def api_keys(self) -> list[KeyRow]:
-        pass
+        """Valid keys."""
 
     def touch_keys(self, used: Mapping[str, datetime]) -> None:
-        pass
+        """Record when keys were last used."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
     RatchetError
     ├── ConfigError        a setting is wrong or missing
-    │   └── SelectorError      what is to be deleted is not said in a way that can be carried out
-    ├── RecordError        one record (or image) from outside is not acceptable
+    │   └── SelectorError      a selector for a deletion is wrong
+    ├── RecordError        a record (or image) from outside is invalid
     ├── BrokerError        Kafka cannot be reached or refuses
     │   ├── RegistryUnavailable    the schema registry cannot be reached or refuses
     │   │   └── SchemaUnavailable      it answers, but does not give this schema
@@ -15,18 +15,18 @@
     │   ├── StoreFull          its disk is full
     │   ├── Superseded         another process has taken over a partition
     │   ├── SkipRefused        offsets cannot be skipped
-    │   └── UnknownRecord      no record was refused at this place
+    │   └── UnknownRecord      there is no quarantined record at this place
     ├── BaseModelError     a base checkpoint is missing or unusable
     ├── AdapterError       an adapter directory is missing, damaged or does not fit the base
     ├── TrainingError      an update cannot be trained
-    ├── BudgetError        the compute budget does not allow it
+    ├── BudgetError        the compute budget is too small
     ├── GateError          a suite is wrong or cannot be scored
-    ├── AccessError        a caller's name or key is not acceptable
+    ├── AccessError        a caller's name or key is invalid
     ├── LedgerError        a row is missing or contradicts what is there
-    │   ├── AlreadyResubmitted    a refused record was sent again before
+    │   ├── AlreadyResubmitted    a quarantined record was sent again before
     │   ├── LeaseLost          another process holds the lease now
     │   └── LedgerUnavailable  the database cannot be used now
-    │       └── CommitUnknown      whether a change was made is not known
+    │       └── CommitUnknown      it is unknown whether a change was made
     └── ReleaseError       a proposal could not be released
         ├── Held               updates are on hold
         └── ReleaseConflict    another operator released first
@@ -47,7 +47,7 @@ from ratchet_client.errors import RecordError as RecordError
 
 
 class SelectorError(ConfigError):
-    """A selector for a deletion cannot be carried out. ``field`` is the wrong one."""
+    """A selector for a deletion is wrong. ``field`` names the wrong field."""
 
     def __init__(self, field: str, message: str, fix: str = "") -> None:
         super().__init__(message, fix)
@@ -124,7 +124,7 @@ class DiskFull(RatchetError):
 
 
 class BudgetError(RatchetError):
-    """The compute budget does not allow it."""
+    """The compute budget is too small."""
 
 
 class GateError(RatchetError):
@@ -132,7 +132,7 @@ class GateError(RatchetError):
 
 
 class AccessError(RatchetError):
-    """A caller's name or key is not acceptable."""
+    """A caller's name or key is invalid."""
 
 
 class LedgerError(RatchetError):

@@ -17,7 +17,7 @@ LOOK_SECONDS: Final = 2.0
 
 
 class StoodStill(TimeoutError):
-    pass
+    """Nothing has moved for too long; the message says what moved last, and when."""
 
 
 def wait_until(

@@ -29,11 +29,13 @@ class Artifacts:
     def __init__(
         self, url: str, cache: Path | None = None, seconds: float = CALL_SECONDS, cache_bytes: int = CACHE_BYTES
     ) -> None:
-        """Args:
-        url: a folder, or a URL that fsspec knows.
-        cache: folder for local copies of an object store's contents.
-        seconds: time limit of an object store call; transfers get more by their size.
-        cache_bytes: bound of that folder; unused entries are evicted, least recently used first."""
+        """Open the artifacts of a folder, or of a URL that fsspec knows.
+
+        Args:
+            cache: folder for local copies of an object store's contents.
+            seconds: time limit of an object store call; transfers get more by their size.
+            cache_bytes: bound of that folder; unused entries are evicted, least recently used first.
+        """
         self.filesystem, self.root = open_filesystem(url)
         self.local = local_folder(self.filesystem, self.root)
         default_cache = Path(tempfile.gettempdir()) / f"ratchet-artifacts-{os.getuid()}"
@@ -61,7 +63,7 @@ class Artifacts:
 
     def fetch(self, key: str, digest: str | None = None) -> Path:
         """A local directory with the contents of ``key``: the original, or a cached, verified copy. ``digest``: the
-        expected :func:`directory_digest`, from the ledger (:attr:`AdapterRow.digest`). Raises AdapterError: it is
+        expected :func:`directory_digest`, from the ledger (:attr:`AdapterRow.digest`). Raises AdapterError if it is
         missing, incomplete, damaged, or does not match ``digest``."""
         path = self._path(key)
         if self.local is None:

@@ -121,8 +121,8 @@ def _check_out(session: Session) -> None:
 
 def open_database(url: str, migrate: bool, check: bool = True) -> Database:
     """Connect to SQLite (WAL) or PostgreSQL and migrate; without ``check`` neither happens before the first call.
-    Raises LedgerUnavailable: the database does not answer. Raises LedgerError: the URL is wrong, or the database is not
-    migrated."""
+    Raises LedgerUnavailable if the database does not answer. Raises LedgerError if the URL is wrong, or the database is
+    not migrated."""
     try:
         parsed = make_url(url)
         engine = _make_engine(parsed)

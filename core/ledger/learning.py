@@ -42,9 +42,9 @@ class LearningQueries(Queries):
         digest: str | None = None,
     ) -> AdapterRow:
         """Record an adapter. Idempotent, so that a restart may repeat it. Clears a finished collection: store the files
-        after this call. ``digest``: :func:`core.artifacts.directory_digest` of its directory, checked on loading. The
-        name has only 48 bits of a digest. Raises LedgerError: it is recorded with other spaces or another digest, or
-        its files are being collected."""
+        after this call. ``digest``: :func:`core.artifacts.directory_digest` of its directory, checked on loading,
+        because the name has only 48 bits of one. Raises LedgerError if it is recorded with other spaces or another
+        digest, or its files are being collected."""
         with self.database.write() as session:
             row = session.get(AdapterRow, name, with_for_update=True)
             if row is None:

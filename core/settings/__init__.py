@@ -17,7 +17,7 @@ from core.settings.watching import Logs, Traces, Watch
 
 
 class Settings(Section):
-    """Everything. ``origins`` maps each dotted name to the place its value came from."""
+    """All settings. ``origins`` maps each dotted name to the place its value came from."""
 
     home: Path = Field(Path(".ratchet"), description="Folder of the embedded defaults.")
     ledger_url: str | None = Field(None, description="SQLAlchemy URL; SQLite in home when unset.")

@@ -1,4 +1,4 @@
-"""Settings of identity providers: where tokens come from, and who may sign in."""
+"""Settings of identity providers: sources of tokens, and sign-in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of what answers requests: base models, HTTP server, access, catalog, console, and how releases go live."""
+"""Settings of serving: base models, HTTP server, access, catalog, console, and rollout of releases."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SHIPPED_VLM: Final = "shipped-vlm"
 
 
 class BaseModels(Section):
-    """Which frozen checkpoints are served."""
+    """The frozen checkpoints that are served."""
 
     clip: str = Field(SHIPPED, description="Name of a registered CLIP base (`ratchet base list`).")
     vlm: str = Field(SHIPPED_VLM, description="Name of a registered VLM base; empty: no VLM is served.")
 
 
 class Listener(Section):
-    """What listens on an address."""
+    """An address to listen on."""
 
     host: str
     port: int
@@ -130,7 +130,7 @@ class Serve(Listener):
 
 
 class AccessRules(Section):
-    """Who needs a key, and how often one may call."""
+    """Required keys, and rate limits."""
 
     require_keys: Literal["auto", "always", "never"] = Field(
         "auto",
@@ -146,7 +146,7 @@ class AccessRules(Section):
 
 
 class Catalog(Section):
-    """How the catalog embeds, and how it is searched."""
+    """Embedding and search of the catalog."""
 
     min_recall: float = Field(
         0.9, gt=0, lt=1, description="An index that finds less of the true ten nearest rows is not used."
@@ -176,7 +176,7 @@ class Console(Listener):
 
 
 class Rollout(Section):
-    """How an update goes live, and what the guard watches. Bounds are on what a release may do to its incumbent."""
+    """Rollout of updates, and the guard's limits on a release compared with its incumbent."""
 
     mode: Literal["direct", "canary", "shadow"] = Field(
         "direct", description="How updates go live: at once, for a share of the requests first, or only compared first."

@@ -108,9 +108,8 @@ class Batch:
             self._bytes = sum(size for *_, size in self._entries)
 
     def commit(self, watermark: Watermark) -> CommitResult:
-        """Store all records in one commit, and empty the batch. Raises Superseded: another process has claimed some of
-        the partitions; nothing was stored. Try again without them (:meth:`drop`). Raises StoreUnavailable: nothing was
-        stored; try again."""
+        """Store all records in one commit, and empty the batch. Stores nothing and raises Superseded if another process
+        has claimed some of the partitions: try again without them (:meth:`drop`); or StoreUnavailable: try again."""
         ends = {reading: reading.behind(end) for reading, end, _, _ in self._entries}
         outcome = CommitResult(
             readings=list(ends), records=len(self._entries), size=sum(size for *_, size in self._entries)

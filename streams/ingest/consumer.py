@@ -71,9 +71,8 @@ class Consumer:
     def __init__(
         self, settings: Settings, on_change: Callable[[IngestStatus], None] | None = None, processes: int = 0
     ) -> None:
-        """Args:
-        on_change: called with the status after every commit and change of state.
-        processes: validator processes; 0: threads of this process, which start at once and are half as fast."""
+        """``on_change`` is called with the status after every commit and change of state. ``processes``: validator
+        processes; 0: threads of this process, which start at once and are half as fast."""
         self.settings = settings
         self.kafka = settings.kafka
         self.store = SampleStore(settings.lake)

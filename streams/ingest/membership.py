@@ -168,7 +168,7 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
 
 
 class LogLost(BrokerError):
-    pass
+    """The topic's log is not the one read so far."""
 
 
 class Membership:

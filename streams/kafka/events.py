@@ -107,8 +107,8 @@ class EventPublisher:
 
     def publish_pending(self) -> int:
         """Publish waiting events. Returns the number marked as published; 0 also if another process publishes. Raises
-        BrokerError: the broker is unreachable or denies access. The next call finds out what was sent. Raises
-        SQLAlchemyError: the ledger is unreachable."""
+        BrokerError or SQLAlchemyError if the broker or the ledger is unavailable; the next call finds out what was
+        sent."""
         total = 0
         self._measure()
         while self.enabled and (rows := self.ledger.waiting_events(BATCH)):

@@ -52,8 +52,8 @@ class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]
         self._refresh_at = self._ends_at = 0.0
 
     def token(self) -> str:
-        """A currently valid token. Raises SaslAuthenticationFailedError: the endpoint denies access, or the file has no
-        token; names the setting. Raises KafkaConnectionError: the endpoint is unreachable; names the setting."""
+        """A currently valid token. The errors name the setting: SaslAuthenticationFailedError if the endpoint denies
+        access, or the file has no token; KafkaConnectionError if the endpoint is unreachable."""
         with self._lock:
             try:
                 token = self._from_file() if self.oauth.token_file else self._from_endpoint()

@@ -80,8 +80,8 @@ class Outbox:
 
     def publish(self, entries: Sequence[OutboxEntry]) -> dict[str, Delivery]:
         """Make sure that each entry is in the topic. Returns their places by ID. Entries published before cost nothing.
-        Raises Fenced: another process publishes this outbox now. Raises BrokerError: some may not have been published;
-        the next call finds out which."""
+        Raises Fenced if another process publishes this outbox now; BrokerError if some may not have been published,
+        which the next call finds out."""
         if not entries:
             return {}
         if not self.sender.opened:
@@ -144,8 +144,8 @@ class FencedSender:
         return self._client is not None
 
     def open(self) -> None:
-        """Fence earlier senders with the same transactional ID and abort their open transaction. Raises BrokerError: no
-        broker answers, or it does not allow the transactional ID, or has no transactions."""
+        """Fence earlier senders with the same transactional ID and abort their open transaction. Raises BrokerError if
+        no broker answers, or it does not allow the transactional ID, or has no transactions."""
         self.close()
         try:
             self._client = self._connect()
@@ -273,7 +273,7 @@ def _within(seconds: float, call: Callable[[], Result]) -> Result:
 def read_back(kafka: Kafka, topic: str, since: datetime) -> Iterator[Any]:
     """Yield a topic's kafka-python records sent after ``since`` (and some earlier ones), to its end. Aborted records
     are left out if the broker tells them apart: the result is what ``isolation.level=read_committed`` consumers see. A
-    missing topic has none. Raises BrokerError: the broker cannot be reached, or the end was not reached within
+    missing topic has none. Raises BrokerError if the broker cannot be reached, or the end was not reached within
     :data:`READ_BACK_SECONDS`."""
     options = {"enable_auto_commit": False, "auto_offset_reset": "earliest", "isolation_level": "read_committed"}
     with reading_alone(kafka, f"reading topic {topic} back", **options) as consumer:

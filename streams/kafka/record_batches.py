@@ -1,8 +1,8 @@
 """Record batches of a Kafka log, parsed so that no bytes raise an exception.
 
 :mod:`streams.kafka.tolerant_fetch` finds the batches in a fetch and decides which can be trusted; the classes here read
-    the records of one batch. Unreadable ones become records that carry a ``Corrupt`` in kafka-python's checksum field,
-    so that they pass through its own code like any other.
+the records of one batch. Unreadable ones become records that carry a ``Corrupt`` in kafka-python's checksum field, so
+that they pass through its own code like any other.
 
 kafka-python expands a compressed batch whole: 64 KiB of gzip can be 64 MiB of zeros. The decoders here use the
 incremental interface of the same libraries, and stop as soon as the output exceeds a limit.
@@ -273,9 +273,9 @@ class TooLarge(ValueError):
 
 
 def decompress(codec: int, data: memoryview, limit: int) -> bytearray:
-    """Expand ``data``. ``codec`` is the low three bits of a batch's attributes. Raises TooLarge: the output exceeds
-    ``limit`` bytes; at most ``limit`` + 1 MiB was held in memory. Raises Exception: whatever the codec's library raises
-    for damaged data; ValueError for an unknown codec."""
+    """Expand ``data``. ``codec`` is the low three bits of a batch's attributes. Raises TooLarge if the output exceeds
+    ``limit`` bytes, with at most ``limit`` + 1 MiB held in memory; ValueError for an unknown codec; any exception of
+    the codec's library for damaged data."""
     decoder = _DECODERS.get(codec)
     if decoder is None:
         raise ValueError(f"compression codec {codec} is not known")

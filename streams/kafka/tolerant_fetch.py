@@ -12,7 +12,8 @@ Transactions, control batches, positions and metrics remain kafka-python's own c
 (:mod:`streams.kafka.record_batches`) that never raise, and whose unreadable records carry their ``Corrupt`` in the
 checksum field.
 
-Finding the batches of a fetch ------------------------------
+Finding the batches of a fetch
+------------------------------
 
 A batch's checksum does not cover its offset and length, so those are trusted only if they agree with the fetch: with
 the requested position, the next batch, the end of the log. Otherwise the batch is fetched a second time before it
@@ -23,7 +24,8 @@ knows.
 The offsets of a damaged batch are those in its header if nothing contradicts them. Otherwise fewer are assumed, at
 least one: too few cost another fetch, too many would cost records.
 
-Truncation (KIP-320), as kafka-python 3.0.12 does it ----------------------------------------------------
+Truncation (KIP-320), as kafka-python 3.0.12 does it
+----------------------------------------------------
 
 A position has the leader epoch of the record before it. When the cluster's epoch becomes newer, or a fetch (version 12)
 says that the logs diverge, the fetcher asks the leader in the background. If the log ends before the position and
@@ -72,7 +74,7 @@ MAX_BATCH_BYTES = 64 * 1024 * 1024
 
 def install(consumer: KafkaConsumer, max_batch_bytes: int = MAX_BATCH_BYTES) -> None:
     """Make ``poll`` of this consumer return a ``Corrupt`` for each unreadable offset. Batches that expand to more than
-    ``max_batch_bytes`` are not read. Raises ConfigError: the installed kafka-python is built differently, or the
+    ``max_batch_bytes`` are not read. Raises ConfigError if the installed kafka-python is built differently, or the
     consumer has deserializers (which would get None for corrupt records)."""
     check_library()
     for name in ("key_deserializer", "value_deserializer"):
@@ -86,7 +88,7 @@ def install(consumer: KafkaConsumer, max_batch_bytes: int = MAX_BATCH_BYTES) -> 
 def complete_joins(consumer: KafkaConsumer) -> None:
     """Make a consumer complete each join that it has started. kafka-python 3.0.12 forgets a join that ``poll`` leaves
     between JoinGroup and SyncGroup: it no longer sees a need to join, and its member stays without partitions
-    (tests/outside/kafka/kafka_python_report.md). Raises ConfigError: the installed kafka-python is built differently.
+    (tests/outside/kafka/kafka_python_report.md). Raises ConfigError if the installed kafka-python is built differently.
     """
     coordinator = consumer._coordinator
     if not hasattr(coordinator, "_join_task"):

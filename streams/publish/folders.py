@@ -165,8 +165,8 @@ def select_split(rows: Iterable[DatasetRow], source: Path, split: str | None) ->
 
 def write_folder(path: Path | str, items: Iterable[FolderItem]) -> Path:
     """Write `items` as the folder dataset at `path`, and return `path`. Item paths are inside `path`, or relative to
-    it; inline images are written there, others must exist. `data.csv` appears last and atomically, and is
-    deterministic."""
+    it; inline images are written there, others must exist. `data.csv` appears last and atomically; the same items give
+    the same bytes."""
     root = Path(path)
     root.mkdir(parents=True, exist_ok=True)
     with replacing(root / INDEX) as staging, staging.open("w", encoding="utf-8", newline="") as stream:
@@ -254,9 +254,9 @@ TableRow = tuple[Where, Mapping[str, Any] | RecordError]
 
 
 def csv_rows(path: Path, check_header: Callable[[Sequence[str]], None]) -> Iterator[TableRow]:
-    """Rows of a CSV file (UTF-8, comma separated, with a header), as strings by column. ``check_header``: called with
-    the column names; raises `RecordError` if they are unsuitable. Raises RecordError: the header is unsuitable, or a
-    row is longer than `MAX_ROW_CHARS`."""
+    """Rows of a CSV file (UTF-8, comma separated, with a header), as strings by column. ``check_header`` gets the
+    column names, and raises `RecordError` if they are unsuitable. Also raises `RecordError` for a row longer than
+    `MAX_ROW_CHARS`."""
     # Python's own limit of 131,072 characters is below that of a base64 image.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_CHARS))
     # Invalid UTF-8 becomes lone surrogates, so that one such row does not end the reading.

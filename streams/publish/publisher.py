@@ -412,7 +412,7 @@ class ProgressFile:
 
 def wait_until_stored(settings: Settings, last: Mapping[int, int], seconds: float) -> None:
     """Wait until ingest has stored or quarantined everything up to offsets of ``kafka.topic``, by partition. Raises
-    StoreUnavailable: it has not done so within ``seconds``. Raises BrokerError, StoreError: the topic or the store
+    StoreUnavailable if it has not done so within ``seconds``; BrokerError or StoreError if the topic or the store
     cannot be read."""
     topic = settings.kafka.topic
     with closing(Admin(settings.kafka)) as admin:

@@ -11,7 +11,7 @@ UNCOMPRESSED = {"accept-encoding": "identity"}
 
 
 class BodyTooLarge(ValueError):
-    pass
+    """A body exceeds the size limit."""
 
 
 def bounded_body(response: httpx.Response, max_bytes: int, seconds: float) -> bytes:

@@ -52,7 +52,7 @@ class SchemaRegistry:
     """
 
     def __init__(self, url: str, auth: str | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-        """Sends no request before the first record. ``auth``: ``user:password``. Raises ConfigError: the extra
+        """Sends no request before the first record. ``auth``: ``user:password``. Raises ConfigError if the extra
         ``registry`` is not installed."""
         try:
             import fastavro  # noqa: F401
@@ -74,9 +74,9 @@ class SchemaRegistry:
         return cls(kafka.schema_registry, auth.get_secret_value() if auth else None) if kafka.schema_registry else None
 
     def read(self, value: bytes) -> dict[str, Any]:
-        """Decode a record's fields; ``image`` may be bytes, or base64 text as in JSON. Raises RecordError: ``schema``;
-        ``not_json`` for a JSON value; ``schema_unavailable``: the registry has failed for this schema for too long.
-        Raises RegistryUnavailable: the registry is unreachable."""
+        """Decode a record's fields; ``image`` may be bytes, or base64 text as in JSON. Raises RecordError with the
+        reason ``schema``, ``not_json`` for a JSON value, or ``schema_unavailable`` if the registry has failed for this
+        schema for too long; RegistryUnavailable if it is unreachable."""
         if len(value) < 6 or value[0] != 0:
             raise RecordError(
                 "schema", "the value ends before its schema id does.", "Send Confluent's wire format, or JSON."
@@ -130,8 +130,8 @@ class SchemaRegistry:
 
 
 def make_decoder(schema: Schema, client: RegistryClient) -> Decoder:
-    """The decoder for a schema. Raises RecordError: ``schema``: it, or an import, cannot be used. Raises
-    RegistryUnavailable: an import could not be fetched."""
+    """The decoder for a schema. Raises RecordError ``schema`` if it, or an import, cannot be used; RegistryUnavailable
+    if an import could not be fetched."""
     if schema.kind == "JSON":
         return _read_json
     from streams.records.registry_formats import avro_decoder, protobuf_decoder  # only with the extra

@@ -112,13 +112,10 @@ def take_tombstones(store: SampleStore, ledger: Ledger) -> int:
 
 
 def remove(store: SampleStore, ledger: Ledger, deletions: Sequence[DeletionRow]) -> int:
-    """Remove the rows that deletions select from the store's newest version. Returns the number of rows.
-
-    Call it again until they are done: records validated before a deletion may be stored after it. The ledger's entries
-    are derived from receipts in the store, so a crash in between loses nothing. Tombstones share one scan.
-    ``deletions``: in the order in which they were requested. Raises SelectorError: a selector is invalid. Raises
-    StoreUnavailable: try again.
-    """
+    """Remove the rows that deletions, oldest first, select from the store's newest version. Returns the number of rows.
+    Raises SelectorError or StoreUnavailable. Call it again until they are done: records validated before a deletion may
+    be stored after it. The ledger's entries are derived from receipts in the store, so a crash in between loses
+    nothing. Tombstones share one scan."""
     found = dict(_tombstone_rows(store, [each for each in deletions if is_tombstone(each)]))
     for each in deletions:
         if not is_tombstone(each):

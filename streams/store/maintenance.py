@@ -99,7 +99,7 @@ class Maintainer:
         self._gaps = 0
 
     def run_once(self) -> MaintenanceRun:
-        """Do one run. Raises RatchetError: the store, the ledger or the broker is unavailable; try again."""
+        """Do one run. Raises RatchetError if the store, the ledger or the broker is unavailable; try again."""
         started = time.monotonic()
         try:
             epoch = self.ledger.acquire_lease(LEASE, self._holder, LEASE_SECONDS)
@@ -380,7 +380,7 @@ def plan(fragments: Sequence[Fragment], expunge: bool = False) -> list[list[int]
 
 def compact(store: SampleStore, expunge: bool = False) -> int:
     """Merge fragments as :func:`plan` says. Returns the bytes written. Safe next to running workers, which never touch
-    what is merged here; positions are left alone. Raises StoreUnavailable: the store cannot be read or written."""
+    what is merged here; positions are left alone. Raises StoreUnavailable if the store cannot be read or written."""
     written = 0
     while sets := plan(_fragments(store), expunge):
         size = StoreWriter(store.table).merge(sets[0], ROWS_AT_ONCE)
@@ -416,7 +416,7 @@ def index(store: SampleStore) -> None:
 
 def clean(store: SampleStore, keep: timedelta) -> int:
     """Remove unpinned versions older than ``keep`` and the files that only they used. Returns the bytes removed. Raises
-    StoreUnavailable: the store cannot be read, or some files could not be deleted."""
+    StoreUnavailable if the store cannot be read, or some files could not be deleted."""
     dataset = store.table.open()
     if dataset is None:
         return 0

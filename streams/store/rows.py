@@ -302,8 +302,8 @@ class SampleTable:
 
     def open(self, version: int | None = None) -> Any | None:
         """Open a version as a Lance dataset; the newest by default, None if there is no table yet. Raises
-        StoreUnavailable: it cannot be read now. Raises StoreError: the version is no longer kept, or the table is from
-        another version of Ratchet."""
+        StoreUnavailable in an outage, StoreError if the version is no longer kept, or the table is from another version
+        of Ratchet."""
         if version == 0:
             return None
         try:
@@ -349,7 +349,7 @@ class SampleTable:
 
     def _migrate(self, dataset: Any) -> Any:
         """Migrate a table of the previous format, without rewriting data. The column comes first: a process that dies
-        in between leaves a table whose column is not added twice. Raises StoreUnavailable: try again."""
+        in between leaves a table whose column is not added twice. Raises StoreUnavailable."""
         log.warning("the sample store %s is migrated from format %s to %s", self.url, _format(dataset), FORMAT)
         failure: Exception | None = None
         for _ in range(MIGRATION_ATTEMPTS):

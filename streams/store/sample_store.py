@@ -1,5 +1,4 @@
 """The sample store's reading side: one Lance table with the samples and the topic positions that match them.
-
 :mod:`streams.store.writer` commits to it, :mod:`streams.store.maintenance` keeps it compact.
 
 >>> store = SampleStore(settings.lake)
@@ -69,7 +68,7 @@ class SampleStore:
 
     def pin(self, name: str, version: int) -> None:
         """Keep a version until :meth:`unpin`. Pinning another version under the same name moves the pin. Raises
-        StoreUnavailable: try again. Raises StoreError: the version is no longer kept."""
+        StoreUnavailable, or StoreError if the version is no longer kept."""
         dataset = self.table.open()
         if dataset is None or not version:
             return

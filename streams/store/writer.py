@@ -74,8 +74,8 @@ class StoreWriter:
     ) -> list[Claim]:
         """Take over partitions, each at its stored position, or at the given one where none is stored. A topic ID that
         the store does not know yet is taken from the given position. ``rows`` and ``moves`` are committed in the same
-        transaction, as by :meth:`commit`. Raises Superseded: a claim in ``moves`` is not the newest; nothing was
-        claimed. Raises StoreUnavailable: nothing was claimed; try again."""
+        transaction, as by :meth:`commit`. Claims nothing and raises Superseded if a claim in ``moves`` is not the
+        newest, or StoreUnavailable; then try again."""
         wanted = list(starts)
         for _ in range(ATTEMPTS):
             dataset = self.table.create()
@@ -140,13 +140,13 @@ class StoreWriter:
         return self._commit(rows, moves)
 
     def remove(self, where: str, reason: str, detail: str) -> list[dict[str, Any]]:
-        """Delete the rows that meet a condition, and leave a receipt for each, in one transaction. Returns their kind,
-        position, id, split, source and time.
+        """Delete the rows that meet a condition (in Lance's SQL), and leave a receipt for each, in one transaction.
+        Returns their kind, position, id, split, source and time. Deletes nothing if it raises StoreUnavailable; then
+        try again.
 
         With the reason :data:`DELETION` records are deleted: a sample passes to another record that also sent it,
         unless that meets the condition too. Other reasons delete samples and quarantined records. The bytes stay in the
-        data files until maintenance has rewritten those and removed the old versions. ``where``: in Lance's SQL, as for
-        :meth:`streams.store.sample_store.SampleStore.select`. Raises StoreUnavailable: nothing was deleted; try again.
+        data files until maintenance has rewritten those and removed the old versions.
         """
         now = datetime.now(UTC)
         of, pass_on = (SENT, True) if reason == DELETION else (CONTENT, False)
@@ -225,9 +225,9 @@ class StoreWriter:
 
     def merge(self, fragments: Sequence[int], rows_at_once: int) -> int:
         """Rewrite some fragments as one, without deleted rows. Returns the bytes written; 0 if another process changed
-        one of them meanwhile, and nothing was changed. Lance's own compaction merges only neighbours, and moves what it
-        writes to the end, where it separates other neighbours. Raises StoreUnavailable: nothing was changed; try again.
-        """
+        one of them meanwhile, and nothing was changed. Raises StoreUnavailable, also without a change; then try again.
+        Lance's own compaction merges only neighbours, and moves what it writes to the end, where it separates other
+        neighbours."""
         dataset = self.table.create()
         parts = [dataset.get_fragment(number) for number in fragments]
         new: list[Any] = []
