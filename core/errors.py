@@ -19,6 +19,7 @@
     ├── BaseModelError     a base checkpoint is missing or unusable
     ├── AdapterError       an adapter directory is missing, damaged or does not fit the base
     ├── TrainingError      an update cannot be trained
+    ├── DiskFull           there is no room for what an update keeps on disk
     ├── BudgetError        the compute budget is too small
     ├── GateError          a suite is wrong or cannot be scored
     ├── AccessError        a caller's name or key is invalid
@@ -28,6 +29,7 @@
     │   └── LedgerUnavailable  the database cannot be used now
     │       └── CommitUnknown      it is unknown whether a change was made
     └── ReleaseError       a proposal could not be released
+        ├── AdapterCollected   the garbage collector has deleted an adapter's files
         ├── Held               updates are on hold
         └── ReleaseConflict    another operator released first
 

@@ -121,8 +121,7 @@ class Retention(Section):
 
 
 class Collection(Section):
-    """Garbage collection of adapters, their carry-over, gate reports and caches (`ratchet admin gc`, and
-    maintenance)."""
+    """Garbage collection of adapters, carry-overs, gate reports and caches: `ratchet admin gc`, and maintenance."""
 
     hours: float = Field(
         24.0, ge=0, description="How often maintenance collects garbage; 0: only `ratchet admin gc` does."
