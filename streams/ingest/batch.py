@@ -279,9 +279,7 @@ class Corrections:
         ]
 
     def replace(self, old: StoreRow, new: StoreRow) -> None:
-        stays = (
-            old["id"] == new["id"] or old["kind"] == "duplicate"
-        )  # the content stays stored, so indexes must not remove it
+        stays = old["id"] == new["id"] or old["kind"] == "duplicate"  # content stays stored: indexes must keep it
         receipt = deletion_row(old, CORRECTED, f"by {name_of(position_of(new))}", datetime.now(UTC), stays)
         self.replaced[position_of(old)] = {**receipt, "sent_at": new["sent_at"]}
         if self._by_id.get(old["id"]) is old:

@@ -358,9 +358,7 @@ def _moved(dataset: Any, since: int, last: int) -> set[str]:
     for transaction in dataset.get_transactions(int(dataset.version - since)):
         if transaction is None or not MOVED.items() <= (transaction.transaction_properties or {}).items():
             continue
-        if (
-            max(transaction.operation.removed_fragment_ids, default=-1) <= last
-        ):  # otherwise some of its rows are new here
+        if max(transaction.operation.removed_fragment_ids, default=-1) <= last:  # otherwise some rows are new here
             moved.update(file.path for each in transaction.operation.new_fragments for file in each.files)
     return moved
 

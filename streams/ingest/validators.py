@@ -230,9 +230,7 @@ class ProcessValidators:
             self._guard.count(self._guard.notes.take())
 
     def _begin(self) -> None:
-        os.environ.setdefault(
-            "OPENBLAS_NUM_THREADS", "1"
-        )  # one process per core: more threads would wait for each other
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one per core: more threads would wait for each other
         # Spawn: a fork of a process with threads (Kafka's, Lance's) can inherit a lock that is never released.
         context = get_context("spawn")
         arguments = (self._work, self._guard.path, context.Value("i", 0), inherited())
