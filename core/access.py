@@ -1,4 +1,4 @@
-"""Callers, and what they may do. Plain Python: the HTTP server and the console both ask it.
+"""Callers and their rights, for the HTTP server and the console.
 
 >>> access = Access(ledger, settings)
 >>> access.identify("rk_0123abcd_...")
@@ -10,9 +10,9 @@ Three kinds of callers:
     operator     the bootstrap key, ``settings.operator_key()``: every scope, so that the first key can be made
     anonymous    no key; may infer and search where the server is open (``access.require_keys``), nothing elsewhere
 
-Keys are read from the ledger again every :data:`KEYS_SECONDS`, so a revoked key stops within that time. While the
-ledger is away, the keys that were read last stay good until they expire; a process that starts then takes those of a
-copy: an outage of the ledger is none of serving.
+Keys are reread from the ledger every :data:`KEYS_SECONDS`, which bounds the time until a revocation takes effect. While
+the ledger is unreachable, the keys read last stay valid until they expire, and a starting process uses a copy: serving
+survives an outage of the ledger.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from core.settings import Settings
 log = logging.getLogger("ratchet.access")
 KEYS_SECONDS = 2.0
 NEW_KEY_SECONDS = 0.2
-"""An unknown key is looked for in the ledger before it is refused, so that a new one works at once; readings that such
-keys cause begin this far apart, and the key waits for its own."""
+"""Unknown keys are looked up before they are rejected, so that new ones work at once; such reads start this far apart,
+and the caller waits for its own."""
 READ_SECONDS = 1.0
-"""Longest that a caller waits for the keys to be read; then those that were read last count."""
+"""Longest wait of a caller for a read of the keys; then those read last count."""
 TOUCH = timedelta(minutes=1)
 MAX_ACTOR_CHARS = 100
 NEVER = float("-inf")
@@ -47,39 +47,29 @@ _NO_KEY = digest_of("")
 
 
 class Keys(Protocol):
-    """The part of the ledger that is used."""
-
     def api_keys(self) -> list[KeyRow]:
-        """Keys that are valid."""
+        """Valid keys."""
 
     def touch_keys(self, used: Mapping[str, datetime]) -> None:
-        """Note when keys were last used."""
+        """Record when keys were last used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """A caller."""
-
     name: str
     scopes: frozenset[KeyScope]
     kind: Literal["key", "operator", "anonymous"] = "key"
     key_id: str | None = None
-    """Of a key in the ledger."""
     requests_per_minute: int = 0
     """0: no limit."""
 
     def may(self, *scopes: KeyScope) -> bool:
-        """True if one of the scopes was given."""
         return not self.scopes.isdisjoint(scopes)
 
     def actor(self, claimed: str | None = None) -> str:
-        """The name for the audit log.
-
-        A key is ``key:<name>``, whatever the caller says; what he says of himself follows after a slash. Only the
-        holder of the bootstrap key is who he says he is. No claimed name has a colon, so none can pass for a key's.
-
-        Raises:
-            AccessError: ``claimed`` is too long, not printable, has a colon, or is the name of a part of Ratchet.
+        """The name for the audit log. A key is ``key:<name>``, with the caller's claimed name after a slash. Only the
+        holder of the bootstrap key has its claimed name. Claimed names have no colon, so none can pass for a key's.
+        Raises AccessError if ``claimed`` is too long, not printable, has a colon, or is the name of a part of Ratchet.
         """
         claimed = claimed and _checked(claimed)
         if self.kind == "operator":
@@ -92,19 +82,18 @@ OPERATOR = Principal("operator", frozenset(SCOPES), "operator")
 
 
 class Access:
-    """Tells who holds a token. Safe to use from several threads."""
+    """Identifies callers by token. Safe to use from several threads."""
 
     def __init__(
         self, ledger: Keys, settings: Settings, clock: Callable[[], float] = time.monotonic,
         recall: Callable[[], Sequence[KeyRow]] = tuple, pause: Callable[[float], None] = time.sleep,
     ) -> None:  # fmt: skip
-        """``recall``: keys of a copy, for a start while the ledger is away."""
+        """``recall``: returns a copy of the keys, for a start while the ledger is unreachable."""
         rules, local = settings.access, settings.serve.on_loopback
         self.open = rules.require_keys == "never" or (rules.require_keys == "auto" and local)
-        """True if callers without a key may infer and search."""
         self.metrics_open = rules.metrics == "open" or (rules.metrics == "auto" and self.open and local)
         self.to_this_machine = rules.require_keys != "never" and local
-        """True if :attr:`open` means callers on this machine alone, and not what a proxy forwards."""
+        """True if :attr:`open` only applies to callers on this machine, not to what a proxy forwards."""
         self.anonymous: Principal | None = None
         if self.open:
             limit = 0 if local else rules.anonymous_per_minute
@@ -122,7 +111,7 @@ class Access:
         self._reading = threading.Lock()
 
     def identify(self, token: str | None) -> Principal | None:
-        """The holder of a token; without one, the anonymous caller where the server is open. May read the ledger."""
+        """The holder of a token; without one, the anonymous caller if the server is open. May read the ledger."""
         came = self.clock()
         while (delay := self.due(token, came)) is not None and self.clock() - came < READ_SECONDS:
             self._pause(delay)
@@ -132,14 +121,14 @@ class Access:
         return self.known(token)
 
     def known(self, token: str | None) -> Principal | None:
-        """Like :meth:`identify`, by the keys that were read last."""
+        """Like :meth:`identify`, with the keys read last."""
         if not token:
             return self.anonymous
         if same(token, self._operator.get_secret_value()):
             return OPERATOR
         parsed = parse_token(token)
         if parsed is None:
-            # OpenAI's clients send any text where no key is needed; a key of ours that is cut short is a mistake.
+            # OpenAI's clients send any text if no key is needed; a truncated Ratchet key is a mistake.
             return None if token.startswith(PREFIX) else self.anonymous
         row = self._keys.get(parsed[0])
         right = same(digest_of(parsed[1]), row.digest if row is not None else _NO_KEY)
@@ -150,11 +139,8 @@ class Access:
         return Principal(row.name, frozenset(row.scopes), "key", row.id, limit)
 
     def due(self, token: str | None, came: float) -> float | None:
-        """In how many seconds the ledger is to be read before it is clear whose this token is; None: it is.
-
-        Args:
-            came: when the caller came, by :attr:`clock`. What was read before that does not have a newer key.
-        """
+        """Seconds until the ledger must be read to identify this token; None: not needed. ``came``: the caller's
+        arrival by :attr:`clock`; earlier reads may lack a newer key."""
         if parse_token(token or "") is None or self._read_at >= came:
             return None
         age = self.clock() - self._read_at
@@ -163,35 +149,31 @@ class Access:
         return max(0.0, NEW_KEY_SECONDS - age)
 
     def ages(self, token: str | None) -> bool:
-        """True if the keys are to be read soon, though a known token need not wait for it."""
+        """True if the keys should be reread soon, though a known token need not wait for it."""
         return self.knows(token) and self.clock() - self._read_at >= KEYS_SECONDS / 2
 
     @property
     def silent(self) -> bool:
-        """True if the last reading of the ledger failed."""
         return not self._current
 
     def unread(self, token: str | None, came: float) -> bool:
-        """True if this token may be of a new key: no key that was read is meant, and no reading that began after the
-        caller came has succeeded."""
+        """True if this token may be a new key's: unknown, and no read that began after the caller came has
+        succeeded."""
         unclear = self._read_at < came or not self._current
         return parse_token(token or "") is not None and not self.knows(token) and unclear
 
     def knows(self, token: str | None) -> bool:
-        """True if a key that was read last is meant; not whether it is the right one."""
+        """True if the token names a known key, whether or not its secret is right."""
         parsed = parse_token(token or "")
         return parsed is not None and parsed[0] in self._keys
 
     def current(self) -> list[KeyRow] | None:
-        """The keys, where the last reading of the ledger succeeded."""
+        """The keys; None if the last read of the ledger failed."""
         return list(self._keys.values()) if self._current else None
 
     def refresh(self, patience: float = 0.0) -> None:
-        """Read the keys. While another thread does, or the ledger is away, those that were read last stay.
-
-        Args:
-            patience: seconds to wait for another thread; the first reading of all is waited for in any case.
-        """
+        """Read the keys. During another thread's read, or an outage, those read last stay. ``patience``: seconds to
+        wait for another thread; the very first read is always awaited."""
         first = self._read_at == NEVER
         if not self._reading.acquire(timeout=-1.0 if first else patience):
             return
@@ -226,7 +208,7 @@ class Access:
 
 
 def same(given: str, right: str) -> bool:
-    """True if two secrets are equal, in a time that does not tell how much of them is."""
+    """Compare two secrets in constant time."""
     return hmac.compare_digest(given.encode("utf-8", "surrogatepass"), right.encode("utf-8", "surrogatepass"))
 
 

@@ -1,12 +1,11 @@
-"""Addresses to listen on and the URLs that lead there; and rules for where images may be fetched from, as an operator
-writes them:
+"""Listening addresses and their URLs, and an operator's rules for where images may be fetched from:
 
 cdn.example.org                      that host, http and https on their own ports
 cdn.example.org:8443                 that host on that port
 *.example.net                        every host below example.net, not example.net itself
-https://cdn.example.org/images/      only https, only what lies under that path
-*                                    every host; the check of its address stays
-s3://bucket/photos/                  what lies under that prefix of that bucket (also gs://)
+https://cdn.example.org/images/      only https, only below that path
+*                                    every host; its address is still checked
+s3://bucket/photos/                  that prefix of that bucket (also gs://)
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 
 
 def is_loopback(host: str) -> bool:
-    """True if an address to listen on is of this machine alone. A name other than ``localhost`` counts as the world."""
+    """True if an address is only reachable from this machine. Names other than ``localhost`` count as public."""
     if host == "localhost":
         return True
     try:
@@ -36,13 +35,12 @@ def is_loopback(host: str) -> bool:
 
 
 def local_url(host: str, port: int) -> str:
-    """URL under which a process of the same machine reaches a server that listens on this host and port."""
+    """URL by which a local process reaches a server listening on this host and port."""
     reachable = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host  # noqa: S104  compared, not bound
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -60,8 +58,6 @@ def listens(address: str, timeout: float = 1.0) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class AllowRule:
-    """One entry of an allow-list."""
-
     scheme: str
     """``http``, ``https``, or empty: both."""
     host: str
@@ -70,7 +66,6 @@ class AllowRule:
 
     @classmethod
     def parse(cls, text: str) -> AllowRule:
-        """Read one entry. Raises ValueError saying what is wrong with it."""
         parts = urlsplit(text if "://" in text else f"//{text}")
         if parts.scheme not in ("", *PORTS):
             raise ValueError(f"{text!r}: only http and https are fetched from a host")
@@ -84,12 +79,12 @@ class AllowRule:
         return cls(parts.scheme, host, parts.port, parts.path)
 
     def covers(self, scheme: str, host: str, port: int | None, path: str) -> bool:
-        """True if an address lies here. ``host`` is in lower case, international names in their ASCII form."""
+        """True if the rule matches. ``host`` is in lower case, international names in their ASCII form."""
         if scheme not in PORTS or self.scheme not in ("", scheme) or not self._names(host):
             return False
         if (port or PORTS[scheme]) != (self.port or PORTS[scheme]):
             return False
-        # "%2e%2e" and "\\" are decoded by some servers after the path has been compared.
+        # Some servers decode "%2e%2e" and "\\" after the path has been compared.
         steps = unquote(path).replace("\\", "/").split("/")
         folder = self.path if self.path.endswith("/") else f"{self.path}/"
         return ".." not in steps and (path == self.path or path.startswith(folder))
@@ -102,20 +97,16 @@ class AllowRule:
 
 @dataclass(frozen=True, slots=True)
 class ObjectRule:
-    """One entry of an allow-list that names objects of a store. Also an address of one object.
-
-    Keys are compared as they are written: object stores decode no ``%20`` and resolve no ``..``, but some gateways do,
-    so keys with such steps are refused.
-    """
+    """An allow-list entry for objects of a store, or one object's address. Keys are compared literally: object stores
+    decode no ``%20`` and resolve no ``..``, but some gateways do, so keys with such steps are rejected."""
 
     scheme: str
     bucket: str
     key: str
-    """A prefix that ends with a slash, or at one; empty: all of the bucket."""
+    """A prefix that ends with a slash, or at one; empty: the whole bucket."""
 
     @classmethod
     def parse(cls, text: str) -> ObjectRule:
-        """Read one entry. Raises ValueError saying what is wrong with it."""
         scheme, _, rest = text.partition("://")
         bucket, _, key = rest.partition("/")
         if scheme not in OBJECT_SCHEMES or not _BUCKET.fullmatch(bucket):
@@ -125,14 +116,12 @@ class ObjectRule:
         return cls(scheme, bucket, key)
 
     def covers(self, other: ObjectRule) -> bool:
-        """True if an object lies here."""
         folder = self.key if not self.key or self.key.endswith("/") else f"{self.key}/"
         inside = other.key == self.key or other.key.startswith(folder)
         return (other.scheme, other.bucket) == (self.scheme, self.bucket) and inside
 
 
 def is_object(uri: str) -> bool:
-    """True if a URI is one of an object store."""
     return uri.partition("://")[0] in OBJECT_SCHEMES
 
 
@@ -150,12 +139,12 @@ def _uri(text: str) -> str:
 
 
 def _network(text: str) -> str:
-    ipaddress.ip_network(text)  # says what is wrong, also "has host bits set"
+    ipaddress.ip_network(text)  # raises for invalid input, also "has host bits set"
     return text
 
 
 HostRule = Annotated[str, AfterValidator(_host)]
-"""A setting that is one entry of an allow-list."""
+"""A setting that is an allow-list entry."""
 UriRule = Annotated[str, AfterValidator(_uri)]
 """The same, or a folder (``file:///data/photos``), or objects (``s3://bucket/photos/``)."""
 NetworkRule = Annotated[str, AfterValidator(_network)]

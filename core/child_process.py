@@ -1,4 +1,4 @@
-"""Child processes that end with this one, are restarted when they end by themselves, and stopped in bounded time."""
+"""Child processes that end with this one, restart after a crash, and stop in bounded time."""
 
 from __future__ import annotations
 
@@ -22,20 +22,19 @@ from core.reaper import descendants
 
 STOP_SECONDS = 40.0  # Serve drains its requests, ingest finishes its batch, the trainer writes a checkpoint
 KILL_SECONDS = 20.0
-"""Longest wait for a kill; the reaper itself gives up before."""
+"""Longest wait for a kill; the reaper itself gives up earlier."""
 BACKOFF_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 
 
 def reaped(command: Sequence[str]) -> list[str]:
-    """The command line that runs a command below a reaper, see :mod:`core.reaper`: all processes of the command end
-    with it, and with this process, however that ends.
-    """
+    """The command line that runs a command under :mod:`core.reaper`: all its processes end with it, and with this
+    process, however that ends."""
     reaper = str(Path(__file__).with_name("reaper.py"))
     return [sys.executable, "-S", "-E", reaper, str(os.getpid()), str(STOP_SECONDS), *command]
 
 
 def stop_reaped(process: subprocess.Popen[bytes] | subprocess.Popen[str], seconds: float = STOP_SECONDS) -> bool:
-    """Ask what :func:`reaped` runs to end, and kill it after ``seconds``. Returns whether it ended as asked."""
+    """Ask a :func:`reaped` process to end, and kill it after ``seconds``. Returns whether it ended as asked."""
     process.terminate()
     try:
         process.wait(max(0.1, seconds))
@@ -51,7 +50,7 @@ def stop_reaped(process: subprocess.Popen[bytes] | subprocess.Popen[str], second
 
 
 def end_with_parent() -> None:
-    """In a process of multiprocessing: end it as soon as its parent is gone, which may have been killed."""
+    """Exit this multiprocessing worker as soon as its parent is gone, even if killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -63,7 +62,7 @@ def end_with_parent() -> None:
 
 
 def processor_seconds(root: int) -> float:
-    """Processor seconds of a process and its descendants, without those that have ended. 0 where there is no /proc."""
+    """CPU seconds of a process and its living descendants. 0 without /proc."""
     ticks = 0
     for pid in [root, *descendants(root)] if sys.platform == "linux" else ():
         with suppress(OSError):  # it has ended
@@ -73,7 +72,7 @@ def processor_seconds(root: int) -> float:
 
 
 def kill_workers(pool: ProcessPoolExecutor) -> None:
-    """End the processes of a pool in the middle of what they do. Left to itself, the pool would do all of its work."""
+    """Kill the processes of a pool immediately; the pool itself would finish all of its work."""
     processes = list((pool._processes or {}).values())
     for process in processes:
         process.kill()
@@ -84,8 +83,6 @@ def kill_workers(pool: ProcessPoolExecutor) -> None:
 
 @dataclass
 class ChildProcess:
-    """One child process, restarted when it ends by itself."""
-
     name: str
     command: list[str]
     log: Path
@@ -95,7 +92,7 @@ class ChildProcess:
     _file: IO[bytes] | None = None
 
     def start(self) -> None:
-        """Start the process in a session of its own, so that a Ctrl-C reaches the supervisor alone."""
+        """Start the process in its own session, so that Ctrl-C only reaches the supervisor."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         if self._file is None:
             self._file = self.log.open("ab")
@@ -106,11 +103,9 @@ class ChildProcess:
 
     @property
     def running(self) -> bool:
-        """True if the process is alive."""
         return self.process is not None and self.process.poll() is None
 
     def restart_dead(self, now: float) -> None:
-        """Start it again if it ended, later each time."""
         if self.running or now < self.retry_at:
             return
         if self.process is not None and self.retry_at <= 0:
@@ -126,7 +121,6 @@ class ChildProcess:
         self.start()
 
     def ask(self) -> None:
-        """Ask it to end."""
         if self.process is not None and self.running:
             self.process.terminate()
 
@@ -144,12 +138,8 @@ class ChildProcess:
 
 
 def ratchet_command(*words: str, file: Path | None = None, flags: Sequence[str] = ()) -> list[str]:
-    """The command line that runs ``ratchet`` with ``words`` in a child process.
-
-    Args:
-        file: settings file, as ``--config``.
-        flags: settings, ``NAME=VALUE`` each, as ``--set``.
-    """
+    """The command line that runs ``ratchet`` with ``words``, ``--config`` ``file`` and each of ``flags``
+    (``NAME=VALUE``) as ``--set``."""
     head = [sys.executable, "-m", "ops.cli.main"]
     if file is not None:
         head += ["--config", str(file)]
@@ -159,7 +149,6 @@ def ratchet_command(*words: str, file: Path | None = None, flags: Sequence[str] 
 
 
 def tail(path: Path, lines: int = 15) -> str:
-    """The last lines of a log, as text."""
     if not path.exists():
         return "(no log)"
     return "\n".join(map(readable, path.read_text(errors="replace").splitlines()[-lines:]))

@@ -1,4 +1,4 @@
-"""The state of what Ratchet depends on, in the words that health, status, doctor, metrics, alerts and console share.
+"""State of Ratchet's dependencies, as shared by health, status, doctor, metrics, alerts and console.
 
 >>> noted(StoreUnavailable("the bucket models does not exist.", state="refused"))
 >>> current()["store"].state
@@ -28,27 +28,25 @@ from core.errors import (
 
 Dependency = Literal["ledger", "artifacts", "store", "broker", "registry"]
 State = Literal["ok", OutageState]
-"""``away``: no connection, or it fails. ``slow``: no answer in time. ``refused``: it answers, and does not let us;
-the detail names what is missing. ``full``: it takes no more data."""
+"""``away``: no connection, or it fails. ``slow``: no answer in time. ``refused``: access is denied; the detail names
+what is missing. ``full``: it takes no more data."""
 _KINDS: Final[tuple[tuple[type[RatchetError], Dependency], ...]] = (
     (RegistryUnavailable, "registry"), (BrokerError, "broker"), (ArtifactsUnavailable, "artifacts"),
     (StoreError, "store"), (LedgerError, "ledger"),
 )  # fmt: skip
-"""The first that an error is an instance of is the dependency that it is about."""
+"""The first match by isinstance is the error's dependency."""
 
 
 @dataclass(frozen=True, slots=True)
 class DependencyState:
-    """The state of one dependency."""
-
     state: State = "ok"
     detail: str = ""
-    """The event in one sentence; empty when it is ``ok``, or what was found."""
     fix: str = ""
 
     @classmethod
     def of(cls, error: RatchetError) -> DependencyState:
-        """That an error tells of. One that is no outage is of something that answers and cannot be used as it is."""
+        """The state that an error implies: ``refused`` if it is not an outage, as the dependency answers but cannot be
+        used."""
         return cls(error.state if isinstance(error, Outage) else "refused", error.message, error.fix)
 
 
@@ -56,14 +54,13 @@ _current: dict[Dependency, DependencyState] = {}
 
 
 def dependency_of(error: Exception) -> Dependency | None:
-    """The dependency that an error is about; None where it is about none."""
-    if isinstance(error, (Fenced, RecordTooLarge)):  # of one sender, or one record
+    if isinstance(error, (Fenced, RecordTooLarge)):  # about one sender, or one record
         return None
     return next((name for kind, name in _KINDS if isinstance(error, kind)), None)
 
 
 def noted(error: Exception) -> Dependency | None:
-    """Remember, and export, what an outage tells of a dependency. Returns which one an error is about, if any."""
+    """Record and export the state that an outage implies. Returns the error's dependency, if any."""
     name = dependency_of(error)
     if name is not None and isinstance(error, Outage):
         _set(name, DependencyState.of(error))
@@ -71,13 +68,12 @@ def noted(error: Exception) -> Dependency | None:
 
 
 def answered(names: Iterable[Dependency]) -> None:
-    """Remember, and export, that these are well."""
     for name in names:
         _set(name, DependencyState())
 
 
 def current() -> dict[Dependency, DependencyState]:
-    """The state that this process noted last of each dependency that it has used."""
+    """The last recorded state of each dependency that this process has used."""
     return dict(_current)
 
 
@@ -95,7 +91,7 @@ _SIGNS: Final[dict[OutageState, tuple[str, ...]]] = {
     ),
     "slow": ("timed out", "timeout", "slowdown"),
 }  # fmt: skip
-"""Words in their errors."""
+"""Words in error messages."""
 _CODE: Final = re.compile(
     r"<Code>(.*?)</Code>(?:.*?<Message>(.*?)</Message>)?(?:.*?<BucketName>(.*?)</BucketName>)?", re.DOTALL
 )
@@ -105,13 +101,13 @@ MOST_CHARS: Final = 300
 
 
 def outage_state(words: str) -> OutageState:
-    """The state by the words of a client's error: disks, object stores and databases have no errors of their own."""
+    """The state implied by an error message: disks, object stores and databases have no distinct exceptions."""
     lower = words.lower()
     return next((state for state, signs in _SIGNS.items() if any(sign in lower for sign in signs)), "away")
 
 
 def storage_state(error: Exception) -> tuple[OutageState, str]:
-    """State of a disk or an object store after an error of its client, and the cause in a line without full stop."""
+    """State of a disk or object store after a client error, and the cause in one line without full stop."""
     kind = type(error).__name__
     cause = _in_short(str(error)) or ("it does not answer in time" if "Timeout" in kind else kind)
     return outage_state(f"{kind} {cause}"), cause

@@ -2,8 +2,8 @@
 
     RatchetError
     ├── ConfigError        a setting is wrong or missing
-    │   └── SelectorError      what is to be deleted is not said in a way that can be carried out
-    ├── RecordError        one record (or image) from outside is not acceptable
+    │   └── SelectorError      a selector for a deletion is wrong
+    ├── RecordError        a record (or image) from outside is invalid
     ├── BrokerError        Kafka cannot be reached or refuses
     │   ├── RegistryUnavailable    the schema registry cannot be reached or refuses
     │   │   └── SchemaUnavailable      it answers, but does not give this schema
@@ -15,19 +15,21 @@
     │   ├── StoreFull          its disk is full
     │   ├── Superseded         another process has taken over a partition
     │   ├── SkipRefused        offsets cannot be skipped
-    │   └── UnknownRecord      no record was refused at this place
+    │   └── UnknownRecord      there is no quarantined record at this place
     ├── BaseModelError     a base checkpoint is missing or unusable
     ├── AdapterError       an adapter directory is missing, damaged or does not fit the base
     ├── TrainingError      an update cannot be trained
-    ├── BudgetError        the compute budget does not allow it
+    ├── DiskFull           there is no room for what an update keeps on disk
+    ├── BudgetError        the compute budget is too small
     ├── GateError          a suite is wrong or cannot be scored
-    ├── AccessError        a caller's name or key is not acceptable
+    ├── AccessError        a caller's name or key is invalid
     ├── LedgerError        a row is missing or contradicts what is there
-    │   ├── AlreadyResubmitted    a refused record was sent again before
+    │   ├── AlreadyResubmitted    a quarantined record was sent again before
     │   ├── LeaseLost          another process holds the lease now
     │   └── LedgerUnavailable  the database cannot be used now
-    │       └── CommitUnknown      whether a change was made is not known
+    │       └── CommitUnknown      it is unknown whether a change was made
     └── ReleaseError       a proposal could not be released
+        ├── AdapterCollected   the garbage collector has deleted an adapter's files
         ├── Held               updates are on hold
         └── ReleaseConflict    another operator released first
 
@@ -47,7 +49,7 @@ from ratchet_client.errors import RecordError as RecordError
 
 
 class SelectorError(ConfigError):
-    """A selector for a deletion cannot be carried out. ``field`` is the one that is wrong."""
+    """A selector for a deletion is wrong. ``field`` names the wrong field."""
 
     def __init__(self, field: str, message: str, fix: str = "") -> None:
         super().__init__(message, fix)
@@ -55,19 +57,20 @@ class SelectorError(ConfigError):
 
 
 class RegistryUnavailable(BrokerError):
-    """The schema registry cannot be reached or refuses: an outage, which says nothing about the record at hand."""
+    """The schema registry cannot be reached or denies access: an outage, which says nothing about the record at
+    hand."""
 
 
 class SchemaUnavailable(RegistryUnavailable):
-    """The schema registry answers, but does not give one schema: it fails at it, or answers with something else."""
+    """The schema registry answers, but not with one schema: it fails, or returns something else."""
 
 
 class Fenced(BrokerError):
-    """Another sender took over, and the broker (or the lease) lets this one send no more."""
+    """Another sender took over, and the broker (or the lease) blocks this one."""
 
 
 class RecordTooLarge(BrokerError):
-    """The broker does not take a record of this size. ``index``: which one of those that were sent together."""
+    """The broker does not take a record of this size. ``index``: its place among the records sent together."""
 
     index: int = 0
 
@@ -77,11 +80,11 @@ class StoreError(RatchetError):
 
 
 class ArtifactsUnavailable(StoreError, Outage):
-    """The object store of the artifacts does not answer, or refuses; to be tried again."""
+    """The object store of the artifacts does not answer, or denies access; try again."""
 
 
 class StoreUnavailable(StoreError, Outage):
-    """The sample store cannot be read or written now; to be tried again."""
+    """The sample store cannot be read or written now; try again."""
 
 
 class StoreFull(StoreUnavailable):
@@ -91,7 +94,7 @@ class StoreFull(StoreUnavailable):
 
 
 class Superseded(StoreError):
-    """Another process has claimed partitions that this one wanted to write. ``keys`` names them."""
+    """Another process has claimed partitions that this one wanted to write; ``keys`` names them."""
 
     def __init__(self, keys: list[str]) -> None:
         super().__init__(f"{', '.join(keys)}: another process has claimed it since.", "It goes on from there.")
@@ -99,11 +102,11 @@ class Superseded(StoreError):
 
 
 class SkipRefused(StoreError):
-    """Offsets of a partition cannot be skipped; its position is as it was."""
+    """Offsets of a partition cannot be skipped; its position is unchanged."""
 
 
 class UnknownRecord(StoreError):
-    """No record was refused at this place."""
+    """No record was quarantined at this place."""
 
 
 class BaseModelError(RatchetError):
@@ -119,11 +122,11 @@ class TrainingError(RatchetError):
 
 
 class DiskFull(RatchetError):
-    """There is no room for what an update keeps on disk; it goes on when there is."""
+    """There is no room for what an update keeps on disk; it continues when there is."""
 
 
 class BudgetError(RatchetError):
-    """The compute budget does not allow it."""
+    """The compute budget is too small."""
 
 
 class GateError(RatchetError):
@@ -131,7 +134,7 @@ class GateError(RatchetError):
 
 
 class AccessError(RatchetError):
-    """A caller's name or key is not acceptable."""
+    """A caller's name or key is invalid."""
 
 
 class LedgerError(RatchetError):
@@ -139,19 +142,19 @@ class LedgerError(RatchetError):
 
 
 class AlreadyResubmitted(LedgerError):
-    """A refused record was sent again before."""
+    """A quarantined record was sent again before."""
 
 
 class LeaseLost(LedgerError):
-    """Another process holds the lease now; what this one was about to write was not written."""
+    """Another process holds the lease now; this one's write was dropped."""
 
 
 class LedgerUnavailable(LedgerError, Outage):
-    """The database is away, silent, full, read-only or too busy. Nothing was changed; to be tried again."""
+    """The database is unreachable, silent, full, read-only or too busy. Nothing was changed; try again."""
 
 
 class CommitUnknown(LedgerUnavailable):
-    """The connection was lost during COMMIT, and the ledger could not be asked since: it may have been either."""
+    """The connection was lost during COMMIT, and the ledger could not be queried since: the outcome is unknown."""
 
 
 class ReleaseError(RatchetError):

@@ -1,8 +1,6 @@
-"""Reads the settings, checks them, and remembers where each came from; changes values in their file.
-
-Order of precedence: flags, environment (``RATCHET_SERVE__PORT=9000``), ``ratchet.yaml``, defaults.
-Load once at start with :func:`load_settings`; nothing else in Ratchet reads the environment.
-"""
+"""Loading, validation and editing of settings, with the origin of each value. Precedence: flags, environment
+(``RATCHET_SERVE__PORT=9000``), ``ratchet.yaml``, defaults. Load once at start with :func:`load_settings`; nothing else
+in Ratchet reads the environment."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ PREFIX = "RATCHET_"
 FILE = "ratchet.yaml"
 FILE_VARIABLE = "RATCHET_CONFIG"
 MASKED = ("kafka.client",)
-"""Mappings whose values are not shown, for some are secrets."""
+"""Mappings whose values are masked, because some are secrets."""
 
 
 def load_settings(
@@ -37,16 +35,15 @@ def load_settings(
     overrides: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Settings:
-    """Read the settings, check them, and remember where each came from.
+    """Read and validate the settings, recording origins.
 
     Args:
-        path: a YAML file; by default the one that ``RATCHET_CONFIG`` names, or ``ratchet.yaml`` in the working
-            directory, if there is one.
+        path: a YAML file; default: the one in ``RATCHET_CONFIG``, or ``ratchet.yaml`` in the working directory, if any.
         overrides: values from flags, by dotted name (``{"serve.port": 9000}``).
         environ: instead of ``os.environ``.
 
     Raises:
-        ConfigError: names the key or value that is wrong, its origin and the fix.
+        ConfigError: names the wrong key or value, its origin and the fix.
     """
     environ = os.environ if environ is None else environ
     named = environ.get(FILE_VARIABLE)
@@ -87,14 +84,12 @@ def describe(settings: Settings) -> list[tuple[str, Any, str, str]]:
 
 
 def _masked(value: Any) -> Any:
-    """A value to be shown: of a URL with a password, everything but that; other values as they are."""
     if isinstance(value, list):
         return [_masked(each) for each in value]
     return redact_url(value) if isinstance(value, str) else value
 
 
 def _of_file(path: Path | None) -> Iterator[tuple[str, Any, str]]:
-    """Names, values and origins; none where the default file is not there."""
     file = path or Path(FILE)
     if path is not None and not file.exists():
         raise ConfigError(f"settings file {path} does not exist.", f"Check --config, or {FILE_VARIABLE}.")
@@ -118,11 +113,9 @@ def _of_environ(environ: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
 
 
 def parse_value(name: str, text: str) -> Any:
-    """The value that a flag or an environment variable gives to a setting: a YAML scalar or flow list, ``[a, b]``.
-
-    Numbers stay text until they are checked against the setting, whose name may be one (``base.clip=123``). Empty text
-    unsets a setting that can be unset, and is itself for others (``base.vlm=``). What is no YAML is text.
-    """
+    """Parse a flag's or environment variable's value: a YAML scalar or flow list, ``[a, b]``. Numbers stay text until
+    validation, because a name may be one (``base.clip=123``). Empty text unsets optional settings, and is itself for
+    others (``base.vlm=``). Invalid YAML is text."""
     if not text.strip():
         field = _field(name)
         return None if field is not None and type(None) in get_args(field.annotation) else ""
@@ -144,12 +137,11 @@ def _leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fie
 
 
 FIELDS: Final = dict(_leaves(Settings))
-"""Every setting by its dotted name."""
 SECTIONS: Final = {name[:end] for name in FIELDS for end, char in enumerate(name) if char == "."}
 
 
 def _field(name: str) -> FieldInfo | None:
-    """The setting of this name, or the mapping that it is one key of (``kafka.client.ssl_cafile``)."""
+    """The setting of this name, or the mapping that it is a key of (``kafka.client.ssl_cafile``)."""
     mapping = FIELDS.get(name.rpartition(".")[0])
     return FIELDS.get(name) or (mapping if mapping is not None and get_origin(mapping.annotation) is dict else None)
 
@@ -160,7 +152,7 @@ def _is_secret(name: str) -> bool:
 
 
 def _is_public(name: str) -> bool:
-    """True if a wrong value may be shown: no secret, no group that may hold one, no URL that may."""
+    """True if a wrong value may be shown: not a secret, a URL or a group that may contain one."""
     parents = accumulate(name.split("."), "{}.{}".format)  # an item's name is below its setting's
     leaf = next((each for each in parents if _field(each) is not None), None)
     return leaf is not None and leaf not in MASKED and not _is_secret(leaf) and not re.search("url|registry", leaf)
@@ -187,7 +179,7 @@ FIXED: Final = {
     "updater.nice": "19",
     "watch.drift_reference": "four times watch.drift_window",
 }
-"""Settings of earlier versions, and the value that each has now."""
+"""Settings of earlier versions, with their fixed values."""
 
 
 def _nearest(name: str) -> str:
@@ -198,16 +190,9 @@ def _nearest(name: str) -> str:
 
 
 def update_section(path: Path, section: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Set ``values`` of one section in a YAML file, in one step; the file is made if there is none.
-
-    Everything else in it is left as it was written, comments too.
-
-    Returns:
-        What was there before, by name; names that were not there are left out.
-
-    Raises:
-        ConfigError: the file is written in a way that this cannot edit; it is left as it is.
-    """
+    """Set ``values`` of a section in a YAML file atomically, creating it if needed. The rest of the file, with
+    comments, stays unchanged. Returns the previous values that existed. Raises ConfigError, and changes nothing, if the
+    file's layout cannot be edited."""
     text = path.read_text() if path.exists() else ""
     before = _mapping(path, text)
     old = before.get(section) or {}

@@ -1,9 +1,9 @@
-"""Formats of log records: one JSON object a line, or a line of text for people, without secrets.
+"""Log formats: one JSON object per line, or a line of text for people, without secrets.
 
 >>> {"time": "2026-11-28T00:54:24.123Z", "level": "WARNING", "logger": "ratchet.catalog", "message": "...",
 ...  "role": "catalog", "pid": 71, "request_id": "5e0c...", "release": 12, "adapter": "clip-0123456789ab"}
 
-Secrets are taken out of every line, and are not shown by ``ratchet config show`` either.
+The same redaction applies to ``ratchet config show``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from core.request_context import current
 
 MAX_MESSAGE_CHARS: Final = 4000
 MAX_TRACEBACK_CHARS: Final = 8000
-"""Container runtimes cut lines at 16 KiB, and a JSON object that was cut is none. Of a traceback the end is kept."""
+"""Container runtimes cut lines at 16 KiB, which breaks JSON objects. Tracebacks keep their end."""
 _encoder: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 STARS = "**********"
 LEAST_CHARS = 8
-"""Shorter values are no secrets worth the name, and would be found in words."""
+"""Shorter values are not real secrets, and would match inside words."""
 _PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s]*@")
-"""Of a URL."""
 _PARAMETER = re.compile(r"(?i)([?&][^=&\s]*(?:password|secret|token|key|signature)[^=&\s]*=)[^&\s]+")
 _NAMED = re.compile(
     r"(?i)((?:password|passwd|passphrase|secret|token|api[_-]?key|access[_-]?key|operator[_-]?key)"
@@ -33,11 +32,11 @@ _NAMED = re.compile(
 )
 _BEARER = re.compile(r"(?i)\b(bearer|basic)(\s+)[A-Za-z0-9._~+/=-]{8,}")
 _API_KEY = re.compile(r"\b(rk_[0-9A-Za-z]{1,16}_)[0-9A-Za-z]+")
-"""A key of ours: its id is no secret, see :mod:`core.ledger.keys`."""
+"""An API key; its ID is not secret, see :mod:`core.ledger.keys`."""
 
 
 def redact_url(text: str) -> str:
-    """A URL without its password, and without the parameters of its query that hold secrets.
+    """A URL without its password and secret query parameters.
 
     >>> redact_url("postgresql://ann:hunter2@db/ratchet")
     'postgresql://ann:**********@db/ratchet'
@@ -47,19 +46,18 @@ def redact_url(text: str) -> str:
 
 
 class Redactor:
-    """Takes secrets out of text: those it was given, and what looks like a key, a password or a token.
+    """Removes secrets from text: given ones, and anything that looks like a key, password or token.
 
     >>> Redactor(["correct-horse"]).redact("Authorization: Bearer rk_0a1b2c3d_ffff, then correct-horse")
     'Authorization: Bearer **********, then **********'
     """
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
-        """``secrets``: values that are never shown, wherever they stand; those under 8 characters are left out."""
+        """``secrets``: values never shown; those under 8 characters are ignored."""
         longest_first = sorted({each for each in secrets if len(each) >= LEAST_CHARS}, key=len, reverse=True)
         self._secrets = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def redact(self, text: str) -> str:
-        """``text`` with stars in the place of secrets."""
         if self._secrets is not None:
             text = self._secrets.sub(STARS, text)
         text = _BEARER.sub(rf"\g<1>\g<2>{STARS}", redact_url(text))
@@ -70,9 +68,8 @@ class RecordFormatter(logging.Formatter):
     """The base of both formats.
 
     Args:
-        labels: of the process, on every line: ``role``, and of a replica ``replica``.
-        redactor: takes secrets out.
-        request_id: the id of the request that this thread works for, where :mod:`core.request_context` has none.
+        labels: on every line: ``role``, and ``replica`` for a replica.
+        request_id: this thread's request ID, used if :mod:`core.request_context` has none.
     """
 
     def __init__(
@@ -84,19 +81,16 @@ class RecordFormatter(logging.Formatter):
         self.request_id = request_id
 
     def message(self, record: logging.LogRecord) -> str:
-        """The message without secrets, bounded."""
         text = self.redactor.redact(record.getMessage())
         return text if len(text) <= MAX_MESSAGE_CHARS else f"{text[:MAX_MESSAGE_CHARS]} [...]"
 
     def traceback(self, record: logging.LogRecord) -> str:
-        """The traceback without secrets, or nothing; the end of one that is too long."""
         parts = [self.formatException(record.exc_info)] if record.exc_info else []
         parts += [self.formatStack(record.stack_info)] if record.stack_info else []
         text = self.redactor.redact("\n".join(parts))
         return text if len(text) <= MAX_TRACEBACK_CHARS else f"[...] {text[-MAX_TRACEBACK_CHARS:]}"
 
     def request(self) -> dict[str, Any]:
-        """Of the request that the record belongs to: its id, the release and the adapter, as far as they are known."""
         request = current()
         fields: dict[str, Any] = {"request_id": (request and request.request_id) or self.request_id()}
         if request is not None:
@@ -105,10 +99,7 @@ class RecordFormatter(logging.Formatter):
 
 
 class JsonFormatter(RecordFormatter):
-    """One JSON object a line."""
-
     def format(self, record: logging.LogRecord) -> str:
-        """The record's line, without its end."""
         fields: dict[str, Any] = {
             "time": timestamp(record.created), "level": record.levelname, "logger": record.name,
             "message": self.message(record), **self.labels, "pid": record.process, **self.request(),
@@ -119,10 +110,7 @@ class JsonFormatter(RecordFormatter):
 
 
 class TextFormatter(RecordFormatter):
-    """A line for people; a traceback follows on lines of its own."""
-
     def format(self, record: logging.LogRecord) -> str:
-        """The record's line, without its end."""
         labels = {name: value for name, value in self.labels.items() if name != "role"} | self.request()
         about = "".join(f" {name}={value}" for name, value in labels.items())
         line = f"{timestamp(record.created)} {record.levelname} {record.name}: {self.message(record)}"
@@ -141,7 +129,7 @@ def timestamp(seconds: float) -> str:
 
 
 def readable(line: str) -> str:
-    """A line of a log as text; one that is no JSON object of ours stays as it is.
+    """A log line as text; lines that are not our JSON objects stay unchanged.
 
     >>> readable('{"time": "1970-01-01T00:00:00.500Z", "level": "ERROR", "message": "the port is taken"}')
     '1970-01-01T00:00:00.500Z ERROR the port is taken'
@@ -155,5 +143,4 @@ def readable(line: str) -> str:
 
 
 def writes_json() -> bool:
-    """True if the log of this process is JSON."""
     return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)

@@ -1,4 +1,4 @@
-"""The log of a process, on standard error: who writes what is the same for every part, on a laptop and on a cluster."""
+"""Logging of a process to standard error, the same for every part, on a laptop and on a cluster."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from core.settings import Settings
 from core.settings.watching import Logs
 
 OURS = ("ratchet", "streams")
-"""Loggers that ``logs.level`` is for. Libraries log warnings and worse."""
+"""Loggers to which ``logs.level`` applies. Libraries log from warnings up."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogConfig:
-    """The log of a process: format, level, labels and secrets."""
-
     format: Literal["json", "text"]
     level: int
     labels: Mapping[str, str]
@@ -35,7 +33,7 @@ _SECRET = re.compile(r"(?i)password|passphrase|secret|token|credential")
 
 
 class _OnceAMinute(logging.Filter):
-    """Lets each line of kafka-python's source log once a minute: while a broker is away it logs every attempt."""
+    """Passes each line of kafka-python's source once a minute: it logs every attempt during an outage."""
 
     SECONDS = 60.0
 
@@ -57,14 +55,13 @@ def configure_logging(
     settings: Settings | None = None, role: str = "ratchet", *, service: bool = True, replica: str = "",
     request_id: Callable[[], str] = str,
 ) -> None:  # fmt: skip
-    """Log to standard error as the settings say. Call it at the start of a process; the last call counts.
-
-    A root logger with handlers of others, as in a program that uses Ratchet as a library, is left as it is.
+    """Log to standard error as the settings say. Call it at process start; the last call wins. A root logger with
+    foreign handlers, as in a program that uses Ratchet as a library, stays unchanged.
 
     Args:
         settings: None: before they are read.
-        role: what this process is: ``serve``, ``ingest``, ``encoder``, ...
-        service: it runs for long, and its log is collected; else it is a command that someone waits for.
+        role: of this process: ``serve``, ``ingest``, ``encoder``, ...
+        service: True for a long-running process whose log is collected, False for an interactive command.
         replica: which one of several, on every line.
         request_id: see :class:`core.log_format.RecordFormatter`.
     """
@@ -75,12 +72,11 @@ def configure_logging(
 
 
 def inherited() -> LogConfig | None:
-    """The log of this process, for :func:`inherit` in one that it spawns; None: it is not configured."""
+    """This process's configuration, for :func:`inherit` in a spawned one; None: not configured."""
     return _config
 
 
 def inherit(config: LogConfig | None, request_id: Callable[[], str] = str) -> None:
-    """Log as the process does that spawned this one."""
     global _config
     root = logging.getLogger()
     own = [handler for handler in root.handlers if isinstance(handler.formatter, RecordFormatter)]
@@ -101,14 +97,13 @@ def inherit(config: LogConfig | None, request_id: Callable[[], str] = str) -> No
 
 
 def log_format(format: Literal["auto", "json", "text"], service: bool = True) -> Literal["json", "text"]:
-    """The format that ``auto`` is for this process: JSON for a service without a terminal, text elsewhere."""
+    """Resolve ``auto``: JSON for a service without a terminal, text elsewhere."""
     if format != "auto":
         return format
     return "json" if service and not sys.stderr.isatty() else "text"
 
 
 def secrets_of(settings: Settings | None, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Every secret that this process was given, by its settings or its environment."""
     secrets = [value for name, value in environ.items() if _SECRET.search(name)]
     if settings is None:
         return secrets

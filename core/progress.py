@@ -25,10 +25,8 @@ _receiver: Callable[[str], None] | None = None
 
 
 def send_to(receiver: Callable[[str], None] | None) -> None:
-    """Give lines to ``receiver`` instead of standard error: it owns the screen, or is in another process. None: undo.
-
-    What moves on a terminal becomes lines too.
-    """
+    """Send lines to ``receiver`` instead of standard error, as when it owns the screen, or is in another process. None:
+    undo. Terminal bars become lines too."""
     global _receiver
     _receiver = receiver
 
@@ -38,10 +36,8 @@ def _on_terminal() -> bool:
 
 
 def say(message: str) -> None:
-    """One line (Rich's markup) on standard error: at a terminal with the time of day (UTC), elsewhere a log record.
-
-    What is red is logged as an error, what is yellow as a warning, anything else as information.
-    """
+    """Write a line (Rich's markup) to standard error: with the time (UTC) at a terminal, elsewhere as a log record: red
+    as an error, yellow as a warning, other text as information."""
     if _receiver is not None:
         _receiver(message)
     elif _on_terminal():
@@ -57,12 +53,12 @@ def say(message: str) -> None:
 def _plain(message: str) -> Text:
     try:
         return Text.from_markup(message)
-    except MarkupError:  # brackets of a text from outside
+    except MarkupError:  # brackets in external text
         return Text(message)
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-    """Yield ``items`` while showing how far they are.
+    """Yield ``items`` while showing progress.
 
     >>> for batch in track(batches, "embedding", total=len(batches)): ...
     """
@@ -84,7 +80,7 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
 
 @contextmanager
 def meter(label: str) -> Iterator[Callable[[Callable[[], str]], None]]:
-    """Show how far work of unknown length is: yields a function that shows, now and then, the text that it is given.
+    """Show progress of work of unknown length: yields a function that displays its text at intervals.
 
     >>> with meter("publishing") as show:
     ...     show(lambda: f"{rows} rows")
@@ -111,7 +107,6 @@ def meter(label: str) -> Iterator[Callable[[Callable[[], str]], None]]:
 
 @contextmanager
 def step(label: str) -> Iterator[None]:
-    """Say that a step began, and how long it took (or that it failed)."""
     started = time.monotonic()
     say(f"{label} ...")
     try:

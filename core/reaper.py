@@ -1,13 +1,12 @@
-"""Runs a command, and ends every process that came of it: when the command ends, when it is asked to, and when the
-process that started this one is gone. Run as a script; imports nothing of ours, so that it starts in milliseconds.
-
-Use :func:`core.child_process.reaped` for the command line. Signals that it takes:
+"""Runs a command, and ends all its descendants when it ends, when asked to, or when the parent process is gone. A
+script without imports of Ratchet, so that it starts in milliseconds; use :func:`core.child_process.reaped` for the
+command line. Signals:
 
 * SIGTERM, SIGINT, SIGHUP: the command gets SIGTERM, once, and ends when it is done.
 * SIGQUIT: everything is killed now.
 
-On Linux orphans become children of this process (a "subreaper"), whatever session or group they made for themselves, as
-those of Ray and HAProxy do: none is lost. Elsewhere only the command's process group is found.
+On Linux orphans become children of this process (a "subreaper") whatever session or group they made, as those of Ray
+and HAProxy do. Elsewhere only the command's process group is found.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ import sys
 import time
 
 LOOK_SECONDS = 0.5
-"""Pause between looks for the parent: one that was killed cannot say so."""
+"""Interval of checks for the parent, whose death is not signalled."""
 KILL_SECONDS = 15.0
-"""Longest time of killing: a process that waits for a disk dies later."""
+"""Limit on killing: a process that waits for a disk dies later."""
 LINUX = sys.platform == "linux"
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def main(parent: int, seconds: float, command: list[str]) -> int:
-    """Run the command; returns how it ended, as ``waitpid`` tells it.
+    """Run the command; returns its ``waitpid`` status.
 
     Args:
-        parent: the process that starts this one. When it is gone the command is asked to end.
-        seconds: how long the command may take to end once the parent is gone.
+        parent: the process that started this one. When it is gone the command is asked to end.
+        seconds: time for the command to end after that.
     """
     reader = _receive_signals()
     if LINUX:
@@ -57,7 +56,6 @@ def main(parent: int, seconds: float, command: list[str]) -> int:
 
 
 def _receive_signals() -> int:
-    """The end of a pipe that gets the number of each signal."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.set_blocking(writer, False)
@@ -81,7 +79,7 @@ def _start(command: list[str]) -> int:
         return pid
     try:
         os.setpgid(0, 0)
-        if LINUX:  # asked to end also when this process is killed, and cannot ask any more
+        if LINUX:  # also ends it when this process is killed, and cannot do so itself
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
         if os.getppid() == own:
             os.execvp(command[0], command)  # noqa: S606  the command of the caller
@@ -92,7 +90,6 @@ def _start(command: list[str]) -> int:
 
 
 def _reap() -> dict[int, int]:
-    """The status of each child that has ended, by process id."""
     ended: dict[int, int] = {}
     while True:
         try:
@@ -105,7 +102,7 @@ def _reap() -> dict[int, int]:
 
 
 def _kill_all(command: int) -> dict[int, int]:
-    """Kill until nothing is left: what is killed may have started another one just before."""
+    """Kill until none is left: a killed process may have started another just before."""
     ended: dict[int, int] = {}
     deadline = time.monotonic() + KILL_SECONDS
     while time.monotonic() < deadline:
@@ -123,7 +120,7 @@ def _kill_all(command: int) -> dict[int, int]:
 
 
 def descendants(root: int) -> list[int]:
-    """Children of a process, their children, and so on, without those that have ended. Needs /proc."""
+    """Living descendants of a process. Needs /proc."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):  # noqa: PTH208  without pathlib it starts sooner
         if name.isdigit():
@@ -143,13 +140,12 @@ def descendants(root: int) -> list[int]:
 
 
 def _exit(status: int) -> None:
-    """End as the command did."""
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
-        code = 128 - code  # a signal that ends nothing by default
+        code = 128 - code  # a signal that does not kill by default
     os._exit(code)
 
 

@@ -1,8 +1,6 @@
-"""Signals that ask a command to stop: the first one raises, later ones change nothing.
-
-An exception that a signal raises while cleanup runs would break the cleanup off, and two signals are common: `make`
-passes one on that the whole group got already, and people press Ctrl-C twice.
-"""
+"""Stop signals of a command: the first one raises an exception, later ones are ignored. A second exception during
+cleanup would interrupt it, and two signals are common: `make` passes on one that the whole group received already, and
+people press Ctrl-C twice."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LAST_SECONDS = 90.0
-"""After so long the process ends whatever it is doing: twice as long as parts have to stop."""
+"""After this time the process exits unconditionally: twice the time that parts have to stop."""
 
 
 LOOK_SECONDS = 1.0
@@ -30,7 +28,7 @@ OUTPUTS = (1, 2)
 
 
 class Stopped(BaseException):
-    """A signal asked this process to end. Not an Exception, so that nothing takes it for an error that it handles."""
+    """A signal asked this process to end. Not an Exception, so that no handler of errors catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"asked to end by {signal.Signals(number).name}")
@@ -40,21 +38,17 @@ class Stopped(BaseException):
 @dataclass
 class _State:
     number: int = 0
-    """The first signal; 0 before it came."""
     raised: bool = False
     undisturbed: int = 0
-    """Depth of blocks that no signal may break off."""
 
 
 _state = _State()
 
 
 def stop_on_signals() -> None:
-    """From now on the first of SIGTERM, SIGINT and SIGHUP raises :class:`Stopped` in the main thread.
-
-    What was ignored when the process started, such as SIGHUP below ``nohup``, stays so. A terminal that is closed
-    counts as SIGHUP: the kernel tells the first process of a session alone, and `make`, for one, tells no other.
-    """
+    """Make the first of SIGTERM, SIGINT and SIGHUP raise :class:`Stopped` in the main thread. Signals ignored at
+    process start, such as SIGHUP under ``nohup``, stay ignored. A closed terminal counts as SIGHUP: the kernel only
+    signals the first process of a session, and `make`, for one, does not pass it on."""
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     for number in heard:
         signal.signal(number, _ask)
@@ -71,9 +65,8 @@ def stop_on_signals() -> None:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Inside, a signal that asks to stop waits for the end of the block. For what must not be half done, as starting
-    something that has to be stopped. Use it in the main thread.
-    """
+    """Defer stop signals to the end of the block, for work that must not be half done, such as starting something that
+    has to be stopped. Main thread only."""
     _state.undisturbed += 1
     try:
         yield
@@ -90,12 +83,9 @@ def _ask(number: int, _frame: FrameType | None) -> None:
 
 
 def _pass_on(arrivals: int) -> None:
-    """Repeat to the main thread, which alone runs handlers, what it may not have noticed.
-
-    Python notes a signal, and looks at its notes when it waits for nothing: one that another thread got, because the
-    main one took none while it started a process, or that came just before the main one began to wait, is heard only
-    when that wait is over.
-    """
+    """Resend signals to the main thread, the only one that runs handlers, in case it missed them. Python handles a
+    signal when it next runs bytecode: one delivered to another thread, because the main thread was starting a process,
+    or just before the main thread began to wait, is only handled after that wait."""
     while True:
         for number in os.read(arrivals, 1):
             while not _state.number and signal.getsignal(number) is _ask:
@@ -104,7 +94,7 @@ def _pass_on(arrivals: int) -> None:
 
 
 def _raise_again(lost: sys.UnraisableHookArgs) -> None:
-    """Repeat a signal that came while a finalizer ran: Python drops what the handler raised there."""
+    """Repeat a signal that arrived during a finalizer: Python drops what the handler raised there."""
     if not isinstance(lost.exc_value, Stopped):
         sys.__unraisablehook__(lost)
         return
@@ -113,7 +103,7 @@ def _raise_again(lost: sys.UnraisableHookArgs) -> None:
 
 
 def _is_terminal(descriptor: int) -> bool:
-    """Also one that was closed while this process was starting, which says that it is none."""
+    """True also for a terminal that was closed during startup, which no longer reports as one."""
     try:
         termios.tcgetattr(descriptor)
     except termios.error as error:
@@ -127,7 +117,7 @@ def _watch(terminals: list[int]) -> None:
     while not poll.poll(LOOK_SECONDS * 1000):
         pass
     null = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in terminals:  # what is said while the parts are stopped must not fail
+    for descriptor in terminals:  # output must not fail while the parts are stopped
         os.dup2(null, descriptor)
     os.close(null)
     os.kill(os.getpid(), signal.SIGHUP)
@@ -140,6 +130,7 @@ def _raise_if_due() -> None:
 
 
 def _end_at_last() -> None:
-    """Cleanup hangs, or something swallowed the exception: what runs below a reaper, or watches its parent, ends."""
+    """Exit in case cleanup hangs, or something swallowed the exception; processes under a reaper, or that watch their
+    parent, end too."""
     time.sleep(LAST_SECONDS)
     os._exit(128 + _state.number)

@@ -1,7 +1,6 @@
-"""Spans of requests for OpenTelemetry: off unless Ray Serve was told to trace (``traces.endpoint``).
-
-Ray Serve takes a client's W3C ``traceparent``, carries the trace through its handles, and makes a span of each call of
-a replica. Inside of those are ours:
+"""OpenTelemetry spans of requests: off unless Ray Serve was told to trace (``traces.endpoint``). Ray Serve accepts a
+client's W3C ``traceparent``, carries the trace through its handles, and makes a span of each replica call. Ratchet
+adds:
 
     intake    the body is read                         (ingress)
     inspect   images are fetched and checked           (ingress)
@@ -11,7 +10,7 @@ a replica. Inside of those are ours:
     search    the nearest samples                      (catalog)
     engine    the answer is generated                  (VLM)
 
-Nothing of OpenTelemetry is imported while it is off; the package's extra ``traces`` has it.
+OpenTelemetry (the extra ``traces``) is only imported when on.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Tracer, TracerProvider
 
 EXPORTER: Final = "core.tracing:span_processors"
-"""The function that Ray Serve is told to call in each of its processes."""
 _NOTHING: Final[AbstractContextManager[Any]] = nullcontext()
 _tracer: Tracer | None = None
 
 
 def span_processors() -> list[SpanProcessor]:
-    """Switch spans on in this process. Returns what sends them by OTLP over HTTP, as OTEL_* variables say."""
+    """Enable spans in this process. Returns the processor that sends them by OTLP over HTTP, configured by OTEL_*
+    variables."""
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
@@ -42,7 +41,6 @@ def span_processors() -> list[SpanProcessor]:
 
 
 def switch_on(provider: TracerProvider | None = None) -> None:
-    """Make spans. ``provider``: in place of the process's own."""
     global _tracer
     from opentelemetry import trace
 
@@ -50,7 +48,7 @@ def switch_on(provider: TracerProvider | None = None) -> None:
 
 
 def span(name: str, **attributes: Any) -> AbstractContextManager[Any]:
-    """A span around a block, where the trace is on and sampled; release, adapter and id of the request are on it.
+    """A span around a block, if tracing is on and sampled, with release, adapter and ID of the request.
 
     >>> with span("search", k=10): ...
     """
@@ -60,7 +58,7 @@ def span(name: str, **attributes: Any) -> AbstractContextManager[Any]:
 
 
 def record(name: str, began: float, ended: float, **attributes: Any) -> None:
-    """A span that is over; times are on the monotonic clock."""
+    """Record a finished span; times are on the monotonic clock."""
     if _tracer is None or not _sampled():
         return
     offset = time.time() - time.monotonic()
@@ -69,7 +67,7 @@ def record(name: str, began: float, ended: float, **attributes: Any) -> None:
 
 
 def _sampled() -> bool:
-    """True if a caller wants this trace: without a parent a span would begin a trace of its own."""
+    """True if a caller wants this trace: without a parent a span would start its own."""
     from opentelemetry import trace
 
     return bool(trace.get_current_span().get_span_context().trace_flags.sampled)

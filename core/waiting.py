@@ -1,4 +1,4 @@
-"""Waiting for a condition that nothing announces."""
+"""Polling for conditions."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Callable
 from typing import Final
 
 STILL_SECONDS: Final = 120.0
-"""After so long without any movement nothing will move: a shared machine stands still for seconds."""
+"""Time without any movement after which nothing will move: a shared machine stands still for seconds."""
 BUSY_SECONDS: Final = 900.0
-"""Work that computes without getting anywhere is given up after so long: loading a model, without a word, takes minutes
-on a machine with ten times as much to do as it can."""
+"""Limit for work that computes without progress: loading a model silently takes minutes on a machine with a tenfold
+load."""
 TELL_SECONDS: Final = 15.0
 LOOK_SECONDS: Final = 2.0
-"""From one look at the progress to the next: it may cost more than the condition."""
+"""Interval of progress checks, which may cost more than the condition."""
 
 
 class StoodStill(TimeoutError):
-    """Nothing has moved for too long. Says what moved last, and when."""
+    """Nothing has moved for too long; the message says what moved last, and when."""
 
 
 def wait_until(
@@ -27,12 +27,8 @@ def wait_until(
     pause: float = 0.1,
     alive: Callable[[], bool] = lambda: True,
 ) -> bool:
-    """Ask until a condition is true. False when it is not within ``seconds``, or when ``alive`` is false before.
-
-    Args:
-        pause: seconds between two questions.
-        alive: whether there is a point in waiting, such as that a process still runs.
-    """
+    """Poll until a condition is true. False after ``seconds``, or as soon as ``alive()`` is false. ``pause`` is in
+    seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline or not alive():
@@ -51,20 +47,19 @@ def wait_for_progress(
     busy_seconds: float = BUSY_SECONDS,
     pause: float = 0.1,
 ) -> None:
-    """Ask until a condition is true, for as long as it takes while something moves.
+    """Poll until a condition is true, for as long as something moves.
 
     >>> wait_for_progress(lambda: stored() >= 500, lambda: f"{stored()} of 500 records", tell=say)
 
     Args:
-        progress: how far it is. The clock starts again whenever this changes. Its text is shown.
-        work: a sign that something is done, such as the processor time of processes. It gives no more than
-            ``busy_seconds``: a process that hangs may compute as well.
-        tell: called with the progress when that changed, every :data:`TELL_SECONDS` at most.
-        still_seconds: how long neither may change.
-        pause: seconds between two questions.
+        progress: the progress as text. The clock restarts whenever it changes.
+        work: a sign of activity, such as the CPU time of processes. It extends the wait to at most ``busy_seconds``: a
+            hanging process may compute as well.
+        tell: called with changed progress, at most every :data:`TELL_SECONDS`.
+        still_seconds: longest time without a change of either.
 
     Raises:
-        StoodStill: nothing has changed for so long.
+        StoodStill: nothing has changed for that long.
     """
     began = moved = worked = told = looked = time.monotonic()
     last: object = None

@@ -23,20 +23,18 @@ __all__ = ["Artifacts", "directory_digest"]
 
 
 class Artifacts:
-    """Keys look like ``adapters/clip-0123456789ab``, and are immutable.
-
-    With an object store every method raises ArtifactsUnavailable when it does not answer in time.
-    """
+    """Stores immutable directories and objects by keys like ``adapters/clip-0123456789ab``. With an object store
+    methods raise ArtifactsUnavailable if it does not answer in time."""
 
     def __init__(
         self, url: str, cache: Path | None = None, seconds: float = CALL_SECONDS, cache_bytes: int = CACHE_BYTES
     ) -> None:
-        """
+        """Open the artifacts of a folder, or of a URL that fsspec knows.
+
         Args:
-            url: a folder, or a URL that fsspec knows.
-            cache: folder for local copies of what is in an object store.
-            seconds: longest time of one call of the object store; transfers have more by their size.
-            cache_bytes: bound of that folder; what is not in use goes, what was not used for longest first.
+            cache: folder for local copies of an object store's contents.
+            seconds: time limit of an object store call; transfers get more by their size.
+            cache_bytes: bound of that folder; unused entries are evicted, least recently used first.
         """
         self.filesystem, self.root = open_filesystem(url)
         self.local = local_folder(self.filesystem, self.root)
@@ -51,16 +49,12 @@ class Artifacts:
         return f"{self.root}/{key}"
 
     def exists(self, key: str) -> bool:
-        """True if a file or a complete directory of this key is there."""
         path = self._path(key)
         return Path(path).exists() if self.local is not None else self._bucket.exists(path)
 
     def put_directory(self, source: Path, key: str) -> None:
-        """Store a directory whole; after a failure or a crash the call can be repeated.
-
-        Raises:
-            AdapterError: the key has other contents already.
-        """
+        """Store a directory atomically; repeatable after a failure or a crash. Raises AdapterError if the key has other
+        contents already."""
         path = self._path(key)
         if self.local is not None:
             folder.put_directory(source, Path(path), key)
@@ -68,14 +62,9 @@ class Artifacts:
             self._bucket.put(source, path, key)
 
     def fetch(self, key: str, digest: str | None = None) -> Path:
-        """A local directory with the contents of ``key``: the thing itself, or a cached, checked copy.
-
-        Args:
-            digest: what :func:`directory_digest` has to be, from the ledger (:attr:`AdapterRow.digest`).
-
-        Raises:
-            AdapterError: it is not there, not complete, damaged, or not what ``digest`` says.
-        """
+        """A local directory with the contents of ``key``: the original, or a cached, verified copy. ``digest``: the
+        expected :func:`directory_digest`, from the ledger (:attr:`AdapterRow.digest`). Raises AdapterError if it is
+        missing, incomplete, damaged, or does not match ``digest``."""
         path = self._path(key)
         if self.local is None:
             directory = self._bucket.fetch(path, key)
@@ -91,9 +80,8 @@ class Artifacts:
         return directory
 
     def delete(self, key: str) -> None:
-        """Delete a directory or an object; no error where there is none. Readers see all of it or nothing, also when
-        this call is interrupted; it may then be repeated.
-        """
+        """Delete a directory or an object; a missing one is ignored. Readers see all of it or nothing; repeatable after
+        an interruption."""
         path = self._path(key)
         if self.local is not None:
             folder.delete(Path(path))
@@ -101,7 +89,7 @@ class Artifacts:
             self._bucket.delete(path)
 
     def sizes(self, key: str) -> dict[str, int]:
-        """The names directly below a key, complete or not, with the bytes of everything below each."""
+        """Total bytes by name directly below a key, complete or not."""
         path = self._path(key)
         if self.local is not None:
             return folder.sizes(Path(path))
@@ -112,7 +100,6 @@ class Artifacts:
         return total
 
     def write_bytes(self, key: str, data: bytes) -> None:
-        """Write one object; readers see the old or the new one."""
         path = self._path(key)
         if self.local is not None:
             folder.write_bytes(Path(path), data)
@@ -120,7 +107,7 @@ class Artifacts:
             self._store.write(path, data)
 
     def read_bytes(self, key: str) -> bytes:
-        """Read one object. Raises AdapterError when there is none."""
+        """Read an object. Raises AdapterError if it is missing."""
         path = self._path(key)
         try:
             return Path(path).read_bytes() if self.local is not None else self._store.read(path)

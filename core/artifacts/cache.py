@@ -1,9 +1,8 @@
-"""Local copies of what is in an object store, shared by the processes of a machine and bounded by their bytes.
+"""Local copies of an object store's contents, shared by the machine's processes and bounded in bytes.
 
-Each entry is a directory, a note next to it that says what it has to contain, and a lock. A process that fetches an
-entry holds its lock shared; what evicts entries takes it exclusively, and passes over what is held. The kernel gives up
-the locks of a process that is killed. What it left half done has a name that starts with ``.staging-`` or
-``.evicted-``, which readers never look at; the next eviction deletes it.
+Each entry is a directory, a note next to it with the expected contents, and a lock. A process that fetches an entry
+holds its lock shared; eviction takes it exclusively, and skips held entries. The kernel releases a killed process's
+locks. Its leftovers have names with ``.staging-`` or ``.evicted-``, which readers ignore and the next eviction deletes.
 """
 
 from __future__ import annotations
@@ -23,15 +22,14 @@ from core.artifacts.folder import MARKER, STAGING, file_size, remove_abandoned
 from core.files import replace_file
 
 CACHE_BYTES: Final = 4 << 30
-"""Bound of a cache: LoRA adapters have 5 to 200 MB each. An entry larger than this stays as long as it is held."""
+"""Bound of a cache: LoRA adapters have 5 to 200 MB each. A larger entry stays while it is held."""
 HELD: Final = 16
-"""A process may go on reading the entries that it fetched last, so many of them; they are not evicted before it ends.
-A gate has six at once."""
+"""Number of last fetched entries that a process keeps from being evicted. A gate has six at once."""
 LOCK: Final = ".lock"
 _EVICTED: Final = ".evicted-"
 _EVICTION: Final = ".eviction"
 _held: OrderedDict[Path, int] = OrderedDict()
-"""Descriptors of the locks that this process holds: of all caches, as a path outlives the object that fetched it."""
+"""Lock descriptors of this process, for all caches: a path outlives the object that fetched it."""
 _mutex = threading.Lock()
 
 
@@ -43,11 +41,10 @@ class Cache:
         self.max_bytes = max_bytes
 
     def path(self, key: str) -> Path:
-        """The place of an entry."""
         return self.folder / key
 
     def hold(self, key: str) -> None:
-        """Keep an entry from being evicted until this process ends, or has fetched :data:`HELD` others since."""
+        """Keep an entry from being evicted until this process ends, or has fetched :data:`HELD` others."""
         path = self._lock(key)
         with _mutex:
             lock = _held.pop(path, None)
@@ -59,7 +56,7 @@ class Cache:
                 os.close(_held.popitem(last=False)[1])
 
     def note(self, key: str) -> bytes | None:
-        """The note of a complete entry; None where there is none. Counts as a use of it."""
+        """The note of a complete entry, or None. Counts as a use."""
         try:
             data = self._note(key).read_bytes()
             os.utime(self._note(key))
@@ -69,7 +66,6 @@ class Cache:
 
     @contextmanager
     def staging(self, key: str) -> Iterator[Path]:
-        """A new directory next to an entry's place; what is left of it at the end is deleted."""
         target = self.path(key)
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=target.parent))
@@ -79,15 +75,11 @@ class Cache:
             shutil.rmtree(staging, ignore_errors=True)
 
     def write_note(self, key: str, data: bytes) -> None:
-        """The entry is complete."""
         replace_file(self._note(key), data, prefix=STAGING)
 
     def evict(self) -> int:
-        """Delete entries that are not held, those that were not used for longest first, until the rest fits.
-
-        Returns:
-            Bytes that were freed. 0 also where another process evicts now.
-        """
+        """Delete the least recently used entries that are not held, until the rest fits. Returns the bytes freed; 0
+        also while another process evicts."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / _EVICTION).open("a") as eviction:
             try:
@@ -107,7 +99,7 @@ class Cache:
             return freed
 
     def _targets(self) -> set[Path]:
-        """Directories of all entries: who was killed may have left one without its note, or the other way round."""
+        """Directories of all entries, including incomplete ones of killed processes."""
         return {
             path.with_name(path.name.removesuffix(suffix)[1:])
             for suffix in (MARKER, LOCK)
@@ -115,7 +107,6 @@ class Cache:
         }
 
     def _entry(self, target: Path) -> tuple[float, int, str]:
-        """When an entry was used last, its bytes, and its key."""
         key = target.relative_to(self.folder).as_posix()
         try:
             used = self._note(key).stat().st_mtime
@@ -124,7 +115,6 @@ class Cache:
         return used, sum(file_size(path) for path in target.rglob("*")), key
 
     def _remove(self, key: str) -> bool:
-        """Delete an entry unless a process holds it."""
         path, target = self._lock(key), self.path(key)
         try:
             lock = _acquire(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,11 +141,8 @@ class Cache:
 
 
 def _acquire(path: Path, operation: int) -> int:
-    """Descriptor of a file with a lock on it; if the file was deleted meanwhile, of the one that took its place.
-
-    Raises:
-        BlockingIOError: it is held, and the operation does not wait.
-    """
+    """Descriptor of a locked file, also if the file is replaced meanwhile. Raises BlockingIOError if it is held, and
+    the operation does not wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

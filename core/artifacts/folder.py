@@ -1,8 +1,6 @@
-"""Directories of artifacts: their digest and manifest, and how they get into a local or shared folder.
-
-In a folder a directory is written next to its place, flushed to the disk, then renamed. In an object store the manifest
-is written last, so a directory with a manifest is complete.
-"""
+"""Artifact directories: digest and manifest, and storage in a local or shared folder. In a folder a directory is
+written next to its place, flushed to disk, then renamed. In an object store the manifest is written last, so a
+directory with a manifest is complete."""
 
 from __future__ import annotations
 
@@ -21,7 +19,6 @@ from core.errors import AdapterError
 from core.files import flush, replace_file
 
 MARKER: Final = ".complete"
-"""Name of the manifest in its directory."""
 MAX_FILES: Final = 100_000
 
 
@@ -35,23 +32,21 @@ def directory_digest(directory: Path) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Digest of a directory, and its files with their sizes in bytes. Uploads before version 8 of the ledger's schema
-    recorded the digest alone: ``files`` is None.
-    """
+    """Digest of a directory, and its files with sizes in bytes. Uploads from before version 8 of the ledger's schema
+    only have the digest: ``files`` is None."""
 
     digest: str
     files: dict[str, int] | None
 
     @classmethod
     def of(cls, directory: Path) -> Manifest:
-        """Of a local directory."""
         files = sorted(path for path in directory.rglob("*") if path.is_file())
         sizes = {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
         return cls(directory_digest(directory), sizes)
 
     @classmethod
     def parse(cls, data: bytes, key: str) -> Manifest:
-        """Read and check a manifest. Raises AdapterError."""
+        """Parse and validate a manifest. Raises AdapterError."""
         if re.fullmatch(rb"[0-9a-f]{64}", data.strip()):
             return cls(data.strip().decode(), None)
         try:
@@ -66,11 +61,10 @@ class Manifest:
             ) from None
 
     def dump(self) -> bytes:
-        """The bytes that :meth:`parse` reads."""
         return json.dumps({"digest": self.digest, "files": self.files}, sort_keys=True).encode()
 
     def has_all(self, directory: Path) -> bool:
-        """True if a local directory has every file at its size; contents are not read."""
+        """True if a directory has every file at its size; contents are not read."""
         if not directory.is_dir() or self.files is None:
             return False
         paths = {directory / name: size for name, size in self.files.items()}
@@ -88,15 +82,12 @@ def _size(name: str, size: Any) -> int:
 
 STAGING: Final = ".staging-"
 ABANDONED_SECONDS: Final = 24 * 3600
-"""Age from which on what a killed process has left is deleted."""
+"""Age at which leftovers of killed processes are deleted."""
 
 
 def put_directory(source: Path, target: Path, key: str) -> None:
-    """Store a directory: readers see all of it or nothing, also after the machine has crashed.
-
-    Raises:
-        AdapterError: the name has other contents.
-    """
+    """Store a directory: readers see all of it or nothing, also after a machine crash. Raises AdapterError if the name
+    has other contents."""
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target.parent)
     if not target.exists():
@@ -119,12 +110,11 @@ def put_directory(source: Path, target: Path, key: str) -> None:
 
 
 def write_bytes(target: Path, data: bytes) -> None:
-    """Write a file in one step."""
     replace_file(target, data, prefix=STAGING)
 
 
 def delete(target: Path) -> None:
-    """Delete a directory, or a file: readers see all of it or nothing. No error where there is none."""
+    """Delete a directory or a file: readers see all of it or nothing. A missing one is ignored."""
     with suppress(FileNotFoundError):
         if not target.is_dir():
             target.unlink()
@@ -138,7 +128,7 @@ def delete(target: Path) -> None:
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Bytes of everything below each name in a folder; what is not complete is left out."""
+    """Total bytes below each name in a folder; incomplete entries are left out."""
     return {
         path.name: sum(file_size(file) for file in ([path] if path.is_file() else path.rglob("*")))
         for path in (folder.iterdir() if folder.is_dir() else ())
@@ -147,7 +137,6 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def file_size(path: Path) -> int:
-    """Bytes of a file; 0 where there is none any more, and of a directory."""
     try:
         return path.stat().st_size if path.is_file() else 0
     except FileNotFoundError:  # another process deletes it
@@ -155,7 +144,7 @@ def file_size(path: Path) -> int:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Delete what processes that were killed have left in a folder a day ago or longer."""
+    """Delete leftovers of killed processes that are at least a day old."""
     for path in folder.glob(f"{STAGING}*"):
         try:
             if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:

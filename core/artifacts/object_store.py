@@ -1,7 +1,5 @@
-"""Objects and directories in an object store, through fsspec; each call has a bound on its time.
-
-Of a directory the files are written first and the manifest last.
-"""
+"""Objects and directories in an object store, through fsspec, with time limits per call. A directory's manifest is
+written last."""
 
 from __future__ import annotations
 
@@ -19,16 +17,16 @@ from core.dependencies import storage_state
 from core.errors import AdapterError, ArtifactsUnavailable
 
 CALL_SECONDS: Final = 10.0
-"""Longest time of a call that moves no data to speak of, retries included."""
+"""Limit on a call without much data, retries included."""
 LEAST_BYTES_PER_SECOND: Final = 1 << 20
-"""A transfer may take so much longer as its size needs at this rate."""
+"""Transfers may take longer by the time that their size needs at this rate."""
 LISTING_BYTES: Final = 300 << 20
-"""A listing of all objects counts as a transfer of so much: a page of 1,000 names takes 0.1 s, and there may be more
-than a thousand pages."""
+"""Transfer size assumed for listing all objects: a page of 1,000 names takes 0.1 s, and there may be more than a
+thousand pages."""
 _S3: Final[dict[str, Any]] = {
     "connect_timeout": 3, "read_timeout": 8, "retries": {"max_attempts": 2, "mode": "standard"},
 }  # fmt: skip
-"""Of botocore: seconds to connect, and without a byte."""
+"""botocore's limits in seconds, to connect and without a byte."""
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
@@ -42,35 +40,28 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
 
 def local_folder(filesystem: Any, root: str) -> Path | None:
-    """The folder that a file system's path is on this machine; None for an object store."""
     protocol = filesystem.protocol
     return Path(root) if "file" in ((protocol,) if isinstance(protocol, str) else protocol) else None
 
 
 class ObjectStore:
-    """Reads and writes objects by path.
-
-    Every method raises ArtifactsUnavailable when the store does not answer in time, refuses, or lacks the bucket; and
-    FileNotFoundError when there is no such object.
-    """
+    """Reads and writes objects by path. Methods raise ArtifactsUnavailable if the store does not answer in time, denies
+    access, or lacks the bucket, and FileNotFoundError for a missing object."""
 
     def __init__(self, filesystem: Any, seconds: float = CALL_SECONDS) -> None:
         self.filesystem = filesystem
         self.seconds = seconds
 
     def has(self, path: str) -> bool:
-        """True if there is an object of this name."""
         try:
-            return bool(self._call(self.filesystem.info, path)["type"] == "file")  # isfile says no to any error
+            return bool(self._call(self.filesystem.info, path)["type"] == "file")  # isfile returns False for any error
         except FileNotFoundError:
             return False
 
     def has_below(self, path: str) -> bool:
-        """True if there is any object below this name."""
         return bool(self.sizes(path))
 
     def sizes(self, path: str) -> dict[str, int]:
-        """Objects below a name, by their names from there on, with their sizes in bytes."""
         prefix = self.filesystem._strip_protocol(path)
         try:
             listed = self._call(self.filesystem.find, path, size=LISTING_BYTES, detail=True)
@@ -79,33 +70,28 @@ class ObjectStore:
         return {name[len(prefix) :].lstrip("/"): int(each.get("size") or 0) for name, each in listed.items()}
 
     def read(self, path: str) -> bytes:
-        """All bytes of an object."""
         return bytes(self._call(self.filesystem.cat_file, path))
 
     def write(self, path: str, data: bytes) -> None:
-        """Write an object whole."""
         self._call(self.filesystem.pipe_file, path, data, size=len(data))
 
     def upload(self, source: Path, path: str) -> None:
-        """Write a file as an object."""
         self._call(self.filesystem.put_file, str(source), path, size=source.stat().st_size)
 
     def download(self, path: str, target: Path, size: int) -> None:
-        """Write an object of ``size`` bytes into a file."""
         target.parent.mkdir(parents=True, exist_ok=True)
         self._call(self.filesystem.get_file, path, str(target), size=size)
 
     def delete(self, path: str) -> None:
-        """Delete an object; no error where there is none."""
         with suppress(FileNotFoundError):
             self._call(self.filesystem.rm_file, path)
 
     def _call(self, method: Callable[..., Any], *arguments: Any, size: int = 0, **options: Any) -> Any:
-        if self.filesystem.async_impl:  # others are in memory, or have no way to be interrupted
+        if self.filesystem.async_impl:  # others are in memory, or cannot be interrupted
             options["timeout"] = self.seconds + size / LEAST_BYTES_PER_SECOND
         try:
             return method(*arguments, **options)
-        except Exception as error:  # every store has a tree of errors of its own
+        except Exception as error:  # every store has its own exception tree
             if isinstance(error, FileNotFoundError) and "bucket does not exist" not in str(error):
                 raise
             state, cause = storage_state(error)
@@ -117,17 +103,14 @@ class ObjectStore:
 
 
 class Bucket:
-    """An object store has no rename, so a directory is there when its manifest is. What an upload that was interrupted
-    has left is not seen by readers, and is overwritten by the next one.
-    """
+    """Directories in an object store. It has no rename, so a directory exists when its manifest does. Leftovers of an
+    interrupted upload are invisible to readers, and the next upload overwrites them."""
 
     def __init__(self, store: ObjectStore, cache: Cache) -> None:
-        """``cache``: local copies of what is fetched."""
         self.store = store
         self.cache = cache
 
     def exists(self, path: str) -> bool:
-        """True if there is a complete directory, or an object, of this name."""
         return self.store.has(f"{path}/{MARKER}") or self.store.has(path)
 
     def put(self, source: Path, path: str, key: str) -> None:
@@ -142,7 +125,7 @@ class Bucket:
         self.store.write(f"{path}/{MARKER}", manifest.dump())
 
     def fetch(self, path: str, key: str) -> Path:
-        """A checked local copy. The copies that are there already need no object store."""
+        """A verified local copy. An existing copy needs no object store."""
         target = self.cache.path(key)
         self.cache.hold(key)
         note = self.cache.note(key)
@@ -153,15 +136,15 @@ class Bucket:
             raise self._missing(path, key)
         with self.cache.staging(key) as staging:
             local = self._download(manifest, path, key, staging)
-            if not local.has_all(target):  # nor has another process copied it meanwhile
-                shutil.rmtree(target, ignore_errors=True)  # incomplete: a cleaner of temporary files was there
+            if not local.has_all(target):  # and no other process has copied it meanwhile
+                shutil.rmtree(target, ignore_errors=True)  # incomplete, e.g. after a cleanup of temporary files
                 _rename(staging, target, local)
         self.cache.write_note(key, local.dump())
         self.cache.evict()
         return target
 
     def delete(self, path: str) -> None:
-        """Delete a directory, or an object. The manifest goes first: what is left after an interruption is no complete
+        """Delete a directory, or an object. The manifest goes first: after an interruption the rest is not a complete
         directory, and the next call deletes it."""
         self.store.delete(f"{path}/{MARKER}")
         for name in self.store.sizes(path):
@@ -202,5 +185,5 @@ def _rename(staging: Path, target: Path, manifest: Manifest) -> None:
     try:
         staging.rename(target)
     except OSError:
-        if not manifest.has_all(target):  # else another process was faster
+        if not manifest.has_all(target):  # otherwise another process was faster
             raise

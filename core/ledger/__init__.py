@@ -4,7 +4,7 @@
 >>> ledger.live()
 ReleaseRow(number=3, clip='clip-0123456789ab', ...)
 
-One class has every query; the queries are in the modules of this package, one for each subject.
+One class has every query; they are defined in this package's modules, one per subject.
 """
 
 from __future__ import annotations
@@ -70,14 +70,13 @@ class Ledger(
 
     @classmethod
     def open(cls, url: str, migrate: bool = True) -> Ledger:
-        """Connect, and bring the schema up to date. Raises LedgerError when the database cannot be reached."""
+        """Connect and migrate the schema. Raises LedgerError if the database cannot be reached."""
         return cls(open_database(url, migrate))
 
     @classmethod
     def lazy(cls, url: str) -> Ledger:
-        """Connect at the first call, each of which raises LedgerUnavailable while the database is away. For processes
-        that must start without it; the schema is left as it is.
-        """
+        """Connect on the first call, for processes that must start without the database; calls raise LedgerUnavailable
+        while it is unreachable. Does not migrate."""
         return cls(open_database(url, migrate=False, check=False))
 
     def reading(self) -> AbstractContextManager[None]:
@@ -85,5 +84,4 @@ class Ledger(
         return self.database.reading()
 
     def close(self) -> None:
-        """Give the connections back."""
         self.database.close()

@@ -1,4 +1,4 @@
-"""Queries of the compute budget: a token bucket that survives restarts and clocks that jump. MAF-GFLOPs."""
+"""Queries of the compute budget: a token bucket in MAF-GFLOPs that survives restarts and clock jumps."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from core.ledger.rows import BucketRow, ChargeRow
 
 
 class BudgetQueries(Queries):
-    """``rate`` is the refill in MAF-GFLOPs a second, ``capacity`` the most that can be saved up."""
+    """``rate`` is the refill in MAF-GFLOPs per second, ``capacity`` the most that can be saved."""
 
     def bucket_level(self, now: float, rate: float, capacity: float) -> float:
-        """The amount that can be spent at ``now`` (seconds since 1970).
-
-        A clock that goes back never refills, and time counts again after a full refill's worth of it at the latest.
-        """
+        """The amount available at ``now`` (seconds since 1970). A clock that goes back never refills, and time counts
+        again after at most one full refill."""
         with self.database.write() as session:
             return _refill(session, now, rate, capacity).level
 
     def charge(self, key: str, amount: float, *, now: float, rate: float, capacity: float) -> bool:
-        """Take ``amount`` for ``key`` if the bucket holds it. A key is charged once: again is True and free."""
+        """Take ``amount`` for ``key`` if available. A key is charged once: repeating is True and free."""
         with self.database.write() as session:
             bucket = _refill(session, now, rate, capacity)
             if session.get(ChargeRow, key) is not None:
@@ -35,7 +33,7 @@ class BudgetQueries(Queries):
             return True
 
     def settle(self, key: str, actual: float, *, capacity: float) -> None:
-        """Replace what was charged by what was spent, once; the difference goes back or is taken (debt is allowed)."""
+        """Replace a charge by the actual amount, once; the difference is returned or taken (debt is allowed)."""
         with self.database.write() as session:
             bucket = _locked(session)
             charge = session.get(ChargeRow, key)
@@ -48,7 +46,6 @@ class BudgetQueries(Queries):
             charge.amount, charge.settled = actual, True
 
     def spent(self, key: str | None = None) -> float:
-        """The amount charged for one key (0 when nothing was), or in all."""
         query = select(func.sum(ChargeRow.amount))
         if key is not None:
             query = query.where(ChargeRow.key == key)
@@ -62,7 +59,7 @@ def _refill(session: Session, now: float, rate: float, capacity: float) -> Bucke
     if elapsed > 0:
         bucket.level = min(capacity, bucket.level + elapsed * rate)
         bucket.refilled_at = now
-    # A clock that was far ahead gave a full bucket and no more: that much is waited for, not until the far day.
+    # A clock that was far ahead gave at most a full bucket: wait for that much, not until the far date.
     if rate > 0:
         bucket.refilled_at = min(bucket.refilled_at, now + capacity / rate)
     return bucket
@@ -77,6 +74,6 @@ def _create(session: Session, now: float, capacity: float) -> BucketRow:
     try:
         with session.begin_nested():
             session.add(BucketRow(id=1, level=capacity, refilled_at=now))
-    except IntegrityError:  # another process was first
+    except IntegrityError:  # another process was faster
         session.expire_all()
     return session.get_one(BucketRow, 1, with_for_update=True)

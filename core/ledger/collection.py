@@ -1,9 +1,9 @@
-"""Queries of garbage collection: what the ledger knows of adapters' files, and which of them are gone.
+"""Queries of garbage collection: the state of adapters' files.
 
-Files go in three steps, so that no release can name what is being deleted: the adapter is marked, in a transaction that
-refuses where anything needs it by now; its files are deleted; the mark is completed with the bytes that were freed.
-What marks and what releases lock the adapter's row. A marked adapter whose files are not known to be gone belongs to
-the collector; after that a process that makes or imports it again may store it again.
+Files are deleted in three steps, so that no release can name them meanwhile: a transaction marks the adapter unless
+something needs it; its files are deleted; the mark gets the bytes freed. Marking and releasing lock the adapter's row.
+A marked adapter belongs to the collector until its files are gone; then a process that makes or imports it again may
+store it again.
 """
 
 from __future__ import annotations
@@ -23,41 +23,36 @@ from core.ledger.leases import check_lease, database_time
 from core.ledger.rows import AdapterRow, BaseUpgradeRow, ProposalRow, ReleaseRow, UpdateRow, UtcTime, VerdictRow
 
 COLLECT_LEASE: Final = "collect"
-"""The right to delete files of the artifacts. A backup holds it as well: nothing goes while it copies."""
+"""The right to delete artifact files. A backup also holds it, so that nothing is deleted while it copies."""
 OPEN_UPDATES: Final = ("training", "trained", "gated")
 OPEN_PROPOSALS: Final = ("pending", "preparing")
 
 
 @dataclass(frozen=True)
 class AdapterUse:
-    """The use of an adapter, from which the age of its files is counted."""
+    """Use of an adapter, from which the age of its files is counted."""
 
     name: str
     family: str
     base: str
     last_used: datetime
-    """The latest of: it was recorded, an update of it moved on, a release with it was replaced."""
+    """The latest of: its record, a state change of its update, the replacement of a release with it."""
     released: bool
-    """True if any release has had it."""
     collected_at: datetime | None
     collected_bytes: int | None
-    """None as long as its files are not known to be gone."""
+    """None until its files are deleted."""
 
 
 @dataclass(frozen=True)
 class JudgedUpdate:
-    """An update with a verdict, which has a report."""
-
     id: str
     adapter: str
     judged_at: datetime
 
 
 class CollectionQueries(Queries):
-    """Reads and writes of the collector."""
-
     def clock(self) -> datetime:
-        """The database server's time; SQLite has this machine's."""
+        """The database server's time; for SQLite this machine's."""
         with self.database.read() as session:
             return database_time(session)
 
@@ -69,7 +64,6 @@ class CollectionQueries(Queries):
         return max((time for time in times if time is not None), default=None)
 
     def adapter_uses(self) -> list[AdapterUse]:
-        """All adapters, by name."""
         a = AdapterRow
         with self.database.read() as session:
             rows = session.execute(
@@ -96,43 +90,37 @@ class CollectionQueries(Queries):
         ]  # fmt: skip
 
     def released_bases(self) -> list[str | None]:
-        """Bases (digests) of all releases; None for those that name none."""
         with self.database.read() as session:
             return list(session.scalars(select(ReleaseRow.clip_base).distinct()))
 
     def upgrade_bases(self) -> list[str]:
-        """Bases (digests) that upgrades went to."""
         with self.database.read() as session:
             return list(session.scalars(select(BaseUpgradeRow.new_base).distinct()))
 
     def adapters_in_use(self) -> dict[str, str]:
-        """Adapters of open proposals and unfinished updates, with what needs each."""
+        """Adapters of open proposals and unfinished updates, with the reason."""
         with self.database.read() as session:
             return _in_use(session)
 
     def judged_updates(self) -> list[JudgedUpdate]:
-        """All updates that have a verdict."""
         query = select(VerdictRow.update_id, VerdictRow.adapter, VerdictRow.created_at)
         with self.database.read() as session:
             return [JudgedUpdate(*row) for row in session.execute(query)]
 
     def collected(self, names: Sequence[str | None]) -> dict[str, datetime]:
-        """Those of some adapters whose files were collected, with the time."""
+        """Collected adapters among ``names``, with the time."""
         query = select(AdapterRow).where(AdapterRow.name.in_([name for name in names if name is not None]))
         with self.database.read() as session:
             return {row.name: row.collected_at for row in session.scalars(query) if row.collected_at is not None}
 
     def begin_collection(self, reasons: Mapping[str, str], *, live: int, epoch: int, actor: str) -> list[str]:
-        """Mark adapters whose files are to be deleted; from then on no proposal and no release names them.
+        """Mark adapters for deletion; proposals and releases can no longer name them. Returns those marked now or
+        before whose files are to be deleted, without those that an open proposal or unfinished update needs by now.
 
         Args:
-            reasons: by adapter why it may go, for the audit.
-            live: number of the release that was live when that was decided; 0: none.
+            reasons: by adapter, for the audit.
+            live: number of the live release at the decision; 0: none.
             epoch: of the collector's lease.
-
-        Returns:
-            Those that were marked now or before, and whose files are to be deleted. What an open proposal or an
-            unfinished update needs by now is left out.
 
         Raises:
             ReleaseConflict: something was released since.
@@ -157,7 +145,7 @@ class CollectionQueries(Queries):
         return marked
 
     def finish_collection(self, freed: Mapping[str, int]) -> None:
-        """The files of marked adapters are gone. ``freed``: bytes by adapter."""
+        """Record that the files of marked adapters are deleted. ``freed``: bytes by adapter."""
         with self.database.write() as session:
             for row in _locked(session, freed):
                 if row.collected_at is not None and row.collected_bytes is None:
@@ -165,11 +153,8 @@ class CollectionQueries(Queries):
 
 
 def restore_mark(row: AdapterRow) -> None:
-    """Take the mark from an adapter whose files are stored again.
-
-    Raises:
-        LedgerError: its old files are being deleted.
-    """
+    """Clear the mark of an adapter whose files are stored again. Raises LedgerError while its old files are being
+    deleted."""
     if row.collected_at is not None and row.collected_bytes is None:
         raise LedgerError(
             f"the files of adapter {row.name!r} are being collected.", "Try again when `ratchet admin gc` has ended."
@@ -178,18 +163,13 @@ def restore_mark(row: AdapterRow) -> None:
 
 
 def check_files(session: Session, names: Iterable[str | None]) -> None:
-    """Lock adapters in this transaction, and refuse those whose files were collected.
-
-    Raises:
-        AdapterCollected: the files of one of them are deleted, or will be.
-    """
+    """Lock adapters in this transaction. Raises AdapterCollected if files of one are deleted, or will be."""
     for row in _locked(session, {name for name in names if name is not None}):
         if row.collected_at is not None:
             raise collected_error(row.name, row.collected_at)
 
 
 def collected_error(name: str, time: datetime) -> AdapterCollected:
-    """The error for an adapter that was asked for."""
     return AdapterCollected(
         f"the files of {name} were collected on {time.astimezone(UTC):%Y-%m-%d}: it was older than gc.keep_days and "
         "outside of gc.keep_releases.",
@@ -199,7 +179,7 @@ def collected_error(name: str, time: datetime) -> AdapterCollected:
 
 
 def _locked(session: Session, names: Iterable[str]) -> list[AdapterRow]:
-    """Rows of adapters, locked in the order of their names until the transaction ends."""
+    """Adapter rows, locked in name order until the transaction ends."""
     query = select(AdapterRow).where(AdapterRow.name.in_(list(names))).order_by(AdapterRow.name).with_for_update()
     return list(session.scalars(query.execution_options(populate_existing=True)))
 

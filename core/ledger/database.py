@@ -1,10 +1,8 @@
-"""Transactions, migrations, and connections to SQLite; those to PostgreSQL are in :mod:`core.ledger.postgres`.
+"""Transactions, migrations, and SQLite connections; PostgreSQL's are in :mod:`core.ledger.postgres`. After a connection
+is lost during COMMIT, its outcome is unknown. Writes through :func:`write_once` take :func:`lock_releases` first: a
+second attempt only gets that lock when the first has ended on the server, so what it then reads is final.
 
-A connection that is lost during COMMIT leaves it open whether the server has carried it out. Each write that goes
-through :func:`write_once` takes :func:`lock_releases` first. A second attempt gets that lock only when the first one
-has ended on the server, one way or the other; so what the second attempt then reads is final.
-
-SQLite's transactions say at their beginning whether they write; its files are in WAL mode, and durable.
+SQLite transactions declare at their start whether they write; files are in WAL mode, and durable.
 """
 
 from __future__ import annotations
@@ -37,10 +35,10 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-# Any fixed number: processes that start together take turns at migrating.
+# Any fixed number: processes that start together migrate one after the other.
 MIGRATION_LOCK = 7241957312
 OUTAGES: Final = (OperationalError, InterfaceError, InternalError, PoolTimeout)
-"""Errors of SQLAlchemy when the database is away, silent, full, read-only or too busy."""
+"""SQLAlchemy's errors for a database that is unreachable, silent, full, read-only or too busy."""
 FIX: Final = "What is in service goes on. Bring the database back; nothing else needs to be done."
 
 Result = TypeVar("Result")
@@ -51,9 +49,8 @@ class _SharedSession(threading.local):
 
 
 class Database:
-    """An engine with two kinds of transactions: ``read`` and ``write``. Both raise LedgerUnavailable when the database
-    does not do its part within :data:`core.ledger.time_limits.CALL_SECONDS`.
-    """
+    """An engine with two kinds of transactions, ``read`` and ``write``. Both raise LedgerUnavailable if the database
+    does not answer within :data:`core.ledger.time_limits.CALL_SECONDS`."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -62,7 +59,7 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A consistent view. Inside of :meth:`reading` it is that transaction's."""
+        """A consistent view; inside :meth:`reading` it is that transaction's."""
         shared = self._shared.value
         with _outages(), time_limit(CALL_SECONDS):
             if shared is not None:
@@ -74,9 +71,8 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Let all reads of this thread inside the block share one transaction: a connection is got and probed once, and
-        each read takes one round trip instead of four. Do not write inside.
-        """
+        """Share one transaction among all reads of this thread in the block: the connection is probed once, and each
+        read takes one round trip instead of four. Do not write inside."""
         with self.read() as session:
             before, self._shared.value = self._shared.value, session
             try:
@@ -86,11 +82,8 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """All or nothing.
-
-        Raises:
-            CommitUnknown: the answer to COMMIT was lost, so it may have been either.
-        """
+        """An atomic transaction. Raises CommitUnknown if the response to COMMIT was lost, so that its outcome is
+        unknown."""
         with _outages(), time_limit(CALL_SECONDS), Session(self._writing, expire_on_commit=False) as session:
             _check_out(session)
             yield session
@@ -104,7 +97,6 @@ class Database:
                 ) from error
 
     def close(self) -> None:
-        """Close pooled connections."""
         self.engine.dispose()
 
 
@@ -118,7 +110,6 @@ def _outages() -> Iterator[None]:
 
 
 def _cause(error: Exception) -> str:
-    """The driver's words, without the statement and its parameters."""
     words = str(getattr(error, "orig", None) or error).strip()
     return words.splitlines()[0].rstrip(".") if words else type(error).__name__
 
@@ -129,12 +120,9 @@ def _check_out(session: Session) -> None:
 
 
 def open_database(url: str, migrate: bool, check: bool = True) -> Database:
-    """Connect to SQLite (WAL) or PostgreSQL and migrate; without ``check`` neither is done before the first call.
-
-    Raises:
-        LedgerUnavailable: the database does not answer.
-        LedgerError: the URL is wrong, or the database is not migrated.
-    """
+    """Connect to SQLite (WAL) or PostgreSQL and migrate; without ``check`` neither happens before the first call.
+    Raises LedgerUnavailable if the database does not answer. Raises LedgerError if the URL is wrong, or the database is
+    not migrated."""
     try:
         parsed = make_url(url)
         engine = _make_engine(parsed)
@@ -180,7 +168,6 @@ def _make_engine(url: URL) -> Engine:
 
 
 def alembic_config(connection: Connection | None = None) -> Config:
-    """Alembic's settings for the migrations in this package."""
     from alembic.config import Config
 
     config = Config()
@@ -190,10 +177,9 @@ def alembic_config(connection: Connection | None = None) -> Config:
 
 
 def _migrate(database: Database) -> None:
-    """Bring the schema up to date. One that a newer Ratchet has made is left alone: migrations only add, so that the
-    software can be rolled back.
-    """
-    from alembic import command  # here, because replicas do not migrate, and start without it
+    """Upgrade the schema. A newer Ratchet's schema is left alone: migrations only add, so that the software can be
+    rolled back."""
+    from alembic import command  # imported here: replicas do not migrate, and start without it
     from alembic.runtime.migration import MigrationContext
     from alembic.script import ScriptDirectory
 
@@ -212,8 +198,6 @@ def _migrate(database: Database) -> None:
 
 
 class Queries:
-    """Base of the ledger's queries: reads of one table."""
-
     database: Database
 
     def _all(self, query: Select[Result]) -> list[Result]:
@@ -230,29 +214,30 @@ class Queries:
 
 
 LOOKUP_SECONDS: Final = 5.0
-"""Longest search for the outcome of a COMMIT; a server that was restarted is back in one or two."""
+"""Longest search for the outcome of a COMMIT; a restarted server is back in one or two seconds."""
 _RELEASE_LOCK: Final = 7241957313
-"""Any fixed number: releases, proposals and holds are written one after the other, by whichever process."""
+"""Any fixed number; serializes writes of releases, proposals and holds across processes."""
 _PAUSE_SECONDS: Final = 0.1
 
 
 def lock_releases(session: Session) -> None:
-    """Let no other transaction write releases, proposals or holds until this one ends. SQLite has one writer anyway."""
+    """Block other writers of releases, proposals and holds until this transaction ends. SQLite has one writer
+    anyway."""
     if session.get_bind().dialect.name == "postgresql":
         session.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _RELEASE_LOCK})
 
 
 def write_once(database: Database, transaction: Callable[[Session, bool], Result], subject: str) -> Result:
-    """Carry out a transaction exactly once, though the answer to its COMMIT may be lost.
+    """Run a transaction exactly once, even if the response to its COMMIT is lost.
 
     Args:
         transaction: gets the session, under :func:`lock_releases`, and whether an earlier attempt may have been
-            carried out. If so it returns what that attempt has written, where it finds it.
-        subject: what is written, for the message of an error.
+            committed. If so it returns what that attempt wrote, if found.
+        subject: what is written, for error messages.
 
     Raises:
         CommitUnknown: the database did not come back within :data:`LOOKUP_SECONDS`.
-        LedgerUnavailable: the database is away, and nothing was written.
+        LedgerUnavailable: the database is unreachable, and nothing was written.
     """
     deadline, repeated = 0.0, False
     while True:
@@ -274,21 +259,21 @@ def write_once(database: Database, transaction: Callable[[Session, bool], Result
 
 
 _SQLITE_WRITE_SECONDS: Final = 15
-"""Longest wait for another process's write. A write takes milliseconds, but its process may run at a low priority."""
+"""Longest wait for another process's write. A write takes milliseconds, but its process may have a low priority."""
 _SQLITE_CACHE_KIB: Final = 256
-"""Of each connection. SQLite's 2 MB fill up as the ledger grows, in every thread of every process; the kernel caches
-its pages once for all."""
+"""Per connection. SQLite's 2 MB would fill up in every thread of every process; the kernel caches the pages once for
+all."""
 _SQLITE_READ_SECONDS: Final = 2
-"""Longest wait of a read: in WAL mode it waits for no writer, only for the recovery of the file after a crash."""
+"""Longest wait of a read: in WAL mode it only waits for recovery after a crash."""
 
 
 def _prepare_sqlite(engine: Engine) -> None:
-    """Set up every connection of an engine. Writers (``ratchet_write``) lock at once: SQLite upgrades a read to a
-    write late, and then fails."""
+    """Set up an engine's connections. Writers (``ratchet_write``) lock at once: SQLite upgrades a read to a write late,
+    and then fails."""
 
     @event.listens_for(engine, "connect")
     def pragmas(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # transactions are begun below, not by the driver
+        connection.isolation_level = None  # transactions are started below, not by the driver
         connection.execute(f"PRAGMA busy_timeout={_SQLITE_WRITE_SECONDS * 1000}")
         _use_wal(connection)
         for pragma in ("synchronous=FULL", "foreign_keys=ON", f"cache_size=-{_SQLITE_CACHE_KIB}"):
@@ -303,7 +288,8 @@ def _prepare_sqlite(engine: Engine) -> None:
 
 
 def _use_wal(connection: Any) -> None:
-    """SQLite does not wait when two connections turn a new file to WAL: one is told "locked", and asks again."""
+    """Switch to WAL. When two connections switch a new file, SQLite fails one with "locked" instead of waiting, so
+    retry."""
     end = time.monotonic() + _SQLITE_WRITE_SECONDS
     while True:
         try:

@@ -1,9 +1,8 @@
-"""Queries of events: what others are told of, written in the transaction of the fact, published later and once.
+"""Queries of events and the audit log.
 
-The id of an event follows from the fact (``release-12``), so that a fact is told once whatever is repeated. Who
-publishes holds a lease, and marks with its epoch; see :mod:`streams.kafka.events`.
-
-The audit log says who did what to which, when; operators ask it afterwards. Its rows are only added.
+Events are written in the transaction of their fact, and published later, once. Their ID is derived from the fact
+(``release-12``), so repeated writes add nothing. The publisher holds a lease, and marks events with its epoch; see
+:mod:`streams.kafka.events`. The audit log records who did what, to which subject, when; rows are only added.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from core.ledger.database import Queries
 from core.ledger.leases import check_lease
 from core.ledger.rows import AdapterRow, AuditRow, EventRow, EventType, ProposalRow, ReleaseRow, utc_now
 
-#: Type of the CloudEvent by what happened.
+#: CloudEvents type by occurrence.
 EVENT_TYPES: Final[Mapping[str, EventType]] = {
     "candidate": "ratchet.candidate.v1",
     "verdict": "ratchet.verdict.v1",
@@ -32,42 +31,37 @@ EVENT_TYPES: Final[Mapping[str, EventType]] = {
     "deletion": "ratchet.deletion.v1",
     "gap": "ratchet.gap.v1",
 }
-#: Brokers take 1 MB by default, and an event has some 500 bytes besides its data.
+#: Brokers accept 1 MB by default, and an event has some 500 bytes in addition to its data.
 MAX_DATA_BYTES = 512 * 1024
 MAX_TEXT_CHARS = 4000
 
 
 class EventQueries(Queries):
-    """Writing events and publishing them."""
-
     def record_event(self, type: EventType, event_id: str, subject: str, data: Mapping[str, Any]) -> bool:
-        """Record an event of its own. Returns False, and does nothing, when there is one with this id.
+        """Record a standalone event. Returns False, without effect, if the ID exists.
 
         Args:
             type: one of :data:`EVENT_TYPES`' values.
-            event_id: follows from the fact; at most 200 characters.
-            subject: what it is about, the key of its Kafka record; at most 300 characters.
+            event_id: derived from the fact; at most 200 characters.
+            subject: also the key of its Kafka record; at most 300 characters.
             data: JSON, at most :data:`MAX_DATA_BYTES`.
 
         Raises:
-            LedgerError: one of them is not so.
+            LedgerError: an argument is invalid.
         """
         with self.database.write() as session:
             return add_event(session, type, event_id, subject, data)
 
     def waiting_events(self, limit: int = 100) -> list[EventRow]:
-        """Events that are not published yet, oldest first."""
         query = select(EventRow).where(EventRow.published.is_(False)).order_by(EventRow.id).limit(limit)
         return self._all(query)
 
     def count_waiting_events(self) -> int:
-        """Number of events that are not published yet."""
         query = select(func.count()).select_from(EventRow).where(EventRow.published.is_(False))
         with self.database.read() as session:
             return session.scalar(query) or 0
 
     def events(self, limit: int = 100) -> list[EventRow]:
-        """The newest events, newest first."""
         return self._all(select(EventRow).order_by(EventRow.id.desc()).limit(limit))
 
     def mark_published(self, places: Mapping[int, tuple[int, int]], *, lease: str, epoch: int) -> None:
@@ -75,10 +69,10 @@ class EventQueries(Queries):
 
         Args:
             places: partition and offset in the topic, by the events' ``id``.
-            lease: name of the lease that the publisher holds, with its ``epoch``.
+            lease: name of the publisher's lease, with its ``epoch``.
 
         Raises:
-            LeaseLost: it does not hold it any more; nothing is marked.
+            LeaseLost: the lease is lost; nothing is marked.
         """
         with self.database.write() as session:
             check_lease(session, lease, epoch)
@@ -90,27 +84,20 @@ class EventQueries(Queries):
                 )
 
     def prune_events(self, before: datetime) -> int:
-        """Remove events that were published and are from before a time. Returns their number.
-
-        Those of gaps stay: each is recorded from its row in the sample store, and would be told a second time.
-        """
+        """Remove published events from before a time. Returns their number. Gaps stay: they are recorded from rows of
+        the sample store, and would be published again."""
         old = delete(EventRow).where(EventRow.published.is_(True), EventRow.time < before)
         with self.database.write() as session:
             result = session.execute(old.where(EventRow.type != EVENT_TYPES["gap"]))
             return int(cast(CursorResult[Any], result).rowcount)
 
     def audit(self, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:
-        """Record an action that changes no other table."""
         with self.database.write() as session:
             note(session, actor, action, subject, detail)
 
     def audit_rows(self, limit: int = 100, subject: str | None = None, actor: str | None = None) -> list[AuditRow]:
-        """The newest rows, newest first.
-
-        Args:
-            subject: only rows about it: ``release 12``, or ``release`` for all releases.
-            actor: only rows of one actor.
-        """
+        """The newest audit rows, newest first, optionally of one actor or subject: ``release 12``, or ``release`` for
+        all releases."""
         query = select(AuditRow).order_by(AuditRow.id.desc()).limit(limit)
         if subject is not None:
             about = AuditRow.subject
@@ -121,7 +108,6 @@ class EventQueries(Queries):
 
 
 def add_event(session: Session, type: EventType, event_id: str, subject: str, data: Mapping[str, Any]) -> bool:
-    """Add an event in the transaction of its fact; see :meth:`EventQueries.record_event`."""
     _check(type, event_id, subject, data)
     values = {
         "event_id": event_id,
@@ -138,7 +124,6 @@ def add_event(session: Session, type: EventType, event_id: str, subject: str, da
 
 
 def clipped(text: str | None) -> str | None:
-    """A text from outside, short enough for an event."""
     return None if text is None else text[:MAX_TEXT_CHARS]
 
 
@@ -159,7 +144,7 @@ def _check(type: str, event_id: str, subject: str, data: Mapping[str, Any]) -> N
 
 
 def tell_proposal(session: Session, row: ProposalRow) -> None:
-    """A proposal was made, or came to a state; each state is told once."""
+    """Add an event for a proposal's state, once per state."""
     data = {
         "proposal": row.id, "kind": row.kind, "state": row.state, "family": row.family, "clip": row.clip,
         "vlm": row.vlm, "actor": row.actor, "reason": clipped(row.reason), "update": row.update_id,
@@ -169,7 +154,7 @@ def tell_proposal(session: Session, row: ProposalRow) -> None:
 
 
 def tell_release(session: Session, row: ReleaseRow, proposal: ProposalRow | None, previous: int | None) -> None:
-    """A release is live; a rollback is told as both."""
+    """Add the events of a live release; a rollback is reported as both."""
     subject = f"releases/{row.number}"
     data = {
         "number": row.number, "clip": row.clip, "vlm": row.vlm, "previous": previous,
@@ -186,13 +171,11 @@ def tell_release(session: Session, row: ReleaseRow, proposal: ProposalRow | None
 
 
 def _image_space(session: Session, clip: str | None) -> str | None:
-    """The image space of an adapter in the ledger; None for the base, whose space the ledger does not know."""
     adapter = None if clip is None else session.get(AdapterRow, clip)
     return None if adapter is None else adapter.image_space
 
 
 def _same_before(session: Session, row: ReleaseRow) -> int | None:
-    """The newest earlier plain release with the same adapters."""
     query = (
         select(ReleaseRow.number)
         .where(ReleaseRow.number < row.number, ReleaseRow.share >= 1)
@@ -204,5 +187,4 @@ def _same_before(session: Session, row: ReleaseRow) -> int | None:
 
 
 def note(session: Session, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:
-    """Add a row in the transaction of the change that it tells of."""
     session.add(AuditRow(actor=actor, action=action, subject=subject, detail=detail))

@@ -1,7 +1,5 @@
-"""Queries of API keys. A key's secret is 256 random bits, so a plain SHA-256 of it is safe to keep.
-
-A token reads ``rk_<id>_<secret>``: the id (8 characters) is no secret and finds the row, the secret is 64 hex digits.
-"""
+"""Queries of API keys. A token reads ``rk_<id>_<secret>``: the ID (8 characters, not secret) finds the row, the secret
+is 64 hex digits. It has 256 random bits, so storing a plain SHA-256 is safe."""
 
 from __future__ import annotations
 
@@ -25,27 +23,25 @@ PREFIX: Final = "rk_"
 TOKEN: Final = re.compile(rf"{PREFIX}([a-z0-9]{{8}})_([0-9a-f]{{64}})")
 KEY_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._@-]{0,63}")
 MAX_DAYS: Final = 3660
-#: Names that the audit log has for Ratchet's own parts and for the bootstrap key.
+#: Names in the audit log for Ratchet's own parts and the bootstrap key.
 RESERVED: Final = SYSTEM_ACTORS | {"operator", "anonymous"}
 
 
 class KeyQueries(Queries):
-    """Keys as operators manage them and the server checks them."""
-
     def create_key(
         self, name: str, scopes: Sequence[str], *, actor: str, requests_per_minute: int | None = None,
         days: float | None = None,
     ) -> tuple[KeyRow, str]:  # fmt: skip
-        """Make a key. Returns its row and its token, which is kept nowhere and cannot be shown again.
+        """Create a key. Returns its row and its token, which is not stored and cannot be shown again.
 
         Args:
-            name: lower-case letters, digits and ``. _ @ -``; never used before, also not by a revoked key.
+            name: lower-case letters, digits and ``. _ @ -``; never used before, not even by a revoked key.
             scopes: one or more of ``infer``, ``search``, ``publish`` and ``operate``; none includes another.
-            requests_per_minute: None takes ``access.requests_per_minute``, 0 is no limit.
-            days: until it expires; None: it is good until it is revoked.
+            requests_per_minute: None: ``access.requests_per_minute``, 0: no limit.
+            days: until it expires; None: never.
 
         Raises:
-            LedgerError: the name is taken or not a name, or a scope, the limit or the days are wrong.
+            LedgerError: the name is taken or invalid, or a scope, the limit or the days are wrong.
         """
         chosen = _checked(name, scopes, requests_per_minute)
         expires = None if days is None else _after(days)
@@ -71,7 +67,7 @@ class KeyQueries(Queries):
             ) from None
 
     def revoke_key(self, key: str, *, actor: str, reason: str) -> KeyRow:
-        """End a key, by its id or its name. Raises LedgerError when there is no such key, or it was revoked before."""
+        """Revoke a key by its ID or name. Raises LedgerError if there is none, or it was revoked before."""
         with self.database.write() as session:
             row = session.scalars(select(KeyRow).where(or_(KeyRow.id == key, KeyRow.name == key))).first()
             if row is None:
@@ -84,7 +80,7 @@ class KeyQueries(Queries):
             return row
 
     def api_keys(self, ended: bool = False) -> list[KeyRow]:
-        """Keys that are valid, newest first; with ``ended`` also those that were revoked or have expired."""
+        """Valid keys, newest first; with ``ended`` also revoked and expired ones."""
         query = select(KeyRow).order_by(KeyRow.created_at.desc(), KeyRow.id)
         if not ended:
             query = query.where(
@@ -93,20 +89,17 @@ class KeyQueries(Queries):
         return self._all(query)
 
     def touch_keys(self, used: Mapping[str, datetime]) -> None:
-        """Note when keys were last used, by id."""
         with self.database.write() as session:
             for key_id, when in used.items():
                 session.execute(update(KeyRow).where(KeyRow.id == key_id).values(last_used_at=when))
 
 
 def parse_token(token: str) -> tuple[str, str] | None:
-    """Id and secret of a token, or None where it is none of ours."""
     match = TOKEN.fullmatch(token)
     return None if match is None else (match[1], match[2])
 
 
 def digest_of(secret: str) -> str:
-    """The digest of a secret, which is all that the ledger keeps of it."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 

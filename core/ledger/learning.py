@@ -1,4 +1,4 @@
-"""Queries of the updater: adapters, updates, verdicts, and upgrades to another base."""
+"""Queries of the updater: adapters, updates, verdicts, and base upgrades."""
 
 from __future__ import annotations
 
@@ -24,15 +24,12 @@ from core.ledger.rows import (
 )
 
 RELEASED_VERDICTS = 500
-"""That are looked through for the best release."""
 FINISHED = ("done", "failed", "abandoned")
 BEGAN = "began"
-"""In the cost of an update: that a process works on it, at which place, and how many have died there before."""
+"""Key in an update's cost: the place a process is working at, and how many have died there."""
 
 
 class LearningQueries(Queries):
-    """Writes of the updater, and reads of them."""
-
     def register_adapter(
         self,
         name: str,
@@ -44,16 +41,10 @@ class LearningQueries(Queries):
         *,
         digest: str | None = None,
     ) -> AdapterRow:
-        """Record an adapter; the same name again is the same adapter, so that a restart may repeat this. Files that
-        were collected count as there again, and have to be stored after this call.
-
-        Args:
-            digest: :func:`core.artifacts.directory_digest` of its directory. A name has 48 bits of a digest; this has
-                all of them, and is what is checked when the adapter is loaded.
-
-        Raises:
-            LedgerError: it is recorded with other spaces or another digest, or its files are being collected.
-        """
+        """Record an adapter. Idempotent, so that a restart may repeat it. Clears a finished collection: store the files
+        after this call. ``digest``: :func:`core.artifacts.directory_digest` of its directory, checked on loading,
+        because the name has only 48 bits of one. Raises LedgerError if it is recorded with other spaces or another
+        digest, or its files are being collected."""
         with self.database.write() as session:
             row = session.get(AdapterRow, name, with_for_update=True)
             if row is None:
@@ -72,14 +63,13 @@ class LearningQueries(Queries):
             return row
 
     def adapter(self, name: str) -> AdapterRow:
-        """One adapter. Raises LedgerError when it was never recorded."""
+        """One adapter. Raises LedgerError if it was never recorded."""
         row = self._get(AdapterRow, name)
         if row is None:
             raise LedgerError(f"adapter {name!r} is not in the ledger.", "See `ratchet releases list`.")
         return row
 
     def adapter_digests(self, names: Sequence[str | None]) -> dict[str, str]:
-        """SHA-256 of the directories of some adapters, as far as it is recorded."""
         wanted = [name for name in names if name is not None]
         query = select(AdapterRow).where(AdapterRow.name.in_(wanted), AdapterRow.digest.is_not(None))
         with self.database.read() as session:
@@ -99,12 +89,11 @@ class LearningQueries(Queries):
         adapter: str | None = None,
         cost: dict[str, Any] | None = None,
     ) -> UpdateRow:
-        """Record that an update started; the same id again returns what is there.
+        """Record the start of an update; the same ID again returns the existing row.
 
         Args:
-            adapter: one that is in the ledger already, from elsewhere or from an earlier update: there is nothing to
-                train, only to judge.
-            cost: what was spent on it before.
+            adapter: an adapter already in the ledger, from elsewhere or an earlier update, which only needs a verdict.
+            cost: earlier spending on it.
         """
         with self.database.write() as session:
             row = session.get(UpdateRow, update_id)
@@ -129,9 +118,8 @@ class LearningQueries(Queries):
         cost: dict[str, Any] | None = None,
         error: str | None = None,
     ) -> UpdateRow:
-        """Move an update on; what is not given stays. Raises LedgerError where it has ended, as an operator may do; an
-        upgrade that is done can be abandoned until it is live.
-        """
+        """Update the given fields. Raises LedgerError if it has ended, also by an operator; a finished upgrade can be
+        abandoned until it is live."""
         with self.database.write() as session:
             row = _update(session, update_id)
             dropped = (row.state, state) == ("done", "abandoned")
@@ -148,7 +136,7 @@ class LearningQueries(Queries):
             return row
 
     def abandon_update(self, update_id: str, *, actor: str, reason: str) -> UpdateRow:
-        """End an update as failed. Raises LedgerError where it has ended."""
+        """End an update as failed. Raises LedgerError if it has ended."""
         with self.database.write() as session:
             row = _update(session, update_id)
             if row.state in FINISHED:
@@ -159,11 +147,8 @@ class LearningQueries(Queries):
             return row
 
     def retry_update(self, update_id: str, *, actor: str) -> UpdateRow:
-        """Let the updater take an update again as if it had not been tried: one that is not finished, or the newest of
-        its family where that failed or was abandoned before there was a verdict.
-
-        Raises LedgerError for another one.
-        """
+        """Reset an update's attempts, so that the updater takes it again: an unfinished one, or its family's newest
+        that failed or was abandoned before a verdict. Raises LedgerError for others."""
         with self.database.write() as session:
             row = _update(session, update_id)
             if row.state in FINISHED:
@@ -187,7 +172,7 @@ class LearningQueries(Queries):
     def compare_update(
         self, update_id: str, *, store_version: int, data_from: dict[str, int], incumbent: str | None
     ) -> UpdateRow:
-        """Set what a trained update is compared with, as long as there is no verdict on it; else nothing changes."""
+        """Set what a trained update is compared with; no effect once it has a verdict."""
         with self.database.write() as session:
             row = _update(session, update_id)
             judged = session.scalars(select(VerdictRow.id).where(VerdictRow.update_id == update_id)).first()
@@ -197,30 +182,26 @@ class LearningQueries(Queries):
             return row
 
     def update_of(self, adapter: str) -> UpdateRow | None:
-        """The newest update that made or imported an adapter."""
         query = select(UpdateRow).where(UpdateRow.adapter == adapter).order_by(UpdateRow.created_at.desc()).limit(1)
         return self._first(query)
 
     def update(self, update_id: str) -> UpdateRow:
-        """One update. Raises LedgerError."""
         with self.database.read() as session:
             return _update(session, update_id)
 
     def updates(self, limit: int = 50, family: str | None = None) -> list[UpdateRow]:
-        """The newest updates, newest first."""
         query = select(UpdateRow).order_by(UpdateRow.created_at.desc(), UpdateRow.id).limit(limit)
         if family is not None:
             query = query.where(UpdateRow.family == family)
         return self._all(query)
 
     def is_finished(self, update_id: str) -> bool:
-        """True if there was such an update and it has ended."""
         with self.database.read() as session:
             row = session.get(UpdateRow, update_id)
             return row is not None and row.state in FINISHED
 
     def unfinished_update(self, family: str) -> UpdateRow | None:
-        """The oldest update that was not taken to its end: a killed trainer left it, or it was imported."""
+        """The oldest unfinished update: left by a killed trainer, or imported."""
         query = select(UpdateRow).where(UpdateRow.family == family, UpdateRow.state.not_in(FINISHED))
         return self._first(query.order_by(UpdateRow.created_at))
 
@@ -240,29 +221,24 @@ class LearningQueries(Queries):
             return row
 
     def verdicts(self, limit: int = 50) -> list[VerdictRow]:
-        """The newest verdicts, newest first."""
         return self._all(select(VerdictRow).order_by(VerdictRow.id.desc()).limit(limit))
 
     def verdict_of(self, update_id: str) -> VerdictRow | None:
-        """The verdict of one update, if there is one."""
         return self._first(select(VerdictRow).where(VerdictRow.update_id == update_id))
 
     def verdicts_of(self, family: str, limit: int = 50) -> list[VerdictRow]:
-        """The newest verdicts of a family, newest first."""
         query = (
             select(VerdictRow).join(UpdateRow, UpdateRow.id == VerdictRow.update_id).where(UpdateRow.family == family)
         )
         return self._all(query.order_by(VerdictRow.id.desc()).limit(limit))
 
     def verdict_on(self, adapter: str) -> VerdictRow | None:
-        """The newest verdict on an adapter, if anybody judged it."""
         query = select(VerdictRow).where(VerdictRow.adapter == adapter).order_by(VerdictRow.id.desc()).limit(1)
         return self._first(query)
 
     def released_verdicts(self, family: str, base: str) -> list[VerdictRow]:
-        """Verdicts on adapters of a base (its digest) that answered all requests once, newest first; none on those that
-        were withdrawn or collected.
-        """
+        """Verdicts on adapters of a base (digest) that were fully released, and neither withdrawn nor collected, newest
+        first."""
         column = ReleaseRow.clip if family == "clip" else ReleaseRow.vlm
         released = select(column).where(column.is_not(None), ReleaseRow.share >= 1)
         query = (
@@ -276,9 +252,8 @@ class LearningQueries(Queries):
         return self._all(query)
 
     def looks_since_release(self, family: str) -> list[VerdictRow]:
-        """Verdicts of a family since the last released update that spent alpha, oldest first. Those of earlier versions
-        of Ratchet do not say whether they did, and count.
-        """
+        """A family's verdicts that spent alpha since its last released update, oldest first. Verdicts of earlier
+        versions do not say whether they did, and count."""
         last = (
             select(func.max(VerdictRow.id))
             .join(ProposalRow, ProposalRow.update_id == VerdictRow.update_id)
@@ -306,12 +281,8 @@ class LearningQueries(Queries):
         gflops: float,
         actor: str,
     ) -> UpdateRow:
-        """Record an update that learns everything before ``data_to`` again; the same id again returns what is there.
-
-        Args:
-            old, new: digest and name of both bases.
-            gflops: its budget, in MAF-GFLOPs.
-        """
+        """Record an update that learns everything before ``data_to`` again; the same ID again returns the existing row.
+        ``old`` and ``new`` are digest and name of a base; ``gflops`` is the budget in MAF-GFLOPs."""
         with self.database.write() as session:
             row = session.get(UpdateRow, update_id)
             if row is None:
@@ -332,13 +303,11 @@ class LearningQueries(Queries):
             return row
 
     def base_upgrade(self, update_id: str) -> BaseUpgradeRow | None:
-        """The bases that an update goes from and to; None where it stays on its base."""
         return self._get(BaseUpgradeRow, update_id)
 
     def approved_upgrade(self, new_base: str | None = None) -> BaseUpgradeRow | None:
-        """The newest upgrade (to a base, by its digest) that passed the gate and was neither released nor cancelled.
-        Its adapter is not withdrawn.
-        """
+        """The newest upgrade (optionally to a base, by digest) that passed the gate and was neither released, cancelled
+        nor withdrawn."""
         query = (
             select(BaseUpgradeRow)
             .join(UpdateRow, UpdateRow.id == BaseUpgradeRow.update_id)

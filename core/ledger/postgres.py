@@ -1,10 +1,9 @@
 """PostgreSQL connections with bounded waits. Needs the ``postgres`` extra.
 
-Three bounds work together: the client's deadline (:mod:`core.ledger.time_limits`) for a server that is silent, TCP's
-for a network that is, and the server's for a transaction whose client has gone.
-
-Nothing is kept in a session of the server from one transaction to the next, neither settings nor prepared statements:
-a pooler that shares connections by transaction (PgBouncer) gives each transaction whichever is free.
+Three bounds work together: the client's deadline (:mod:`core.ledger.time_limits`) for a silent server, TCP's for a
+silent network, and the server's for a transaction whose client is gone. Sessions keep no state between transactions,
+neither settings nor prepared statements: a pooler in transaction mode (PgBouncer) gives each transaction any free
+connection.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from sqlalchemy import URL, Connection, Engine, event
 from core.ledger.time_limits import seconds_left
 
 CONNECT_SECONDS: Final = 2
-"""The least that libpq takes for a connect_timeout, and how long connecting may take unless a URL says otherwise."""
+"""libpq's minimum connect_timeout, used unless a URL sets another."""
 _CLIENT: Final[dict[str, str]] = {
     "connect_timeout": str(CONNECT_SECONDS),
     "keepalives": "1",
@@ -27,10 +26,10 @@ _CLIENT: Final[dict[str, str]] = {
     "keepalives_interval": "2",
     "keepalives_count": "3",
     "tcp_user_timeout": "5000",
-    # initdb in the locale C makes databases in SQL_ASCII, whose texts come as bytes unless an encoding is asked for.
+    # initdb in the locale C makes SQL_ASCII databases, whose texts arrive as bytes unless an encoding is requested.
     "client_encoding": "UTF8",
 }
-"""libpq's parameters; milliseconds for tcp_user_timeout, else seconds."""
+"""libpq's parameters; tcp_user_timeout in milliseconds, others in seconds."""
 _SERVER: Final[dict[str, int]] = {
     "lock_timeout": 3_000,
     "statement_timeout": 4_000,
@@ -40,14 +39,11 @@ _SERVER: Final[dict[str, int]] = {
 
 
 class BoundedConnection(psycopg.Connection[Any]):
-    """A connection whose every wait for the server ends at the deadline of the calling thread."""
+    """A connection on which every wait for the server ends at the calling thread's deadline."""
 
     def wait(self, gen: Any, *args: Any, **options: Any) -> Any:
-        """Drive a generator of psycopg until it ends.
-
-        Raises:
-            psycopg.OperationalError: the server was silent until the deadline; the connection is closed.
-        """
+        """Drive a psycopg generator. Raises psycopg.OperationalError, and closes the connection, if the server was
+        silent until the deadline."""
         return super().wait(self._bounded(gen), *args, **options)
 
     def _bounded(self, gen: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
@@ -59,17 +55,16 @@ class BoundedConnection(psycopg.Connection[Any]):
                 return end.value
             ready = yield wanted
             if not ready and seconds_left() <= 0:
-                self.pgconn.finish()  # an answer that comes now would be taken for that of the next statement
+                self.pgconn.finish()  # a late answer would be taken for that of the next statement
                 raise psycopg.OperationalError("the server was silent for too long; the connection was closed")
 
 
 def bounded_url(url: URL) -> URL:
-    """Add the client's bounds to a URL, as far as it does not set them itself."""
     return url.update_query_dict({key: value for key, value in _CLIENT.items() if key not in url.query})
 
 
 def prepare_postgres(engine: Engine) -> None:
-    """Bound the connections of an engine, and each of its transactions; those that the URL's ``options`` name stay."""
+    """Bound an engine's connections and transactions, except for what the URL's ``options`` set."""
     own = str(engine.url.query.get("options", ""))
     bounds = "; ".join(f"set local {key} = {value}" for key, value in _SERVER.items() if key not in own)
 
@@ -84,11 +79,8 @@ def prepare_postgres(engine: Engine) -> None:
 
 
 def connect(*args: Any, **options: Any) -> BoundedConnection:
-    """Open a connection, unless the time of the caller is over already; a URL's ``connect_timeout`` is cut to that.
-
-    Raises:
-        psycopg.OperationalError: there is no server, or it does not answer.
-    """
+    """Open a connection within the caller's remaining time, which also caps ``connect_timeout``. Raises
+    psycopg.OperationalError if there is no server, or it does not answer."""
     left = seconds_left()
     if left <= 0:
         raise psycopg.OperationalError("no time was left for a new connection")

@@ -1,4 +1,4 @@
-"""Queries of proposals: wishes to release, and how far each of them is."""
+"""Queries of proposals, which are requests to release, and their state."""
 
 from __future__ import annotations
 
@@ -16,12 +16,9 @@ from core.ledger.leases import CONTROLLER_LEASE, check_lease
 from core.ledger.rows import ProposalKind, ProposalRow, ProposalState, ReleaseRow, Scope
 
 ENDED: Final = ("committed", "failed")
-"""States that a proposal does not leave."""
 
 
 class ProposalQueries(Queries):
-    """Proposals of the updater and of operators, and how the release controller carries them out."""
-
     def propose(
         self,
         kind: ProposalKind,
@@ -37,19 +34,19 @@ class ProposalQueries(Queries):
         forced: bool = False,
         epoch: int | None = None,
     ) -> ProposalRow:
-        """Record a wish to release. An update proposes once: a second call returns the first proposal.
+        """Record a proposal. An update proposes once: a second call returns the first proposal.
 
         Args:
-            family: which of ``clip`` and ``vlm`` is meant; the other stays what is live when this is committed.
+            family: which of ``clip`` and ``vlm`` is set; the other stays as it is live at commit.
             share: of the requests, 0 to 1; see :attr:`ReleaseRow.share`.
             forced: an operator insists, though no gate passed it.
-            epoch: of the controller's lease, where it is the controller that proposes.
+            epoch: of the controller's lease, if the controller proposes.
 
         Raises:
-            ReleaseConflict: ``expected_live`` is not the live release any more.
+            ReleaseConflict: ``expected_live`` is no longer live.
             LeaseLost: another controller took over.
-            LedgerError: the share is not one.
-            AdapterCollected: the files of an adapter are gone.
+            LedgerError: the share is invalid.
+            AdapterCollected: an adapter's files were deleted.
         """
         if not 0.0 <= share <= 1.0:
             raise LedgerError(f"a share of {share} is not between 0 and 1.", "0.1 is a tenth of the requests.")
@@ -78,24 +75,22 @@ class ProposalQueries(Queries):
         return write_once(self.database, write, "the proposal")
 
     def proposal(self, proposal_id: int) -> ProposalRow:
-        """One proposal. Raises LedgerError."""
         with self.database.read() as session:
             return find_proposal(session, proposal_id)
 
     def proposals(self, limit: int = 50) -> list[ProposalRow]:
-        """The newest proposals, newest first."""
         return self._all(select(ProposalRow).order_by(ProposalRow.id.desc()).limit(limit))
 
     def pending_proposals(self) -> list[ProposalRow]:
-        """Proposals not decided yet, oldest first; ``preparing`` ones were left by a killed controller."""
+        """Undecided proposals, oldest first; ``preparing`` ones were left by a killed controller."""
         query = select(ProposalRow).where(ProposalRow.state.not_in(ENDED)).order_by(ProposalRow.id)
         return self._all(query)
 
     def advance_proposal(
         self, proposal_id: int, state: ProposalState, error: str | None = None, *, epoch: int | None = None
     ) -> ProposalRow:
-        """Move a proposal on. ``committed`` is set by :meth:`ReleaseQueries.commit_release` alone, and an end is final:
-        to fail what has failed before changes nothing.
+        """Move a proposal on. Only :meth:`ReleaseQueries.commit_release` sets ``committed``. Final states do not
+        change: failing a failed proposal has no effect.
 
         Args:
             error: why it failed.
@@ -125,7 +120,7 @@ class ProposalQueries(Queries):
 
 
 def find_proposal(session: Session, proposal_id: int, lock: bool = False) -> ProposalRow:
-    """One proposal, locked until the transaction ends if it is to be changed. Raises LedgerError."""
+    """One proposal, locked until the transaction ends if ``lock``. Raises LedgerError."""
     row = session.get(ProposalRow, proposal_id, with_for_update=lock or None)
     if row is None:
         raise LedgerError(f"proposal {proposal_id} does not exist.", "See `ratchet releases list`.")
@@ -133,7 +128,7 @@ def find_proposal(session: Session, proposal_id: int, lock: bool = False) -> Pro
 
 
 def check_open(row: ProposalRow) -> None:
-    """Refuse to change a proposal that has ended. Raises ReleaseConflict."""
+    """Raise ReleaseConflict if a proposal has ended."""
     if row.state in ENDED:
         end = f" as release {row.release}" if row.state == "committed" else f" ({row.error})" if row.error else ""
         raise ReleaseConflict(
@@ -143,7 +138,6 @@ def check_open(row: ProposalRow) -> None:
 
 
 def rollout_detail(share: float, forced: bool) -> dict[str, Any]:
-    """Fields of the audit beyond those of a plain release."""
     return ({} if share >= 1 else {"share": share}) | ({"forced": True} if forced else {})
 
 

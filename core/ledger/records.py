@@ -1,7 +1,4 @@
-"""Queries of records: deletions, and refused records that are sent again.
-
-A deletion says what is to be gone, how far that is, and which adapters have learned from it.
-"""
+"""Queries of deletions, with the adapters that learned from the data, and of resubmitted records."""
 
 from __future__ import annotations
 
@@ -20,13 +17,12 @@ from core.ledger.rows import DeletionRow, DeletionState, ResubmissionRow, utc_no
 
 
 class RecordQueries(Queries):
-    """A deletion is requested once, removed from the store, and done when no file holds it any more. A refused record
+    """A deletion is requested once, removed from the store, and done when no file has it any more. A quarantined record
     is claimed before it is sent again and ended after it: two operators cannot both send it."""
 
     def request_deletion(
         self, deletion_id: str, selector: Mapping[str, Any], *, actor: str, reason: str
     ) -> DeletionRow:
-        """Record a wish; the same id again returns what is there."""
         with self.database.write() as session:
             row = session.get(DeletionRow, deletion_id)
             if row is None:
@@ -39,7 +35,8 @@ class RecordQueries(Queries):
     def deletion_removed(
         self, deletion_id: str, *, samples: int, refusals: int, adapters: Mapping[str, Any], store_version: int
     ) -> None:
-        """From this version of the store on no reader finds it. Again, when more was found: with the new totals."""
+        """Record that no reader finds it from this store version on. Call it again with new totals if more was
+        found."""
         with self.database.write() as session:
             row = session.get(DeletionRow, deletion_id, with_for_update=True)
             if row is None or row.state == "done":
@@ -48,19 +45,20 @@ class RecordQueries(Queries):
             row.removed_version, row.version, row.removed_at = store_version, None, row.removed_at or utc_now()
 
     def deletion_reopened(self, deletion_id: str) -> None:
-        """More of it is about to be removed: what was written again before that does not count."""
+        """Record that more of it is about to be removed, so earlier rewriting does not count."""
         with self.database.write() as session:
             mine = update(DeletionRow).where(DeletionRow.id == deletion_id, DeletionRow.state == "removed")
             session.execute(mine.values(version=None))
 
     def deletions_rewritten(self, ids: Sequence[str], version: int) -> None:
-        """From this version of the store on, no data file has them: when older versions are gone, they are done."""
+        """Record that no data file has them from this store version on: they are done when older versions are
+        removed."""
         with self.database.write() as session:
             mine = update(DeletionRow).where(DeletionRow.id.in_(ids), DeletionRow.state == "removed")
             session.execute(mine.where(DeletionRow.version.is_(None)).values(version=version))
 
     def deletion_held(self, deletion_id: str, remains: str, until: datetime | None) -> None:
-        """No file of the store has it; the bucket still does. Again, with what is left later."""
+        """Record that only the bucket still has it, and what remains; callable again."""
         with self.database.write() as session:
             row = session.get(DeletionRow, deletion_id, with_for_update=True)
             if row is None or row.state == "done":
@@ -69,11 +67,8 @@ class RecordQueries(Queries):
             row.remains, row.remains_until = remains, until
 
     def deletion_done(self, deletion_id: str, remains: str | None = None) -> None:
-        """Its bytes are gone, too: that is told to others, and an audit row is the receipt.
-
-        Args:
-            remains: why it is not known whether the object store keeps some of it, where it is not.
-        """
+        """Record that its bytes are deleted, with an event and an audit row. ``remains``: why it is unknown whether the
+        object store keeps some of it."""
         with self.database.write() as session:
             row = session.get(DeletionRow, deletion_id, with_for_update=True)
             if row is None or row.state == "done":
@@ -87,10 +82,8 @@ class RecordQueries(Queries):
             add_event(session, "ratchet.deletion.v1", _event_id(deletion_id), _subject(deletion_id), detail)
 
     def list_deletions_in(self, update_id: str, store_version: int) -> list[DeletionRow]:
-        """The deletions that an update, pinned to a version of the store, is the first to be trained without.
-
-        Each is listed with one update. Those that were carried out after the version are left for the next one.
-        """
+        """The deletions that an update, pinned to a store version, is the first to be trained without. Each is listed
+        with one update; those carried out after the version are left for the next one."""
         with self.database.write() as session:
             mine = update(DeletionRow).where(DeletionRow.update_id.is_(None), DeletionRow.state != "requested")
             session.execute(mine.where(DeletionRow.removed_version <= store_version).values(update_id=update_id))
@@ -98,13 +91,12 @@ class RecordQueries(Queries):
             return list(session.scalars(query))
 
     def deletion(self, deletion_id: str) -> DeletionRow | None:
-        """One deletion, or None."""
         return self._get(DeletionRow, deletion_id)
 
     def deletions(
         self, limit: int = 100, states: Sequence[DeletionState] = (), *, oldest_first: bool = False
     ) -> list[DeletionRow]:
-        """The newest deletions, newest first (or the oldest, oldest first); only those in some states."""
+        """The newest deletions, newest first (or the oldest, oldest first), optionally in some states."""
         time = DeletionRow.requested_at
         query = select(DeletionRow).order_by(time if oldest_first else time.desc(), DeletionRow.id).limit(limit)
         if states:
@@ -112,14 +104,12 @@ class RecordQueries(Queries):
         return self._all(query)
 
     def deletion_ids(self, prefix: str) -> set[str]:
-        """Ids of all deletions that begin so."""
         with self.database.read() as session:
             return set(
                 session.scalars(select(DeletionRow.id).where(DeletionRow.id.startswith(prefix, autoescape=True)))
             )
 
     def count_deletions(self, prefix: str = "", states: Sequence[DeletionState] = ()) -> int:
-        """Number of deletions; only those whose id begins so, and only those in some states."""
         query = select(func.count()).select_from(DeletionRow)
         if prefix:
             query = query.where(DeletionRow.id.startswith(prefix, autoescape=True))
@@ -129,23 +119,22 @@ class RecordQueries(Queries):
             return int(session.scalar(query) or 0)
 
     def oldest_deletion(self) -> DeletionRow | None:
-        """The one that has waited longest of those that are not done, or None. One that is locked in the bucket until
-        a time that is known waits for nothing that an operator could do.
-        """
+        """The longest-waiting deletion that is not done, if any. Deletions locked in the bucket until a known time are
+        left out: an operator cannot help them."""
         until = DeletionRow.remains_until
         waiting = select(DeletionRow).where(DeletionRow.state != "done", or_(until.is_(None), until <= utc_now()))
         query = waiting.order_by(DeletionRow.requested_at).limit(1)
         return self._first(query)
 
     def begin_resubmission(self, place: str, *, actor: str, reason: str, force: bool = False) -> ResubmissionRow:
-        """Claim the right to send a refused record again.
+        """Claim the right to resubmit a quarantined record.
 
         Args:
-            place: ``topic:partition:offset`` where the record was refused.
-            force: also when it was sent before, or when a process died between the claim and the sending.
+            place: ``topic:partition:offset`` where the record was quarantined.
+            force: also if it was sent before, or a process died between claim and sending.
 
         Raises:
-            AlreadyResubmitted: it was, and ``force`` is not set.
+            AlreadyResubmitted: it was claimed before, and ``force`` is not set.
         """
         try:
             with self.database.write() as session:
@@ -160,11 +149,12 @@ class RecordQueries(Queries):
                 note(session, actor, "resubmit", _record(place), {"reason": reason, "times": row.times})
                 session.flush()
                 return row
-        except IntegrityError:  # two claimed at once where there was no row to lock: the other one won
+        except IntegrityError:  # two claimed at once with no row to lock: the other one won
             raise _already(self.resubmissions([place])[place]) from None
 
     def end_resubmission(self, place: str, error: str | None = None) -> None:
-        """The record was sent, or (``error``) was not and may be tried again. Raises LedgerError without a claim."""
+        """Record that it was sent, or with ``error`` that it was not and may be tried again. Raises LedgerError without
+        a claim."""
         with self.database.write() as session:
             row = session.get(ResubmissionRow, place, with_for_update=True)
             if row is None:
@@ -174,7 +164,6 @@ class RecordQueries(Queries):
                 note(session, row.actor, "resubmit failed", _record(place), {"error": error[:1000]})
 
     def resubmissions(self, places: Sequence[str]) -> dict[str, ResubmissionRow]:
-        """Those of the records that were sent again, by place."""
         query = select(ResubmissionRow).where(ResubmissionRow.place.in_(places))
         return {row.place: row for row in self._all(query)}
 
@@ -184,7 +173,7 @@ def _subject(deletion_id: str) -> str:
 
 
 def _event_id(deletion_id: str) -> str:
-    """That of a tombstone in a topic with a long name is cut off, and stays one of its own."""
+    """Event ID; long ones, from tombstones in topics with long names, are cut and get a digest."""
     name = f"deletion-{deletion_id}"
     return name if len(name) <= 200 else f"{name[:180]}-{digest12(name.encode())}"
 

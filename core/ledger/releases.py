@@ -1,8 +1,5 @@
-"""Queries of releases: what is live and what was, what answers next to a canary, and holds, under which no update goes
-live.
-
-Every change leaves an audit row in the same transaction.
-"""
+"""Queries of releases, their rollout, and holds, which keep updates from going live. Every change leaves an audit row
+in the same transaction."""
 
 from __future__ import annotations
 
@@ -33,14 +30,13 @@ from core.ledger.rows import (
 )
 
 PLAIN: Final = 1.0
-"""The share of a plain release."""
 NEWEST: Final = ReleaseRow.number.desc()
 _OPEN_HOLD: Final = select(HoldRow).where(HoldRow.resumed_at.is_(None)).order_by(HoldRow.id)
 
 
 class ReleaseQueries(Queries):
-    """Releases, written by the release controller and the guard. All that canaries, shadows and the guard
-    need follows from rows that are never changed."""
+    """Releases, written by the release controller and the guard. The state of canaries, shadows and the guard is
+    derived from rows that never change."""
 
     def commit_release(
         self,
@@ -55,20 +51,20 @@ class ReleaseQueries(Queries):
         epoch: int | None = None,
         hold_after_rollback: bool = False,
     ) -> ReleaseRow:
-        """Append a release, and mark its proposal committed, in one transaction. When the answer to COMMIT is lost, the
+        """Append a release and mark its proposal committed, in one transaction. If the response to COMMIT is lost, the
         release is looked up; see :mod:`core.ledger.database`.
 
         Args:
             epoch: of the controller's lease.
-            hold_after_rollback: open a hold with an operator's rollback. Rollbacks of the guard open none: it has
-                withdrawn the adapter that it takes back, and the next update was judged without it.
+            hold_after_rollback: open a hold with an operator's rollback. The guard's rollbacks open none: it has
+                withdrawn the adapter, and the next update was evaluated without it.
 
         Raises:
             ReleaseConflict: the number is taken or is not the live number + 1, or the proposal has ended.
             LeaseLost: another controller took over.
             Held: the proposal has to wait until an operator resumes.
-            AdapterCollected: the files of an adapter are gone.
-            CommitUnknown: the ledger went away during COMMIT and did not come back.
+            AdapterCollected: an adapter's files were deleted.
+            CommitUnknown: the ledger was lost during COMMIT and did not come back.
         """
         attempt = secrets.token_hex(16)
 
@@ -101,25 +97,22 @@ class ReleaseQueries(Queries):
             ) from None
 
     def live(self) -> ReleaseRow | None:
-        """The live release: the highest number. None before the first start."""
         return self._first(select(ReleaseRow).order_by(NEWEST))
 
     def release(self, number: int) -> ReleaseRow:
-        """One release. Raises LedgerError."""
         row = self._get(ReleaseRow, number)
         if row is None:
             raise LedgerError(f"release {number} does not exist.", "See `ratchet releases list`.")
         return row
 
     def releases(self, limit: int = 50, base: str | None = None) -> list[ReleaseRow]:
-        """The newest releases, newest first. ``base``: only those whose CLIP has this base (its digest)."""
+        """The newest releases, newest first; ``base``: only those with this CLIP base (digest)."""
         query = select(ReleaseRow).where(of_base(base)).order_by(NEWEST).limit(limit)
         return self._all(query)
 
     def before(self, family: Family, adapter: str | None, base: str | None = None) -> ReleaseRow | None:
-        """The newest plain release whose adapter of this family is another one, and was neither withdrawn nor
-        collected; with ``base`` only of those whose CLIP has this base.
-        """
+        """The newest full release with another adapter of this family that was neither withdrawn nor collected;
+        ``base``: only of this CLIP base."""
         column = ReleaseRow.clip if family == "clip" else ReleaseRow.vlm
         gone = or_(AdapterRow.withdrawn.is_not(None), AdapterRow.collected_at.is_not(None))
         excluded = select(AdapterRow.name).where(gone)
@@ -132,25 +125,23 @@ class ReleaseQueries(Queries):
         return self._first(query)
 
     def stable(self) -> ReleaseRow | None:
-        """The newest plain release: what answers the requests that a canary does not. None before the first start."""
+        """The newest full release, which answers the requests that a canary does not. None before the first start."""
         return self._first(select(ReleaseRow).where(ReleaseRow.share >= PLAIN).order_by(NEWEST))
 
     def incumbent(self, number: int, base: str | None = None) -> ReleaseRow | None:
-        """The newest plain release before ``number``: what it is compared with, and what the guard goes back to; with
-        ``base`` of those whose CLIP has this base.
-        """
+        """The newest full release before ``number``, for comparison and for the guard's rollback; ``base``: only of
+        this CLIP base."""
         plain = select(ReleaseRow).where(ReleaseRow.share >= PLAIN, of_base(base), ReleaseRow.number < number)
         return self._first(plain.order_by(NEWEST))
 
     def was_stable(self, family: Family, adapter: str | None) -> bool:
-        """True if an adapter (None: the base alone) was in a plain release, and so answered all requests."""
+        """True if an adapter (None: the base alone) was in a full release."""
         column = ReleaseRow.clip if family == "clip" else ReleaseRow.vlm
         query = select(ReleaseRow.number).where(ReleaseRow.share >= PLAIN, column.is_not_distinct_from(adapter))
         with self.database.read() as session:
             return session.scalars(query.limit(1)).first() is not None
 
     def withdrawn(self, names: Sequence[str | None]) -> dict[str, str]:
-        """Those of some adapters that the guard took back, with the reason."""
         wanted = [name for name in names if name is not None]
         query = select(AdapterRow).where(AdapterRow.name.in_(wanted), AdapterRow.withdrawn.is_not(None))
         with self.database.read() as session:
@@ -159,8 +150,7 @@ class ReleaseQueries(Queries):
     def withdraw(
         self, names: Sequence[str | None], *, actor: str, subject: str, reason: str, evidence: dict[str, Any]
     ) -> None:
-        """Mark adapters, so that they are not released again by themselves, and write down why. The first reason
-        stays."""
+        """Mark adapters, so that they are not released again automatically, and record why. The first reason stays."""
         with self.database.write() as session:
             for name in names:
                 row = None if name is None else session.get(AdapterRow, name)
@@ -170,7 +160,7 @@ class ReleaseQueries(Queries):
             session.add(AuditRow(actor=actor, action="withdraw", subject=subject, detail=detail))
 
     def unproven(self, name: str) -> str:
-        """The reason why an adapter needs force to be released; empty when it passed the gate, or was live before."""
+        """Reason why releasing an adapter needs force; empty if it passed the gate, or was live before."""
         with self.database.read() as session:
             adapter = session.get(AdapterRow, name)
             if adapter is not None and adapter.withdrawn:
@@ -195,18 +185,16 @@ class ReleaseQueries(Queries):
         reason: str,
         update_id: str | None = None,
     ) -> ReleaseRow:
-        """Release an adapter of another base, with the VLM adapter that is live, in one transaction with its proposal:
-        no controller of the old base finds that proposal open.
-
-        Releases that name no base so far are of ``live_base``: that is written down, too.
+        """Release an adapter of another base, with the live VLM adapter, in one transaction with its proposal, so that
+        no controller of the old base finds that open. Releases without a base are set to ``live_base``.
 
         Args:
-            live: what has to be live now, and plain.
+            live: the expected live release, which must be full.
             update_id: the upgrade that made the adapter.
-            rollback: it goes back to an earlier release's adapter.
+            rollback: return to an earlier release's adapter.
 
         Raises:
-            ReleaseConflict: something else is live by now.
+            ReleaseConflict: another release is live by now.
         """
         attempt = secrets.token_hex(16)
 
@@ -242,7 +230,6 @@ class ReleaseQueries(Queries):
         return write_once(self.database, write, f"release {live.number + 1}")
 
     def newest_of_each_base(self) -> list[ReleaseRow]:
-        """The newest plain release of each base that was ever live, newest first."""
         numbers = (
             select(func.max(ReleaseRow.number))
             .where(ReleaseRow.share >= PLAIN, ReleaseRow.clip_base.is_not(None))
@@ -251,15 +238,14 @@ class ReleaseQueries(Queries):
         return self._all(select(ReleaseRow).where(ReleaseRow.number.in_(numbers)).order_by(NEWEST))
 
     def image_spaces_of_bases(self) -> set[str]:
-        """Image spaces of :meth:`newest_of_each_base`: what another base's servers search, or will after a switch
-        back. That of a base alone is not known to the ledger.
-        """
+        """Image spaces of :meth:`newest_of_each_base`, which another base's servers search, or will after switching
+        back. The ledger does not know the space of a base alone."""
         clips = [row.clip for row in self.newest_of_each_base() if row.clip is not None]
         with self.database.read() as session:
             return set(session.scalars(select(AdapterRow.image_space).where(AdapterRow.name.in_(clips))))
 
     def hold(self, actor: str, reason: str) -> HoldRow:
-        """Let update proposals wait until :meth:`resume`. A second hold keeps the first."""
+        """Make update proposals wait until :meth:`resume`. A second hold keeps the first."""
 
         def write(session: Session, _repeated: bool) -> HoldRow:
             return _open_hold(session) or _add_hold(session, actor, reason)
@@ -267,7 +253,7 @@ class ReleaseQueries(Queries):
         return write_once(self.database, write, "the hold")
 
     def resume(self, actor: str, reason: str) -> None:
-        """End a hold. Raises LedgerError when nothing is held."""
+        """End a hold. Raises LedgerError if there is none."""
 
         def write(session: Session, repeated: bool) -> None:
             row = _open_hold(session)
@@ -280,13 +266,12 @@ class ReleaseQueries(Queries):
         write_once(self.database, write, "the end of the hold")
 
     def held(self) -> HoldRow | None:
-        """The open hold, if there is one."""
         return self._first(_OPEN_HOLD)
 
 
 def of_base(base: str | None) -> ColumnElement[bool]:
-    """The condition that a release's CLIP has a base; without one it holds always. Releases that name no base are of
-    the only one that there was."""
+    """Condition that a release's CLIP has a base; always true for None. Releases without a base are from when there was
+    only one."""
     return true() if base is None else or_(ReleaseRow.clip_base == base, ReleaseRow.clip_base.is_(None))
 
 
@@ -295,7 +280,7 @@ def _live(session: Session) -> ReleaseRow | None:
 
 
 def _base_of(session: Session, clip: str | None) -> str | None:
-    """The base that an adapter is recorded with; of the base alone, and of one that is not recorded, the live one."""
+    """The recorded base of an adapter; the live base for None or an unrecorded one."""
     adapter = None if clip is None else session.get(AdapterRow, clip)
     if adapter is not None:
         return adapter.base
@@ -312,11 +297,8 @@ def check_number(session: Session, number: int) -> None:
 
 
 def append_release(session: Session, row: ReleaseRow, proposal: ProposalRow | None) -> None:
-    """Add a release, with its note and its event, and end its proposal.
-
-    Raises:
-        AdapterCollected: the files of one of its adapters are gone.
-    """
+    """Add a release, with audit row and event, and end its proposal. Raises AdapterCollected if an adapter's files were
+    deleted."""
     check_files(session, (row.clip, row.vlm))
     session.add(row)
     if proposal is not None:
@@ -338,7 +320,6 @@ def _open_hold(session: Session) -> HoldRow | None:
 
 
 def _add_hold(session: Session, actor: str, reason: str) -> HoldRow:
-    """Open a hold, with its audit row."""
     row = HoldRow(actor=actor, reason=reason)
     session.add(row)
     note(session, actor, "hold", "updates", {"reason": reason})
@@ -347,11 +328,7 @@ def _add_hold(session: Session, actor: str, reason: str) -> HoldRow:
 
 
 def _check_hold(session: Session, proposal: ProposalRow, actor: str) -> None:
-    """Refuse what would go live by itself while a hold is open: updates, and promotions that no operator asked for.
-
-    Raises:
-        Held: it has to wait.
-    """
+    """Raise Held if a hold is open and the release is automatic: updates, and promotions that no operator requested."""
     by_itself = proposal.kind == "update" or (proposal.kind == "promotion" and actor in SYSTEM_ACTORS)
     held = _open_hold(session) if by_itself else None
     if held is not None:

@@ -1,7 +1,5 @@
-"""The ledger's tables (SQLAlchemy 2), and the rows that queries return: copies, which change nothing. Times are UTC.
-
-Migrations are in the folder of that name; a test compares both. Columns without an annotation are not fields of a row.
-"""
+"""The ledger's tables (SQLAlchemy 2), whose rows queries return as detached copies. Times are UTC. Columns without an
+annotation are not fields of a row. A test compares the tables with the migrations."""
 
 from __future__ import annotations
 
@@ -31,13 +29,13 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_co
 from ratchet_client.models import Family as Family
 
 Scope = Literal["clip", "vlm", "both"]
-"""The adapters that a proposal sets; the other stays what is live when it is committed."""
+"""The adapters that a proposal sets; the other stays as it is live at commit."""
 GateOutcome = Literal["passed", "rejected", "inconclusive"]
 UpdateState = Literal["training", "trained", "gated", "done", "failed", "abandoned"]
 ProposalKind = Literal["initial", "update", "rollback", "release", "promotion"]
 ProposalState = Literal["pending", "preparing", "committed", "failed"]
 KeyScope = Literal["infer", "search", "publish", "operate"]
-"""Rights of a key: ask the models; read the corpus; send quarantined records again; release, roll back, hold and
+"""Rights of a key: query the models; read the corpus; resubmit quarantined records; release, roll back, hold and
 resume."""
 EventType = Literal[
     "ratchet.candidate.v1", "ratchet.verdict.v1", "ratchet.proposal.v1", "ratchet.release.v1", "ratchet.rollback.v1",
@@ -50,7 +48,7 @@ DeletionState = Literal["requested", "removed", "held", "done"]
 
 
 class UtcTime(TypeDecorator[datetime]):
-    """Aware UTC times on every database: SQLite forgets the zone, so it is put back."""
+    """Aware UTC times on every database: SQLite drops the zone, so it is restored."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -65,18 +63,14 @@ class UtcTime(TypeDecorator[datetime]):
 
 
 def utc_now() -> datetime:
-    """Now, aware, UTC."""
     return datetime.now(UTC)
 
 
 class Base(MappedAsDataclass, DeclarativeBase):
-    """Common column types."""
-
     type_annotation_map = {datetime: UtcTime, dict[str, Any]: JSON, dict[str, int]: JSON}  # noqa: RUF012
 
     @classmethod
     def __get_pydantic_core_schema__(cls, _source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Copies of rows in files are checked and written by their fields."""
         required = {each.name: (each.default, each.default_factory) == (MISSING, MISSING) for each in fields(cls)}
         hints = {name: get_args(hint)[0] for name, hint in get_annotations(cls, eval_str=True).items()}
         schema = core_schema.typed_dict_schema(
@@ -93,7 +87,7 @@ class Base(MappedAsDataclass, DeclarativeBase):
 
 
 class AdapterRow(Base, kw_only=True):
-    """An immutable adapter against one base, and the embedding spaces it makes."""
+    """An immutable adapter for one base, and the embedding spaces it makes."""
 
     __tablename__ = "adapters"
     name: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -104,18 +98,18 @@ class AdapterRow(Base, kw_only=True):
     meta: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
     withdrawn: Mapped[str | None] = mapped_column(Text, default=None)
-    """The guard's reason for taking it back; such an adapter is not released again unless an operator forces it."""
+    """The guard's reason for withdrawing it; it is not released again unless an operator forces it."""
     digest: Mapped[str | None] = mapped_column(String(64), default=None)
-    """SHA-256 of its directory, see :func:`core.artifacts.directory_digest`; None for adapters that were recorded
-    before it was kept."""
+    """SHA-256 of its directory, see :func:`core.artifacts.directory_digest`; None for adapters from before this
+    column."""
     collected_at: Mapped[datetime | None] = mapped_column(default=None)
-    """When it was decided that its files are deleted; see :mod:`core.ledger.collection`."""
+    """Time of the decision to delete its files; see :mod:`core.ledger.collection`."""
     collected_bytes = mapped_column(BigInteger)
-    """Bytes that this freed; None until they are gone."""
+    """Bytes freed; None until the files are deleted."""
 
 
 class UpdateRow(Base, kw_only=True):
-    """One run of the trainer. ``data_from``/``data_to`` are next offsets by ``topic:partition``."""
+    """A run of the trainer. ``data_from``/``data_to`` are next offsets by ``topic:partition``."""
 
     __tablename__ = "updates"
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -135,8 +129,6 @@ class UpdateRow(Base, kw_only=True):
 
 
 class VerdictRow(Base, kw_only=True):
-    """The gate's verdict on an update's candidate."""
-
     __tablename__ = "verdicts"
     id: Mapped[int] = mapped_column(primary_key=True, default=None)
     update_id: Mapped[str] = mapped_column(ForeignKey("updates.id"), unique=True)
@@ -148,12 +140,12 @@ class VerdictRow(Base, kw_only=True):
 
     @property
     def gain(self) -> float:
-        """Mean difference to the base over the gain suites, as a share; NaN when there are none."""
+        """Mean difference to the base over the gain suites, as a share; NaN without any."""
         return self._mean_difference("gain")
 
     @property
     def forgetting(self) -> float:
-        """Mean loss to the base over the retention suites, as a share; below 0 where it became better."""
+        """Mean loss to the base over the retention suites, as a share; negative for an improvement."""
         return -self._mean_difference("retention")
 
     def _mean_difference(self, role: str) -> float:
@@ -162,10 +154,8 @@ class VerdictRow(Base, kw_only=True):
 
 
 class ProposalRow(Base, kw_only=True):
-    """A wish to release: from the updater after a passed verdict, or from an operator.
-
-    ``clip`` means something where ``family`` is ``clip`` or ``both``, ``vlm`` where it is ``vlm`` or ``both``.
-    """
+    """A request to release, by the updater after a passed verdict, or by an operator. ``clip`` and ``vlm`` only count
+    if ``family`` includes them."""
 
     __tablename__ = "proposals"
     id: Mapped[int] = mapped_column(primary_key=True, default=None)
@@ -183,15 +173,14 @@ class ProposalRow(Base, kw_only=True):
     created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
     updated_at: Mapped[datetime] = mapped_column(default_factory=utc_now, onupdate=utc_now)
     share: Mapped[float] = mapped_column(default=1.0, server_default="1")
-    """See :attr:`ReleaseRow.share`. An update's is decided when it is released, by ``rollout.mode``."""
+    """See :attr:`ReleaseRow.share`. For an update ``rollout.mode`` decides it at release."""
     forced: Mapped[bool] = mapped_column(default=False, server_default=false())
-    """An operator released adapters that no gate had passed."""
     attempt = mapped_column(String(32), unique=True, index=True)
-    """Names the call that wrote the row, so that it can be found when the answer to COMMIT was lost."""
+    """ID of the writing call, to find the row if the response to COMMIT was lost."""
 
 
 class ReleaseRow(Base, kw_only=True):
-    """The adapters that are served under a number. ``None`` is the base alone."""
+    """The adapters served under a number; ``None`` is the base alone."""
 
     __tablename__ = "releases"
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
@@ -202,25 +191,22 @@ class ReleaseRow(Base, kw_only=True):
     proposal_id: Mapped[int | None] = mapped_column(ForeignKey("proposals.id"))
     created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
     share: Mapped[float] = mapped_column(default=1.0, server_default="1")
-    """1: a plain release. Between: a canary, which answers this share of the requests while the newest older plain
-    release answers the others. 0: a shadow, whose answers are only compared."""
+    """1: a full release. Between: a canary, which answers this share of requests while the newest older full release
+    answers the others. 0: a shadow, whose answers are only compared."""
     clip_base: Mapped[str | None] = mapped_column(String(64), default=None)
     """Digest of the base of ``clip``, or of the base alone; None as long as no other base was ever live."""
     attempt = mapped_column(String(32), unique=True, index=True)
-    """As :attr:`ProposalRow.attempt`."""
 
     @property
     def plain(self) -> bool:
-        """True if it answers all requests."""
         return self.share >= 1.0
 
     def adapter(self, family: Family) -> str | None:
-        """The adapter of one family."""
         return self.clip if family == "clip" else self.vlm
 
 
 class BaseUpgradeRow(Base, kw_only=True):
-    """An upgrade from one base to another: digests of both and the names under which they were registered."""
+    """An upgrade between bases: digests of both and their registered names."""
 
     __tablename__ = "base_upgrades"
     update_id: Mapped[str] = mapped_column(ForeignKey("updates.id"), primary_key=True)
@@ -229,13 +215,13 @@ class BaseUpgradeRow(Base, kw_only=True):
     new_base: Mapped[str] = mapped_column(String(64))
     new_name: Mapped[str] = mapped_column(String(64))
     gflops: Mapped[float]
-    """Its budget, in MAF-GFLOPs; the token bucket is not charged for it."""
+    """Its budget, in MAF-GFLOPs, separate from the token bucket."""
     actor: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
 
 
 class ChargeRow(Base, kw_only=True):
-    """One spending from the token bucket; the key makes it idempotent. MAF-GFLOPs."""
+    """A charge to the token bucket in MAF-GFLOPs; the key makes it idempotent."""
 
     __tablename__ = "budget_charges"
     key: Mapped[str] = mapped_column(String(100), primary_key=True)
@@ -245,7 +231,7 @@ class ChargeRow(Base, kw_only=True):
 
 
 class BucketRow(Base, kw_only=True):
-    """The token bucket: its level, and the latest time it was refilled (seconds since 1970)."""
+    """The token bucket: its level, and the latest refill (seconds since 1970)."""
 
     __tablename__ = "budget_bucket"
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
@@ -254,15 +240,12 @@ class BucketRow(Base, kw_only=True):
 
 
 def answers(share: float) -> str:
-    """Whom a release with this share answers, in words."""
     if share >= 1:
         return "all"
     return f"canary {100 * share:.3g}%" if share > 0 else "shadow"
 
 
 class HoldRow(Base, kw_only=True):
-    """While held, update proposals wait."""
-
     __tablename__ = "holds"
     id = mapped_column(Integer, primary_key=True)
     actor: Mapped[str] = mapped_column(String(200))
@@ -272,8 +255,6 @@ class HoldRow(Base, kw_only=True):
 
 
 class AuditRow(Base, kw_only=True):
-    """An action of somebody, for the audit."""
-
     __tablename__ = "audit"
     id: Mapped[int] = mapped_column(primary_key=True, default=None)
     actor: Mapped[str] = mapped_column(String(200))
@@ -284,9 +265,8 @@ class AuditRow(Base, kw_only=True):
 
 
 class KeyRow(Base, kw_only=True):
-    """An API key, without its secret. ``digest`` is the SHA-256 of the secret, in hex. Names are never reused, so that
-    an audit row stays clear.
-    """
+    """An API key, without its secret: ``digest`` is the secret's SHA-256 in hex. Names are never reused, so that audit
+    rows stay unambiguous."""
 
     __tablename__ = "api_keys"
     id: Mapped[str] = mapped_column(String(16), primary_key=True)
@@ -299,17 +279,13 @@ class KeyRow(Base, kw_only=True):
     revoked_at: Mapped[datetime | None] = mapped_column(default=None)
     last_used_at: Mapped[datetime | None] = mapped_column(default=None)
     expires_at: Mapped[datetime | None] = mapped_column(default=None)
-    """None: good until it is revoked."""
 
     def expired(self) -> bool:
-        """True if its time is over."""
         return self.expires_at is not None and self.expires_at <= utc_now()
 
 
 class ResubmissionRow(Base, kw_only=True):
-    """A refused record that was sent again: the last time, by whom and why. Its place is where the topic had it when it
-    was refused.
-    """
+    """The latest resubmission of a quarantined record. ``place`` is its position when it was quarantined."""
 
     __tablename__ = "resubmissions"
     place: Mapped[str] = mapped_column(String(300), primary_key=True)
@@ -321,9 +297,8 @@ class ResubmissionRow(Base, kw_only=True):
 
 
 class EventRow(Base, kw_only=True):
-    """An event for other programs. ``id`` orders events, ``event_id`` follows from the fact; ``partition`` and
-    ``offset`` are where its topic has it, once it is published.
-    """
+    """An event for other programs. ``id`` orders events, ``event_id`` is derived from the fact; ``partition`` and
+    ``offset`` locate it in its topic once published."""
 
     __tablename__ = "events"
     __table_args__ = (Index("ix_events_published", "published", "id"),)
@@ -339,9 +314,8 @@ class EventRow(Base, kw_only=True):
 
 
 class LeaseRow(Base, kw_only=True):
-    """The right to do a job for some time; the holder is empty when the lease was given back. The epoch grows with each
-    new holder, and the row stays.
-    """
+    """A time-limited right to do a job; the holder is empty after a release. The epoch grows with each new holder, and
+    the row stays."""
 
     __tablename__ = "leases"
     name: Mapped[str] = mapped_column(String(100), primary_key=True)
@@ -351,33 +325,29 @@ class LeaseRow(Base, kw_only=True):
 
 
 class DeletionRow(Base, kw_only=True):
-    """A deletion, which is also its receipt."""
-
     __tablename__ = "deletions"
     id: Mapped[str] = mapped_column(String(300), primary_key=True)
     selector: Mapped[dict[str, Any]]
     """The samples to delete: see :mod:`streams.store.deletion`."""
     state: Mapped[DeletionState] = mapped_column(String(16), default="requested", index=True)
-    """``removed``: no reader finds it any more; ``held``: the bucket keeps old versions of the files that had it;
-    ``done``: its bytes are gone from the disk, too."""
+    """``removed``: no reader finds it any more; ``held``: the bucket keeps old versions of its files; ``done``: its
+    bytes are deleted, too."""
     actor: Mapped[str] = mapped_column(String(200))
     reason: Mapped[str] = mapped_column(Text)
     samples: Mapped[int] = mapped_column(default=0)
     refusals: Mapped[int] = mapped_column(default=0)
     adapters: Mapped[dict[str, Any]] = mapped_column(default_factory=dict)
-    """``learned``: adapters that were trained on some of it; ``may_have_replayed``: those that may have drawn it."""
+    """``learned``: adapters trained on some of it; ``may_have_replayed``: adapters that may have drawn it."""
     removed_version: Mapped[int | None] = mapped_column(BigInteger, default=None)
-    """Version of the store from which on no reader finds it."""
+    """First store version in which no reader finds it."""
     version: Mapped[int | None] = mapped_column(BigInteger, default=None)
-    """Version of the store from which on no data file has it."""
+    """First store version in which no data file has it."""
     update_id: Mapped[str | None] = mapped_column(String(64), default=None)
-    """The first update that was trained without it."""
     requested_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
     removed_at: Mapped[datetime | None] = mapped_column(default=None)
     held_at: Mapped[datetime | None] = mapped_column(default=None)
-    """When no file of the store had it any more, and the bucket still did."""
+    """Time when no file of the store had it any more, but the bucket still did."""
     done_at: Mapped[datetime | None] = mapped_column(default=None)
     remains: Mapped[str | None] = mapped_column(Text, default=None)
-    """The part that is left of it in the bucket, or why that is not known."""
+    """What remains in the bucket, or why that is unknown."""
     remains_until: Mapped[datetime | None] = mapped_column(default=None)
-    """When that can be deleted; None where it is not known."""

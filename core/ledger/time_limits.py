@@ -1,8 +1,6 @@
-"""Time limits of ledger calls, as a deadline of the thread that makes one.
-
-A server that is stopped (SIGSTOP, a frozen virtual machine) keeps its connections open: the kernel acknowledges every
-packet and no timeout of the server or of TCP ends the wait. The client has to count by itself.
-"""
+"""Time limits of ledger calls, as a deadline of the calling thread. A stopped server (SIGSTOP, a frozen virtual
+machine) keeps its connections open: the kernel acknowledges every packet and no timeout of the server or of TCP ends
+the wait. So the client enforces the limit."""
 
 from __future__ import annotations
 
@@ -14,12 +12,12 @@ from contextlib import contextmanager
 from typing import Final
 
 CALL_SECONDS: Final = 5.0
-"""Longest time of one transaction on PostgreSQL, from the request for a connection to the end of COMMIT."""
+"""Limit on a PostgreSQL transaction, from the connection request to the end of COMMIT."""
 CHECKOUT_SECONDS: Final = 2.0
-"""Part of :data:`CALL_SECONDS` in which a pooled connection is got and probed; a new one may take 2 s more (libpq's
-least connect_timeout)."""
+"""Part of :data:`CALL_SECONDS` for getting and probing a pooled connection; a new one may take 2 s more (libpq's
+minimum connect_timeout)."""
 MIGRATION_SECONDS: Final = 300.0
-"""Longest time of a migration, waiting for that of another process included."""
+"""Limit on a migration, including the wait for another process's."""
 
 
 class _Deadline(threading.local):
@@ -31,7 +29,7 @@ _deadline = _Deadline()
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Let database calls of this thread inside the block end after ``seconds``; an earlier outer limit stays."""
+    """Limit database calls of this thread inside the block to ``seconds``; an earlier outer limit stays."""
     before = _deadline.value
     _deadline.value = min(before, time.monotonic() + seconds)
     try:
@@ -41,5 +39,4 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def seconds_left() -> float:
-    """Time until the limit of this thread; negative when it has passed, infinite without one."""
     return _deadline.value - time.monotonic()

@@ -1,5 +1,5 @@
-"""Metrics: what exists is in :mod:`core.metrics.declared`, the verbs that record it are here, and how Prometheus gets
-it is in :mod:`core.metrics.exposition`.
+"""Metrics: :mod:`core.metrics.declared` defines them, the functions here record them, and
+:mod:`core.metrics.exposition` exports them to Prometheus.
 
 >>> from core import metrics
 >>> metrics.gate.decided("clip", "passed", seconds=41.0)

@@ -1,11 +1,9 @@
-"""Every metric that Ratchet exports: name, unit, help and labels.
+"""Every metric that Ratchet exports: name, unit, help and labels. Names start with ``ratchet_`` and end with their base
+unit: seconds, bytes, flops, or ``_ratio`` for a share from 0 to 1; counters end with ``_total``. Labels have bounded
+sets of values, listed in :data:`LABELS`. Call sites use the functions of the other modules instead.
 
-Names start with ``ratchet_`` and end with their base unit: seconds, bytes, flops, or ``_ratio`` for a share from 0 to
-1; counters end with ``_total``. A label takes its values from a bounded set, which :data:`LABELS` names. Call sites do
-not use what is declared here, but the verbs of the other modules.
-
-Serving runs in several processes. A gauge says by its mode how their values become one: ``livesum`` adds up those of
-processes that live, ``livemostrecent`` takes what was written last, ``liveall`` keeps one for each process (``pid``).
+A gauge's mode says how the values of serving's processes are combined: ``livesum`` sums those of living processes,
+``livemostrecent`` takes the last written, ``liveall`` keeps one per process (``pid``).
 """
 
 from __future__ import annotations
@@ -62,7 +60,6 @@ LABELS = {
     "type": "of an event: candidate, verdict, proposal, release, rollback, deletion, gap",
     "version": "one at a time",
 }
-"""The values of each label; every one of these sets is bounded."""
 
 
 def _latest(name: str, meaning: str, labels: Sequence[str] = ()) -> Gauge:
@@ -283,9 +280,8 @@ DRIFT_SHIFT = _latest(
 
 
 def _start(metric: Counter | Gauge | Histogram, *labels: tuple[str, ...]) -> None:
-    """Let a metric exist for all combinations of labels: to `increase`, a counter that appears with its first event
-    looks as if nothing had happened, so those with few labels start at 0.
-    """
+    """Create all label combinations at 0: to `increase`, a counter that appears with its first event looks as if
+    nothing had happened."""
     for combination in product(*labels):
         metric.labels(*combination)
 
@@ -310,7 +306,7 @@ _start(RELEASE_PHASE, ("prepare", "commit", "rollback"))
 _start(VLM_TOKENS, ("prompt", "completion"))
 _start(VLM_REQUESTS, ("reply", "stream", "score"), ("ok", "late", "ask", "adapter", "gone", "dead"))
 _start(VLM_SECONDS, ("reply", "stream", "score"))
-_start(HTTP_REFUSED, ("overloaded", "unavailable", "deadline_exceeded", "internal"))  # those that are ours
+_start(HTTP_REFUSED, ("overloaded", "unavailable", "deadline_exceeded", "internal"))  # errors of our own
 _start(CACHE_LOOKUPS, ("image", "text"), ("hit", "miss"))
 _start(ROLLOUT_REQUESTS, ("trial", "stable"))
 _start(ROLLOUT_COMPARISONS, _FAMILIES, ("agree", "differ", "failed", "dropped"))
@@ -318,7 +314,6 @@ _start(OPERATOR, ("release", "promote", "rollback", "hold", "resume"), ("done", 
 
 
 def names() -> dict[str, set[str]]:
-    """Labels of the samples that Prometheus gets, by name; with those that the client adds (``le``, ``pid``)."""
     labels_of: dict[str, set[str]] = {}
     for metric in list(globals().values()):
         if isinstance(metric, Counter):

@@ -1,11 +1,9 @@
-"""The way of the metrics to Prometheus.
+"""Export of the metrics to Prometheus. Serving runs in several processes. With ``PROMETHEUS_MULTIPROC_DIR`` set before
+the first import, the processes of one machine share a folder, whose disk may be full, and :func:`exposition` aggregates
+them. Ingest, maintenance and the updater are one process each, and listen on their own port.
 
-Serving runs in several processes, on several machines perhaps. With ``PROMETHEUS_MULTIPROC_DIR`` set before the first
-import, the processes of one machine share a folder, whose disk may be full, and :func:`exposition` adds them up.
-Ingest, maintenance and the updater are one process each, and listen on a port of their own.
-
-Every process imports all declarations, and one without labels exists with the value 0 from then on. A part therefore
-shows only what is its own: serving must not say that the broker is down.
+Every process imports all declarations, and metrics without labels exist with the value 0 from then on. A part therefore
+only exports its own: serving must not say that the broker is down.
 """
 
 from __future__ import annotations
@@ -37,18 +35,16 @@ NAME_PREFIXES: dict[Process, tuple[str, ...]] = {
     "maintain": ("ratchet_maintain_", "ratchet_deletion", "ratchet_events_"),
     "update": ("ratchet_update", "ratchet_budget_", "ratchet_gate_"),
 }
-"""Beginnings of the names that one part alone exports; serving exports all others."""
+"""Name prefixes that only one part exports; serving exports all others."""
 SHARED: tuple[str, ...] = ("ratchet_build_info", "ratchet_dependency_state")
 """Exported by every part: its version, and the state of its dependencies."""
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 INITIAL_BYTES: Final = 1 << 16
-"""The size that prometheus_client begins with; it doubles from there."""
+"""prometheus_client's initial file size, which it doubles from there."""
 RETRY_SECONDS: Final = 10.0
-"""Pause before room is asked for again."""
 
 
 def exposition(part: Process) -> bytes:
-    """The text that Prometheus scrapes of a part: of all processes that share the folder, if there is one."""
     return generate_latest(_registry(part, _own_folder()))
 
 
@@ -59,11 +55,8 @@ def listen(part: Process, port: int, host: str = "127.0.0.1", folder: Path | Non
 
 
 def belongs(name: str, part: Process) -> bool:
-    """True if a part exports the metric of this name.
-
-    Ray's own processes write into the same folder; their metrics are scraped from Ray. vLLM has no port of its own, so
-    its metrics come with those of the replica that it runs in.
-    """
+    """True if a part exports a metric. Ray's own processes write into the same folder, but are scraped from Ray. vLLM
+    has no port, so its metrics are exported with its replica's."""
     if name in SHARED:
         return True
     if name.startswith("ratchet_"):
@@ -76,8 +69,6 @@ def _owner(name: str) -> Process:
 
 
 class _Own(Collector):
-    """The metrics of one part, among those of another collector."""
-
     def __init__(self, part: Process, folder: Path | None) -> None:
         self.part = part
         self.folder = folder
@@ -98,15 +89,12 @@ def _registry(part: Process, folder: Path | None) -> CollectorRegistry:
 
 
 def _own_folder() -> Path | None:
-    """The folder that this process writes into, if it shares one."""
     return Path(os.environ[FOLDER]) if FOLDER in os.environ else None
 
 
 def _forget_the_dead(folder: Path) -> None:
-    """A process that was killed leaves its gauges behind: requests in flight that no one answers, an old release.
-
-    Where no writer can be seen they are in another container, perhaps, and none is taken for dead.
-    """
+    """Remove the gauges of killed processes, such as requests in flight or an old release. If no writer is visible they
+    may be in another container, and none counts as dead."""
     endings = (file.stem.rpartition("_")[2] for file in folder.glob("gauge_live*_*.db"))
     writers = {int(ending) for ending in endings if ending.isdigit()}
     alive = {pid for pid in writers if _runs(pid)}
@@ -118,7 +106,7 @@ def _forget_the_dead(folder: Path) -> None:
 
 
 def _runs(pid: int) -> bool:
-    with contextlib.suppress(PermissionError):  # it runs, and belongs to another user
+    with contextlib.suppress(PermissionError):  # it runs, under another user
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
@@ -127,12 +115,9 @@ def _runs(pid: int) -> bool:
 
 
 class AllocatedDict(mmap_dict.MmapedDict):
-    """A dictionary of doubles in a file. Values for which the disk has no room are not exported until it has.
-
-    prometheus_client maps sparse files into memory. Writing to one where the disk has no block left ends the process
-    (SIGBUS), whatever else it does. So blocks are allocated here before they are mapped, and what finds no room is kept
-    in memory until there is some.
-    """
+    """A file-backed dictionary of doubles that survives a full disk. prometheus_client maps sparse files into memory,
+    and writing to one on a full disk kills the process (SIGBUS). So blocks are allocated before they are mapped, and
+    values without room are kept in memory, not exported, until there is some."""
 
     def __init__(self, filename: str, read_mode: bool = False) -> None:
         self._path = Path(filename)
@@ -144,14 +129,12 @@ class AllocatedDict(mmap_dict.MmapedDict):
         self._has_file()
 
     def read_value(self, key: str) -> tuple[float, float]:
-        """Value and timestamp; a new key is 0."""
         if self._has_room(key):
             value: tuple[float, float] = super().read_value(key)  # type: ignore[no-untyped-call]
             return value
         return self._waiting.setdefault(key, (0.0, 0.0))
 
     def write_value(self, key: str, value: float, timestamp: float) -> None:
-        """Set value and timestamp."""
         if self._has_room(key):
             self._waiting.pop(key, None)
             super().write_value(key, value, timestamp)  # type: ignore[no-untyped-call]
@@ -181,7 +164,7 @@ class AllocatedDict(mmap_dict.MmapedDict):
                 size = os.fstat(file.fileno()).st_size
                 if not self._read_mode and not self._allocate(file.fileno(), max(size, INITIAL_BYTES)):
                     if size == 0:
-                        self._path.unlink()  # readers cannot read an empty one
+                        self._path.unlink()  # readers fail on an empty file
                     return False
             super().__init__(str(self._path), self._read_mode)  # type: ignore[no-untyped-call]
         except OSError as error:
@@ -207,6 +190,6 @@ class AllocatedDict(mmap_dict.MmapedDict):
 
 
 def install_files() -> None:
-    """Let prometheus_client use these files from now on. Without ``posix_fallocate`` (macOS) nothing changes."""
+    """Make prometheus_client use :class:`AllocatedDict`. No effect without ``posix_fallocate`` (macOS)."""
     if hasattr(os, "posix_fallocate"):
         values.MmapedDict = AllocatedDict  # type: ignore[attr-defined]

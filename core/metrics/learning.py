@@ -1,4 +1,4 @@
-"""Verbs of the updater. Compute is given in memory-adjusted GFLOPs, as in the ledger, and exported in FLOPs."""
+"""Metrics of the updater. Compute is passed in memory-adjusted GFLOPs, as in the ledger, and exported in FLOPs."""
 
 from __future__ import annotations
 
@@ -13,75 +13,64 @@ STATES: tuple[State, ...] = ("waiting", "training", "judging", "proposing")
 
 
 class update:
-    """Verbs of the trainer."""
-
     @staticmethod
     def now(family: str, state: State) -> None:
-        """The trainer does this for a model from now on."""
         for each in STATES:
             d.UPDATE_STATE.labels(family, each).set(int(each == state))
 
     @staticmethod
     def new_samples(family: str, count: int) -> None:
-        """So many train samples were neither learned nor tried."""
         d.UPDATE_WAITING.labels(family).set(count)
 
     @staticmethod
     def fresh_items(family: str, items: int, needed: int) -> None:
-        """So many independent fresh items could be asked, of those that the gate needs."""
         d.UPDATE_FRESH.labels(family).set(items)
         d.UPDATE_FRESH_NEEDED.labels(family).set(needed)
 
     @staticmethod
     def stepped(family: str, losses: Mapping[str, float]) -> None:
-        """One training step was done."""
         d.UPDATE_STEPS.labels(family).inc()
         for term, loss in losses.items():
             d.UPDATE_LOSS.labels(family, term).set(loss)
 
     @staticmethod
     def trained(family: str, seconds: float, spent: float) -> None:
-        """An update's training came to its end."""
         d.UPDATE_SECONDS.labels(family).observe(seconds)
         d.BUDGET_SPENT.labels("train").inc(spent * GIGA)
 
     @staticmethod
     def visited(family: str, visited: int, passed_over: int) -> None:
-        """Of the new samples of an update so many were in a batch, and so many were not."""
         d.UPDATE_VISITED.labels(family).inc(visited)
         d.UPDATE_PASSED_OVER.labels(family).inc(passed_over)
 
     @staticmethod
     def unjudged(family: str, missing: bool) -> None:
-        """True if no update can be judged, since suites or the reference pool are missing."""
+        """True if no update can be judged, because suites or the reference pool are missing."""
         d.UPDATE_UNJUDGED.labels(family).set(missing)
 
     @staticmethod
     def left_out(family: str, samples: int) -> None:
-        """So many samples that an update came to could not be prepared."""
         d.UPDATE_LEFT_OUT.labels(family).inc(samples)
 
     @staticmethod
     def cost(family: str, planned: float, spent: float) -> None:
-        """Compute of the last update: planned, and spent."""
         d.UPDATE_PLANNED.labels(family).set(planned * GIGA)
         d.UPDATE_SPENT.labels(family).set(spent * GIGA)
 
     @staticmethod
     def finished(family: str, state: str) -> None:
-        """An update is ``done``, ``failed`` or ``abandoned``."""
+        """``state``: ``done``, ``failed`` or ``abandoned``."""
         d.UPDATES.labels(family, state).inc()
 
     @staticmethod
     def budget(level: float, size: float, per_update: float) -> None:
-        """The token bucket has so much left, holds so much, and one update takes out so much before it trains."""
         d.BUDGET_LEVEL.set(level * GIGA)
         d.BUDGET_SIZE.set(size * GIGA)
         d.BUDGET_UPDATE.set(per_update * GIGA)
 
 
 class Score(NamedTuple):
-    """The scores of a suite, as shares. ``margin_left`` is None without a margin."""
+    """Scores of a suite, as shares. ``margin_left`` is None without a margin."""
 
     suite: str
     role: str
@@ -92,24 +81,21 @@ class Score(NamedTuple):
 
 
 class gate:
-    """Verbs of the gate."""
-
     @staticmethod
     def decided(family: str, outcome: str, seconds: float, spent: float) -> None:
-        """A verdict fell; what its forward passes cost. ``kept``: it was inconclusive, and the candidate is asked
-        again."""
+        """Record a verdict with its cost. ``kept``: inconclusive, and the candidate is evaluated again."""
         d.GATE_VERDICTS.labels(family, outcome).inc()
         d.GATE_SECONDS.labels(family).observe(seconds)
         d.BUDGET_SPENT.labels("gate").inc(spent * GIGA)
 
     @staticmethod
     def last(family: str, outcome: str, timestamp: float) -> None:
-        """A verdict with this outcome fell last at this time; seconds since 1970."""
+        """``timestamp``: seconds since 1970."""
         d.GATE_LAST.labels(family, outcome).set(timestamp)
 
     @staticmethod
     def scored(family: str, scores: Sequence[Score]) -> None:
-        """All suites of a verdict. Those of the verdict before go: domains of fresh samples come and go."""
+        """Replace the scores of all suites: domains of fresh samples change between verdicts."""
         d.GATE_SCORE.remove_by_labels({"family": family})
         d.GATE_MARGIN.remove_by_labels({"family": family})
         for each in scores:
@@ -120,8 +106,7 @@ class gate:
 
     @staticmethod
     def shifted(family: str, shifts: Mapping[str, tuple[float, float]]) -> None:
-        """By tower how far the features of the last candidate are from the incumbent's and from the base's. Those of
-        the verdict before go."""
+        """Replace, by tower, the shift of the candidate's features from the incumbent's and from the base's."""
         d.GATE_SHIFT.remove_by_labels({"family": family})
         for tower, (incumbent, base) in shifts.items():
             d.GATE_SHIFT.labels(family, tower, "incumbent").set(incumbent)

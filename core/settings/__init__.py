@@ -1,4 +1,4 @@
-"""All settings, typed and in one place. :mod:`core.loading` reads them, and knows where each value came from."""
+"""All settings, typed. :mod:`core.loading` reads them, and records where each value came from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from core.settings.watching import Logs, Traces, Watch
 
 
 class Settings(Section):
-    """Everything. ``origins`` maps each dotted name to the place its value came from."""
+    """All settings. ``origins`` maps each dotted name to the place its value came from."""
 
     home: Path = Field(Path(".ratchet"), description="Folder of the embedded defaults.")
     ledger_url: str | None = Field(None, description="SQLAlchemy URL; SQLite in home when unset.")
@@ -54,43 +54,38 @@ class Settings(Section):
 
     @property
     def server(self) -> str:
-        """URL under which other processes than serving's own call the model server."""
+        """URL of the model server for processes outside of serving."""
         return self.server_url or self.serve.url
 
     @property
     def ledger(self) -> str:
-        """SQLAlchemy URL of the ledger."""
         return self.ledger_url or f"sqlite:///{(self.home / 'ledger.db').resolve()}"
 
     @property
     def artifacts(self) -> str:
-        """fsspec URL of the artifacts."""
         return self.artifacts_url or str((self.home / "artifacts").resolve())
 
     @property
     def lake(self) -> str:
-        """URL under which the Lance datasets lie."""
         return self.lake_url or str((self.home / "lake").resolve())
 
     @property
     def update_folders(self) -> Path:
-        """Work folders of updates that are not over: checkpoints, and what is computed once per sample."""
+        """Work folders of unfinished updates: checkpoints, and what is computed once per sample."""
         return self.home / "updates"
 
     @property
     def has_operator_key(self) -> bool:
-        """True if there is a key of operators already, in the settings or in the home."""
         return self.serve.operator_key is not None or (self.home / "operator.key").exists()
 
     def operator_key(self) -> SecretStr:
-        """The operators' key; on first use one is made and kept, owner-readable, in ``home/operator.key``."""
+        """The operators' key; generated on first use in ``home/operator.key``, owner-readable."""
         if self.serve.operator_key is not None:
             return self.serve.operator_key
         return SecretStr(_kept_key(self.home / "operator.key"))
 
 
 def _kept_key(path: Path) -> str:
-    """The key in a file; where there is none, one is made, owner-readable."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = path.with_name(f".operator.{os.getpid()}.{secrets.token_hex(4)}")

@@ -1,4 +1,4 @@
-"""Settings of identity providers: where tokens come from, and who may sign in."""
+"""Settings of identity providers: sources of tokens, and sign-in."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ class OAuth(Section):
 
     @property
     def enabled(self) -> bool:
-        """True if a source of tokens is set."""
         return bool(self.token_url or self.token_file)
 
     _url = field_validator("token_url")(http_url)
@@ -64,7 +63,6 @@ class Oidc(Section):
 
     @property
     def enabled(self) -> bool:
-        """True if there is a provider."""
         return bool(self.issuer)
 
     _urls = field_validator("issuer", "console_url")(http_url)

@@ -1,4 +1,4 @@
-"""The base of all groups of settings."""
+"""Base of all groups of settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of what answers requests: base models, HTTP server, access, catalog, console, and how releases go live."""
+"""Settings of serving: base models, HTTP server, access, catalog, console, and rollout of releases."""
 
 from __future__ import annotations
 
@@ -12,30 +12,28 @@ from core.settings.section import MIB, Section
 
 SHIPPED: Final = "shipped"
 SHIPPED_VLM: Final = "shipped-vlm"
-"""The bases that Ratchet makes by itself."""
+"""The bases that Ratchet makes itself."""
 
 
 class BaseModels(Section):
-    """Which frozen checkpoints are served."""
+    """The frozen checkpoints that are served."""
 
     clip: str = Field(SHIPPED, description="Name of a registered CLIP base (`ratchet base list`).")
     vlm: str = Field(SHIPPED_VLM, description="Name of a registered VLM base; empty: no VLM is served.")
 
 
 class Listener(Section):
-    """What listens on an address."""
+    """An address to listen on."""
 
     host: str
     port: int
 
     @property
     def on_loopback(self) -> bool:
-        """True where only this machine can reach it."""
         return is_loopback(self.host)
 
     @property
     def url(self) -> str:
-        """URL under which a process of the same machine reaches it."""
         return local_url(self.host, self.port)
 
 
@@ -126,13 +124,13 @@ class Serve(Listener):
 
     @property
     def vlm_queue(self) -> int:
-        """VLM requests that may wait or run; more are answered 429. Eight batches take some seconds each, which is as
-        long as ``deadline_seconds`` lets a request wait."""
+        """Limit on waiting and running VLM requests; more get 429. Eight batches of some seconds each take as long as
+        ``deadline_seconds`` lets a request wait."""
         return 8 * self.vlm_batch
 
 
 class AccessRules(Section):
-    """Who needs a key, and how often one may call."""
+    """Required keys, and rate limits."""
 
     require_keys: Literal["auto", "always", "never"] = Field(
         "auto",
@@ -148,7 +146,7 @@ class AccessRules(Section):
 
 
 class Catalog(Section):
-    """How the catalog embeds, and how it is searched."""
+    """Embedding and search of the catalog."""
 
     min_recall: float = Field(
         0.9, gt=0, lt=1, description="An index that finds less of the true ten nearest rows is not used."
@@ -178,7 +176,7 @@ class Console(Listener):
 
 
 class Rollout(Section):
-    """How an update goes live, and what the guard watches. Bounds are on what a release may do to its incumbent."""
+    """Rollout of updates, and the guard's limits on a release compared with its incumbent."""
 
     mode: Literal["direct", "canary", "shadow"] = Field(
         "direct", description="How updates go live: at once, for a share of the requests first, or only compared first."

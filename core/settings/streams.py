@@ -1,4 +1,4 @@
-"""Settings of what comes in and of what is kept: broker, ingest, maintenance, retention, garbage collection."""
+"""Settings of incoming and stored data: broker, ingest, maintenance, retention, garbage collection."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ OWNED_OPTIONS: Final[Mapping[str, str]] = {
     "value_deserializer": "records are decoded by ingest",
     "value_serializer": "records are encoded by Ratchet",
 }
-"""Options of kafka-python that `kafka.client` cannot set, because exactly-once delivery rests on them or because they
-have a setting of their own; each with its reason."""
+"""Options of kafka-python that `kafka.client` cannot set, because exactly-once delivery depends on them or because they
+have their own setting; each with its reason."""
 
 
 class Kafka(Section):
@@ -73,7 +73,7 @@ class Kafka(Section):
 
 
 class Ingest(Section):
-    """What a record must be to get into the sample store."""
+    """Requirements for records, and the ingest process."""
 
     max_image_bytes: int = Field(DEFAULT_LIMITS.max_image_bytes, ge=1024, description="Largest encoded image.")
     max_pixels: int = Field(DEFAULT_LIMITS.max_pixels, ge=1, description="Largest decoded image, in pixels.")
@@ -97,7 +97,7 @@ class Ingest(Section):
 
 
 class Maintain(Section):
-    """What keeps the sample store compact, deletes what is to be deleted, and publishes events: `ratchet maintain`."""
+    """Maintenance of the sample store: compaction, deletions and events (`ratchet maintain`)."""
 
     seconds: float = Field(30.0, gt=0, le=86_400, description="How often maintenance looks for something to do.")
     metrics_port: int = Field(9466, ge=0, le=65535, description="Prometheus port of maintenance; 0 is off.")
@@ -107,7 +107,7 @@ class Maintain(Section):
 
 
 class Retention(Section):
-    """How long samples and refused records are kept. Without limits they are kept until somebody deletes them."""
+    """Retention of samples and quarantined records. Without limits they are kept until they are deleted."""
 
     max_age_days: float = Field(
         0, ge=0, description="Samples and refused records older than this are removed; 0: no limit."
@@ -121,7 +121,7 @@ class Retention(Section):
 
 
 class Collection(Section):
-    """What is deleted of adapters, their carry-over, gate reports and caches: `ratchet admin gc`, and maintenance."""
+    """Garbage collection of adapters, carry-overs, gate reports and caches: `ratchet admin gc`, and maintenance."""
 
     hours: float = Field(
         24.0, ge=0, description="How often maintenance collects garbage; 0: only `ratchet admin gc` does."

@@ -1,4 +1,4 @@
-"""Settings of learning: when updates are trained, what they may spend, what they have to prove."""
+"""Settings of learning: when updates are trained, their budget, and the gate."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from pydantic import Field
 from core.settings.section import Section
 
 Draw = Literal["uniform", "newest"]
-"""How an update draws from what is pending."""
 
 
 HEAD_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 MAX_HEADS = 64
-"""Of one adapter."""
 
 
 class LearnedHead(Section):
@@ -32,7 +30,7 @@ class LearnedHead(Section):
 
 
 class Updater(Section):
-    """When and how updates are trained."""
+    """Training of updates: triggers, data and workers."""
 
     recipe: str = Field("default", description="Recipe of CLIP updates: a name or a YAML path.")
     vlm_recipe: str = Field("vlm-default", description="Recipe of VLM updates: a name or a YAML path.")
@@ -88,7 +86,7 @@ class Budget(Section):
 
 
 class Gate(Section):
-    """What a candidate has to prove."""
+    """Requirements for a candidate."""
 
     suites: list[Path] = Field(default_factory=list, description="Suite YAML files or folders of them.")
     alpha: float = Field(

@@ -1,4 +1,4 @@
-"""Settings of what operators look at: drift, logs, traces."""
+"""Settings of observability: drift, logs, traces."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""From a topic to the sample store: membership, validation, duplicates and one atomic commit per batch."""
+"""Ingest: group membership, validation, duplicates and one atomic commit per batch."""

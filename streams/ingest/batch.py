@@ -1,11 +1,10 @@
 """The records between two commits, and the corrections among them.
 
-A record with the content, the key and the source of a stored sample, and with other metadata, replaces it. From another
-source it is a duplicate, so that two who send the same do not take turns. One with other content replaces what its
-header ``ratchet_replaces`` names: a sample by its id, or all that came before with the record's key. A key alone says
-nothing: many producers give one to all that a camera or a user sends. The newest wins, by the time at which the records
-were sent: what is older than the sample that it would replace, or than the record by which it was replaced itself, is a
-duplicate.
+A record with the content, key and source of a stored sample but other metadata replaces it; from another source it is a
+duplicate, so that two senders of the same content do not alternate. A record with other content replaces what its
+header ``ratchet_replaces`` names: a sample by its ID, or everything earlier with the record's key. A key alone is no
+correction: many producers use one key for a whole camera or user. The newest wins, by send time: a record older than
+the sample it would replace, or than the record that replaced it, is a duplicate.
 """
 
 from __future__ import annotations
@@ -46,38 +45,27 @@ from streams.store.writer import StoreWriter
 
 log = logging.getLogger(__name__)
 Entry = tuple[PartitionReader, int, Accepted | StoreRow, int]
-"""Under which reading; the first offset behind it; the sample, or the row of what is none; bytes."""
+"""Partition reader; the first offset after the record; the sample, or the row of another outcome; bytes."""
 Watermark = Callable[[PartitionReader], int | None]
-"""Offset of a reading's first quarantined record that is not published yet, or None where there is none."""
+"""Offset of a reader's first unpublished quarantined record, or None."""
 
 
 @dataclass
 class CommitResult:
-    """The outcome of a batch."""
-
     version: int = 0
-    """The store's version that holds them."""
     samples: Counter[str] = field(default_factory=Counter)
-    """By split."""
     duplicates: Counter[str] = field(default_factory=Counter)
-    """By kind."""
     corrected: int = 0
-    """Samples that records of it replaced."""
     rows: list[StoreRow] = field(default_factory=list)
-    """The stored rows."""
     readings: list[PartitionReader] = field(default_factory=list)
     records: int = 0
     size: int = 0
-    """Bytes of the records."""
 
     def of_kind(self, kind: str) -> list[StoreRow]:
-        """The rows of one kind."""
         return [row for row in self.rows if row["kind"] == kind]
 
 
 class Batch:
-    """Validated records that wait for their commit."""
-
     def __init__(self, kafka: Kafka, writer: StoreWriter, index: DuplicateIndex) -> None:
         self.kafka = kafka
         self.writer = writer
@@ -92,7 +80,7 @@ class Batch:
         return len(self._entries)
 
     def add(self, reading: PartitionReader, end: int, result: Accepted | StoreRow, size: int) -> None:
-        """Take in a record of ``size`` bytes, behind which the next one to read is ``end``."""
+        """Add a record of ``size`` bytes; ``end`` is the next offset after it."""
         if not self._entries:
             self._since = time.monotonic()
         self._entries.append((reading, end, result, size))
@@ -101,20 +89,18 @@ class Batch:
 
     @property
     def due(self) -> bool:
-        """True if it is time to commit."""
         return bool(self._entries) and (
             len(self._entries) >= self.kafka.batch_records or self._bytes >= BATCH_BYTES or self.seconds_left <= 0
         )
 
     @property
     def seconds_left(self) -> float:
-        """Until a commit is due; infinite when there is nothing to commit."""
+        """Time until a commit is due; infinite for an empty batch."""
         if not self._entries:
             return float("inf")
         return self._since + self.kafka.batch_seconds - time.monotonic()
 
     def drop(self, holds: Callable[[PartitionReader], bool]) -> None:
-        """Forget what was read under readings that do not hold any more: others read it again."""
         lost = {reading for reading in self._readings if not holds(reading)}
         if lost:
             self._readings -= lost
@@ -122,13 +108,8 @@ class Batch:
             self._bytes = sum(size for *_, size in self._entries)
 
     def commit(self, watermark: Watermark) -> CommitResult:
-        """Store all of it in one commit, and empty the batch.
-
-        Raises:
-            Superseded: another process has claimed partitions of it; nothing was stored. To be tried again without
-                them (:meth:`drop`).
-            StoreUnavailable: nothing was stored; to be tried again.
-        """
+        """Store all records in one commit, and empty the batch. Stores nothing and raises Superseded if another process
+        has claimed some of the partitions: try again without them (:meth:`drop`); or StoreUnavailable: try again."""
         ends = {reading: reading.behind(end) for reading, end, _, _ in self._entries}
         outcome = CommitResult(
             readings=list(ends), records=len(self._entries), size=sum(size for *_, size in self._entries)
@@ -144,7 +125,7 @@ class Batch:
                     for reading, end in ends.items()
                 ]
                 outcome.version = self.writer.commit(outcome.rows, moves, replaced, newest)
-                if not outcome.corrected:  # else it is read again: samples may have passed to other records
+                if not outcome.corrected:  # otherwise it is read again: samples may have passed to other records
                     self.index.stored(outcome.version, max(reading.claim.fragment for reading in ends))
         except StoreUnavailable as error:
             if not outcome.version:
@@ -159,10 +140,8 @@ class Batch:
         return outcome
 
     def _quarantine_misfits(self) -> bool:
-        """Quarantine samples that passed validation and that the table cannot hold; whether there are any.
-
-        None is known. But one would otherwise be read again for ever, and stop its partition.
-        """
+        """Quarantine valid samples that the table cannot hold. Returns whether there are any. No such case is known,
+        but it would be read again for ever, and stop its partition."""
         misfits = 0
         for number, (reading, end, result, size) in enumerate(self._entries):
             if isinstance(result, Accepted) and result.record is not None and (problem := _misfit(result.row)):
@@ -172,7 +151,7 @@ class Batch:
         return misfits > 0
 
     def _settle_doubles(self) -> None:
-        """Never fails a batch that is stored: what cannot be settled now is with the next one."""
+        """Settle samples stored twice; failures wait for the next batch, because this one is stored."""
         self._doubles += self.index.settled()
         try:
             while self._doubles:
@@ -183,9 +162,8 @@ class Batch:
             log.warning("a sample that two workers stored is made a duplicate later: %s", error)
 
     def _decide(self, outcome: CommitResult) -> dict[RecordPosition, StoreRow]:
-        """Sort out the rows to store: samples, as duplicates those that repeat the store or this batch, others as they
-        are. Returns the receipts of stored samples that they replace.
-        """
+        """Choose the rows to store: samples, duplicates for those that repeat the store or this batch, others
+        unchanged. Returns the receipts of stored samples that they replace."""
         accepted = [result for _, _, result, _ in self._entries if isinstance(result, Accepted)]
         corrections = Corrections(self.writer.table, self.index, accepted)
         rows = [
@@ -231,7 +209,6 @@ class Batch:
 
 
 def _misfit(row: StoreRow) -> str:
-    """Why the table cannot hold a row, or empty."""
     try:
         pa.Table.from_pylist([row], schema=SCHEMA)
     except (TypeError, ValueError, OverflowError) as error:
@@ -242,7 +219,6 @@ def _misfit(row: StoreRow) -> str:
 def _position(
     reading: PartitionReader, behind: tuple[int, int], rows: list[StoreRow], unpublished: int | None
 ) -> Position:
-    """The position of the partition behind the batch. Quarantined records are published after it."""
     position, (end, epoch) = reading.claim.position, behind
     own = [row for row in rows if (row["topic"], row["partition"]) == (position.stream, position.partition)]
     first = min((row["offset"] for row in own if row["kind"] == "quarantine"), default=end)
@@ -257,21 +233,11 @@ _COLUMNS: Final = [
 
 
 class Corrections:
-    """Samples that the records of one batch replace: stored ones, and those that are before them in the batch."""
+    """Samples that the records of a batch replace: stored ones, and earlier ones in the batch."""
 
     def __init__(self, table: SampleTable, index: DuplicateIndex, records: Sequence[Accepted]) -> None:
-        """Read what they may replace.
-
-        Args:
-            table: the store.
-            index: up to date with it.
-            records: of the batch.
-
-        Raises:
-            StoreUnavailable: it cannot be read.
-        """
+        """Read what the records may replace. ``index`` must be up to date with ``table``. Raises StoreUnavailable."""
         self.replaced: dict[RecordPosition, StoreRow] = {}
-        """Receipts of what was replaced, by its position."""
         self._by_id: dict[str, StoreRow] = {}
         self._by_key: dict[bytes, dict[RecordPosition, StoreRow]] = defaultdict(dict)
         ids = {each.row["id"] for each in records if each.row["key"] is not None and index.has(each.row["id"])}
@@ -290,14 +256,13 @@ class Corrections:
                     self.add(row)
 
     def add(self, row: StoreRow) -> None:
-        """A sample that is stored, or is going to be; or a duplicate, by which its key holds on to one."""
+        """Add a sample that is or will be stored, or a duplicate, through which its key refers to one."""
         if row["kind"] == "sample":
             self._by_id[row["id"]] = row
         if row["key"] is not None:
             self._by_key[row["key"]][position_of(row)] = row
 
     def targets(self, record: Accepted) -> list[StoreRow]:
-        """The samples that a record would replace, and the duplicates."""
         row = record.row
         found: list[StoreRow] = []
         if record.replaces == BY_KEY:
@@ -314,8 +279,7 @@ class Corrections:
         ]
 
     def replace(self, old: StoreRow, new: StoreRow) -> None:
-        """Let a receipt stand for a sample or a duplicate."""
-        stays = old["id"] == new["id"] or old["kind"] == "duplicate"  # stored as before, so no index is to forget it
+        stays = old["id"] == new["id"] or old["kind"] == "duplicate"  # content stays stored: indexes must keep it
         receipt = deletion_row(old, CORRECTED, f"by {name_of(position_of(new))}", datetime.now(UTC), stays)
         self.replaced[position_of(old)] = {**receipt, "sent_at": new["sent_at"]}
         if self._by_id.get(old["id"]) is old:
@@ -324,11 +288,8 @@ class Corrections:
             self._by_key[old["key"]].pop(position_of(old), None)
 
     def settled(self, rows: Sequence[StoreRow]) -> list[StoreRow]:
-        """The rows of the batch as they are to be stored, with receipts for those that later ones replaced. What stays
-        in :attr:`replaced` is in the store.
-
-        A sample that is replaced stays where another record of the batch sent it, too: it passes to that one.
-        """
+        """The batch's rows to store, with receipts for those replaced by later ones. :attr:`replaced` keeps those in
+        the store. A replaced sample that another record of the batch also sent passes to that record."""
         receipts = {place: self.replaced.pop(place) for place in map(position_of, rows) if place in self.replaced}
         left = {
             row["id"]: row for row in rows if row["kind"] == "sample" and receipts.get(position_of(row), {}).get("id")
@@ -346,7 +307,7 @@ class Corrections:
 
 
 def is_newer(stored: StoreRow, record: StoreRow) -> bool:
-    """True if a stored sample was sent after a record. One of an earlier version of Ratchet is taken for older."""
+    """True if a stored sample was sent after a record; False if its send time is unknown (earlier versions)."""
     return bool(stored["sent_at"] is not None and stored["sent_at"] > record["sent_at"])
 
 

@@ -1,11 +1,11 @@
 """``ratchet ingest``: from the topic into the sample store.
 
-Read, validate, store samples and offsets in one commit, publish what is quarantined, and only then tell Kafka. Kafka's
-own offsets are for others to look at (lag); the store says where to go on. Killed at any instant, every record is in
-the store or in the quarantine topic exactly once.
+The loop reads and validates records, stores samples and offsets in one commit, publishes quarantined records, and only
+then commits offsets to Kafka. Those only show the lag to others; the store decides where to continue. After a kill at
+any moment, every record is in the store or in the quarantine topic exactly once.
 
-The loop is total: whatever bytes come, a record ends as a sample, a duplicate, a tombstone or in quarantine, and
-offsets that cannot be read any more as a gap. Only what is away is waited for: broker, store, disk, registry.
+Any bytes end as a sample, a duplicate, a tombstone or in quarantine, and unreadable offsets as a gap. The loop only
+waits for outages: broker, store, disk, registry.
 """
 
 from __future__ import annotations
@@ -54,11 +54,10 @@ from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
 
 log = logging.getLogger(__name__)
-#: On a stop: how long quarantined records may take to get into their topic. The next owner publishes the others.
+#: On a stop: time for quarantined records to get into their topic. The next owner publishes the others.
 PUBLISH_SECONDS: Final = 5.0
 BACKOFF_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
 AWAY: Final = (BrokerError, StoreError, RegistryUnavailable, KafkaError, OSError)
-"""Errors of what may be away, and is waited for."""
 
 
 class Consumer:
@@ -72,11 +71,8 @@ class Consumer:
     def __init__(
         self, settings: Settings, on_change: Callable[[IngestStatus], None] | None = None, processes: int = 0
     ) -> None:
-        """
-        Args:
-            on_change: is called with the status after every commit and change of state.
-            processes: that validate records; 0: threads of this process, which start at once and are half as fast.
-        """
+        """``on_change`` is called with the status after every commit and change of state. ``processes``: validator
+        processes; 0: threads of this process, which start at once and are half as fast."""
         self.settings = settings
         self.kafka = settings.kafka
         self.store = SampleStore(settings.lake)
@@ -91,25 +87,20 @@ class Consumer:
         self._indexing: Future[Any] | None = None
         self._indexer = ThreadPoolExecutor(1, "duplicate-index")
         self._idle_since: float | None = None
-        """The first of the polls in a row that brought nothing."""
 
     @property
     def status(self) -> IngestStatus:
-        """Its present state."""
         return self._report.status
 
     def stop(self) -> None:
-        """Ask :meth:`run` to store what it has read, and return. From any thread or a signal handler."""
+        """Ask :meth:`run` to store what it has read, and return. Callable from any thread or a signal handler."""
         self._stopping.set()
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Read until :meth:`stop`; what is away is waited for.
-
-        Raises:
-            ConfigError: an option of the Kafka client is wrong.
-        """
+        """Read until :meth:`stop`; outages are waited out. Raises ConfigError if an option of the Kafka client is
+        wrong."""
         failures = 0
         self._report.watch_store()
         try:
@@ -138,7 +129,6 @@ class Consumer:
             self._report.stopped()
 
     def _finish(self) -> None:
-        """Asked to stop: store what is validated, and leave the rest to the next owner."""
         if self._gives_up():
             return
         self._collect()
@@ -147,13 +137,12 @@ class Consumer:
         self._mark_published()
 
     def _gives_up(self) -> bool:
-        """True if it was asked to stop while the store takes nothing: another try may take longer than it is given."""
+        """True if asked to stop while the store is unavailable: another attempt may take longer than the time left."""
         return self._stopping.is_set() and self.status.waiting_for == "store"
 
     # -- beginning and end ------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        """Open what outlives a connection to the broker. Raises StoreUnavailable."""
         limits, kafka, folder = self.settings.ingest, self.kafka, self.settings.home / "ingest"
         name, split_key = self.store.table.identity()
         if limits.split_key is not None:
@@ -178,7 +167,6 @@ class Consumer:
         self._admin.close()
 
     def _connect(self) -> None:
-        """Join the group. Raises BrokerError, StoreUnavailable."""
         if not self._opened:
             self._open()
         if self._indexing is None or self._indexing.done():
@@ -188,8 +176,8 @@ class Consumer:
         self._connected = True
 
     def _index(self) -> None:
-        """Read into the index what the store holds: some 10 s for each million samples where there is no index yet. The
-        loop polls meanwhile, without claiming anything, so that the group keeps this member."""
+        """Read the store into the index: some 10 s per million samples for a new index. The loop polls meanwhile,
+        without claiming anything, to stay in the group."""
         with self._batch.index.deciding():
             self._batch.index.follow(self.store.table)
 
@@ -207,11 +195,10 @@ class Consumer:
     # -- claiming ---------------------------------------------------------------------------------------------------
 
     def _claim(self) -> None:
-        """Take over the partitions that the group has given to this process."""
         self._drop(self._assignment.holds)
         partitions = self._assignment.unclaimed()
         if partitions and self._indexing is not None and self._indexing.done():
-            self._indexing.result()  # raises what the index failed with; the next connection begins again
+            self._indexing.result()  # raises the index's error; the next connection starts over
             self._retry_until_stopped(partial(self._claim_all, partitions))
 
     def _claim_all(self, partitions: Sequence[int]) -> None:
@@ -227,14 +214,13 @@ class Consumer:
                 self._skip_to(reading, firsts[position.partition])
 
     def _drop(self, holds: Callable[[PartitionReader], bool]) -> None:
-        """Forget what was read of partitions that are not ours any more: their next owner reads it again."""
+        """Drop what was read of partitions that are no longer ours: their next owner reads it again."""
         self._pool.drop(holds)
         self._batch.drop(holds)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def _poll(self) -> None:
-        """Take new records to the threads that validate them."""
         if not self._pool.has_room:
             self._pool.wait(POLL_SECONDS)
             return
@@ -250,14 +236,14 @@ class Consumer:
             self._retry_until_stopped(partial(self._follow_truncation, tolerant_fetch.truncations(error)))
             return
         if (polled or self._group.look_due) and not self._retry_until_stopped(self._look):
-            return  # asked to stop while the broker was away: what was polled stays in the log
+            return  # asked to stop during an outage of the broker: what was polled stays in the log
         for partition, records in polled.items():
             reading = readings.get(partition.partition)
             if reading is not None and self._assignment.holds(reading):
                 for record in records:
                     self._take(reading, record)
             elif (current := self._assignment.reading(partition.partition)) is not None:
-                self._assignment.begin(current)  # claimed while polling: whose records these are is not certain
+                self._assignment.begin(current)  # claimed while polling: the records' owner is uncertain
         self._group.follow_positions()
         self._idle_since = None if polled else self._idle_since or time.monotonic()
         self._pool.flush()
@@ -276,7 +262,7 @@ class Consumer:
             return
         received = Received(*position, record.value, record.key, record.headers, record.timestamp)
         known = crashed(received, self._guard) if self._guard.is_poison(position) else None
-        alone = known is None and self._guard.deaths(position) > 0  # if the process dies again, it was this one
+        alone = known is None and self._guard.deaths(position) > 0  # if the process dies again, this record killed it
         if alone:
             self._pool.finish()
         self._pool.add(reading, received, record.leader_epoch, known)
@@ -284,7 +270,6 @@ class Consumer:
             self._pool.finish()
 
     def _collect(self) -> None:
-        """Move what is validated to the batch, in the order of each partition."""
         try:
             while self._take_results():
                 if self._batch.due:
@@ -293,7 +278,6 @@ class Consumer:
             self._wait(error, 1)
 
     def _take_results(self) -> bool:
-        """Move the next results to the batch. False where there are none. Raises RegistryUnavailable."""
         results = self._pool.take()
         for each in results:
             if self._assignment.holds(each.reading):
@@ -304,7 +288,8 @@ class Consumer:
     # -- storing ----------------------------------------------------------------------------------------------------
 
     def _commit(self) -> bool:
-        """Store the batch, publish what is quarantined, tell Kafka: in this order. False when asked to stop before."""
+        """Store the batch, publish quarantined records, commit to Kafka, in this order. False if asked to stop
+        first."""
         return self._retry_until_stopped(self._store) if len(self._batch) else True
 
     def _store(self) -> None:
@@ -322,7 +307,7 @@ class Consumer:
             self._report.committed(outcome, self._group.lag(), seconds)
 
     def _give_up(self, error: Superseded) -> None:
-        """Others claimed partitions of ours; those that the group still gives to us are claimed again."""
+        """Drop partitions that others claimed; those still assigned are claimed again."""
         log.warning("%s", error)
         for reading in self._assignment.all():
             if reading.claim.key in error.keys:
@@ -338,8 +323,7 @@ class Consumer:
         self._guard.forget(map(position_of, outcome.rows))
 
     def _mark_published(self) -> None:
-        """Store how far quarantined records are published, and how far the log went on without records, where no batch
-        is going to say so soon."""
+        """Store how far quarantined records are published, and offsets without records, if no batch will do so soon."""
         if len(self._batch) or len(self._pool):
             return
         idle = self._idle_since is not None and time.monotonic() - self._idle_since >= self.kafka.batch_seconds
@@ -361,19 +345,19 @@ class Consumer:
                     self._group.tell_kafka(ahead)
             except Superseded as error:
                 self._give_up(error)
-            except StoreError as error:  # with the next batch, or by the next owner
+            except StoreError as error:  # done with the next batch, or by the next owner
                 log.info("what was published is remembered later: %s", error)
 
     # -- the log ----------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """Make sure that what was polled is from the log that was read so far, and say how far it is behind."""
+        """Check that what was polled comes from the log read so far, and report the lag."""
         self._group.look()
         joined = self._assignment.joined
         self._report.connected(joined, self._group.lag() if joined else None)
 
     def _collect_all(self) -> bool:
-        """Move all that was read to the batch, so that what comes behind it can be added. False when asked to stop."""
+        """Move everything read to the batch, so that what follows can be added. False if asked to stop."""
         while len(self._pool):
             self._pool.finish()
             self._collect()
@@ -382,7 +366,7 @@ class Consumer:
         return True
 
     def _find_range(self) -> None:
-        """An offset is not in the log: its records were deleted before they were read, or the log was cut off."""
+        """Handle an offset out of range: records were deleted before they were read, or the log was truncated."""
         for reading in self._assignment.all():
             first, end = self._group.range(reading.partition)
             if reading.next > end:
@@ -391,13 +375,13 @@ class Consumer:
                 self._skip_to(reading, first)
 
     def _follow_truncation(self, divergences: dict[int, int | None]) -> None:
-        """Records that were read are gone, and others stand in their place (KIP-320)."""
+        """Handle a truncation: records that were read are gone, and others replace them (KIP-320)."""
         for reading in self._assignment.all():
             if reading.partition in divergences:
                 self._cut_off(reading, divergences[reading.partition], self._group.range(reading.partition)[1])
 
     def _skip_to(self, reading: PartitionReader, first: int) -> None:
-        """Go on at ``first``; what lies before it was deleted unread, and is lost: a gap, which is a row."""
+        """Continue at ``first``, and store a gap for the offsets before it, which were deleted unread."""
         if reading.next >= first or not self._collect_all() or not self._assignment.holds(reading):
             return
         why = "the broker deleted them before they were read"
@@ -407,8 +391,8 @@ class Consumer:
         self._assignment.begin(reading)
 
     def _cut_off(self, reading: PartitionReader, divergence: int | None, end: int) -> None:
-        """Read on as a new generation of the topic from where the log diverges, or from its beginning where that is not
-        known. What was read before is stored already."""
+        """Continue as a new generation of the topic from where the log diverges, or from its beginning if unknown. What
+        was read before is stored already."""
         first = self._group.range(reading.partition)[0]  # before anything is stored, which must not be repeated
         if not self._collect_all() or not self._assignment.holds(reading):
             return
@@ -418,7 +402,6 @@ class Consumer:
             self._retry_until_stopped(partial(self._begin_generation, reading, reading.next - start, again))
 
     def _begin_generation(self, reading: PartitionReader, rewritten: int, start: int) -> None:
-        """Count the offsets that were rewritten, and store the new generation, in one commit."""
         position = reading.claim.position
         generation = new_generation(self.store.positions().values(), position, start)
         end = replace(position, tally=position.tally + Counter(rewritten_offsets=rewritten))
@@ -434,7 +417,7 @@ class Consumer:
     # -- waiting and telling ----------------------------------------------------------------------------------------
 
     def _retry_until_stopped(self, act: Callable[[], None]) -> bool:
-        """Do what needs something that may be away; False when asked to stop before it was there. Raises LogLost."""
+        """Retry an action through outages; False if asked to stop before it succeeded. Raises LogLost."""
         failures = 0
         while True:
             try:
@@ -449,12 +432,11 @@ class Consumer:
                 return False
 
     def _wait(self, error: Exception, failures: int) -> None:
-        """Say what is away, store what can be stored, and wait: longer after more failures."""
         known = error if isinstance(error, RatchetError) else explain(error, connection(self.kafka), "reading")
         if isinstance(known, BrokerError) and known.state == "refused":
             try:
                 check_rights(self._admin, ingest_rights(self.kafka))
-            except BrokerError as named:  # the rights that are missing, by their names
+            except BrokerError as named:  # names the missing rights
                 known = named if named.state == "refused" else known
         seconds = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)]
         dependency = self._report.away(known, seconds)
@@ -465,7 +447,7 @@ class Consumer:
             self._group.stay()
 
     def _commit_pending(self) -> None:
-        """Store what has been read though the broker is away; what is quarantined is published when it is back."""
+        """Store what was read although the broker is unreachable; quarantined records are published when it is back."""
         if self._gives_up():
             return
         try:
@@ -480,11 +462,10 @@ class Consumer:
 
 
 SWITCH_SECONDS: Final = 0.0005
-"""Time for which a thread may keep the GIL that others wait for: reading, committing and publishing take turns."""
+"""Switch interval of the GIL: reading, committing and publishing take turns."""
 
 
 def run_ingest(settings: Settings) -> None:
-    """Read the topic until SIGTERM or SIGINT, then store what has been read, and return."""
     sys.setswitchinterval(SWITCH_SECONDS)
     processes = settings.ingest.processes or os.cpu_count() or 1
     consumer = Consumer(settings, on_change=ThrottledLog(), processes=processes)

@@ -1,10 +1,9 @@
-"""Finding samples that are there already: the same content, or the same look with the same words; and the split.
+"""The duplicate index: finds samples with the same content, or a similar image and the same words; also assigns the
+split.
 
-The index is a SQLite file of each worker, filled from the store and never held in memory: some 200 bytes of disk a
-sample. A file that is lost, damaged or of another store is made again from the store.
-
-A look matches when its perceptual hashes differ in at most ``distance`` bits and its colours hardly
-(:mod:`streams.ingest.perceptual_hash`, which also decides the split).
+The index is a SQLite file per worker, filled from the store and never held in memory: some 200 bytes of disk per
+sample. A lost, damaged or foreign file is rebuilt from the store. Images are similar if their perceptual hashes differ
+in at most ``distance`` bits and their colours hardly (:mod:`streams.ingest.perceptual_hash`).
 """
 
 from __future__ import annotations
@@ -52,21 +51,20 @@ from streams.store.sample_store import SampleStore
 from streams.store.writer import MOVED
 
 DuplicateKind = Literal["exact", "perceptual", "older"]
-"""The same content; the same look with the same words; content that was corrected by a record that was sent later."""
+"""The same content; a similar image with the same words; content that was corrected by a record sent later."""
 CORRECTED: Final = "corrected"
-"""Reason of the receipt of a sample that a later record has replaced."""
 OFF: Final = -1
-"""The distance at which looks are not compared."""
+"""Distance that turns image comparison off."""
 CANDIDATES: Final = 64
-"""Looks compared with in one band. More share words and hash only in a stream of plain pictures, which may then keep
-near duplicates: nothing is lost by that."""
+"""Images compared per band. More share words and hash only in a stream of plain images, which may then keep near
+duplicates: that loses nothing."""
 RECENT_VERSIONS: Final = 256
-"""Versions whose transactions are read to leave out what compaction only moved."""
+"""Versions whose transactions are read to skip rows that compaction only moved."""
 CHUNK_ROWS: Final = 65_536
 CACHE_KIB: Final = 32_768
 CHECKPOINT_PAGES: Final = 8000
-"""Of 4 KiB, between two checkpoints. A batch changes a page for each of its samples once there are many pages: with
-SQLite's 1,000 each fifth commit waits for the disk."""
+"""Pages of 4 KiB between checkpoints. In a large index a batch changes a page per sample: with SQLite's default of
+1,000 every fifth commit waits for the disk."""
 WAIT_SECONDS: Final = 60.0
 _FORMAT: Final = "2"
 _COLUMNS: Final = [
@@ -75,27 +73,19 @@ _COLUMNS: Final = [
 
 
 class KnownSample(NamedTuple):
-    """An entry of the index."""
-
     id: bytes
     """SHA-256, 32 bytes."""
     position: str
-    """As by :func:`streams.store.rows.name_of`."""
     look: bytes | None
-    """:attr:`streams.ingest.perceptual_hash.PerceptualHash.data`; None for one that is not compared by it."""
+    """:attr:`streams.ingest.perceptual_hash.PerceptualHash.data`; None: not compared by image."""
     words: int
-    """Of :func:`words_hash`."""
     domain: str = ""
     asks: bool = False
-    """True if it has a question."""
     sent: datetime | None = None
-    """When its record was made."""
 
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
-    """Why a sample is a duplicate, and of which sample."""
-
     kind: DuplicateKind
     id: str
 
@@ -104,15 +94,14 @@ class DuplicateIndex:
     """Samples to compare with. Several processes may share a file; use each object from one thread."""
 
     def __init__(self, path: Path | str, store: str, distance: int = 0, split: SplitRule | None = None) -> None:
-        """
+        """Raises StoreUnavailable if the file cannot be written.
+
         Args:
             path: the file; ``:memory:`` for none.
             store: name of the store that it follows.
-            distance: bits in which the hashes of near duplicates may differ; 0 wants equal ones, :data:`OFF` none.
-            split: holds nothing out by default.
-
-        Raises:
-            StoreUnavailable: the file cannot be written.
+            distance: bits in which hashes of near duplicates may differ; 0: equal hashes only; :data:`OFF`: no
+                comparison.
+            split: by default nothing is held out.
         """
         self.path = path
         self.distance = distance
@@ -129,23 +118,17 @@ class DuplicateIndex:
         return int(self._db.execute("SELECT count(*) FROM ids").fetchone()[0])
 
     def close(self) -> None:
-        """Close the file."""
         self._db.close()
 
     def interrupt(self) -> None:
-        """Let :meth:`follow`, which another thread may run, end soon with StoreUnavailable, and take nothing in."""
+        """Make :meth:`follow`, possibly running in another thread, end soon with StoreUnavailable and roll back."""
         self._interrupted = True
         self._db.interrupt()
 
     @contextmanager
     def deciding(self) -> Iterator[None]:
-        """A transaction: what is added inside is kept when the block ends well, and forgotten when it raises.
-
-        Other processes that share the file wait meanwhile.
-
-        Raises:
-            StoreUnavailable, StoreFull: the file cannot be written; nothing was added.
-        """
+        """A transaction: commits if the block succeeds, rolls back if it raises. Other processes that share the file
+        wait. Raises StoreUnavailable or StoreFull if the file cannot be written."""
         with self._in_use():
             if self._damaged:
                 self._open()
@@ -160,7 +143,8 @@ class DuplicateIndex:
             raise
 
     def find(self, sample: KnownSample) -> Duplicate | None:
-        """The sample that this one repeats, if any. Other words are never a duplicate, however alike the images."""
+        """The sample that this one repeats, if any. Samples with different words are never duplicates, however similar
+        the images."""
         with self._in_use():
             if self._has(sample.id):
                 return Duplicate("exact", sample.id.hex())
@@ -178,7 +162,7 @@ class DuplicateIndex:
         return None
 
     def add(self, sample: KnownSample) -> Split:
-        """Remember a sample that :meth:`find` does not know. Returns its side of the split."""
+        """Add a sample that :meth:`find` does not know. Returns its side of the split."""
         with self._in_use():
             self._db.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", sample[:2])
             columns = self._split.columns(sample.look, sample.domain, sample.asks)
@@ -190,46 +174,37 @@ class DuplicateIndex:
             return side
 
     def has(self, sample_id: str) -> bool:
-        """True if a sample is stored."""
         with self._in_use():
             return self._has(bytes.fromhex(sample_id))
 
     def correct(self, sample_id: str, sent: datetime) -> None:
-        """Forget a sample that a record replaces which was sent then; :meth:`find` keeps away what is not newer."""
+        """Remove a sample replaced by a record sent at ``sent``; :meth:`find` then rejects its content unless newer."""
         self._drop([sample_id])
         self._note_corrections([(bytes.fromhex(sample_id), _micros(sent))])
 
     def move(self, sample_id: str, position: str) -> None:
-        """A sample is stored at another position."""
         with self._in_use():
             self._db.execute("UPDATE ids SET position = ? WHERE id = ?", (position, bytes.fromhex(sample_id)))
 
     def stored(self, version: int, fragment: int) -> None:
-        """Note that what was added since :meth:`follow` is in this version of the store; ``fragment`` is its newest.
-
-        It need not be read from there, unless another process stored something in between.
-        """
+        """Note that everything added since :meth:`follow` is in this store version, whose newest fragment is
+        ``fragment``, and need not be read again unless another process stored something in between."""
         with self._in_use():
             if self._meta("version") == str(version - 1):
                 self._set_meta("fragment", fragment)
                 self._set_meta("version", version)
 
     def settled(self) -> list[tuple[str, RecordPosition]]:
-        """Samples that :meth:`follow` met at two positions since the last call, with the position that is to go.
-
-        Workers that do not share an index can store the same content at the same moment, from two partitions. All of
-        them name the same position: the later one in the order of the positions.
-        """
+        """Samples that :meth:`follow` found at two positions since the last call, with the position to remove. Workers
+        that do not share an index can store the same content at the same time, from two partitions. All of them choose
+        the same position: the later one in position order."""
         doubles, self._doubles = self._doubles, []
         return doubles
 
     def follow(self, table: SampleTable) -> Any | None:
-        """Take in what the newest version of the store holds beyond what is known. Call inside :meth:`deciding`.
-        Returns that version as a Lance data set, None where there is no table yet.
-
-        Raises:
-            StoreUnavailable, StoreFull: the store cannot be read, or the file not be written.
-        """
+        """Add what is new in the store's newest version. Call inside :meth:`deciding`. Returns that version as a Lance
+        dataset, None if there is no table yet. Raises StoreUnavailable or StoreFull if the store cannot be read, or the
+        file not written."""
         dataset = table.open()
         if dataset is None:
             return None
@@ -261,16 +236,14 @@ class DuplicateIndex:
             corrected = table.filter((pc.field("kind") == "deleted") & (pc.field("reason") == CORRECTED))
             given = zip(corrected["id"].to_pylist(), corrected["sent_at"].to_pylist(), strict=True)
             self._note_corrections([(bytes.fromhex(id_), _micros(sent)) for id_, sent in given if id_ and sent])
-            if not first:  # else there is nothing to forget: what is read here is not deleted
+            if not first:  # on the first read nothing needs to be removed
                 deleted = table.filter(pc.field("kind") == "deleted")["id"].drop_null().unique().to_pylist()
                 places = self._places(dataset, deleted)  # of those that were stored again since
                 self._drop([id_ for id_ in deleted if not places[id_]])
 
     def _settle(self, dataset: Any, doubles: Sequence[tuple[bytes, str, str]]) -> None:
-        """Note samples that are stored at two positions. All indexes keep the first in the order of positions.
-
-        One that was corrected is at its new position alone.
-        """
+        """Note samples stored at two positions. All indexes keep the first in position order. A corrected one is only
+        at its new position."""
         stored = self._places(dataset, [id_.hex() for id_, _, _ in doubles])
         for id_, _, position in doubles:
             [known] = self._db.execute("SELECT position FROM ids WHERE id = ?", (id_,)).fetchone()
@@ -284,7 +257,6 @@ class DuplicateIndex:
             self._doubles.append((id_.hex(), second))
 
     def _places(self, dataset: Any, ids: Sequence[str]) -> dict[str, set[str]]:
-        """The positions of some stored samples, by id."""
         places: dict[str, set[str]] = {each: set() for each in ids}
         for some in chunks(ids, IDS_PER_QUERY):
             where = f"kind = 'sample' AND {is_in('id', map(quoted, some))}"
@@ -300,7 +272,7 @@ class DuplicateIndex:
         with self._in_use():
             self._db.execute("CREATE TEMP TABLE IF NOT EXISTS gone (id BLOB PRIMARY KEY)")
             self._db.executemany("INSERT INTO gone VALUES (?)", ((bytes.fromhex(each),) for each in gone))
-            for name in ("ids", "looks"):  # one pass over the looks, which have no index on the id
+            for name in ("ids", "looks"):  # one pass over the looks, which have no index on the ID
                 self._db.execute(f"DELETE FROM {name} WHERE id IN (SELECT id FROM gone)")  # noqa: S608
             self._db.execute("DELETE FROM gone")
 
@@ -313,7 +285,7 @@ class DuplicateIndex:
         return self._db.execute("SELECT 1 FROM ids WHERE id = ?", (sample,)).fetchone() is not None
 
     def _open(self) -> None:
-        """Open the file; make it again where it is missing, damaged or of another store."""
+        """Open the file; rebuild it if it is missing, damaged or of another store."""
         with _alone(self.path):
             try:
                 self._db = self._connect()
@@ -323,7 +295,7 @@ class DuplicateIndex:
                 self._db.close()
             except sqlite3.DatabaseError as error:
                 if not (_is_damage(error) or "no such table" in str(error)):
-                    raise  # it is in use by another process, say: nothing to throw away
+                    raise  # e.g. in use by another process: no reason to discard it
             for suffix in ("", "-wal", "-shm"):
                 Path(f"{self.path}{suffix}").unlink(missing_ok=True)
             self._db = self._connect()
@@ -349,7 +321,7 @@ class DuplicateIndex:
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Errors of the file become outages; after damage the next :meth:`deciding` makes it again."""
+        """Turn errors of the file into outages; after damage the next :meth:`deciding` rebuilds it."""
         try:
             yield
         except (sqlite3.Error, OSError) as error:
@@ -379,21 +351,21 @@ def _batches(dataset: Any, fragment: Any) -> Iterator[pa.RecordBatch]:
 
 
 def _moved(dataset: Any, since: int, last: int) -> set[str]:
-    """Data files of rows that were in fragments up to ``last`` at version ``since``, and were only moved from there."""
+    """Data files with only rows moved from fragments up to ``last`` at version ``since``."""
     moved: set[str] = set()
     if since < 0 or dataset.version - since > RECENT_VERSIONS:
         return moved
     for transaction in dataset.get_transactions(int(dataset.version - since)):
         if transaction is None or not MOVED.items() <= (transaction.transaction_properties or {}).items():
             continue
-        if max(transaction.operation.removed_fragment_ids, default=-1) <= last:  # else some of it is new here
+        if max(transaction.operation.removed_fragment_ids, default=-1) <= last:  # otherwise some rows are new here
             moved.update(file.path for each in transaction.operation.new_fragments for file in each.files)
     return moved
 
 
 @contextmanager
 def _alone(path: Path | str) -> Iterator[None]:
-    """Keep other processes from making the file at the same time: each would throw away the other's."""
+    """Lock the file's creation: otherwise processes would discard each other's file."""
     if path == ":memory:":
         yield
         return
@@ -409,10 +381,8 @@ def _is_damage(error: Exception) -> bool:
 
 
 def near_duplicates(store: SampleStore, distance: int) -> dict[str, ValueCounts]:
-    """The stored samples that ``ingest.near_duplicate_distance`` would have dropped, by ``domain`` and ``source``.
-
-    Looks are compared in a temporary file, in the order in which they are stored. Raises StoreUnavailable.
-    """
+    """Count the stored samples that ``ingest.near_duplicate_distance`` would have dropped, by ``domain`` and
+    ``source``. Images are compared in a temporary file, in storage order. Raises StoreUnavailable."""
     groups = ("domain", "source")
     counts = {name: ValueCounts() for name in groups}
     name, _ = store.table.identity()
@@ -434,15 +404,12 @@ def near_duplicates(store: SampleStore, distance: int) -> dict[str, ValueCounts]
 
 
 STAGED_ROWS: Final = 1_000_000
-"""Samples put in order at once: some 150 MB of a temporary file."""
+"""Samples sorted at once: some 150 MB of a temporary file."""
 
 
 class Staging:
-    """Samples on their way from the store to the index, which takes them in the order of its keys.
-
-    Inserted as they come, each would change another page of the file: three quarters of the time, at a million samples.
-    SQLite sorts them outside of memory.
-    """
+    """Buffers samples from the store, to insert them in the order of the index's keys. Inserting unsorted would change
+    another page of the file for each: three quarters of the time, at a million samples. SQLite sorts them on disk."""
 
     def __init__(self, db: sqlite3.Connection, masks: Sequence[int], split: SplitRule) -> None:
         self._db = db
@@ -456,12 +423,10 @@ class Staging:
 
     @property
     def full(self) -> bool:
-        """True if it is time to merge, so that the temporary file stays small."""
         return self._rows >= STAGED_ROWS
 
     def add(self, samples: pa.Table) -> None:
-        """Stage samples: rows of the store with their id, topic, partition, offset, look, words, split, domain and
-        question."""
+        """Stage rows of the store with id, topic, partition, offset, look, words, split, domain and question."""
         numbers = (samples[name].cast(pa.string()) for name in ("partition", "offset"))
         positions = pc.binary_join_element_wise(samples["topic"], *numbers, ":").to_pylist()
         ids, looks = list(map(bytes.fromhex, samples["id"].to_pylist())), samples["look"].to_pylist()
@@ -478,7 +443,8 @@ class Staging:
         self._rows += len(ids)
 
     def merge(self) -> list[tuple[bytes, str, str]]:
-        """Move what is staged to the index. Returns samples that it has at another position: id, that one, and this."""
+        """Move staged samples to the index. Returns those that it has at another position: ID, that position, and this
+        one."""
         self._split.note_staged(self._db)
         before = self._db.total_changes
         self._db.execute("INSERT OR IGNORE INTO ids SELECT id, position FROM staged ORDER BY id")

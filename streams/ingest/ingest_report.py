@@ -1,4 +1,4 @@
-"""The status of ingest, its metrics, and its lines on the screen."""
+"""Status, metrics and console output of ingest."""
 
 from __future__ import annotations
 
@@ -21,41 +21,34 @@ State = Literal["starting", "joining", "reading", "waiting", "stopped"]
 
 @dataclass(frozen=True, slots=True)
 class IngestStatus:
-    """The state of ingest, and counts since its start."""
-
     state: State = "starting"
-    """``joining`` is of the consumer group; ``waiting`` is for :attr:`waiting_for`."""
+    """``joining`` the consumer group; ``waiting`` for :attr:`waiting_for`."""
     waiting_for: Dependency | Literal[""] = ""
     samples: int = 0
     duplicates: int = 0
     corrected: int = 0
-    """Samples that were replaced by corrections of them."""
     quarantined: int = 0
     tombstones: int = 0
     gap_offsets: int = 0
-    """Offsets that were lost before they were read."""
     rewritten_offsets: int = 0
-    """Offsets that were cut off the log after their records were stored; other records stand there now."""
+    """Offsets truncated from the log after their records were stored; other records are there now."""
     commits: int = 0
     version: int = 0
     lag: int | None = None
-    """Records between the store and the end of the log; None until it is known."""
+    """Records between the store and the end of the log; None until known."""
     offsets: dict[str, int] = field(default_factory=dict)
     problem: str = ""
 
 
-#: kafka-python can lose what the group assigned it, and waits for ever then; a busy group takes seconds.
+#: kafka-python can lose its assignment, and then waits for ever; a busy group takes seconds.
 GROUP_PATIENCE_SECONDS: Final = 30.0
 STORE_SECONDS: Final = 4.0
-"""From one look at the store to the next, and how long one may take before the store counts as slow."""
+"""Interval of store checks, and the time after which an unanswered one marks the store as slow."""
 
 
 class IngestReport:
-    """Keeps :attr:`status`, and tells who listens.
-
-    The store is watched by a thread of its own: Lance tries for minutes again what a store does not answer, and the
-    consumer's thread waits for that.
-    """
+    """Maintains :attr:`status`, and notifies the listener. A separate thread watches the store: Lance retries for
+    minutes when a store does not answer, and the consumer's thread waits for that."""
 
     def __init__(self, store: SampleStore, group: str, on_change: Callable[[IngestStatus], None] | None) -> None:
         self.status = IngestStatus()
@@ -68,15 +61,11 @@ class IngestReport:
         self._store_problem = ""
 
     def watch_store(self) -> None:
-        """Measure the store, and say when it does not answer, until :meth:`stopped`."""
         threading.Thread(target=self._watch_store, name="store-watch", daemon=True).start()
 
     def connected(self, joined: bool, lag: int | None) -> None:
-        """The broker answers: so this process reads, or joins the group.
-
-        Raises:
-            BrokerError: the group has not let it in for :data:`GROUP_PATIENCE_SECONDS`; to be joined again.
-        """
+        """Report that the broker answers. Raises BrokerError, to join again, if the group has not admitted this process
+        for :data:`GROUP_PATIENCE_SECONDS`."""
         state = "reading" if joined else "joining"
         with self._lock:
             if self.status.state != state and not self._store_problem:
@@ -96,13 +85,12 @@ class IngestReport:
             self._change(lag=lag)
 
     def away(self, error: RatchetError, seconds: float) -> Dependency:
-        """Something is away, and is tried again in ``seconds``. Returns what it is."""
+        """Report an outage that is retried in ``seconds``. Returns the dependency."""
         dependency = self._wait_for(error)
         say(f"ingest: [yellow]{error}[/yellow] Trying again in {seconds:g} s.")
         return dependency
 
     def committed(self, outcome: CommitResult, lag: int | None, seconds: float) -> None:
-        """A batch was stored in this time."""
         quarantined, gaps = outcome.of_kind("quarantine"), outcome.of_kind("gap")
         metrics.ingest.committed(seconds)
         metrics.ingest.received(outcome.records, outcome.size)
@@ -132,7 +120,7 @@ class IngestReport:
             say(f"ingest: [red]{row['topic']}:{row['partition']}: {row['detail']} (from {row['offset']})[/red]")
 
     def rewritten(self, claim: Claim, count: int) -> None:
-        """The log was cut off, and is read on under a new claim; ``count`` offsets of it were stored before."""
+        """Report a truncated log, read on under a new claim; ``count`` of its offsets were stored before."""
         metrics.ingest.rewritten(count)
         self._change(rewritten_offsets=self.status.rewritten_offsets + count)
         say(
@@ -141,7 +129,6 @@ class IngestReport:
         )
 
     def stopped(self) -> None:
-        """The consumer has ended."""
         self._ending.set()
         self._change(state="stopped", waiting_for="", problem="")
 
@@ -178,7 +165,7 @@ class IngestReport:
                 self._store_problem = ""
                 say("ingest: the store answers again")
             elif self.status.waiting_for == "store":
-                return  # it can be read, and not be written
+                return  # readable, but perhaps not writable
             answered(["store"])
 
     def _wait_for(self, error: RatchetError) -> Dependency:
@@ -196,8 +183,6 @@ class IngestReport:
 
 
 class ThrottledLog:
-    """Says what ingest does, at most every five seconds."""
-
     EVERY_SECONDS: Final = 5.0
 
     def __init__(self) -> None:

@@ -1,8 +1,5 @@
-"""A consumer's membership in its group: the partitions that it reads, from where, and its look at their log.
-
-Where to go on in a partition is decided by the store, not by Kafka. Next to being appended to, a log can be lost, cut
-off, or deleted before it was read.
-"""
+"""A consumer's group membership: its partitions, their start positions, and checks of their log. The store, not Kafka,
+decides where to continue in a partition. A log can be lost, truncated, or deleted before it was read."""
 
 from __future__ import annotations
 
@@ -29,59 +26,52 @@ from streams.store.writer import Claim
 
 log = logging.getLogger(__name__)
 POLL_SECONDS: Final = 0.25
-#: The embedded broker needs 3 s for a member to join, and so does Apache Kafka for the first of a group.
+#: A member needs 3 s to join on the embedded broker, as does the first of a group on Apache Kafka.
 JOIN_SECONDS: Final = 6.0
 LOOK_SECONDS: Final = 2.0
-"""Time between two looks at the log while no records come, after which a lost broker is noticed, too."""
+"""Interval of log checks while no records arrive, which also detect a lost broker."""
 
 
 @dataclass(eq=False, slots=True)
 class PartitionReader:
-    """Reading one partition, from its claim to its loss."""
-
     claim: Claim
     next: int
-    """Next offset to take in; ahead of the claim's position by what has not been stored yet."""
+    """Next offset to take in; ahead of the claim's position by what is not stored yet."""
     leader_epoch: int = -1
-    """Of the last record that was validated; with what is stored of it, it goes into the position."""
+    """Epoch of the last validated record; stored in the position."""
     next_epoch: int = -1
-    """Of the record before ``next``. An older one would make a newer leader's records look like a truncated log."""
+    """Epoch of the record before ``next``. An older one would make a newer leader's records look like a truncated
+    log."""
     taken: int = -1
-    """The offset behind the last record that was taken in. Up to ``next`` there are others of which no reader gets a
-    record: markers of transactions, aborted records, what compaction removed."""
+    """The offset after the last record taken. Offsets from here to ``next`` yield no record: transaction markers,
+    aborted records, compacted ones."""
 
     @classmethod
     def of(cls, claim: Claim) -> PartitionReader:
-        """Read on from a claim's position."""
         return cls(claim, claim.position.next, claim.position.leader_epoch, claim.position.leader_epoch)
 
     @property
     def stream(self) -> str:
-        """The topic with its generation."""
         return self.claim.position.stream
 
     @property
     def partition(self) -> int:
-        """The partition's number."""
         return self.claim.position.partition
 
     def behind(self, end: int) -> tuple[int, int]:
-        """The next offset, and the leader epoch of what lies before it, once all before ``end`` is stored."""
+        """The next offset, and the leader epoch before it, once everything before ``end`` is stored."""
         return (self.next, self.next_epoch) if self.taken <= end < self.next else (end, self.leader_epoch)
 
     @property
     def stored(self) -> int:
-        """Next offset as the store has it."""
         return self.claim.position.next
 
 
 def start_position(known: Iterable[Position], topic: str, topic_id: str, partition: int, first: int) -> Position:
-    """The position from which a partition is read whose log begins at offset ``first``.
-
-    A topic whose id is not the one in the store has lost its log (an embedded broker that was restarted, a topic that
-    was deleted and made again): its offsets mean other records now, so it is read from its beginning, as a new
-    generation. An id that is missing, here or there, tells nothing: a broker that has none was used before, or is now.
-    """
+    """The position from which to read a partition whose log begins at offset ``first``. A topic whose ID differs from
+    the store's has lost its log (a restarted embedded broker, a recreated topic): its offsets mean other records now,
+    so it is read from the beginning, as a new generation. A missing ID on either side proves nothing: some brokers have
+    none."""
     newest = newest_of_topic(known, topic)
     mine = newest.get(partition)
     if mine is not None and mine.topic_id == topic_id:
@@ -101,7 +91,7 @@ def start_position(known: Iterable[Position], topic: str, topic_id: str, partiti
 
 
 def new_generation(known: Iterable[Position], position: Position, start: int) -> Position:
-    """The position from which a log is read on that was cut off at ``start``, behind which other records stand now."""
+    """The position to continue from in a log that was truncated at ``start`` and then rewritten."""
     topic, _ = parse_stream(position.stream)
     highest = max(parse_stream(each.stream)[1] for each in (*known, position))
     stream = stream_name(topic, highest + 1)
@@ -109,24 +99,21 @@ def new_generation(known: Iterable[Position], position: Position, start: int) ->
 
 
 class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
-    """The partitions that the group gave to this process.
-
-    Kafka's thread calls the two listener methods, which only take notes: it must not wait for the store. The consumer's
-    loop claims what is new. A partition that is lost and comes back has a new reading, so what was read under the old
-    one can be told apart and is dropped.
-    """
+    """The partitions that the group assigned to this process. Kafka's thread calls the two listener methods, which only
+    record changes: it must not wait for the store. The consumer's loop claims new ones. A partition that is lost and
+    comes back gets a new reader, so what was read under the old one is recognized and dropped."""
 
     def __init__(self, consumer: Any, topic: str) -> None:
         self.consumer = consumer
         self.topic = topic
         self.joined = False
-        """True if the group has said what is ours, be it nothing; not while it is being joined, again or at first."""
+        """True once the group has assigned partitions (or none); False while joining or rejoining."""
         self._lock = threading.Lock()
         self._assigned: set[int] = set()
         self._readings: dict[int, PartitionReader] = {}
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        """Nothing is fetched of them before they are claimed."""
+        """Pause new partitions: nothing is fetched before they are claimed."""
         for partition in assigned:
             self.consumer.seek(partition, 0)
             self.consumer.pause(partition)
@@ -136,8 +123,8 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         self.joined = True
 
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
-        """Forget them; what was read and not stored is read again by the next owner. Also of partitions that are lost
-        because the group went on without this process."""
+        """Drop partitions; the next owner reads again what was not stored. Also called for partitions lost because the
+        group continued without this process."""
         self.joined = False
         with self._lock:
             for each in revoked:
@@ -145,12 +132,11 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
                 self._readings.pop(each.partition, None)
 
     def unclaimed(self) -> list[int]:
-        """Partitions that are ours and not read yet."""
         with self._lock:
             return sorted(self._assigned - self._readings.keys())
 
     def begin(self, reading: PartitionReader) -> bool:
-        """Read a partition on from where ``reading`` stands. False when it is not ours any more."""
+        """Start reading a partition at its reader's offset. False if it is no longer assigned."""
         partition = TopicPartition(self.topic, reading.partition)
         with self._lock:
             if reading.partition not in self._assigned:
@@ -161,7 +147,7 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         return True
 
     def give_up(self, reading: PartitionReader) -> None:
-        """Another process has claimed it, or its log is another: it has to be claimed again."""
+        """Drop a reader: another process claimed the partition, or its log changed. It must be claimed again."""
         with self._lock:
             if self._readings.get(reading.partition) is reading:
                 del self._readings[reading.partition]
@@ -169,29 +155,26 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
                     self.consumer.pause(TopicPartition(self.topic, reading.partition))
 
     def reading(self, partition: int) -> PartitionReader | None:
-        """The reading of a partition, or None when it is not ours (any more)."""
         with self._lock:
             return self._readings.get(partition)
 
     def holds(self, reading: PartitionReader) -> bool:
-        """True if what was read under ``reading`` is still ours to store."""
+        """True if records read by ``reading`` may still be stored."""
         return self.reading(reading.partition) is reading
 
     def all(self) -> list[PartitionReader]:
-        """All readings."""
         with self._lock:
             return [self._readings[number] for number in sorted(self._readings)]
 
 
 class LogLost(BrokerError):
-    """The topic is not the one that has been read so far."""
+    """The topic's log is not the one read so far."""
 
 
 class Membership:
-    """A membership in the consumer group, and a look at the topic's log. Use from the consumer's thread."""
+    """A membership in the consumer group, and checks of the topic's log. Use from the consumer's thread."""
 
     def __init__(self, consumer: Any, assignment: Assignment, admin: Admin, topic_id: str) -> None:
-        """``consumer``: the :class:`kafka.KafkaConsumer`. ``topic_id``: of the log that is read."""
         self.consumer = consumer
         self.assignment = assignment
         self.topic_id = topic_id
@@ -202,7 +185,6 @@ class Membership:
 
     @classmethod
     def join(cls, clients: IngestClients, admin: Admin, store: SampleStore) -> Membership:
-        """Connect, and begin to join the group. Raises BrokerError, StoreUnavailable."""
         topic = clients.kafka.topic
         topic_id = _ensure_topics(clients.kafka, admin, store)
         consumer = clients.consumer()
@@ -213,15 +195,12 @@ class Membership:
         return cls(consumer, assignment, admin, topic_id)
 
     def leave(self, wait_while: Callable[[], bool]) -> None:
-        """Leave the group, not while joining it: for a member that does, the embedded broker's group waits for ever.
-
-        Args:
-            wait_while: holds, it waits to be let in first, for :data:`JOIN_SECONDS` at most.
-        """
+        """Leave the group, but not while joining it, for which the embedded broker's group would wait for ever. Waits
+        to be admitted first while ``wait_while()``, for at most :data:`JOIN_SECONDS`."""
         deadline = time.monotonic() + JOIN_SECONDS
         try:
             while not self.assignment.joined and wait_while() and time.monotonic() < deadline:
-                self.consumer.poll(timeout_ms=int(POLL_SECONDS * 1000))  # nothing is fetched of what is not claimed
+                self.consumer.poll(timeout_ms=int(POLL_SECONDS * 1000))  # nothing unclaimed is fetched
         except KafkaError as error:
             log.info("the group was left before it was joined: %s", error)
         try:
@@ -230,7 +209,7 @@ class Membership:
             log.info("the group was not left in order: %s", error)
 
     def stay(self) -> None:
-        """Poll without taking anything: a member that does not poll for minutes is put out of the group."""
+        """Poll without taking records: the group removes a member that does not poll for minutes."""
         readings = self.assignment.all()
         try:
             self.consumer.pause(*(TopicPartition(self._topic, each.partition) for each in readings))
@@ -242,7 +221,7 @@ class Membership:
                 self.assignment.begin(reading)
 
     def follow_positions(self) -> None:
-        """Step over offsets of which no reader gets a record. All that was polled is taken."""
+        """Skip offsets that yield no record. Call it when everything polled was taken."""
         for reading in self.assignment.all():
             partition = TopicPartition(self._topic, reading.partition)
             position = tolerant_fetch.position(self.consumer, partition)
@@ -250,32 +229,25 @@ class Membership:
                 reading.next, reading.next_epoch = position.offset, max(position.leader_epoch, reading.next_epoch)
 
     def tell_kafka(self, readings: Sequence[PartitionReader]) -> None:
-        """Commit what is stored of them as the group's offsets."""
         offsets = {
             TopicPartition(self._topic, each.partition): OffsetAndMetadata(each.stored, "", -1) for each in readings
         }
         try:
             self.consumer.commit(offsets, timeout_ms=5000)
-        except KafkaError as error:  # a rebalance, or a broker that is away: the store is what counts
+        except KafkaError as error:  # a rebalance, or an unreachable broker: the store is authoritative
             log.info("offsets were stored, and could not be told to Kafka: %s", error)
 
     # -- the log ----------------------------------------------------------------------------------------------------
 
     @property
     def look_due(self) -> bool:
-        """True if it is time to :meth:`look`."""
         return time.monotonic() - self._looked_at > LOOK_SECONDS
 
     def look(self) -> None:
-        """Make sure that what was just polled is from the log that has been read so far.
-
-        Asked after each poll (0.5 ms): a log cannot come back, so if the topic still has its id now, it had it then.
-        If the topic has more partitions than the consumer knows, the consumer asks for them now, so that the group
-        shares them out; by itself it would after up to five minutes.
-
-        Raises:
-            LogLost, BrokerError
-        """
+        """Check that what was just polled comes from the log read so far. Raises LogLost, BrokerError. Called after
+        each poll (0.5 ms): logs never come back, so if the topic still has its ID now, it had it then. If the topic has
+        more partitions than the consumer knows, the consumer refreshes now, so that the group assigns them; by itself
+        it would take up to five minutes."""
         topic = self._admin.topic(self._topic)
         self._looked_at = time.monotonic()
         if topic is None or topic.id != self.topic_id:
@@ -287,15 +259,12 @@ class Membership:
         tolerant_fetch.expect_partitions(self.consumer, self._topic, topic.partitions)
 
     def range(self, partition: int) -> tuple[int, int]:
-        """First and end offset of a partition's log."""
         key = TopicPartition(self._topic, partition)
         return self.consumer.beginning_offsets([key])[key], self.consumer.end_offsets([key])[key]
 
     def lag(self) -> int | None:
-        """Records that the store is behind, by what the broker said with the last fetch of each partition.
-
-        None while that is not known of any. The metric of a partition that is not read here any more goes.
-        """
+        """Records that the store is behind, by the high watermark of each partition's last fetch. None if none is
+        known. Also removes the metric of partitions that are no longer read here."""
         lags = {}
         for reading in self.assignment.all():
             try:
@@ -311,14 +280,13 @@ class Membership:
         return sum(lags.values()) if lags else None
 
     def forget_lag(self, partitions: Iterable[int] | None = None) -> None:
-        """Take partitions (all by default) out of the metrics."""
         for partition in list(self._measured if partitions is None else partitions):
             metrics.ingest.no_lag(partition)
             self._measured.discard(partition)
 
 
 def _ensure_topics(kafka: Kafka, admin: Admin, store: SampleStore) -> str:
-    """Make the topics, but not one again that was read before: with other settings, perhaps. Returns its id."""
+    """Create the topics, but not one that was read before: its settings might differ. Returns the topic's ID."""
     topic = kafka.topic
     if not any(parse_stream(position.stream)[0] == topic for position in store.positions().values()):
         admin.ensure_topics([topic], kafka.partitions)

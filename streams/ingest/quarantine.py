@@ -1,6 +1,5 @@
-"""The quarantine topic: every quarantined record, as it came, with the reason and where it was.
-
-A message has the original key, value and headers, and also
+"""The quarantine topic: every quarantined record unchanged, with the reason and its position. A message has the
+original key, value and headers, so that a corrected record can be sent again, and also
 
     ratchet_reason      one of ratchet_client.records.REASONS
     ratchet_detail      the reason in words
@@ -8,14 +7,14 @@ A message has the original key, value and headers, and also
     ratchet_refused_at  UTC, ISO 8601
     ratchet_null_headers    a JSON list of the names of its headers without a value, which kafka-python does not write
 
-so that a corrected record can be sent again as it is. What is too large for the topic is a *claim check*: the same
-without the original's key, value and headers, which stay in the sample store, with
+A record too large for the topic becomes a *claim check* without the original's key, value and headers, which stay in
+the sample store, with
 
-    ratchet_claim_check   where its bytes are: the position for `ratchet samples show` and `GET /admin/v1/quarantine`
+    ratchet_claim_check   the position for `ratchet samples show` and `GET /admin/v1/quarantine`
 
-Records are published next to the consumer's loop, so that the topic never holds up reading, and each once: its row was
-stored in the commit of its batch, and what the store has but the topic does not is found by
-:mod:`streams.kafka.outbox`. Rows wait in memory up to a bound; beyond it they are read from the store again.
+A thread publishes them, so that the topic never delays reading. Each is published once: its row is stored in its
+batch's commit, and :mod:`streams.kafka.outbox` finds what the topic lacks. Rows wait in memory up to a bound; beyond it
+they are read from the store.
 """
 
 from __future__ import annotations
@@ -45,9 +44,8 @@ QuarantineRow = Mapping[str, Any]
 
 
 def message(row: QuarantineRow) -> Encoded:
-    """The message for a quarantined record."""
     record = original(row)
-    # Brokers take a record with neither key nor value; the client does not send one.
+    # Brokers accept a record with neither key nor value; the client does not send one.
     value = b"" if record.value is None and record.key is None else record.value
     nulls = [name for name, value in json.loads(row["original_headers"]) if value is None]
     named: Headers = [("ratchet_null_headers", json.dumps(nulls).encode())] if nulls else []
@@ -55,7 +53,6 @@ def message(row: QuarantineRow) -> Encoded:
 
 
 def claim_check(row: QuarantineRow) -> Encoded:
-    """The message for a row whose record the topic does not take."""
     size = len(row["original"] or b"")
     text = json.dumps({"record": name_of(position_of(row)), "reason": row["reason"], "bytes": size})
     check = ("ratchet_claim_check", name_of(position_of(row)).encode())
@@ -63,7 +60,7 @@ def claim_check(row: QuarantineRow) -> Encoded:
 
 
 def original(row: QuarantineRow) -> Encoded:
-    """A quarantined record as it came but for headers without a value, which ingest passes over."""
+    """A quarantined record as received, without its null headers, which ingest ignores."""
     headers = [
         (name, base64.b64decode(value)) for name, value in json.loads(row["original_headers"]) if value is not None
     ]
@@ -71,7 +68,7 @@ def original(row: QuarantineRow) -> Encoded:
 
 
 def original_position(record: Any) -> RecordPosition | None:
-    """The position of the original of a message in the topic; None for a message that is none of ours."""
+    """The position of a message's original; None for foreign messages."""
     headers = dict(record.headers)
     try:
         stream = headers["ratchet_topic"].decode()
@@ -100,28 +97,25 @@ BACKOFF_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
 
 @dataclass
 class _Job:
-    """Quarantined records of one partition between two offsets."""
-
     reading: PartitionReader
     start: int
     end: int
     rows: list[QuarantineRow] | None
-    """None: they are in the store alone."""
+    """None: they are only in the store."""
     size: int = 0
     page: int = PAGE_ROWS
     oversized: int = -1
-    """Offset of a record that the topic does not take."""
 
 
 class QuarantinePublisher:
-    """A thread with a queue. The consumer's loop calls everything but :meth:`_run`."""
+    """A publishing thread with a queue. The consumer's loop calls everything except :meth:`_run`."""
 
     def __init__(self, clients: IngestClients, store: SampleStore) -> None:
         self.clients = clients
         self.store = store
         self._jobs: deque[_Job] = deque()
         self._outboxes: dict[str, tuple[PartitionReader, Outbox]] = {}
-        """One for each partition, by its key: that of its newest reading that has some."""
+        """By partition key: the outbox of its newest reader that has one."""
         self._bytes = 0
         self._changed = threading.Condition()
         self._ending = False
@@ -129,13 +123,11 @@ class QuarantinePublisher:
         self._thread.start()
 
     def recover(self, reading: PartitionReader) -> None:
-        """Publish what an earlier owner of the partition quarantined and may not have published."""
         position = reading.claim.position
         if position.published < position.next:
             self._queue(_Job(reading, position.published, position.next, None))
 
     def publish(self, reading: PartitionReader, rows: Sequence[QuarantineRow]) -> None:
-        """Publish rows of one partition that were just stored."""
         if rows:
             size = sum(len(row["original"] or b"") + 1024 for row in rows)
             held = list(rows) if self._bytes + size <= MEMORY_BYTES else None
@@ -143,17 +135,15 @@ class QuarantinePublisher:
             self._queue(_Job(reading, min(offsets), max(offsets) + 1, held, size if held is not None else 0))
 
     def unpublished(self, reading: PartitionReader) -> int | None:
-        """The first offset of a partition that waits here, or None."""
         with self._changed:
             return next((job.start for job in self._jobs if job.reading is reading), None)
 
     def wait_until_published(self, seconds: float) -> bool:
-        """True if everything was published within this time."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._jobs, seconds)
 
     def close(self) -> None:
-        """End the thread; what still waits is in the store, and is published by the next owner."""
+        """End the thread. Waiting records are in the store, and the next owner publishes them."""
         with self._changed:
             self._ending = True
             self._changed.notify_all()
@@ -190,23 +180,22 @@ class QuarantinePublisher:
             outbox.close()
 
     def _publish_or_change(self, job: _Job) -> None:
-        """Publish the first page of a job, or change the job so that the next try does."""
+        """Publish a job's first page, or change the job so that the next attempt succeeds."""
         try:
             self._publish(job)
         except Fenced:
             if not self._owns(job.reading):
                 self._forget(job.reading)
-            # else a former owner woke up and opened its sender: ours is opened again, and fences it
+            # otherwise a former owner resumed and opened its sender: ours is reopened, and fences it
         except RecordTooLarge:
             if job.page > 1:
-                job.page = 1  # which one it is shows when they are sent one by one
+                job.page = 1  # sending one by one shows which record it is
             elif job.oversized != job.start:
                 job.oversized = job.start
             else:
-                raise  # not even a claim check is small enough
+                raise  # even a claim check is too large
 
     def _later(self, job: _Job, error: Exception, failures: int) -> None:
-        """Say why nothing is published, and wait: longer after more failures."""
         metrics.ingest.quarantine_failing(True)
         noted(error)
         key, known = job.reading.claim.key, isinstance(error, (BrokerError, StoreError))
@@ -215,7 +204,6 @@ class QuarantinePublisher:
             self._changed.wait_for(lambda: self._ending, BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1])
 
     def _publish(self, job: _Job) -> None:
-        """Publish the first page of a job, and shorten it by that; the last page ends it."""
         rows = job.rows[: job.page] if job.rows is not None else self._from_store(job)
         outbox = self._outbox(job.reading)
         entries = [_entry(row, job.page == 1 and job.oversized in (job.start, row["offset"])) for row in rows]
@@ -241,7 +229,6 @@ class QuarantinePublisher:
         return list(self.store.outbox(part, job.page))
 
     def _outbox(self, reading: PartitionReader) -> Outbox:
-        """The outbox of a reading. That of an earlier reading of the partition is closed: it is not needed any more."""
         known = self._outboxes.get(reading.claim.key)
         if known is not None and known[0] is reading:
             return known[1]
@@ -255,7 +242,7 @@ class QuarantinePublisher:
         return outbox
 
     def _owns(self, reading: PartitionReader) -> bool:
-        """True if no other process has claimed the partition since."""
+        """False if another process has claimed the partition since."""
         newest = self.store.positions().get(reading.claim.key)
         return newest is not None and newest.epoch == reading.claim.position.epoch
 

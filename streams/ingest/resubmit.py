@@ -1,13 +1,12 @@
-"""An operator's means for single records: send quarantined ones again as they came, and skip offsets.
+"""Operator actions on single records: resubmit quarantined ones unchanged, and skip offsets.
 
-A quarantined record is named by its *place*, ``topic:partition:offset`` of where it was refused. It is read from the
-sample store, and sent to the topic again with a header that tells where it was. The place is claimed in the ledger
+A quarantined record is named by its *place*, the ``topic:partition:offset`` where it was quarantined. It is read from
+the sample store, and sent to the topic again with a header that names the place. The place is claimed in the ledger
 before and settled after: a second call is refused. A process that dies in between leaves the claim, and only ``force``
-sends again; ingest stores equal samples once. Records refused again return to quarantine, as other records.
+sends again; ingest stores equal samples once. Records refused again return to quarantine.
 
-**Skipping**: the partition is claimed, as another worker would claim it, and its position is moved in the commit that
-stores the gap. A worker that reads it finds out with its next commit, which stores nothing, and goes on from the new
-position.
+**Skipping** claims the partition like another worker, and moves its position in the commit that stores the gap. The
+next commit of a worker on the partition fails, and it continues from the new position.
 """
 
 from __future__ import annotations
@@ -49,29 +48,25 @@ from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
 
 PUBLISH_SECONDS: Final = 20.0
-#: Header of a record that was sent again: the place where it was refused. Decoders pass it by: it is no field.
+#: Header of a resubmitted record: the place where it was quarantined. Decoders ignore it.
 HEADER: Final = "x-ratchet-resubmission-of"
 
 
 @dataclass(frozen=True, slots=True)
 class QuarantinedRecord:
-    """A record in quarantine, without its bytes."""
-
     place: str
     reason: str
     """One of :data:`ratchet_client.records.REASONS`."""
     detail: str
     source: str
-    """The sender, as far as the headers name it."""
     refused_at: datetime
     resubmission: ResubmissionRow | None
-    """The last time that it was sent again."""
 
 
 def list_quarantine(
     settings: Settings, ledger: Ledger, limit: int = 50, reason: str | None = None, source: str | None = None
 ) -> list[QuarantinedRecord]:
-    """The newest quarantined records, newest first; of a reason, of a source (empty: of none). Raises StoreError."""
+    """The newest quarantined records, newest first, by reason and source (empty: none named). Raises StoreError."""
     rows = SampleStore(settings.lake).quarantined(limit, reason, source)
     places = [name_of(position_of(row)) for row in rows]
     again = ledger.resubmissions(places)
@@ -84,11 +79,7 @@ def list_quarantine(
 
 
 def quarantined(settings: Settings, place: str) -> Encoded:
-    """A quarantined record as it came: key, value and headers.
-
-    Raises:
-        UnknownRecord: nothing was refused there.
-    """
+    """A quarantined record as received: key, value and headers. Raises UnknownRecord if there is none at the place."""
     try:
         position = read_position(place)
     except RecordError:
@@ -102,13 +93,13 @@ def quarantined(settings: Settings, place: str) -> Encoded:
 def resubmit(
     settings: Settings, ledger: Ledger, place: str, *, actor: str, reason: str, force: bool = False
 ) -> Delivery:
-    """Send a quarantined record to the topic again, and wait until the broker has it. Leaves an audit row.
+    """Send a quarantined record to the topic again, and wait for the broker's acknowledgement. Leaves an audit row.
 
     Raises:
-        UnknownRecord: nothing was refused at the place.
+        UnknownRecord: there is no quarantined record at the place.
         RecordError: the record has no value, so there is nothing to send.
-        AlreadyResubmitted: it was sent again before, and ``force`` is not set.
-        BrokerError: the broker did not take it; it may be tried again.
+        AlreadyResubmitted: it was resubmitted before, and ``force`` is not set.
+        BrokerError: the broker did not take it; try again.
     """
     record = quarantined(settings, place)
     if not record.value:
@@ -123,7 +114,6 @@ def _sender(settings: Settings) -> RecordSender:
 
 @contextmanager
 def _claimed(ledger: Ledger, place: str, **who: Any) -> Iterator[None]:
-    """Claim a place before its record is sent, and settle the claim after."""
     ledger.begin_resubmission(place, **who)
     try:
         yield
@@ -134,7 +124,6 @@ def _claimed(ledger: Ledger, place: str, **who: Any) -> Iterator[None]:
 
 
 def _deliver(sender: RecordSender, topic: str, place: str, record: Encoded) -> Delivery:
-    """Send a quarantined record with its own headers, and where it was refused. Raises BrokerError."""
     headers: Headers = [*((name, value) for name, value in record.headers if name != HEADER), (HEADER, place.encode())]
     try:
         return sender.send(topic, Encoded(record.key, record.value, headers)).result(timeout=PUBLISH_SECONDS + 5)
@@ -148,7 +137,6 @@ PER_SECOND: Final = 50.0
 CLAIMED_PER_QUERY: Final = 500
 MAX_ERRORS: Final = 5
 MAX_FAILURES: Final = 3
-"""Failures in a row that end it: the broker is away, and each one waits for it."""
 SENT: Final = 0
 SOME_FAILED: Final = 3
 _ORDER: Final = ("topic", "partition", "offset")
@@ -156,20 +144,14 @@ _ORDER: Final = ("topic", "partition", "offset")
 
 @dataclass(frozen=True, slots=True)
 class QuarantineFilter:
-    """A choice of quarantined records, the oldest first. None: any.
-
-    Raises:
-        ConfigError: a reason that is none, or a limit out of bounds.
-    """
+    """A choice of quarantined records, oldest first; None matches any. Raises ConfigError for an unknown reason, or a
+    limit out of bounds."""
 
     reason: str | None = None
-    """One of :data:`ratchet_client.records.REASONS`."""
     source: str | None = None
-    """As their headers name it; empty for those that name none."""
+    """As named in the headers; empty for those that name none."""
     since: datetime | None = None
-    """Quarantined at or after this time."""
     limit: int = LIMIT
-    """At most so many that were not sent again before."""
 
     def __post_init__(self) -> None:
         if self.reason is not None and self.reason not in REASONS:
@@ -180,23 +162,17 @@ class QuarantineFilter:
 
 @dataclass
 class ResubmitReport:
-    """The outcome for the quarantined records that a filter chose."""
-
     dry_run: bool = False
     chosen: int = 0
-    """Records that pass the filter, and were not sent again before."""
+    """Matching records that were not resubmitted before."""
     sent: int = 0
-    """The broker has them."""
     before: int = 0
-    """Records that pass the filter, and were sent again before, or are being sent by somebody else."""
+    """Matching records that were resubmitted before, or are being resubmitted by another process."""
     empty: int = 0
-    """Records without a value: there is nothing to send."""
     failed: int = 0
-    """The broker did not take them; they may be tried again."""
+    """Records that the broker did not take; they may be tried again."""
     failures: int = 0
-    """Of these, those since the last record that was sent."""
     errors: list[str] = field(default_factory=list)
-    """The first few reasons of these."""
 
     @property
     def exit_status(self) -> int:
@@ -204,7 +180,6 @@ class ResubmitReport:
         return SOME_FAILED if self.failed or self.empty else SENT
 
     def as_json(self) -> dict[str, Any]:
-        """The counts, and the first errors."""
         names = ("dry_run", "chosen", "sent", "before", "empty", "failed", "errors")
         return {name: getattr(self, name) for name in names}
 
@@ -229,20 +204,19 @@ def resubmit_many(
     per_second: float = PER_SECOND,
     on_progress: Callable[[ResubmitReport], None] = lambda report: None,
 ) -> ResubmitReport:
-    """Send quarantined records to the topic again, each once, and wait until the broker has it.
-
-    Each leaves an audit row. What is quarantined while this runs is not looked at.
+    """Resubmit quarantined records, each once with an audit row, and wait for the broker's acknowledgements. Records
+    quarantined meanwhile are not included.
 
     Args:
         dry_run: only count.
-        per_second: at most so many, so that ingest has room for other records.
+        per_second: rate limit, so that ingest has room for other records.
         on_progress: called after each record.
 
     Raises:
-        BrokerError: the broker does not answer (any more).
-        StoreUnavailable, LedgerError: one of these does not.
+        BrokerError: the broker does not answer.
+        StoreUnavailable, LedgerError: the store or the ledger does not answer.
 
-    After any of them, what was sent so far stays sent, and is not sent by the next call.
+    After an error, records already sent are not sent by the next call.
     """
     store = SampleStore(settings.lake)
     report = ResubmitReport(dry_run)
@@ -266,7 +240,7 @@ def resubmit_many(
             try:
                 with _claimed(ledger, name, actor=actor, reason=reason):
                     _deliver(sender, settings.kafka.topic, name, record)
-            except AlreadyResubmitted:  # somebody was faster
+            except AlreadyResubmitted:  # another process was faster
                 report.chosen, report.before = report.chosen - 1, report.before + 1
             except BrokerError as error:
                 report.failed, report.failures = report.failed + 1, report.failures + 1
@@ -282,7 +256,6 @@ def resubmit_many(
 def _choose(
     store: SampleStore, ledger: Ledger, which: QuarantineFilter, report: ResubmitReport
 ) -> list[RecordPosition]:
-    """Positions of the records to send, the oldest first; counts into the report."""
     columns = [*_ORDER, "ingested_at"]
     schema = pa.schema([SCHEMA.field(name) for name in columns])
     batches = store.batches(quarantine_condition(which.reason, which.source, which.since), columns)
@@ -313,26 +286,21 @@ _PARTITION: Final = re.compile(r"([^:]{1,260}):([0-9]{1,9})")
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """Offsets that will not be read."""
-
     stream: str
     partition: int
     start: int
-    """The first of them."""
     until: int
-    """Next offset to read."""
 
 
 def skip(settings: Settings, ledger: Ledger, partition: str, to: int, *, actor: str, reason: str) -> Skipped:
-    """Go on with a partition at offset ``to``, and record what lies before it as a gap with the reason ``skipped``.
+    """Continue a partition at offset ``to``, and record the offsets before it as a gap with the reason ``skipped``.
 
     Args:
         ledger: gets an audit row, before anything changes.
         partition: ``topic:partition``.
-        to: the next offset to read.
 
     Raises:
-        RecordError: ``partition`` is none, or the topic is another one than ingest reads.
+        RecordError: ``partition`` is malformed, or of another topic than ingest reads.
         SkipRefused: the partition has been read further already, or its log ends before ``to``.
         BrokerError, StoreUnavailable: nothing was skipped.
     """
@@ -368,7 +336,7 @@ def _move(writer: StoreWriter, start: Position, to: int, end: int, why: str) -> 
     position = claim.position
     _check(position, to, end)
     row = gap_row(position.stream, position.partition, position.next, to, "skipped", f"skipped by {why}")
-    # `published` stays: the next owner publishes quarantined records before the gap that are not in their topic yet.
+    # `published` stays: the next owner publishes earlier quarantined records that are not in their topic yet.
     moved = replace(position, next=to, leader_epoch=-1, tally=position.tally + tally_of([row]))
     writer.commit([row], [(claim, moved)])
     return Skipped(position.stream, position.partition, position.next, to)
@@ -385,12 +353,8 @@ def _check(position: Position, to: int, end: int) -> None:
 
 
 def _describe(kafka: Kafka, number: int) -> tuple[str, int, int]:
-    """The topic's id, and the first and the end offset of a partition's log.
-
-    Raises:
-        BrokerError: the broker does not answer.
-        SkipRefused: the topic has no such partition.
-    """
+    """The topic's ID, and the first and the end offset of a partition's log. Raises BrokerError if the broker does not
+    answer, SkipRefused if there is no such partition."""
     with closing(Admin(kafka)) as admin:
         topic_id = admin.topic_id(kafka.topic)
     if topic_id is None:

@@ -1,7 +1,5 @@
-"""One record from outside: is it a sample?
-
-Whatever its bytes are, a record ends as a sample, as a tombstone (a wish to delete), or in quarantine with its reason.
-"""
+"""Validation of one record: it becomes a sample, a tombstone (a request to delete), or a quarantined record with a
+reason."""
 
 from __future__ import annotations
 
@@ -26,21 +24,20 @@ from streams.store.rows import RecordPosition, record_key, words_hash
 log = logging.getLogger(__name__)
 DETAIL_CHARS: Final = 500
 ID_HEADER: Final = "ratchet_id"
-"""Header of a tombstone that names the sample to delete by its id instead of by the record's key."""
+"""Header of a tombstone that names the sample to delete by ID instead of by the record's key."""
 REPLACES_HEADER: Final = "ratchet_replaces"
-"""Header of a sample that corrects others: the id of one, or :data:`BY_KEY`."""
+"""Header of a sample that corrects others: a sample ID, or :data:`BY_KEY`."""
 BY_KEY: Final = "key"
-"""All that came before with the record's key."""
+"""Everything earlier with the record's key."""
 _ID: Final = re.compile("[0-9a-f]{64}")
-_LATEST_SECONDS: Final = 4_102_444_800  # 2100-01-01: no clock is that wrong; units are
+_LATEST_SECONDS: Final = 4_102_444_800  # 2100-01-01: no clock is that wrong, but units may be
 
 StoreRow = dict[str, Any]
-"""A row of the store."""
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A record as it came from Kafka. ``stream`` is the topic with its generation."""
+    """A record from Kafka. ``stream`` is the topic with its generation."""
 
     stream: str
     partition: int
@@ -49,53 +46,41 @@ class Received:
     key: bytes | None = None
     headers: Sequence[tuple[str, bytes | None]] = ()
     timestamp: int = -1
-    """CreateTime as it came: milliseconds since 1970 where the producer kept to the protocol."""
+    """CreateTime as received: milliseconds since 1970 if the producer follows the protocol."""
 
     @property
     def size(self) -> int:
-        """Bytes that it takes in a batch."""
         return len(self.value or b"") + len(self.key or b"") + sum(len(n) + len(v or b"") for n, v in self.headers)
 
     @property
     def record_position(self) -> RecordPosition:
-        """Topic with generation, partition and offset."""
         return self.stream, self.partition, self.offset
 
     @property
     def position(self) -> dict[str, Any]:
-        """The columns that tell where it is from."""
         return {"topic": self.stream, "partition": self.partition, "offset": self.offset}
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The rules that a record is held against."""
-
     limits: Limits
     fetch: Fetch | None = None
-    """Gets images that a record names; without it such records are quarantined."""
+    """Fetches referenced images; without it such records are quarantined."""
     registry: SchemaRegistry | None = None
     end: Callable[[], None] = lambda: None
-    """Lets go of the connections of these two."""
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A valid sample: its row in the store, but for the side of the split."""
-
     row: StoreRow
     record: Received | None = None
-    """Its record, to be quarantined after all should its row not fit the table."""
+    """The record, for quarantine if its row does not fit the table."""
     replaces: str = ""
-    """The value of its header :data:`REPLACES_HEADER`."""
 
 
 def validate(record: Received, rules: Rules) -> Accepted | StoreRow:
-    """Decode and check one record. What it holds never makes it raise: the result says what is wrong with it.
-
-    Raises:
-        RegistryUnavailable: to be tried again.
-    """
+    """Decode and check a record. Its content never raises: the result says what is wrong with it. Raises
+    RegistryUnavailable in an outage."""
     now = datetime.now(UTC)
     try:
         if record.value is None and (record.key or _named_id(record)):
@@ -112,14 +97,14 @@ def validate(record: Received, rules: Rules) -> Accepted | StoreRow:
         return quarantine_row(record, error.reason, str(error), now)
     except (BrokerError, StoreError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a fault of ours, or a panic of a library in Rust, which is no Exception, must not
+    except BaseException as error:  # our own faults, or a Rust library's panic, which is not an Exception, must not
         # stop the stream: the record is kept, and can be sent again
         log.exception("record %s:%d at %d could not be validated", record.stream, record.partition, record.offset)
         return quarantine_row(record, "internal", f"{type(error).__name__}: {error}", now)
 
 
 def quarantine_row(record: Received, reason: str, detail: str, now: datetime | None = None) -> StoreRow:
-    """The row of a quarantined record, which is also the message to the quarantine topic."""
+    """The row of a quarantined record, also used as its message in the quarantine topic."""
     headers = [
         [name.encode(errors="replace").decode(), None if value is None else base64.b64encode(value).decode()]
         for name, value in record.headers
@@ -140,7 +125,7 @@ def quarantine_row(record: Received, reason: str, detail: str, now: datetime | N
 
 
 def record_time(timestamp: int) -> datetime | None:
-    """A record's CreateTime; None where there is none. Microseconds and nanoseconds are sent by mistake, and known."""
+    """A record's CreateTime; None if absent. Recognizes microseconds and nanoseconds, which are sent by mistake."""
     seconds = timestamp / 1000
     for _ in range(2):
         if seconds > _LATEST_SECONDS:
@@ -202,7 +187,6 @@ def _header(record: Received, wanted: str) -> str | None:
 
 
 def _source(record: Received) -> str:
-    """The sender, as far as the headers name it."""
     for name, value in record.headers:
         if name.lower() in ("ratchet_source", "ce_source") and value is not None:
             return value.decode(errors="replace")[:256]

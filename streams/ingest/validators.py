@@ -1,13 +1,11 @@
-"""Validating several records at once, in processes or threads, and getting the results in the order of each partition.
+"""Parallel validation of records in processes or threads, with results in the order of each partition. Threads decode
+images in parallel, but share the GIL; processes do not, and a record that kills a validating process does not kill the
+consumer.
 
-Several threads of one process decode images at once, but wait for each other to run Python; processes do not. A record
-that kills the process that validates it does not kill the consumer, either.
-
-**A record that kills the process** is known after the third death, and quarantined. While a record is validated, a file
-says which one. The file is mapped into memory, so that its content survives the process (not the machine). A death is
-counted for each record that the file names: by the consumer, when a process that validates for it has died; by the
-next consumer, when the consumer itself has. A record with a death is validated alone from then on, so that no other one
-is blamed for it.
+**A record that kills the process** is quarantined after the third death. A file names the records being validated; it
+is memory-mapped, so its content survives the process (not the machine). Each death is counted for all records in the
+file: by the consumer if one of its processes died, by the next consumer if the consumer itself did. A record with a
+death is validated alone from then on, so that no other is blamed for it.
 """
 
 from __future__ import annotations
@@ -42,20 +40,17 @@ from streams.store.rows import RecordPosition, name_of
 
 CHUNK_RECORDS: Final = 8
 CHUNK_BYTES: Final = 256 << 10
-"""Records that are handed over at once: handing over costs some 50 us, as much as a tenth of a small image."""
+"""Records are passed in chunks: each transfer takes some 50 us, a tenth of the time for a small image."""
 DEATHS: Final = 3
 SLOT_BYTES: Final = 512
-"""A topic name has at most 249 characters."""
+"""Topic names have at most 249 characters."""
 Result = Accepted | StoreRow
 
 
 @dataclass(frozen=True, slots=True)
 class Validated:
-    """A record with its result."""
-
     reading: PartitionReader
     end: int
-    """The next offset to read behind it."""
     leader_epoch: int
     size: int
     result: Result
@@ -63,8 +58,6 @@ class Validated:
 
 @dataclass(slots=True)
 class _Chunk:
-    """Records of one partition in their order, with their leader epochs, and the results that were known before."""
-
     reading: PartitionReader
     records: list[tuple[Received, int, StoreRow | None]] = field(default_factory=list)
     size: int = 0
@@ -72,15 +65,12 @@ class _Chunk:
 
     @property
     def unknown(self) -> list[Received]:
-        """The records whose results were not known before."""
         return [received for received, _, known in self.records if known is None]
 
 
 class ValidationPool:
-    """Records that are being validated, in chunks."""
-
     def __init__(self, validators: Validators, max_bytes: int, max_records: int) -> None:
-        """``max_bytes`` and ``max_records``: of the records inside; :attr:`has_room` says whether more may come."""
+        """``max_bytes`` and ``max_records`` bound the pool's records: see :attr:`has_room`."""
         self._validators = validators
         self._max_bytes = max_bytes
         self._max_records = max_records
@@ -94,13 +84,12 @@ class ValidationPool:
 
     @property
     def has_room(self) -> bool:
-        """True if another poll's records may be added."""
         return self._bytes < self._max_bytes and self._records < self._max_records
 
     def add(
         self, reading: PartitionReader, received: Received, leader_epoch: int, result: StoreRow | None = None
     ) -> None:
-        """Take in a record, perhaps with its result. It is validated after :meth:`flush`, or when a chunk is full."""
+        """Add a record, perhaps with its result. It is validated after :meth:`flush`, or when a chunk is full."""
         if self._filling is not None and self._filling.reading is not reading:
             self.flush()
         chunk = self._filling = self._filling or _Chunk(reading)
@@ -112,19 +101,14 @@ class ValidationPool:
             self.flush()
 
     def flush(self) -> None:
-        """Let everything that was added be validated."""
         chunk, self._filling = self._filling, None
         if chunk is not None:
             chunk.future = self._validators.submit(chunk.unknown)
             self._pending.setdefault(chunk.reading, deque()).append(chunk)
 
     def take(self) -> list[Validated]:
-        """The next results of some partition, in its order; none while no partition has any.
-
-        Raises:
-            RatchetError: what validation needs is away. The records stay the next of their partition, and are validated
-                once more.
-        """
+        """The next results of some partition, in order; empty if none are ready. Raises RatchetError in an outage; the
+        records stay the next of their partition, and are validated again."""
         ready = next((queue for queue in self._pending.values() if queue[0].future.done()), None)
         if ready is None:
             return []
@@ -147,17 +131,14 @@ class ValidationPool:
         ]
 
     def wait(self, seconds: float) -> None:
-        """Wait until the next results of some partition are there, or for ``seconds``."""
         if self._pending:
             wait([queue[0].future for queue in self._pending.values()], seconds, FIRST_COMPLETED)
 
     def finish(self) -> None:
-        """Wait until everything inside is validated."""
         self.flush()
         wait([chunk.future for queue in self._pending.values() for chunk in queue])
 
     def drop(self, holds: Callable[[PartitionReader], bool]) -> None:
-        """Forget the records of readings that do not hold any more."""
         if self._filling is not None and not holds(self._filling.reading):
             self._forget(self._filling)
             self._filling = None
@@ -167,7 +148,6 @@ class ValidationPool:
                 self._forget(chunk)
 
     def close(self) -> None:
-        """End; what is inside is given up."""
         self._validators.close()
 
     def _forget(self, chunk: _Chunk) -> None:
@@ -180,18 +160,15 @@ class ValidationPool:
 
 @dataclass(frozen=True, slots=True)
 class ValidationSetup:
-    """The settings that a process needs to begin."""
-
     limits: Ingest
     kafka: Kafka
 
     @property
     def threads(self) -> int:
-        """Of a process: more than one only where it waits for images to be fetched."""
+        """Threads per process: more than one only if it waits for images to be fetched."""
         return FETCHES if self.limits.allowed_uris else 1
 
     def rules(self) -> Rules:
-        """The rules that records are held against. Their fetcher and registry live as long as the process."""
         fetcher, registry = UriFetcher(self.limits), SchemaRegistry.of(self.kafka)
 
         def end() -> None:
@@ -203,7 +180,7 @@ class ValidationSetup:
 
 
 def start_validators(work: ValidationSetup, processes: int, folder: Path) -> tuple[CrashGuard, Validators]:
-    """``processes`` that validate; with 0, threads of this process do. Raises StoreUnavailable."""
+    """Start ``processes`` validators; 0: threads of this process. Raises StoreUnavailable."""
     if processes:
         guard = CrashGuard(folder, processes * work.threads)
         return guard, ProcessValidators(work, processes, guard)
@@ -213,8 +190,6 @@ def start_validators(work: ValidationSetup, processes: int, folder: Path) -> tup
 
 
 class ProcessValidators:
-    """Validates in processes of its own, which end with their consumer, however it ends."""
-
     def __init__(self, work: ValidationSetup, count: int, guard: CrashGuard) -> None:
         """``guard`` has slots for ``count`` processes of :attr:`ValidationSetup.threads` each."""
         self._work = work
@@ -223,7 +198,7 @@ class ProcessValidators:
         self._begin()
 
     def submit(self, records: Sequence[Received]) -> Future[list[Result]]:
-        """Validate some records. The future raises BrokenProcessPool when one of the processes dies meanwhile."""
+        """Validate records. The future raises BrokenProcessPool if a process dies meanwhile."""
         try:
             return self._pool.submit(validate_all, records)
         except BrokenProcessPool:
@@ -232,7 +207,7 @@ class ProcessValidators:
             return self._pool.submit(validate_all, records)
 
     def alone(self, received: Received) -> Result:
-        """Validate a record while no other one is: if a process dies again, it was this one. Waits for it."""
+        """Validate a record while no other is: if a process dies again, this record killed it. Blocks."""
         self._count_deaths()
         while not self._guard.is_poison(received.record_position):
             deaths = self._guard.deaths(received.record_position)
@@ -242,50 +217,44 @@ class ProcessValidators:
                 self._count_deaths()
                 self._begin()
                 if self._guard.deaths(received.record_position) == deaths:
-                    self._guard.count([name_of(received.record_position)])  # it had not the time to note it
+                    self._guard.count([name_of(received.record_position)])  # it died before it could note the record
         return crashed(received, self._guard)
 
     def close(self) -> None:
-        """End the processes now, in the middle of what they do. What they have noted is no death of a record: the guard
-        is emptied behind this.
-        """
+        """Kill the processes immediately. Their notes do not count as deaths: the guard is emptied afterwards."""
         kill_workers(self._pool)
 
     def _count_deaths(self) -> None:
         if self._pool._broken:
-            self._pool.shutdown(wait=True, cancel_futures=True)  # the others are ended, too
+            self._pool.shutdown(wait=True, cancel_futures=True)  # ends the others as well
             self._guard.count(self._guard.notes.take())
 
     def _begin(self) -> None:
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process for each core: more threads wait for each other
-        # Spawned: a fork of a process with threads (Kafka's, Lance's) can inherit a lock that no thread will release.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one per core: more threads would wait for each other
+        # Spawn: a fork of a process with threads (Kafka's, Lance's) can inherit a lock that is never released.
         context = get_context("spawn")
         arguments = (self._work, self._guard.path, context.Value("i", 0), inherited())
         self._pool = ProcessPoolExecutor(self._count, context, _begin, arguments)
-        for _ in range(self._count):  # so that they start now, and not with the first records: the pool starts one for
-            self._pool.submit(validate_all, ())  # each piece of work for which none is idle
+        for _ in range(self._count):  # start them now, not with the first records: the pool starts a process per
+            self._pool.submit(validate_all, ())  # submission while none is idle
 
 
 class ThreadValidators:
-    """Validates on threads of this process, which start at once and share its GIL: about half as fast as processes."""
+    """Validates on threads of this process, which share its GIL: about half as fast as processes."""
 
     def __init__(self, work: ValidationSetup, count: int, guard: CrashGuard) -> None:
-        """``guard`` has a slot for each of the ``count`` threads."""
         self._notes = guard.notes
         self._rules = work.rules()
         self._threads = ThreadPoolExecutor(count, "validate")
 
     def submit(self, records: Sequence[Received]) -> Future[list[Result]]:
-        """Validate some records, in the background."""
         return self._threads.submit(lambda: [self.alone(received) for received in records])
 
     def alone(self, received: Received) -> Result:
-        """Validate a record here."""
         with self._notes.validating(received.record_position):
             return validate(received, self._rules)
 
     def close(self) -> None:
-        """Let the threads end; what is being validated is given up."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._rules.end()
 
@@ -298,7 +267,7 @@ _threads: ThreadPoolExecutor | None = None
 
 
 def _begin(work: ValidationSetup, path: Path, started: Any, log: LogConfig | None) -> None:
-    """In a new process. ``started``: a shared number of the processes that began before."""
+    """Initialize a validating process. ``started``: shared count of the processes started before."""
     global _rules, _notes, _threads
     inherit(log)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the consumer, which stores what was validated
@@ -312,10 +281,8 @@ def _begin(work: ValidationSetup, path: Path, started: Any, log: LogConfig | Non
 
 
 def validate_all(records: Sequence[Received]) -> list[Result]:
-    """In the process: validate some records, those that name an image to fetch at once.
-
-    An image that is the record's own value is left out of the row: the consumer has it.
-    """
+    """Validate records in a process, fetching referenced images in parallel. Images that are the record's own value are
+    left out of the row: the consumer has them."""
     results = _threads.map(_validate, records) if _threads is not None else map(_validate, records)
     return list(results)
 
@@ -330,7 +297,6 @@ def _validate(received: Received) -> Result:
 
 
 def _restore(received: Received, result: Result) -> Result:
-    """In the consumer: put back what was left out."""
     if isinstance(result, Accepted):
         row = result.row if result.row["image"] is not None else {**result.row, "image": received.value}
         return replace(result, row=row, record=received)
@@ -343,13 +309,12 @@ def _restore(received: Received, result: Result) -> Result:
 
 
 def crashed(received: Received, guard: CrashGuard) -> StoreRow:
-    """The quarantine row of a record at which too many processes died."""
     deaths = guard.deaths(received.record_position)
     return quarantine_row(received, "crashed", f"a process died {deaths} times while it validated this record.")
 
 
 class Notes:
-    """Slots of a mapped file that say what is being validated. Thread safe."""
+    """Slots of a mapped file that name the records being validated. Thread safe."""
 
     def __init__(self, content: mmap.mmap, slots: Iterable[int]) -> None:
         self._content = content
@@ -359,13 +324,11 @@ class Notes:
 
     @classmethod
     def of_process(cls, path: Path, number: int, threads: int) -> Notes:
-        """In a process that validates: its slots in the file of its consumer, which has some for each ``number``."""
         with path.open("r+b") as file:
             return cls(mmap.mmap(file.fileno(), 0), range(number * threads, (number + 1) * threads))
 
     @contextmanager
     def validating(self, position: RecordPosition) -> Iterator[None]:
-        """A context in which this record is validated."""
         with self._lock:
             slot = self._free.pop()
         self._write(slot, name_of(position).encode())
@@ -377,14 +340,13 @@ class Notes:
                 self._free.append(slot)
 
     def take(self) -> list[str]:
-        """The records that all slots of the file name, which are empty from then on."""
         with self._lock:
             named = _named(self._content[:])
             self._content[:] = bytes(len(self._content))
         return named
 
     def close(self) -> None:
-        """Empty the slots: what is still being validated is given up by a stop, and did not kill anything."""
+        """Empty the slots: records still being validated at a stop killed nothing."""
         with self._lock:
             self._closed = True
             self._content[:] = bytes(len(self._content))
@@ -397,16 +359,14 @@ class Notes:
 
 
 class CrashGuard:
-    """Knows what was being validated when a process died. Thread safe."""
+    """Counts the process deaths of each record. Thread safe."""
 
     def __init__(self, folder: Path, slots: int) -> None:
-        """
-        Args:
-            folder: of this installation's consumers on this machine, who take over from each other.
-            slots: most records that are validated at once.
+        """Raises StoreUnavailable if the folder cannot be written.
 
-        Raises:
-            StoreUnavailable: the folder cannot be written.
+        Args:
+            folder: shared by this installation's consumers on this machine, which take over from each other.
+            slots: most records validated at once.
         """
         self._counts_file = folder / "crashes.json"
         try:
@@ -414,11 +374,11 @@ class CrashGuard:
             self._file, self.path = _lock_file(folder)
             try:
                 self._counts = _load(self._counts_file)
-                if left := _named(os.pread(self._file, os.fstat(self._file).st_size, 0)):  # by its dead owner
+                if left := _named(os.pread(self._file, os.fstat(self._file).st_size, 0)):  # left by its dead owner
                     self._counts.update(left)
                     self._save()
                 os.ftruncate(self._file, 0)
-                os.posix_fallocate(self._file, 0, slots * SLOT_BYTES)  # or writing to it on a full disk is a SIGBUS
+                os.posix_fallocate(self._file, 0, slots * SLOT_BYTES)  # otherwise a write on a full disk is a SIGBUS
                 self.notes = Notes(mmap.mmap(self._file, slots * SLOT_BYTES), range(slots))
             except OSError:
                 os.close(self._file)
@@ -429,21 +389,18 @@ class CrashGuard:
             raise StoreUnavailable(f"the folder {folder} cannot be written: {error}.", "Check `home`.") from error
 
     def deaths(self, position: RecordPosition) -> int:
-        """Number of processes that died while they validated this record."""
         return self._counts[name_of(position)]
 
     def is_poison(self, position: RecordPosition) -> bool:
-        """True if it is to be quarantined instead."""
         return self.deaths(position) >= DEATHS
 
     def count(self, names: Sequence[str]) -> None:
-        """Count a death for these records, by their positions' names."""
         self._counts.update(names)
-        with suppress(OSError):  # a full disk: it is remembered with the next one
+        with suppress(OSError):  # a full disk: saved with the next death
             self._save()
 
     def forget(self, positions: Iterable[RecordPosition]) -> None:
-        """These records are stored, and are not validated again."""
+        """Drop the counts of stored records, which are not validated again."""
         if self._counts and (known := [key for key in map(name_of, positions) if key in self._counts]):
             for key in known:
                 del self._counts[key]
@@ -451,7 +408,6 @@ class CrashGuard:
                 self._save()
 
     def close(self) -> None:
-        """Let the file go."""
         self.notes.close()
         os.close(self._file)
 
@@ -460,7 +416,6 @@ class CrashGuard:
 
 
 def _lock_file(folder: Path) -> tuple[int, Path]:
-    """A file that no living consumer holds."""
     number = 0
     while True:
         path = folder / f"validating-{number}"
@@ -474,7 +429,6 @@ def _lock_file(folder: Path) -> tuple[int, Path]:
 
 
 def _named(content: bytes) -> list[str]:
-    """The records that slots name."""
     slots = (content[start : start + SLOT_BYTES] for start in range(0, len(content), SLOT_BYTES))
     return [text for slot in slots if (text := slot.rstrip(b"\0").decode(errors="replace"))]
 

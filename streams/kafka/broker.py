@@ -1,7 +1,5 @@
-"""The embedded broker: Tansu, a Kafka-compatible broker in one binary, for one machine and for tests.
-
-It keeps everything in memory: a stopped broker forgets its log. Use Apache Kafka for data that matters.
-"""
+"""The embedded broker: Tansu, a Kafka-compatible broker in one binary, for one machine and for tests. It keeps
+everything in memory: a stopped broker loses its log. Use Apache Kafka for data that matters."""
 
 from __future__ import annotations
 
@@ -33,8 +31,8 @@ class EmbeddedBroker:
     """
 
     def __init__(self, address: str = "", log: Path | None = None, advertised: str = "") -> None:
-        """``address``: host:port to listen on; a free port of 127.0.0.1 by default. ``log``: file for its output.
-        ``advertised``: host:port that clients are told to connect to, where that is another (a proxy)."""
+        """``address``: host:port to listen on; default: a free port of 127.0.0.1. ``log``: file for its output.
+        ``advertised``: host:port for clients, if different (a proxy)."""
         self.address = address or f"127.0.0.1:{free_port()}"
         self.log = log
         self.advertised = advertised or self.address
@@ -42,11 +40,10 @@ class EmbeddedBroker:
 
     @property
     def running(self) -> bool:
-        """True if its process lives."""
         return self.process is not None and self.process.poll() is None
 
     def start(self) -> EmbeddedBroker:
-        """Start it and wait until it answers. Raises BrokerError when it cannot."""
+        """Start the broker and wait until it answers. Raises BrokerError."""
         if _listens(self.address):
             raise BrokerError(
                 f"something already listens on {self.address}.",
@@ -71,11 +68,9 @@ class EmbeddedBroker:
         return self
 
     def ensure_topics(self, topics: Sequence[str], partitions: int = 1) -> None:
-        """Create the topics that are not there."""
         ensure_topics(Kafka(bootstrap=self.address), topics, partitions)
 
     def stop(self) -> None:
-        """End it (and with it its log)."""
         if self.process is None:
             return
         self.process.terminate()
@@ -87,7 +82,6 @@ class EmbeddedBroker:
         self.process = None
 
     def kill(self) -> None:
-        """End it at once, as a crash would."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -103,7 +97,7 @@ class EmbeddedBroker:
 
 
 def run_broker(settings: Settings) -> None:
-    """Run the embedded broker on ``kafka.bootstrap`` until SIGTERM or SIGINT; its topics are there when it is ready."""
+    """Run the embedded broker on ``kafka.bootstrap`` until SIGTERM or SIGINT, and create its topics."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.set())

@@ -1,4 +1,4 @@
-"""Kafka clients from the settings: what the client package wants to know, and questions about topics and rights."""
+"""Kafka clients from the settings, and queries about topics and rights."""
 
 from __future__ import annotations
 
@@ -31,22 +31,21 @@ from streams.kafka.oauth import oauth_options
 
 log = logging.getLogger(__name__)
 REQUEST_SECONDS = 10.0
-#: ``max.message.bytes`` of topics that Ratchet makes: the largest record, and the headers that quarantine puts on it.
+#: ``max.message.bytes`` of topics that Ratchet creates: the largest record plus quarantine's headers.
 TOPIC_RECORD_BYTES = MAX_RECORD_BYTES + 1024 * 1024
-#: How long a quarantine topic that Ratchet makes keeps its records. The sample store has them as well, and deletions
-#: reach only that.
+#: Retention of a quarantine topic that Ratchet creates. The sample store has the records too, and deletions only reach
+#: that.
 QUARANTINE_SECONDS = 7 * 24 * 3600
 
 Answer = TypeVar("Answer")
 
 
 def connection(kafka: Kafka) -> Connection:
-    """The client's connection that these settings stand for. Raises ConfigError where ``kafka.oauth`` is incomplete."""
+    """The client's connection for these settings. Raises ConfigError if ``kafka.oauth`` is incomplete."""
     return Connection(kafka.bootstrap, {**kafka.client, **oauth_options(kafka)})
 
 
 def connect_producer(kafka: Kafka, limits: Ingest | None = None, **options: Any) -> Producer:
-    """The client's producer of these settings; ``options`` are further ones of it. Raises as it does."""
     to = connection(kafka)
     if limits is not None:
         options["limits"] = producer_limits(limits)
@@ -54,23 +53,19 @@ def connect_producer(kafka: Kafka, limits: Ingest | None = None, **options: Any)
 
 
 def producer_limits(ingest: Ingest) -> Limits:
-    """Bounds of a sample by these settings."""
     return Limits(ingest.max_image_bytes, ingest.max_pixels, ingest.min_side)
 
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """A topic as the broker describes it."""
-
     id: str
-    """Empty where the broker has no ids."""
+    """Empty if the broker has no topic IDs."""
     partitions: int
     replicas: int = 0
-    """The fewest of a partition."""
 
 
 class Admin:
-    """Questions about topics. One connection, made at first use and again after an error. Not thread safe."""
+    """Queries about topics. One connection, made on first use and again after an error. Not thread safe."""
 
     def __init__(self, kafka: Kafka, connect_seconds: float = CONNECT_SECONDS) -> None:
         self.kafka = kafka
@@ -79,11 +74,8 @@ class Admin:
         self._warned: set[str] = set()
 
     def topic(self, topic: str) -> Topic | None:
-        """A topic as the broker describes it; None when there is no such topic.
-
-        Raises:
-            BrokerError: the broker cannot say, or this user may not ask, which tells nothing of the topic.
-        """
+        """Describe a topic; None if it does not exist. Raises BrokerError if the broker cannot say, or denies it, which
+        tells nothing of the topic."""
         description = self.ask(f"describing topic {topic}", partial(describe_topic, topic=topic))
         if description is None:
             return None
@@ -92,16 +84,13 @@ class Admin:
         return Topic(str(description["topic_id"] or ""), len(partitions), replicas)
 
     def topic_id(self, topic: str) -> str | None:
-        """The id of a topic; None when there is no such topic. Raises BrokerError, as :meth:`topic` does."""
         found = self.topic(topic)
         return None if found is None else found.id
 
     def ensure_topics(self, topics: Sequence[str], partitions: int = 1) -> None:
-        """Create the topics that are not there: for the largest records, with the broker's own replication factor.
-
-        The quarantine topic keeps them for :data:`QUARANTINE_SECONDS`, that for events without a limit: it is the
-        record of what was released and deleted.
-        """
+        """Create missing topics: for the largest records, with the broker's own replication factor. Retention is
+        :data:`QUARANTINE_SECONDS` for the quarantine topic and unlimited for events, the record of what was released
+        and deleted."""
         for topic in topics:
             if self.topic_id(topic) is None:
                 configs = {"max.message.bytes": str(TOPIC_RECORD_BYTES)}
@@ -112,15 +101,9 @@ class Admin:
                 self.ask("creating a topic", partial(_create, topic=topic, partitions=partitions, configs=configs))
 
     def warn_of_defaults(self, topic: str, partitions: int) -> None:
-        """Log, once, what of a topic was left at Kafka's defaults and will not do, as where a producer's first record
-        made it. Nothing where this user may not see its configuration.
-
-        Args:
-            partitions: that it should have at least.
-
-        Raises:
-            BrokerError: the broker does not answer.
-        """
+        """Log once which of a topic's settings were left at unsuitable Kafka defaults, as when a producer's first
+        record created it. Does nothing if this user may not see the configuration. Raises BrokerError. ``partitions``:
+        the fewest wanted."""
         if topic in self._warned or (found := self.topic(topic)) is None:
             return
         defaults = self.ask(f"describing the configuration of topic {topic}", partial(_defaults, topic=topic))
@@ -136,17 +119,13 @@ class Admin:
             log.warning("topic %s was left at Kafka's defaults and %s", topic, each)
 
     def close(self) -> None:
-        """Give up the connection."""
         client, self._client = self._client, None
         if client is not None:
             client.close()
 
     def ask(self, doing: str, question: Callable[[KafkaAdminClient], Answer]) -> Answer:
-        """The answer to a question to the client. ``doing`` names it in the error.
-
-        Raises:
-            BrokerError: the broker is away, or refuses.
-        """
+        """Call the client with ``question``; ``doing`` describes it in errors. Raises BrokerError if the broker is
+        unreachable or denies access."""
         try:
             if self._client is None:
                 options = client_options(connection(self.kafka), KafkaAdminClient.DEFAULT_CONFIG)
@@ -163,7 +142,7 @@ class Admin:
 
 
 def describe_topic(client: KafkaAdminClient, topic: str) -> Mapping[str, Any] | None:
-    """A topic's metadata; None when there is no such topic. kafka-python does not raise what the broker answers."""
+    """A topic's metadata; None if it does not exist. kafka-python does not raise the broker's error codes."""
     [description] = client.describe_topics([topic])
     match description["error_code"]:
         case NoError.errno | LeaderNotAvailableError.errno:  # the latter while leaders are elected
@@ -175,11 +154,11 @@ def describe_topic(client: KafkaAdminClient, topic: str) -> Mapping[str, Any] | 
 
 
 def _defaults(client: KafkaAdminClient, topic: str) -> dict[str, int]:
-    """Numbers of a topic's configuration that were left at their defaults; empty where this user may not see them."""
+    """Numbers in a topic's configuration that were left at their defaults; empty if this user may not see them."""
     resource = ConfigResource(ConfigResourceType.TOPIC, topic)
     try:
         configs = client.describe_configs([resource], config_filter="default")["topic"][topic]
-    except (KafkaError, KeyError):  # also of a broker that does not know the question: it is for a warning alone
+    except (KafkaError, KeyError):  # includes brokers without this request: it only serves a warning
         return {}
     names = ("max.message.bytes", "min.insync.replicas")
     return {name: int(configs[name]["value"]) for name in names if name in configs}
@@ -190,23 +169,19 @@ def _create(client: KafkaAdminClient, topic: str, partitions: int, configs: dict
         client.create_topics([NewTopic(topic, partitions, -1, topic_configs=configs)])
     except TopicAlreadyExistsError:
         return  # another process was faster
-    except AuthorizationError as error:  # its own words are the whole request
+    except AuthorizationError as error:  # its own message is the whole request
         raise type(error)(f"Create on topic {topic} is missing") from error
 
 
 def ensure_topics(kafka: Kafka, topics: Sequence[str], partitions: int = 1) -> None:
-    """Create the topics that are not there. Raises BrokerError."""
     with closing(Admin(kafka)) as admin:
         admin.ensure_topics(topics, partitions)
 
 
 @contextmanager
 def reading_alone(kafka: Kafka, doing: str, **options: Any) -> Iterator[Any]:
-    """A :class:`kafka.KafkaConsumer` without a group. ``doing`` names in the error what is done with it.
-
-    Raises:
-        BrokerError: the broker is away, or refuses.
-    """
+    """A :class:`kafka.KafkaConsumer` without a group; ``doing`` describes its use in errors. Raises BrokerError if the
+    broker is unreachable or denies access."""
     known = client_options(connection(kafka), KafkaConsumer.DEFAULT_CONFIG)
     bounds = {"bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000), **known, **options, "group_id": None}
     consumer: Any = None
@@ -222,19 +197,17 @@ def reading_alone(kafka: Kafka, doing: str, **options: Any) -> Iterator[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Right:
-    """Operations that ACLs of Kafka allow on one resource."""
+    """Operations on a resource that Kafka's ACLs must allow."""
 
     operations: Sequence[str]
     kind: Literal["topic", "group", "transactional id"]
     name: str
-    """Of a transactional id: the prefix of those that are used."""
 
     def __str__(self) -> str:
         return f"{'/'.join(self.operations)} on {self.kind} {self.name}{'*' if self.kind == 'transactional id' else ''}"
 
 
 def ingest_rights(kafka: Kafka) -> list[Right]:
-    """Those of `ratchet ingest`."""
     return [
         Right(["Describe", "Read"], "topic", kafka.topic),
         Right(["Read"], "group", kafka.group),
@@ -244,7 +217,6 @@ def ingest_rights(kafka: Kafka) -> list[Right]:
 
 
 def event_rights(kafka: Kafka) -> list[Right]:
-    """Those of `ratchet maintain`, which publishes events."""
     if not kafka.events_topic:
         return []
     return [
@@ -254,11 +226,8 @@ def event_rights(kafka: Kafka) -> list[Right]:
 
 
 def check_rights(admin: Admin, needed: Collection[Right]) -> None:
-    """Make sure that the user in ``kafka.client`` has some rights. What a broker does not tell counts as allowed.
-
-    Raises:
-        BrokerError: some are missing, which it names; or the broker does not answer.
-    """
+    """Check the rights of the user in ``kafka.client``. What a broker does not tell counts as allowed. Raises
+    BrokerError naming the missing ones, or if the broker does not answer."""
     missing = admin.ask("asking for its rights", lambda client: list(_missing(client, needed)))
     if missing:
         raise BrokerError(
@@ -275,7 +244,7 @@ def _missing(client: KafkaAdminClient, needed: Collection[Right]) -> Iterator[Ri
         except AuthorizationError:
             yield right
         except (BrokerResponseError, ValueError):
-            continue  # no such group or id, a broker that cannot be asked, operations that kafka-python does not know
+            continue  # no such group or ID, a broker that cannot be asked, or operations unknown to kafka-python
         else:
             lacking = [each for each in right.operations if allowed is not None and each.upper() not in allowed]
             if lacking:
@@ -283,17 +252,13 @@ def _missing(client: KafkaAdminClient, needed: Collection[Right]) -> Iterator[Ri
 
 
 def _allowed(client: KafkaAdminClient, right: Right) -> Collection[str] | None:
-    """Operations that are allowed on a resource; None where that cannot be told.
-
-    Raises:
-        AuthorizationError: it may not even be described.
-    """
+    """Operations allowed on a resource; None if unknown. Raises AuthorizationError if it may not even be described."""
     match right.kind:
         case "topic":
             found = describe_topic(client, right.name) or {}
         case "group":
             found = client.describe_groups([right.name])[right.name]
         case "transactional id":
-            client.describe_transactions([f"{right.name}:"])  # which writing includes
+            client.describe_transactions([f"{right.name}:"])  # implied by the right to write
             return None
     return found.get("authorized_operations") or None

@@ -1,8 +1,6 @@
-"""Events out: CloudEvents 1.0 about releases and the like, in the topic ``kafka.events_topic``.
-
-The ledger writes an event in the transaction of its fact; :class:`EventPublisher` puts it into the topic, once (see
-:mod:`streams.kafka.outbox`), in the order of the ledger. docs/events.md describes the events for those who read them.
-"""
+"""CloudEvents 1.0 about releases and more, published to the topic ``kafka.events_topic``. The ledger records an event
+in the transaction of its fact; :class:`EventPublisher` publishes it once (:mod:`streams.kafka.outbox`), in the ledger's
+order. docs/events.md describes the events."""
 
 from __future__ import annotations
 
@@ -30,8 +28,8 @@ from streams.kafka.outbox import FencedSender, Outbox, OutboxEntry
 
 log = logging.getLogger(__name__)
 LEASE = "events"
-#: Longer than one sending may take (``outbox.SEND_SECONDS`` twice: records, then the commit), so that a lease
-#: that was renewed just before does not run out in the middle.
+#: More than two sends (``outbox.SEND_SECONDS`` each: records, then the commit), so that a lease renewed just before one
+#: does not expire in the middle.
 LEASE_SECONDS = 60.0
 BATCH = 100
 POLL_SECONDS = 1.0
@@ -39,11 +37,8 @@ RETRY_SECONDS = 5.0
 
 
 def event_record(row: EventRow, source: str) -> Encoded:
-    """The Kafka record of an event: CloudEvents 1.0 in structured mode, its attributes also as ``ce_`` headers.
-
-    Args:
-        source: the CloudEvents attribute that names the installation.
-    """
+    """The Kafka record of an event: structured CloudEvents 1.0, with attributes also as ``ce_`` headers. ``source`` is
+    the attribute that names the installation."""
     attributes = {
         "specversion": "1.0",
         "id": row.event_id,
@@ -60,7 +55,6 @@ def event_record(row: EventRow, source: str) -> Encoded:
 
 
 def event_id_of(record: Any, source: str) -> str | None:
-    """The id of the event in a kafka-python record; None for one from another source."""
     headers = dict(record.headers)
     if headers.get("ce_source") != source.encode() or not headers.get("ce_id"):
         return None
@@ -68,12 +62,11 @@ def event_id_of(record: Any, source: str) -> str | None:
 
 
 def transactional_id(kafka: Kafka) -> str:
-    """The transactional id that publishers of the same events share, and no others."""
     return f"ratchet-events:{kafka.events_topic}:{kafka.events_source}"
 
 
 class EventPublisher:
-    """Publishes the events of a ledger while it holds the lease ``events``. One thread at a time.
+    """Publishes a ledger's events while it holds the lease ``events``. One thread at a time.
 
     >>> publisher = EventPublisher(settings, ledger)
     >>> publisher.publish_pending()
@@ -93,11 +86,9 @@ class EventPublisher:
 
     @property
     def enabled(self) -> bool:
-        """True if there is a topic for events."""
         return bool(self.kafka.events_topic)
 
     def run(self, stopping: threading.Event) -> None:
-        """Publish what comes until ``stopping`` is set. Outages of the broker and the ledger are waited out."""
         last_error = ""
         try:
             while self.enabled and not stopping.is_set():
@@ -115,12 +106,9 @@ class EventPublisher:
             self.close()
 
     def publish_pending(self) -> int:
-        """Publish what waits. Returns the number of events that were marked; 0 also when another process publishes.
-
-        Raises:
-            BrokerError: the broker is away or refuses. What was sent is found out by the next call.
-            SQLAlchemyError: the ledger is away.
-        """
+        """Publish waiting events. Returns the number marked as published; 0 also if another process publishes. Raises
+        BrokerError or SQLAlchemyError if the broker or the ledger is unavailable; the next call finds out what was
+        sent."""
         total = 0
         self._measure()
         while self.enabled and (rows := self.ledger.waiting_events(BATCH)):
@@ -134,13 +122,12 @@ class EventPublisher:
                 break
             except BaseException:
                 self._outbox.close()
-                self._topic_made = False  # an embedded broker that was restarted has forgotten it
+                self._topic_made = False  # a restarted embedded broker has lost the topic
                 raise
         self._measure()
         return total
 
     def close(self) -> None:
-        """Give the lease and the connection back."""
         epoch = self._epoch
         self._give_up()
         if epoch is not None:
@@ -150,7 +137,7 @@ class EventPublisher:
                 log.info("the lease of events could not be given back (%s); it runs out by itself", error)
 
     def _measure(self) -> None:
-        """Say how many wait, before they are sent too: a broker that is away lets no more be said."""
+        """Record the number of waiting events; also before sending, in case the broker is unreachable."""
         if self.enabled:
             metrics.events.waiting(self.ledger.count_waiting_events())
 

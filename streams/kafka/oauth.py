@@ -1,11 +1,9 @@
-"""Bearer tokens for SASL OAUTHBEARER, by the settings ``kafka.oauth``.
+"""Bearer tokens for SASL OAUTHBEARER, from the settings ``kafka.oauth``.
 
-From a token endpoint by the client-credentials grant (RFC 6749, 4.4; id and secret by HTTP Basic, as Kafka's Java
-client sends them), or from a file that another program keeps fresh, such as a projected service account token.
-
-kafka-python asks for a token on its own thread whenever it connects or authenticates again (KIP-368). A token is used
-for four fifths of its life; after that a new one is asked for, and while the endpoint is away, the old one is used to
-its end.
+They come from a token endpoint by the client-credentials grant (RFC 6749, 4.4; ID and secret by HTTP Basic, as Kafka's
+Java client sends them), or from a file that another program refreshes, such as a projected service account token.
+kafka-python requests a token on its own thread whenever it connects or reauthenticates (KIP-368). A token is renewed
+after four fifths of its life; while the endpoint is unreachable, the old one is used to its end.
 """
 
 from __future__ import annotations
@@ -28,20 +26,18 @@ from streams.records.http_body import UNCOMPRESSED, BodyTooLarge, bounded_body
 
 log = logging.getLogger(__name__)
 TIMEOUT_SECONDS: Final = 5.0
-"""kafka-python does no heartbeats while it waits for a token; a session lasts 45 s."""
+"""kafka-python sends no heartbeats while it waits for a token; a session lasts 45 s."""
 MAX_RESPONSE_BYTES: Final = 256 * 1024
 _JSON: Final = {"accept": "application/json", **UNCOMPRESSED}
 MAX_TOKEN_CHARS: Final = 64 * 1024
 REFRESH_AT: Final = 0.8
 DEFAULT_LIFE_SECONDS: Final = 300.0
-"""The life of a token for which the endpoint names none."""
 
 
 class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]
-    """Gives kafka-python tokens. Thread safe; one serves all clients of a process."""
+    """Provides tokens to kafka-python. Thread safe; one instance serves all clients of a process."""
 
     def __init__(self, oauth: OAuth, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-        """Raises ConfigError where the settings do not say where tokens come from."""
         super().__init__()
         if oauth.token_url and not (oauth.client_id and oauth.client_secret):
             missing = "client_secret" if oauth.client_id else "client_id"
@@ -50,19 +46,14 @@ class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]
             raise ConfigError("no source of tokens is set.", "Set kafka.oauth.token_url or kafka.oauth.token_file.")
         self.oauth = oauth
         self.last_error: str | None = None
-        """Why the last token could not be had; None once one was."""
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
         self._token = ""
         self._refresh_at = self._ends_at = 0.0
 
     def token(self) -> str:
-        """A token that is valid now.
-
-        Raises:
-            SaslAuthenticationFailedError: the endpoint refuses, or the file holds no token; names the setting.
-            KafkaConnectionError: the endpoint is away; names the setting.
-        """
+        """A currently valid token. The errors name the setting: SaslAuthenticationFailedError if the endpoint denies
+        access, or the file has no token; KafkaConnectionError if the endpoint is unreachable."""
         with self._lock:
             try:
                 token = self._from_file() if self.oauth.token_file else self._from_endpoint()
@@ -73,7 +64,6 @@ class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]
             return token
 
     def extensions(self) -> dict[str, str]:
-        """SASL extensions that are sent with the token."""
         return dict(self.oauth.extensions)
 
     def _from_file(self) -> str:
@@ -139,7 +129,7 @@ class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]
 
 
 def _checked(token: object) -> str:
-    """A token as RFC 6750 writes it: it goes between control characters into the SASL message."""
+    """Validate a token by RFC 6750: it is placed between control characters in the SASL message."""
     if not isinstance(token, str) or not token:
         raise ValueError("gives no token")
     if len(token) > MAX_TOKEN_CHARS or not all("!" <= char <= "~" for char in token):
@@ -148,7 +138,7 @@ def _checked(token: object) -> str:
 
 
 def token_provider(oauth: OAuth) -> TokenProvider:
-    """The provider of these settings: the same one for all clients, so that they share tokens. Raises ConfigError."""
+    """The provider of these settings, shared by all clients. Raises ConfigError."""
     secret = oauth.client_secret.get_secret_value() if oauth.client_secret else ""
     key = oauth.model_dump_json(exclude={"client_secret"}), secret
     with _sharing:
@@ -160,11 +150,8 @@ _sharing = threading.Lock()
 
 
 def oauth_options(kafka: Kafka) -> dict[str, Any]:
-    """Options of a kafka-python client that ``kafka.oauth`` stands for; empty where it is not set.
-
-    Raises:
-        ConfigError: ``kafka.client`` asks for another mechanism, or for OAUTHBEARER without a source of tokens.
-    """
+    """kafka-python client options for ``kafka.oauth``; empty if it is not set. Raises ConfigError: ``kafka.client``
+    sets another mechanism, or OAUTHBEARER without a source of tokens."""
     mechanism = kafka.client.get("sasl_mechanism")
     if not kafka.oauth.enabled:
         if mechanism == "OAUTHBEARER":

@@ -1,20 +1,18 @@
-"""Puts each entry of an outbox into its topic once, whatever is killed or stopped when.
+"""Publishes each entry of an outbox to its topic exactly once, across crashes and pauses. The entries, and which of
+them are published, are stored elsewhere (events in the ledger, quarantined records in the sample store). The steps
+here:
 
-The entries, and which of them are published, are kept elsewhere (events in the ledger, quarantined records in the
-sample store). Here:
+1. open a :class:`FencedSender`: earlier senders can send no more;
+2. read the topic's tail back: it has everything that earlier senders sent;
+3. send what is missing, in one transaction.
 
-1. open a :class:`FencedSender`: none that was there before can send any more;
-2. read the topic's tail back: what is there now is all that earlier senders have sent;
-3. send what is not there, in one transaction.
+Any error starts again at 1. A lease is not needed for correctness, only to keep two processes from fencing one another
+all the time.
 
-After an error of any kind it begins again at 1. A lease is not needed for this to hold, only so that two processes do
-not fence one another all the time.
-
-Kafka's transactional producer fences: ``open`` registers a transactional id, and from then on the broker refuses
-whatever an earlier sender with this id still sends, also when that process was stopped (SIGSTOP) in the middle and goes
-on later. Two faults of the embedded broker (Tansu 0.6.0) matter here: records of an aborted transaction are visible to
-all consumers, and a commit with an outdated epoch is answered by closing the connection, which kafka-python retries for
-ever; so the commit has a time limit.
+Kafka's transactional producer fences: ``open`` registers a transactional ID, after which the broker rejects earlier
+senders with it, even a process that was paused (SIGSTOP) in the middle and resumes later. Two faults of the embedded
+broker (Tansu 0.6.0) matter here: records of an aborted transaction are visible to all consumers, and a commit with an
+outdated epoch closes the connection, which kafka-python retries for ever; so the commit has a time limit.
 """
 
 from __future__ import annotations
@@ -49,12 +47,12 @@ from streams.kafka.clients import connection, reading_alone
 
 log = logging.getLogger(__name__)
 SEND_SECONDS = 20.0
-#: The broker aborts a transaction that a dead sender left open after this; consumers wait for that long at most.
+#: The broker aborts a dead sender's open transaction after this; consumers wait at most that long.
 TRANSACTION_SECONDS = 30.0
 READ_BACK_SECONDS = 120.0
-QUIET_POLLS = 2  # the embedded broker's end offsets can be too low, so the end is where nothing more comes
+QUIET_POLLS = 2  # the embedded broker's end offsets can be too low, so the end is where nothing more arrives
 POLL_MS = 500
-#: Records are searched by the time at which they were sent, by the clock of their sender.
+#: Records are searched by the send time of their sender's clock.
 CLOCK_SKEW_SECONDS = 3600
 
 Result = TypeVar("Result")
@@ -62,10 +60,8 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class OutboxEntry:
-    """A record that is to be in the topic once.
-
-    ``id`` is made from the fact, never at random; it was not sent before ``time`` (UTC).
-    """
+    """A record to publish once. ``id`` is derived from the fact, never random; it was not sent before ``time``
+    (UTC)."""
 
     id: str
     record: Encoded
@@ -73,22 +69,19 @@ class OutboxEntry:
 
 
 class Outbox:
-    """Publishes entries to one topic. Connects when it is needed. Not thread safe."""
+    """Publishes entries to one topic. Connects on demand. Not thread safe."""
 
     def __init__(self, topic: str, sender: FencedSender, id_of: Callable[[Any], str | None]) -> None:
-        """``id_of`` gives the entry's id of a kafka-python record, None for a record that is not of this outbox."""
+        """``id_of`` returns the entry ID of a kafka-python record, None for a record of another outbox."""
         self.topic = topic
         self.sender = sender
         self._id_of = id_of
         self._deliveries: dict[str, Delivery] = {}
 
     def publish(self, entries: Sequence[OutboxEntry]) -> dict[str, Delivery]:
-        """Make sure that each entry is in the topic; where each one is, by id. Entries given before cost nothing.
-
-        Raises:
-            Fenced: another process publishes this outbox now.
-            BrokerError: some may not have been published; the next call finds out which.
-        """
+        """Make sure that each entry is in the topic. Returns their places by ID. Entries published before cost nothing.
+        Raises Fenced if another process publishes this outbox now; BrokerError if some may not have been published,
+        which the next call finds out."""
         if not entries:
             return {}
         if not self.sender.opened:
@@ -99,12 +92,11 @@ class Outbox:
         return {entry.id: self._deliveries[entry.id] for entry in entries}
 
     def forget(self, ids: Iterable[str]) -> None:
-        """Drop what is known of entries that are marked as published, and so are not given again."""
         for each in ids:
             self._deliveries.pop(each, None)
 
     def close(self) -> None:
-        """Let the connection go; the next :meth:`publish` begins again."""
+        """Close the connection; the next :meth:`publish` starts over."""
         self.sender.close()
         self._deliveries = {}
 
@@ -129,8 +121,8 @@ class FencedSender:
     >>> sender.send_all("ratchet.events", records)
     [Delivery(topic='ratchet.events', partition=0, offset=17, sample_id='')]
 
-    After any error the sender is closed. Whether the records of the failed call are in the topic is not known then;
-    after the next ``open`` that cannot change any more, so that reading the topic back tells (``read_committed``).
+    Any error closes the sender, and leaves unknown whether the failed call's records are in the topic. After the next
+    ``open`` that can no longer change, so reading the topic back (``read_committed``) tells.
     """
 
     def __init__(
@@ -140,7 +132,7 @@ class FencedSender:
         still_owner: Callable[[], bool] = lambda: True,
         seconds: float = SEND_SECONDS,
     ) -> None:
-        """``still_owner`` is asked before each sending; False raises Fenced. ``seconds``: time limit of one call."""
+        """``still_owner`` is called before each send; False raises Fenced. ``seconds``: time limit of a call."""
         self.kafka = kafka
         self.transactional_id = transactional_id
         self._still_owner = still_owner
@@ -149,15 +141,11 @@ class FencedSender:
 
     @property
     def opened(self) -> bool:
-        """True if :meth:`send_all` may be called."""
         return self._client is not None
 
     def open(self) -> None:
-        """Fence every earlier sender with the same transactional id; its open transaction is aborted.
-
-        Raises:
-            BrokerError: no broker answers, or it does not allow the transactional id, or has no transactions.
-        """
+        """Fence earlier senders with the same transactional ID and abort their open transaction. Raises BrokerError if
+        no broker answers, or it does not allow the transactional ID, or has no transactions."""
         self.close()
         try:
             self._client = self._connect()
@@ -167,11 +155,11 @@ class FencedSender:
             raise self._explain_open(error) from error
 
     def send_all(self, topic: str, records: Sequence[Encoded]) -> list[Delivery]:
-        """Send records, all or none; where each one is, in the order given.
+        """Send all records or none. Returns their places, in order.
 
         Raises:
-            Fenced: another sender with the same id was opened later, or ``still_owner`` says no.
-            RecordTooLarge: the broker does not take one of them.
+            Fenced: a newer sender with the same ID was opened, or ``still_owner`` returned False.
+            RecordTooLarge: the broker rejects one of them for its size.
             BrokerError: any other failure; the records may be in the topic or not.
         """
         if not records:
@@ -187,11 +175,10 @@ class FencedSender:
             raise
 
     def read_back(self, topic: str, since: datetime) -> Iterator[Any]:
-        """See :func:`read_back`."""
         return read_back(self.kafka, topic, since)
 
     def close(self) -> None:
-        """Let the connection go; an open transaction is aborted by the next :meth:`open`, or by the broker."""
+        """Close the connection; the next :meth:`open` or the broker aborts an open transaction."""
         client, self._client = self._client, None
         if client is not None:
             with suppress(KafkaError):
@@ -234,7 +221,7 @@ class FencedSender:
             raise self._explain_send(error, topic, index) from error
 
     def _explain_send(self, error: Exception, topic: str, index: int) -> BrokerError:
-        # Once a producer is in the fatal state, kafka-python wraps the reason in the text of a plain KafkaError.
+        # In a producer's fatal state, kafka-python wraps the reason in the text of a plain KafkaError.
         if isinstance(error, (ProducerFencedError, InvalidProducerEpochError)) or "ProducerFenced" in str(error):
             return self._fenced("the broker has a newer one")
         if isinstance(error, (MessageSizeTooLargeError, RecordListTooLargeError)):
@@ -267,7 +254,7 @@ class FencedSender:
 
 
 def _within(seconds: float, call: Callable[[], Result]) -> Result:
-    """The result of a call that has no time limit of its own. Raises KafkaTimeoutError; the call is left behind."""
+    """Add a time limit to a call. Raises KafkaTimeoutError, and leaves the call running."""
     outcome: Future[Result] = Future()
 
     def run() -> None:
@@ -284,14 +271,10 @@ def _within(seconds: float, call: Callable[[], Result]) -> Result:
 
 
 def read_back(kafka: Kafka, topic: str, since: datetime) -> Iterator[Any]:
-    """The kafka-python records of a topic that were sent after ``since`` (and some from before), to its end.
-
-    Only records of committed transactions and those outside of any, where the broker tells them apart: what is found
-    is what consumers with ``isolation.level=read_committed`` see. A topic that does not exist has none.
-
-    Raises:
-        BrokerError: the broker cannot be reached, or the end was not reached within :data:`READ_BACK_SECONDS`.
-    """
+    """Yield a topic's kafka-python records sent after ``since`` (and some earlier ones), to its end. Aborted records
+    are left out if the broker tells them apart: the result is what ``isolation.level=read_committed`` consumers see. A
+    missing topic has none. Raises BrokerError if the broker cannot be reached, or the end was not reached within
+    :data:`READ_BACK_SECONDS`."""
     options = {"enable_auto_commit": False, "auto_offset_reset": "earliest", "isolation_level": "read_committed"}
     with reading_alone(kafka, f"reading topic {topic} back", **options) as consumer:
         yield from _read(consumer, topic, since)

@@ -1,13 +1,12 @@
-"""Record batches of a Kafka log, read so that no bytes end in an exception: kafka-python's batches, made total.
+"""Record batches of a Kafka log, parsed so that no bytes raise an exception.
 
-A batch is read in two steps. :mod:`streams.kafka.tolerant_fetch` finds the batches in the bytes of a fetch and decides
-which of them can be trusted; the classes here read the records of one batch. What cannot be read comes out as a record,
-too: one that carries a ``Corrupt`` where kafka-python has the checksum, so that it passes through kafka-python's own
-code like any other.
+:mod:`streams.kafka.tolerant_fetch` finds the batches in a fetch and decides which can be trusted; the classes here read
+the records of one batch. Unreadable ones become records that carry a ``Corrupt`` in kafka-python's checksum field, so
+that they pass through its own code like any other.
 
-kafka-python expands a compressed batch whole, whatever it expands to: 64 KiB of gzip can be 64 MiB of zeros. The
-decoders here use the incremental interface of the same libraries, and stop as soon as the output is larger than a
-limit, before memory is filled."""
+kafka-python expands a compressed batch whole: 64 KiB of gzip can be 64 MiB of zeros. The decoders here use the
+incremental interface of the same libraries, and stop as soon as the output exceeds a limit.
+"""
 
 from __future__ import annotations
 
@@ -26,38 +25,36 @@ from kafka.record.legacy_records import LegacyRecordBatch
 from kafka.record.util import decode_varint
 from lz4.frame import LZ4FrameDecompressor
 
-#: Most bytes of what could not be read that are kept with a ``Corrupt``.
+#: Most unreadable bytes kept with a ``Corrupt``.
 MAX_RAW_BYTES = 1 << 20
-#: Most headers of one record: a batch of 64 MiB has room for 33 million empty ones, which Python would need 4 GB for.
+#: Most headers per record: a batch of 64 MiB has room for 33 million empty ones, for which Python would need 4 GB.
 MAX_HEADERS = 10_000
-#: The smallest record: length, attributes, time, offset, key, value and headers in one byte each.
+#: The smallest record: one byte each for length, attributes, time, offset, key, value and headers.
 MIN_RECORD_BYTES = 7
-#: Deflate, the codec of the Java clients that expands most, makes at most 1,032 bytes of one.
+#: Deflate, which expands most of the Java clients' codecs, makes at most 1,032 bytes of one.
 MAX_RATIO = 1032
-#: Offset, size, checksum, magic, attributes, key and value of a message of the oldest format (magic 0).
+#: Offset, size, checksum, magic, attributes, key and value of a message of magic 0.
 MIN_LEGACY_BYTES = 26
 INT64_MAX = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Corrupt:
-    """An offset whose record cannot be read. Comes out of ``poll`` in the place of its record."""
+    """An offset whose record cannot be read; ``poll`` returns it in place of the record."""
 
     topic: str
     partition: int
     offset: int
     timestamp: int
-    """Milliseconds since 1970, as far as they are known; -1 otherwise."""
+    """Milliseconds since 1970; -1 if unknown."""
     detail: str
     raw: bytes | None
-    """At most 1 MiB of the record's bytes, or of its batch's where the record cannot be told apart. Of several offsets
-    in a row that share their bytes, the first one has them."""
+    """At most 1 MiB of the record's bytes, or of its batch's if the record cannot be separated. Of consecutive offsets
+    that share their bytes, only the first has them."""
     leader_epoch: int = -1
 
 
 class RecordHead(NamedTuple):
-    """The fields in front of a record's key, and where the record ends."""
-
     end: int
     timestamp_delta: int
     offset_delta: int
@@ -65,11 +62,7 @@ class RecordHead(NamedTuple):
 
 
 def record_head(buffer: bytearray, start: int) -> RecordHead:
-    """Read the lengths of the record at ``start``, and nothing else of it.
-
-    Raises:
-        ValueError, IndexError: there is no record there.
-    """
+    """Read only the lengths of the record at ``start``. Raises ValueError or IndexError if there is none."""
     length, position = decode_varint(buffer, start)
     end = position + length
     if length < MIN_RECORD_BYTES - 1 or end > len(buffer):
@@ -85,13 +78,11 @@ def record_head(buffer: bytearray, start: int) -> RecordHead:
 
 
 def most_records(size: int, compressed: bool, limit: int) -> int:
-    """Most records that a batch of so many bytes can hold; at least one."""
+    """Most records that a batch of ``size`` bytes can hold; at least one."""
     return max(1, (min(size * MAX_RATIO, limit) if compressed else size) // MIN_RECORD_BYTES)
 
 
 class CorruptRecord(DefaultRecord):  # type: ignore[misc]
-    """Carries a ``Corrupt`` through kafka-python."""
-
     __slots__ = ("checksum",)
 
     def __init__(self, corrupt: Corrupt) -> None:
@@ -102,7 +93,6 @@ class CorruptRecord(DefaultRecord):  # type: ignore[misc]
 def corrupt_records(
     partition: TopicPartition, offsets: range, detail: str, raw: Any, timestamp: int = -1
 ) -> Iterator[CorruptRecord]:
-    """One record for each offset; the first carries the bytes."""
     known = timestamp if -1 <= timestamp <= INT64_MAX else -1
     for offset in offsets:
         excerpt = bytes(raw[:MAX_RAW_BYTES]) if offset == offsets.start else None
@@ -110,9 +100,9 @@ def corrupt_records(
 
 
 class DamagedBatch:
-    """Bytes whose checksum or framing is wrong: one corrupt record for each of ``offsets``."""
+    """Bytes with a wrong checksum or framing: one corrupt record for each of ``offsets``."""
 
-    #: None of the formats: kafka-python then takes offset and position from the records alone.
+    #: Not a real format: kafka-python then takes offset and position from the records.
     magic = None
 
     def __init__(self, partition: TopicPartition, offsets: range, detail: str, raw: memoryview) -> None:
@@ -120,7 +110,6 @@ class DamagedBatch:
         self._records = corrupt_records(partition, offsets, detail, raw)
 
     def validate_crc(self) -> bool:
-        """Its records say what is wrong."""
         return True
 
     def __iter__(self) -> Iterator[CorruptRecord]:
@@ -128,20 +117,17 @@ class DamagedBatch:
 
 
 class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
-    """A batch of the format of Kafka 0.11 and later (magic 2), whose checksum is right.
-
-    Its records come out until one cannot be read. A record whose header names are not UTF-8, or which has too many
-    headers, is corrupt alone; after any other fault nothing that follows can be told apart, and each offset up to the
-    batch's last is corrupt. There are no more of these than records that the bytes can hold: a producer could claim two
-    billion.
-    """
+    """A batch of Kafka 0.11 or later (magic 2) with a correct checksum. A record with invalid UTF-8 in its header
+    names, or with too many headers, is corrupt alone. After any other fault nothing that follows can be parsed, and
+    each offset up to the batch's last is corrupt; but no more of them than the bytes can hold records: a producer could
+    claim two billion."""
 
     _buffer: bytearray
     _pos: int
     _decompressed: bool
 
     def __init__(self, view: memoryview, partition: TopicPartition, start: int, limit: int) -> None:
-        """``start``: the first offset that is still wanted. ``limit``: most bytes that the records may expand to."""
+        """``start``: the first offset wanted. ``limit``: largest expanded size of the records."""
         super().__init__(view)
         self._source = view
         self._partition = partition
@@ -150,12 +136,11 @@ class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
 
     @property
     def is_control_batch(self) -> bool:
-        """True if it marks the end of a transaction; not if compaction removed the marker and left it empty."""
+        """True for an end-of-transaction marker; False if compaction removed the marker and left the batch empty."""
         return bool(super().is_control_batch) and bool(self.records_count)
 
     @property
     def unreadable_control(self) -> bool:
-        """True if it should mark the end of a transaction, and does not."""
         if not self.is_control_batch:
             return False
         start = self._pos
@@ -168,7 +153,6 @@ class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
         return False
 
     def validate_crc(self) -> bool:
-        """Checked before anything else was read."""
         return True
 
     def __iter__(self) -> Iterator[Any]:
@@ -186,8 +170,8 @@ class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
             if self._complete and expected <= last:
                 raise ValueError("records are missing")
         except MemoryError:
-            raise  # of this process, not of the data
-        except Exception as error:  # also whatever a codec's library raises
+            raise  # a fault of this process, not of the data
+        except Exception as error:  # includes whatever a codec's library raises
             yield from self._rest(expected, error)
 
     def _next_record(self, expected: int) -> Any:
@@ -209,7 +193,7 @@ class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
 
     @property
     def _complete(self) -> bool:
-        """True if no record was removed by compaction, so that offsets follow each other."""
+        """True if compaction removed no record, so that offsets are consecutive."""
         return bool(self.records_count == self.last_offset_delta + 1)
 
     def _rest(self, expected: int, error: Exception) -> Iterator[CorruptRecord]:
@@ -228,7 +212,7 @@ class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
 
 
 class TolerantLegacyBatch(LegacyRecordBatch):  # type: ignore[misc]
-    """A message (which may hold others) of the formats before Kafka 0.11, magic 0 and 1, whose checksum is right."""
+    """A message (which may contain others) of magic 0 or 1, before Kafka 0.11, with a correct checksum."""
 
     def __init__(self, view: memoryview, magic: int, partition: TopicPartition, start: int, limit: int) -> None:
         super().__init__(view, magic)
@@ -238,7 +222,6 @@ class TolerantLegacyBatch(LegacyRecordBatch):  # type: ignore[misc]
         self._limit = limit
 
     def validate_crc(self) -> bool:
-        """Checked before anything else was read."""
         return True
 
     def __iter__(self) -> Iterator[Any]:
@@ -285,19 +268,14 @@ XERIAL_HEADER_BYTES = 16
 
 
 class TooLarge(ValueError):
-    """The data expands to more than the limit."""
-
     def __init__(self, limit: int) -> None:
         super().__init__(f"expands to more than {limit} bytes")
 
 
 def decompress(codec: int, data: memoryview, limit: int) -> bytearray:
-    """Expand ``data``, compressed with the codec of that number (the low three bits of a batch's attributes).
-
-    Raises:
-        TooLarge: it would be more than ``limit`` bytes; no more than ``limit`` + 1 MiB of it was held in memory.
-        Exception: whatever the codec's library raises for data that is damaged; ValueError for an unknown codec.
-    """
+    """Expand ``data``. ``codec`` is the low three bits of a batch's attributes. Raises TooLarge if the output exceeds
+    ``limit`` bytes, with at most ``limit`` + 1 MiB held in memory; ValueError for an unknown codec; any exception of
+    the codec's library for damaged data."""
     decoder = _DECODERS.get(codec)
     if decoder is None:
         raise ValueError(f"compression codec {codec} is not known")
@@ -330,7 +308,6 @@ def _unsnappy(data: memoryview, limit: int) -> bytearray:
 
 
 def _snappy_blocks(data: memoryview) -> list[memoryview]:
-    """The blocks of a stream of the Java library xerial; other data is one block."""
     if len(data) <= XERIAL_HEADER_BYTES or data[: len(XERIAL_MAGIC)] != XERIAL_MAGIC:
         return [data]
     blocks = []
@@ -346,7 +323,7 @@ def _snappy_blocks(data: memoryview) -> list[memoryview]:
 
 
 def _snappy_length(block: memoryview) -> int:
-    """Bytes that a block claims to expand to: a little-endian base-128 number in front of it."""
+    """A block's claimed expanded size: a little-endian base-128 number at its start."""
     length = 0
     for number, byte in enumerate(block[:5]):
         length |= (byte & 0x7F) << (7 * number)

@@ -1,39 +1,41 @@
-"""A KafkaConsumer whose ``poll`` steps over what kafka-python cannot read, and says so.
+"""A KafkaConsumer whose ``poll`` skips what kafka-python cannot read, and reports it.
 
-kafka-python 3.0 raises out of ``poll``, and stays where it is, when a batch has a wrong checksum, an unknown format or
-a broken payload, or a record a header name that is not UTF-8. After ``install``, each such offset comes out of ``poll``
-as a ``Corrupt`` in the place of its record, and the position moves past it.
+kafka-python 3.0 raises out of ``poll``, and stays at its position, when a batch has a wrong checksum, an unknown format
+or a broken payload, or a record has a header name that is not UTF-8. After ``install``, ``poll`` returns a ``Corrupt``
+for each such offset, and moves past it.
 
 >>> consumer = KafkaConsumer(bootstrap_servers="127.0.0.1:19092", auto_offset_reset="none")  # doctest: +SKIP
 >>> install(consumer)  # doctest: +SKIP
 
 A fetcher makes ``self.PartitionRecords(...)`` in ``_parse_fetched_data``; both are replaced on the one fetcher.
-Transactions, control batches, positions and metrics stay kafka-python's own code: it is given batches
+Transactions, control batches, positions and metrics remain kafka-python's own code: it gets batches
 (:mod:`streams.kafka.record_batches`) that never raise, and whose unreadable records carry their ``Corrupt`` in the
-field of the checksum.
+checksum field.
 
 Finding the batches of a fetch
 ------------------------------
-The checksum of a batch does not cover its offset and its length, so they are believed only where they agree with the
-fetch: with the position that was asked for, the batch that follows, the end of the log. A batch that does not is read a
-second time before it counts as damaged: the bytes may have been damaged on their way. Where what follows a damaged
-batch does not begin with its next offset, nothing else of the fetch is read, and the next one starts behind it, at a
-boundary that the broker knows.
 
-The offsets of a damaged batch are those that its header names, where the header contradicts nothing. Otherwise there
-are fewer of them, at least one: too few cost a fetch more, too many would cost records.
+A batch's checksum does not cover its offset and length, so those are trusted only if they agree with the fetch: with
+the requested position, the next batch, the end of the log. Otherwise the batch is fetched a second time before it
+counts as damaged: the bytes may have been damaged in transit. If what follows a damaged batch does not begin with its
+next offset, the rest of the fetch is dropped, and the next fetch starts behind the batch, at a boundary that the broker
+knows.
+
+The offsets of a damaged batch are those in its header if nothing contradicts them. Otherwise fewer are assumed, at
+least one: too few cost another fetch, too many would cost records.
 
 Truncation (KIP-320), as kafka-python 3.0.12 does it
 ----------------------------------------------------
+
 A position has the leader epoch of the record before it. When the cluster's epoch becomes newer, or a fetch (version 12)
 says that the logs diverge, the fetcher asks the leader in the background. If the log ends before the position and
 ``auto_offset_reset`` is ``none``, a *later* ``poll`` raises ``LogTruncationError``, before it returns any record. Its
 ``divergent_offsets`` has ``{TopicPartition: OffsetAndMetadata(end offset, "", end epoch) or None}``; None: the leader
-does not know the epoch, so where the logs part is not known.
+does not know the epoch, so the divergence point is unknown.
 
 It is raised once; then the partition can be fetched again at the *old* position, and an older broker sends whatever
 replaced the lost records. So seek at once, with :func:`seek`: ``KafkaConsumer.seek`` takes no epoch, and a position
-without one is not validated. (kafka-python forgets the epoch whenever a fetch was empty; ``install`` keeps it.)
+without one is not validated. (kafka-python forgets the epoch after an empty fetch; ``install`` keeps it.)
 """
 
 from __future__ import annotations
@@ -66,19 +68,14 @@ from streams.kafka.record_batches import (
 
 __all__ = ["MAX_BATCH_BYTES", "Corrupt", "install", "seek", "truncations"]
 
-#: Most bytes that a compressed batch may expand to: the largest record that Ratchet reads is as large.
+#: Limit on a compressed batch's expanded size: the largest record that Ratchet reads.
 MAX_BATCH_BYTES = 64 * 1024 * 1024
 
 
 def install(consumer: KafkaConsumer, max_batch_bytes: int = MAX_BATCH_BYTES) -> None:
-    """Make ``poll`` of this consumer give a ``Corrupt`` for each offset that cannot be read.
-
-    ``max_batch_bytes``: a batch that expands to more is not read, and each of its offsets is corrupt.
-
-    Raises:
-        ConfigError: the installed kafka-python is built differently from what this relies on, or the consumer has
-            deserializers (which would be given None for what is corrupt).
-    """
+    """Make ``poll`` of this consumer return a ``Corrupt`` for each unreadable offset. Batches that expand to more than
+    ``max_batch_bytes`` are not read. Raises ConfigError if the installed kafka-python is built differently, or the
+    consumer has deserializers (which would get None for corrupt records)."""
     check_library()
     for name in ("key_deserializer", "value_deserializer"):
         if consumer.config[name] is not None:
@@ -89,13 +86,9 @@ def install(consumer: KafkaConsumer, max_batch_bytes: int = MAX_BATCH_BYTES) -> 
 
 
 def complete_joins(consumer: KafkaConsumer) -> None:
-    """Make a consumer complete each join that it has begun.
-
-    kafka-python 3.0.12 forgets one that ``poll`` leaves between JoinGroup and SyncGroup: it no longer thinks that it
-    needs to join, and its member has no partitions for ever (tests/outside/kafka/kafka_python_report.md).
-
-    Raises:
-        ConfigError: the installed kafka-python is built differently.
+    """Make a consumer complete each join that it has started. kafka-python 3.0.12 forgets a join that ``poll`` leaves
+    between JoinGroup and SyncGroup: it no longer sees a need to join, and its member stays without partitions
+    (tests/outside/kafka/kafka_python_report.md). Raises ConfigError if the installed kafka-python is built differently.
     """
     coordinator = consumer._coordinator
     if not hasattr(coordinator, "_join_task"):
@@ -105,33 +98,29 @@ def complete_joins(consumer: KafkaConsumer) -> None:
 
 
 def make_no_topics(consumer: KafkaConsumer) -> None:
-    """Let a consumer ask for a topic that is lost without making it again, with the broker's number of partitions.
-
-    kafka-python 3.0 takes this option of a consumer and does not hand it on.
-    """
+    """Keep a consumer's metadata requests from recreating a lost topic with the broker's default partitions.
+    kafka-python 3.0 accepts this consumer option but does not pass it on."""
     consumer._client.cluster.config["allow_auto_create_topics"] = False
 
 
 def expect_partitions(consumer: KafkaConsumer, topic: str, count: int) -> None:
-    """Make a consumer that knows fewer partitions of a topic ask for them now, not after up to five minutes."""
+    """Make a consumer that knows fewer partitions of a topic refresh now, not after up to five minutes."""
     cluster = consumer._client.cluster
     if count > len(cluster.partitions_for_topic(topic) or ()):
         cluster.request_update()
 
 
 class TolerantRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
-    """The records of one partition in one fetch response."""
-
-    #: Set before the first record is taken.
+    #: Set before the first record is read.
     batches: FetchedBatches
-    #: The newest leader epoch that the cluster has told of, -1 if none. A batch's own is not covered by its checksum.
+    #: The newest leader epoch reported by the cluster, or -1. A batch's own epoch is not covered by its checksum.
     newest_epoch = -1
     _leader_epoch = -1
     next_fetch_offset: int
 
     @property
     def leader_epoch(self) -> int:
-        """Of the last batch, or of the position before it."""
+        """Leader epoch of the last batch, or of the position before it."""
         return self._leader_epoch
 
     @leader_epoch.setter
@@ -145,14 +134,12 @@ class TolerantRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
                 corrupt = record.checksum
                 yield replace(corrupt, leader_epoch=record.leader_epoch) if isinstance(corrupt, Corrupt) else record
         except Exception:
-            self.drain()  # or the next poll would take from an iterator that has ended, for ever
+            self.drain()  # or the next poll would read from an exhausted iterator, for ever
             raise
         self.next_fetch_offset = max(self.next_fetch_offset, self.fetch_offset)
 
 
 class _Parser:
-    """Stands in for ``Fetcher._parse_fetched_data``."""
-
     def __init__(self, fetcher: Fetcher, max_batch_bytes: int) -> None:
         self._fetcher = fetcher
         self._library: Callable[[CompletedFetch], TolerantRecords | None] = fetcher._parse_fetched_data
@@ -160,9 +147,9 @@ class _Parser:
         self._suspects = Suspects()
 
     def parse(self, completed: CompletedFetch) -> TolerantRecords | None:
-        """Let kafka-python check the response, and give it batches that do not raise to read."""
+        """Let kafka-python check the response, then give it batches that do not raise."""
         response, partition = completed.partition_data, completed.topic_partition
-        data, response.records = response.records or b"", b""  # kafka-python would raise for a batch that is cut off
+        data, response.records = response.records or b"", b""  # kafka-python would raise for a truncated batch
         records = self._library(completed)
         if records is not None:
             state = self._fetcher._subscriptions.assignment[partition]
@@ -176,7 +163,8 @@ class _Parser:
 
 
 def truncations(error: LogTruncationError) -> dict[int, int | None]:
-    """Partitions whose log was cut off behind what was read: the first offset that is lost, None if it is not known."""
+    """Partitions whose log was truncated before the read position, with the first lost offset; None if it is
+    unknown."""
     divergences = error.divergent_offsets
     return {
         partition.partition: None if divergence is None else divergence.offset
@@ -185,28 +173,22 @@ def truncations(error: LogTruncationError) -> dict[int, int | None]:
 
 
 def seek(consumer: KafkaConsumer, partition: TopicPartition, offset: int, leader_epoch: int = -1) -> None:
-    """Go on at ``offset``.
-
-    ``leader_epoch``: of the record before it, so that a truncation is noticed before the first fetch, too.
-
-    Raises:
-        ValueError: the partition is not assigned.
-    """
+    """Continue at ``offset``. Raises ValueError if the partition is not assigned. With the ``leader_epoch`` of the
+    record before it, a truncation is noticed before the first fetch too."""
     consumer.seek(partition, offset)
     if leader_epoch >= 0:
         consumer._subscription.seek(partition, OffsetAndMetadata(offset, "", leader_epoch))
 
 
 def position(consumer: KafkaConsumer, partition: TopicPartition) -> OffsetAndMetadata | None:
-    """The offset that the next fetch asks for, behind all that ``poll`` returned or left out, with the leader epoch of
-    what lies before it. None where there is none, or the partition is not assigned.
-    """
+    """The offset of the next fetch, after everything that ``poll`` returned or skipped, with the leader epoch of the
+    record before it. None if there is none, or the partition is not assigned."""
     state = consumer._subscription.assignment.get(partition)
     return None if state is None else state.position
 
 
 def check_library() -> None:
-    """Raises ConfigError if kafka-python is not built as this module relies on."""
+    """Raise ConfigError if kafka-python lacks the internals that this module relies on."""
     relied_on: dict[Any, tuple[str, ...]] = {
         Fetcher: ("_parse_fetched_data",),
         Fetcher.PartitionRecords: ("_unpack_records", "drain"),
@@ -230,41 +212,40 @@ def _reject(what: str) -> None:
 
 
 HEADER = DefaultRecordBatch.HEADER_STRUCT
-#: Base offset and length: what is in front of the bytes that the length counts.
+#: Base offset and length, which the length does not count.
 OVERHEAD = 12
 MAGIC_AT = 16
 ATTRIBUTES_AT = 21
-#: Of magic 0, 1 and 2.
+#: For magic 0, 1 and 2.
 CRC_AT = (12, 12, 17)
 LAST_DELTA_AT, COUNT_AT = 23, 57
-#: Index of the field.
+#: Field index.
 PRODUCER = 9
 COMPRESSION = 0x07
-#: A position is fetched no more often than this before its bytes count as damaged in the log, if they differ each time.
+#: After this many fetches of a position, its bytes count as damaged in the log even if they differ each time.
 MAX_FETCHES = 3
 
 
 class Unreliable(Exception):
-    """A batch that cannot be trusted; the message says why."""
+    """A batch that cannot be trusted; the message is the reason."""
 
 
 class UnreadableMarker(Unreliable):
-    """A batch that should end a transaction. Its checksum is right, so it was written like this."""
+    """A damaged end-of-transaction marker. Its checksum is right, so it was written like this."""
 
 
 class Suspects:
-    """Damage that the last fetch of each partition showed, to be told from damage on the way by the next one."""
+    """Damage in the last fetch of each partition, to tell damage in the log from damage in transit."""
 
     def __init__(self) -> None:
         self._seen: dict[TopicPartition, tuple[int, int, set[int]]] = {}
 
     def confirmed(self, partition: TopicPartition, position: int, view: memoryview) -> bool:
-        """True if the fetch before this one brought the same bytes, or several fetches other damaged ones."""
+        """True if the previous fetch brought the same bytes, or several fetches brought other damaged ones."""
         last_position, fetches, digests = self._seen.get(partition, (-1, 0, set()))
         return zlib.crc32(view) in digests or (last_position == position and fetches >= MAX_FETCHES - 1)
 
     def put(self, partition: TopicPartition, position: int, views: Iterable[memoryview]) -> None:
-        """Remember the damaged batches of a fetch that is read no further than ``position``."""
         last_position, fetches, _ = self._seen.get(partition, (-1, 0, set()))
         self._seen[partition] = (
             position,
@@ -274,13 +255,13 @@ class Suspects:
 
 
 class FetchedBatches:
-    """Iterates as ``kafka.record.MemoryRecords`` does, over batches that never raise."""
+    """Iterates like ``kafka.record.MemoryRecords``, over batches that never raise."""
 
     def __init__(
         self, data: bytes, partition: TopicPartition, position: int, end: int, limit: int, suspects: Suspects
     ) -> None:
-        """``data``: what the broker sent for ``partition`` at offset ``position``. ``end``: the high watermark, -1 if
-        unknown. ``limit``: most bytes that one batch may expand to."""
+        """``data``: the broker's bytes for ``partition`` at offset ``position``. ``end``: the high watermark, -1 if
+        unknown. ``limit``: largest expanded size of a batch."""
         self.data = memoryview(data)
         self.partition = partition
         self.position = position
@@ -292,15 +273,12 @@ class FetchedBatches:
         self._stopped = False
 
     def next_batch(self) -> Any:
-        """The next batch, or None at the end of what was fetched.
-
-        Raises:
-            CorruptRecordError: the fetch is damaged, and the broker says that there is nothing at its position.
-        """
+        """The next batch, or None at the end. Raises CorruptRecordError if the fetch is damaged, and the log ends at
+        its position."""
         while not self._stopped and self._at < len(self.data):
             view = self._frame(self._at)
             if view is None and not self._first:
-                break  # cut off at the most bytes of a fetch: the next one brings it whole
+                break  # truncated at the fetch size limit: the next fetch has it whole
             try:
                 if view is None:
                     raise Unreliable("its length does not fit what was fetched")
@@ -309,7 +287,7 @@ class FetchedBatches:
                 return self._damaged(self.data[self._at :] if view is None else view, problem)
             self._at += len(view)
             if last < self.position:
-                continue  # a batch that ends before the position, as a broker may send in front of the right one
+                continue  # a batch that ends before the position, which a broker may send first
             self.position = last + 1
             self._first = False
             return batch
@@ -317,7 +295,7 @@ class FetchedBatches:
         return None
 
     def _frame(self, start: int) -> memoryview | None:
-        """The bytes of the batch at ``start``, or None if they are not all there."""
+        """The bytes of the batch at ``start``; None if incomplete."""
         if len(self.data) - start < OVERHEAD:
             return None
         (length,) = struct.unpack_from(">i", self.data, start + 8)
@@ -325,7 +303,7 @@ class FetchedBatches:
         return self.data[start:stop] if length >= 0 and stop <= len(self.data) else None
 
     def _open(self, view: memoryview) -> tuple[Any, int]:
-        """The batch, and its last offset. Raises Unreliable."""
+        """The batch and its last offset. Raises Unreliable."""
         base, last = checked(view)
         if last < self.position or (base < self.position and not self._first):
             follows = self._following(len(view))
@@ -345,10 +323,8 @@ class FetchedBatches:
         return batch, last
 
     def _following(self, size: int) -> tuple[int, int] | None:
-        """First and last offset of the batch that follows one of so many bytes, if it is sound and of magic 2.
-
-        Of a message set (magic 0 and 1), the last offset alone is known.
-        """
+        """First and last offset of the batch after ``size`` bytes, if it is intact and of magic 2: of older message
+        sets only the last offset is known."""
         view = self._frame(self._at + size)
         if view is None or len(view) < HEADER.size or view[MAGIC_AT] != 2:
             return None
@@ -358,7 +334,7 @@ class FetchedBatches:
             return None
 
     def _damaged(self, view: memoryview, problem: Unreliable) -> DamagedBatch | None:
-        """The batch for bytes that cannot be trusted: None at first, then a batch of corrupt records."""
+        """Handle bytes that cannot be trusted: None at first, then a batch of corrupt records."""
         detail = f"a batch of {len(view)} bytes at offset {self.position} cannot be read: {problem}"
         if self.end <= self.position:
             raise CorruptRecordError(f"{detail}, and the log of {self.partition} ends at {self.end}")
@@ -368,7 +344,7 @@ class FetchedBatches:
             self.suspects.put(self.partition, self.position, [view, *self._damage_behind(len(view))])
             return None
         offsets = self._damaged_offsets(view)
-        # Behind a lost marker, which of a producer's records were taken back is known to a new fetch only.
+        # After a lost marker, only a new fetch knows which of a producer's records were aborted.
         ends = written and HEADER.unpack_from(view)[PRODUCER] >= 0
         self._at += len(view)
         self._stopped = ends or self._base_at(self._at) != offsets.stop
@@ -377,12 +353,11 @@ class FetchedBatches:
         return DamagedBatch(self.partition, offsets, detail, view)
 
     def _base_at(self, start: int) -> int | None:
-        """The first offset that the batch at ``start`` names, if it is all there."""
         view = self._frame(start)
         return None if view is None else int(struct.unpack_from(">q", view)[0])
 
     def _damage_behind(self, size: int) -> Iterator[memoryview]:
-        """Damaged batches behind one of so many bytes, so that one more fetch is enough for all of them."""
+        """Damaged batches after ``size`` bytes, so that a single further fetch confirms all of them."""
         start = self._at + size
         while (view := self._frame(start)) is not None:
             try:
@@ -405,7 +380,7 @@ class FetchedBatches:
         return range(first, max(first + 1, min(stop, limit, first + most)))
 
     def _claimed(self, view: memoryview, limit: int) -> tuple[int, int] | None:
-        """The offsets [first, stop) that the header names, if its fields agree with each other and with the fetch."""
+        """The offsets [first, stop) in the header, if its fields agree with each other and with the fetch."""
         if len(view) < HEADER.size:
             return None
         (base,) = struct.unpack_from(">q", view)
@@ -420,11 +395,7 @@ class FetchedBatches:
 
 
 def checked(view: memoryview) -> tuple[int, int]:
-    """First and last offset of a batch whose format is known and whose checksum is right.
-
-    Raises:
-        Unreliable: it is not such a batch.
-    """
+    """First and last offset of a batch with a known format and a correct checksum. Raises Unreliable."""
     if len(view) < MIN_LEGACY_BYTES:
         raise Unreliable("it is too short")
     magic = view[MAGIC_AT]
@@ -443,7 +414,6 @@ def checked(view: memoryview) -> tuple[int, int]:
 
 
 def _counts(view: memoryview) -> tuple[int, int]:
-    """Last offset less base offset, and number of records, as a batch of magic 2 names them."""
     (delta,) = struct.unpack_from(">i", view, LAST_DELTA_AT)
     (count,) = struct.unpack_from(">i", view, COUNT_AT)
     return delta, count

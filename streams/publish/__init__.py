@@ -1,1 +1,1 @@
-"""From files to a topic: readers of data sets, the resumable publisher, and export."""
+"""From files to a topic: data set readers, the resumable publisher, and export."""

@@ -1,8 +1,6 @@
-"""Samples as a data set that others read: a folder with ``data.csv``, a Parquet file, or a WebDataset shard.
-
-Written as a stream, in the memory of a few images, and under the target's name only when it is complete (a folder:
-``data.csv`` comes last). What is written is read again by ``ratchet publish``.
-"""
+"""Export of samples as a folder with ``data.csv``, a Parquet file, or a WebDataset shard, all readable by
+``ratchet publish``. Written as a stream, with a few images in memory, and given the target's name only when complete
+(in a folder, ``data.csv`` comes last)."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ from streams.store.sample_store import SampleStore
 
 SampleRow = Mapping[str, Any]
 GROUP_BYTES: Final = 16 << 20
-"""Bytes of images in one row group of a Parquet file: what a reader holds."""
+"""Image bytes per row group of a Parquet file: what a reader holds in memory."""
 GROUP_ROWS: Final = 1024
 _SUFFIXES: Final[Mapping[str | None, str]] = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 _FIELDS: Final = (
@@ -46,20 +44,16 @@ def export(
     version: int | None = None,
     follow: Callable[[Iterable[SampleRow]], Iterator[SampleRow]] = iter,
 ) -> int:
-    """Write samples to ``path``: ``.parquet`` a Parquet file, ``.tar`` a shard, any other name a folder.
+    """Write samples to ``path``: ``.parquet`` a Parquet file, ``.tar`` a shard, any other name a folder. Returns their
+    number.
 
     Args:
-        store: where they are.
-        path: what is not there yet (a folder may be there, and empty).
-        which: only these samples.
-        version: of the store; by default the newest. Samples that are stored meanwhile are not in it.
-        follow: sees each row pass, to show how far it is.
-
-    Returns:
-        Number of samples.
+        path: must not exist, or be an empty folder.
+        version: of the store; default: the newest at the start.
+        follow: wraps the rows, to show progress.
 
     Raises:
-        ConfigError: the path is taken, or cannot be written.
+        ConfigError: the path exists, or cannot be written.
         StoreUnavailable: the store cannot be read now.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -85,7 +79,6 @@ def export(
 
 
 def image_name(row: SampleRow) -> str:
-    """A file name for a sample's image: its id, with the suffix of its format."""
     return f"{row['id']}.{_SUFFIXES.get(sniff(row['image']), 'bin')}"
 
 

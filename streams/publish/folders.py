@@ -1,28 +1,26 @@
-"""The folder dataset: a directory of images with a `data.csv`.
-
-What `ratchet publish` sends, what gate suites score, what the base is built from and what the reference pool is drawn
-from. The smallest one is two columns:
+"""The folder dataset: a directory of images with a `data.csv`. `ratchet publish` sends it, gate suites score it, and
+the base and the reference pool are made from it. A minimal one:
 
     data.csv                      photos/crane.jpg
+
     file,text
     photos/crane.jpg,a crowned crane
 
 Columns, in any order: `file` and `text` are required; `label`, `concept`, `split`, `domain`, `source`, `time`, `tags`,
-`question`, `answer` and `answers` may be left out; others are ignored.
+`question`, `answer` and `answers` are optional; others are ignored.
 
 - `file` is a path inside the folder; it may not lead out of it, not even through a symbolic link.
-- `text` may be empty where `question` and `answer` are both given.
+- `text` may be empty if `question` and `answer` are both given.
 - `split` names a part such as `train` or `test`. A row without one belongs to every split.
-- `domain` is the folder's name where it is not given; `time` is ISO 8601 (UTC if it names no zone);
-  `tags` are separated by `;`.
-- `answers` are all that count as right, separated by `;`; `answer` alone where there is no such column.
+- `domain` defaults to the folder's name; `time` is ISO 8601 (UTC without a zone); `tags` are separated by `;`.
+- `answers` are all correct answers, separated by `;`; defaults to `answer`.
 
-A single `.csv` or `.jsonl` file with the same fields is read too; there an `image` field may hold the image itself
-(base64, or a `data:` URI) instead of `file`.
+A single `.csv` or `.jsonl` file with the same fields is read too; its `image` field may hold the image itself (base64,
+or a `data:` URI) instead of `file`.
 
-Rows are read one by one in bounded memory. One that is wrong is yielded as the `RecordError` that names the row, the
-field, what is wrong and what to do, and reading goes on behind it. A file that holds no table at all, or a line of JSON
-beyond `MAX_ROW_CHARS`, raises: what follows cannot be told apart.
+Rows are read one by one in bounded memory. A bad row yields a `RecordError` that names the row, the field, the problem
+and the fix, and reading continues after it. A file without a table, or a JSON line beyond `MAX_ROW_CHARS`, raises: what
+follows cannot be parsed.
 """
 
 from __future__ import annotations
@@ -43,25 +41,24 @@ from core.errors import RecordError
 from core.files import replacing
 
 MAX_IMAGE_BYTES: Final = 64 * 2**20
-"""A single image file above this is refused before it is read; ingest has its own, lower bound."""
+"""Larger image files are rejected unread; ingest has its own, lower bound."""
 MAX_ROW_CHARS: Final = MAX_IMAGE_BYTES * 4 // 3 + 2**20
-"""Longest row: a base64 image of `MAX_IMAGE_BYTES`, which takes 4 characters per 3 bytes, and its texts."""
+"""A base64 image of `MAX_IMAGE_BYTES`, with 4 characters per 3 bytes, and its texts."""
 MAX_COLUMNS: Final = 1024
 INDEX: Final = "data.csv"
 COLUMNS: Final = (
     "file", "text", "label", "concept", "split", "domain", "source", "time", "tags", "question", "answer", "answers",
 )  # fmt: skip
 _LISTS: Final = ("tags", "answers")
-"""Columns of several values."""
 MAX_SPLITS_SHOWN: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
 class FolderItem:
-    """One image with its text. Strings are empty where the row had no value."""
+    """One image with its text. Strings are empty if the row had no value."""
 
     path: Path
-    """The image file; for an image that came inside the row, a name for it."""
+    """The image file; for an inline image, a name for it."""
     text: str
     label: str = ""
     concept: str = ""
@@ -74,12 +71,11 @@ class FolderItem:
     question: str = ""
     answer: str = ""
     answers: tuple[str, ...] = ()
-    """Reference answers, `answer` among them where people would say it; empty where only `answer` counts."""
+    """Reference answers, including `answer` where people gave it; empty if only `answer` counts."""
     inline: bytes | None = field(default=None, repr=False)
-    """The encoded image where it came inside the row."""
 
     def bytes(self, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
-        """The encoded image. Raises `RecordError` when it is gone, or larger than `max_bytes`."""
+        """The encoded image. Raises `RecordError` if it is missing, or larger than `max_bytes`."""
         if self.inline is not None:
             return self.inline
         try:
@@ -99,24 +95,20 @@ class FolderItem:
 
 @dataclass(frozen=True, slots=True)
 class DatasetRow:
-    """One row of a data set: what it holds, or why it cannot be used."""
+    """A row of a data set: its sample, or the error that makes it unusable."""
 
     place: str
-    """File and row, as messages name it."""
     content: FolderItem | RecordError
 
     def __post_init__(self) -> None:
-        # The frames of an error hold the row and the error itself: a cycle, with an image in it, for each bad row.
+        # The frames of an error reference the row and the error itself: a cycle that keeps an image, for each bad row.
         if isinstance(self.content, RecordError):
             self.content.__traceback__ = self.content.__cause__ = self.content.__context__ = None
 
 
 def read_folder(path: Path | str, split: str | None = None) -> list[FolderItem]:
-    """The rows of the folder dataset at `path`, in file order; with `split`, only those that belong to it.
-
-    Raises `RecordError` naming file, line, field and fix at the first row that is wrong, and when
-    nothing belongs to `split`.
-    """
+    """Read the folder dataset at `path`, in file order, optionally only one `split`. Raises `RecordError` naming file,
+    line, field and fix at the first bad row, and if nothing belongs to `split`."""
     root = Path(path)
     index = root / INDEX
     if not index.is_file():
@@ -134,10 +126,8 @@ def read_folder(path: Path | str, split: str | None = None) -> list[FolderItem]:
 
 
 def read_index(index: Path) -> Iterator[DatasetRow]:
-    """Rows of a `.csv` or `.jsonl` file with the columns of a folder dataset, one at a time.
-
-    Raises `RecordError` when the file holds no such table.
-    """
+    """Yield the rows of a `.csv` or `.jsonl` file with the columns of a folder dataset. Raises `RecordError` if there
+    is no such table."""
     root, folder = index.parent.resolve(), index.parent
     table = (
         jsonl_rows(index)
@@ -153,10 +143,8 @@ def read_index(index: Path) -> Iterator[DatasetRow]:
 
 
 def select_split(rows: Iterable[DatasetRow], source: Path, split: str | None) -> Iterator[DatasetRow]:
-    """The rows that belong to `split` (all where it is None), and those that are wrong.
-
-    Raises `RecordError` at the end when there was nothing of `split`.
-    """
+    """Yield the rows of `split` (None: all), and all bad rows. Raises `RecordError` at the end if nothing belongs to
+    `split`."""
     seen: set[str] = set()
     chosen = 0
     for row in rows:
@@ -176,11 +164,9 @@ def select_split(rows: Iterable[DatasetRow], source: Path, split: str | None) ->
 
 
 def write_folder(path: Path | str, items: Iterable[FolderItem]) -> Path:
-    """Write `items` as the folder dataset at `path`, and return `path`.
-
-    An item's path is inside `path`, or relative to it. Images held inline are written there; others must be
-    in place already. `data.csv` appears last and atomically; same items, same bytes.
-    """
+    """Write `items` as the folder dataset at `path`, and return `path`. Item paths are inside `path`, or relative to
+    it; inline images are written there, others must exist. `data.csv` appears last and atomically; the same items give
+    the same bytes."""
     root = Path(path)
     root.mkdir(parents=True, exist_ok=True)
     with replacing(root / INDEX) as staging, staging.open("w", encoding="utf-8", newline="") as stream:
@@ -211,7 +197,7 @@ def _check_header(names: Sequence[str], index: Path) -> None:
 
 
 def _item(row: Mapping[str, Any], root: Path, folder: Path, where: Where) -> FolderItem:
-    """`root` is the resolved `folder`; paths of items stay as the caller wrote the folder."""
+    """`root` is the resolved `folder`; items keep the folder's path as the caller wrote it."""
     values = {name: text_field(row, name, where) for name in COLUMNS if name not in _LISTS}
     question, answer = values["question"], values["answer"]
     if bool(question) != bool(answer):
@@ -244,27 +230,23 @@ def _cell(item: FolderItem, name: str) -> str:
 
 
 def dataset_error(problem: str, fix: str) -> RecordError:
-    """An error about a data set or one of its rows; its reason is ``dataset``."""
+    """An error, with the reason ``dataset``, about a data set or one of its rows."""
     return RecordError("dataset", f"{problem}.", f"{fix[0].upper()}{fix[1:]}.")
 
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """The row that a message is about."""
-
     file: Path
     place: str
-    """Its place in the file: ``line 7``, ``row 12``, ``sample 000123``."""
+    """``line 7``, ``row 12`` or ``sample 000123``."""
 
     def __str__(self) -> str:
         return f"{self.file}, {self.place}"
 
     def error(self, name: str, problem: str, fix: str) -> RecordError:
-        """An error about the field ``name`` of this row."""
         return dataset_error(f"{self}, field '{name}': {problem}", fix)
 
     def row_error(self, problem: str, fix: str) -> RecordError:
-        """An error about all of this row."""
         return dataset_error(f"{self}: {problem}", fix)
 
 
@@ -272,18 +254,12 @@ TableRow = tuple[Where, Mapping[str, Any] | RecordError]
 
 
 def csv_rows(path: Path, check_header: Callable[[Sequence[str]], None]) -> Iterator[TableRow]:
-    """Rows of a CSV file (UTF-8, comma separated, the first line names the columns), as strings by column.
-
-    Args:
-        path: the file.
-        check_header: is called with the names of the columns, and raises `RecordError` where they will not do.
-
-    Raises:
-        RecordError: the header will not do, or a row is longer than `MAX_ROW_CHARS`.
-    """
+    """Rows of a CSV file (UTF-8, comma separated, with a header), as strings by column. ``check_header`` gets the
+    column names, and raises `RecordError` if they are unsuitable. Also raises `RecordError` for a row longer than
+    `MAX_ROW_CHARS`."""
     # Python's own limit of 131,072 characters is below that of a base64 image.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_CHARS))
-    # Bytes that are no UTF-8 become lone surrogates, so that one such row does not end the reading.
+    # Invalid UTF-8 becomes lone surrogates, so that one such row does not end the reading.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         lines = _Lines(stream, path)
         reader = csv.DictReader(lines, strict=True)
@@ -322,8 +298,6 @@ def _csv_problem(row: dict[str | Any, Any], where: Where) -> RecordError | None:
 
 
 class _Lines:
-    """Lines of a text file, for the csv module; a row of several lines is bounded, too."""
-
     def __init__(self, stream: TextIO, path: Path) -> None:
         self._stream = stream
         self._path = path
@@ -349,11 +323,8 @@ class _Lines:
 
 
 def jsonl_rows(path: Path) -> Iterator[TableRow]:
-    """Rows of a JSON Lines file: an object a line; empty lines are passed over.
-
-    Raises:
-        RecordError: a line is longer than `MAX_ROW_CHARS` bytes.
-    """
+    """Rows of a JSON Lines file; empty lines are skipped. Raises RecordError for a line longer than `MAX_ROW_CHARS`
+    bytes."""
     with path.open("rb") as stream:
         for number, line in enumerate(iter(lambda: stream.readline(MAX_ROW_CHARS + 1), b""), start=1):
             where = Where(path, f"line {number}")
@@ -379,7 +350,6 @@ MAX_NAME_BYTES: Final = 255
 
 
 def text_field(row: Mapping[str, Any], name: str, where: Where) -> str:
-    """The string `name`, stripped; empty where there is none."""
     value = row.get(name)
     if value is None:
         return ""
@@ -389,16 +359,16 @@ def text_field(row: Mapping[str, Any], name: str, where: Where) -> str:
 
 
 def inside(root: Path, name: str, where: Where, must_exist: bool = True) -> Path:
-    """The file `name` under `root`, refused when it leads out of it."""
+    """The file `name` under `root`. Raises RecordError if it leads out of it."""
     if not name:
         raise where.error("file", "is empty", "name an image file, relative to the folder")
-    # A backslash is a separator on Windows alone; refusing it keeps a dataset portable and its check simple.
+    # A backslash is a separator only on Windows; rejecting it keeps datasets portable and the check simple.
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
         raise where.error(
             "file", f"'{name}' leads out of the folder", "copy the image in; use a path like photos/a.png"
         )
-    # What is longer makes `is_file` raise.
+    # Longer names make `is_file` raise.
     if any(len(part.encode(errors="surrogateescape")) > MAX_NAME_BYTES for part in pure.parts) or len(name) > 2048:
         raise where.error("file", f"'{name[:80]}...' is longer than any path", "shorten the file's name")
     base = root.resolve()
@@ -411,7 +381,6 @@ def inside(root: Path, name: str, where: Where, must_exist: bool = True) -> Path
 
 
 def decode_base64(encoded: str, where: Where) -> bytes:
-    """The image of a field `image`: base64, or a `data:` URI."""
     if encoded.startswith("data:"):
         head, comma, encoded = encoded.partition(",")
         if not comma or not head.endswith(";base64"):
@@ -423,7 +392,7 @@ def decode_base64(encoded: str, where: Where) -> bytes:
 
 
 def iso_time(value: str, where: Where) -> str:
-    """An ISO 8601 time as one in UTC; it is UTC where it names no zone. Empty for empty."""
+    """Convert an ISO 8601 time to UTC, which is also assumed without a zone. Empty stays empty."""
     if not value:
         return ""
     try:
@@ -434,7 +403,6 @@ def iso_time(value: str, where: Where) -> str:
 
 
 def list_field(row: Mapping[str, Any], name: str, where: Where) -> tuple[str, ...]:
-    """The list of strings `name`, or the parts of a string between `;`."""
     value = row.get(name)
     if value is None:
         return ()

@@ -1,8 +1,8 @@
-"""``ratchet publish``: a data set to the topic, row by row, in memory that does not depend on its size.
+"""``ratchet publish``: sends a data set to the topic row by row, in bounded memory.
 
-Rows are numbered from 1 in the order of reading. All up to some number are done (acknowledged, or refused), and that
-number is in a small file from which a later run goes on; at most :data:`MAX_ROWS` behind it are in flight. The file is
-written whenever :data:`SAVE_ROWS` more are done, so after a kill at most these, and what was in flight, are sent again.
+Rows are numbered from 1 in reading order. A small file records the number up to which all rows are done (acknowledged,
+or not valid samples), from which a later run resumes; at most :data:`MAX_ROWS` after it are in flight. It is written
+every :data:`SAVE_ROWS` rows, so after a kill at most these, and what was in flight, are sent again.
 """
 
 from __future__ import annotations
@@ -35,15 +35,14 @@ from streams.store.rows import newest_of_topic
 from streams.store.sample_store import SampleStore
 
 MAX_ROWS: Final = 256
-"""Rows in flight. With `SAVE_ROWS` no more than the sender itself lets wait for acknowledgements (512)."""
+"""Rows in flight. With `SAVE_ROWS` at most the sender's own limit of unacknowledged records (512)."""
 MAX_BYTES: Final = 32 * 2**20
-"""Bytes of the images in flight; one larger image alone is let through."""
+"""Bytes of images in flight; a single larger image is let through."""
 SAVE_ROWS: Final = 256
 PAUSE_SECONDS: Final = 0.5
 MAX_EXAMPLES: Final = 5
 MAX_SHOWN_CHARS: Final = 300
 DELIVERED: Final = 0
-"""Every row was acknowledged (or, in a dry run, would have been sent)."""
 SOME_REFUSED: Final = 3
 ALL_REFUSED: Final = 4
 
@@ -65,23 +64,21 @@ def publish(
     """Send the rows of a data set, and wait until the broker has acknowledged each.
 
     Args:
-        settings: topic, broker and the bounds of samples.
         path: a file, a folder, or a pattern of shards.
-        format: a name of :data:`streams.publish.datasets.FORMATS`; found by itself where it is None.
-        split: only rows of this split, and those of none.
+        format: a name of :data:`streams.publish.datasets.FORMATS`; None: detected.
+        split: only rows of this split, and those without one.
         limit: at most this many rows in this run.
-        source: stands in where a row names none.
-        encoding: how records are written.
-        dry_run: read and check all rows as if to send them; bad rows are counted.
-        skip_bad: count rows that are no valid samples and go on, rather than end with the error of the first.
-        resume: go on behind the rows that an earlier run of the same path, format, split and topic dealt with.
-        rejects: write refused rows to this file, a JSON object a line; a resumed run adds to it.
+        source: for rows that name none.
+        dry_run: read and check all rows without sending them; bad rows are counted.
+        skip_bad: count invalid rows and continue, instead of raising the first one's error.
+        resume: continue after the rows that an earlier run of the same path, format, split and topic finished.
+        rejects: write bad rows to this file as JSON lines; a resumed run appends.
 
     Raises:
-        RecordError: ``path`` is no data set, has no rows, cannot be read any further, or has a bad row and such are not
-            skipped. What was sent before is acknowledged, and a resumed run begins at the bad row.
+        RecordError: ``path`` is not a data set, has no rows, cannot be read further, or has a bad row that is not
+            skipped. Earlier rows are acknowledged, and a resumed run starts at the bad row.
         BrokerError: the broker cannot be reached, or a row was not delivered.
-        ConfigError: the file of progress, or of rejects, cannot be used; or the data set changed since.
+        ConfigError: the progress or rejects file cannot be used, or the data set has changed.
     """
     chosen, kafka = choose(path, format), settings.kafka
     report = PublishReport(kafka.topic, chosen.name, dry_run)
@@ -103,7 +100,6 @@ def publish(
 
 
 def _skip(rows: Iterator[DatasetRow], progress: ProgressFile) -> int:
-    """Pass over what was dealt with; returns how many rows that were."""
     earlier = progress.load()
     passed, place = 0, ""
     with meter("passing over what was delivered") as show:
@@ -120,8 +116,6 @@ def _skip(rows: Iterator[DatasetRow], progress: ProgressFile) -> int:
 
 
 class _Run:
-    """One run over the rows."""
-
     def __init__(
         self, settings: Settings, report: PublishReport, rejects: TextIO | None, source: str | None, skip_bad: bool
     ) -> None:
@@ -133,7 +127,6 @@ class _Run:
         self._lock = threading.Lock()
 
     def check(self, rows: Iterator[DatasetRow]) -> None:
-        """Do everything but send."""
         report, started = self._report, time.monotonic()
         with meter("checking") as show:
             for number, row in enumerate(rows, start=report.before + 1):
@@ -149,7 +142,6 @@ class _Run:
         report.seconds = time.monotonic() - started
 
     def send(self, rows: Iterator[DatasetRow], progress: ProgressFile, encoding: Encoding, resume: bool) -> None:
-        """Send the rows; what is acknowledged is in the file of progress, however this ends."""
         report, settings, started = self._report, self._settings, time.monotonic()
         in_flight = InFlight(report.before)
         producer = connect_producer(settings.kafka, settings.ingest, encoding=encoding, on_delivery=lambda _: None)
@@ -172,7 +164,7 @@ class _Run:
             producer.flush()
             in_flight.wait_empty(producer.delivery_seconds)
         except (RatchetError, KeyboardInterrupt):
-            with suppress(BrokerError):  # the error that ends it is told, not what follows from it
+            with suppress(BrokerError):  # report the original error, not its consequences
                 producer.flush()
                 in_flight.wait_empty(1.0)
             say(f"ended early: {report.progress(started)}; --resume goes on behind them")
@@ -183,7 +175,7 @@ class _Run:
             report.seconds = time.monotonic() - started
 
     def _sample(self, number: int, row: DatasetRow) -> Sample | None:
-        """The sample of a row; None where it is refused and such rows are skipped. Raises RecordError otherwise."""
+        """The sample of a row; None if it is invalid and such rows are skipped. Raises RecordError otherwise."""
         try:
             if isinstance(row.content, RecordError):
                 raise row.content
@@ -191,7 +183,7 @@ class _Run:
         except RecordError as error:
             if self._rejects is not None:
                 told = {"reason": error.reason, "message": error.message, "fix": error.fix}
-                # Names and texts may hold bytes that were no UTF-8; JSON escapes them.
+                # Names and texts may contain bytes that are not UTF-8; JSON escapes them.
                 self._rejects.write(json.dumps({"row": number, "place": row.place, **told}) + "\n")
             if not self._skip_bad:
                 fix = f"{error.fix} Or leave out rows like this: --skip-bad."
@@ -222,7 +214,7 @@ class _Run:
 
 
 def _checked(item: FolderItem, place: str, settings: Settings, source: str | None) -> Sample:
-    """The sample of a row, valid by the rules of ingest. Raises RecordError that names file, row and field."""
+    """The sample of a row, valid by ingest's rules. Raises RecordError naming file, row and field."""
     names = ("text", "question", "answer", "domain", "concept", "label", "tags")
     fields: dict[str, Any] = {name: getattr(item, name) for name in names}
     fields["source"] = item.source or source or ""
@@ -241,28 +233,23 @@ def _checked(item: FolderItem, place: str, settings: Settings, source: str | Non
 
 @dataclass
 class PublishReport:
-    """Counts of rows; a row is one sample, so an image with five captions is five."""
+    """Counts of rows; a row is one sample, so an image with five captions counts as five."""
 
     topic: str
     format: str = ""
-    """Name of the format that was read."""
     dry_run: bool = False
     delivered: int = 0
-    """Rows that the broker acknowledged; in a dry run, rows that it would have been sent."""
+    """Rows acknowledged by the broker; in a dry run, rows that would be sent."""
     size: int = 0
-    """Bytes of the images of these."""
     before: int = 0
-    """Rows that were passed over because an earlier run, which this one resumed, had dealt with them."""
+    """Rows skipped because the resumed run had finished them."""
     seconds: float = 0.0
     partitions: Counter[int] = field(default_factory=Counter)
     last: dict[int, int] = field(default_factory=dict)
-    """The highest offset that was acknowledged, by partition."""
     refused: Counter[str] = field(default_factory=Counter)
-    """Rows that are no valid samples, by reason; they were not sent."""
+    """Invalid rows by reason; they were not sent."""
     examples: list[str] = field(default_factory=list)
-    """The first few messages about refused rows."""
     samples: list[str] = field(default_factory=list)
-    """In a dry run, the first few valid rows."""
 
     @property
     def exit_status(self) -> int:
@@ -272,7 +259,6 @@ class PublishReport:
         return SOME_REFUSED if self.delivered or self.before else ALL_REFUSED
 
     def progress(self, since: float) -> str:
-        """The progress so far, for people; ``since`` is a time of the monotonic clock."""
         refused = f", {self.refused.total()} refused" if self.refused else ""
         return f"{self.delivered} rows, {self.size / 1e6:.1f} MB, {self._speed(time.monotonic() - since)}{refused}"
 
@@ -302,8 +288,6 @@ class PublishReport:
 
 
 def _open_rejects(path: Path | None, append: bool) -> Any:
-    """A context with the file that refused rows are written to, or None. Raises ConfigError when it cannot be
-    written."""
     if path is None:
         return nullcontext()
     try:
@@ -314,10 +298,9 @@ def _open_rejects(path: Path | None, append: bool) -> Any:
 
 
 class InFlight:
-    """Rows that were sent and are not acknowledged, bounded by count and bytes. Thread safe."""
+    """Unacknowledged rows, bounded by count and bytes. Thread safe."""
 
     def __init__(self, done: int = 0) -> None:
-        """``done`` rows were dealt with before."""
         self._change = threading.Condition()
         self._sizes: dict[int, int] = {}
         self._bytes = 0
@@ -325,7 +308,7 @@ class InFlight:
         self._last = done
 
     def add(self, number: int, size: int) -> None:
-        """Take a row in, in the order of numbers; waits for room. Raises what a delivery failed with."""
+        """Add the next row; waits for room. Raises the error of a failed delivery."""
         with self._change:
             self._change.wait_for(lambda: self._has_room(size) or self._failed is not None)
             if self._failed is not None:
@@ -335,24 +318,22 @@ class InFlight:
             self._last = number
 
     def pass_over(self, number: int) -> None:
-        """A row that is not sent."""
         with self._change:
             self._last = number
 
     def acknowledged(self, number: int) -> None:
-        """The broker has a row."""
         with self._change:
             self._bytes -= self._sizes.pop(number)
             self._change.notify()
 
     def failed(self, error: BaseException) -> None:
-        """A row was not delivered. It stays in the window, so that neither it nor what follows counts as done."""
+        """Record a failed delivery. The row stays in the window, so that neither it nor later rows count as done."""
         with self._change:
             self._failed = self._failed or error
             self._change.notify()
 
     def wait_empty(self, seconds: float) -> None:
-        """Wait until every row is acknowledged. Raises what a delivery failed with; BrokerError after ``seconds``."""
+        """Wait until all rows are acknowledged. Raises a delivery's error, or BrokerError after ``seconds``."""
         with self._change:
             in_time = self._change.wait_for(lambda: not self._sizes or self._failed is not None, seconds)
             if self._failed is not None:
@@ -362,9 +343,9 @@ class InFlight:
 
     @property
     def done(self) -> int:
-        """All rows up to this number are acknowledged or refused."""
+        """All rows up to this number are acknowledged or invalid."""
         with self._change:
-            return next(iter(self._sizes), self._last + 1) - 1  # in the order of numbers
+            return next(iter(self._sizes), self._last + 1) - 1  # rows are in the order of their numbers
 
     def _has_room(self, size: int) -> bool:
         return not self._sizes or (len(self._sizes) < MAX_ROWS and self._bytes + size <= MAX_BYTES)
@@ -372,20 +353,17 @@ class InFlight:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The content of the file."""
-
     path: str
     format: str
     topic: str
     split: str
     done: int = 0
-    """Rows that need not be sent again."""
     place: str = ""
-    """File and row of the last of these; another one there means that the data set has changed."""
+    """File and row of the last of these; a different one there means that the data set has changed."""
 
 
 class ProgressFile:
-    """The file of one data set, format, split, topic and broker, written atomically. Not thread safe."""
+    """The progress of one data set, format, split, topic and broker, written atomically. Not thread safe."""
 
     def __init__(self, home: Path, path: str, format: str, topic: str, split: str, bootstrap: str) -> None:
         self._empty = Progress(path, format, topic, split)
@@ -395,7 +373,7 @@ class ProgressFile:
         self._saved = 0
 
     def load(self) -> Progress:
-        """The progress of an earlier run; nothing done where there is none. Raises ConfigError for a damaged file."""
+        """The progress of an earlier run, or zero. Raises ConfigError for a damaged file."""
         try:
             progress = Progress(**json.loads(self.file.read_bytes()))
             if not isinstance(progress.done, int) or progress.done < 0:
@@ -409,11 +387,10 @@ class ProgressFile:
         return progress
 
     def note(self, number: int, place: str) -> None:
-        """Remember where a row is from until it is done."""
         self._places[number] = place
 
     def save(self, done: int, every: int = SAVE_ROWS) -> None:
-        """Write how far it is, if that is ``every`` rows further than the file says."""
+        """Save the progress if it is at least ``every`` rows ahead of the file."""
         if done - self._saved < every or done not in self._places:
             return
         content = {**asdict(self._empty), "done": done, "place": self._places[done]}
@@ -422,7 +399,6 @@ class ProgressFile:
         self._places = {number: place for number, place in self._places.items() if number >= done}
 
     def reset(self) -> None:
-        """Forget an earlier run."""
         self._saved = 0
         self._change(lambda: self.file.unlink(missing_ok=True))
 
@@ -435,15 +411,9 @@ class ProgressFile:
 
 
 def wait_until_stored(settings: Settings, last: Mapping[int, int], seconds: float) -> None:
-    """Return when ingest has stored, or refused, everything up to these offsets.
-
-    Args:
-        last: by partition of ``kafka.topic``.
-
-    Raises:
-        StoreUnavailable: it has not within so many seconds.
-        BrokerError, StoreError: the topic or the store cannot be read.
-    """
+    """Wait until ingest has stored or quarantined everything up to offsets of ``kafka.topic``, by partition. Raises
+    StoreUnavailable if it has not done so within ``seconds``; BrokerError or StoreError if the topic or the store
+    cannot be read."""
     topic = settings.kafka.topic
     with closing(Admin(settings.kafka)) as admin:
         topic_id = admin.topic_id(topic)
@@ -460,7 +430,7 @@ def wait_until_stored(settings: Settings, last: Mapping[int, int], seconds: floa
 
 
 def _behind(store: SampleStore, topic: str, topic_id: str | None, last: Mapping[int, int]) -> int:
-    """Records up to the offsets that were not read yet, counted from the beginning where nothing was."""
+    """Unread records up to the offsets, counted from 0 for partitions that were never read."""
     newest = newest_of_topic(store.positions().values(), topic)
     read = {number: each.next for number, each in newest.items() if each.topic_id == topic_id}
     return sum(max(0, offset + 1 - read.get(number, 0)) for number, offset in last.items())

@@ -1,1 +1,1 @@
-"""A record on the wire: its formats, its schema registry, and the pictures that it names by URI."""
+"""Records on the wire: formats, schema registry, and images referenced by URI."""

@@ -1,19 +1,16 @@
-"""Reads records as Kafka carries them.
+"""Decoding of records as Kafka carries them. The encoding is detected per record, so a topic may mix them: the four
+that :mod:`ratchet_client.encoding` writes, structured CloudEvents with the image in `data_base64` and fields in
+extension attributes, binary ones with the JSON record as value, and
 
-Encodings are told apart by the record itself, so that a topic may mix them. Four are those that
-:mod:`ratchet_client.encoding` writes. A structured CloudEvent may also hold the image in `data_base64` and fields in
-extension attributes, and a binary one the JSON record as its value, as content-type says. Two more are read:
-
-    Confluent            a zero byte, a schema id and Avro, Protobuf or JSON (:mod:`streams.records.registry`)
+    Confluent            a zero byte, a schema ID and Avro, Protobuf or JSON (:mod:`streams.records.registry`)
     Kafka Connect        {"schema": ..., "payload": <the record as JSON>}, as its JsonConverter writes it
 
-Where a field comes twice, a ``ratchet_`` header counts more than the record, and the record more than the attributes of
-its event; of headers with one name, the last counts. A null is a field that is not there. Fields that are not known go
-into ``extra``.
+If a field occurs more than once, a ``ratchet_`` header overrides the record, and the record its event's attributes; of
+headers with one name, the last counts. A null means that the field is absent. Unknown fields go into ``extra``.
 
 CloudEvents 1.0 (https://github.com/cloudevents/spec, Kafka protocol binding 1.0) are not read with the official SDK
-(``cloudevents`` 2): on hostile input it raises errors of many types, and it sets an ``id`` and a ``time`` where an
-event has none.
+(``cloudevents`` 2): on hostile input it raises many types of errors, and it adds an ``id`` and a ``time`` to events
+without one.
 """
 
 from __future__ import annotations
@@ -38,10 +35,10 @@ if TYPE_CHECKING:
 
 Fetch = Callable[[str], bytes]
 
-#: Room for everything in a record but its image: texts, unknown fields, envelopes with their schemas.
+#: Room for everything in a record except its image: texts, unknown fields, envelopes with their schemas.
 FIELDS_BYTES: Final = 512 * 1024
 _KNOWN: Final = frozenset({*METADATA, "image", "image_digest", "image_uri", "schema"})
-#: Names of the headers that the quarantine topic adds (:mod:`streams.ingest.quarantine`), without their prefix.
+#: Headers that the quarantine topic adds (:mod:`streams.ingest.quarantine`), without their prefix.
 _QUARANTINE: Final = frozenset(
     {"reason", "detail", "topic", "partition", "offset", "refused_at", "claim_check", "null_headers"}
 )
@@ -55,18 +52,17 @@ def decode(
     fetch: Fetch | None = None,
     registry: SchemaRegistry | None = None,
 ) -> Sample:
-    """Read a record in any of the encodings. Any bytes end as a sample or one of the errors below.
+    """Decode a record in any encoding. Any bytes yield a sample or one of the errors below.
 
     Args:
-        value: the record's value.
-        headers: its headers; names are compared without case.
-        max_image_bytes: a larger image is an error before it is decoded from base64.
-        fetch: gets the bytes of an ``image_uri``; without it such records are errors.
-        registry: has the schemas of records in Confluent's wire format; without it such records are errors.
+        headers: names are compared without case.
+        max_image_bytes: larger images are rejected before base64 decoding.
+        fetch: fetches an ``image_uri``; without it such records are errors.
+        registry: schemas of Confluent's wire format; without it such records are errors.
 
     Raises:
         RecordError: ``reason`` is one of :data:`ratchet_client.records.REASONS`.
-        RegistryUnavailable: the registry is away, so the record could not be read: try it again.
+        RegistryUnavailable: the registry is unreachable; try the record again.
     """
     if not value:
         raise RecordError("empty", "the record has no value.", "Send an image or a JSON object.")
@@ -90,10 +86,8 @@ def decode(
 def glimpse(
     value: bytes | None, headers: Iterable[tuple[str, bytes | None]] = (), *, max_image_bytes: int = MAX_BYTES
 ) -> tuple[bytes | None, dict[str, str]]:
-    """The image, if there is one, and the texts of a record that may be invalid.
-
-    Never raises; for showing quarantined records to people. The image may be broken, or none at all.
-    """
+    """The image, if any, and the texts of a record that may be invalid, for showing quarantined records. Never raises.
+    The image may be broken."""
     fields: dict[str, Any] = {}
     image: bytes | None = None
     for name, text in headers:
@@ -112,7 +106,7 @@ def glimpse(
 
 
 def _read_headers(headers: Iterable[tuple[str, bytes | None]]) -> tuple[str, dict[str, str], dict[str, str]]:
-    """Content type, attributes of a CloudEvent and fields. Headers of other systems are passed over, and nulls."""
+    """Content type, CloudEvent attributes and fields. Nulls and headers of other systems are skipped."""
     content_type = ""
     event: dict[str, str] = {}
     ours: dict[str, str] = {}
@@ -128,7 +122,7 @@ def _read_headers(headers: Iterable[tuple[str, bytes | None]]) -> tuple[str, dic
             event[lower[3:]] = text
         elif lower.startswith(PREFIX):
             rest = lower[len(PREFIX) :]
-            if rest != "replaces":  # which says what to do with the record, and is no field of it
+            if rest != "replaces":  # an instruction about the record, not a field of it
                 ours[rest if rest in _KNOWN else name[len(PREFIX) :]] = text
         else:
             content_type = text.strip().lower()
@@ -136,7 +130,7 @@ def _read_headers(headers: Iterable[tuple[str, bytes | None]]) -> tuple[str, dic
 
 
 def _without_quarantine(ours: dict[str, str]) -> dict[str, str]:
-    """Without the headers of a record that was taken from the quarantine topic and sent again as it is."""
+    """Drop the headers of a record that was read from the quarantine topic and sent again unchanged."""
     for name in ("image", "image_uri"):
         if name in ours:
             raise RecordError("headers", f"header {PREFIX}{name}: a header has no room for it.", "Put it in the value.")
@@ -146,7 +140,7 @@ def _without_quarantine(ours: dict[str, str]) -> dict[str, str]:
 
 
 def _merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a record out of several sources, of which the later count more; unknown ones under ``extra``."""
+    """Merge a record's fields; later layers override earlier ones, and unknown fields go under ``extra``."""
     known: dict[str, Any] = {}
     extra: dict[str, Any] = {}
     for layer in layers:
@@ -161,7 +155,6 @@ def _merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _opened(value: Any) -> Any:
-    """The object of a field ``extra``, which a header has as JSON text."""
     if isinstance(value, str):
         with suppress(ValueError, RecursionError):
             return json.loads(value)
@@ -179,7 +172,7 @@ def _read_confluent(value: bytes, registry: SchemaRegistry | None) -> dict[str, 
 
 
 def _open_connect(record: dict[str, Any]) -> dict[str, Any]:
-    """The payload of Kafka Connect's envelope; any other record as it is."""
+    """The payload of Kafka Connect's envelope; other records unchanged."""
     if record.keys() != {"schema", "payload"} or not isinstance(record["schema"], (dict, type(None))):
         return record
     payload = record["payload"]
@@ -232,7 +225,7 @@ def _make(fields: dict[str, Any], max_image_bytes: int, fetch: Fetch | None) -> 
 
 
 def _base64_chars(size: int) -> int:
-    """Length of ``size`` bytes in base64, with room for a line break every 76 characters."""
+    """Base64 length of ``size`` bytes, with room for a line break every 76 characters."""
     return 4 * (size + 3) // 3 + size // 16 + 4
 
 
@@ -254,16 +247,13 @@ def _from_base64(text: Any, max_bytes: int) -> bytes:
 
 
 _REQUIRED_ATTRIBUTES: Final = ("specversion", "type", "source", "id")
-#: Attributes of the envelope that say nothing about the sample. ``source``, ``time`` and ``subject`` do.
+#: Envelope attributes that say nothing about the sample, unlike ``source``, ``time`` and ``subject``.
 _ENVELOPE: Final = frozenset({"specversion", "type", "id", "datacontenttype", "dataschema", "data", "data_base64"})
 
 
 def _read_attributes(event: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields from the attributes of an event: ``source``, ``time``, ``subject`` and every extension, known or not.
-
-    Raises:
-        RecordError: ``schema``: a required attribute is missing, or the event is of another type.
-    """
+    """Fields from an event's attributes: ``source``, ``time``, ``subject`` and every extension. Raises RecordError
+    ``schema`` if a required attribute is missing, or the event is of another type."""
     for name in _REQUIRED_ATTRIBUTES:
         if not event.get(name):
             raise RecordError("schema", f"the CloudEvent has no `{name}`.", "It is required by CloudEvents.")
@@ -279,10 +269,7 @@ def _read_attributes(event: Mapping[str, Any]) -> dict[str, Any]:
 
 def _open_structured(event: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields from the attributes, and the record in ``data`` (or the image in ``data_base64``) of a structured event.
-
-    Raises:
-        RecordError: ``schema``.
-    """
+    Raises RecordError ``schema``."""
     fields = _read_attributes(event)
     if "data_base64" in event:
         return fields, {"image": event["data_base64"]}
@@ -294,16 +281,12 @@ def _open_structured(event: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     return fields, data
 
 
-#: Digests of images, as OCI descriptors write them: ``sha256:<hex>``.
+#: Image digests in the form of OCI descriptors: ``sha256:<hex>``.
 _DIGEST_FORMS: Final = {"sha256": re.compile("[0-9a-f]{64}"), "sha512": re.compile("[0-9a-f]{128}")}
 
 
 def _parse_digest(text: object) -> tuple[str, str]:
-    """Algorithm and lower-case hex digits of a digest.
-
-    Raises:
-        RecordError: ``schema``, it is none that is known.
-    """
+    """Algorithm and lower-case hex digits of a digest. Raises RecordError ``schema`` if it is unknown."""
     algorithm, _, digits = text.lower().partition(":") if isinstance(text, str) else ("", "", "")
     form = _DIGEST_FORMS.get(algorithm)
     if form is None or not form.fullmatch(digits):

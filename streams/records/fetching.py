@@ -1,10 +1,10 @@
-"""Images by URL, for ingest and for serving: the one way in which Ratchet fetches what somebody else named.
+"""Fetching of images by URL, for ingest and serving: the only code that fetches URLs from outside.
 
-Every hop, redirects included, goes through the same checks: the address is in the operator's list
-(:mod:`core.addresses`); its name is looked up once; every address that it has is public or in a named network
-(:func:`is_allowed`); and the connection goes to those very addresses, so that a second look-up cannot lead elsewhere.
-``Host``, SNI and the certificate stay with the name. Proxies and credentials from the environment are not used. Bytes
-are counted while they come, one deadline holds for all hops, and a compressed body is refused.
+Every hop, redirects included, is checked: the URL is in the operator's list (:mod:`core.addresses`), its name is
+resolved once, and every address is public or in an allowed network (:func:`is_allowed`). The connection goes to those
+addresses, so that a second look-up cannot lead elsewhere. ``Host``, SNI and the certificate keep the name. Proxies and
+credentials from the environment are not used. Bytes are counted as they arrive, one deadline covers all hops, and
+compressed bodies are rejected.
 
 >>> rules = Rules(places=["cdn.example.org"], networks=[], max_bytes=8 << 20, seconds=5.0)
 >>> data = await Fetcher(rules).fetch("https://cdn.example.org/bus.png")
@@ -34,50 +34,41 @@ log = logging.getLogger(__name__)
 MAX_URL_CHARS = 2048
 MAX_REDIRECTS = 4
 MAX_ADDRESSES = 4
-"""Addresses of one name that are tried, in the resolver's order."""
 REDIRECTS = (301, 302, 303, 307, 308)
 OPAQUE = ("application/octet-stream", "binary/octet-stream")
-"""The type that object stores give to a file without one."""
 FAILURES = (
     httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, httpcore.UnsupportedProtocol, OSError,
 )  # fmt: skip
 
 RETRIED_STATUSES = frozenset({408, 425, 429, *range(500, 600)})
-"""Answers that another try may change (RFC 9110, RFC 6585, RFC 8470)."""
+"""Statuses worth a retry (RFC 9110, RFC 6585, RFC 8470)."""
 
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Bounds of fetching."""
-
     places: Sequence[str]
-    """Entries as in :mod:`core.addresses`; none: nothing is fetched."""
+    """Entries as in :mod:`core.addresses`; without any, nothing is fetched."""
     networks: Sequence[str]
-    """Networks that are allowed although they are not public."""
+    """Networks allowed although they are not public."""
     max_bytes: int
-    """Largest image."""
     seconds: float
-    """Longest time for one image, redirects included."""
+    """Per image, redirects included."""
     connections: int = 16
-    """Images fetched at once; more wait."""
     stall_seconds: float | None = None
-    """Longest time for a connection, or without a byte; half of ``seconds`` where it is None."""
+    """Longest time for a connection, or without a byte; None: half of ``seconds``."""
     rules_setting: str = "serve.image_hosts"
     networks_setting: str = "serve.image_networks"
-    """Names of these two in the settings, for messages."""
 
 
 class ByteBudget:
-    """Bytes that several fetches may spend together."""
-
     def __init__(self, size: int) -> None:
         self.size = size
         self.left = size
 
     def spend(self, count: int) -> None:
-        """Raises RecordError ``image_too_large`` when it is empty."""
+        """Raises RecordError ``image_too_large`` when the budget is used up."""
         self.left -= count
         if self.left < 0:
             raise RecordError(
@@ -89,9 +80,8 @@ class Fetcher:
     """Fetches within :class:`Rules`.
 
     Args:
-        rules: what may be fetched.
-        resolve: addresses of a host and port; the system's resolver by default.
-        trust: certificates that count; those of the system and of certifi by default.
+        resolve: addresses of a host and port; default: the system's resolver.
+        trust: trusted certificates; default: those of the system and of certifi.
     """
 
     def __init__(self, rules: Rules, resolve: Resolver | None = None, trust: ssl.SSLContext | None = None) -> None:
@@ -103,16 +93,9 @@ class Fetcher:
         self._seats = asyncio.Semaphore(rules.connections)
 
     async def fetch(self, url: str, budget: ByteBudget | None = None) -> bytes:
-        """The bytes of an image.
-
-        Args:
-            url: http or https, without credentials.
-            budget: what it may spend together with other fetches.
-
-        Raises:
-            RecordError: ``uri_not_allowed``, ``uri_unreachable`` (a TransientFetchError where another try may help),
-                ``image_too_large`` or ``image_format``.
-        """
+        """Fetch an image by http or https, without credentials. Several fetches may share a ``budget``. Raises
+        RecordError: ``uri_not_allowed``, ``uri_unreachable`` (a TransientFetchError if a retry may help),
+        ``image_too_large`` or ``image_format``."""
         async with self._seats:
             try:
                 async with asyncio.timeout(self.rules.seconds):
@@ -121,12 +104,11 @@ class Fetcher:
                 raise TransientFetchError(f"{shown(url)} took longer than {self.rules.seconds:g} s.") from None
 
     def origin(self, url: str) -> str:
-        """Host and port of a URL. Raises RecordError ``uri_not_allowed`` where it is none that may be fetched."""
+        """Host and port of a URL. Raises RecordError ``uri_not_allowed`` if it may not be fetched."""
         checked = self._checked(url, None)
         return f"{checked.raw_host.decode('ascii')}:{checked.port or PORTS[checked.scheme]}"
 
     def close(self) -> None:
-        """Let the resolver's threads go."""
         if isinstance(self.resolve, SystemResolver):
             self.resolve.close()
 
@@ -136,7 +118,7 @@ class Fetcher:
             try:
                 answer = await self._hop(here, budget)
             except FAILURES as error:
-                # What the network said may name inner addresses: it is for the log, not for who asked.
+                # The network's message may contain internal addresses: log it, but do not show it to the caller.
                 log.info("%s could not be fetched: %s: %s", shown(str(here)), type(error).__name__, error)
                 broken = isinstance(error, httpcore.ProtocolError)
                 how = f"answers what is not HTTP: {str(error)[:200]}" if broken else "cannot be reached"
@@ -165,7 +147,6 @@ class Fetcher:
         return url
 
     async def _hop(self, url: httpx.URL, budget: ByteBudget) -> bytes | str:
-        """The image, or where to look instead."""
         port = url.port or PORTS[url.scheme]
         pinned = PinnedBackend(await self._addresses(url, port))
         target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=port, target=url.raw_path)
@@ -173,7 +154,7 @@ class Fetcher:
             ("Host", url.netloc.decode("ascii")), ("User-Agent", "ratchet"), ("Accept", "image/*"),
             ("Accept-Encoding", "identity"), ("Connection", "close"),
         ]  # fmt: skip
-        # A share of the time for each step, so that the second address of a name gets its try.
+        # Each step gets a share of the time, so that a name's second address is tried too.
         stall = self.rules.stall_seconds or self.rules.seconds / 2
         steps = dict.fromkeys(("connect", "read", "write", "pool"), stall)
         async with (
@@ -195,7 +176,6 @@ class Fetcher:
             return bytes(data)
 
     def _check_head(self, url: httpx.URL, status: int, head: dict[bytes, str]) -> None:
-        """Refuses an answer whose head says that it is not an image, or too large."""
         if status in RETRIED_STATUSES:
             retry_after = parse_retry_after(head.get(b"retry-after", ""))
             raise TransientFetchError(f"{shown(str(url))} answers {status}.", retry_after)
@@ -217,7 +197,7 @@ class Fetcher:
         if not addresses:
             raise _unreachable(f"{host} has no address.")
         refused = [address for address in addresses if not is_allowed(address, self.networks)]
-        if refused:  # also when others are public: a name with both leads inside on purpose, or by mistake
+        if refused:  # even if others are public: such a name leads inside on purpose, or by mistake
             log.warning("%s was not fetched: %s has the address %s", shown(str(url)), host, refused[0])
             raise self._not_allowed(
                 f"{host} has an address that is not public.",
@@ -236,30 +216,24 @@ class Fetcher:
 
 
 class SystemResolver:
-    """The machine's own resolver, in threads of its own: one that hangs holds up neither decoding nor the end."""
+    """The system's resolver, in its own threads: one that hangs delays neither decoding nor shutdown."""
 
     def __init__(self, threads: int) -> None:
         self._threads = ThreadPoolExecutor(threads, "resolve")
 
     async def __call__(self, host: str, port: int) -> list[str]:
-        """Addresses in the order in which they should be tried. Raises OSError."""
         look_up = asyncio.get_running_loop().run_in_executor(
             self._threads, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         )
         return [str(each[4][0]) for each in await look_up]
 
     def close(self) -> None:
-        """End the threads when their look-ups end."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class TransientFetchError(RecordError):
-    """An image could not be fetched now, and perhaps can be later. ``reason`` is ``uri_unreachable``.
-
-    Args:
-        message: what happened.
-        retry_after: seconds that the server asked to wait.
-    """
+    """A failure to fetch an image that may be temporary. ``reason`` is ``uri_unreachable``; ``retry_after`` is in
+    seconds, as the server asked."""
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__("uri_unreachable", message, "Check the address, or send the image itself.")
@@ -267,7 +241,7 @@ class TransientFetchError(RecordError):
 
 
 def parse_retry_after(text: str, now: datetime | None = None) -> float | None:
-    """Seconds of a ``Retry-After`` header (a number or an HTTP date); None where it is neither."""
+    """Seconds of a ``Retry-After`` header (a number or an HTTP date); None if it is neither."""
     text = text.strip()
     if text.isascii() and text.isdigit():
         return float(text[:9])
@@ -280,7 +254,7 @@ def parse_retry_after(text: str, now: datetime | None = None) -> float | None:
 
 
 def shown(url: str) -> str:
-    """A URL for messages and logs: without its query, which often is a key, and without credentials."""
+    """A URL for messages and logs: without its query, which is often a key, and without credentials."""
     bare = url.partition("?")[0].partition("#")[0]
     scheme, slashes, rest = bare.partition("://")
     host, slash, path = rest.partition("/")
@@ -288,8 +262,7 @@ def shown(url: str) -> str:
 
 
 def _may_pass(error: Exception) -> bool:
-    """True if a failure of the network is one that another try may not meet."""
-    if isinstance(error, httpcore.RemoteProtocolError):  # httpcore and h11 call a connection that broke by that, too
+    if isinstance(error, httpcore.RemoteProtocolError):  # httpcore and h11 also report broken connections as this
         return str(error).startswith(("Server disconnected", "peer closed connection"))
     if isinstance(error, socket.gaierror):
         return error.errno == socket.EAI_AGAIN
@@ -301,9 +274,9 @@ def _unreachable(message: str) -> RecordError:
     return RecordError("uri_unreachable", message, "Check the address, or send the image itself.")
 
 
-# Public unicast addresses are allowed; loopback, private, link-local (cloud metadata), multicast, reserved and
-# documentation addresses are not, and neither are those that carry an IPv4 address inside (mapped, 6to4, Teredo,
-# NAT64): a gateway would take the connection on to that one. An operator can name networks that are allowed as well.
+# Public unicast addresses are allowed. Loopback, private, link-local (cloud metadata), multicast, reserved and
+# documentation addresses are not, nor are those that embed an IPv4 address (mapped, 6to4, Teredo, NAT64), to which a
+# gateway would forward the connection. An operator can allow further networks.
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -313,21 +286,18 @@ _TRANSITION = (*_NAT64, ipaddress.IPv6Network("::ffff:0:0/96"), ipaddress.IPv6Ne
                ipaddress.IPv6Network("2001::/32"))  # fmt: skip
 _SPECIAL: tuple[Network, ...] = (
     ipaddress.IPv4Network("192.88.99.0/24"),  # 6to4 relays
-    ipaddress.IPv4Network("168.63.129.16/32"),  # a public address, but Azure's machines reach their host's agent there
+    ipaddress.IPv4Network("168.63.129.16/32"),  # public, but Azure's machines reach their host's agent there
     ipaddress.IPv6Network("3fff::/20"),  # documentation; newer than Python's own list
 )
 
 
 def networks_of(texts: Sequence[str]) -> list[Network]:
-    """Networks as an operator writes them. Raises ValueError."""
     return [ipaddress.ip_network(text) for text in texts]
 
 
 def is_allowed(address: str, networks: Sequence[Network] = ()) -> bool:
-    """True if ``address`` is public, or in one of ``networks``.
-
-    An IPv4 address inside of an IPv6 one has to be allowed too: naming NAT64's prefix opens no private address.
-    """
+    """True if ``address`` is public, or in one of ``networks``. An embedded IPv4 address must be allowed too: allowing
+    NAT64's prefix opens no private address."""
     parsed = ipaddress.ip_address(address)
     return all(_is_public(each) or any(each in network for network in networks) for each in _with_embedded(parsed))
 
@@ -351,7 +321,7 @@ def _is_public(address: Address) -> bool:
 
 
 class PinnedBackend(httpcore.AsyncNetworkBackend):
-    """Connects to the first of ``addresses`` that answers, whatever the host is called. For one connection."""
+    """Connects to the first of ``addresses`` that answers, whatever the host name. For one connection."""
 
     def __init__(self, addresses: Sequence[str]) -> None:
         self.addresses = addresses
@@ -365,7 +335,7 @@ class PinnedBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """A connection to one of the addresses. Raises httpcore's ConnectError or ConnectTimeout for the last one."""
+        """Connect to one of the addresses. Raises httpcore's ConnectError or ConnectTimeout for the last one."""
         *others, last = self.addresses
         for address in others:
             try:

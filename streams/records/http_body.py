@@ -1,4 +1,4 @@
-"""Bodies of HTTP responses, read within bounds of size and of time."""
+"""Bodies of HTTP responses, read within bounds of size and time."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import time
 import httpx
 
 UNCOMPRESSED = {"accept-encoding": "identity"}
-"""Headers of a request whose response :func:`bounded_body` reads: the bound is of the bytes that are sent."""
+"""Request headers for responses that :func:`bounded_body` reads: it bounds the bytes as sent."""
 
 
 class BodyTooLarge(ValueError):
-    """A body has more bytes than are read."""
+    """A body exceeds the size limit."""
 
 
 def bounded_body(response: httpx.Response, max_bytes: int, seconds: float) -> bytes:
-    """The body of a streamed response. A timeout of httpx is for each read alone: a server that drips never meets it.
+    """Read the body of a streamed response. httpx's timeouts apply to single reads, so a server that drips would never
+    hit one.
 
     Raises:
         BodyTooLarge: it has more than ``max_bytes``.

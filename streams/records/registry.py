@@ -1,17 +1,15 @@
-"""Records in Confluent's wire format: a zero byte, a schema id (4 bytes, big-endian), then Avro, Protobuf or JSON.
-
+"""Records in Confluent's wire format: a zero byte, a schema ID (4 bytes, big-endian), then Avro, Protobuf or JSON.
 https://docs.confluent.io/platform/current/schema-registry/fundamentals/serdes-develop/index.html#wire-format
 
-The registry is any with Confluent's REST API: Confluent, Redpanda, Karapace, Apicurio (ccompat). Avro and Protobuf are
-read by :mod:`streams.records.registry_formats`, with the extra ``ratchet-server[registry]``. The official client is not
-used: it brings some twenty packages, and lets errors of many libraries through. A JSON value is not validated against
-its JSON Schema: :mod:`ratchet_client.records` checks what a sample must be.
+Works with any registry that has Confluent's REST API: Confluent, Redpanda, Karapace, Apicurio (ccompat). Avro and
+Protobuf need the extra ``ratchet-server[registry]``. The official client is not used: it brings some twenty packages,
+and lets errors of many libraries through. JSON values are not validated against their JSON Schema:
+:mod:`ratchet_client.records` checks samples.
 
 **Outage or quarantine.** A registry that does not answer, or answers with an error of its own, is an outage
-(:class:`~core.errors.RegistryUnavailable`): nothing is known about the record, so ingest waits. An id that the registry
-does not have, a schema that cannot be used, and a value that does not fit it send the record to quarantine (reason
-``schema``). A schema at which the registry fails while it answers is waited for, too, but only for
-:data:`DEADLINE_SECONDS`: then the reason is ``schema_unavailable``.
+(:class:`~core.errors.RegistryUnavailable`), and ingest waits. Unknown IDs, unusable schemas and values that do not fit
+them send the record to quarantine (reason ``schema``). If the registry answers but fails for one schema, ingest waits
+for :data:`DEADLINE_SECONDS`; then the reason is ``schema_unavailable``.
 """
 
 from __future__ import annotations
@@ -30,16 +28,14 @@ from streams.records.registry_client import TIMEOUT_SECONDS, RegistryClient, Sch
 Decoder = Callable[[bytes], dict[str, Any]]
 
 MAX_SCHEMAS: Final = 512
-"""Schemas whose decoders, and failures, are kept."""
 REFUSED_SECONDS: Final = 30.0
-"""Time for which a schema that is not there, or not usable, is not asked for again: it may be registered late."""
+"""Time before a missing or unusable schema is requested again: it may be registered late."""
 AWAY_SECONDS: Final = 1.0
-"""Time for which a registry that was away is not asked again: threads do not all wait for its timeouts in turn."""
+"""Time before an unreachable registry is asked again: threads do not wait for its timeouts one by one."""
 DEADLINE_SECONDS: Final = 600.0
-"""A schema holds up its partition for so long while the registry answers, but not with it: longer than a restart or a
-deployment of the registry takes."""
+"""Longest wait for a schema while the registry answers: longer than a restart or deployment of the registry takes."""
 FORGET_SECONDS: Final = 120.0
-"""A failure after so long without one is the first: the consumer tries again every ten seconds at the latest."""
+"""A failure after this time without one counts as the first: the consumer retries at least every ten seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +52,8 @@ class SchemaRegistry:
     """
 
     def __init__(self, url: str, auth: str | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-        """Nothing is asked before the first record. ``auth``: ``user:password``.
-
-        Raises:
-            ConfigError: the extra ``registry`` is not installed.
-        """
+        """Sends no request before the first record. ``auth``: ``user:password``. Raises ConfigError if the extra
+        ``registry`` is not installed."""
         try:
             import fastavro  # noqa: F401
             import google.protobuf  # noqa: F401
@@ -72,24 +65,18 @@ class SchemaRegistry:
         self.client = RegistryClient(url, auth, timeout_seconds=timeout_seconds)
         self._decoders: dict[int, Decoder | _Refusal] = {}
         self._failing: dict[int, tuple[float, float]] = {}
-        """When a schema failed first and last, by its id."""
         self._away: tuple[RegistryUnavailable, float] | None = None
         self._making = threading.Lock()
 
     @classmethod
     def of(cls, kafka: Kafka) -> SchemaRegistry | None:
-        """The registry of the settings, or None where none is set."""
         auth = kafka.schema_registry_auth
         return cls(kafka.schema_registry, auth.get_secret_value() if auth else None) if kafka.schema_registry else None
 
     def read(self, value: bytes) -> dict[str, Any]:
-        """Fields of a record; ``image`` may be bytes, or base64 text as in JSON.
-
-        Raises:
-            RecordError: ``schema``; of a JSON value ``not_json``; ``schema_unavailable``: the registry has failed at
-                the schema for too long.
-            RegistryUnavailable: the registry is away.
-        """
+        """Decode a record's fields; ``image`` may be bytes, or base64 text as in JSON. Raises RecordError with the
+        reason ``schema``, ``not_json`` for a JSON value, or ``schema_unavailable`` if the registry has failed for this
+        schema for too long; RegistryUnavailable if it is unreachable."""
         if len(value) < 6 or value[0] != 0:
             raise RecordError(
                 "schema", "the value ends before its schema id does.", "Send Confluent's wire format, or JSON."
@@ -97,13 +84,12 @@ class SchemaRegistry:
         return self._decoder(int.from_bytes(value[1:5], "big"))(value[5:])
 
     def close(self) -> None:
-        """Let the connections go."""
         self.client.close()
 
     def _decoder(self, number: int) -> Decoder:
         decoder = self._decoders.get(number)
         if decoder is None or isinstance(decoder, _Refusal):
-            with self._making:  # one thread asks, the others find what it got
+            with self._making:  # one thread asks, the others use its result
                 decoder = self._decoders.get(number)
                 if decoder is None or (isinstance(decoder, _Refusal) and time.monotonic() > decoder.until):
                     if len(self._decoders) >= MAX_SCHEMAS:
@@ -133,7 +119,7 @@ class SchemaRegistry:
         return decoder
 
     def _given_up(self, number: int, error: RegistryUnavailable, now: float) -> bool:
-        """True if the registry has answered, but not with this schema, for the deadline. Counts the failure."""
+        """Count a failure; True if the registry has answered, but not with this schema, for the whole deadline."""
         since, last = self._failing.get(number, (now, now))
         if now - last > FORGET_SECONDS:
             since = now
@@ -144,12 +130,8 @@ class SchemaRegistry:
 
 
 def make_decoder(schema: Schema, client: RegistryClient) -> Decoder:
-    """The function that reads values of a schema.
-
-    Raises:
-        RecordError: ``schema``: it, or one that it imports, cannot be used.
-        RegistryUnavailable: an imported schema could not be fetched.
-    """
+    """The decoder for a schema. Raises RecordError ``schema`` if it, or an import, cannot be used; RegistryUnavailable
+    if an import could not be fetched."""
     if schema.kind == "JSON":
         return _read_json
     from streams.records.registry_formats import avro_decoder, protobuf_decoder  # only with the extra

@@ -1,4 +1,4 @@
-"""The REST API of a schema registry: two GET calls, with bounds on time and size."""
+"""Client of a schema registry's REST API: two GET calls with bounds on time and size."""
 
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ SchemaType = Literal["AVRO", "JSON", "PROTOBUF"]
 TIMEOUT_SECONDS: Final = 5.0
 TRIES: Final = 3
 PAUSE_SECONDS: Final = 0.2
-"""Before the second try; twice as long before the third."""
+"""Before the second attempt; twice as long before the third."""
 MAX_RESPONSE_BYTES: Final = 2 * 1024 * 1024
 MAX_ID: Final = 2**31 - 1
-"""Registries count in 32 bits with a sign, and answer a larger id as they do a wrong URL."""
+"""Registries use signed 32-bit IDs, and answer a larger one like a wrong URL."""
 #: The registry's own codes for "no such subject, version or schema": a 404 without one is a wrong URL or a proxy.
 _NOT_FOUND: Final = frozenset({"40401", "40402", "40403"})
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A schema that another one imports under ``name``."""
-
     name: str
     subject: str
     version: int
@@ -37,7 +35,7 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """A schema as the registry has it. ``text`` of Protobuf is a FileDescriptorProto in base64."""
+    """A schema in the registry. ``text`` of Protobuf is a FileDescriptorProto in base64."""
 
     kind: SchemaType
     text: str
@@ -45,10 +43,7 @@ class Schema:
 
 
 class RegistryClient:
-    """GET calls with bounds. Thread safe."""
-
     def __init__(self, url: str, auth: str | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-        """``auth`` is ``user:password``."""
         self.url = url.rstrip("/")
         user, _, password = (auth or "").partition(":")
         accept = {"accept": "application/vnd.schemaregistry.v1+json, application/json"}
@@ -60,12 +55,12 @@ class RegistryClient:
         self._timeout_seconds = timeout_seconds
 
     def by_id(self, number: int) -> Schema:
-        """The schema with an id.
+        """Fetch a schema by its ID.
 
         Raises:
-            RecordError: ``schema``: there is none.
-            RegistryUnavailable: the registry is away.
-            SchemaUnavailable: it answers, but not with this schema.
+            RecordError: ``schema``: it does not exist.
+            RegistryUnavailable: the registry is unreachable.
+            SchemaUnavailable: the registry answers, but not with this schema.
         """
         path = f"/schemas/ids/{number}"
         if number > MAX_ID:
@@ -74,18 +69,17 @@ class RegistryClient:
         return schema if schema.kind != "PROTOBUF" else self._schema(f"{path}?format=serialized")
 
     def by_reference(self, reference: Reference, kind: SchemaType) -> Schema:
-        """A schema that another one of the same ``kind`` imports. Raises like :meth:`by_id`."""
+        """Fetch a schema that another one of the same ``kind`` imports. Raises like :meth:`by_id`."""
         path = f"/subjects/{quote(reference.subject, safe='')}/versions/{reference.version}"
         return self._schema(f"{path}?format=serialized" if kind == "PROTOBUF" else path)
 
     def close(self) -> None:
-        """Let the connections go."""
         self._http.close()
 
     def _schema(self, path: str) -> Schema:
         body = self._get(path)
         try:
-            kind: Any = body.get("schemaType") or "AVRO"  # left out for the first kind that there was
+            kind: Any = body.get("schemaType") or "AVRO"  # absent for Avro, the original type
             if kind not in get_args(SchemaType):
                 raise RecordError(
                     "schema", f"schema {path} is of the kind {str(kind)[:40]!r}.", "Use Avro, Protobuf or JSON."
@@ -115,13 +109,12 @@ class RegistryClient:
         raise AssertionError("unreachable")
 
     def _fetch(self, path: str) -> tuple[int, bytes]:
-        """Status and body."""
         with self._http.stream("GET", f"{self.url}{path}") as response:
             status = response.status_code
             try:
                 return status, bounded_body(response, MAX_RESPONSE_BYTES, self._timeout_seconds)
             except BodyTooLarge as error:
-                if status == 200:  # of this schema only: waiting would not help
+                if status == 200:  # a fault of this schema: waiting would not help
                     raise RecordError("schema", f"schema {path} has {error}.", "Use a smaller one.") from None
                 raise self._failing(path, f"answers with status {status} and {error}") from None
 

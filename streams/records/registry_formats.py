@@ -1,13 +1,12 @@
-"""Avro and Protobuf values of a schema registry.
+"""Decoders of Avro and Protobuf values with schemas from a registry.
 
 **Avro** by fastavro, which trusts schema and value: it follows a recursive schema on the C stack until the process
-dies, and reads an array of items that take no bytes as long as the value says. So only schemas are taken with which the
-work is bounded by the size of the value: not recursive, no empty items, few nodes.
+dies, and reads an array of zero-byte items as long as the value says. So schemas must bound the work by the size of the
+value: not recursive, no empty items, few nodes.
 
-**Protobuf** by Google's runtime, with message types made from the descriptors that the registry has: it gives a schema
-as a serialized FileDescriptorProto when asked for ``format=serialized``, so no ``.proto`` text has to be compiled.
-Values become JSON by Protobuf's own mapping (64-bit integers are text, times RFC 3339), but for ``image``, which stays
-bytes.
+**Protobuf** by Google's runtime, with message types made from the registry's descriptors: ``format=serialized`` returns
+a FileDescriptorProto, so no ``.proto`` text has to be compiled. Values become JSON by Protobuf's own mapping (64-bit
+integers are text, times RFC 3339), except ``image``, which stays bytes.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from core.errors import RecordError, RegistryUnavailable
 from streams.records.registry_client import RegistryClient, Schema
 
 MAX_NODES: Final = 2_000
-"""Types in a schema, counting each use of a named one."""
+"""Types in a schema, counting each use of a named type."""
 MAX_DEPTH: Final = 32
 MAX_REFERENCES: Final = 64
 _NAMED: Final = ("record", "error", "enum", "fixed")
 
 
 def avro_decoder(schema: Schema, client: RegistryClient) -> Callable[[bytes], dict[str, Any]]:
-    """Reads values of a schema: a record, or bytes, which are the image. Raises RecordError, RegistryUnavailable."""
+    """A decoder of records, or of bytes, which are the image. Raises RecordError, RegistryUnavailable."""
     named: dict[str, Any] = {}
     _load_references(schema, client, named, set())
     parsed = _parse(schema.text, named)
@@ -62,7 +61,6 @@ def avro_decoder(schema: Schema, client: RegistryClient) -> Callable[[bytes], di
 
 
 def _load_references(schema: Schema, client: RegistryClient, named: dict[str, Any], loaded: set[str]) -> None:
-    """Parse what a schema imports, innermost first, into ``named``."""
     for reference in schema.references:
         if reference.name in loaded:
             continue
@@ -95,7 +93,7 @@ def _check_depth(node: Any, depth: int = 0) -> None:
 
 
 class _Cost:
-    """Fewest bytes that a value of a type takes, and how many nodes reading it visits."""
+    """The fewest bytes of a type's values, and the nodes visited when reading one."""
 
     def __init__(self, named: dict[str, Any]) -> None:
         self.named = named
@@ -155,9 +153,7 @@ def _misfit(what: str) -> RecordError:
 
 
 MAX_INDEXES: Final = 16
-"""Depth to which the type of a message may be nested in others."""
 MAX_FIELDS_BYTES: Final = 512 * 1024
-"""All fields but the image."""
 _MAIN: Final = "ratchet-registry-schema.proto"
 _GOOGLE: Final = (
     "any", "api", "descriptor", "duration", "empty", "field_mask", "source_context", "struct", "timestamp", "type",
@@ -166,8 +162,8 @@ _GOOGLE: Final = (
 
 
 def _builtins() -> dict[str, descriptor_pb2.FileDescriptorProto]:
-    """Files that every registry knows without a reference: Google's, and Confluent's options on fields, which stay
-    unknown and do no harm."""
+    """Files that every registry knows without a reference: Google's, and Confluent's field options, which stay
+    unknown."""
     known = {"confluent/meta.proto": descriptor_pb2.FileDescriptorProto(name="confluent/meta.proto")}
     for name in _GOOGLE:
         file = descriptor_pb2.FileDescriptorProto()
@@ -180,7 +176,6 @@ BUILTINS: Final = _builtins()
 
 
 def protobuf_decoder(schema: Schema, client: RegistryClient) -> Callable[[bytes], dict[str, Any]]:
-    """Reads values of a schema. Raises RecordError, RegistryUnavailable."""
     try:
         pool = _Pool(client)
         file = pool.add(_MAIN, schema)
@@ -209,10 +204,8 @@ def protobuf_decoder(schema: Schema, client: RegistryClient) -> Callable[[bytes]
 
 
 def read_indexes(value: bytes) -> tuple[tuple[int, ...], int]:
-    """The message of the file that a value is of (a path through nested types), and where the message begins.
-
-    Numbers are zigzag varints: how many there are, then each; one zero stands for the first message of the file.
-    """
+    """The message type of a value, as a path of indexes through nested types, and the offset where the message begins.
+    Numbers are zigzag varints: the count, then each index; a single zero stands for the first message of the file."""
     count, start = _varint(value, 0)
     if count == 0:
         return (0,), start
@@ -258,15 +251,12 @@ def _fields(message: Any) -> dict[str, Any]:
 
 
 class _Pool:
-    """The descriptors of one schema and of all that it imports, apart from those of other schemas."""
-
     def __init__(self, client: RegistryClient) -> None:
         self.pool: Any = DescriptorPool()
         self._client = client
         self._added: set[str] = set()
 
     def add(self, name: str, schema: Schema) -> descriptor_pb2.FileDescriptorProto:
-        """Add a file, after those that it imports, under the name by which it is imported."""
         file = descriptor_pb2.FileDescriptorProto.FromString(base64.b64decode(schema.text, validate=True))
         file.name = name
         references = {each.name: each for each in schema.references}

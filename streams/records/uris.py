@@ -1,13 +1,12 @@
-"""Images that a record names instead of carrying: only from places that the operator listed.
+"""Images that a record references by URI, only from places that the operator listed.
 
-An entry of ``ingest.allowed_uris`` is a folder (``file:///data/photos`` allows the files under it, also after symbolic
-links are followed), a place on the network or a prefix in an object store, both as in :mod:`core.addresses`
-(``https://cdn.example.org/images/`` allows what lies under that path on that host and port, ``s3://bucket/images/`` the
-objects under that prefix). With an empty list nothing is fetched.
+Entries of ``ingest.allowed_uris`` are folders (``file:///data/photos`` allows the files under it, also after symbolic
+links are followed), network locations and object store prefixes, the latter two as in :mod:`core.addresses`
+(``https://cdn.example.org/images/`` allows that path on that host and port). An empty list allows nothing.
 
-Objects are read through fsspec: ``s3://`` with s3fs, ``gs://`` with gcsfs, where these are installed. Endpoint and
-credentials are those of the process (the environment, a profile, the machine's role), so a record can read whatever
-they can within ``ingest.allowed_uris``: list prefixes, not buckets with other things in them.
+Objects are read through fsspec: ``s3://`` with s3fs, ``gs://`` with gcsfs, where installed, with the endpoint and
+credentials of the process. A record can read whatever those can within ``ingest.allowed_uris``: list prefixes, not
+buckets with other data in them.
 """
 
 from __future__ import annotations
@@ -38,24 +37,21 @@ from streams.records.fetching import Fetcher, Rules, TransientFetchError
 
 log = logging.getLogger(__name__)
 FETCHES: Final = 32
-"""Images that a process fetches at once; more wait. Memory: so many times ``ingest.max_image_bytes``, 256 MiB."""
+"""Concurrent fetches per process. Memory: this many times ``ingest.max_image_bytes``, 256 MiB."""
 FETCH_SECONDS: Final = 30.0
-"""For one image, all tries included: a host that hangs gets four, and holds up its partition no longer than that."""
+"""Per image, with all attempts: a host that hangs gets four, and delays its partition no longer than that."""
 PROBE_SECONDS = 5.0
 MAX_HOSTS = 1024
-"""Hosts that are remembered. Where more are named, those with nothing in flight are forgotten."""
+"""Hosts remembered. Beyond that, those with nothing in flight are forgotten."""
 RETRIES = 3
-"""Further tries after a failure that may pass; :data:`FETCH_SECONDS` end them as well."""
 FIRST_PAUSE_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 8.0
 
 
 class UriFetcher:
-    """Fetches images by URI for many threads, on one event loop of its own. Thread safe.
-
-    At most :data:`FETCHES` images are in flight; what may pass (timeouts, broken connections, 408, 425, 429, 5xx)
-    is tried :data:`RETRIES` times more, with growing pauses or those that the server asks for. ``seconds`` bound
-    one image from the beginning of its first try. Hosts that fail do not hold up others
+    """Fetches images by URI for many threads, on its own event loop. Thread safe. Transient failures (timeouts, broken
+    connections, 408, 425, 429, 5xx) are retried :data:`RETRIES` times, with growing pauses or those that the server
+    asks for; ``seconds`` bounds one image from the start of its first attempt. Failing hosts do not delay others
     (:class:`FetchLimits`). Memory: at most ``fetches`` times ``max_image_bytes``.
 
     >>> fetcher = UriFetcher(settings.ingest)
@@ -68,7 +64,7 @@ class UriFetcher:
         self._folders = [text for text in limits.allowed_uris if text.startswith("file:")]
         self._objects = [ObjectRule.parse(text) for text in limits.allowed_uris if is_object(text)]
         self._hosts = [text for text in limits.allowed_uris if not text.startswith("file:") and not is_object(text)]
-        self._stall_seconds = seconds / 4  # so that a try that hangs leaves time for another
+        self._stall_seconds = seconds / 4  # leaves time for another attempt after one that hangs
         self._seats = FetchLimits(fetches, seconds)
         self._reader = _ObjectReader(limits.max_image_bytes, self._stall_seconds, fetches)
         self._fetcher = self._http_fetcher() if self._hosts else None
@@ -76,14 +72,13 @@ class UriFetcher:
         self._closed = False
         self._running = ExitStack()
         self._portal: BlockingPortal | None = None
-        """To the event loop, whose thread starts with the first fetch."""
 
     def fetch(self, uri: str) -> bytes:
-        """The bytes behind ``uri`` (file, http, https, s3 or gs). Waits for them.
+        """Fetch the bytes of ``uri`` (file, http, https, s3 or gs). Blocks.
 
         Raises:
             RecordError: ``uri_not_allowed``, ``uri_unreachable``, ``image_too_large`` or ``image_format``.
-            asyncio.CancelledError: the fetcher was closed meanwhile. No ``Exception``: the record is not to blame.
+            asyncio.CancelledError: the fetcher was closed meanwhile. Not an ``Exception``: the record is not at fault.
         """
         try:
             return self.submit(uri).result()
@@ -91,7 +86,7 @@ class UriFetcher:
             raise asyncio.CancelledError("the fetcher was closed") from None
 
     def submit(self, uri: str) -> Future[bytes]:
-        """Start to fetch; the future has the bytes or :meth:`fetch`'s RecordError. A file is read at once."""
+        """Start a fetch; the future has the bytes or :meth:`fetch`'s RecordError. Files are read immediately."""
         done: Future[bytes] = Future()
         try:
             if uri[:5].lower() == "file:":
@@ -110,11 +105,10 @@ class UriFetcher:
             return done
 
     def close(self) -> None:
-        """Cancel what is in flight, close all connections and end the thread."""
         with self._lock:
             self._closed = True
         if self._portal is not None:
-            with suppress(RuntimeError):  # closed before
+            with suppress(RuntimeError):  # closed already
                 self._portal.call(self._portal.stop, True)
             self._running.close()
         if self._fetcher is not None:
@@ -130,7 +124,6 @@ class UriFetcher:
             return self._portal.start_task_soon(self._retry, origin, attempt)
 
     async def _retry(self, origin: str, attempt: Callable[[], Awaitable[bytes]]) -> bytes:
-        """Try until it is there, cannot come, or the time is over."""
         clock = asyncio.get_running_loop().time
         deadline: float | None = None
         for tries in count(1):
@@ -170,16 +163,8 @@ class UriFetcher:
 
 
 def _read_file(uri: str, folders: Sequence[str], max_bytes: int) -> bytes:
-    """The bytes of a regular file that lies under one of ``folders``, also after symbolic links are followed.
-
-    Args:
-        uri: ``file:///data/photos/a.png``.
-        folders: entries like ``file:///data/photos``.
-        max_bytes: the largest file.
-
-    Raises:
-        RecordError: ``uri_not_allowed``, ``uri_unreachable`` or ``image_too_large``.
-    """
+    """Read a regular file under one of ``folders``, also after symbolic links are followed. Raises RecordError:
+    ``uri_not_allowed``, ``uri_unreachable`` or ``image_too_large``."""
     try:
         if not any(_is_under(uri, folder) for folder in folders):
             raise _not_allowed(uri)
@@ -189,7 +174,6 @@ def _read_file(uri: str, folders: Sequence[str], max_bytes: int) -> bytes:
 
 
 def _not_allowed(uri: str) -> RecordError:
-    """The error of a URI that no entry of the list covers."""
     return RecordError(
         "uri_not_allowed",
         f"image_uri {uri[:200]!r} is under no allowed prefix.",
@@ -207,7 +191,7 @@ def _is_under(uri: str, folder: str) -> bool:
 
 def _read(path: Path, max_bytes: int) -> bytes:
     try:
-        if not path.is_file():  # a device or a pipe would never end
+        if not path.is_file():  # reading a device or a pipe would never end
             raise FileNotFoundError(path)
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
@@ -224,17 +208,12 @@ _PACKAGES = {"s3": 'pip install "ratchet-server[s3]"', "gs": "pip install gcsfs"
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)
 _PERMANENT_ERRNOS = (errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG)
 _PERMANENT_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError")
-"""Of botocore, which must not be imported for other stores."""
+"""Exceptions of botocore, which must not be imported for other stores."""
 
 
 class _ObjectReader:
-    """Reads whole objects of at most ``max_bytes``. For one event loop.
-
-    Args:
-        max_bytes: a larger object is refused by its size, and never read beyond this.
-        stall_seconds: longest time for a connection, or without a byte.
-        connections: most at once.
-    """
+    """Reads whole objects of at most ``max_bytes``. For one event loop. ``stall_seconds`` is the longest time for a
+    connection, or without a byte."""
 
     def __init__(self, max_bytes: int, stall_seconds: float, connections: int) -> None:
         self.max_bytes = max_bytes
@@ -245,12 +224,8 @@ class _ObjectReader:
         self._opening = asyncio.Lock()
 
     async def read(self, place: ObjectRule) -> bytes:
-        """The bytes of an object.
-
-        Raises:
-            RecordError: ``uri_not_allowed`` (the scheme's package is not installed), ``uri_unreachable`` (a
-                TransientFetchError where another try may help) or ``image_too_large``.
-        """
+        """Read an object. Raises RecordError: ``uri_not_allowed`` (the scheme's package is not installed),
+        ``uri_unreachable`` (a TransientFetchError if a retry may help) or ``image_too_large``."""
         uri = f"{place.scheme}://{place.bucket}/{place.key}"
         try:
             store = await self._store(place.scheme)
@@ -258,18 +233,18 @@ class _ObjectReader:
             size = (await store._info(path)).get("size") or 0
             if size > self.max_bytes:
                 raise self._too_large(uri)
-            # The range holds where the object has been replaced by a larger one since its size was read.
+            # The range bounds an object that was replaced by a larger one since its size was read.
             data: bytes = await store._cat_file(path, start=0, end=self.max_bytes + 1) if size else b""
         except (RecordError, TimeoutError):
             raise
-        except Exception as error:  # botocore and aiohttp have trees of their own
+        except Exception as error:  # botocore and aiohttp have their own exception trees
             raise self._explained(uri, error) from error
         if len(data) > self.max_bytes:
             raise self._too_large(uri)
         return data
 
     async def close_at_end(self) -> None:
-        """Close the connections when the loop ends, which cancels this."""
+        """Close the connections when the loop ends and cancels this task."""
         try:
             await asyncio.Event().wait()
         finally:
@@ -285,7 +260,7 @@ class _ObjectReader:
 
     async def _open(self, scheme: str) -> Any:
         options: dict[str, Any] = {"asynchronous": True, "skip_instance_cache": True, "use_listings_cache": False}
-        if scheme == "s3":  # repeated by the caller, within its deadline
+        if scheme == "s3":  # the caller retries, within its deadline
             options["config_kwargs"] = {
                 "connect_timeout": self.stall_seconds,
                 "read_timeout": self.stall_seconds,
@@ -310,7 +285,7 @@ class _ObjectReader:
         return RecordError("image_too_large", f"{uri[:200]!r} has more than {self.max_bytes} bytes.", "Scale it down.")
 
     def _explained(self, uri: str, error: Exception) -> RecordError:
-        # What the store said may name inner addresses and keys: it is for the log, not for who sent the record.
+        # The store's message may contain internal addresses and keys: log it, but do not show it to the sender.
         log.info("%s could not be read: %s: %s", uri, type(error).__name__, error)
         if isinstance(error, FileNotFoundError):
             return _unreachable(f"{uri[:200]!r} is not there.")
@@ -335,15 +310,14 @@ class _Host:
     failed_at: float = 0.0
     probe_at: float = 0.0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set, and replaced by a new one, when a waiter may go on."""
 
 
 class FetchLimits:
-    """Seats for fetches. For one event loop.
+    """Slots for fetches, per host and in total. For one event loop.
 
     Args:
         seats: fetches in flight.
-        down_seconds: a host that has only failed for so long is down.
+        down_seconds: a host that has only failed for this long is down.
     """
 
     def __init__(self, seats: int, down_seconds: float) -> None:
@@ -354,11 +328,8 @@ class FetchLimits:
 
     @asynccontextmanager
     async def seat(self, name: str) -> AsyncIterator[None]:
-        """Wait for a seat of host ``name``, and hold it for the block, whose outcome tells how the host is doing.
-
-        Raises:
-            RecordError: ``uri_unreachable``, the host is down.
-        """
+        """Wait for a slot of host ``name`` and hold it during the block, whose outcome counts for the host. Raises
+        RecordError ``uri_unreachable`` if the host is down."""
         host = self._host(name)
         await self._enter(name, host)
         try:
@@ -368,7 +339,7 @@ class FetchLimits:
         except (TransientFetchError, TimeoutError, asyncio.CancelledError):
             self._failed(host)
             raise
-        except RecordError:  # an error about the record is an answer, too
+        except RecordError:  # the host answered
             self._answered(host)
             raise
         finally:
@@ -402,7 +373,7 @@ class FetchLimits:
     def _is_down(self, host: _Host) -> bool:
         now = time.monotonic()
         long = host.failing_since is not None and now - host.failing_since > self.down_seconds
-        return long and now - host.failed_at <= self.down_seconds  # what failed long ago says nothing about now
+        return long and now - host.failed_at <= self.down_seconds  # an old failure says nothing about now
 
     def _answered(self, host: _Host) -> None:
         host.failing_since = None
@@ -417,11 +388,8 @@ class FetchLimits:
 
 
 def pause_before(retry: int, retry_after: float | None = None) -> float:
-    """Seconds before try ``retry`` (1 for the first repetition).
-
-    Exponential, with half of it random, so that images that failed together do not come back together; at least what
-    the server asked for.
-    """
+    """Seconds to wait before retry ``retry`` (the first is 1). Exponential, with half of it random, so that images that
+    failed together are not retried together; at least what the server asked for."""
     longest = min(FIRST_PAUSE_SECONDS * 2.0 ** (retry - 1), LONGEST_PAUSE_SECONDS)
     pause = longest * random.uniform(0.5, 1.0)  # noqa: S311
     return max(pause, retry_after or 0.0)

@@ -1,1 +1,1 @@
-"""The sample store: tables of Lance, the writer that commits a batch with its position, maintenance and deletion."""
+"""The sample store: Lance tables, the writer that commits a batch with its position, maintenance and deletion."""

@@ -1,4 +1,4 @@
-"""Conditions on rows of the sample store, in Lance's SQL. What comes from outside is written as a literal."""
+"""Conditions on rows of the sample store, in Lance's SQL. Values from outside are always quoted as literals."""
 
 from __future__ import annotations
 
@@ -10,47 +10,39 @@ from typing import Final
 from streams.store.rows import RecordPosition
 
 CONTENT: Final = "kind IN ('sample', 'quarantine')"
-"""The rows that hold what producers sent."""
 SENT: Final = "kind IN ('sample', 'duplicate', 'quarantine')"
-"""The rows that say who sent what: what deletions select."""
+"""Rows with the origin of a record, which deletions select."""
 IDS_PER_QUERY: Final = 500
-"""Values of a column that one condition names."""
 
 
 def quoted(text: str) -> str:
-    """A string literal."""
     return "'" + text.replace("'", "''") + "'"
 
 
 def moment(time: datetime) -> str:
-    """A time as a literal."""
     # Not strftime: it writes the year 1 as "1", which Lance cannot read.
     return f"timestamp '{time.astimezone(UTC).replace(tzinfo=None).isoformat(' ', 'microseconds')}'"
 
 
 def hexadecimal(data: bytes) -> str:
-    """A binary literal."""
     return f"X'{data.hex()}'"
 
 
 def is_in(column: str, literals: Iterable[str]) -> str:
-    """The rows with one of some values in a column; none where there are no values."""
+    """The rows whose column has one of some values; none if there are no values."""
     return f"{column} IN ({values})" if (values := ", ".join(literals)) else "false"
 
 
 def at_offset(stream: str, partition: int, offset: int) -> str:
-    """The rows of one record."""
     return f"topic = {quoted(stream)} AND partition = {int(partition)} AND offset = {int(offset)}"
 
 
 def in_gap(stream: str, partition: int, offset: int) -> str:
-    """The gaps that an offset lies in."""
     place = f"topic = {quoted(stream)} AND partition = {int(partition)}"
     return f"kind = 'gap' AND {place} AND offset <= {int(offset)} AND until > {int(offset)}"
 
 
 def quarantine_condition(reason: str | None = None, source: str | None = None, since: datetime | None = None) -> str:
-    """Quarantined records: for a reason, of a source (empty: of none that is known), since a time."""
     clauses = ["kind = 'quarantine'"]
     if reason is not None:
         clauses.append(f"reason = {quoted(reason)}")
@@ -62,7 +54,6 @@ def quarantine_condition(reason: str | None = None, source: str | None = None, s
 
 
 def at_positions(places: Iterable[RecordPosition]) -> str:
-    """The rows of some records."""
     offsets: dict[tuple[str, int], list[int]] = defaultdict(list)
     for stream, partition, offset in places:
         offsets[stream, partition].append(offset)

@@ -1,25 +1,24 @@
-"""Deleting samples: from the store, its old versions and the quarantine rows; the catalog and replay follow the store.
+"""Deletion of samples from the store, its old versions and the quarantine rows; the catalog and replay follow the
+store. A *selector* names at least one of the following fields; all that it names must match:
 
-A *selector* says what is to be deleted. All that it names has to hold, and it names at least one of
-
-    id        the sample's id, 64 hex digits
-    source    where it is from, as producers state it; also of quarantined records
+    id        the sample's ID, 64 hex digits
+    source    origin, as producers state it; also of quarantined records
     domain, concept, label
     key       the record's key, in hex
     record    topic:partition:offset, also of a quarantined record
     before    only what was ingested before this time (ISO 8601)
-    until     topic:partition:offset: of this partition what lies before the offset, of others what ``before`` says
+    until     topic:partition:offset: in this partition, offsets before it; in others, ``before`` applies
 
-What is selected are records. A sample that several records sent, with keys of their own, stays as long as one of them
-is not selected: it passes to that one, with what it says of the sample.
+Selectors select records. A sample that several records sent, with their own keys, stays while one of them is not
+selected: it passes to that record and takes over its metadata.
 
-A tombstone in the topic (a null value with the record's key, or with the header ``ratchet_id``) is a deletion, too, of
-what came before it. Its selector is a key or an ID, with the bounds that ingest gave it; so one scan finds the rows of
-a thousand tombstones, and which of them a row belongs to is found in memory.
+A tombstone in the topic (a null value with the record's key, or with the header ``ratchet_id``) deletes what came
+before it. Its selector is a key or an ID, with the bounds that ingest gave it, so one scan finds the rows of a thousand
+tombstones and they are matched in memory.
 
-Old versions of objects, which a bucket with versioning keeps, are deleted where the bucket allows it; else the deletion
-is ``held``, and the receipt says what is left and until when. Deletion does not reach the topic itself and the
-quarantine topic (their retention ends it), nor the weights of adapters that learned from it, which the receipt names.
+Old object versions in a bucket with versioning are deleted where the bucket allows it; otherwise the deletion is
+``held``, and the receipt says what remains and until when. Not deleted: the topic and the quarantine topic (their
+retention ends it), and the weights of adapters that learned from a sample, which the receipt names.
 """
 
 from __future__ import annotations
@@ -44,52 +43,42 @@ from streams.store.writer import DELETION, StoreWriter
 
 FIELDS: Final = ("id", "source", "domain", "concept", "label", "key", "record", "before", "until")
 BOUNDS: Final = ("before", "until")
-"""Fields that bound a selection and select nothing alone."""
 TOMBSTONES: Final = "tombstone "
 MAX_CHARS: Final = 4096
-"""Of a field. Keys of records may be long; texts of samples are shorter."""
+"""Per field. Record keys may be long; sample texts are shorter."""
 ROWS_AT_ONCE: Final = 2000
-"""Rows that one commit removes."""
 UPDATES: Final = 10_000
-"""The newest updates that are looked through for what learned from a sample."""
+"""The newest updates searched for adapters that learned from a sample."""
 _COLUMNS: Final = ["kind", "topic", "partition", "offset", "id", "key", "original_key", "ingested_at"]
 _SELECTORS: Final = ({"key", "before", "until"}, {"id", "before", "until"})
 _HEX = re.compile(r"(?:[0-9a-f]{2})+")
 _ID = re.compile(r"[0-9a-f]{64}")
 _NUMBERS: Final = (2**31, 2**63)
-"""Bounds of a partition and of an offset."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """Numbers of rows that a selector selects."""
-
     samples: int
     refusals: int
 
 
 def request_deletion(ledger: Ledger, selector: Mapping[str, str], *, actor: str, reason: str) -> DeletionRow:
-    """Ask for a deletion. Maintenance carries it out.
-
-    Raises:
-        SelectorError: the selector is not one.
-    """
+    """Request a deletion, which maintenance carries out. Raises SelectorError."""
     chosen = {name: value for name, value in selector.items() if value}
     condition(chosen)
     now = datetime.now(UTC)
-    # What comes in later is another matter: without this, a source could never be used again.
+    # Later records are not included: otherwise a source could never be used again.
     chosen.setdefault("before", now.isoformat())
     return ledger.request_deletion(f"deletion-{digest12(digest_json(chosen))}", chosen, actor=actor, reason=reason)
 
 
 def count_selected(store: SampleStore, selector: Mapping[str, str]) -> Selected:
-    """Numbers of samples and refusals that a selector selects now. Raises SelectorError, StoreError."""
     where = condition({name: value for name, value in selector.items() if value})
     return Selected(*(store.count_rows(f"kind = '{kind}' AND {where}") for kind in ("sample", "quarantine")))
 
 
 def condition(selector: Mapping[str, str]) -> str:
-    """A selector in Lance's SQL. Raises SelectorError naming the field that is wrong."""
+    """The selector in Lance's SQL. Raises SelectorError naming the wrong field."""
     if unknown := set(selector) - set(FIELDS):
         name = sorted(unknown)[0]
         raise SelectorError(name, f"a deletion cannot select by `{name}`.", f"Fields: {', '.join(FIELDS)}.")
@@ -104,7 +93,7 @@ def condition(selector: Mapping[str, str]) -> str:
 
 
 def take_tombstones(store: SampleStore, ledger: Ledger) -> int:
-    """Record the tombstones that ingest has stored as deletions. Returns how many were new."""
+    """Record stored tombstones as deletions. Returns the number of new ones."""
     if store.tally()["tombstone"] <= ledger.count_deletions(TOMBSTONES):
         return 0
     known, new = ledger.deletion_ids(TOMBSTONES), 0
@@ -123,21 +112,10 @@ def take_tombstones(store: SampleStore, ledger: Ledger) -> int:
 
 
 def remove(store: SampleStore, ledger: Ledger, deletions: Sequence[DeletionRow]) -> int:
-    """Take what some deletions select out of the newest version of the store. Returns the number of rows.
-
-    To be called again until they are done: records that were validated before a deletion may be stored after it. What
-    the ledger is told follows from the receipts in the store, so a crash in between loses nothing. The tombstones among
-    them cost one scan together.
-
-    Args:
-        store: where they are removed.
-        ledger: is told what was removed.
-        deletions: in the order in which they were requested.
-
-    Raises:
-        SelectorError: a selector is not one.
-        StoreUnavailable: to be tried again.
-    """
+    """Remove the rows that deletions, oldest first, select from the store's newest version. Returns the number of rows.
+    Raises SelectorError or StoreUnavailable. Call it again until they are done: records validated before a deletion may
+    be stored after it. The ledger's entries are derived from receipts in the store, so a crash in between loses
+    nothing. Tombstones share one scan."""
     found = dict(_tombstone_rows(store, [each for each in deletions if is_tombstone(each)]))
     for each in deletions:
         if not is_tombstone(each):
@@ -156,7 +134,7 @@ def remove(store: SampleStore, ledger: Ledger, deletions: Sequence[DeletionRow])
 
 
 def record_receipts(store: SampleStore, ledger: Ledger, deletions: Sequence[str]) -> None:
-    """Tell the ledger what the store has removed for some deletions, by their ids: one scan for all of them."""
+    """Record in the ledger what the store has removed for some deletions, by their IDs, with one scan."""
     if not deletions:
         return
     columns = ["topic", "partition", "offset", "id", "split", "tags", "detail", "duplicate_of"]
@@ -179,7 +157,7 @@ def record_receipts(store: SampleStore, ledger: Ledger, deletions: Sequence[str]
 
 
 def _earlier(store: SampleStore, ids: Sequence[str], version: int) -> dict[str, list[dict[str, Any]]]:
-    """By id of a deleted sample the receipts of records that brought it, too, and were deleted before it was."""
+    """Receipts, by ID of a deleted sample, of records that also brought it and were deleted before it."""
     columns = ["topic", "partition", "offset", "split", "tags", "duplicate_of"]
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for some in chunks(ids, IDS_PER_QUERY):
@@ -190,7 +168,6 @@ def _earlier(store: SampleStore, ids: Sequence[str], version: int) -> dict[str, 
 
 
 def as_json(row: DeletionRow) -> dict[str, Any]:
-    """A deletion as others are told of it: its receipt."""
     times = {name: getattr(row, name) for name in ("requested_at", "removed_at", "held_at", "done_at", "remains_until")}
     return {
         "id": row.id,
@@ -208,12 +185,8 @@ def as_json(row: DeletionRow) -> dict[str, Any]:
 
 
 def adapters_of(ledger: Ledger, samples: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The adapters that learned from some deleted samples, and those that may have replayed them since.
-
-    Args:
-        ledger: has the updates.
-        samples: their receipts, see :func:`streams.store.rows.deletion_row`.
-    """
+    """The adapters that learned from deleted samples, and those that may have replayed them since. ``samples`` are
+    receipts: see :func:`streams.store.rows.deletion_row`."""
     offsets: dict[str, dict[str, list[int]]] = {"clip": defaultdict(list), "vlm": defaultdict(list)}
     for row in samples:
         for family, field in (("clip", "text"), ("vlm", "question")):
@@ -234,7 +207,7 @@ def adapters_of(ledger: Ledger, samples: Sequence[Mapping[str, Any]]) -> dict[st
             learned.append(update.adapter)
         elif any(each[0] < start for each, start, _ in ranges):
             replayed.append(update.adapter)
-    # The same adapter may come of several updates; what one of them learned is learned.
+    # Several updates may have the same adapter: it has learned if one of them did.
     return {
         "learned": list(dict.fromkeys(learned)),
         "may_have_replayed": [name for name in dict.fromkeys(replayed) if name not in learned],
@@ -251,8 +224,8 @@ def _clause(name: str, value: str) -> str:
             if not _HEX.fullmatch(value):
                 raise SelectorError("key", "`key` of the deletion is not in hex.", "Write its bytes in hex digits.")
             key = hexadecimal(record_key(bytes.fromhex(value)) or b"")
-            # Rows of refused records that an earlier version stored have their key only as it came, and a tombstone's
-            # selector may be the SHA-256 of it.
+            # Quarantined rows from earlier versions have only the original key, and a tombstone's selector may be its
+            # SHA-256.
             as_it_came = f"original_key = {hexadecimal(bytes.fromhex(value))} OR sha256(original_key) = {key}"
             return f"(key = {key} OR (kind = 'quarantine' AND key IS NULL AND ({as_it_came})))"
         case "record":
@@ -296,12 +269,11 @@ def _time(value: str) -> datetime:
 
 
 def is_tombstone(deletion: DeletionRow) -> bool:
-    """True if a deletion selects by a key or an id alone, with the bounds that ingest gave it."""
+    """True for a tombstone's selector: a key or an ID, with the bounds that ingest gave it."""
     return deletion.id.startswith(TOMBSTONES) and set(deletion.selector) in _SELECTORS
 
 
 def _tombstone_rows(store: SampleStore, deletions: Sequence[DeletionRow]) -> Iterator[tuple[RecordPosition, str]]:
-    """The position of each row that one of them selects, with the id of the first that does."""
     if not deletions:
         return
     by_name: dict[str | bytes, list[DeletionRow]] = defaultdict(list)
@@ -312,7 +284,7 @@ def _tombstone_rows(store: SampleStore, deletions: Sequence[DeletionRow]) -> Ite
     ids = ", ".join(quoted(name) for name in by_name if isinstance(name, str))
     keys = ", ".join(hexadecimal(name) for name in by_name if isinstance(name, bytes))
     clauses = [f"id IN ({ids})"] if ids else []
-    if keys:  # see `_clause` for refused records of earlier versions
+    if keys:  # see `_clause` on quarantined records of earlier versions
         older = f"(original_key IN ({keys}) OR sha256(original_key) IN ({keys}))"
         clauses += [f"key IN ({keys})", f"(kind = 'quarantine' AND key IS NULL AND {older})"]
     for batch in store.batches(f"{SENT} AND ({' OR '.join(clauses)})", _COLUMNS):
@@ -327,7 +299,7 @@ def _tombstone_rows(store: SampleStore, deletions: Sequence[DeletionRow]) -> Ite
 
 
 def _covers(selector: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
-    """True if a row came before a tombstone: by its offset in the same partition, by the clock in others."""
+    """True if a row precedes a tombstone: by offset in the same partition, by time in others."""
     topic, partition, offset = parse_position(selector["until"])
     if (row["topic"], row["partition"]) == (topic, partition):
         return bool(row["offset"] < offset)
@@ -335,9 +307,7 @@ def _covers(selector: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
 
 
 AT_ONCE: Final = 1000
-"""Most that S3 deletes in a call."""
 ASKED: Final = 20
-"""The retention of so many versions is asked for, the last written first: those are locked the longest."""
 ELSEWHERE: Final = (
     "Old versions of objects were not looked for, which is done in s3:// only: see to versioning and soft delete."
 )
@@ -349,33 +319,25 @@ UNLISTED: Final = (
 
 @dataclass(frozen=True, slots=True)
 class OldVersion:
-    """A version of an object that is not the current one."""
-
     key: str
     id: str
     size: int
-    """Bytes."""
     modified: datetime
 
 
 @dataclass(frozen=True, slots=True)
 class Remains:
-    """The remains of what was deleted."""
-
     words: str
     until: datetime | None = None
-    """When it may be deleted, where that is known."""
 
 
 class OldVersions:
-    """The old versions of all objects of a lake.
-
-    Every method raises StoreUnavailable when the object store does not answer.
-    """
+    """Noncurrent versions of all objects in a lake. Methods raise StoreUnavailable if the object store does not
+    answer."""
 
     def __init__(self, lake: str) -> None:
         self.unknown = ""
-        """Why they cannot be looked for; empty where they can."""
+        """Reason why they cannot be listed; empty if they can."""
         self._lake = lake
         self._left: list[OldVersion] = []
         self._store: Any = None
@@ -388,7 +350,6 @@ class OldVersions:
             self.unknown = ELSEWHERE
 
     def purge(self) -> None:
-        """Delete them, as far as the bucket allows it."""
         if self._store is None:
             return
         old = self._list()
@@ -401,7 +362,7 @@ class OldVersions:
         self._left = self._list() if old else []
 
     def left(self, before: datetime) -> Remains | None:
-        """The remains that :meth:`purge` left of files from before some time; None where it left nothing."""
+        """What :meth:`purge` left of files from before a time; None if nothing."""
         left = sorted((each for each in self._left if each.modified < before), key=lambda each: each.modified)
         if not left:
             return None
@@ -436,7 +397,7 @@ class OldVersions:
             after = {"KeyMarker": page["NextKeyMarker"], "VersionIdMarker": page.get("NextVersionIdMarker") or ""}
 
     def _lock(self, version: OldVersion) -> datetime | str:
-        """Until when it is locked, ``held`` for a legal hold, and nothing where the store tells of neither."""
+        """End of the version's lock, ``held`` for a legal hold, or empty if neither is known."""
         try:
             told = self._store.call_s3("head_object", Bucket=self._bucket, Key=version.key, VersionId=version.id)
         except OSError:
@@ -450,8 +411,8 @@ class OldVersions:
             answer: dict[str, Any] = self._store.call_s3(method, Bucket=self._bucket, **options)
         except PermissionError:
             raise
-        except Exception as error:  # botocore and aiohttp have trees of their own
-            if getattr(error, "errno", None) == errno.ENOSYS:  # of a server that knows no versions
+        except Exception as error:  # botocore and aiohttp have their own exception trees
+            if getattr(error, "errno", None) == errno.ENOSYS:  # the server has no object versions
                 return {}
             raise outage(self._lake, "searched for old versions", error) from error
         return answer

@@ -1,15 +1,14 @@
-"""``ratchet maintain``: keeps the sample store compact and its promises kept, next to the workers that write it.
+"""``ratchet maintain``: deletions, retention, compaction, indexes and cleanup of the sample store.
 
-One run after another: tombstones become deletions, deletions and retention remove rows, small data files are merged and
-indexed, old versions go, gaps are told to others, events that were published long ago leave the ledger, and garbage is
-collected (:mod:`ops.collection`, which is above this module and handed in). One process does it at a time, by a lease
-in the ledger; a second one waits. Nothing here holds up reading, and a run that fails is tried again.
+Runs repeat: tombstones become deletions, deletions and retention remove rows, small data files are merged and indexed,
+old versions are removed, gaps are published as events, old published events leave the ledger, and garbage is collected
+(:mod:`ops.collection`, passed in because it is above this module). A lease in the ledger lets one process run at a
+time; others wait. Readers are never blocked, and a failed run is retried.
 
-**Compaction.** Fragments grow in tiers, as in a log-structured merge tree: the small ones that commits leave are merged
-when together they fill a medium one, and those when they fill a large one, which is never rewritten but for deletions.
-So each byte is written three times more after its commit at most, whatever the store holds, and the number of fragments
-stays small. Indexes cover what is compacted: the id, the key, the offset and the kind of a row. Each run adds what is
-new as an index of its own; those are merged when there are many.
+**Compaction.** Fragments grow in tiers, as in a log-structured merge tree: small ones are merged when together they
+fill a medium one, those when they fill a large one, which is only rewritten for deletions. So each byte is rewritten at
+most three times after its commit, whatever the store holds. Indexes on id, key, offset and kind cover compacted rows;
+each run indexes what is new, and indexes are merged when there are many.
 """
 
 from __future__ import annotations
@@ -51,40 +50,35 @@ log = logging.getLogger(__name__)
 LEASE: Final = "maintain"
 LEASE_SECONDS: Final = 120.0
 CLEAN_SHARE: Final = 1 / 6
-"""Old versions are looked for after this share of the time for which they are kept: a look lists all files."""
+"""Old versions are removed at intervals of this share of their keeping time: each pass lists all files."""
 EXPIRE_SECONDS: Final = 600.0
-"""Retention looks so often: a look reads the times of all samples."""
+"""Interval of retention: each pass reads the times of all samples."""
 PRUNE_SECONDS: Final = 600.0
 KEEP_EVENTS_DAYS: Final = 7.0
-"""Time for which the ledger keeps events that were published: the topic keeps them without a limit."""
+"""Time for which the ledger keeps published events; the topic has them too."""
 SETTLE_SECONDS: Final = 60.0
-"""A deletion is not done before that: what was validated before it may be stored after it, and is looked for again."""
+"""Minimum age of a finished deletion: records validated before it may be stored after it, and are searched for
+again."""
 UNLOCK_SECONDS: Final = 3600.0
-"""Deletions that the bucket held are looked after so often: a look lists all versions of all objects."""
+"""Interval at which deletions held by the bucket are checked: a check lists all versions of all objects."""
 DELETIONS_AT_ONCE: Final = 1000
 PIN_HOURS: Final = 24.0
-"""An update that is pinned to a version from before a deletion has this long; then the pin goes."""
+"""Time an update may stay pinned to a version from before a deletion; then the pin is removed."""
 
 
 @dataclass(frozen=True, slots=True)
 class MaintenanceRun:
-    """The outcome of a run of maintenance."""
-
     written: int = 0
-    """Bytes of data files written again."""
     removed: int = 0
-    """Rows that deletions and retention took out."""
     freed: int = 0
-    """Bytes of files removed with old versions."""
     waiting: bool = False
-    """Another process holds the lease: nothing was done."""
 
 
 class Maintainer:
     """Maintains one sample store.
 
     >>> Maintainer(settings).run_once()
-    Run(written=0, removed=0, ...)
+    MaintenanceRun(written=0, removed=0, ...)
     """
 
     def __init__(
@@ -94,7 +88,6 @@ class Maintainer:
         store: SampleStore | None = None,
         collect: Callable[[], object] | None = None,
     ) -> None:
-        """``collect``: called every ``gc.hours``."""
         self.settings = settings
         self.ledger = ledger or Ledger.open(settings.ledger)
         self.store = store or SampleStore(settings.lake)
@@ -102,15 +95,11 @@ class Maintainer:
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._collect_garbage = collect
         self._done_at: dict[str, float] = {}
-        """When something that is done now and then was done last, by its name."""
+        """Time of the last run of each periodic task, by name."""
         self._gaps = 0
 
     def run_once(self) -> MaintenanceRun:
-        """Do what there is to do.
-
-        Raises:
-            RatchetError: the store, the ledger or the broker is away; to be tried again.
-        """
+        """Do one run. Raises RatchetError if the store, the ledger or the broker is unavailable; try again."""
         started = time.monotonic()
         try:
             epoch = self.ledger.acquire_lease(LEASE, self._holder, LEASE_SECONDS)
@@ -127,7 +116,6 @@ class Maintainer:
         return run
 
     def run(self, stopping: threading.Event) -> None:
-        """Run again and again until ``stopping``; what is away is waited for."""
         publisher = threading.Thread(target=self.events.run, args=(stopping,), name="events")
         publisher.start()
         last_error = ""
@@ -145,7 +133,6 @@ class Maintainer:
         publisher.join()
 
     def close(self) -> None:
-        """Let the lease and the connections go."""
         try:
             row = self.ledger.lease(LEASE)
             if row is not None and row.holder == self._holder:
@@ -166,7 +153,7 @@ class Maintainer:
         metrics.maintain.written(written)
         self._prune_events()
         self._collect()
-        try:  # last: a store that lets nothing be deleted ends a run here
+        try:  # last: a store that forbids deleting ends the run here
             freed = self._clean(pending)
             self._finish(pending)
         finally:
@@ -180,7 +167,6 @@ class Maintainer:
         return self.ledger.deletions(DELETIONS_AT_ONCE, states, oldest_first=True)
 
     def _delete(self) -> int:
-        """Take out what deletions select; also what came to the store since they were carried out."""
         deletion.take_tombstones(self.store, self.ledger)
         waiting = [*self._deletions("requested"), *self._deletions("removed")]
         removed = deletion.remove(self.store, self.ledger, [each for each in waiting if is_tombstone(each)])
@@ -189,13 +175,12 @@ class Maintainer:
                 continue
             try:
                 removed += deletion.remove(self.store, self.ledger, [each])
-            except ConfigError as error:  # of another version of Ratchet; the others are not to wait for it
+            except ConfigError as error:  # requested by another version of Ratchet; must not block the others
                 say(f"maintain: {each.id} cannot be carried out: {error}")
         metrics.maintain.deleted(removed, "deletion")
         return removed
 
     def _expire(self) -> int:
-        """Take out what is over the limits of retention."""
         if not self._due("expire", EXPIRE_SECONDS):
             return 0
         expired = retention.expire(self.store, self.settings.retention)
@@ -205,7 +190,6 @@ class Maintainer:
         return expired
 
     def _tell_gaps(self) -> None:
-        """Record an event for each gap. A gap is a row of the store; the event's id follows from it."""
         gaps = self.store.tally()["gap"]
         if gaps == self._gaps:
             return
@@ -220,14 +204,13 @@ class Maintainer:
         self._gaps = gaps
 
     def _prune_events(self) -> None:
-        """Take events out of the ledger that were published long ago: they are in the topic."""
         if not self._due("prune", PRUNE_SECONDS):
             return
         self.ledger.prune_events(datetime.now(UTC) - timedelta(days=KEEP_EVENTS_DAYS))
         self._done_at["prune"] = time.monotonic()
 
     def _clean(self, pending: list[DeletionRow]) -> int:
-        """Remove old versions: now and then, and at each run while a deletion waits for it."""
+        """Remove old versions: periodically, and on each run while a deletion waits for it."""
         keep = timedelta(seconds=self.settings.maintain.keep_seconds)
         if not (pending or self._due("clean", keep.total_seconds() * CLEAN_SHARE)):
             return 0
@@ -239,7 +222,6 @@ class Maintainer:
         return freed
 
     def _unpin(self, pending: list[DeletionRow]) -> None:
-        """Let go versions from before a deletion that an update has been pinned to for too long."""
         late = datetime.now(UTC) - timedelta(hours=PIN_HOURS)
         versions = [each.version or 0 for each in pending if each.removed_at is not None and each.removed_at < late]
         for name, version in self.store.pins().items():
@@ -248,7 +230,7 @@ class Maintainer:
                 self._let_go(name)
 
     def _drop_pins(self) -> None:
-        """Let go the versions of updates and backups that are over: who finished one may have died before it did."""
+        """Remove pins of finished updates and backups: the process that held one may have died first."""
         pins = self.store.pins()
         lease = self.ledger.lease(COLLECT_LEASE) if any(name.startswith(BACKUP_PIN) for name in pins) else None
         copying = lease is not None and bool(lease.holder) and lease.expires_at > self.ledger.clock()
@@ -258,8 +240,8 @@ class Maintainer:
                 self._let_go(name)
 
     def _let_go(self, name: str) -> None:
-        """Unpin a version, after what an update has computed of its samples is gone from this machine. On another one
-        the updater removes it."""
+        """Delete what an update has computed from a version on this machine, then unpin it. On other machines the
+        updater deletes it."""
         if not name.startswith(BACKUP_PIN):
             shutil.rmtree(self.settings.update_folders / name, ignore_errors=True)
         self.store.unpin(name)
@@ -271,7 +253,7 @@ class Maintainer:
             self._done_at["collect"] = time.monotonic()
 
     def _finish(self, pending: list[DeletionRow]) -> None:
-        """A deletion is done when no version of the store is left that has what it deleted, and none of an object."""
+        """Finish deletions when no store version and no object version has the deleted rows any more."""
         oldest = min(self.store.versions(), default=0) if pending else 0
         settled = datetime.now(UTC) - timedelta(seconds=SETTLE_SECONDS)
         ready = [
@@ -294,7 +276,6 @@ class Maintainer:
             say(f"maintain: {each.id} is done: {each.samples} samples and {each.refusals} refusals are gone")
 
     def _unlocked(self) -> list[DeletionRow]:
-        """Deletions whose lock in the bucket is over, or has no end that is known: those now and then."""
         now = datetime.now(UTC)
         if not self._due("unlock", UNLOCK_SECONDS):
             return []
@@ -308,13 +289,11 @@ class Maintainer:
 
 
 def _event_id(position: str) -> str:
-    """Of a gap; that of a topic with a long name is cut off, and stays one of its own."""
     name = f"gap-{position}"
     return name if len(name) <= 200 else f"{name[:180]}-{digest12(name.encode())}"
 
 
 def run_maintain(settings: Settings, once: bool = False, collect: Callable[[], object] | None = None) -> None:
-    """Maintain the sample store until SIGTERM or SIGINT; or do one run. ``collect``: see :class:`Maintainer`."""
     if once:
         with closing(Maintainer(settings, collect=collect)) as maintainer:
             say(f"maintain: {maintainer.run_once()}")
@@ -332,11 +311,8 @@ def run_maintain(settings: Settings, once: bool = False, collect: Callable[[], o
 
 
 def wait_for_ledger(settings: Settings, stopping: threading.Event) -> Ledger | None:
-    """The ledger, as soon as it can be used; None when that is waited for no more. Its disk may be full, which this
-    process is there to change.
-
-    Raises LedgerError where it is of another version.
-    """
+    """Wait for the ledger; None if ``stopping`` is set first. Its disk may be full, which this process can change.
+    Raises LedgerError if it is from another version."""
     last_error = ""
     while not stopping.is_set():
         try:
@@ -351,47 +327,40 @@ def wait_for_ledger(settings: Settings, stopping: threading.Event) -> Ledger | N
 
 FULL_ROWS: Final = 65_536
 FULL_BYTES: Final = 256 << 20
-"""A fragment of this size is full: at ten million samples of 20 KB there are 800 of them, and each version's manifest
-takes 200 KB."""
+"""A fragment of this size is full. Ten million samples of 20 KB make 800 of them, and a manifest of 200 KB per
+version."""
 TIERS: Final = (1 / 512, 1 / 16, 1.0)
-"""Sizes, as shares of a full fragment, at which smaller ones are merged. The first is for streams that
-bring a few records with each commit."""
+"""Sizes, as shares of a full fragment, at which smaller ones are merged. The first is for streams that bring a few
+records per commit."""
 MANY: Final = 64
-"""So many fragments below the first tier are merged whatever their size."""
+"""This many fragments below the first tier are merged whatever their size."""
 HOLES: Final = 0.5
-"""Share of deleted rows from which on a fragment is written again for the space that this frees."""
+"""Share of deleted rows above which a fragment is rewritten to free space."""
 INDEXES: Final = {
     "by_id": ("id", "BTREE"), "by_key": ("key", "BTREE"), "by_offset": ("offset", "ZONEMAP"),
     "by_kind": ("kind", "BITMAP"),
 }  # fmt: skip
 MOST_DELTAS: Final = 8
 ROWS_AT_ONCE: Final = 64
-"""Rows in memory while a fragment is rewritten: at 8 MiB an image, half a gibibyte at most."""
+"""Rows in memory while a fragment is rewritten: at 8 MiB per image, at most 512 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """A data file, as far as planning needs to know it."""
-
     id: int
     rows: int
-    """Deleted ones included."""
     size: int
     deleted: int
-    """Rows of it that were deleted; their bytes are still there."""
 
     @property
     def share(self) -> float:
-        """Of a full fragment."""
+        """Share of a full fragment."""
         return max(self.rows / FULL_ROWS, self.size / FULL_BYTES)
 
 
 def plan(fragments: Sequence[Fragment], expunge: bool = False) -> list[list[int]]:
-    """Sets of fragments to merge, each into one.
-
-    One of which half was deleted is written again, so that retention costs less than a byte for each that it removes;
-    with ``expunge`` each with any deleted row.
-    """
+    """Plan sets of fragments, each to be merged into one. Half-deleted fragments are rewritten, so that retention
+    writes less than a byte for each byte it removes; with ``expunge``, fragments with any deleted row are."""
     most = 0 if expunge else HOLES
     sets = [[each.id] for each in fragments if each.deleted > most * each.rows]
     taken = {number for each in sets for number in each}
@@ -410,24 +379,18 @@ def plan(fragments: Sequence[Fragment], expunge: bool = False) -> list[list[int]
 
 
 def compact(store: SampleStore, expunge: bool = False) -> int:
-    """Merge what :func:`plan` says. Returns the bytes written.
-
-    Safe next to running workers: they never touch what is merged here, and positions are left alone.
-
-    Raises:
-        StoreUnavailable: the store cannot be read or written.
-    """
+    """Merge fragments as :func:`plan` says. Returns the bytes written. Safe next to running workers, which never touch
+    what is merged here; positions are left alone. Raises StoreUnavailable if the store cannot be read or written."""
     written = 0
     while sets := plan(_fragments(store), expunge):
         size = StoreWriter(store.table).merge(sets[0], ROWS_AT_ONCE)
         if not size:
-            break  # somebody else changes these; next time
+            break  # another process is changing these; leave them to the next run
         written += size
     return written
 
 
 def index(store: SampleStore) -> None:
-    """Let the indexes cover every full fragment."""
     dataset = store.table.open()
     if dataset is None:
         return
@@ -452,11 +415,8 @@ def index(store: SampleStore) -> None:
 
 
 def clean(store: SampleStore, keep: timedelta) -> int:
-    """Remove versions older than ``keep`` that are not pinned, and the files that only they had. Returns their bytes.
-
-    Raises:
-        StoreUnavailable: the store cannot be read, or does not let some of the files be deleted.
-    """
+    """Remove unpinned versions older than ``keep`` and the files that only they used. Returns the bytes removed. Raises
+    StoreUnavailable if the store cannot be read, or some files could not be deleted."""
     dataset = store.table.open()
     if dataset is None:
         return 0
@@ -491,5 +451,4 @@ def _fragments(store: SampleStore) -> list[Fragment]:
 
 
 def has_deleted_rows(store: SampleStore) -> bool:
-    """True if a data file of the newest version still has the bytes of rows that were deleted."""
     return any(each.deleted for each in _fragments(store))

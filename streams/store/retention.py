@@ -1,12 +1,11 @@
-"""Limits for samples and quarantined records: by age and by bytes, with a reservoir of the samples that have to go.
+"""Limits by age and bytes for samples and quarantined records, with a reservoir of samples that stay.
 
-Replay draws from everything that was ever learned. So of the samples over a limit some stay: a reservoir of
-``retention.keep_samples``, of each concept equally many as far as there are so many. Which of a concept stay is decided
-by a keyed hash of their ids: those with the lowest (bottom-k sampling; Cohen and Kaplan, "Summarizing data using
-bottom-k sketches", 2007). What stays once is drawn again from what is there at each run, and as the order never changes
-the reservoir is one of the whole past, whenever retention ran.
+Replay draws from everything that was ever learned, so some samples over a limit stay: a reservoir of
+``retention.keep_samples``, divided equally among concepts as far as each has that many. Within a concept those with the
+lowest keyed hash of their IDs stay (bottom-k sampling; Cohen and Kaplan, "Summarizing data using bottom-k sketches",
+2007). The hash order never changes, so the reservoir is a sample of the whole past, whenever retention ran.
 
-Quarantined records have no reservoir. One that is not known to be in the quarantine topic yet stays until it is.
+Quarantined records have no reservoir. Those not known to be in the quarantine topic stay until they are.
 """
 
 from __future__ import annotations
@@ -27,16 +26,12 @@ from streams.store.writer import StoreWriter
 
 IDS_AT_ONCE: Final = 2000
 MOST_AT_ONCE: Final = 100_000
-"""Samples, and quarantined records, that one run removes at most: some seconds of work. The next run goes on."""
+"""Most samples, and most quarantined records, that one run removes: some seconds of work. The next run continues."""
 _COLUMNS: Final = ["id", "concept", "domain"]
 
 
 def expire(store: SampleStore, rules: Retention, now: datetime | None = None) -> int:
-    """Remove the samples and the quarantined records that are over a limit. Returns their number.
-
-    Raises:
-        StoreUnavailable: to be tried again.
-    """
+    """Remove samples and quarantined records over a limit. Returns their number. Raises StoreUnavailable."""
     limit = _limit(store, rules, now or datetime.now(UTC))
     if limit is None:
         return 0
@@ -71,7 +66,6 @@ def _expire_quarantine(store: SampleStore, limit: datetime) -> int:
 
 
 def _limit(store: SampleStore, rules: Retention, now: datetime) -> datetime | None:
-    """The time before which what was ingested is over a limit."""
     limits = []
     if rules.max_age_days:
         limits.append(now - timedelta(days=rules.max_age_days))
@@ -83,7 +77,7 @@ def _limit(store: SampleStore, rules: Retention, now: datetime) -> datetime | No
 
 
 def _oldest(store: SampleStore, size: int) -> datetime:
-    """The time before which so many bytes were ingested: 16 bytes of memory a row, for this moment."""
+    """The time by which the oldest ``size`` bytes were ingested. Uses 16 bytes of memory per row."""
     times, sizes = [], []
     for batch in store.batches(CONTENT, ["ingested_at", "size"]):
         times.append(batch["ingested_at"].cast("int64").to_numpy(zero_copy_only=False))
@@ -96,14 +90,13 @@ def _oldest(store: SampleStore, size: int) -> datetime:
 
 
 def _over(store: SampleStore, limit: datetime) -> Iterator[tuple[str, str]]:
-    """Id and concept of the samples over the limit."""
     for batch in store.batches(f"kind = 'sample' AND ingested_at < {moment(limit)}", _COLUMNS):
         for row in batch.to_pylist():
             yield row["id"], row["concept"] or row["domain"] or ""
 
 
 def _reservoir(store: SampleStore, secret: bytes, limit: datetime, capacity: int) -> set[int]:
-    """Hashes of the ids of those that stay. Memory: 12 bytes a sample over the limit, for this moment."""
+    """Hashes of the IDs that stay. Uses 12 bytes of memory per sample over the limit."""
     numbers: dict[str, int] = {}
     hashes, concepts = array("Q"), array("I")
     for name, concept in _over(store, limit):
@@ -120,7 +113,7 @@ def _reservoir(store: SampleStore, secret: bytes, limit: datetime, capacity: int
 
 
 def _level(sizes: Iterable[int], capacity: int) -> int:
-    """The most that each may have, so that all fit into the capacity together."""
+    """The largest equal share per concept with which all fit into the capacity."""
     ordered, left = sorted(sizes), capacity
     for index, size in enumerate(ordered):
         share = left // (len(ordered) - index)

@@ -1,24 +1,21 @@
-"""The Lance table of the sample store: its rows, and the positions they come from.
+"""The Lance table of the sample store: its rows, and the positions they come from. Every record of the topic becomes
+one row, so that each can be accounted for:
 
-Every record of the topic becomes one row, so that each can be accounted for:
-
-    kind        what it is                                                       holds
+    kind        meaning                                                          columns
     sample      an accepted sample                                               all sample columns
     duplicate   a record whose sample was there already                          position, id, reason, duplicate_of,
                                                                                  key, and metadata of the sample
-    quarantine  the outbox of the quarantine topic             position, reason, original bytes
-    tombstone   a record without a value: a wish to delete                       position, key or id
+    quarantine  the outbox of the quarantine topic                               position, reason, original bytes
+    tombstone   a record without a value: a request to delete                    position, key or id
     gap         offsets that were lost before they were read                     position (first), until, reason
-    deleted     what is left of a deleted sample or refusal: its receipt         position, id, split, reason, detail,
+    deleted     receipt of a deleted sample or quarantined record                position, id, split, reason, detail,
                                                                                  tags (which of text, question it had)
-                of a sample that was corrected                                   position, id, reason, detail, sent_at,
+                receipt of a corrected sample                                    position, id, reason, detail, sent_at,
                                                                                  duplicate_of (where the id stays)
-    position    how far a partition has been read; one per partition             topic, partition, offset = next to read
+    position    reading progress; one row per partition                          topic, partition, offset = next to read
 
-A position is a row in a fragment of its own, written with the columns of a position alone. The manifest tells which
-fragments have only those, so finding the positions costs as little at ten million samples as at ten.
-
-Readers of the store see samples only.
+A position is a row in its own fragment, written with only the columns of a position. The manifest tells which fragments
+those are, so finding the positions costs the same whatever is stored. Readers of the store see samples only.
 """
 
 from __future__ import annotations
@@ -51,7 +48,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Split = Literal["train", "fresh_eval"]
 RecordPosition = tuple[str, int, int]
-"""Stream, partition and offset of a record."""
 _UTC = pa.timestamp("us", tz="UTC")
 _POSITION: Final = re.compile(r"([^:]{1,260}):([0-9]{1,9}):([0-9]{1,18})")
 
@@ -72,7 +68,7 @@ SAMPLE_SCHEMA: Final = pa.schema(
         ("time", _UTC),
         ("ingested_at", _UTC),
         ("split", pa.string()),
-        ("size", pa.int64()),  # bytes of the image; of a refused record those of its value
+        ("size", pa.int64()),  # bytes of the image; for a quarantined record, of its value
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("topic", pa.string()),
@@ -82,12 +78,11 @@ SAMPLE_SCHEMA: Final = pa.schema(
 )
 SAMPLE_COLUMNS: Final = tuple(SAMPLE_SCHEMA.names)
 
-#: Columns of a position. A fragment that has only these holds positions: so they are found without a scan.
+#: A fragment with only these columns holds positions, so they are found without a scan.
 POSITION_COLUMNS: Final = (
     "kind", "topic", "partition", "offset", "topic_id", "leader_epoch", "published", "epoch", "tally",
 )  # fmt: skip
 
-#: The whole table.
 SCHEMA: Final = pa.schema(
     [
         ("kind", pa.string()),
@@ -98,7 +93,7 @@ SCHEMA: Final = pa.schema(
         ("reason", pa.string()),
         ("detail", pa.string()),
         ("duplicate_of", pa.string()),
-        ("until", pa.int64()),  # of a gap: the first offset behind it
+        ("until", pa.int64()),  # of a gap: the offset after its last
         ("original", pa.large_binary()),
         ("original_key", pa.large_binary()),
         ("original_headers", pa.string()),  # JSON: [[name, base64 or null], ...]
@@ -107,21 +102,19 @@ SCHEMA: Final = pa.schema(
         ("published", pa.int64()),
         ("epoch", pa.int64()),
         ("tally", pa.string()),  # JSON of a Tally
-        ("sent_at", _UTC),  # a record's CreateTime; of the receipt of a corrected sample that of its correction
+        ("sent_at", _UTC),  # a record's CreateTime; on the receipt of a corrected sample, that of its correction
     ]
 )
 POSITION_SCHEMA: Final = pa.schema([SCHEMA.field(name) for name in POSITION_COLUMNS])
 KEY_BYTES: Final = 256
-"""Longest key that is stored as it is."""
 
 Tally = Counter[str]
-"""Numbers of rows: of each kind; of samples also ``train`` and ``fresh_eval``, and of each of those ``train/text`` and
-``train/question``; ``bytes`` of images, ``refused_bytes`` of refused records. Kept with the positions, so that nothing
-is counted by a scan."""
+"""Row counts by kind; samples also by ``train`` and ``fresh_eval``, and for each of those ``train/text`` and
+``train/question``; ``bytes`` of images, ``refused_bytes`` of quarantined records. Kept with the positions, so that no
+scan is needed."""
 
 
 def tally_of(rows: Iterable[Mapping[str, Any]]) -> Tally:
-    """The tally of new rows."""
     tally: Tally = Counter()
     for row in rows:
         tally[row["kind"]] += 1
@@ -132,35 +125,32 @@ def tally_of(rows: Iterable[Mapping[str, Any]]) -> Tally:
             tally[f"{split}/question"] += bool(row.get("question"))
             tally["bytes"] += row.get("size") or len(row.get("image") or b"")
         elif row["kind"] == "quarantine":
-            tally["refused_bytes"] += row.get("size") or 0  # none in rows of earlier versions, in and out
+            tally["refused_bytes"] += row.get("size") or 0  # rows of earlier versions have none
         elif row["kind"] == "gap":
             tally["gap_offsets"] += row["until"] - row["offset"]
     return tally
 
 
 def record_key(key: bytes | None) -> bytes | None:
-    """The form in which a record's key is stored, for deletions by it: a key over :data:`KEY_BYTES` as its SHA-256."""
+    """The stored form of a record's key, used by deletions: SHA-256 if longer than :data:`KEY_BYTES`."""
     return key if key is None or len(key) <= KEY_BYTES else hashlib.sha256(key).digest()
 
 
 def position_of(row: Mapping[str, Any]) -> RecordPosition:
-    """The position of a row's record."""
     return row["topic"], row["partition"], row["offset"]
 
 
 def name_of(position: RecordPosition) -> str:
-    """A position as people write it: ``topic:partition:offset``."""
     return ":".join(map(str, position))
 
 
 def parse_position(name: str) -> RecordPosition:
-    """The position that :func:`name_of` wrote. Raises ValueError."""
+    """Parse the output of :func:`name_of`. Raises ValueError."""
     stream, partition, offset = name.rsplit(":", 2)
     return stream, int(partition), int(offset)
 
 
 def read_position(text: str) -> RecordPosition:
-    """The position that somebody wrote. Raises RecordError."""
     match = _POSITION.fullmatch(text)
     if match is None:
         raise RecordError("position", f"{text[:300]!r} is no position of a record.", "It reads topic:partition:offset.")
@@ -168,49 +158,41 @@ def read_position(text: str) -> RecordPosition:
 
 
 def words_hash(text: str, question: str, answer: str) -> int:
-    """64 bits, signed, of the words of a sample."""
     words = f"{len(text)} {len(question)} {text}{question}{answer}".encode()
     return int.from_bytes(blake2b(words, digest_size=8).digest(), "big", signed=True)
 
 
 def stream_name(topic: str, generation: int) -> str:
-    """Name of one generation of a topic. A topic that was lost and made again starts its offsets again at 0, so its
-    second log is ``topic@1``, the next ``topic@2``; ``@`` is not allowed in topic names, so these are unambiguous."""
+    """Name of one generation of a topic. The offsets of a topic that was lost and recreated start again at 0, so its
+    second log is ``topic@1``, the next ``topic@2``; topic names cannot contain ``@``."""
     return f"{topic}@{generation}" if generation else topic
 
 
 def parse_stream(stream: str) -> tuple[str, int]:
-    """Topic and generation of a stream name."""
     topic, _, generation = stream.partition("@")
     return topic, int(generation or 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """The progress of reading one partition of one stream."""
-
     stream: str
     partition: int
     next: int
-    """Offset of the next record to read."""
     topic_id: str = ""
-    """Kafka's id of the topic, or empty where the broker has none: tells a lost log from a known one."""
+    """Kafka's topic ID, or empty if the broker has none: tells a lost log from a known one."""
     published: int = 0
-    """Refused records below this offset are known to be in the quarantine topic."""
+    """Quarantined records below this offset are known to be in the quarantine topic."""
     leader_epoch: int = -1
-    """Kafka's leader epoch of the record before ``next``, or -1: tells a truncated log from a whole one (KIP-320)."""
+    """Kafka's leader epoch of the record before ``next``, or -1: detects a truncated log (KIP-320)."""
     epoch: int = 0
-    """Number of times that the partition has been claimed. A commit under an older claim fails."""
+    """Number of claims on the partition so far. A commit under an older claim fails."""
     tally: Tally = field(default_factory=Counter)
-    """All rows of this partition since its beginning."""
 
     @property
     def key(self) -> str:
-        """As in :meth:`streams.store.sample_store.SampleStore.offsets`: ``topic:partition``."""
         return f"{self.stream}:{self.partition}"
 
     def row(self) -> dict[str, Any]:
-        """The table row that holds it."""
         return {
             "kind": "position",
             "topic": self.stream,
@@ -225,7 +207,6 @@ class Position:
 
     @classmethod
     def parse(cls, row: Mapping[str, Any]) -> Position:
-        """From a table row."""
         return cls(
             row["topic"], row["partition"], row["offset"], row["topic_id"], row["published"], row["leader_epoch"],
             row["epoch"], Counter(json.loads(row["tally"])),
@@ -233,7 +214,6 @@ class Position:
 
 
 def newest_of_topic(positions: Iterable[Position], topic: str) -> dict[int, Position]:
-    """The position in the newest generation of a topic, by partition."""
     newest: dict[int, Position] = {}
     for position in positions:
         name, generation = parse_stream(position.stream)
@@ -247,12 +227,12 @@ CLAIM: Final = (
     "id", "topic", "partition", "offset", "ingested_at", "sent_at", "key", "source", "domain", "concept", "label",
     "tags", "extra",
 )  # fmt: skip
-"""Columns that a record adds to the content of its sample: kept also of a duplicate, to which the sample passes when
-the record that brought it first is deleted."""
+"""Columns that a record adds to its sample's content. Duplicates keep them too: the sample passes to one when the
+record that brought it first is deleted."""
 
 
 def duplicate_row(row: Mapping[str, Any], kind: str, of: str) -> dict[str, Any]:
-    """The row that stands for a sample which repeats the sample ``of``, or is ``older`` than it: see
+    """The row for a sample that repeats the sample ``of``, or is ``older``: see
     :data:`streams.ingest.duplicates.DuplicateKind`."""
     return {
         **{name: row[name] for name in CLAIM},
@@ -265,12 +245,9 @@ def duplicate_row(row: Mapping[str, Any], kind: str, of: str) -> dict[str, Any]:
 def deletion_row(
     row: Mapping[str, Any], reason: str, detail: str, when: datetime, stays: bool = False
 ) -> dict[str, Any]:
-    """The receipt that stands for a row which was deleted: where it was and its id, nothing of its content.
-
-    Where ``stays``, of a duplicate or of a sample that another record sent, too, it has the id as ``duplicate_of``: the
-    content was not deleted. Its tags say whether it had a text, or a question: so it is known which adapters learned
-    from it.
-    """
+    """The receipt of a deleted row: its position and ID, none of its content. With ``stays`` (a duplicate, or a sample
+    that another record also sent) the ID moves to ``duplicate_of``: the content was not deleted. The tags say whether
+    it had a text or a question, which tells the adapters that learned from it."""
     return {
         "kind": "deleted",
         "topic": row["topic"],
@@ -287,7 +264,6 @@ def deletion_row(
 
 
 def gap_row(stream: str, partition: int, start: int, until: int, reason: str, why: str) -> dict[str, Any]:
-    """The row that says that the offsets from ``start`` to before ``until`` are not read."""
     return {
         "kind": "gap",
         "topic": stream,
@@ -301,39 +277,33 @@ def gap_row(stream: str, partition: int, start: int, until: int, reason: str, wh
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """The items, so many at a time."""
     left = iter(items)
     while some := list(islice(left, size)):
         yield some
 
 
-#: Lance's caches of one process. Their defaults are of the size of a server's memory.
+#: Lance's caches per process; the defaults are sized for a whole server's memory.
 METADATA_CACHE_BYTES: Final = 32 << 20
 INDEX_CACHE_BYTES: Final = 64 << 20
 FORMAT: Final = "3"
 MIGRATED: Final = "2"
-"""The format before, which lacks the column ``sent_at``: read as it is, and migrated by the first process that writes.
-Versions from before that keep it."""
+"""The previous format, without the column ``sent_at``: readable as it is, and migrated by the first process that
+writes. Versions from before the migration keep it."""
 MIGRATION_ATTEMPTS: Final = 30
 ROOT: Final = Position("", -1, 0)
-"""The position of no partition. Who makes the first position of a partition replaces it, so that two cannot do so at
-once; its tally holds what deletions took away."""
+"""A position of no partition. Creating a partition's first position replaces it, so that two processes cannot do so at
+once. Its tally holds what deletions removed."""
 
 
 class SampleTable:
-    """The table of the samples: ``<lake url>/samples.lance``."""
-
     def __init__(self, lake: str) -> None:
         self.url = f"{lake.rstrip('/')}/samples.lance"
         self._session = lance.Session(INDEX_CACHE_BYTES, METADATA_CACHE_BYTES)
 
     def open(self, version: int | None = None) -> Any | None:
-        """A version as a Lance data set; the newest by default, None where there is no table yet.
-
-        Raises:
-            StoreUnavailable: it cannot be read now.
-            StoreError: the version is not kept any more, or the table is of another Ratchet.
-        """
+        """Open a version as a Lance dataset; the newest by default, None if there is no table yet. Raises
+        StoreUnavailable in an outage, StoreError if the version is no longer kept, or the table is from another version
+        of Ratchet."""
         if version == 0:
             return None
         try:
@@ -356,9 +326,7 @@ class SampleTable:
         return dataset
 
     def create(self) -> Any:
-        """Make the table where there is none, and migrate one of the format before. Of processes that start at once
-        one does it, and the others take it.
-        """
+        """Open the table, creating or migrating it if needed. Safe when several processes start at once."""
         dataset = self.open()
         if dataset is not None:
             return dataset if _format(dataset) == FORMAT else self._migrate(dataset)
@@ -370,7 +338,7 @@ class SampleTable:
         schema = SCHEMA.with_metadata(identity)
         root = pa.Table.from_pylist([ROOT.row()], schema=schema)
         try:
-            # Not write_dataset(mode="create"): that one, when it loses the race, overwrites the winner's table. With no
+            # Not write_dataset(mode="create"), which overwrites the winner's table when it loses the race. Without
             # retries the commit writes version 1 or fails.
             fragments = write_fragments(root, self.url, schema=schema, mode="create")
             lance.LanceDataset.commit(self.url, lance.LanceOperation.Overwrite(schema, fragments), max_retries=0)
@@ -380,13 +348,8 @@ class SampleTable:
         return self.open()
 
     def _migrate(self, dataset: Any) -> Any:
-        """Bring a table of the format before up to date: nothing that is stored is written again.
-
-        The column first: a process that dies in between leaves a table that it is added to no second time.
-
-        Raises:
-            StoreUnavailable: to be tried again.
-        """
+        """Migrate a table of the previous format, without rewriting data. The column comes first: a process that dies
+        in between leaves a table whose column is not added twice. Raises StoreUnavailable."""
         log.warning("the sample store %s is migrated from format %s to %s", self.url, _format(dataset), FORMAT)
         failure: Exception | None = None
         for _ in range(MIGRATION_ATTEMPTS):
@@ -404,12 +367,11 @@ class SampleTable:
         raise outage(self.url, "migrated", failure or RuntimeError("others change it all the time"))
 
     def identity(self) -> tuple[str, bytes]:
-        """Name of this store, and the key of its split, which no producer can know. Makes the table."""
+        """The store's name and the secret key of its split. Creates the table."""
         metadata = self.create().schema.metadata
         return metadata[b"ratchet.store"].decode(), bytes.fromhex(metadata[b"ratchet.split_key"].decode())
 
     def discard(self, files: Iterable[str]) -> None:
-        """Remove data files that no version of the table has, by their names in its folder of data."""
         session = LanceFileSession(f"{self.url}/data")
         for name in files:
             try:
@@ -423,7 +385,7 @@ def _format(dataset: Any) -> str:
 
 
 def position_fragments(dataset: Any) -> list[Any]:
-    """The fragments that hold positions: those without other columns, and the first, with which the table was made."""
+    """The fragments that hold positions: those without other columns, and the table's first."""
     names = {dataset.lance_schema.field(name).id() for name in POSITION_COLUMNS}
     return [
         fragment
@@ -433,7 +395,6 @@ def position_fragments(dataset: Any) -> list[Any]:
 
 
 def positions(dataset: Any) -> Iterator[tuple[int, Position]]:
-    """Fragment and position of every partition, :data:`ROOT` among them."""
     fragments = position_fragments(dataset)
     if not fragments:
         return
@@ -445,11 +406,7 @@ def positions(dataset: Any) -> Iterator[tuple[int, Position]]:
 
 @contextmanager
 def reading_store(url: str) -> Iterator[None]:
-    """Errors of a scan become an outage of the store. Arrow wraps those of Lance's input and output as ArrowInvalid.
-
-    Raises:
-        StoreUnavailable
-    """
+    """Turn errors of a scan into StoreUnavailable. Arrow wraps Lance's I/O errors as ArrowInvalid."""
     try:
         yield
     except (OSError, pa.ArrowException) as error:
@@ -457,7 +414,8 @@ def reading_store(url: str) -> Iterator[None]:
 
 
 def outage(url: str, doing: str, error: Exception) -> StoreError:
-    """A message that helps, for an error of Lance: a full disk is told from a store that is away, or refuses."""
+    """The store error for an error from Lance: distinguishes a full disk from an unreachable store and one that denies
+    access."""
     state, cause = storage_state(error)
     if state == "full":
         return StoreFull(f"the disk of the sample store {url} is full: {cause}.", "Free space; nothing is lost.")

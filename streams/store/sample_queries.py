@@ -1,6 +1,5 @@
-"""Questions about what is stored: samples by filter, counts by domain, source and concept, and receipts.
-
-Whole scans of the columns that are asked about, in bounded memory: for people, not for the path of a record.
+"""Queries on the sample store: samples by filter, counts by domain, source and concept, and receipts. They scan whole
+columns in bounded memory: for people, not for the path of a record.
 
 >>> trace(store, ("ratchet.samples", 0, 42))
 [Receipt(stream='ratchet.samples', partition=0, offset=42, outcome='stored', ...)]
@@ -24,17 +23,15 @@ from streams.store.rows import SAMPLE_COLUMNS, Position, RecordPosition, Split, 
 from streams.store.sample_store import SampleStore
 
 RecordOutcome = Literal["stored", "duplicate", "refused", "tombstone", "deleted", "lost", "no_record", "not_read_yet"]
-"""
-stored        a sample; ``split`` says of which split
-duplicate     not stored: it repeats the sample ``duplicate_of``; ``reason`` is duplicate_exact,
-              duplicate_perceptual, or duplicate_older than the record that corrected it
+"""stored        a sample, in the split ``split``
+duplicate     repeats the sample ``duplicate_of``; ``reason`` is duplicate_exact, duplicate_perceptual, or
+              duplicate_older than the record that corrected it
 refused       in quarantine, for ``reason``
-tombstone     a wish to delete, taken in
-deleted       what was stored of it, or the tombstone's wish, was deleted at ``time`` for ``reason``
+tombstone     a request to delete, recorded
+deleted       the record's rows, or the tombstone's request, were deleted at ``time`` for ``reason``
 lost          its offset was never read: ``reason`` is retention or skipped
-no_record     its offset was passed, and no record stood there: the mark of a transaction, or before the first read
-not_read_yet  the partition has not been read so far
-"""
+no_record     its offset was passed without a record: a transaction marker, or before the first read
+not_read_yet  the partition has not been read so far"""
 MAX_RECEIPTS: Final = 1000
 _OUTCOMES: Final[Mapping[str, RecordOutcome]] = {
     "sample": "stored",
@@ -53,59 +50,47 @@ _ID: Final = re.compile(r"[0-9a-f]{8,64}")
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """The outcome of one record. Strings are empty where there is no value."""
-
     stream: str
-    """The topic, with its generation if it was made again (topic@1)."""
+    """The topic, with its generation if it was recreated (topic@1)."""
     partition: int
     offset: int
     outcome: RecordOutcome
     id: str = ""
-    """Of its sample."""
     duplicate_of: str = ""
     reason: str = ""
-    """A code: of a refusal, a duplicate, a loss or a deletion."""
     detail: str = ""
-    """The reason in words."""
     source: str = ""
     split: str = ""
     time: datetime | None = None
-    """When this was decided (UTC)."""
 
     @property
     def position(self) -> str:
-        """``topic:partition:offset``."""
         return name_of((self.stream, self.partition, self.offset))
 
     def as_json(self) -> dict[str, Any]:
-        """The receipt as JSON holds it: times as ISO 8601, and without what is empty."""
+        """JSON form: times as ISO 8601, empty fields left out."""
         values = {**asdict(self), "position": self.position, "time": self.time and self.time.isoformat()}
         return {name: value for name, value in values.items() if value not in ("", None)}
 
 
 def trace(store: SampleStore, query: RecordPosition | str) -> list[Receipt]:
-    """The receipts of a record, by its position; or of a sample and of all records that repeat it, by its id.
+    """The receipts of a record, by its position; or of a sample and all records that repeat it, by its ID.
 
-    A topic stands for all of its logs; ``topic@1`` is one of them.
-
-    By position there is always one receipt, and there are more where more happened: a record that was read before its
-    log was cut off, a sample that was deleted since, a topic of this name that was made again. The last one is first.
-    By id (64 hex digits, or at least the first eight) there are at most :data:`MAX_RECEIPTS`, and none for an unknown
-    one; refused records have no id.
+    A topic stands for all of its logs; ``topic@1`` is one of them. A position has at least one receipt, and more if it
+    was read before its log was cut off, its sample was deleted since, or the topic was recreated; the latest comes
+    first. An ID (64 hex digits, or at least the first eight) has at most :data:`MAX_RECEIPTS`, none if it is unknown;
+    quarantined records have no ID.
 
     Raises:
-        RecordError: the id is none.
+        RecordError: not a sample ID.
         StoreUnavailable: the store cannot be read now.
     """
     return _by_id(store, query) if isinstance(query, str) else _by_position(store, query)
 
 
 def id_condition(text: str) -> str:
-    """The condition of rows whose id is, or begins with, ``text``. A range, so that the index on the id serves it.
-
-    Raises:
-        RecordError: it is no part of an id.
-    """
+    """Condition on rows whose ID is, or begins with, ``text``: a range, so that the index on the ID serves it. Raises
+    RecordError if it is not part of an ID."""
     if not _ID.fullmatch(text):
         raise RecordError("id", f"{text[:80]!r} is no id of a sample.", "It has 64 hex digits; the first 8 are enough.")
     return f"id = {quoted(text)}" if len(text) == 64 else f"id >= {quoted(text)} AND id < {quoted(text + 'g')}"
@@ -129,7 +114,6 @@ def _by_position(store: SampleStore, query: RecordPosition) -> list[Receipt]:
 
 
 def _generations(known: Iterable[Position], topic: str) -> list[str]:
-    """The logs that a topic's name stands for, the newest first."""
     if "@" in topic:
         return [topic]
     streams = {each.stream for each in known if parse_stream(each.stream)[0] == topic}
@@ -138,8 +122,8 @@ def _generations(known: Iterable[Position], topic: str) -> list[str]:
 
 def _by_id(store: SampleStore, text: str) -> list[Receipt]:
     rows = store.select(f"kind != 'position' AND {id_condition(text)}", _COLUMNS, MAX_RECEIPTS)
-    # Those that only look like the sample have ids of their own. Their column has no index, so it is read only where
-    # there are duplicates at all.
+    # Perceptual duplicates have IDs of their own. ``duplicate_of`` has no index, so it is read only if there are
+    # duplicates at all.
     ids = {row["id"] for row in rows}
     if len(ids) == 1 and store.tally()["duplicate"]:
         [sample] = ids
@@ -161,27 +145,23 @@ LIST_COLUMNS: Final = (
     "id", "split", "domain", "source", "concept", "label", "text", "question", "answer", "width", "height", "time",
 )  # fmt: skip
 IMAGE_ROWS: Final = 16
-"""Rows of a batch that holds images: at 8 MiB each 128 MiB."""
+"""At 8 MiB per image, a batch takes 128 MiB."""
 OTHERS: Final = "(others)"
 MAX_VALUES: Final = 50_000
-"""Values that are counted at once; of more, those seen least are left out."""
+"""Values counted at once; beyond that the rarest are dropped."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampleFilter:
-    """A choice of samples. None: any."""
-
     split: Split | None = None
     domain: str | None = None
     source: str | None = None
     concept: str | None = None
     text: str | None = None
-    """Words that text, question or answer contain, in upper or lower case."""
+    """Substring of text, question or answer, ignoring case."""
     since: datetime | None = None
-    """Stored at or after this time."""
 
     def where(self) -> str:
-        """As a condition on rows."""
         clauses = ["kind = 'sample'"]
         for name in ("split", "domain", "source", "concept"):
             value = getattr(self, name)
@@ -197,19 +177,16 @@ class SampleFilter:
 
     @property
     def is_empty(self) -> bool:
-        """True if it lets every sample pass."""
         return self == SampleFilter()
 
 
 def newest_samples(
     store: SampleStore, which: SampleFilter, limit: int, columns: Sequence[str] = LIST_COLUMNS
 ) -> list[dict[str, Any]]:
-    """The samples that were stored last, newest first. Raises StoreUnavailable."""
     return store.newest(limit, which.where(), columns)
 
 
 def with_images(store: SampleStore, rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each row with its image, read a few at a time; those that are gone meanwhile are passed over."""
     for group in chunks(rows, IMAGE_ROWS):
         images = store.image([row["id"] for row in group])
         for row in group:
@@ -218,19 +195,17 @@ def with_images(store: SampleStore, rows: Sequence[dict[str, Any]]) -> Iterator[
 
 
 def find_samples(store: SampleStore, sample_id: str, limit: int = 10) -> list[dict[str, Any]]:
-    """Samples, with their images, whose id is or begins with ``sample_id``. Raises RecordError, StoreUnavailable."""
+    """Samples, with images, whose ID is or begins with ``sample_id``. Raises RecordError, StoreUnavailable."""
     return store.select(f"kind = 'sample' AND {id_condition(sample_id)}", SAMPLE_COLUMNS, limit)
 
 
 def stream_samples(store: SampleStore, which: SampleFilter, version: int | None = None) -> Iterator[dict[str, Any]]:
-    """All samples that pass, with their images, one after another in the order in which they are stored."""
     for batch in store.batches(which.where(), SAMPLE_COLUMNS, IMAGE_ROWS, version):
         for index in range(batch.num_rows):  # one image as a Python object at a time
             yield {name: batch.column(name)[index].as_py() for name in SAMPLE_COLUMNS}
 
 
 def count_samples(store: SampleStore, which: SampleFilter, version: int | None = None) -> int:
-    """Number of samples that pass; known without a scan where all do."""
     if which.is_empty:
         return store.count(version)
     return sum(batch.num_rows for batch in store.batches(which.where(), ["offset"], version=version))
@@ -238,14 +213,13 @@ def count_samples(store: SampleStore, which: SampleFilter, version: int | None =
 
 @dataclass
 class ValueCounts:
-    """Counts of the values of a column, the rarest left out where there are too many to count."""
+    """Counts of a column's values, without the rarest if there are too many."""
 
     counts: Counter[str] = field(default_factory=Counter)
     omitted: int = 0
-    """Rows of values that were left out. A value may have rows here that were counted before it was left out."""
+    """Rows of dropped values. A value may have rows here that were counted before it was dropped."""
 
     def add(self, values: pa.Array) -> None:
-        """Count a column of a batch; null as empty."""
         for each in pc.value_counts(values):
             self.counts[each["values"].as_py() or ""] += each["counts"].as_py()
         if len(self.counts) > MAX_VALUES:
@@ -254,7 +228,6 @@ class ValueCounts:
             self.counts = most_common
 
     def top(self, limit: int) -> list[tuple[str, int]]:
-        """The most frequent values; the others are summed up as the last."""
         rows = self.counts.most_common(limit)
         others = self.counts.total() + self.omitted - sum(count for _, count in rows)
         return [*rows, (OTHERS, others)] if others else rows
@@ -262,20 +235,15 @@ class ValueCounts:
 
 @dataclass
 class StoreStats:
-    """The contents of the store, counted."""
-
     version: int
     tally: Tally
     size: int
-    """Bytes of the data files, with what is not compacted away yet."""
+    """Bytes of the data files, including what is not compacted yet."""
     samples: dict[str, ValueCounts]
-    """Samples by ``domain``, ``source`` and ``concept``."""
     refusals: dict[str, ValueCounts]
-    """Refused records by ``reason`` and ``source``."""
 
 
 def store_stats(store: SampleStore) -> StoreStats:
-    """Count; kinds, splits and bytes come from the tally. Raises StoreUnavailable."""
     version = store.version()
     samples = count_values(store, "kind = 'sample'", ("domain", "source", "concept"), version)
     return StoreStats(version, store.tally(version), store.size(), samples, quarantine_counts(store, version=version))
@@ -284,14 +252,12 @@ def store_stats(store: SampleStore) -> StoreStats:
 def quarantine_counts(
     store: SampleStore, reason: str | None = None, source: str | None = None, version: int | None = None
 ) -> dict[str, ValueCounts]:
-    """Refused records by ``reason`` and by ``source``; only those of one reason, or of one source."""
     return count_values(store, quarantine_condition(reason, source), ("reason", "source"), version)
 
 
 def count_values(
     store: SampleStore, where: str, columns: Sequence[str], version: int | None = None
 ) -> dict[str, ValueCounts]:
-    """Counts of the values of each column."""
     counts = {name: ValueCounts() for name in columns}
     for batch in store.batches(where, columns, version=version):
         for name, values in counts.items():

@@ -1,6 +1,5 @@
-"""The sample store: one Lance table that holds the samples and how far the topic has been read, always in step.
-
-This is its reading side; :mod:`streams.store.writer` commits to it, :mod:`streams.store.maintenance` keeps it compact.
+"""The sample store's reading side: one Lance table with the samples and the topic positions that match them.
+:mod:`streams.store.writer` commits to it, :mod:`streams.store.maintenance` keeps it compact.
 
 >>> store = SampleStore(settings.lake)
 >>> store.count(split="train")
@@ -39,22 +38,19 @@ from streams.store.writer import Rows, StoreWriter
 Having = Literal["text", "question"]
 BATCH_ROWS: Final = 8192
 BACKUP_PIN: Final = "backup-"
-"""Pins of backups begin with it; those of updates are their ids."""
 IO_BUFFER_BYTES: Final = 64 << 20
-"""Bytes that Lance reads ahead in a scan; its default is 2 GiB."""
+"""Read-ahead of a scan; Lance's default is 2 GiB."""
 ADDRESS: Final = "_rowaddr"
-"""Lance's name for where a row is: its fragment and its place there, in one number."""
+"""Lance's row address: the fragment, and the row's place in it, in one number."""
 _ID = re.compile(r"[0-9a-f]{64}")
 _ORDER = ("topic", "partition", "offset")
 _QUARANTINED = [*_ORDER, "reason", "detail", "source", "ingested_at", "original", "original_key", "original_headers"]
 
 
 class SampleStore:
-    """Samples at ``<lake url>/samples.lance``. Where there is no table yet: version 0 and no rows.
-
-    Every reading method takes ``version`` (default: the latest), and answers the same for the same version for as long
-    as the version is kept: until maintenance removes it, or for good while it is pinned.
-    """
+    """Samples at ``<lake url>/samples.lance``. Without a table: version 0 and no rows. Reading methods take ``version``
+    (default: the latest). A version's results never change while it is kept: until maintenance removes it, or as long
+    as it is pinned."""
 
     def __init__(self, lake: str) -> None:
         self.lake = lake
@@ -67,17 +63,12 @@ class SampleStore:
     # -- versions and positions -------------------------------------------------------------------------------------
 
     def version(self) -> int:
-        """The latest version; it grows with each commit."""
         dataset = self.table.open()
         return 0 if dataset is None else int(dataset.version)
 
     def pin(self, name: str, version: int) -> None:
-        """Keep a version until :meth:`unpin`. The same name for another version moves the pin.
-
-        Raises:
-            StoreUnavailable: to be tried again.
-            StoreError: the version is not kept any more.
-        """
+        """Keep a version until :meth:`unpin`. Pinning another version under the same name moves the pin. Raises
+        StoreUnavailable, or StoreError if the version is no longer kept."""
         dataset = self.table.open()
         if dataset is None or not version:
             return
@@ -85,41 +76,38 @@ class SampleStore:
             known = dataset.tags.list()
             (dataset.tags.update if name in known else dataset.tags.create)(name, version)
         except (ValueError, OSError) as error:
-            self.table.open(version)  # says so, where it is not kept any more
+            self.table.open(version)  # raises if it is no longer kept
             raise outage(self.url, "written", error) from error
 
     def unpin(self, name: str) -> None:
-        """Let a pinned version go; no error where there is no such pin."""
+        """Remove a pin; unknown names are ignored."""
         dataset = self.table.open()
         if dataset is not None and name in dataset.tags.list():
             dataset.tags.delete(name)
 
     def pins(self) -> dict[str, int]:
-        """The pinned versions by name."""
         dataset = self.table.open()
         return {} if dataset is None else {name: int(tag["version"]) for name, tag in dataset.tags.list().items()}
 
     def versions(self) -> list[int]:
-        """All versions that are kept."""
         dataset = self.table.open()
         return [] if dataset is None else [int(each["version"]) for each in dataset.versions()]
 
     def positions(self, version: int | None = None) -> dict[str, Position]:
-        """The progress of reading each partition, by its key. Costs the same whatever is stored."""
+        """Reading progress by partition key. Its cost does not depend on the number of rows."""
         dataset = self.table.open(version)
         known = [] if dataset is None else [position for _, position in positions(dataset)]
         return {position.key: position for position in known if position.key != ROOT.key}
 
     def offsets(self, version: int | None = None) -> dict[str, int]:
-        """Next offset to read of each partition, by ``topic:partition`` (``topic@n:partition`` after a lost log)."""
         return {key: position.next for key, position in self.positions(version).items()}
 
     def tally(self, version: int | None = None) -> Tally:
-        """Rows by kind and split: kept with the positions, not counted. See :data:`streams.store.rows.Tally`."""
+        """Rows by kind and split, kept with the positions instead of counted. See :data:`streams.store.rows.Tally`."""
         dataset = self.table.open(version)
         total: Tally = Counter()
         for _, position in [] if dataset is None else positions(dataset):
-            total.update(position.tally)  # update, not +: what deletions took away is negative
+            total.update(position.tally)  # update, not +: deletions leave negative counts
         return total
 
     # -- samples ----------------------------------------------------------------------------------------------------
@@ -131,10 +119,8 @@ class SampleStore:
         after: Mapping[str, int] | None = None,
         having: Having | None = None,
     ) -> int:
-        """Number of samples; of a split; at or after the given offsets; that have a text, or a question.
-
-        Without ``after`` it is known without a scan; with it, only what may lie after the offsets is looked at.
-        """
+        """Number of samples: in a split, at or after the given offsets, with a text or a question. Needs no scan
+        without ``after``; with it, only what may be after the offsets is read."""
         dataset = self.table.open(version)
         if dataset is None:
             return 0
@@ -157,13 +143,11 @@ class SampleStore:
         """Samples in the order of (topic, partition, offset).
 
         Args:
-            version: a pinned version.
-            split: ``train`` or ``fresh_eval``.
-            after: next offsets, as :meth:`offsets` gives: samples before them are left out. Partitions that it does
-                not name are returned whole.
-            columns: of :data:`~streams.store.rows.SAMPLE_COLUMNS`; all by default, images included: name what you need.
-            ids: only these; unknown ones are passed over.
-            having: only samples that have a ``text`` (what a CLIP learns from), or a ``question`` (a VLM).
+            after: next offsets, as :meth:`offsets` returns them: earlier samples are left out. Partitions not named are
+                returned whole.
+            columns: of :data:`~streams.store.rows.SAMPLE_COLUMNS`; all by default, images included.
+            ids: only these; unknown ones are skipped.
+            having: only samples with a ``text`` (a CLIP learns from these) or a ``question`` (a VLM).
         """
         wanted = list(SAMPLE_COLUMNS if columns is None else columns)
         if unknown := set(wanted) - set(SAMPLE_COLUMNS):
@@ -184,11 +168,8 @@ class SampleStore:
         having: Having | None = None,
         after: Mapping[str, int] | None = None,
     ) -> Iterator[pa.RecordBatch]:
-        """Columns of samples, chosen as by :meth:`scan`, and where they are (``_rowaddr``), batch after batch, in the
-        order of the files.
-
-        For :meth:`rows_at`: an address is good for this version alone.
-        """
+        """Batches of sample columns with their ``_rowaddr``, in file order; chosen as by :meth:`scan`. Pass the
+        addresses to :meth:`rows_at`, with the same version."""
         dataset = self.table.open(version)
         if dataset is None:
             return
@@ -197,10 +178,7 @@ class SampleStore:
     def rows_at(
         self, addresses: Sequence[int], columns: Sequence[str], version: int | None = None
     ) -> list[dict[str, Any]]:
-        """Rows by their addresses in a version, in that order: no scan, whatever is stored.
-
-        Raises StoreError when one of them is not there.
-        """
+        """Rows of a version by address, in the given order, without a scan. Raises StoreError if one is missing."""
         if not len(addresses):
             return []
         where = is_in(ADDRESS, (str(int(each)) for each in addresses))
@@ -214,7 +192,6 @@ class SampleStore:
         return [rows[int(each)] for each in addresses]
 
     def image(self, ids: Sequence[str]) -> dict[str, bytes]:
-        """Encoded images by sample id; unknown ids are missing."""
         table = self.scan(ids=ids, columns=["id", "image"])
         return dict(zip(table["id"].to_pylist(), table["image"].to_pylist(), strict=True))
 
@@ -233,7 +210,6 @@ class SampleStore:
             return dataset.to_table(columns=list(columns), filter=where, **options)
 
     def count_rows(self, where: str) -> int:
-        """Number of rows of any kind that meet a condition in Lance's SQL."""
         dataset = self.table.open()
         if dataset is None:
             return 0
@@ -243,7 +219,6 @@ class SampleStore:
     def batches(
         self, where: str, columns: Sequence[str], size: int = BATCH_ROWS, version: int | None = None
     ) -> Iterator[pa.RecordBatch]:
-        """Like :meth:`select`, batch after batch of at most ``size`` rows, in the order in which they are stored."""
         dataset = self.table.open(version)
         if dataset is not None:
             yield from self._batches(dataset, columns, where, size)
@@ -254,19 +229,19 @@ class SampleStore:
         bounds = {"batch_size": size, "batch_readahead": 2, "fragment_readahead": 2, "io_buffer_size": IO_BUFFER_BYTES}
         batches = iter(dataset.to_batches(columns=list(columns), filter=where, with_row_address=addresses, **bounds))
         while True:
-            with reading_store(self.url):  # not around the yield: what the caller raises is no outage
+            with reading_store(self.url):  # not around the yield: the caller's errors are not outages
                 batch = next(batches, None)
             if batch is None:
                 return
             yield batch
 
     def newest(self, limit: int, where: str, columns: Sequence[str]) -> list[dict[str, Any]]:
-        """The ``limit`` rows that meet a condition and were stored last, newest first: position, time and columns."""
+        """The ``limit`` newest rows that meet a condition, newest first: position, time and ``columns``."""
         order = ["ingested_at", *_ORDER]
         keys = [(name, "descending") for name in order]
         best = pa.schema([SCHEMA.field(name) for name in order]).empty_table()
         wanted = [*order, *(name for name in columns if name not in order)]
-        # Rows are chosen by their order alone, and their other columns read afterwards: images may be among them.
+        # Choose rows by their order alone and read other columns afterwards: images may be among them.
         for batch in self.batches(where, order):
             best = pa.concat_tables([best, pa.Table.from_batches([batch])])
             best = best.take(pc.select_k_unstable(best, limit, keys)) if best.num_rows > limit else best
@@ -289,20 +264,15 @@ class SampleStore:
 
     def quarantined(self, limit: int, reason: str | None = None, source: str | None = None) -> list[dict[str, Any]]:
         """The newest quarantined records, newest first, without their bytes: position, reason, detail, source and time.
-
-        Args:
-            reason: only those quarantined for it.
-            source: only those whose headers name this source; empty for those that name none.
-        """
+        An empty ``source`` selects records whose headers name none."""
         return self.newest(limit, quarantine_condition(reason, source), ["reason", "detail", "source"])
 
     def quarantined_record(self, stream: str, partition: int, offset: int) -> dict[str, Any] | None:
-        """One quarantined record with its bytes, or None where there is none at this position."""
         rows = self.select(f"kind = 'quarantine' AND {at_offset(stream, partition, offset)}", _QUARANTINED)
         return rows[0] if rows else None
 
     def outbox(self, position: Position, limit: int) -> list[dict[str, Any]]:
-        """The oldest quarantined records of a partition that are not known to be in the quarantine topic."""
+        """The oldest quarantined records of a partition that may not be in the quarantine topic yet."""
         where = (
             f"kind = 'quarantine' AND topic = {quoted(position.stream)} AND partition = {position.partition}"
             f" AND offset >= {position.published} AND offset < {position.next}"
@@ -314,7 +284,8 @@ class SampleStore:
         return sorted(rows, key=lambda row: int(row["offset"]))
 
     def deleted(self, version: int | None = None, since: datetime | None = None) -> pa.Table:
-        """Ids of deleted samples and when they were deleted (``ingested_at`` of the receipt); those after ``since``."""
+        """IDs of deleted samples and the time of deletion (``ingested_at`` of the receipt), optionally after
+        ``since``."""
         where = "kind = 'deleted' AND id IS NOT NULL"
         if since is not None:
             where += f" AND ingested_at > {moment(since)}"
@@ -323,7 +294,6 @@ class SampleStore:
         return self._table(["id", "ingested_at"], where, version)
 
     def gaps(self, limit: int = 100) -> list[dict[str, Any]]:
-        """The newest gaps, newest first: position, until, reason and time."""
         if not self.tally()["gap"]:
             return []
         return self.newest(limit, "kind = 'gap'", ["until", "reason", "detail"])
@@ -331,18 +301,16 @@ class SampleStore:
     # -- files ------------------------------------------------------------------------------------------------------
 
     def fragments(self) -> int:
-        """Number of data files that hold rows of records; many small ones make reading slow."""
+        """Number of data files that hold records; many small ones slow reading down."""
         dataset = self.table.open()
         return 0 if dataset is None else len(dataset.get_fragments()) - len(position_fragments(dataset))
 
     def size(self) -> int:
-        """Bytes of the data files of the latest version."""
         dataset = self.table.open()
         fragments = [] if dataset is None else dataset.get_fragments()
         return sum(file.file_size_bytes or 0 for fragment in fragments for file in fragment.data_files())
 
     def put(self, rows: Rows, ends: Iterable[Position]) -> int:
-        """Store rows that do not come from a consumer; see :meth:`streams.store.writer.StoreWriter.put`."""
         return StoreWriter(self.table).put(rows, ends)
 
     def _where(self, dataset: Any, split: str | None, after: Mapping[str, int] | None, having: Having | None) -> str:
@@ -353,7 +321,7 @@ class SampleStore:
             clauses.append(f"split = {quoted(split)}")
         if after:
             known = {position.key for _, position in positions(dataset)} if dataset is not None else set()
-            ranges = {**dict.fromkeys(known, 0), **after}  # a choice of ranges, which the index on the offset can prune
+            ranges = {**dict.fromkeys(known, 0), **after}  # ranges, which the index on the offset can prune
             parts = []
             for key, offset in sorted(ranges.items()):
                 stream, _, partition = key.rpartition(":")

@@ -1,12 +1,11 @@
-"""Writing the sample store: claims of partitions, and commits under them.
+"""Writes to the sample store: claims on partitions, and commits under them.
 
 A commit appends the rows of a batch and, in the same Lance transaction, replaces the position of each partition that
-they came from. A position's fragment is also the partition's fence: a commit has to remove the very fragment that its
-claim wrote last, and when another process has claimed the partition since, that one is gone. So records are stored
-together with their offsets or not at all; of two processes that read the same partition only the newer one can store;
-and processes on different partitions never wait for each other: Lance rebases one commit on the other.
-
-Data files are written once, whatever the retries: only the manifest is tried again.
+they came from. A position's fragment is also the partition's fence: a commit has to remove the fragment that its claim
+wrote last, which is gone if another process has claimed the partition since. So records and their offsets are stored
+together or not at all, and of two processes that read the same partition only the newer one can store. Commits to
+different partitions do not conflict: Lance rebases one on the other. Retries write only the manifest again, never data
+files.
 """
 
 from __future__ import annotations
@@ -46,27 +45,21 @@ from streams.store.rows import (
 Rows = Sequence[Mapping[str, Any]]
 _REMOVED: Final = ["kind", "split", "text", "question", "size", *CLAIM]
 DELETION: Final = "deletion"
-"""Reason of the receipts of what somebody asked to delete."""
 MOVED: Final = {"ratchet": "moved"}
-"""Property of a transaction that writes no row that was not there before."""
+"""Transaction property of commits that only move rows."""
 ATTEMPTS: Final = 30
-"""Lance's own retries pass a conflict of names on; ours begin again from the newest version: some 10 ms each."""
+"""Lance's own retries pass name conflicts on; ours start again from the newest version, some 10 ms each."""
 OUTAGES: Final = 2
-"""Of these, those that fail for another reason than a conflict: each may take as long as Lance's own retries."""
+"""Of these, attempts that may fail for another reason than a conflict: each can take as long as Lance's own retries."""
 
 
 @dataclass(eq=False, slots=True)
 class Claim:
-    """The right to store records of one partition, until somebody else claims it."""
-
     position: Position
-    """As stored last."""
     fragment: int
-    """The fragment that holds it."""
 
     @property
     def key(self) -> str:
-        """``topic:partition``."""
         return self.position.key
 
 
@@ -79,16 +72,10 @@ class StoreWriter:
     def claim(
         self, starts: Iterable[Position], rows: Rows = (), moves: Sequence[tuple[Claim, Position]] = ()
     ) -> list[Claim]:
-        """Take over partitions, each where the store says, or at the given position where it knows none.
-
-        A topic's id that the store does not know yet is taken from the given position.
-
-        ``rows`` and ``moves`` are committed with it, as by :meth:`commit`.
-
-        Raises:
-            Superseded: a claim in ``moves`` is not the newest; nothing was claimed.
-            StoreUnavailable: nothing was claimed; to be tried again.
-        """
+        """Take over partitions, each at its stored position, or at the given one where none is stored. A topic ID that
+        the store does not know yet is taken from the given position. ``rows`` and ``moves`` are committed in the same
+        transaction, as by :meth:`commit`. Claims nothing and raises Superseded if a claim in ``moves`` is not the
+        newest, or StoreUnavailable; then try again."""
         wanted = list(starts)
         for _ in range(ATTEMPTS):
             dataset = self.table.create()
@@ -107,7 +94,7 @@ class StoreWriter:
             except Superseded as error:
                 if {claim.key for claim, _ in moves} & set(error.keys):
                     raise
-                continue  # somebody claims the same partitions, or makes others: in turn
+                continue  # another process claims the same partitions, or creates others
             return claimed
         raise self._contended("Are there more ingest processes than partitions? Stop some.")
 
@@ -121,14 +108,13 @@ class StoreWriter:
         """Store rows and the new positions of their partitions in one transaction. Returns the version.
 
         Args:
-            replaced: of samples and duplicates that are taken out in the same transaction, each with the receipt that
-                stands for it then. One that is gone already is passed over; a sample that another record sent, too,
-                passes to that one.
-            base: the newest version, where it was opened just now.
+            replaced: positions of samples and duplicates to remove in the same transaction, each with its receipt.
+                Those already gone are skipped; a sample that another record also sent passes to that record.
+            base: the newest version, if the caller has just opened it.
 
         Raises:
             Superseded: a claim is not the newest; nothing was stored.
-            StoreUnavailable: nothing was stored; to be tried again.
+            StoreUnavailable: nothing was stored; try again.
         """
         if not replaced:
             return self._commit(rows, moves, base)
@@ -142,7 +128,8 @@ class StoreWriter:
         return self._swap(where, receipt, rows, moves, True, corrected)[1]
 
     def put(self, rows: Rows, ends: Iterable[Position]) -> int:
-        """Claim, and store rows with the positions behind them: for data that does not come from a consumer."""
+        """Claim partitions and store rows with the positions behind them: for data that does not come from a
+        consumer."""
         ends = list(ends)
         claims = self.claim(replace(end, next=0) for end in ends)
         moves = []
@@ -153,22 +140,13 @@ class StoreWriter:
         return self._commit(rows, moves)
 
     def remove(self, where: str, reason: str, detail: str) -> list[dict[str, Any]]:
-        """Delete what meets a condition, and leave a receipt for each row, in one transaction.
+        """Delete the rows that meet a condition (in Lance's SQL), and leave a receipt for each, in one transaction.
+        Returns their kind, position, id, split, source and time. Deletes nothing if it raises StoreUnavailable; then
+        try again.
 
-        With the reason :data:`DELETION` that is records: a sample that another record sent, too, which does not meet
-        the condition, passes to that one. Else it is samples and refusals.
-
-        Their bytes stay in the data files until maintenance has rewritten those and removed the old versions.
-
-        Args:
-            where: in Lance's SQL, as for :meth:`streams.store.sample_store.SampleStore.select`.
-            reason, detail: for the receipts.
-
-        Returns:
-            What was deleted: kind, position, id, split, source and time of each row.
-
-        Raises:
-            StoreUnavailable: nothing was deleted; to be tried again.
+        With the reason :data:`DELETION` records are deleted: a sample passes to another record that also sent it,
+        unless that meets the condition too. Other reasons delete samples and quarantined records. The bytes stay in the
+        data files until maintenance has rewritten those and removed the old versions.
         """
         now = datetime.now(UTC)
         of, pass_on = (SENT, True) if reason == DELETION else (CONTENT, False)
@@ -179,7 +157,7 @@ class StoreWriter:
         return self._swap(f"{of} AND ({where})", receipt, pass_on=pass_on)[0]
 
     def remove_rows(self, details: Mapping[RecordPosition, str]) -> list[dict[str, Any]]:
-        """Like :meth:`remove` for deletions, of the rows at some positions, each with its own receipt's detail."""
+        """Delete the rows at some positions, like :meth:`remove`, each with its own receipt detail."""
         now = datetime.now(UTC)
 
         def receipt(row: dict[str, Any], stays: bool) -> dict[str, Any]:
@@ -188,7 +166,7 @@ class StoreWriter:
         return self._swap(f"{SENT} AND ({at_positions(details)})", receipt, pass_on=True)[0] if details else []
 
     def settle_double(self, sample_id: str, position: RecordPosition) -> bool:
-        """Make a sample that is stored at another position, too, a duplicate. False where it is one already."""
+        """Turn a sample that is also stored at another position into a duplicate. False if it already is one."""
         where = f"kind = 'sample' AND id = {quoted(sample_id)} AND {at_offset(*position)}"
         return bool(self._swap(where, lambda row, _: duplicate_row(row, "exact", sample_id))[0])
 
@@ -201,15 +179,14 @@ class StoreWriter:
         pass_on: bool = False,
         kept: Collection[str] = (),
     ) -> tuple[list[dict[str, Any]], int]:
-        """Put another row in the place of each that meets a condition, and store new ones. Returns those that were
-        there, and the version.
+        """Replace each row that meets a condition, and store new rows. Returns the replaced rows and the version.
 
         Args:
             where: the condition, in Lance's SQL.
-            receipt: makes the other row, of a row and whether what it holds stays in the store.
+            receipt: makes the replacement from a row and whether its content stays in the store.
             new, moves: as for :meth:`commit`.
-            pass_on: a sample passes to another record that sent it, too, and that is a duplicate so far.
-            kept: ids of samples that are stored already.
+            pass_on: pass a sample to a duplicate record that also sent it.
+            kept: IDs of samples that stay stored in any case.
         """
         for _ in range(ATTEMPTS):
             dataset = self.table.create()
@@ -247,14 +224,10 @@ class StoreWriter:
         return StoreUnavailable(words, fix)
 
     def merge(self, fragments: Sequence[int], rows_at_once: int) -> int:
-        """Write the rows of some fragments into one, without those that were deleted. Returns the bytes written.
-
-        0 when somebody else changed one of them meanwhile: then nothing has happened. Not Lance's own compaction, which
-        merges only neighbours, and puts what it writes to the end, where it parts others.
-
-        Raises:
-            StoreUnavailable: nothing has happened; to be tried again.
-        """
+        """Rewrite some fragments as one, without deleted rows. Returns the bytes written; 0 if another process changed
+        one of them meanwhile, and nothing was changed. Raises StoreUnavailable, also without a change; then try again.
+        Lance's own compaction merges only neighbours, and moves what it writes to the end, where it separates other
+        neighbours."""
         dataset = self.table.create()
         parts = [dataset.get_fragment(number) for number in fragments]
         new: list[Any] = []
@@ -269,7 +242,8 @@ class StoreWriter:
         except (OSError, RuntimeError) as error:
             if not _is_conflict(error):
                 raise outage(self.table.url, "compacted", error) from error
-            # Nothing refers to these files, and they may hold what is deleted next: Lance keeps such for a week.
+            # No version refers to these files, and they may hold rows that are deleted next; Lance would keep them for
+            # a week.
             self.table.discard(file.path for fragment in new for file in fragment.files)
             return 0
         return sum(file.file_size_bytes or 0 for fragment in new for file in fragment.files)
@@ -287,7 +261,7 @@ class StoreWriter:
             new = _write(rows, base, SCHEMA) if len(rows) else []
             marks = _write([position.row() for _, position in moves], base, POSITION_SCHEMA, max_rows_per_file=1)
             dataset = self._replace(base, [claim.fragment for claim, _ in moves], [*new, *marks], changed or {})
-        except CommitConflictError:  # it is an OSError, too
+        except CommitConflictError:  # it is also an OSError
             raise
         except (OSError, RuntimeError) as error:
             raise outage(url, "written", error) from error
@@ -301,11 +275,9 @@ class StoreWriter:
         return int(dataset.version)
 
     def _replace(self, base: Any, old: Sequence[int], new: Sequence[Any], changed: Mapping[int, Any]) -> Any | None:
-        """The version in which ``new`` stand for the fragments ``old``; None when one of those is gone.
-
-        ``changed`` are fragments of ``base`` with more rows deleted (None: all of them): when somebody else changes one
-        of those first, that raises CommitConflictError.
-        """
+        """Commit a version in which ``new`` replaces the fragments ``old``; None if one of those is gone. ``changed``
+        holds fragments of ``base`` with more rows deleted (None: all). Raises CommitConflictError if another process
+        changes one of those first."""
         fences_removed = {number for number in old if number >= 0}
         operation = lance.LanceOperation.Update(
             removed_fragment_ids=sorted(fences_removed | {number for number, left in changed.items() if left is None}),
@@ -320,7 +292,7 @@ class StoreWriter:
                 time.sleep(random.uniform(0.002, 0.01) * attempt)  # noqa: S311  (spreads the tries)
                 base = self.table.create()
                 if failure is not None and _fragments_by_path(base, [new[-1].files[0].path]):
-                    return base  # the answer was lost, the commit was not
+                    return base  # the commit succeeded, only its response was lost
                 if failure is not None and outages >= OUTAGES:
                     raise failure
             if fences_removed - {fragment.fragment_id for fragment in base.get_fragments()}:
@@ -341,8 +313,8 @@ class StoreWriter:
 def _passed_on(
     dataset: Any, rows: Sequence[Mapping[str, Any]], kept: Collection[str]
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Of samples among rows that are removed, those that other records sent, too: the newest duplicate of the key and
-    source that were the first of these, and the row of the sample as if that record had brought it."""
+    """Find duplicates that removed samples pass to: the newest with the key and source of the sample's first duplicate,
+    each with the sample's row under that record's columns."""
     leaving = {row["_rowaddr"] for row in rows}
     samples = {row["id"]: row for row in rows if row["kind"] == "sample" and row["id"] not in kept}
     heirs: dict[str, dict[str, Any]] = {}
@@ -366,7 +338,7 @@ def _passed_on(
 
 
 def _is_conflict(error: Exception) -> bool:
-    """True if somebody else's commit came first. Lance says so by a type of its own, or in an OSError's words."""
+    """Detect a lost race: Lance reports it by its own type, or in an OSError's message."""
     return isinstance(error, CommitConflictError) or "commit conflict" in str(error).lower()
 
 

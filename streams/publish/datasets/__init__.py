@@ -1,10 +1,9 @@
-"""Data sets that people have, read as a stream: :func:`detect` finds the format, :func:`read_dataset` the rows.
+"""Readers of common data sets: :func:`detect` finds the format, :func:`read_dataset` yields the rows.
 
-Formats are in modules: ``shards`` (WebDataset, img2dataset), ``parquet`` (Hugging Face, img2dataset), ``imagefolder``
-(also with a text file next to each image) and ``json_annotations`` (COCO, LLaVA). Ratchet's own are here: the
-folder dataset (:mod:`streams.publish.folders`), and single CSV and JSON Lines files of its columns. All yield
-:class:`~streams.publish.folders.DatasetRow`: a sample, or the error that names file, row, field and fix. Memory does
-not grow with the number of rows.
+Formats are in ``shards`` (WebDataset, img2dataset), ``parquet`` (Hugging Face, img2dataset), ``imagefolder`` (also with
+text files) and ``json_annotations`` (COCO, LLaVA). Ratchet's own are here: the folder dataset
+(:mod:`streams.publish.folders`), and CSV and JSON Lines files with its columns. All yield
+:class:`~streams.publish.folders.DatasetRow` in constant memory.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from streams.publish.folders import INDEX, DatasetRow, dataset_error, read_index
 
 
 def _read_index_file(source: Source) -> Iterator[DatasetRow]:
-    """Rows of ``data.csv`` of a folder, or of the file itself."""
     index = source.path / INDEX if source.path.is_dir() else source.path
     if not index.is_file():
         raise dataset_error(f"{source.path} has no {INDEX}", f"name a folder with images and a {INDEX}: file,text")
@@ -49,11 +47,11 @@ FORMATS: Final[dict[str, Format]] = {
         imagefolder.SIDECARS, imagefolder.FORMAT,
     )
 }  # fmt: skip
-"""All formats by name, in the order in which `detect` tries them: those with an index before those told by images."""
+"""Formats by name, in detection order: those with an index before those recognized by images."""
 
 
 def detect(path: Path | str) -> Format:
-    """The format of a data set. Raises RecordError when it is none that is known."""
+    """Detect the format of a data set. Raises RecordError if it is unknown."""
     source = Path(path)
     _check_exists(source)
     for candidate in FORMATS.values():
@@ -69,19 +67,16 @@ def read_dataset(
     split: str | None = None,
     max_image_bytes: int = MAX_BYTES,
 ) -> Iterator[DatasetRow]:
-    """The rows of a data set, one at a time, in an order that is the same each time.
+    """Yield the rows of a data set in a stable order, bad rows with their errors.
 
     Args:
         path: a file, a folder, or a pattern of shards (``shards/{000..010}.tar``).
-        format: a name of :data:`FORMATS`; found by itself where it is None.
-        split: only rows of this split, and those that belong to none.
+        format: a name of :data:`FORMATS`; None: detected.
+        split: only rows of this split, and those without one.
         max_image_bytes: a larger image is an error of its row.
 
-    Returns:
-        an iterator. A row that is wrong is in it, with its error; the format is looked at before the first.
-
     Raises:
-        RecordError: at once, when the path is no data set; later, when it cannot be read any further.
+        RecordError: at once, if the path is not a data set; later, if it cannot be read further.
     """
     chosen = choose(path, format)
     source = Source(Path(path), max_image_bytes)
@@ -89,7 +84,6 @@ def read_dataset(
 
 
 def choose(path: Path | str, name: str | None) -> Format:
-    """The format of this name, or the one that the path has. Raises RecordError."""
     if name is None:
         return detect(path)
     if name not in FORMATS:

@@ -1,15 +1,11 @@
-"""Folders of images: with a ``metadata.csv`` or ``metadata.jsonl`` (Hugging Face's imagefolder), a folder for each
-class, or a text file next to each image.
+"""Folders of images: with a ``metadata.csv`` or ``metadata.jsonl`` (Hugging Face's imagefolder), with a folder per
+class, or with a text file next to each image.
 
-Metadata files lie in the folder itself or in its split folders (``train/metadata.csv``). Each row names its image in
-``file_name``, relative to the metadata file; the other columns are found by name
-(:mod:`streams.publish.datasets.mapping`). Without metadata the class is the first folder (below ``train``, ``test``,
-... if the folders are splits), as torchvision's ``ImageFolder`` has it, and its name is the text as well.
-
-Texts of the same name next to images (``0001.jpg``, ``0001.txt``, ``0001.json``) are what img2dataset writes with
-``output_format=files``, and what many captioning tools leave.
-
-Memory: the names in one folder.
+Metadata files are in the folder or its split folders (``train/metadata.csv``). Rows name their image in ``file_name``,
+relative to the metadata file; other columns are matched by name (:mod:`streams.publish.datasets.mapping`). Without
+metadata the class is the first folder (below ``train``, ``test``, ... if those are splits), as in torchvision's
+``ImageFolder``, and its name is also the text. Text files with the image's name (``0001.jpg``, ``0001.txt``,
+``0001.json``) are what img2dataset writes with ``output_format=files``. Memory: the names in one folder.
 """
 
 from __future__ import annotations
@@ -41,14 +37,12 @@ MAX_DEPTH: Final = 16
 
 
 def matches(path: Path) -> bool:
-    """True if a folder has metadata files, or folders with images in them."""
     if not path.is_dir():
         return False
     return bool(_metadata_files(path)) or any(image.parent != path for image in images_under(path))
 
 
 def read(source: Source) -> Iterator[DatasetRow]:
-    """Rows of the metadata files if there are any, else the images of the class folders."""
     indexes = _metadata_files(source.path)
     if not indexes:
         yield from _classes(source)
@@ -57,7 +51,7 @@ def read(source: Source) -> Iterator[DatasetRow]:
 
 
 def images_under(root: Path) -> Iterator[Path]:
-    """Image files under ``root`` in order of their paths, links to folders not followed."""
+    """Image files under ``root``, sorted; symbolic links to folders are not followed."""
     for folder, children, names in os.walk(root):
         children.sort()
         if len(Path(folder).relative_to(root).parts) >= MAX_DEPTH:
@@ -77,14 +71,8 @@ def _metadata_files(root: Path) -> list[Path]:
 
 
 def read_metadata(index: Path, source: Source, root: Path | None = None) -> Iterator[DatasetRow]:
-    """Rows of a metadata file, ``.csv`` or ``.jsonl``.
-
-    Args:
-        root: the folder that its file names are relative to; its own where it is None.
-
-    Raises:
-        RecordError: it has no columns for an image and its text or class.
-    """
+    """Rows of a metadata file, ``.csv`` or ``.jsonl``, with file names relative to ``root`` (default: its folder).
+    Raises RecordError if it has no columns for an image and its text or class."""
     folder = root or index.parent
 
     def check(header: Sequence[str]) -> None:
@@ -131,18 +119,15 @@ FORMAT: Final = Format("imagefolder", "image files with metadata.csv or .jsonl, 
 
 
 _LOOKED_AT: Final = 16
-"""Images whose texts are looked for, to tell what a folder is."""
 
 
 def _is_sidecars(path: Path) -> bool:
-    """True if one of the first images of a folder has a text next to it."""
     return path.is_dir() and any(
         image.with_suffix(".txt").is_file() for image in islice(images_under(path), _LOOKED_AT)
     )
 
 
 def _read_sidecars(source: Source) -> Iterator[DatasetRow]:
-    """Each image with the words next to it."""
     for image in images_under(source.path):
         where = Where(image, "the file")
         yield from rows_of(where, _sidecar_items(image, source, where))

@@ -1,14 +1,14 @@
-"""Formats of large JSON files next to their images: COCO captions and LLaVA's conversations.
+"""Large JSON files next to their images: COCO captions and LLaVA conversations.
 
-**COCO captions**: a file of ``images`` and ``annotations``; each caption is a sample of its image. The images are next
-to the file, in ``images`` or in a folder such as ``train2017``; where the file is in ``annotations``, next to that. Of
-a folder with several such files, those whose names begin with ``captions`` are read.
+**COCO captions**: a file of ``images`` and ``annotations``; each caption is a sample. Images are next to the file, in
+``images`` or in a folder such as ``train2017``; for a file in ``annotations``, next to that folder. In a folder with
+several such files, those whose names begin with ``captions`` are read.
 
-**LLaVA**: an array, or JSON Lines, of ``{"image": ..., "conversations": [{"from", "value"}, ...]}``. Each question of a
-person and the answer of the model to it is a sample of the image, without the ``<image>`` mark. The image is named
-relative to the file's folder, a folder of that, or ``images``.
+**LLaVA**: an array, or JSON Lines, of ``{"image": ..., "conversations": [{"from", "value"}, ...]}``. Each question with
+its answer is a sample, without the ``<image>`` mark. Images are named relative to the file's folder, a subfolder, or
+``images``.
 
-Memory: one element of a file, and the names of the images (COCO).
+Memory: one element of a file, and the image names (COCO).
 """
 
 from __future__ import annotations
@@ -27,20 +27,17 @@ from streams.publish.folders import DatasetRow, FolderItem, Where, dataset_error
 
 _Shape = Literal["coco", "conversations", ""]
 _MAX_FILES: Final = 64
-"""JSON files of a folder that are looked into."""
 _MAX_ROOTS: Final = 64
 _HEAD_BYTES: Final = 64 * 1024
 _LINES: Final = (".jsonl", ".ndjson")
 MAX_ELEMENT_BYTES: Final = 16 * 2**20
-"""Longest element of an array, and longest text in what is passed over."""
+"""Longest element of an array, and longest text in skipped parts."""
 MAX_DEPTH: Final = 32
 _OPEN: Final = ("start_map", "start_array")
 _CLOSE: Final = ("end_map", "end_array")
 
 
 class _Bounded:
-    """A file of which only so much is read until `reset`."""
-
     def __init__(self, path: Path, stream: BinaryIO) -> None:
         self._path = path
         self._stream = stream
@@ -57,11 +54,8 @@ class _Bounded:
 
 
 def elements(path: Path, array: str = "") -> Iterator[Any]:
-    """The values in an array of a JSON document, one at a time: that of this name at its top, or the document itself.
-
-    Raises:
-        RecordError: the file is no JSON, or holds an element that is too large or too deep.
-    """
+    """Yield the elements of an array in a JSON document: the top-level one named ``array``, or the document itself.
+    Raises RecordError if the file is not JSON, or has an element that is too large or too deep."""
     number = 0
     try:
         with path.open("rb") as stream:
@@ -74,10 +68,10 @@ def elements(path: Path, array: str = "") -> Iterator[Any]:
 
 
 def _elements(file: _Bounded, path: Path, array: str) -> Iterator[Any]:
-    depth, key = 0, ""  # `key`: the last name at the top
-    inside = -1  # the depth of the array's elements; -1 where it is not open
+    depth, key = 0, ""  # `key`: the last top-level name
+    inside = -1  # depth of the array's elements; -1 while it is not open
     builder: ijson.ObjectBuilder | None = None
-    # Not `ijson.items`: it makes a path for each event, which costs the square of the depth.
+    # Not `ijson.items`: it builds a path for each event, at a cost quadratic in the depth.
     for event, value in ijson.basic_parse(file, use_float=True):
         if builder is None:
             file.reset()
@@ -102,7 +96,7 @@ def _elements(file: _Bounded, path: Path, array: str) -> Iterator[Any]:
 
 
 def _shape_of(path: Path) -> _Shape:
-    """The kind of a JSON file, by the names in its first bytes; empty for something else."""
+    """Detect the kind of a JSON file by the names in its first bytes; empty for other kinds."""
     try:
         with path.open("rb") as stream:
             head = stream.read(_HEAD_BYTES).decode(errors="replace").lstrip("\ufeff \t\r\n")
@@ -115,7 +109,6 @@ def _shape_of(path: Path) -> _Shape:
 
 
 def _files_of_shape(path: Path, shape: _Shape) -> list[Path]:
-    """The file itself, or the JSON files in a folder and in its ``annotations``, that hold this."""
     candidates = iter([path] if path.suffix.lower() == ".json" else [])
     if path.is_dir():
         candidates = (file for folder in (path, path / "annotations") for file in sorted(folder.glob("*.json")))
@@ -123,9 +116,8 @@ def _files_of_shape(path: Path, shape: _Shape) -> list[Path]:
 
 
 class _ImageFinder:
-    """Finds images by name near a JSON file: in its folder, a folder of that, ``images``, or the same next to
-    ``annotations`` where the file is in there. Never above these.
-    """
+    """Finds images by name in a JSON file's folder, its subfolders or ``images``; for a file in ``annotations`` also
+    next to that folder. Never above these."""
 
     def __init__(self, file: Path) -> None:
         home = file.parent
@@ -133,7 +125,7 @@ class _ImageFinder:
         self._roots = list(islice(_roots([*above, home]), _MAX_ROOTS))
 
     def find(self, name: str, where: Where) -> Path:
-        """The path of an image. Raises RecordError when it leads out of the folders, or is in none of them."""
+        """The path of an image. Raises RecordError if it leads out of the folders, or is in none of them."""
         problem: RecordError | None = None
         for position, root in enumerate(self._roots):
             try:
@@ -141,7 +133,7 @@ class _ImageFinder:
             except RecordError as error:
                 problem = problem or error
                 continue
-            self._roots.insert(0, self._roots.pop(position))  # the next is most likely there as well
+            self._roots.insert(0, self._roots.pop(position))  # the next image is most likely there too
             return root / name
         assert problem is not None
         raise problem
@@ -160,7 +152,6 @@ def _roots(homes: list[Path]) -> Iterator[Path]:
 
 
 def _read_coco(source: Source) -> Iterator[DatasetRow]:
-    """A row for each caption, in the order of the annotations."""
     files = _files_of_shape(source.path, "coco")
     if not files:
         raise dataset_error(f"{source.path} has no JSON with images and annotations", "name the captions_*.json file")
@@ -197,7 +188,6 @@ COCO: Final = Format(
 
 
 def _read_llava(source: Source) -> Iterator[DatasetRow]:
-    """A row for each turn."""
     files = _conversation_files(source.path)
     if not files:
         raise dataset_error(f"{source.path} has no JSON with conversations", "name the JSON file itself")

@@ -1,10 +1,10 @@
-"""From the columns that people use to the fields of a sample, for formats that prescribe none.
+"""Mapping of common column names to sample fields, for formats that prescribe none. Columns are matched by name,
+ignoring case. Each caption of a list, and each turn of a conversation, becomes a sample of the same image. A class name
+serves as the text if there is no other.
 
-Columns are found by name, without case. A list of captions, and a conversation of several turns, become a sample each
-of the same image. Where there is nothing but a class with a name, that name is the text as well.
-
-What a sample is made of (texts, questions, answers, classes) must be of its type, or the row is wrong. Of the rest
-(source, concept, domain, split, time, tags) what does not fit is passed over: elsewhere these names mean other things.
+Values that define the sample (texts, questions, answers, classes) must have the right type, or the row is bad. Other
+values (source, concept, domain, split, time, tags) are ignored if they do not fit: elsewhere these names mean other
+things.
 """
 
 from __future__ import annotations
@@ -24,24 +24,20 @@ from ratchet_client.images import MAX_BYTES
 from streams.publish.folders import DatasetRow, FolderItem, Where, iso_time, list_field
 
 IMAGE_SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"})
-"""File names of the formats that :mod:`ratchet_client.images` decodes."""
 MAX_TEXT_BYTES: Final = 2**20
-"""Longest text, JSON object or other field of a row that is read at all."""
+"""Longest text, JSON object or other field of a row that is read."""
 _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A data set to read."""
-
     path: Path
-    """A file, a folder, or (shards alone) a pattern such as ``shards/{000..010}.tar``."""
+    """A file, a folder, or (only shards) a pattern such as ``shards/{000..010}.tar``."""
     max_image_bytes: int = MAX_BYTES
-    """A larger image is an error of its row; it is not read where its size is known before."""
+    """A larger image is an error of its row; not read if its size is known beforehand."""
 
     @property
     def domain(self) -> str:
-        """Name of the data set: the domain of rows that have none of their own."""
         if self.path.is_dir():
             return self.path.resolve().name
         return self.path.parent.resolve().name if "{" in self.path.name else self.path.name.split(".")[0]
@@ -49,25 +45,22 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A kind of data set."""
-
     name: str
     holds: str
-    """Its description, for people."""
     matches: Callable[[Path], bool]
-    """True if a path holds one. Reads a bounded part of it; never raises for what is in it."""
+    """True if a path has this format. Reads a bounded part; never raises for its content."""
     read: Callable[[Source], Iterator[DatasetRow]]
-    """Its rows, one at a time. Raises RecordError when nothing more of it can be read."""
+    """Yield its rows. Raises RecordError if it cannot be read further."""
 
 
 def split_of(name: str) -> str:
-    """The split that a file or folder is named after (``train`` in ``train-00000-of-00002``); empty if none."""
+    """The split in a file or folder name (``train`` in ``train-00000-of-00002``); empty if none."""
     match = _SPLIT.search(name.lower())
     return match.group(1) if match else ""
 
 
 def files_under(root: Path, *suffixes: str) -> list[Path]:
-    """Files with one of the suffixes in ``root`` and two levels below it, in order of their paths."""
+    """Files with one of the suffixes in ``root`` and up to two levels below, sorted."""
     patterns = (f"{level}*{suffix}" for level in ("", "*/", "*/*/") for suffix in suffixes)
     return sorted(path for pattern in patterns for path in root.glob(pattern) if path.is_file())
 
@@ -80,9 +73,9 @@ SOURCE: Final = ("source", "url", "image_url")
 CONVERSATIONS: Final = ("conversations", "conversation")
 PLAIN: Final = ("concept", "domain", "split", "time", "tags")
 COLUMNS: Final = (*TEXT, *QUESTION, *ANSWER, "answers", *LABEL, *SOURCE, *CONVERSATIONS, *PLAIN)
-"""All columns that are read; others are passed over."""
+"""All columns that are read; others are ignored."""
 MAX_SAMPLES: Final = 256
-"""Most samples of one row: captions, or turns of a conversation."""
+"""Most samples per row: captions, or turns of a conversation."""
 IMAGE_MARK: Final = "<image>"
 _PEOPLE: Final = frozenset({"human", "user"})
 _MODELS: Final = frozenset({"gpt", "assistant", "model"})
@@ -90,14 +83,12 @@ _MODELS: Final = frozenset({"gpt", "assistant", "model"})
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """The image of a row: a file, or bytes that came with the row and a name for them."""
-
     path: Path
     inline: bytes | None = None
 
 
 def rows_of(where: Where, items: Iterable[FolderItem]) -> Iterator[DatasetRow]:
-    """The rows of some items that are made now; the one that says what is wrong where that raises RecordError."""
+    """Rows of the items; a single bad row if making them raises RecordError."""
     try:
         made = list(items)
     except RecordError as error:
@@ -108,7 +99,6 @@ def rows_of(where: Where, items: Iterable[FolderItem]) -> Iterator[DatasetRow]:
 
 
 def has_words(columns: Sequence[str]) -> bool:
-    """True if columns of these names can make a sample."""
     names = {name.lower() for name in columns}
     return bool(names & {*TEXT, *LABEL, *CONVERSATIONS}) or bool(names & set(QUESTION) and names & {*ANSWER, "answers"})
 
@@ -125,15 +115,12 @@ def items_of(
     """The samples of a row.
 
     Args:
-        row: values by column.
-        image: its image.
         where: the row, for messages.
-        domain: where the row has none.
-        split: where the row has none.
-        label_names: for columns that hold the number of a class, its names in order.
+        domain, split: defaults for the row.
+        label_names: class names in order, by column of class numbers.
 
     Raises:
-        RecordError: names the field that is wrong or missing.
+        RecordError: names the wrong or missing field.
     """
     values = {name.lower(): value for name, value in row.items() if value is not None}
     label = _label(values, label_names or {}, where)
@@ -176,10 +163,8 @@ Pair = tuple[str, str, tuple[str, ...]]
 
 
 def turns(conversation: Any, where: Where) -> list[Pair]:
-    """Question and answer of each turn of a conversation in LLaVA's form, without its ``<image>`` marks.
-
-    Each is a list of ``{"from": "human" | "gpt", "value": ...}``; OpenAI's ``role`` and ``content`` are read as well.
-    """
+    """Question and answer of each turn of a conversation, without its ``<image>`` marks. Turns are in LLaVA's form,
+    ``{"from": "human" | "gpt", "value": ...}``, or OpenAI's with ``role`` and ``content``."""
     if not isinstance(conversation, list) or not all(isinstance(turn, Mapping) for turn in conversation):
         raise where.error("conversations", "is not a list of turns", 'write [{"from": "human", "value": "..."}, ...]')
     pairs: list[Pair] = []
@@ -206,7 +191,7 @@ def _pairs(values: Mapping[str, Any], where: Where) -> list[Pair]:
             return turns(values[name], where)
     question = next((text for name in QUESTION for text in _strings(values, name, where)), "")
     if not question:
-        return []  # an answer alone is no example of anything
+        return []  # an answer without a question is not a sample
     best = [text for name in ANSWER for text in _strings(values, name, where)]
     answers = _answers(values, where) or best[1:]
     if not best and not answers:
@@ -245,7 +230,7 @@ def _strings(values: Mapping[str, Any], name: str, where: Where) -> list[str]:
 
 
 def _metadata(values: Mapping[str, Any], name: str) -> str:
-    """A string; what is none belongs to somebody else's meaning of the name."""
+    """A string; other types belong to another meaning of the name."""
     value = values.get(name)
     return value.strip() if isinstance(value, str) else ""
 

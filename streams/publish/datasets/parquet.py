@@ -1,12 +1,12 @@
-"""Parquet files with images in them: Hugging Face data sets, and img2dataset's ``output_format=parquet``.
+"""Parquet files with images: Hugging Face data sets, and img2dataset's ``output_format=parquet``.
 
-The image is the column that the schema's ``huggingface`` metadata says is one, or one named ``image``, ``jpg``, ...;
-its values are bytes, or structs of ``bytes`` and ``path``. Other columns are found by name
-(:mod:`streams.publish.datasets.mapping`); numbers of a ``ClassLabel`` become the names in the metadata. A row that
-img2dataset could not download is a wrong one.
+The image column is the one declared in the schema's ``huggingface`` metadata, or one named ``image``, ``jpg``, ...; its
+values are bytes, or structs of ``bytes`` and ``path``. Other columns are matched by name
+(:mod:`streams.publish.datasets.mapping`); ``ClassLabel`` numbers become the names in the metadata. Rows that
+img2dataset could not download are bad rows.
 
-Memory: one batch of rows, some `BATCH_BYTES` by the sizes in the file's own metadata, and the pages that are being
-decoded. Columns are read through a buffer, not a row group at once.
+Memory: one batch of rows, some `BATCH_BYTES` by the file's own metadata, and the pages being decoded. Columns are read
+through a buffer, not a row group at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from streams.publish.folders import DatasetRow, FolderItem, Where, dataset_error
 
 IMAGE: Final = ("image", "img", "images", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 STATUS: Final = ("status", "error_message")
-"""Columns of img2dataset about each download."""
 BATCH_BYTES: Final = 16 * 2**20
 MAX_BATCH_ROWS: Final = 256
 BUFFER_BYTES: Final = 2**20
@@ -44,15 +43,12 @@ _DAMAGE = (pa.ArrowException, OSError, ValueError)
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """The columns of a file that are read, and their meaning."""
-
     image: str
     columns: tuple[str, ...]
     label_names: dict[str, list[str]] = field(default_factory=dict)
 
 
 def matches(path: Path) -> bool:
-    """True if a path is a parquet file, or a folder of which the first has a column of images."""
     if path.is_dir():
         try:
             first = next(iter(files_under(path, ".parquet")), None)
@@ -63,7 +59,7 @@ def matches(path: Path) -> bool:
 
 
 def read(source: Source) -> Iterator[DatasetRow]:
-    """Rows of all files. A damaged file is one wrong row; the next one is read."""
+    """Rows of all files. A damaged file yields one bad row; the next one is read."""
     files = files_under(source.path, ".parquet") if source.path.is_dir() else [source.path]
     for file in files:
         split = split_of(file.name) or split_of(file.parent.name)
@@ -108,7 +104,7 @@ def _values(batch: pa.RecordBatch, index: int, where: Where) -> dict[str, Any]:
     try:
         for name in batch.schema.names:
             row[name] = batch.column(name)[index].as_py()
-    except (pa.ArrowException, ValueError, ArithmeticError) as error:  # text that is no UTF-8, a time out of range
+    except (pa.ArrowException, ValueError, ArithmeticError) as error:  # text that is not UTF-8, a time out of range
         raise where.error(name, f"cannot be read ({str(error)[:120]})", "correct it, or take the row out") from error
     return row
 
@@ -167,7 +163,6 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
-    """The features in the ``huggingface`` metadata; none where there is no such thing."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: each for name, each in features.items() if isinstance(each, dict)}

@@ -1,12 +1,11 @@
-"""WebDataset shards: tar files in which neighbours of one name are a sample (``000.jpg``, ``000.txt``, ``000.json``).
+"""WebDataset shards: tar files in which adjacent members with one name form a sample (``000.jpg``, ``000.txt``,
+``000.json``).
 
-Also what img2dataset writes with ``output_format=webdataset``; the parquet files next to its shards repeat the JSON
-members and are not needed. Members are read one after another and nothing is ever unpickled: members of other names
-are passed over unread, whatever a decoder of theirs would do. Read: an image (jpg, jpeg, png, webp, gif, bmp),
-``txt``, ``cls`` and ``json`` (columns as in :mod:`streams.publish.datasets.mapping`). Names of the classes in ``cls``
-are the lines of ``classes.txt`` or ``classnames.txt`` next to the shards.
-
-Memory: the members of one sample, so at most an image and three texts.
+Includes img2dataset's ``output_format=webdataset``; the parquet files next to its shards repeat the JSON members and
+are not needed. Read are an image (jpg, jpeg, png, webp, gif, bmp), ``txt``, ``cls`` and ``json`` (columns as in
+:mod:`streams.publish.datasets.mapping`). Other members are skipped unread, and nothing is unpickled. The class names of
+``cls`` are the lines of ``classes.txt`` or ``classnames.txt`` next to the shards. Memory: one sample, at most an image
+and three texts.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from streams.publish.folders import DatasetRow, FolderItem, Where, dataset_error
 
 SUFFIXES: Final = (".tar", ".tar.gz", ".tgz")
 MAX_HEADER_BYTES: Final = 2**20
-"""Longest extended header of a member; Python's tarfile reads one whole."""
+"""Longest extended header of a member, which Python's tarfile reads whole."""
 MAX_SHARDS: Final = 100_000
 _PARTS: Final = {"txt": "txt", "text": "txt", "caption": "txt", "cls": "cls", "json": "json"}
 _RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
@@ -47,8 +46,6 @@ _DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, LZMAErro
 
 
 class _BoundedTarInfo(tarfile.TarInfo):
-    """A member whose extended headers are bounded."""
-
     def _proc_member(self, tar: tarfile.TarFile) -> Any:
         if self.size < 0 or (not self.isreg() and self.size > MAX_HEADER_BYTES):
             raise tarfile.ReadError(f"a header of {self.size} bytes")
@@ -57,16 +54,13 @@ class _BoundedTarInfo(tarfile.TarInfo):
 
 @dataclass(slots=True)
 class _Group:
-    """The members of one sample."""
-
     key: str
     parts: dict[str, bytes] = field(default_factory=dict)
     problem: tuple[str, str, str] | None = None
-    """Field, what is wrong, what to do."""
 
 
 def expand(path: Path) -> list[Path]:
-    """Files that a pattern with braces names: ``{000..010}`` counts, ``{a,b}`` lists. Raises RecordError."""
+    """Expand braces in a pattern: ``{000..010}`` counts, ``{a,b}`` lists. Raises RecordError."""
     text = str(path)
     choices = [_choices(brace, path) for brace in _BRACES.findall(text)]
     if (count := prod(len(choice) for choice in choices)) > MAX_SHARDS:
@@ -86,7 +80,6 @@ def _choices(brace: str, path: Path) -> list[str]:
 
 
 def _shards_of(path: Path) -> list[Path]:
-    """The shards that a file, a folder or a pattern names, in order. Raises RecordError when one is not there."""
     if path.is_dir():
         return files_under(path, *SUFFIXES)
     shards = [path] if path.is_file() else expand(path)
@@ -97,12 +90,11 @@ def _shards_of(path: Path) -> list[Path]:
 
 
 def matches(path: Path) -> bool:
-    """True if a path names tar files."""
     return bool(files_under(path, *SUFFIXES)) if path.is_dir() else path.name.lower().endswith(SUFFIXES)
 
 
 def read(source: Source) -> Iterator[DatasetRow]:
-    """Samples of all shards. A damaged shard is one wrong row; the next one is read."""
+    """Samples of all shards. A damaged shard yields one bad row; the next one is read."""
     for shard in _shards_of(source.path):
         classes = {"label": _class_names(shard.parent)}
         try:
@@ -148,7 +140,7 @@ def _take(group: _Group, extension: str, member: tarfile.TarInfo, tar: tarfile.T
 
 def _items(group: _Group, where: Where, domain: str, classes: dict[str, list[str]]) -> Iterator[FolderItem]:
     if not group.parts and group.problem is None:
-        return  # none of its members is of a sample: __key__ files, licences
+        return  # no member belongs to a sample: __key__ files, licences
     if group.problem is not None:
         raise where.error(*group.problem)
     image = group.parts.get("image")
@@ -160,7 +152,7 @@ def _items(group: _Group, where: Where, domain: str, classes: dict[str, list[str
 
 
 def values_of(parts: dict[str, bytes], where: Where) -> dict[str, Any]:
-    """Columns of the members ``txt``, ``cls`` and ``json`` of a sample. Raises RecordError."""
+    """Columns of a sample's members ``txt``, ``cls`` and ``json``. Raises RecordError."""
     row: dict[str, Any] = {}
     if "json" in parts:
         try:
