@@ -150,6 +150,27 @@ def test_one_that_is_asked_to_stop_while_the_store_takes_nothing_tries_no_more(
     assert rows(store) == [("t", 0, "sample"), ("t", 1, "quarantine"), ("t", 2, "sample")]
 
 
+def test_one_that_is_asked_to_stop_before_a_cut_off_log_is_stored_begins_no_generation(
+    settings: Settings, store: SampleStore, kafka: FakeKafka, outage: Outage
+) -> None:
+    kafka.send(good(1), epoch=3)
+    begun: list[str] = []
+    outage(
+        StoreWriter, "claim", StoreUnavailable("never"), lambda _, starts, *__: begun.extend(s.stream for s in starts)
+    )
+    slow = settings.model_copy(update={"kafka": settings.kafka.model_copy(update={"batch_seconds": 100.0})})
+    with run(slow) as consumer:
+        wait_for(lambda: len(getattr(consumer, "_batch", ())) == 1, "a record that is not stored yet", 20)
+        outage(StoreWriter, "commit", StoreUnavailable("away"))
+        with kafka.changed:
+            kafka.cut_off(0)
+            kafka.send(good(2), epoch=4)
+        wait_for(lambda: consumer.status.state == "waiting", "it waits", 20)
+        consumer.stop()
+        wait_for(lambda: consumer.status.state == "stopped", "it ends", 20)
+    assert set(begun) == {"t"} and store.offsets() == {"t:0": 0}
+
+
 def test_a_broker_that_is_away_is_named_and_what_was_read_is_stored(
     settings: Settings, store: SampleStore, kafka: FakeKafka
 ) -> None:
