@@ -144,6 +144,20 @@ def test_a_merge_that_lost_a_conflict_leaves_no_file(store: SampleStore, monkeyp
     assert store.count() == 39
 
 
+def test_of_two_deletions_at_once_the_second_is_made_again(store: SampleStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit_each(store, range(0, 40, 10))
+    commit: Any = vars(StoreWriter)["_commit"]
+
+    def delete_meanwhile(writer: StoreWriter, *given: Any) -> int:
+        monkeypatch.undo()
+        assert len(StoreWriter(store.table).remove("offset = 3", "deletion", "d")) == 1
+        return int(commit(writer, *given))
+
+    monkeypatch.setattr(StoreWriter, "_commit", delete_meanwhile)
+    assert len(StoreWriter(store.table).remove("offset = 5", "deletion", "d")) == 1
+    assert (store.count(), store.tally()["deleted"]) == (38, 2)
+
+
 def _referenced(store: SampleStore) -> set[str]:
     """Data files of any version."""
     files = set()
