@@ -210,10 +210,6 @@ class StoreWriter:
             root_move = (Claim(root, fragment), replace(root, tally=tally))
             try:
                 version = self._commit([*new, *receipts], [*moves, root_move], dataset, changed)
-            except Superseded as error:
-                if {claim.key for claim, _ in moves} & set(error.keys):
-                    raise
-                continue
             except CommitConflictError:
                 continue
             return rows, version
