@@ -62,6 +62,16 @@ def between(request: pytest.FixtureRequest, worker: Sender) -> Iterator[Any]:
     return lambda: None if request.param else worker.commit()
 
 
+def test_each_correction_replaces_the_one_before_it_alone(worker: Sender, between: Any) -> None:
+    for seed in (1, 2, 3):
+        worker.read(seed, replaces="key")
+        between()
+    worker.commit()
+    assert sorted(worker.store.select("kind = 'deleted'", ["offset", "detail"]), key=lambda row: row["offset"]) == [
+        {"offset": 0, "detail": "by t:0:1"}, {"offset": 1, "detail": "by t:0:2"},
+    ]  # fmt: skip
+
+
 def test_a_record_with_a_corrected_label_takes_the_place_of_the_one_before(worker: Sender, between: Any) -> None:
     worker.read(1, label="tram", domain="x")
     between()

@@ -45,6 +45,8 @@ def test_a_late_message_does_not_bring_an_old_release_back() -> None:
     admitted = admission(snapshot(3), snapshot(2))
     assert admitted.adopt([snapshot(2), snapshot(1)]) == 3
     assert [each.release for each in admitted.window] == [3, 2]
+    assert admitted.adopt([snapshot(3)]) == 3
+    assert [each.release for each in admitted.window] == [3], "the live release with fewer others is news"
 
 
 @pytest.mark.parametrize(
