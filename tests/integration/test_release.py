@@ -1,4 +1,4 @@
-"""One command makes a release of a clean tree, and leaves nothing behind where it cannot."""
+"""One command makes a release of a clean tree, and leaves nothing behind if it fails."""
 
 from __future__ import annotations
 

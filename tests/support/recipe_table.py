@@ -1,6 +1,6 @@
-"""The table of recipes in docs/recipes.md, from the YAML files: all of a row but when to use it.
+"""The table of recipes in docs/recipes.md, generated from the YAML files except for the last column.
 
-python -m tests.support.recipe_table     # rows that are missing or out of date, to be pasted
+python -m tests.support.recipe_table     # prints missing or outdated rows, to be pasted
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def made_of(recipe: Recipe) -> str:
 
 
 def row(name: str) -> str:
-    """The row of a recipe, but for its last cell."""
+    """The row of a recipe without its last cell."""
     recipe = load_recipe(name)
     return f"| `{name}` | {recipe.description.rstrip('.')} | {made_of(recipe)} |"
 
@@ -43,7 +43,7 @@ def told() -> dict[str, str]:
 
 
 def missing() -> list[str]:
-    """Rows that the page lacks or tells otherwise, as they should be; the last cell is for a person to write."""
+    """Rows that are missing or outdated on the page, as they should be; the last cell is written by hand."""
     there = told()
     return [row(name) for name in recipe_names() if not there.get(name, "").startswith(row(name))]
 

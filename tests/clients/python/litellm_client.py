@@ -1,4 +1,4 @@
-"""LiteLLM, by its provider for OpenAI's API and by the one for servers that speak it."""
+"""LiteLLM, through its OpenAI provider and its provider for OpenAI-compatible servers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The answer to a COMMIT is lost: what was written is found out, and nothing is written twice."""
+"""The answer to a COMMIT is lost: the ledger finds out what was written, and writes nothing twice."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _somebody_waits(ledger: Ledger) -> Callable[[], None]:
 
 
 def _wait_until_back(ledger: Ledger) -> None:
-    """The server first takes the connections that were opened while it was stopped."""
+    """Retry until the server has accepted the connections that were opened while it was stopped."""
     end = time.monotonic() + 60
     while True:
         try:

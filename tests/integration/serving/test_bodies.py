@@ -1,4 +1,6 @@
-"""Bodies over HTTP, with a real CLIP and no Ray: images in every form, hostile ones, and refusals by their place."""
+"""Bodies over HTTP, with a real CLIP and no Ray: images in every form, hostile images, and errors that name their
+place.
+"""
 
 from __future__ import annotations
 

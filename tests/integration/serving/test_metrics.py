@@ -1,4 +1,4 @@
-"""What a real server exports: of all its processes together, and nothing that is not its own."""
+"""The metrics of a real server: those of all its processes together, and no foreign ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def scraped(server: ServerFixture) -> Samples:
 
 
 def value(server: ServerFixture, name: str, **labels: str) -> float:
-    """The sum of the samples that carry these labels."""
+    """Sum the samples that carry these labels."""
     return sum(v for ours, v in scraped(server).get(name, []) if labels.items() <= ours.items())
 
 
@@ -40,7 +40,7 @@ def until(server: ServerFixture, condition: Callable[[Samples], bool]) -> Sample
 
 
 def live(samples: Samples) -> dict[str, list[float]]:
-    """Releases by part, one of each replica."""
+    """Live releases by part, one per replica."""
     parts: dict[str, list[float]] = {}
     for labels, number in samples.get("ratchet_release_live", []):
         parts.setdefault(labels["part"], []).append(number)

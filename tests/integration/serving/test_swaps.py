@@ -1,4 +1,4 @@
-"""Releases under load and under fire: no request fails, none is answered by two models."""
+"""Releases under load and under faults: no request fails, and none is answered by two models."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ ray.init(address=sys.argv[3], _temp_dir=sys.argv[2], _node_ip_address=NODE, log_
 from ray import serve
 serve.run(build(load_settings(Path(sys.argv[1]))), name=APP, route_prefix="/")
 """
-"""What ``kubectl apply`` of a RayService with new code does: each deployment is replaced, replica by replica."""
+"""Like ``kubectl apply`` of a RayService with new code: each deployment is replaced, replica by replica."""
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""What Ratchet expects of a broker. The embedded one is known to fail some: there these tests must fail."""
+"""Ratchet's expectations of a broker. The embedded one is known to fail some, where these tests must fail."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RECORDS = 5
 
 @pytest.fixture
 def known_fault(broker: Broker, request: pytest.FixtureRequest) -> None:
-    """Expect the test to fail on the embedded broker alone."""
+    """Expect the test to fail on the embedded broker only."""
     if broker.embedded:
         request.applymarker(pytest.mark.xfail(strict=True, reason="known fault of the embedded broker"))
 

@@ -1,4 +1,4 @@
-"""An operator skips offsets: a row and an audit entry say so, and a running worker goes on behind them."""
+"""An operator skips offsets: a row and an audit entry record it, and a running worker continues after them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def settings(broker: Broker, tmp_path: Path) -> Settings:
 
 
 def send(settings: Settings, *seeds: int) -> None:
-    """Records in batches of their own, so that the embedded broker's end offset is right."""
+    """Send records in batches of one, so that the embedded broker's end offset is right."""
     producer = KafkaProducer(bootstrap_servers=settings.kafka.bootstrap)
     for seed in seeds:
         image, headers = good(seed)

@@ -32,7 +32,7 @@ TOPIC = "samples"
 
 
 def make_home(home: Path, **overrides: Any) -> Settings:
-    """A home folder in which an update takes a second; one that is there already is taken as it is."""
+    """Make a home in which an update takes a second, unless it exists."""
     tiny_base(home)
     if not (home / "suites").exists():
         folder_dataset(home / "data" / "things", count=30)
@@ -62,7 +62,7 @@ def make_home(home: Path, **overrides: Any) -> Settings:
 
 
 def make_vlm_home(home: Path, **overrides: Any) -> Settings:
-    """The same with a tiny VLM, a folder of questions about the same things, and a suite that asks them."""
+    """Make the same with a tiny VLM, a folder of questions about the same things, and a suite that asks them."""
     make_home(home)
     tiny_vlm_base(home)
     folder = home / "data" / "asked"
@@ -81,8 +81,8 @@ def make_vlm_home(home: Path, **overrides: Any) -> Settings:
 
 
 def judged_as(outcome: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The real gate runs; ``["outcome"]`` of what is returned then replaces its outcome, which chance decides on random
-    weights. ``["verdict"]`` is the last one.
+    """Run the real gate, then replace its outcome, which is random with random weights, by ``["outcome"]`` of the
+    returned mapping. ``["verdict"]`` is the last verdict.
     """
     wanted: dict[str, Any] = {"outcome": outcome}
 
@@ -102,11 +102,11 @@ def add_samples(
     asked: Callable[[int], bool] = lambda offset: False,
     words: Callable[[int], dict[str, str]] = lambda offset: {},
 ) -> int:
-    """Append samples to the store as ingest would; returns the new version.
+    """Append samples to the store as ingest would and return the new version.
 
     Args:
-        asked: of which offsets there is a question instead of a text; of none by default.
-        words: further columns by offset, labels say.
+        asked: offsets that have a question instead of a text; none by default.
+        words: further columns by offset, such as labels.
     """
     store = SampleStore(settings.lake)
     first = store.offsets().get(f"{TOPIC}:{partition}", 0)
@@ -138,26 +138,25 @@ def changed(settings: Settings, section: str, **values: Any) -> Settings:
 
 
 def made_by(service: UpdaterService, state: str = "done", **how: bool) -> UpdateRow:
-    """The update of a step, which is then in this state."""
+    """Run a step and return its update, which must then be in this state."""
     update = service.step(**how).update
     assert update is not None and update.state == state, update
     return update
 
 
 def report_of(settings: Settings, update: UpdateRow) -> dict[str, Any]:
-    """The gate's report of an update."""
     report: dict[str, Any] = json.loads(Artifacts(settings.artifacts).read_bytes(f"reports/{update.id}/report.json"))
     return report
 
 
 def release(ledger: Ledger) -> None:
-    """What the release controller does with an open proposal."""
+    """Do what the release controller does with an open proposal."""
     (proposal,) = ledger.pending_proposals()
     commit(ledger, clip=proposal.clip, vlm=proposal.vlm, proposal_id=proposal.id)
 
 
 def commit(ledger: Ledger, clip: str | None = None, vlm: str | None = None, proposal_id: str | None = None) -> None:
-    """Commit the next release; where it names no adapter of a family, that of the live one stays."""
+    """Commit the next release; families without a new adapter keep their live one."""
     live = ledger.live()
     number, clip, vlm = (live.number + 1, clip or live.clip, vlm or live.vlm) if live else (1, clip, vlm)
     ledger.commit_release(number, clip=clip, vlm=vlm, actor="updater", reason="passed", proposal_id=proposal_id)

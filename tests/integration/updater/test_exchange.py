@@ -1,4 +1,4 @@
-"""Adapters from elsewhere go through the gate and rollout like ours; an exported one comes back as the same adapter."""
+"""Imported adapters go through the gate and rollout like ours; an exported adapter imports as the same adapter."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def outcome(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 @pytest.fixture
 def foreign(settings: Settings, tmp_path: Path) -> Path:
-    """A directory with the two files that PEFT writes, and nothing else."""
+    """A directory with only the two files that PEFT writes."""
     return foreign_adapter(settings, tmp_path / "foreign", seed=1)
 
 
@@ -159,7 +159,7 @@ def test_judging_at_once_leaves_the_work_of_an_updater_alone(
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, UpdateRow, Path]:
-    """A home with a released update, and its adapter as it was exported."""
+    """A home with a released update, and its exported adapter."""
     folder = tmp_path_factory.mktemp("exported")
     settings = make_home(folder / "home")
     add_samples(settings, 12)

@@ -1,4 +1,4 @@
-"""A merge whose weight is searched for: on one half of the suites, judged by the other."""
+"""A merge weight tuned on one half of the suites and judged by the other."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Counts how often kafka-python alone never gets the assignment of a group that it has joined.
+"""Count how often kafka-python alone never gets the assignment of a group that it has joined.
 
 ``python -m tests.outside.kafka.lost_assignment [--tries 40] [--poll-ms 5] [--fixed]``: starts Apache Kafka. See
-``kafka_python_report.md`` beside this file.
+``kafka_python_report.md`` in this folder.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ def assigned(address: str, topic: str, poll_ms: int, fixed: bool) -> bool:
 
 
 def main() -> None:
-    """Print how many starts got their partitions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tries", type=int, default=40)
     parser.add_argument("--poll-ms", type=int, default=5)

@@ -1,4 +1,4 @@
-"""A DNS server for Services, as a pod: A records of ``<service>.<namespace>.svc.cluster.local``, nothing else."""
+"""A DNS server for Services, as a pod: only A records of ``<service>.<namespace>.svc.cluster.local``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Names:
         self._context = ssl.create_default_context(cafile=str(FOLDER / "ca.crt"))
 
     def follow(self) -> None:
-        """Ask every second, for ever."""
+        """Poll every second, for ever."""
         while True:
             try:
                 self.addresses = self._asked()
