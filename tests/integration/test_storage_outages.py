@@ -1,4 +1,6 @@
-"""Operators get a prompt one-line message about an object store that is down, hangs, denies access or lacks the bucket."""
+"""Operators get a prompt one-line message about an object store that is down, hangs, denies access or lacks the
+bucket.
+"""
 
 from __future__ import annotations
 

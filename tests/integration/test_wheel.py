@@ -51,7 +51,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def commands(built: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The command folder of an environment that has the wheels and, from this environment, the packages of extra local."""
+    """The command folder of an environment that has the wheels and, from this environment, the packages of
+    extra local.
+    """
     home = tmp_path_factory.mktemp("environment")
     assert wheels.install_beside(home, built, "local") == ""
     return home / "bin"

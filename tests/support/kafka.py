@@ -64,7 +64,9 @@ def produce(kafka: Kafka, messages: Sequence[Message], partition: int | None = N
 
 
 def read_topic(kafka: Kafka, topic: str, at_least: int = 0, timeout: float = 300.0) -> list[Any]:
-    """All records of a topic: until two quiet polls, and ``at_least`` this many, which must arrive within ``timeout``."""
+    """All records of a topic: until two quiet polls, and ``at_least`` this many, which must arrive within
+    ``timeout``.
+    """
     consumer = KafkaConsumer(bootstrap_servers=kafka.bootstrap, auto_offset_reset="earliest")
     try:
         partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()]

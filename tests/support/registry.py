@@ -1,4 +1,6 @@
-"""A minimal schema registry over real HTTP, for Confluent's serializers and our reader. It can be down, slow or wrong."""
+"""A minimal schema registry over real HTTP, for Confluent's serializers and our reader. It can be down, slow or
+wrong.
+"""
 
 from __future__ import annotations
 

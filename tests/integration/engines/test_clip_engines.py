@@ -62,7 +62,9 @@ def test_a_graph_is_exported_once(onnx: ClipEngine) -> None:
 
 
 def test_openvinos_plugin_is_registered_once_where_it_knows_no_processor() -> None:
-    """On a processor that the plugin does not know (such as an AMD), a second engine failed with "already registered"."""
+    """On a processor that the plugin does not know (such as an AMD), a second engine failed with "already
+    registered".
+    """
     registered: list[str] = []
 
     class Runtime:

@@ -126,7 +126,9 @@ def test_a_candidate_that_forgets_is_rejected_by_the_suite_it_forgot(
 
 
 def test_a_candidate_that_learns_and_forgets_nothing_passes(home: Path, engine: ClipEngine) -> None:
-    """The text tower is unchanged and images change a little: old captions stay found, the new ones are found better."""
+    """The text tower is unchanged and images change a little: old captions stay found, the new ones are found
+    better.
+    """
     incumbent = load(engine, home, "other", seed=5, scale=0.7)
     candidate = load(engine, home, "gentle-too", seed=1, scale=0.02)
     kept = folder_suite(home, "kept", deal(engine, None, range(2000, 2000 + COUNT), "kept"))

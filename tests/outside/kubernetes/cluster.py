@@ -1,4 +1,6 @@
-"""A real one-node Kubernetes with KubeRay, and the chart in it: set up by the scripts in ``node/``, or an existing one."""
+"""A real one-node Kubernetes with KubeRay, and the chart in it: set up by the scripts in ``node/``, or an
+existing one.
+"""
 
 from __future__ import annotations
 

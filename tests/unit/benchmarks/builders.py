@@ -1,5 +1,3 @@
-"""A stream of noise pictures for a tiny base."""
-
 from __future__ import annotations
 
 from dataclasses import replace
@@ -14,7 +12,7 @@ UPDATES = ("car", "boat")
 
 
 def labelled(tag: str, count: int) -> tuple[Pair, ...]:
-    """Pairs whose captions are their classes, too."""
+    """Pairs whose captions are also their classes."""
     return tuple(replace(pair, label=pair.text) for pair in pairs(tag, count))
 
 

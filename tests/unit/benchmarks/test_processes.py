@@ -1,5 +1,3 @@
-"""Processes of a benchmark: they end with it, and what they hold is measured; the soak, which fails by that."""
-
 from __future__ import annotations
 
 import os
@@ -60,7 +58,7 @@ POPEN = subprocess.Popen
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[Any]]:
-    """Processes that were started from now on: each says that it is ready, and then stays."""
+    """Processes started from now on report that they are ready, and then stay."""
     processes: list[subprocess.Popen[Any]] = []
 
     def start(command: list[str], **given: Any) -> subprocess.Popen[Any]:
@@ -108,7 +106,7 @@ sum(held[::4096]), print(flush=True), sys.stdin.read()
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., int]]:
-    """Starts a command that is up when it has written a line; its process id."""
+    """Start a command that is up when it has written a line, and return its process ID."""
     processes: list[subprocess.Popen[bytes]] = []
 
     def starts(*command: str) -> int:
@@ -133,7 +131,7 @@ def test_what_a_child_holds_is_seen_and_a_small_one_is_called_so(start: Callable
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_libraries_that_another_process_uses_too_are_no_memory(start: Callable[..., int], tmp_path: Path) -> None:
-    """The catalog had grown by 8%: tests that had the same libraries mapped had ended meanwhile."""
+    """The catalog seemed to have grown by 8% because tests that had mapped the same libraries had ended."""
     (tmp_path / "library").write_bytes(b"x" * (64 << 20))
     child = start(sys.executable, "-c", MAP.format(path=str(tmp_path / "library")))
     assert child_processes()[child].is_small
@@ -150,7 +148,7 @@ def test_growth_is_of_processes_that_lived_through_both_looks() -> None:
 
 
 def log_of(sizes: dict[int, list[int]]) -> MemoryLog:
-    """A snapshot each 20 s, sizes in MiB; 0 is a process that is not there."""
+    """A snapshot each 20 s, sizes in MiB; 0 for a missing process."""
     log = MemoryLog()
     for number in range(len(next(iter(sizes.values())))):
         there = {pid: row[number] << 20 for pid, row in sizes.items() if row[number]}

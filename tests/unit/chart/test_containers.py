@@ -1,4 +1,4 @@
-"""Dockerfile and compose.yaml: nothing here can run Docker, so they are linted and held against the code."""
+"""Dockerfile and compose.yaml: Docker is not available here, so they are linted and compared with the code."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_image_has_every_package_and_only_extras_that_exist() -> None:
 
 @pytest.mark.parametrize(("flavour", "vlm"), [("cpu", "vlm-cpu"), ("gpu", "gpu")])
 def test_a_lock_has_a_version_and_digests_of_everything_that_the_project_names(flavour: str, vlm: str) -> None:
-    """`make lock` writes it; a requirement that was added or raised since fails here."""
+    """`make lock` writes it; fails here after a requirement was added or raised."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     client = tomllib.loads((ROOT / "client" / "pyproject.toml").read_text())["project"]
     extras = ("local", "postgres", "registry", "s3", "traces", vlm)
@@ -142,7 +142,6 @@ def test_every_mounted_file_is_there() -> None:
 
 
 def settings() -> Settings:
-    """As a container loads them."""
     environment = {
         name: re.sub(r"\$\{(\w+):\?[^}]*\}", "secret", value)
         for name, value in COMPOSE["services"]["serve"]["environment"].items()

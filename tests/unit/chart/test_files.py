@@ -1,4 +1,4 @@
-"""What the chart has from elsewhere is what lies there."""
+"""The chart's copies of files are up to date."""
 
 from __future__ import annotations
 

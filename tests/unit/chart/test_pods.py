@@ -1,4 +1,4 @@
-"""What holds for every pod of the chart, in every profile."""
+"""Rules for every pod of the chart, in every profile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Helm makes of the chart is what Kubernetes and the operators take."""
+"""Kubernetes and the operators accept the rendered chart."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_profile_passes_helms_lint(values: Any) -> None:
 
 @cache
 def check(text: str) -> None:
-    """Raise when an object is not valid. Most objects are the same in all profiles, and are looked at once."""
+    """Raise when an object is not valid. Most objects are the same in all profiles and are checked once."""
     found = json.loads(text)
     schema = custom(found["kind"])
     if schema is None:

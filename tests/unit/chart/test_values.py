@@ -1,4 +1,4 @@
-"""A wrong value, or what the cluster lacks, stops the install and names itself."""
+"""A wrong value, or a requirement that the cluster lacks, aborts the install with an error that names it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_what_every_installation_has_to_say_is_asked_for(missing: str) -> None:
 
 
 def paths(values: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Where the sections of values.yaml stand, and the last value of each."""
+    """Paths of the sections of values.yaml, and the last value of each."""
     for name, value in values.items():
         if isinstance(value, dict) or name == [*values][-1]:
             yield (*above, name)
@@ -83,7 +83,7 @@ def paths(values: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]
 
 
 def test_values_that_an_older_chart_did_not_have_are_missed_by_name() -> None:
-    """`helm upgrade --reuse-values` goes on with the defaults of the chart before, without what is new in this one."""
+    """`helm upgrade --reuse-values` keeps the defaults of the old chart, without new values of this one."""
     silent = set()
     for path in paths(yaml.safe_load((CHART / "values.yaml").read_text())):
         without: Any = None  # Helm removes what is null
@@ -159,12 +159,12 @@ SECRETS = {
     "console.oidc": secret("ratchet-oidc", "client_secret"),
     "serving.gcsFaultTolerance": secret("redis", "password", "user"),
 }
-"""What the values of EVERYTHING name."""
+"""Objects that the values of EVERYTHING name."""
 
 
 @pytest.mark.parametrize("value", SECRETS)
 def test_an_install_does_not_wait_for_a_secret_that_is_not_there(value: str) -> None:
-    """The migration's pod would, for ten minutes and without a word."""
+    """The migration's pod would wait silently for ten minutes."""
     missing = SECRETS[value]
     name, key = missing["metadata"]["name"], next(iter(missing["data"]))
     others = [NAMESPACE, *(each for each in SECRETS.values() if each is not missing)]

@@ -1,5 +1,3 @@
-"""The package is small: what it exports, what it imports, and that both clients are one."""
-
 from __future__ import annotations
 
 import inspect

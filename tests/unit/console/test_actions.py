@@ -1,6 +1,4 @@
-"""Forms of operators without a server or a broker: an action says what it will do before it does it, what it cannot do
-it does not offer, and nothing is lost when something is away.
-"""
+"""Operators' forms without a server or a broker."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ Sent = list[tuple[str, dict[str, Any]]]
 
 @pytest.fixture
 def released(ledger: Ledger) -> None:
-    """Release 1 serves the base, 2 an adapter to everybody; both adapters are known."""
+    """Release 1 serves the base, 2 an adapter to all callers; both adapters are known."""
     for name in ("clip-a", "clip-b"):
         ledger.register_adapter(name, "clip", "b" * 64, "i", "t", {})
     release(ledger)
@@ -44,7 +42,7 @@ after_release_2 = pytest.mark.usefixtures("released")
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
-    """What the console asks of a server that says yes to everything."""
+    """The console's requests to a server that accepts everything."""
     asked: Sent = []
     send = Client._call
 

@@ -1,5 +1,3 @@
-"""Who gets in and what a session is worth, also behind a proxy: TLS that ends there, another name, and a path."""
-
 from __future__ import annotations
 
 from html.parser import HTMLParser
@@ -21,7 +19,7 @@ TLS = {"x-forwarded-proto": "https"}
 
 
 class Links(HTMLParser):
-    """Everything in a page that a browser asks for."""
+    """Everything in a page that a browser requests."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

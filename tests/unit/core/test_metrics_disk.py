@@ -1,4 +1,4 @@
-"""A disk for metrics that is full ends no process, and what was measured meanwhile is exported when there is room."""
+"""A full disk for metrics ends no process, and later exports include what was measured meanwhile."""
 
 from __future__ import annotations
 

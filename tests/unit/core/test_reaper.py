@@ -1,4 +1,4 @@
-"""Whatever ends a command or the process that started it, none of its processes goes on."""
+"""No process of a command outlives it, whatever ends the command or the process that started it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ subprocess.Popen(sleep, start_new_session=True)
 print("runs", flush=True)
 time.sleep(600)
 """
-"""Ignores what it is asked, and so does its child, in a session of its own."""
+"""Ignores signals, and so does its child, in its own session."""
 LEAVES_A_CHILD = """
 import subprocess, sys
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
@@ -90,12 +90,12 @@ def main():
 if __name__ == "__main__":
     main()
 """
-"""As a command: it has parts, a pool that works, and a terminal."""
+"""Like a command: it has parts, a busy pool, and a terminal."""
 
 
 @pytest.fixture
 def marked() -> Iterator[dict[str, str]]:
-    """An environment that tells what was started below; nothing of it runs on."""
+    """An environment that marks the processes started below, which are all ended."""
     variable = mark()
     yield {**os.environ, **variable, "PYTHONPATH": str(ROOT)}
     for process in left_running(variable):
@@ -103,7 +103,7 @@ def marked() -> Iterator[dict[str, str]]:
 
 
 def left(environ: dict[str, str]) -> list[str]:
-    """Command lines of what still runs."""
+    """Command lines of processes that still run."""
     found = []
     for process in left_running({VARIABLE: environ[VARIABLE]}):
         with suppress(Exception):
@@ -170,13 +170,13 @@ def to_the_group(parent: int) -> None:
 
 
 def twice(parent: int) -> None:
-    """As `make` does, which passes on what its child got as well."""
+    """As `make` does, which also forwards signals that its child got."""
     os.killpg(parent, signal.SIGTERM)
     os.kill(parent, signal.SIGTERM)
 
 
 def while_it_stops(parent: int) -> None:
-    """A second and a third one, and an impatient Ctrl-C."""
+    """A second and a third signal, and an impatient Ctrl-C."""
     os.kill(parent, signal.SIGTERM)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
         time.sleep(random.uniform(0, 0.4))
@@ -185,7 +185,7 @@ def while_it_stops(parent: int) -> None:
 
 
 def killed(parent: int) -> None:
-    """It cannot do anything about it."""
+    """SIGKILL, which it cannot handle."""
     os.kill(parent, signal.SIGKILL)
 
 

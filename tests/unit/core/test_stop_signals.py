@@ -1,5 +1,3 @@
-"""A signal that asks a command to stop is heard once, and always."""
-
 from __future__ import annotations
 
 import signal
@@ -23,7 +21,7 @@ stop_on_signals()
 
 
 def run(script: str, **options: object) -> str:
-    """What a script says that begins as a command does."""
+    """Output of a script that starts as a command does."""
     done = subprocess.run(
         [sys.executable, "-c", BEGIN + script], cwd=ROOT, capture_output=True, text=True, timeout=120, **options
     )  # type: ignore[call-overload]

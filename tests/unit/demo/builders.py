@@ -1,5 +1,3 @@
-"""What a demo has come to, made up."""
-
 from __future__ import annotations
 
 from datetime import UTC, datetime

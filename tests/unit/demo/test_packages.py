@@ -1,5 +1,3 @@
-"""Archives from outside are read within bounds, and downloads say what is missing."""
-
 from __future__ import annotations
 
 import gzip
@@ -74,7 +72,7 @@ def test_a_cut_archive_is_damaged(tmp_path: Path, keep: float) -> None:
 
 
 def test_a_changed_byte_at_the_end_is_noticed(tmp_path: Path) -> None:
-    """The checksum stands behind everything that a reader needs."""
+    """The checksum comes after everything that a reader needs."""
     archive = tgz(tmp_path / "a.tgz", {"one": b"x"})
     whole = bytearray(archive.read_bytes())
     whole[-5] ^= 1
@@ -131,7 +129,7 @@ def program(folder: Path, name: str, script: str) -> None:
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A PATH of its own; scripts find sh and touch by full names."""
+    """A new PATH; scripts find sh and touch by full names."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     return tmp_path / "bin"
 

@@ -1,5 +1,3 @@
-"""Bases are self-contained, checked, and the same model that open_clip builds, with its pixels."""
-
 from __future__ import annotations
 
 import io

@@ -1,5 +1,3 @@
-"""What the engine promises: one base, many adapters, the right vectors under threads."""
-
 from __future__ import annotations
 
 import gc
@@ -65,7 +63,7 @@ def test_spaces_are_the_same_on_a_processor_that_rounds_otherwise(
 
 
 def test_spaces_do_not_depend_on_how_a_product_is_written(engine: ClipEngine, folder: Path) -> None:
-    """A tower that an update leaves as it was keeps its space, whatever rank and scale the next adapter has."""
+    """A tower that an update leaves unchanged keeps its space, whatever rank and scale the next adapter has."""
     tiny_adapter(engine.base, folder, seed=1)
     files = read_adapter(folder)
     model, rank = engine.base.build_model(), files.config["r"]

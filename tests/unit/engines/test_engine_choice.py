@@ -1,5 +1,3 @@
-"""Which engine runs: what is set, else what was measured to be faster and within noise; and what tuning adds."""
-
 from __future__ import annotations
 
 from pathlib import Path

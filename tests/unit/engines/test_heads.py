@@ -1,5 +1,3 @@
-"""Heads against plain loops, their file, and the adapter that they belong to."""
-
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""Towers give what open_clip's whole towers give: the last block for one token only, texts at the width they need."""
+"""Towers match open_clip's whole towers: the last block for one token only, texts at the width they need."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def own_texts(whole: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tokens of each row that the perceptron of a block was given, in the order of its calls."""
+    """Number of tokens per row that the MLP of a block was given, by call."""
     seen: list[int] = []
     whole: Callable[..., torch.Tensor] = nn.GELU.forward
 

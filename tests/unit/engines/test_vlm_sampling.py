@@ -1,4 +1,4 @@
-"""Sampling parameters: what is taken is taken as vLLM takes it, and whatever it is, a token comes of it."""
+"""Sampling parameters: accepted ones act as in vLLM, and any of them yields a token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report: complete, self-contained, safe with captions from outside, and without a byte of a sample."""
+"""The report is complete, self-contained, safe with foreign captions, and contains no byte of a sample."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def fresh(family: str) -> Suite:
 
 
 def lost(view: int) -> tuple[Outcomes, Outcomes]:
-    """All was right, and then all of one view is wrong: the last choice is the answer."""
+    """All correct before, then all of one view wrong: the last choice is the answer."""
     ids = np.array([item.id for item in fresh("clip").items()])
     ranks, answers = np.zeros((4, 2), np.int32), np.zeros((4, 2), np.int32)
     after_ranks, after_answers = ranks.copy(), answers.copy()

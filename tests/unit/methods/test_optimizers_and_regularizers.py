@@ -1,4 +1,4 @@
-"""GaLore and regularizers against their steps written out, and what they save or hold in place."""
+"""GaLore and regularizers against their steps written out, and what they save or preserve."""
 
 from __future__ import annotations
 

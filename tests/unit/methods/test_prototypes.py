@@ -129,7 +129,7 @@ def test_prototype_relations_equal_the_plain_sum_as_prototypes_move() -> None:
 
 
 def test_prototypes_learn_to_lie_at_their_images_and_to_keep_their_relations() -> None:
-    """Those of earlier labels, too, of which no image comes again: they used to stay where they were."""
+    """Including those of earlier labels without new images, which used to stay where they were."""
     earlier, made = taught([0, 1, 0, 1]), taught([2, 2, 2], seed=1)
     objective = second_update(earlier, CAPTIONS, ["car", "tree", "house"])
     begun = made.image.detach()[0]
@@ -145,7 +145,7 @@ def test_prototypes_learn_to_lie_at_their_images_and_to_keep_their_relations() -
 
 @pytest.mark.parametrize(("name", "term"), [("prd", "prototype_relation"), ("two-teachers", "two_teacher_relations")])
 def test_the_term_lowers_in_training_what_it_measures(base: ClipBase, name: str, term: str) -> None:
-    """Two updates, the second on other data, in which the term is held once and hardly at all the other time."""
+    """Two updates, the second on other data, with the term strongly and then weakly weighted."""
 
     def drift(weight: float) -> float:
         terms = [{"name": "contrastive"}, {"name": term, "weight": weight}]

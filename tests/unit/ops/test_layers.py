@@ -1,4 +1,4 @@
-"""The contract of the layers leaves no module of core and ops out; parts without a model start without PyTorch."""
+"""The layers contract covers every module of core and ops; parts without a model start without PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of what ran against what: docs/support.md has a row of each peer, and a run replaces those of its own."""
+"""docs/support.md has a row of each peer, and a run replaces the rows of its own peers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The token bucket when clocks jump, when the updater starts again, and when two processes charge at once."""
+"""The token bucket when clocks jump, when the updater restarts, and when two processes charge concurrently."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FULL = CAPACITY / RATE
 
 @dataclass
 class Spender:
-    """Takes everything that there is, by a clock that may be wrong; knows how much time really passed."""
+    """Spends everything available by a clock that may be wrong; tracks the real time."""
 
     ledger: Ledger
     time: float = 0.0

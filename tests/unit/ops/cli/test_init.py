@@ -1,5 +1,3 @@
-"""``ratchet init`` checks model, broker and data, writes settings and suites, and says what these can show."""
-
 from __future__ import annotations
 
 import io
@@ -36,7 +34,7 @@ COLOURS = {"red_thing": (200, 20, 20), "green_thing": (20, 200, 20), "blue_thing
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """``ratchet`` in an empty folder that has a tiny registered base."""
+    """Run ``ratchet`` in an empty folder that has a tiny registered base."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     tiny_base(Path(".ratchet"))
