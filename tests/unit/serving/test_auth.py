@@ -1,5 +1,3 @@
-"""Keys in the real application: who gets in, where, how often and under which name; also while the ledger is away."""
-
 from __future__ import annotations
 
 import asyncio
@@ -181,7 +179,7 @@ async def test_a_ledger_that_hangs_holds_nobody_up_for_long(
 
 
 async def test_a_silent_ledger_makes_no_known_key_that_is_in_use_wait(closed: AuthApp, keys: Keys) -> None:
-    """A key that waited for a reading would wait for half a minute here."""
+    """A key that waited for a read of the ledger would wait for half a minute here."""
     token = keys.of("infer")
     assert (await closed.get("/v1/models", token)).status_code == 200
     closed.slow = threading.Event()
@@ -330,7 +328,7 @@ class Node:
         return self.ledger.create_key(name, ["infer"], actor="t")[1]
 
     def copy(self, secret: str = "bootstrap") -> KeyCopy:
-        """The copy of a process that begins now."""
+        """The copy of a process that starts now."""
         return KeyCopy(self.file, self.artifacts, SecretStr(secret))
 
     def keep(self) -> None:

@@ -1,4 +1,4 @@
-"""An operator's call outlives the controller that carries it out."""
+"""An operator's call survives the controller that executes it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Forever:
 
 
 def calls(*results: Any) -> ControllerCalls:
-    """Controllers that answer one after the other; an exception is one that dies."""
+    """Controllers that answer one after the other; an exception stands for one that dies."""
     left = list(results)
 
     async def change(command: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""A replica that no broadcast reached: it reads the ledger, loads what is missing, and says when it lags behind."""
+"""A replica that no broadcast reached reads the ledger, loads what is missing, and reports when it lags behind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 @dataclass
 class Replica:
-    """Loads every adapter but those that are ``broken``."""
+    """Loads every adapter that is not ``broken``."""
 
     ledger: Ledger
     loaded: list[str | None] = field(default_factory=list)

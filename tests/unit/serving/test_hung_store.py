@@ -1,4 +1,4 @@
-"""An object store that hangs: searches end soon and then fail at once, and those that need no store go on."""
+"""An object store that hangs: searches time out once and then fail immediately; requests without the store go on."""
 
 from __future__ import annotations
 

@@ -1,5 +1,3 @@
-"""Images by URL over the HTTP API: what is fetched, what is refused in which words, and for how long."""
-
 from __future__ import annotations
 
 import asyncio
@@ -46,7 +44,7 @@ def fetching(web: WebServer, **more: Any) -> Serve:
 
 
 def serving(settings: Serve, seconds: float = 60) -> tuple[AppState, ScriptedVlms]:
-    """An application whose fetcher finds every name on loopback."""
+    """An application whose fetcher resolves every name to loopback."""
 
     async def loopback(host: str, port: int) -> Sequence[str]:
         return ["127.0.0.1"]

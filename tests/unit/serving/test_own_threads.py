@@ -1,4 +1,4 @@
-"""What waits for a store in one part of the server keeps no other part from running."""
+"""Waiting for a store in one part of the server blocks no other part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two servers on one lake: their catalogs write the same tables, and neither takes anything from the other."""
+"""Two servers on one lake: their catalogs write the same tables without damaging each other's data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS = 3 * CHUNK_ROWS
 
 
 def _fill(folder: Path, barrier: Barrier) -> None:
-    """What one server does: it holds two spaces complete, beginning at the same moment as the other."""
+    """One server: complete two spaces, starting at the same moment as the other server."""
 
     async def run() -> None:
         catalog = World(folder)

@@ -1,4 +1,4 @@
-"""Where a partition is read on is said by the store: logs are told apart by their ids."""
+"""The store determines where to resume a partition, and log IDs tell logs apart."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_log_that_was_cut_short_is_a_new_generation_of_its_partition_from_the_
 
 
 class Seeks:
-    """Takes down what the assignment asks of a kafka-python consumer."""
+    """Records the calls of an assignment to a kafka-python consumer."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []

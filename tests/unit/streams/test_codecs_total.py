@@ -1,4 +1,4 @@
-"""Whatever arrives, it ends as a sample or as a refusal with a known reason; nothing else is raised."""
+"""Any input ends as a sample or as a known refusal; nothing else is raised."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def confluent(server: Registry) -> list[bytes]:
 
 
 def ends(value: bytes | None, headers: Pairs, registry: SchemaRegistry | None = None) -> None:
-    """Assert that it is a sample that can be written again, or a refusal that can be told."""
+    """Assert that it becomes a sample that can be encoded again, or a refusal with a message."""
     glimpse(value, headers)
     try:
         sample = decode(value, headers, registry=registry)

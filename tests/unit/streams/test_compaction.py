@@ -1,4 +1,4 @@
-"""Files are merged in tiers, full ones are left alone, and nothing is lost beside workers that commit."""
+"""Files are merged in tiers, full ones are left alone, and nothing is lost while workers commit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def commit_each(store: SampleStore, offsets: Iterable[int], size: int = 10, **fi
 
 
 def small(monkeypatch: pytest.MonkeyPatch, rows: int = 64) -> None:
-    """Full fragments have this many rows."""
+    """Set the rows of a full fragment."""
     monkeypatch.setattr(maintenance, "FULL_ROWS", rows)
     monkeypatch.setattr(maintenance, "TIERS", (1 / 16, 1 / 4, 1.0))
 

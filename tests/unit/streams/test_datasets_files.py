@@ -1,4 +1,4 @@
-"""Data sets of image files: folders, metadata and tar shards, as others write them."""
+"""Data sets of image files as other tools write them: folders, metadata and tar shards."""
 
 from __future__ import annotations
 

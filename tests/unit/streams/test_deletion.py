@@ -1,4 +1,4 @@
-"""A deletion takes out what its selector names and what came before it, whatever is killed in between."""
+"""A deletion removes what its selector names and what came before it, even if processes are killed meanwhile."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ask(ledger: Ledger, **selector: str) -> Any:
 
 
 def left(store: SampleStore) -> list[tuple[int, int]]:
-    """Partition and offset of the samples and refusals that are there."""
+    """Partition and offset of the remaining samples and quarantined records."""
     rows = store.select("kind IN ('sample', 'quarantine')", ["partition", "offset"])
     return sorted((row["partition"], row["offset"]) for row in rows)
 

@@ -1,4 +1,4 @@
-"""Repeated samples are found on disk, by content and by look; the index is no truth, and comes back from the store."""
+"""Repeated samples are found on disk, by content and by perceptual hash; the index can be rebuilt from the store."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_a_full_disk_is_said_to_be_full_and_nothing_is_added(index: DuplicateInd
 
 
 def test_its_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
-    """Tens of thousands of samples, whose index is larger than its cache, within some megabytes of the process."""
+    """Tens of thousands of samples, whose index is larger than its cache, within a few megabytes of memory."""
     script = """
 import resource, sys
 from streams.ingest import duplicates
@@ -381,7 +381,7 @@ def test_a_double_that_was_deleted_meanwhile_is_no_double(workers: tuple[Worker,
 
 
 def test_what_was_merged_before_a_worker_looked_is_known_to_it(workers: tuple[Worker, Worker]) -> None:
-    """Maintenance moves rows; those that a worker has not seen are no less new to it."""
+    """Maintenance moves rows; rows that a worker has not seen are still new to it."""
     busy, idle = workers
     idle.take(9)
     idle.commit()

@@ -1,4 +1,4 @@
-"""What is exported is read again by the readers of data sets, sample by sample the same."""
+"""Exported data sets are read back by the readers of data sets, with identical samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A hostile web server gets nothing out of the fetcher but refusals, in bounded time and bytes."""
+"""A hostile web server only causes refusals, in bounded time and bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store that an earlier version of Ratchet has written is opened, migrated and continued: see ``tests/data``."""
+"""A store written by an earlier version of Ratchet is opened, migrated and continued: see ``tests/data``."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tests.support.written_state import DATA, TOPIC, contents, unpack
 
 Written = tuple[SampleStore, dict[str, Any]]
 NEXT = {0: 29, 1: 30}
-"""Offset behind what was read of each partition."""
+"""Next offset of each partition."""
 
 
 @pytest.fixture(params=["0_1"])
 def written(request: pytest.FixtureRequest, tmp_path: Path) -> Written:
-    """The store, and what was in it when it was written."""
+    """The store, and its contents when it was written."""
     folder = DATA / f"written_by_{request.param}"
     unpack(folder / "lake.tar.xz", tmp_path)
     return SampleStore(str(tmp_path / "lake")), json.loads((folder / "lake.json").read_text())
@@ -42,7 +42,7 @@ def format_of(store: SampleStore) -> str:
 
 
 def ingest(store: SampleStore, *records: Received) -> CommitResult:
-    """What an ingest with an index of its own makes of some records."""
+    """Ingest some records with a new index."""
     name, split_key = store.table.identity()
     writer = StoreWriter(store.table)
     known = store.positions().values()

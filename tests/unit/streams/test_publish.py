@@ -1,4 +1,4 @@
-"""Publishing without a broker: what a dry run finds, what the exit status says, and what bounds hold."""
+"""Publishing without a broker: dry runs, exit statuses and limits."""
 
 from __future__ import annotations
 

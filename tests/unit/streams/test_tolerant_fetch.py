@@ -1,4 +1,4 @@
-"""What kafka-python cannot read is stepped over: each offset comes out once, as its record or as a ``Corrupt``."""
+"""Unreadable data is stepped over: each offset is returned once, as its record or as a ``Corrupt``."""
 
 from __future__ import annotations
 
@@ -388,7 +388,7 @@ def reader_of_epoch_3() -> LogReader:
 
 
 def validate(reader: LogReader, end_offset: int, end_epoch: int) -> None:
-    """What ``poll`` does about positions, with a leader that answers ``OffsetForLeaderEpoch`` so."""
+    """Validate positions as ``poll`` does, with this answer of the leader to ``OffsetForLeaderEpoch``."""
     result = Topic.EpochEndOffset(partition=0, error_code=0, leader_epoch=end_epoch, end_offset=end_offset)
     answer = OffsetForLeaderEpochResponse(topics=[Topic(topic=PARTITION.topic, partitions=[result])], version=3)
 

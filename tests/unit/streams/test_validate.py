@@ -1,4 +1,4 @@
-"""Whatever a record holds, it ends as a sample, a tombstone or a refusal, and each can be written to the store."""
+"""Any record ends as a sample, a tombstone or a refusal, and each can be written to the store."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def received(value: bytes | None, headers: Headers = (), offset: int = 0, **fiel
 
 
 def record(**fields: Any) -> bytes:
-    """A record in JSON; lone surrogates and what else JSON allows included."""
+    """A record in JSON, including lone surrogates and whatever else JSON allows."""
     image = base64.b64encode(fields.pop("picture", None) or picture(1)).decode()
     return json.dumps({"image": image, "text": "a boat", **fields}).encode()
 
@@ -227,7 +227,7 @@ HOSTILE: dict[str, Received] = {
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Each hostile record's row, and how it comes back from a real store."""
+    """Each hostile record's row, and how a real store returns it."""
     store = SampleStore(str(tmp_path_factory.mktemp("lake")))
     results = [validate(each, RULES) for each in HOSTILE.values()]
     rows = [{**each.row, "split": "train"} if isinstance(each, Accepted) else each for each in results]

@@ -1,4 +1,4 @@
-"""Records are validated in processes: as here, in order, and whatever happens to the processes."""
+"""Validation in processes gives the same results in order, even if the processes die."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class MortalProcesses(ProcessValidators):
     deaths = 0
 
     def submit(self, records: Sequence[Received]) -> Future[list[Accepted | StoreRow]]:
-        """As always; but the process that gets this record dies."""
+        """Submit, but kill the process that gets this record."""
         if not any(received.key == DEADLY for received in records):
             return super().submit(records)
         self.deaths += 1
@@ -61,7 +61,7 @@ def die_over(records: Sequence[Received]) -> list[Accepted | StoreRow]:
 
 @contextmanager
 def guarded(folder: Path, kind: type[ProcessValidators] = ProcessValidators, count: int = 1) -> Iterator[Any]:
-    """Processes that validate, and what counts their deaths."""
+    """Processes that validate, and a counter of their deaths."""
     with closing(CrashGuard(folder, count)) as guard:
         validators = kind(WORK, count, guard)
         try:

@@ -61,7 +61,7 @@ def pools(new: int = 20, reference: int = 20, replay: int = 0) -> Pools:
 
 
 def recipe(name: str = "default", **changes: Any) -> Recipe:
-    """A shipped recipe made small: where it has new, reference and replayed pairs, three of each in a batch of nine."""
+    """A shipped recipe made small: if it has new, reference and replayed pairs, three of each in a batch of nine."""
     small: dict[str, Any] = {"max_steps": 5, "batch_size": 9, "rank": 4, "alpha": 8.0}
     values = load_recipe(name).model_dump(mode="json")
     if all(values["mixture"].values()):
@@ -70,7 +70,7 @@ def recipe(name: str = "default", **changes: Any) -> Recipe:
 
 
 class Small:
-    """Scores adapters for recipes that search their merge's weight: the smaller file is the better one."""
+    """Scores adapters for recipes that tune their merge weight: the smaller file is the better one."""
 
     passes = 1
 
@@ -88,7 +88,7 @@ def run(base: ClipBase | VlmBase, folder: Path, **options: Any) -> TrainResult:
 
 
 def resumed(train: Callable[..., TrainResult], question: int, least: int = 1) -> TrainResult:
-    """An update that is stopped at the so-manieth question of each attempt, ``least`` times at least, and goes on."""
+    """An update that is stopped at question ``n`` of each attempt, at least ``least`` times, and resumed."""
     stops = 0
     while True:
         asked = count(1)
@@ -103,7 +103,7 @@ def resumed(train: Callable[..., TrainResult], question: int, least: int = 1) ->
 
 
 def assert_served_as_trained(base: ClipBase, result: TrainResult) -> None:
-    """The engine gives the vectors of the trainer, which are not the base's."""
+    """The engine gives the vectors of the trainer, which differ from the base's."""
     engine = ClipEngine(base)
     engine.load(result.adapter, result.directory)
     pixels, words = np.stack([base.preprocess.pixels(picture(i)) for i in range(4)]), ["a red car", "a tree"]
@@ -152,7 +152,7 @@ def question_pools(new: int = 20, reference: int = 20, replay: int = 0) -> Pools
 
 
 def learner_of(base: VlmBase, pools: Pools, start: WeightDelta | None = None, **changes: Any) -> VlmLearner:
-    """A learner of the default recipe over all examples of the pools, prepared."""
+    """A prepared learner of the default recipe over all examples of the pools."""
     learner = VlmLearner(base, recipe("vlm-default", **changes), start or {}, seed=0)
     learner.prepare(pools.examples, pools.parts)  # type: ignore[arg-type]
     return learner
@@ -161,7 +161,7 @@ def learner_of(base: VlmBase, pools: Pools, start: WeightDelta | None = None, **
 def clip_learner_of(
     base: ClipBase, name: str = "default", start: WeightDelta | None = None, **changes: Any
 ) -> ClipLearner:
-    """A learner of a recipe over 12 new, 8 reference and 8 replayed pairs, prepared."""
+    """A prepared learner of a recipe over 12 new, 8 reference and 8 replayed pairs."""
     learner, pool = ClipLearner(base, recipe(name, **changes), start or {}, seed=0), pools(12, 8, 8)
     learner.prepare(pool.examples, pool.parts)  # type: ignore[arg-type]
     return learner

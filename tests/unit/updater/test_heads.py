@@ -1,4 +1,4 @@
-"""What is fitted: classes are told apart, probabilities are as sure as they are right, strangers are none of them."""
+"""Fitted heads: classes are separated, probabilities are calibrated, strangers belong to no class."""
 
 from __future__ import annotations
 

@@ -1,5 +1,3 @@
-"""Admission: the release that a request is stamped with, a canary's split, and until when a release counts as used."""
-
 from __future__ import annotations
 
 import hashlib

@@ -1,4 +1,4 @@
-"""A live adapter whose files are gone: an older release is served, the same one everywhere, and the ledger says so."""
+"""A live adapter without files: an older release is served, the same one on all replicas, and the ledger records it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.unit.serving.releases.plain_replicas import PlainBroadcast
 
 @dataclass
 class DamagedBroadcast(PlainBroadcast):
-    """Two encoders and a VLM that cannot load what is ``gone``; the second encoder has copies of what is ``cached``."""
+    """Two encoders and a VLM that cannot load ``gone`` adapters; the second encoder has copies of ``cached`` ones."""
 
     gone: set[str] = field(default_factory=set)
     cached: set[str] = field(default_factory=set)

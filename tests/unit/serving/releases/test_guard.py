@@ -1,5 +1,3 @@
-"""The guard's statistics: silent on noise, certain about each kind of breach."""
-
 from __future__ import annotations
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""A release of another base: servers that run go on with theirs, servers of that base answer with it."""
+"""A release of another base: running servers keep theirs, servers of that base answer with it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,3 @@
-"""The release protocol without Ray: proposals, their preparation and commit, two families, and what is retired."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,6 +1,4 @@
-"""A rollback to what is resident waits for nothing: replicas, catalog, preparations and retirements that never end; and
-a rollback in the ledger alone.
-"""
+"""A rollback to a resident release does not wait for replicas, catalog, preparations or retirements that never end."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from tests.support.waiting import until
 from tests.unit.serving.releases.plain_replicas import PlainBroadcast, Server
 
 ANSWER_SECONDS = rollback.ANSWER_SECONDS
-"""As it is outside of tests."""
+"""The value outside of tests."""
 
 
 @pytest.fixture

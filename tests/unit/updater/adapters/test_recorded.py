@@ -1,4 +1,4 @@
-"""What an update starts from, and what is judged, is what was recorded."""
+"""An update starts from, and the gate judges, what was recorded."""
 
 from __future__ import annotations
 

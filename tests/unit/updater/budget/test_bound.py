@@ -1,4 +1,6 @@
-"""What a pass takes at most, by what others took: never below what it takes, and no update above its budget."""
+"""The upper bound of a pass, from the cost of earlier ones: never below the real cost, and no update exceeds its
+budget.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ def test_the_bound_is_above_every_polynomial_of_second_degree() -> None:
 
 
 class Counted:
-    """GFLOPs of every step that was taken, of what was prepared, and of passes after the last step."""
+    """GFLOPs of every step, of preparation, and of passes after the last step."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.steps: list[float] = []
@@ -122,20 +124,20 @@ def test_long_questions_after_a_hundred_short_batches_stop_the_update_within_its
 
 
 class Pretended:
-    """A learner whose batches have random sizes, and take what a random polynomial says."""
+    """A learner whose batches have random sizes, with costs from a random polynomial."""
 
     def __init__(self, chance: random.Random) -> None:
         self.chance, self.prepared, self.closing = chance, 0.0, chance.choice([0, 0, 3, 8])
         self.coefficients = [chance.random() ** 3 for _ in range(6)]
         self.longest = chance.randint(2, 500)
         self.grows = chance.choice([0.0, 1e-4])
-        """By how much a term of the loss grows with each step, a queue say."""
+        """Growth of a term of the loss with each step, as with a queue."""
 
     def prepared_gflops(self) -> float:
         return self.prepared
 
     def batch(self, step: int) -> tuple[Size, float]:
-        """Its size, and what it takes."""
+        """Its size and its cost."""
         rows = 8 - (self.chance.random() < 0.1)  # one of them cannot be prepared
         tokens, seen = self.chance.randint(1, self.longest), self.chance.choice([16.0, 64.0, 4096.0])
         head = self.chance.randint(8, 40)
@@ -156,7 +158,7 @@ class Pretended:
 
 
 def pretend(number: int) -> tuple[float, float, str]:
-    """Budget, what was spent of it, and how it ended. A pass that is broken off takes all that it may."""
+    """Budget, spending, and how it ended. An interrupted pass costs its maximum."""
     chance = random.Random(number)
     learner = Pretended(chance)
     cost, most = learner.cost(), chance.randint(1, 60)
@@ -199,7 +201,7 @@ def test_over_hundreds_of_random_draws_no_update_spends_more_than_its_budget() -
 def draw(
     base: VlmBase | ClipBase, folder: Path, taken: Counted, plan: Recipe, pool: Pools, gflops: float, n: int
 ) -> str:
-    """How an update ended that had so much."""
+    """How an update with this budget ended."""
     taken.steps.clear()
     taken.waiting.clear()
     try:

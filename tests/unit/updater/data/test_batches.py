@@ -1,4 +1,4 @@
-"""What steps visit, in which order, at what cost: shares of pools, epochs, views, templates, runs of one domain."""
+"""The visits of steps, their order and cost: shares of pools, epochs, views, templates, runs of one domain."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def sizes() -> st.SearchStrategy[dict[Part, int]]:
 
 
 def wanted(mixture: Mixture, pools: dict[Part, int]) -> dict[Part, float]:
-    """The shares, those of empty pools given away: P and B inherit from each other, and D from both."""
+    """The shares, with those of empty pools given away: P and B inherit from each other, and D from both."""
     if pools["reference"] == 0 and pools["replay"] == 0:
         return {"new": 1.0, "reference": 0.0, "replay": 0.0}
     held = mixture.reference + mixture.replay

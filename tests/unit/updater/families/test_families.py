@@ -1,4 +1,4 @@
-"""What settings say about each family: its recipe, its base, its reference pool."""
+"""Settings of each family: its recipe, its base, its reference pool."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def settings(home: Path, **overrides: Any) -> Settings:
 
 
 def folder(path: Path, kinds: list[str]) -> Path:
-    """One question of each kind named, and beside each a picture with a text."""
+    """One question of each kind named, and next to each a picture with a text."""
     items = [
         FolderItem(Path(f"{i}.png"), text, label=kind, inline=picture(i), question=ask, answer=ask and str(i))
         for i, (kind, text, ask) in enumerate(

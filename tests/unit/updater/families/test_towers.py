@@ -52,7 +52,6 @@ def test_boundaries_of_texts_are_cut_or_padded_to_the_batch() -> None:
 
 
 def test_the_slow_tower_moves_less_and_the_other_one_as_before(base: ClipBase, tmp_path: Path) -> None:
-    """A tower with a rate of its own."""
     start = base.build_model().state_dict()
 
     def moved(rate: float) -> dict[str, float]:

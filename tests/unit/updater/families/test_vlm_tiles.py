@@ -1,4 +1,4 @@
-"""Processors that cut an image into tiles, as those of SmolVLM and InternVL do: any picture is learned from."""
+"""Processors that cut an image into tiles, as those of SmolVLM and InternVL do."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def _cut_into_tiles(values: dict[str, Any], tiled: dict[str, Any]) -> int:
-    """Change the image processor, wherever it is written."""
+    """Change the image processor in every file that configures it."""
     found = int(next(iter(tiled)) in values)
     if found:
         values.update(tiled)

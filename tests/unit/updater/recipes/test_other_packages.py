@@ -1,4 +1,4 @@
-"""Methods and recipes of an installed package of somebody else, without a change of ours."""
+"""Methods and recipes of an installed third-party package."""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ from updater.step.learner import AnyLearner
 from updater.training.measure import measure
 
 RESUMED = frozenset({"codyra", "default", "ewc", "finetuned-merge", "galore", "si"})
-"""Stopped and resumed, too: one for each kind of state that a checkpoint holds."""
+"""Also stopped and resumed: one recipe for each kind of state in a checkpoint."""
 OFTEN = RESUMED | {"ema-merge", "locked-image", "naive", "replay", "wise-ft", "zscl"}
-"""What users are led to; the other recipes take as long again, and are left to `make long`."""
+"""The recommended recipes; the others take as long again and run only in `make long`."""
 CLIP = [
     pytest.param(name, marks=() if name in OFTEN else pytest.mark.long)
     for name in recipe_names()
@@ -56,7 +56,7 @@ def test_two_updates_in_a_row_change_what_may_change_and_are_served_as_trained(
 
 
 def _measured_once() -> Callable[..., Cost]:
-    """Measures updates of the same parts once; counting is more than half of the time of each."""
+    """Measure updates of the same parts once; counting is more than half of the time of each."""
     found: dict[frozenset[str], Cost] = {}
 
     def measured(learner: AnyLearner, *arguments: Any) -> Cost:

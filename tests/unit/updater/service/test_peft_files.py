@@ -1,4 +1,4 @@
-"""PEFT directories from elsewhere: what is served is taken, everything else is refused by name."""
+"""PEFT directories from elsewhere: what can be served is accepted, everything else is refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training in half precision: close to float32, kept by a resumed update, and told where it is not finite."""
+"""Training in half precision: close to float32, kept by a resumed update, and non-finite values are reported."""
 
 from __future__ import annotations
 
