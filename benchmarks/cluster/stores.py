@@ -1,4 +1,4 @@
-"""The state that an installation is given: PostgreSQL, an S3 server and Kafka, where pods can reach them."""
+"""The state of an installation: PostgreSQL, an S3 server and Kafka, reachable from pods."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PARTITIONS: Final = 2
 
 @dataclass(frozen=True)
 class Stores:
-    """Where they are."""
+    """Addresses of the stores."""
 
     ledger: str
     s3: Mapping[str, str]
@@ -33,7 +33,7 @@ class Stores:
 
     @property
     def secrets(self) -> Mapping[str, Mapping[str, str]]:
-        """As docs/deployer.md has them made."""
+        """Secrets, as docs/deployer.md describes them."""
         return {
             "ratchet-ledger": {"url": self.ledger.replace(str(HOST), POSTGRES_HOST)},
             "ratchet-operator": {"key": self.operator_key},
@@ -45,7 +45,7 @@ class Stores:
 
     @property
     def values(self) -> dict[str, Any]:
-        """What an installation has to say, and what a load of random adapters needs."""
+        """Required values, and those for a load of random adapters."""
         return {
             "ledger": {"existingSecret": {"name": "ratchet-ledger"}},
             "operatorKey": {"existingSecret": {"name": "ratchet-operator"}},
@@ -64,7 +64,7 @@ class Stores:
         }  # fmt: skip
 
     def settings(self, settings: Settings) -> Settings:
-        """The installation, as this process reaches it."""
+        """Settings with which this process reaches the installation."""
         kafka = settings.kafka.model_copy(update={"bootstrap": self.kafka, "partitions": PARTITIONS})
         return settings.model_copy(
             update={
