@@ -48,15 +48,15 @@ from updater.training.measure import measure
 
 WARM_UP = 3
 FAST: dict[str, Any] = {"steps": 2, "pairs": 48, "batch": 24}
-"""What ``--fast`` measures: enough to see that it runs."""
+"""Sizes of ``--fast``: enough to see that it runs."""
 SIDES = ("default", "open_clip", "open_clip_full")
 OPEN_CLIP_PRECISION: dict[TrainPrecision, str] = {"float32": "fp32", "bfloat16": "amp_bf16"}
-"""What its ``--precision`` calls them."""
+"""Names of its ``--precision``."""
 PRECISIONS: tuple[TrainPrecision, ...] = get_args(TrainPrecision)
 CPU = torch.device("cpu")
 RESAMPLES = 10_000
 MAX_SCALE = float(np.log(100))
-"""Where open_clip's loop bounds the logarithm of the scale."""
+"""The bound of open_clip's loop on the logarithm of the scale."""
 
 
 @dataclass
@@ -151,7 +151,7 @@ def _prepare(base: ClipBase, recipe: Recipe, examples: list[Pair]) -> Prepared:
 
 
 class _Batches:
-    """Batches as open_clip's loader hands them over: normalised pixels [n, 3, S, S] and token ids [n, longest]."""
+    """Batches as of open_clip's loader: normalised pixels [n, 3, S, S] and token IDs [n, longest]."""
 
     def __init__(self, base: ClipBase, prepared: Prepared) -> None:
         self.base, self.prepared = base, prepared
@@ -244,7 +244,7 @@ def _figures(
 
 
 def _interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """95% of the ratio of medians when turns are drawn again; a turn keeps its sides together (Efron's bootstrap)."""
+    """95% interval of the ratio of medians, resampling turns, which keep their sides together (Efron's bootstrap)."""
     drawn = np.random.default_rng(0).integers(0, len(ours), (RESAMPLES, len(ours)))
     ratios = np.median(np.array(ours)[drawn], axis=1) / np.median(np.array(theirs)[drawn], axis=1)
     low, high = np.quantile(ratios, [0.025, 0.975])
@@ -252,7 +252,6 @@ def _interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, fl
 
 
 def show(figures: dict[str, Any]) -> None:
-    """A table for people, one JSON line for machines (last)."""
     title = f"Recipe {figures['recipe']!r} beside open_clip ({figures['model']}, batch {figures['batch']})"
     table = Table("a step of", "precision", "s", "recipe / it", "95%", title=title)
     for precision in PRECISIONS:
@@ -270,7 +269,6 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench step``."""
     parser = bench_parser("step", __doc__)
     parser.add_argument("--steps", type=int, default=20, help="steps of each side and precision, after warm-up (20)")
     parser.add_argument("--pairs", type=int, default=480, help="pairs that are prepared (480)")

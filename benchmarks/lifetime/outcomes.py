@@ -1,4 +1,4 @@
-"""What real updates did to real items: the outcomes that `ratchet bench gate` kept, suite by suite."""
+"""Results of real updates on real items: the outcomes that `ratchet bench gate` stored, suite by suite."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_sources(place: Path = ARCHIVE) -> dict[str, Source]:
         place: the archive, or the folder into which `ratchet bench gate` writes outcomes.
 
     Raises:
-        ConfigError: there is nothing, or it holds hits and no ranks.
+        ConfigError: there is nothing, or it has hits without ranks.
     """
     trials = dict(read_trials(place))
     if "base" not in trials:

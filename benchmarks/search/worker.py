@@ -1,4 +1,4 @@
-"""One side of the comparison in a process of its own: commands and answers are lines of JSON."""
+"""One side of the comparison in its own process: commands and answers are lines of JSON."""
 
 from __future__ import annotations
 

@@ -44,9 +44,9 @@ class ChaosInstallation:
         """Start the stores, and make models and samples.
 
         Args:
-            base: where the limits of the server come from.
+            base: source of the server's limits.
             vlm_engine: what runs a VLM; none is served when empty.
-            new_adapters: how many of CLIP to make that are not released in turn; see :meth:`new_adapter`.
+            new_adapters: number of CLIP adapters that are not released in turn; see :meth:`new_adapter`.
             stack: ends all of it.
         """
         self.folder = folder
@@ -76,7 +76,7 @@ class ChaosInstallation:
             # Random adapters are what the guard is there to take back.
             rollout=Rollout(guard_seconds=0.0),
         )
-        """The settings with which this process looks from outside: stores without relays."""
+        """The settings with which this process observes: stores without relays."""
         self.direct.operator_key()
         self.ledger = Ledger.open(self.direct.ledger)
         self.images = pictures(IMAGES)
@@ -91,8 +91,8 @@ class ChaosInstallation:
         return self._new.pop()
 
     def server(self, environment: Mapping[str, str] | None = None) -> WholeServer:
-        """A server that is not started yet. The second and later ones get a home of their own, and one replica of each
-        deployment: two cores do not run thirty processes for each of two servers.
+        """A server that is not started yet. The second and later ones get their own home, and one replica of each
+        deployment: two cores cannot run thirty processes for each of two servers.
         """
         self._servers += 1
         settings = self.direct
@@ -110,7 +110,7 @@ class ChaosInstallation:
         return server
 
     def wait_for_ledger(self) -> float:
-        """Wait until the ledger answers a query; when that was, by :func:`time.monotonic`."""
+        """Wait until the ledger answers a query; returns the :func:`time.monotonic` of that."""
         url = self.postgres.url.replace("postgresql:", "postgresql+psycopg:")
         engine = create_engine(url, connect_args={"connect_timeout": 2, "client_encoding": "utf8"})
         end = time.monotonic() + AWAY_SECONDS

@@ -1,4 +1,4 @@
-"""The states of a chaos run: how each is entered, what is asked for in it, and how it is left."""
+"""The states of a chaos run: how each is entered, used and left."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from demo.load.traffic import Traffic
 from tests.support.commit_relay import Loss
 
 STEPS: Final = ("pending", "preparing", "committed", "announced")
-"""Of a release, between which processes are killed: proposed, being prepared, committed, told to the operator."""
+"""Steps of a release between which processes are killed: proposed, being prepared, committed, reported to the
+operator."""
 LOSSES: Final[tuple[Loss, ...]] = ("answer", "request", "connection")
 SETTLE_SECONDS: Final = 120.0
 RELEASES_BEFORE: Final = 3
@@ -46,28 +47,28 @@ class Skipped(Exception):
 
 
 class Chaos:
-    """What runs, and the state that it is in now."""
+    """The running servers, and the current state."""
 
     def __init__(
         self, installation: ChaosInstallation, server: WholeServer, operator: Operator, load: Traffic, seed: int
     ) -> None:
         self.installation = installation
         self.server = server
-        """The one that requests go to."""
+        """The server that requests go to."""
         self.operator = operator
         self.load = load
         self.random = np.random.default_rng([seed, 2])
         self._pool = ThreadPoolExecutor(4)
 
     def prepare(self) -> None:
-        """Release adapters, so that there is something to go back to, and wait until requests are answered."""
+        """Release adapters, so that a rollback has a target, and wait until requests are answered."""
         report = StateReport("before")
         for _ in range(RELEASES_BEFORE):
             self.operator.release(self.server, report)
         self.load.wait_for(REQUESTS_BEFORE, SETTLE_SECONDS)
 
     def enter(self, phase: Phase) -> StateReport:
-        """Be in a state for its time, leave it, and wait until all is well again."""
+        """Enter a state, keep it for its time, leave it, and wait until all is well again."""
         report = StateReport(phase.state, began=time.time())
         say(f"[yellow]{phase.state} for {phase.seconds:.0f} s[/yellow]")
         try:
@@ -83,15 +84,17 @@ class Chaos:
         return report
 
     def release(self, report: StateReport, clip: str | None = None) -> Future[bool]:
-        """Start a release beside what follows."""
+        """Start a release in parallel with what follows."""
         return self._pool.submit(self.operator.release, self.server, report, clip)
 
     def rollback(self, report: StateReport, available: Callable[[], float] = lambda: 0.0) -> None:
-        """Ask for a rollback, and wait for it."""
+        """Request a rollback, and wait for it."""
         self.operator.rollback(self.server, report, available)
 
     def wait_for_step(self, step: str, before: int, release: Future[bool]) -> str:
-        """Wait until the proposal after number ``before`` has come to a step, or the release has ended; its state."""
+        """Wait until the proposal after number ``before`` has reached a step, or the release has ended. Returns its
+        state.
+        """
         reached = STEPS[STEPS.index(step) :]
         while not release.done():
             newest = self.installation.ledger.proposals(1)[0]

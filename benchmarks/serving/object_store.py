@@ -1,4 +1,4 @@
-"""An S3 server of its own (moto) behind a relay: it can be stopped, cut off and slow."""
+"""An S3 server (moto) behind a relay, which can be stopped, cut off and slowed down."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ObjectStore:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """SIGSTOP: connections stay open, and nobody answers."""
+        """SIGSTOP: connections stay open without answers."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
         try:
@@ -56,7 +56,7 @@ class ObjectStore:
 
     @contextmanager
     def slow(self, seconds: float) -> Iterator[None]:
-        """Each piece of data comes so much later."""
+        """Delay each piece of data."""
         self.relay.delay_seconds = seconds
         try:
             yield

@@ -1,4 +1,4 @@
-"""``ratchet serve`` on a home and a metrics disk of its own, as on a machine of its own."""
+"""``ratchet serve`` with its own home and metrics disk, as on a separate machine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class WholeServer:
     """One server process with its Ray session."""
 
     def __init__(self, settings: Settings, name: str, folder: Path, environment: Mapping[str, str]) -> None:
-        """``folder``: for its log, ``NAME.log``. ``environment``: variables beside those of this process."""
+        """``folder``: for its log, ``NAME.log``. ``environment``: variables in addition to those of this process."""
         self.settings = settings
         self.name = name
         self._stack = ExitStack()
@@ -49,11 +49,10 @@ class WholeServer:
 
     @property
     def url(self) -> str:
-        """Where it answers."""
         return self.settings.serve.url
 
     def client(self, timeout: float) -> Client:
-        """An operator's client."""
+        """A client with an operator's key."""
         return Client(
             self.url, self.settings.operator_key().get_secret_value(), actor="chaos", timeout=timeout, retries=0
         )
@@ -80,7 +79,7 @@ class WholeServer:
     def kill(self, process: Process, step: str = "") -> Kill:
         """SIGKILL one process of a kind: the first encoder, the engine of the VLM.
 
-        Returns when it has ended: until then the kernel takes requests for it.
+        Returns when it has ended: until then the kernel accepts requests for it.
         """
         began = time.time()
         name = f"{REPLICA}{DEPLOYMENTS[process]}"
@@ -91,9 +90,9 @@ class WholeServer:
         return Kill(process, step, began, time.time())
 
     def wait_until_whole(self, seconds: float) -> None:
-        """Wait until every deployment has all its replicas, as Serve says, and the server is ready.
+        """Wait until every deployment has all its replicas, according to Serve, and the server is ready.
 
-        Serve believes in a replica for some seconds after it was killed, so that its processes are counted, too.
+        Serve counts a killed replica for some more seconds, so its processes are counted, too.
 
         Raises:
             RatchetError: not within this time.

@@ -1,7 +1,7 @@
-"""A consumer that does the least: kafka-python, and each image decoded or not even that. What ingest is compared with.
+"""The baseline of ingest: a minimal kafka-python consumer that optionally decodes each image.
 
 ``python -m benchmarks.stream.bare BOOTSTRAP TOPIC COUNT [decode]`` connects, prints ``ready``, waits for a line, reads
-so many records of the topic from its beginning, and prints what it took as JSON.
+this many records of the topic from its beginning, and prints its cost as JSON.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from PIL import Image
 from core.errors import RatchetError
 
 FETCH_BYTES = 16 << 20
-"""As ingest has by default."""
+"""Ingest's default."""
 
 
 def run_bare(bootstrap: str, topic: str, count: int, decode: bool) -> dict[str, float]:
-    """Read ``count`` records in a process of its own: ``seconds``, ``cpu_seconds`` and ``memory`` (peak, bytes).
+    """Read ``count`` records in a new process: ``seconds``, ``cpu_seconds`` and ``memory`` (peak, bytes).
 
     Raises:
         RatchetError: it failed.
@@ -55,7 +55,6 @@ def _read(consumer: Any, count: int, decode: bool) -> None:
 
 
 def main() -> None:
-    """The process."""
     bootstrap, topic, count, *decode = sys.argv[1:]
     consumer = KafkaConsumer(
         bootstrap_servers=bootstrap,

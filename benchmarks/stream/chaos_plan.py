@@ -1,4 +1,4 @@
-"""What goes wrong, when and for how long: drawn beforehand, so that a seed gives the same run again."""
+"""The faults of a run with their times, drawn from a seed, so that the run can be repeated."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 
 FaultKind = Literal["kill", "stop", "cut", "full"]
 WORKER_GAP, MAINTAIN_GAP = 14.0, 30.0
-"""Seconds between two faults of a process, on the average."""
+"""Average seconds between two faults of a process."""
 BROKER_CUTS, DISK_FILLS = 8, 4
-"""About so many in a run."""
+"""Approximate number in a run."""
 FIRST = 5.0
 """Workers have joined by then."""
 _SECONDS: dict[FaultKind, tuple[float, float]] = {
@@ -25,7 +25,7 @@ _SECONDS: dict[FaultKind, tuple[float, float]] = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that goes wrong, and is repaired after a while."""
+    """A fault that is repaired after a while."""
 
     at: float
     """Seconds since the beginning."""

@@ -1,8 +1,8 @@
 """Records a second: real workers and bare consumers on the same records, in turns.
 
-The workers join an empty topic, are stopped (SIGSTOP) while its records are made, and go on; the time runs from there
-to the commit of the last record. So neither start-up nor joining nor the producer counts. The bare consumers, one that
-decodes each image and one that does nothing with it, then read the records that one worker had.
+The workers join an empty topic, are stopped (SIGSTOP) while its records are made, and continue; the time runs from
+there to the commit of the last record, without start-up, joining and the producer. The bare consumers, one that decodes
+each image and one that does not, then read the records that one worker had.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ WHO = ("fetch", "bare", "one", "two")
 
 @dataclass
 class Throughput:
-    """What was measured with images of one size; one value for each round."""
+    """Measurements with images of one size; one value for each round."""
 
     size: int
-    """Bytes of an image, on the average."""
+    """Average bytes of an image."""
     records: int
     fetch: list[dict[str, float]] = field(default_factory=list)
     bare: list[dict[str, float]] = field(default_factory=list)
@@ -69,13 +69,13 @@ class Throughput:
 def measure(
     settings: Settings, home: Path, sizes: Sequence[tuple[int, int]], rounds: int, bootstrap: str = ""
 ) -> list[Throughput]:
-    """For each size in bytes so many records, ``rounds`` times.
+    """For each size in bytes this many records, ``rounds`` times.
 
     Args:
-        bootstrap: of a broker that runs; without it each round has an embedded one.
+        bootstrap: of a running broker; without it each round has an embedded one.
 
     Raises:
-        RatchetError: something stands still.
+        RatchetError: progress stops.
     """
     results = []
     for size, records in sizes:

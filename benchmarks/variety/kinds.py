@@ -1,4 +1,4 @@
-"""Twelve kinds of streams, drawn: each record differs from all others of its kind, often by little."""
+"""Twelve kinds of generated streams: each record differs from all others of its kind, often slightly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCRIPTS: Final = (
 
 
 def invoice(number: int) -> Drawn:
-    """One template, filled in with other goods and sums."""
+    """A template, filled in with different goods and sums."""
     drawn, page = _random(number), Image.new("L", (620, 877), "white")
     draw = ImageDraw.Draw(page)
     draw.rectangle((40, 40, 250, 80), fill=60)
@@ -46,7 +46,7 @@ def scan(number: int) -> Drawn:
 
 
 def frame(number: int) -> Drawn:
-    """Frames of a fixed camera: the same street, other cars, other light."""
+    """Frames of a fixed camera: the same street, different cars and light."""
     drawn = np.random.default_rng(number)
     street = np.random.default_rng(5).integers(60, 180, (9, 16, 3)).astype(np.uint8)
     scene = Image.fromarray(street).resize((320, 180), Image.Resampling.BICUBIC)
@@ -113,13 +113,13 @@ def unusual_mode(number: int) -> Drawn:
 
 
 def one_colour(number: int) -> Drawn:
-    """A plain picture of a colour that no other has."""
+    """A plain picture of a unique colour."""
     colour = (number % 7 * 40, number // 7 * 5, 128)
     return _encoded(Image.new("RGB", (64, 64), colour)), "a plain picture"
 
 
 def long_text(number: int) -> Drawn:
-    """A text as long as ingest takes, whose last words differ."""
+    """A text as long as ingest accepts, whose last words differ."""
     image, _ = _texture(number)
     end = f" and at its end number {number}"
     return image, ("a text that goes on and on, " * 100)[: LONG_CHARS - len(end)] + end
@@ -149,7 +149,7 @@ KINDS: Final[dict[str, Callable[[int], Drawn]]] = {
 
 
 def samples(kind: str, count: int) -> Iterator[Sample]:
-    """So many different records of a kind, each with a text, and a question with its answer: both models learn."""
+    """Different records of a kind, each with a text, and a question with its answer, so that both models learn."""
     for number in range(count):
         image, text = KINDS[kind](number)
         asked, answer = "what is this?", text[-ANSWER_CHARS:]
