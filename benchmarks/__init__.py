@@ -33,7 +33,6 @@ BENCHMARKS = {
 }
 """Name to module; a module has ``main(settings, arguments)``."""
 WITHOUT_MODELS = frozenset({"chaos", "families", "ingest", "lifetime", "search", "variety"})
-"""Benchmarks that need no base."""
 
 
 def run(name: str, settings: Settings, arguments: list[str]) -> None:

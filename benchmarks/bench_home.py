@@ -12,7 +12,6 @@ from serving.engines.clip_base import ClipBase, list_bases, load_base
 
 
 def cache_folder(settings: Settings) -> Path:
-    """Folder kept between runs: random bases, environments of other servers."""
     return settings.home.resolve() / "cache" / "bench"
 
 

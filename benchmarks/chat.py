@@ -41,7 +41,6 @@ class ChatRun:
 
     @property
     def first_seconds(self) -> float:
-        """Median time to the first token."""
         return float(np.median(self.first)) if self.first else float("nan")
 
 

@@ -77,7 +77,6 @@ def run(settings: Settings, protocol: Protocol) -> dict[str, Any]:
 
 
 def _learnable(pairs: Sequence[Pair]) -> list[Pair]:
-    """Labels that have enough pairs to be a class."""
     counts = Counter(pair.label for pair in pairs if pair.label)
     return [pair for pair in pairs if counts[pair.label] >= LEAST]
 

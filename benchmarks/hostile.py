@@ -61,7 +61,6 @@ class Turn:
     ended: float
     counts: dict[str, int]
     memory_bytes: int = 0
-    """Peak memory of the server."""
 
 
 def plan(vlm: bool, scale: float = 1.0) -> dict[str, Attack]:

@@ -92,7 +92,6 @@ async def _each(count: int, one: Callable[[int], Awaitable[None]], pause: float)
 
 
 async def without_a_body(target: Target, connections: int = 300) -> None:
-    """Headers that announce a body, and nothing more."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
         writer.write(request("/v1/embeddings", b"", declared=1000))
@@ -102,7 +101,6 @@ async def without_a_body(target: Target, connections: int = 300) -> None:
 
 
 async def silent(target: Target, connections: int = 4200) -> None:
-    """Connections on which nothing is ever sent."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
         return await status(reader)
@@ -257,7 +255,6 @@ async def release_polls(target: Target, connections: int = 20, per_second: int =
 
 
 async def many_small_images(target: Target, connections: int = 192, images: int = 32) -> None:
-    """All the slots of one caller, each with as many small pictures as a request may have."""
     bodies = [json.dumps({"input": [{"image": _small_picture()} for _ in range(images)]}).encode() for _ in range(8)]
     await _posts(target, connections, "/v1/embeddings", lambda number: bodies[number % len(bodies)])
 
@@ -291,7 +288,6 @@ async def large_pictures(target: Target, connections: int = 32) -> None:
 
 
 def _about(picture: bytes, count: int) -> dict[str, Any]:
-    """A message of the user that repeats a picture."""
     url = "data:image/png;base64," + base64.b64encode(picture).decode()
     shown: dict[str, Any] = {"type": "image_url", "image_url": {"url": url}}
     return {"role": "user", "content": [*[shown] * count, {"type": "text", "text": "what is this?"}]}

@@ -76,5 +76,4 @@ def questions() -> Iterator[dict[str, Any]]:
 
 
 def answer(value: dict[str, Any]) -> None:
-    """In the child: the answer to the last question."""
     print(json.dumps(value), flush=True)

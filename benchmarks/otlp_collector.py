@@ -51,7 +51,6 @@ class OtlpCollector:
         self._thread.join()
 
     def spans(self, trace: str) -> list[CollectedSpan]:
-        """Received spans of a trace, in the order in which they began."""
         return sorted((span for span in list(self._spans) if span.trace == trace), key=lambda span: span.began)
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:

@@ -24,7 +24,6 @@ class ProcessMemory:
 
     @property
     def is_small(self) -> bool:
-        """Whether its growth is meaningless."""
         return self.size < SMALL_BYTES
 
 

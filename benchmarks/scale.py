@@ -79,7 +79,6 @@ class SleepingEncoder(Encoder):
     """One on each node."""
 
     def make_engine(self, settings: Settings) -> ClipEngine:
-        """See :class:`Encoder`."""
         return SleepingEngine.of(settings)
 
 

@@ -40,7 +40,6 @@ LEAST_SNAPSHOTS: Final = 3
 """Snapshots after the first minutes that are needed for a trend."""
 GROWTH_LIMIT: Final = 1.02
 READING_SECONDS: Final = 1.0
-"""Between two readings of memory."""
 
 
 @dataclass
@@ -48,11 +47,9 @@ class MemoryLog:
     """Memory of each process over time."""
 
     seconds: list[float] = field(default_factory=list)
-    """Of each snapshot, since the load began."""
     snapshots: list[Mapping[int, ProcessMemory]] = field(default_factory=list)
 
     def add(self, seconds: float, processes: Mapping[int, ProcessMemory]) -> None:
-        """Record the memory of each process."""
         self.seconds.append(seconds)
         self.snapshots.append(processes)
 
@@ -193,7 +190,6 @@ def _figures(
 
 
 def violations(figures: Mapping[str, Any]) -> list[str]:
-    """Violations of a run's requirements."""
     wrong = [f"{name} {figures[name]}" for name in ("failed", "mixed", "processes_ended") if figures[name]]
     growth = figures["memory_growth"]
     return wrong + ([f"memory_growth {growth}"] if growth is None or growth >= GROWTH_LIMIT else [])

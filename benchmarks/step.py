@@ -51,7 +51,6 @@ FAST: dict[str, Any] = {"steps": 2, "pairs": 48, "batch": 24}
 """Sizes of ``--fast``: enough to see that it runs."""
 SIDES = ("default", "open_clip", "open_clip_full")
 OPEN_CLIP_PRECISION: dict[TrainPrecision, str] = {"float32": "fp32", "bfloat16": "amp_bf16"}
-"""Names of its ``--precision``."""
 PRECISIONS: tuple[TrainPrecision, ...] = get_args(TrainPrecision)
 CPU = torch.device("cpu")
 RESAMPLES = 10_000
@@ -78,10 +77,8 @@ class Prepared:
     pools: Pools
     examples: list[Pair]
     seconds: float
-    """For all examples."""
 
     def rows(self, step: int) -> list[int]:
-        """Numbers of the examples in a batch."""
         return self.pools.rows(self.plan.batch(step))
 
 

@@ -47,7 +47,6 @@ VLM_EVERY = 20
 WARM_SWAPS = 100
 """Memory is compared with that after this many: allocators and caches have their size by then."""
 ATTEMPTS = 20
-"""Of one rollback."""
 CAPACITY_CONCURRENCY = 8
 RESAMPLES = 1000
 

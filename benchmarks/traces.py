@@ -36,7 +36,6 @@ from tests.support.inputs import pictures
 
 SAMPLES = 64
 COLOURS: Final = ("#4269d0", "#6cc5b0", "#efb118", "#ff725c", "#a463f2")
-"""By depth."""
 PATIENCE_SECONDS: Final = 60.0
 """Span processors send every few seconds."""
 REQUEST_SPANS: Final = "replica_handle_request"
@@ -124,7 +123,6 @@ def _trace(http: httpx.Client, collector: OtlpCollector, name: str, wanted: Sequ
 
 
 def _request(spans: Sequence[CollectedSpan]) -> CollectedSpan | None:
-    """The root span of a trace."""
     ids = {span.id for span in spans}
     outer = [span for span in spans if span.parent not in ids]
     return outer[0] if len(outer) == 1 else None
@@ -148,7 +146,6 @@ def _ask(http: httpx.Client, name: str, trace: str | None) -> float:
 
 
 def _cost(http: httpx.Client, searches: int) -> float:
-    """Median time of a sampled search, over that of others."""
     pairs = [(_ask(http, "search", secrets.token_hex(16)), _ask(http, "search", None)) for _ in range(searches)]
     traced, untraced = zip(*pairs, strict=True)
     return round(float(median(traced) / median(untraced)), 3)

@@ -102,7 +102,6 @@ class BusyTrainer:
         return int(float(found[1])) if found else 0
 
     def stop(self) -> None:
-        """End it with a checkpoint."""
         if self.part.running:
             self.part.stop(time.monotonic() + STOP_SECONDS)
 

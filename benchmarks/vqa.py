@@ -186,7 +186,6 @@ _SIDES = ("ratchet", "vllm")
 
 
 def _different(runs: dict[Key, ChatRun]) -> int:
-    """Questions that the two servers, or two runs of one, answered differently."""
     answers: dict[int, set[str]] = {}
     for made in runs.values():
         for number, text in made.answers.items():

@@ -34,7 +34,6 @@ class _StandardError(logging.Handler):
 
 @pytest.fixture(scope="session", autouse=True)
 def progress_on_standard_error() -> None:
-    """Log progress to standard error, where ``capsys`` can read it, as a program with a configured log does."""
     logger = logging.getLogger("ratchet.progress")
     logger.addHandler(_StandardError())
     logger.setLevel(logging.INFO)

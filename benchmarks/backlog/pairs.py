@@ -48,7 +48,6 @@ def pair_rows(fresh_share: float) -> RowMaker:
 
 
 def _picture(number: int) -> bytes:
-    """A few cells of colour, smoothed."""
     cells = np.random.default_rng(number).integers(0, 256, (CELLS, CELLS, 3), np.uint8)
     out = io.BytesIO()
     Image.fromarray(cells).resize((SIDE, SIDE), Image.Resampling.BILINEAR).save(out, "JPEG", quality=80)

@@ -25,7 +25,6 @@ class Watched:
     first_step_seconds: float = 0.0
     """From the start of the process to its first step."""
     updates: list[UpdateRow] = field(default_factory=list)
-    """Finished updates, oldest first."""
     restarts: int = 0
     """Number of times that the process ended by itself; it is not started again."""
 

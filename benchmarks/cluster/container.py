@@ -73,7 +73,6 @@ class Container:
         return self.process.poll()
 
     def terminate(self) -> None:
-        """Send SIGTERM to its first process."""
         if (main := self.main) is not None:
             main.send_signal(signal.SIGTERM)
 

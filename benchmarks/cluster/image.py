@@ -89,6 +89,5 @@ def _stage(name: str) -> str:
 
 
 def image_environment() -> dict[str, str]:
-    """ENV of the Dockerfile's final stage."""
     block = re.search(r"^ENV ((?:.*\\\n)*.*)$", _stage("run"), re.MULTILINE)
     return dict(word.split("=", 1) for word in block[1].replace("\\\n", " ").split()) if block else {}

@@ -91,11 +91,9 @@ class Kubernetes:
         raise RatchetError(f"no pod is of component {component}.", "Is it enabled in the values?")
 
     def all_restarts(self) -> list[str]:
-        """Restarted containers of all pods, past ones included."""
         return [text for pod in self._pods for text in pod.restarts]
 
     def problems(self) -> list[str]:
-        """Errors of pods."""
         return [f"{pod.name}: {pod.problem}" for pod in self._pods if pod.problem]
 
     def stop(self) -> None:

@@ -14,7 +14,6 @@ from core.errors import RatchetError
 BRIDGE: Final = "ratchet0"
 NETWORK: Final = IPv4Network("10.77.0.0/16")
 HOST: Final = NETWORK[1]
-"""This machine, as pods see it."""
 HOSTS_BYTES: Final = 16 * 1024
 """Fixed size of the file of names, so that it can be rewritten in place with one write while processes read it."""
 
@@ -52,7 +51,6 @@ class Network:
         return address
 
     def name(self, names: Mapping[str, Iterable[IPv4Address]]) -> None:
-        """Replace the names that all containers know."""
         lines = ["127.0.0.1 localhost", *(f"{one} {name}" for name, all_ in names.items() for one in all_)]
         text = "".join(f"{line}\n" for line in lines).encode()
         if len(text) > HOSTS_BYTES:

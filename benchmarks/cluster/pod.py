@@ -82,7 +82,6 @@ class Pod:
         self.folder = folder / name
         self.folder.mkdir(parents=True)
         self.restarts: list[str] = []
-        """Restarted containers, and why."""
         self.problem = ""
         self.running: list[Running] = []
         self.completed: int | None = None
@@ -95,18 +94,15 @@ class Pod:
         self._thread = threading.Thread(target=self._live, name=name, daemon=True)
 
     def start(self) -> Pod:
-        """Start its thread, without waiting."""
         self._thread.start()
         return self
 
     @property
     def is_alive(self) -> bool:
-        """Whether its sandbox exists."""
         return self._sandbox.poll() is None
 
     @property
     def is_ready(self) -> bool:
-        """Whether services may name it."""
         wanted = len(self.spec["containers"])
         return self.is_alive and len(self.running) == wanted and all(each.is_ready() for each in self.running)
 

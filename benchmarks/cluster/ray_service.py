@@ -45,7 +45,6 @@ class RayCluster:
         self.name, self.spec, self.namespace = name, spec, namespace
         self.token = secrets.token_urlsafe(32) if spec.get("authOptions", {}).get("mode") == "token" else ""
         self.applied = ""
-        """The configuration that Serve's controller has."""
         self._start_pod = start_pod
         self._end = threading.Event()
         self._made = 0
@@ -56,16 +55,13 @@ class RayCluster:
 
     @property
     def head_service(self) -> str:
-        """The name by which workers find the head."""
         return f"{self.name}-head-svc"
 
     @property
     def pods(self) -> list[Pod]:
-        """The head and its workers without lost ones."""
         return [pod for pod in (self.head, *self.workers) if pod.is_alive]
 
     def is_ready(self) -> bool:
-        """Whether no pod is missing, and each is ready."""
         return all(pod.is_alive and pod.is_ready for pod in (self.head, *self.workers))
 
     def apply(self, configuration: str) -> None:
@@ -79,7 +75,6 @@ class RayCluster:
                 self.applied = configuration
 
     def is_serving(self) -> bool:
-        """Whether all applications run."""
         with suppress(httpx.HTTPError, KeyError, ValueError):
             answer = httpx.get(self._url("/api/serve/applications/"), headers=self._headers(), timeout=10)
             states = [each["status"] for each in answer.json()["applications"].values()]
@@ -158,7 +153,6 @@ class RayService:
 
     @property
     def clusters(self) -> list[RayCluster]:
-        """Clusters that have pods."""
         return [cluster for cluster in (self.active, self.pending) if cluster is not None]
 
     def apply(self, resource: Mapping[str, Any], switched: Callable[[], None]) -> str:
@@ -187,7 +181,6 @@ class RayService:
         return "NewCluster"
 
     def wait_for_retired(self) -> None:
-        """Return when replaced clusters have ended."""
         for thread in self._retired:
             thread.join()
 
@@ -242,6 +235,5 @@ def quantity(text: str) -> float:
 
 
 def _wait_for_head(ray: Mapping[str, Any], address: str) -> dict[str, Any]:
-    """KubeRay's init container of a worker."""
     check = f"until ray health-check --address {address} > /dev/null 2>&1; do sleep 5; done"
     return {**ray, "name": "wait-gcs-ready", "command": ["/bin/bash", "-lc", "--"], "args": [check]}

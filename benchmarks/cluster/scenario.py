@@ -129,7 +129,6 @@ class Scenario:
         return took
 
     def _operate(self, *words: str) -> str:
-        """``kubectl exec`` in the console's pod."""
         console = self.kubernetes.pod("console").container("console")
         return console.run(["ratchet", *words], STEP_SECONDS, USER="bench")
 

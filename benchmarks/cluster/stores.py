@@ -27,7 +27,6 @@ class Stores:
 
     ledger: str
     s3: Mapping[str, str]
-    """Variables with which a process finds it."""
     kafka: str
     operator_key: str
 

@@ -49,14 +49,12 @@ class Volumes:
                 _write(place, objects.values(volume))
 
     def mounts(self, container: Manifest) -> list[Mount]:
-        """Mounts of a container."""
         return [
             Mount(self._folders[each["name"]] / each.get("subPath", ""), each["mountPath"], each.get("readOnly", False))
             for each in container["volumeMounts"]
         ]
 
     def remove(self) -> None:
-        """Delete their contents."""
         for place in self._mounted:
             subprocess.run(["umount", "--lazy", str(place)], check=False)
         for place in self._folders.values():

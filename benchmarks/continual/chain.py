@@ -44,7 +44,6 @@ class Unit:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe with the rates and weights of its trial, or the chosen ones."""
         return recipe_of(self.method, self.trial)
 
     def folder(self, results: Path) -> Path:

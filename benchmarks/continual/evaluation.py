@@ -103,7 +103,6 @@ class Evaluator:
             return side.vectors({})
 
     def read(self, path: Path) -> Encoded:
-        """Read what :meth:`Encoded.write` wrote of these suites."""
         with np.load(path) as arrays:
             images, texts = arrays["images"].astype(np.float32), arrays["texts"].astype(np.float32)
         return Encoded(dict(zip(self._ids, images, strict=True)), dict(zip(self._words, texts, strict=True)))
@@ -164,7 +163,6 @@ class _Side:
         return torch.cat(parts).numpy()
 
     def _recorded(self) -> list[Tensor]:
-        """The boundary of each batch."""
 
         def record() -> list[Tensor]:
             return [self.tower.record(self._tensor(batch))[1].contiguous() for batch in self.inputs]

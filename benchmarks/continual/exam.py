@@ -85,7 +85,6 @@ class ClipExam:
         return self.folder / f"vectors-{number:02d}.npz" if number else self.results / BASE_VECTORS
 
     def _means(self) -> dict[str, NDArray[np.float32]]:
-        """By update, the mean of the base's vectors of its suite's pictures."""
         suites = {suite.name: suite for suite in self.stream.suites}
         return {name: images_of(suites[name], self.base_vectors).mean(axis=0) for name in self.stream.updates}
 

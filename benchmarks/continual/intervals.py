@@ -60,7 +60,6 @@ class Draws:
         return 100 * (values[:, self.names.index(name)] - values[:, self.names.index(other)])
 
     def difference(self, figure: str, name: str, other: str, without: str = "") -> Interval:
-        """The same with its percentile interval."""
         return interval(self.differences(figure, name, other, without))
 
     def largest(self, name: str, other: str) -> str:

@@ -35,7 +35,6 @@ class NearestMean:
 
     @property
     def classes(self) -> list[str]:
-        """Every class seen so far, sorted."""
         return sorted(self._sums)
 
     def update(self, features: ArrayLike, labels: Sequence[str]) -> None:

@@ -31,7 +31,6 @@ class Reference:
     nearest: Hits
     """The base's answers, except for suites where nearest class means answer."""
     classes: frozenset[str] = frozenset()
-    """Suites that ask for a class."""
     outside: tuple[str, ...] = ()
     """Held-out suites of domains that the reference pool does not contain."""
     named: Hits = field(default_factory=dict)
@@ -52,7 +51,6 @@ class Course:
 
     @property
     def order(self) -> list[str]:
-        """Names of the updates in the order in which they were learned."""
         return [row["update"] for row in self.rows]
 
     def path(self, suites: Sequence[str]) -> Floats:
@@ -60,7 +58,6 @@ class Course:
         return np.array([[hits[name].mean() for name in suites] for hits in self.hits])
 
     def trajectory(self, reference: Reference) -> Trajectory:
-        """A_KA and A_ZS along the stream."""
         return trajectory(self.path(reference.adaptation), self.path(reference.held_out))
 
     def total(self, key: str) -> float:

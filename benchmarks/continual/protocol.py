@@ -28,18 +28,14 @@ class Protocol:
     """Memory-adjusted GFLOPs of one update, teacher passes included."""
     batch_size: int = 48
     new: int = 256
-    """Pairs of an update, at most."""
     reference: int = 96
     """Pairs of the base's own domains that every update of a chain may use."""
     replay: int = 96
-    """Pairs of earlier updates, at most."""
     items: int = 240
-    """Items of a suite, at most."""
     max_steps: int = 10_000
     """More than any method can afford: the budget decides."""
 
     def on(self, base: str) -> Protocol:
-        """With the budget of a base, unless a non-standard one was requested."""
         return replace(self, gflops=BUDGETS.get(base, self.gflops)) if self.gflops == Protocol.gflops else self
 
     @property

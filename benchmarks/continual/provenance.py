@@ -24,7 +24,6 @@ def provenance() -> dict[str, str]:
 
 
 def distinct_values(origins: Sequence[dict[str, str]]) -> dict[str, list[str]]:
-    """Every value that occurs, by name."""
     return {key: sorted({each[key] for each in origins}) for key in ("commit", "cpu", "torch", "date")}
 
 

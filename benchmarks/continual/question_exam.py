@@ -23,13 +23,12 @@ from updater.gate.suite_items import grade
 from updater.training.checkpoint import write_json
 
 TOKENS = 12
-"""Tokens of an answer: no right one is longer."""
+"""No right answer is longer."""
 ORDERS = 2
 """As listed, and a random one: the others need features of pictures."""
 
 
 def asking(base: VlmBase) -> SyncVlm:
-    """A context manager that answers an exam's questions."""
     serve = Serve(vlm_engine="transformers", vlm_max_tokens=TOKENS, vlm_context=512, vlm_threads=1)
     return SyncVlm(TransformersEngine(base, serve))
 

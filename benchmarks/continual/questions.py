@@ -48,7 +48,6 @@ class Source:
         return basic_name(item.text, "") if self.name == ICONS else item.label
 
     def tests(self, item: FolderItem) -> bool:
-        """Whether a picture belongs to its suite."""
         return item.split == "test" or share_of(f"suite:{item.concept}") < self.wider
 
 
@@ -69,7 +68,6 @@ class Asked:
 
     @property
     def id(self) -> str:
-        """The question's ID."""
         return self.question.id
 
     @property
@@ -171,7 +169,6 @@ def _tests(base: Sequence[FolderItem], kind: str) -> list[Asked]:
 
 
 def _own(item: FolderItem) -> Asked:
-    """A question that the base was trained or tested with."""
     name = f"{item.domain}/{item.path.name} {item.question}"
     return Asked(Question(name, item.question, item.answer, item.bytes, item.label), item.answers or (item.answer,))
 

@@ -84,7 +84,6 @@ def _end(path: Trajectory, key: str) -> float:
 
 
 def shared_places(ours: Sequence[Course], others: Sequence[Course]) -> set[tuple[int, int]]:
-    """Order and seed of the chains that both have."""
     return {_place(course) for course in ours} & {_place(course) for course in others}
 
 

@@ -100,7 +100,6 @@ def _quality(name: str, path: Trajectory, hits: Hits, draws: Draws) -> dict[str,
 
 
 def _untrained(name: str, hits: Hits, reference: Reference, draws: Draws) -> dict[str, Any]:
-    """Methods without training costs."""
     path = Course(Unit(name), (hits,), ()).trajectory(reference)
     return {**_quality(name, path, hits, draws), "maf": 0.0, "steps": 0, "seconds": 0.0}
 

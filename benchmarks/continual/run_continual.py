@@ -56,7 +56,6 @@ class Stage:
     updates: int
     orders: int
     tables: str = ""
-    """Folder of its tables and plots, in that of the results."""
 
 
 FAMILIES: Mapping[Family, Stage] = {

@@ -30,7 +30,6 @@ class Job:
     unit: Unit
     process: subprocess.Popen[bytes]
     seen: int
-    """Number of finished updates at the last check."""
 
 
 @dataclass
@@ -74,7 +73,6 @@ class Runner:
         return True
 
     def done(self, unit: Unit) -> int:
-        """Finished updates of a unit."""
         return len(updates_done(self.results, unit.recipe, unit))
 
     def _start(self, unit: Unit) -> Job:
@@ -112,7 +110,6 @@ class Runner:
             say(f"{job.unit} failed: {failure(self.results, job.unit)}")
 
     def _stop(self, running: Sequence[Job]) -> None:
-        """Ask the processes to write their checkpoints and end."""
         for job in running:
             if job.process.poll() is None:
                 job.process.send_signal(signal.SIGTERM)

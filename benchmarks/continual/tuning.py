@@ -17,7 +17,6 @@ from benchmarks.continual.protocol import STANDARDS
 from updater.recipes import Recipe, load_recipe
 
 Factors = tuple[float, float]
-"""Factors on the rates, and on the weights."""
 AS_IT_IS: Factors = (1.0, 1.0)
 BOTH: tuple[Factors, ...] = (AS_IT_IS, (0.3, 1.0), (3.0, 1.0), (1.0, 0.3), (1.0, 3.0))
 RATES: tuple[Factors, ...] = (AS_IT_IS, (0.3, 1.0), (3.0, 1.0), (0.1, 1.0), (10.0, 1.0))
@@ -35,25 +34,20 @@ class Trial(NamedTuple):
     rate: float
     weight: float
     gm: float
-    """Geometric mean."""
     a_zs: float
-    """Against the base."""
     a_zs_high: float
     """Upper end of its 95% interval: the loss is significant if it is negative."""
 
     @property
     def factors(self) -> Factors:
-        """On the rates, and on the weights."""
         return self.rate, self.weight
 
 
 def trials(recipe: Recipe) -> tuple[Factors, ...]:
-    """The trials of a recipe."""
     return BOTH if len(recipe.objectives) + len(recipe.regularizers) > 1 else RATES
 
 
 def recipe_of(method: str, trial: int | None = None) -> Recipe:
-    """A recipe with the factors of a trial, or with the chosen ones."""
     recipe = load_recipe(method)
     if trial is not None:
         return scaled(recipe, trials(recipe)[trial])
@@ -87,14 +81,12 @@ def chosen_trial(method: str) -> Trial | None:
 
 
 def choose(method: str, candidates: Sequence[Trial]) -> Trial | None:
-    """Choose the best of a recipe's trials."""
     if method in STANDARDS:
         candidates = [trial for trial in candidates if trial.a_zs_high >= 0] or candidates
     return max(candidates, key=lambda trial: trial.gm, default=None)
 
 
 def plain_trials(methods: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
-    """For tables and JSON, of methods with trials."""
     return {
         name: [trial._asdict() | {"chosen": trial is chosen_trial(name)} for trial in tried()[name]]
         for name in methods
@@ -104,7 +96,6 @@ def plain_trials(methods: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
 
 @cache
 def tried() -> Mapping[str, tuple[Trial, ...]]:
-    """Trials by recipe, of the file."""
     if not FILE.is_file():
         return {}
     return {name: tuple(Trial(*row) for row in rows) for name, rows in json.loads(FILE.read_text()).items()}

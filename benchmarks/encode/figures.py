@@ -37,14 +37,12 @@ class CellFigures:
         return self.sides[OURS]["requests_per_second"] / theirs if theirs else None
 
     def to_json(self) -> dict[str, Any]:
-        """A plain object."""
         ratios = {f"to_{side}": rounded(self.ratio(side)) for side in self.sides if side != OURS}
         cell = {"kind": self.cell.kind, "items": self.cell.items, "concurrency": self.cell.concurrency}
         return {"model": self.model, **cell, **ratios, "sides": self.sides}
 
 
 def cell_figures(model: str, cell: Cell, turns: Mapping[str, Sequence[Turn]]) -> CellFigures:
-    """Medians over the rounds of each side."""
     return CellFigures(model, cell, {side: _side(cell, rows) for side, rows in turns.items() if rows})
 
 

@@ -39,7 +39,6 @@ class Order:
 
     @classmethod
     def of(cls, value: dict[str, Any]) -> Order:
-        """The inverse of ``asdict(order)``, also after a round trip through JSON."""
         template = value["template"]
         body = BodyTemplate(template["before"], tuple(template["item"]), template["after"])
         return cls(**{**value, "template": body})
@@ -51,7 +50,6 @@ class LoadResult:
 
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
-    """Of each answered request, in seconds."""
     failed: int = 0
     problems: list[str] = field(default_factory=list)
     cpu_seconds: float = 0.0
@@ -67,7 +65,6 @@ class Inputs:
         self._numbers = count(1)
 
     def take(self, kind: Modality, items: int) -> Iterator[tuple[bytes, ...]]:
-        """The pieces of each input of a request."""
         for _ in range(items):
             number = next(self._numbers)
             if kind == "text":

@@ -84,12 +84,10 @@ def text(number: int) -> str:
 
 
 def text_input(number: int) -> tuple[bytes]:
-    """The same as the inside of a JSON string."""
     return (json.dumps(text(number))[1:-1].encode(),)
 
 
 def jpegs(count: int = PICTURES) -> list[bytes]:
-    """Different pictures, always the same ones."""
     random = np.random.default_rng(0)
     return [_jpeg(random) for _ in range(count)]
 

@@ -59,7 +59,6 @@ def raw_threads(serve: Serve) -> int:
 
 
 def describe(engine: ClipEngine) -> dict[str, Any]:
-    """The engine and its precision."""
     return {"engine": engine.choice.engine, "precision": engine.choice.precision}
 
 

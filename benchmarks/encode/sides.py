@@ -49,7 +49,6 @@ class Turn:
 
     @property
     def rate(self) -> float:
-        """Answered requests a second."""
         return self.requests / self.seconds if self.seconds else 0.0
 
 
@@ -86,7 +85,6 @@ class HttpSide:
         return self._kinds
 
     def drop(self, kind: Modality) -> None:
-        """Mark a kind as unsupported."""
         self._kinds = [each for each in self._kinds if each != kind]
 
     def measure(self, cell: Cell, seconds: float) -> Turn:
@@ -142,7 +140,6 @@ class RawSide:
         return ("image", "text")
 
     def describe(self) -> dict[str, Any]:
-        """``engine`` and ``precision``."""
         return self._worker.ask({"describe": True})
 
     def measure(self, cell: Cell, seconds: float) -> Turn:

@@ -40,11 +40,9 @@ class Extent:
     bad: int
     good: int
     parents: int
-    """Bad candidates that are scaled to be near the margin."""
     tries: int
     """Scales for each target of a parent."""
     deals: int
-    """Redrawn item sets of each candidate."""
     draws: int
     """Item sets for each question about drawn items."""
 

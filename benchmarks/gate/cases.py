@@ -74,7 +74,6 @@ class Case:
         )
 
     def without_base(self) -> Case:
-        """The same for a gate that compares only with the incumbent."""
         return replace(self, base=self.before)
 
     def lost(self, suite: Suite) -> float:
@@ -108,7 +107,6 @@ class Judged:
 
     @property
     def retained(self) -> bool:
-        """Whether every retention suite passed."""
         return all(result.decision == "passed" for result in self.results if result.role == "retention")
 
 
@@ -122,7 +120,6 @@ class ItemMarks:
 
 
 def item_scores_of(suite: Suite, answers: Answers) -> ItemMarks:
-    """The item scores of outcomes."""
     ids = np.arange(len(answers)).astype(str)
     return ItemMarks(ids, hits_of(suite, answers), answers.astype(np.int32) if has_ranks(answers) else None)
 

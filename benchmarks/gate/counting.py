@@ -26,7 +26,6 @@ def share(count: int, of: int) -> Share:
 
 
 def others(counted: Share) -> Share:
-    """The complement of a share."""
     return share(int(counted["of"] or 0) - int(counted["count"] or 0), int(counted["of"] or 0))
 
 
@@ -37,7 +36,6 @@ class SuiteCount:
     case: Case
     truth: Truth
     beyond: float
-    """Most that a suite lost beyond its margin, on all items."""
     judged: Judged
     """By the suites' own draws."""
 
@@ -75,7 +73,6 @@ def counted(rows: Iterable[SuiteCount]) -> dict[str, Any]:
 
 
 def by_kind(rows: Sequence[SuiteCount]) -> dict[str, dict[str, Any]]:
-    """:func:`counted` for each kind, in order of appearance."""
     kinds = dict.fromkeys(row.case.kind for row in rows)
     return {kind: counted(row for row in rows if row.case.kind == kind) for kind in kinds}
 

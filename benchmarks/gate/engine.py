@@ -79,7 +79,6 @@ class LateEngine(ClipEngine):
         return self._encode("image", keys, inputs, self._blank, None, adapter)
 
     def encode_texts(self, texts: Sequence[str], adapter: str | None = None) -> np.ndarray:
-        """As ``ClipEngine``'s, with a cached prefix for known texts."""
         ids = self.tokenizer(list(texts)).to(self.device)
         keys = [text.encode() for text in texts]
         return self._encode("text", keys, lambda rows: ids[list(rows)], ids, int(ids.shape[1]), adapter)
@@ -106,6 +105,5 @@ class LateEngine(ClipEngine):
         return vectors
 
     def _split(self, adapter: str | None) -> Towers:
-        """Split both towers of a second model that shares the resident's tensors."""
         shell = shell_of(self.model(adapter), {})
         return {which: SplitTower(shell, which, cut) for which, cut in self._cuts.items()}

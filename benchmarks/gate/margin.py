@@ -14,9 +14,7 @@ from dataclasses import replace
 from benchmarks.gate.plans import MARGIN, GatePlan
 
 TARGETS = (0.01, -0.01, 0.0, 0.018, -0.018)
-"""Targeted losses beyond the margin, in this order."""
 TRIES = 2
-"""Scales for each target."""
 CLOSE = 0.004
 WITHIN = 0.02
 """Further away than this a candidate is not near the margin."""
@@ -25,14 +23,12 @@ KINDS = ("naive", "forgotten", "poisoned")
 
 
 def parents_of(plans: Sequence[GatePlan], most: int) -> list[GatePlan]:
-    """Plans to be scaled, kinds in turn."""
     by_kind = [[plan for plan in plans if plan.kind == kind and not plan.incumbent] for kind in KINDS]
     in_turn = [kind[place] for place in range(len(plans)) for kind in by_kind if place < len(kind)]
     return in_turn[:most]
 
 
 def scaled(plan: GatePlan, scale: float) -> GatePlan:
-    """A parent's plan with another scale, which is in its name."""
     return replace(plan, name=f"{plan.name}x{scale:.3f}", kind=MARGIN, scale=scale)
 
 

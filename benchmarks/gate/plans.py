@@ -42,7 +42,6 @@ class GatePlan:
     domain: str
     """The domain that it learns, and where it has to show a gain."""
     new: int
-    """New pairs."""
     seed: int
     lie: Lie = ""
     share: float = 0.0
@@ -69,7 +68,6 @@ def plans(bad: int, good: int) -> list[GatePlan]:
 
 
 def _places(kinds: Sequence[str], count: int) -> dict[str, int]:
-    """``count`` divided among kinds."""
     return {kind: len(range(number, count, len(kinds))) for number, kind in enumerate(kinds)}
 
 

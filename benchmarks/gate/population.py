@@ -73,12 +73,10 @@ class Population:
 
     @property
     def n(self) -> int:
-        """All items."""
         return sum(int(gallery.counted.sum()) for gallery in self.galleries)
 
     @property
     def digest(self) -> str:
-        """Digest of the items and their division."""
         return digest_json([[self.suite.name, str(self.suite.metric)], list(self._ids())])
 
     def _ids(self) -> Iterator[list[str]]:
@@ -103,7 +101,6 @@ def _reserved(suite: Suite) -> list[Item]:
 
 
 def _whole(suite: Suite, **changes: str) -> Suite:
-    """The suite without a limit."""
     whole = suite.model_copy(update={"limit": LIMIT, **changes})
     whole._items = whole._digest = None
     return whole

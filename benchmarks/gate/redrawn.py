@@ -24,9 +24,7 @@ GAIN3 = 0.03
 BESIDE = 0.02
 """A true loss is near the margin up to this distance."""
 LOSSES = (-0.02, -0.015, -0.01, -0.005, 0.0, 0.005, 0.01, 0.015, 0.02)
-"""Edges of true losses beyond the margin."""
 GAINS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 1.0)
-"""Edges of true gains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +34,11 @@ class Redrawn:
     name: str
     kind: str
     beyond: float
-    """Most that a suite truly loses beyond its margin."""
     worst: float
     """Most that a suite truly loses, as a share of its margin."""
     gained: float
-    """True gain."""
     outcome: GateOutcome
     retained: bool
-    """Whether all retention suites passed."""
 
 
 def redraw(cases: Sequence[Case], shown: Mapping[str, int], rule: Rule, times: int, seed: int) -> Iterator[Redrawn]:
@@ -63,7 +58,6 @@ def redraw(cases: Sequence[Case], shown: Mapping[str, int], rule: Rule, times: i
 def deal(
     case: Case, shown: Mapping[str, int], rng: np.random.Generator
 ) -> tuple[dict[str, NDArray[np.int_]], dict[str, NDArray[np.int_]]]:
-    """Items for the gate and for the truth, by suite."""
     orders = {suite.name: rng.permutation(len(case.after[suite.name])) for suite in case.suites}
     return (
         {name: order[: shown[name]] for name, order in orders.items()},

@@ -18,24 +18,20 @@ from benchmarks.gate.cases import Answers, Case, Hits, Judged, Rule, has_ranks, 
 from updater.gate.suites import Suite
 
 LAST_RANK = 9999
-"""Rank of an answer that was lost."""
 Generator = np.random.Generator
 Pick = dict[str, NDArray[np.int_]]
 
 
 def pick(case: Case, sizes: dict[str, int], rng: Generator) -> Pick:
-    """This many items of each suite, with replacement."""
     return {s.name: rng.integers(len(case.after[s.name]), size=sizes[s.name]) for s in case.suites}
 
 
 def swapped(before: Answers, after: Answers, rng: Generator) -> tuple[Answers, Answers]:
-    """Both sides of each item, swapped or not."""
     coin = rng.random(len(before))[:, None] < 0.5
     return np.where(coin, after, before), np.where(coin, before, after)
 
 
 def lowered(after: Answers, share: float, rng: Generator) -> Answers:
-    """Each hit lost with probability ``share``."""
     lost = after.dtype.type(LAST_RANK) if has_ranks(after) else 0.0
     return np.where(rng.random(after.shape) < share, lost, after)
 
@@ -74,14 +70,12 @@ class Drawn:
     """The verdict on one drawn item set."""
 
     kind: str
-    """Of the candidate."""
     judged: Judged
     edge: str = ""
     """The suite that was exactly at its margin."""
 
     @property
     def edge_passed(self) -> bool:
-        """Whether the gate let that suite pass."""
         return any(result.name == self.edge and result.decision == "passed" for result in self.judged.results)
 
 

@@ -17,7 +17,6 @@ from updater.data.pools import Pair, Pools
 
 REFERENCE_PAIRS = 160
 NOTHING = "a picture"
-"""The caption of every picture of a forgotten domain."""
 
 
 def pools(plan: GatePlan, home: Path) -> Pools:
@@ -46,7 +45,6 @@ def pairs(home: Path, domain: str, count: int, rng: np.random.Generator) -> list
 
 
 def captioned(given: Sequence[Pair], texts: Sequence[str]) -> list[Pair]:
-    """The same pictures with other captions."""
     return [replace(pair, text=text) for pair, text in zip(given, texts, strict=True)]
 
 

@@ -39,7 +39,6 @@ class Trial:
 
     name: str
     adapter: str
-    """Empty for the base."""
     answers: dict[str, Answers]
     """By suite name, of every item: [n, views]."""
     seconds: float
@@ -68,13 +67,11 @@ class Workshop:
         return cls(settings.home, load_base(settings.home, settings.base.clip), [*retention, *gains], out)
 
     def suites(self, domain: str) -> tuple[Suite, ...]:
-        """Suites of a candidate that learned a domain: every retention suite, and this domain."""
         wanted = fresh_name(domain)
         suites = [population.suite for population in self.populations.values()]
         return tuple(suite for suite in suites if suite.role == "retention" or suite.name == wanted)
 
     def of_base(self) -> Trial:
-        """The base's answers."""
         key = digest_json([self.base.digest, self._populations_digest])
         return self._cached("base", key) or self._cache(Trial("base", "", self._ranks(None), 0.0), key)
 
@@ -165,7 +162,6 @@ class Workshop:
 
 
 def fresh_name(domain: str) -> str:
-    """Name of a domain's gain suite, as the gate's own."""
     return f"fresh.{domain}"
 
 

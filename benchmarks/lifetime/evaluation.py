@@ -45,19 +45,16 @@ class RankedSuite:
 
 
 def static_suites(world: World) -> list[RankedSuite]:
-    """Suites about what the base knew."""
     return [RankedSuite(domain.suite, ((domain.name, np.arange(domain.suite_items)),)) for domain in world.static]
 
 
 def fresh_of(samples: Sequence[Sample], settings: Gate) -> list[RankedSuite]:
-    """Gain suites of new held-out samples."""
     table = _table(samples)
     suites = fresh_suites(table, min_items=settings.min_items, limit=settings.max_items, images=NoImages())
     return [_ranked_suite(suite) for suite in suites]
 
 
 def memory_of(samples: Sequence[Sample], settings: Gate) -> list[RankedSuite]:
-    """Retention suites of held-out samples of what was learned."""
     table, fewest = _table(samples), 2 * settings.min_items
     suites = memory_suites(table, choose_memory(table, "clip", fewest), "clip", fewest, NoImages())
     return [_ranked_suite(suite) for suite in suites]

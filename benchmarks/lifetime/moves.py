@@ -70,7 +70,6 @@ class Moves:
         return cls(source.suite.k, Kernel.of(source.before, source.after), Kernel.of(source.after, source.before))
 
     def share(self, ranks: Ranks) -> float:
-        """Share of hits."""
         return float((ranks < self.k).mean())
 
     def learned(self, ranks: Ranks, gain: float, rng: Generator) -> Ranks:

@@ -73,7 +73,6 @@ def read_sources(place: Path = ARCHIVE) -> dict[str, Source]:
 
 @lru_cache(maxsize=1)
 def good_plans() -> list[tuple[str, str, str]]:
-    """Name, incumbent and domain of each candidate that is meant to be good."""
     fewest = CHAIN + len(BAD)
     return [(p.name, p.incumbent, p.domain) for p in plans(fewest, MOST_CANDIDATES) if p.kind in GOOD]
 
@@ -84,7 +83,6 @@ def _source(suite: Suite, base: Ranks, pairs: list[tuple[Ranks, Ranks]]) -> Sour
 
 
 def read_trials(place: Path) -> Iterator[tuple[str, Mapping[str, Ranks]]]:
-    """Name and ranks by suite of the base and of each candidate that was trained."""
     for name, content in _files(place):
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {suite: file[suite] for suite in file.files if suite != "about"}

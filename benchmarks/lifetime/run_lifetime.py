@@ -121,7 +121,6 @@ def _run_all(tasks: Sequence[Task], outcomes: Path, workers: int | None) -> Iter
 
 
 _SOURCES: dict[str, Source] = {}
-"""Of a worker process."""
 
 
 def _begin(outcomes: Path) -> None:

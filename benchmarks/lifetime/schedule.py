@@ -26,9 +26,7 @@ class Schedule:
     settings: Gate
     waiting: bool
     candidates: int = 0
-    """Candidates tested since the last release."""
     spent: float = 0.0
-    """Alpha spent since the last release."""
     history: list[float] = field(default_factory=list)
     """Spent before each release."""
     due: int | None = None

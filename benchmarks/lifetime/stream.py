@@ -34,11 +34,8 @@ class Rules:
 
     name: str = "as it is"
     memory: bool = True
-    """Memory suites."""
     best: bool = True
-    """The best release so far is a reference."""
     ranks: bool = True
-    """A gain is tested on ranks."""
     waiting: bool = True
     """Looks as in :class:`Schedule`."""
 
@@ -62,7 +59,6 @@ class Ended:
     released: bool
     looks: int
     outcomes: tuple[str, ...]
-    """Of all looks."""
 
 
 @dataclass(slots=True)
@@ -76,7 +72,6 @@ class Course:
     best: dict[str, float] = field(default_factory=dict)
     """By domain the most that a release was truly above the base."""
     end: dict[str, float] = field(default_factory=dict)
-    """Of the last release."""
     alpha: list[float] = field(default_factory=list)
     """Spent before each release, and at the end."""
 
@@ -93,7 +88,6 @@ class _Live:
     name: str = ""
     released: dict[str, Model] = field(default_factory=dict)
     verdicts: list[VerdictRow] = field(default_factory=list)
-    """The newest first."""
 
 
 def lessons_of(world: World, count: int, gains: Sequence[float], rng: Generator) -> list[Lesson]:
@@ -124,7 +118,6 @@ class Stream:
         self._pending: dict[str, float] = {}
 
     def run(self, lessons: Sequence[Lesson]) -> Course:
-        """All lessons, one after another."""
         for lesson in lessons:
             self.course.lessons.append(self._learn(lesson))
         self.course.alpha = [*self.schedule.history, self.schedule.spent]

@@ -40,7 +40,6 @@ of methods, it is 0.054. The second is the deviation of changes of a domain that
 gate's outcomes (700 to 2,000 items), without the part that is proportional to the level and without the items' own
 deviation."""
 Model = Mapping[str, Ranks]
-"""Ranks by domain name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,6 @@ class Domain:
     """Number of leading items in the static suite. 0: the domain comes with the stream."""
 
     def score(self, model: Model) -> float:
-        """True share of hits."""
         return self.moves.share(model[self.name])
 
 
@@ -107,7 +105,6 @@ class World:
 
 
 def make_world(sources: Mapping[str, Source], rng: Generator) -> World:
-    """Items drawn with replacement from the committed ones."""
     domains: dict[str, Domain] = {}
     base: dict[str, Ranks] = {}
     for domain, source in _domains(sources.values()):

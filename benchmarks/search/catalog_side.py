@@ -46,15 +46,12 @@ class NumberCorpus:
         self.rows = 0
 
     def version(self) -> int:
-        """Grows with the rows."""
         return self.rows
 
     def offsets(self, version: int | None = None) -> dict[str, int]:
-        """One partition."""
         return {"t:0": self.rows if version is None else version}
 
     def tally(self, version: int | None = None) -> Mapping[str, int]:
-        """Nothing is deleted."""
         return {"deleted": 0}
 
     def deleted(self, version: int | None = None, since: datetime | None = None) -> pa.Table:
@@ -88,7 +85,6 @@ def id_of(number: int) -> str:
 
 
 def number_of(sample: str) -> int:
-    """Number of an ID."""
     return int(sample, 16) * BACK % SPAN
 
 

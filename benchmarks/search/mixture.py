@@ -69,7 +69,6 @@ def write_rows(mixture: Mixture, path: Path, count: int) -> None:
 
 
 def map_rows(path: Path, dimensions: int = DIMENSIONS) -> Vectors:
-    """Memory-map the vectors of a file."""
     return np.asarray(np.memmap(path, np.float32, "r").reshape(-1, dimensions))
 
 

@@ -88,7 +88,6 @@ def run(
 
 
 def violations(figures: dict[str, Any]) -> list[str]:
-    """Violations of a run's requirements."""
     wrong = [f"{name} {figures[name]}" for name in VIOLATIONS if figures[name]]
     limits = (("rollback_seconds_max", ROLLBACK_LIMIT_SECONDS), ("refusal_seconds_max", REFUSAL_LIMIT_SECONDS))
     return wrong + [f"{name} {figures[name]}" for name, limit in limits if figures[name] >= limit]

@@ -63,17 +63,14 @@ class StateReport:
     began: float = 0.0
     ended: float = 0.0
     skipped: str = ""
-    """The reason why it was not entered."""
     kills: list[Kill] = field(default_factory=list)
     rollbacks: list[Rollback] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     releases: int = 0
-    """Releases of the operator that went live."""
     releases_failed: int = 0
     commits_lost: int = 0
     """COMMITs that the ledger never got, or whose answer was lost."""
     problems: list[str] = field(default_factory=list)
-    """Other problems."""
     requests: int = 0
     failed: int = 0
     """Beyond those in flight on a process that was killed."""
@@ -134,7 +131,6 @@ def _count(report: StateReport, sample: CheckedSample, kills: Sequence[Kill]) ->
 
 
 def on_killed(sample: CheckedSample, kill: Kill) -> bool:
-    """Whether a request was in flight on a process when it was killed."""
     in_flight = sample.began <= kill.ended and sample.due + sample.seconds >= kill.began
     return in_flight and kill.process in NEEDS[sample.kind]
 

@@ -87,7 +87,6 @@ class ChaosInstallation:
         self._servers = 0
 
     def new_adapter(self) -> str:
-        """An adapter whose files no server has fetched."""
         return self._new.pop()
 
     def server(self, environment: Mapping[str, str] | None = None) -> WholeServer:

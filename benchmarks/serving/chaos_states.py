@@ -54,7 +54,6 @@ class Chaos:
     ) -> None:
         self.installation = installation
         self.server = server
-        """The server that requests go to."""
         self.operator = operator
         self.load = load
         self.random = np.random.default_rng([seed, 2])
@@ -84,11 +83,9 @@ class Chaos:
         return report
 
     def release(self, report: StateReport, clip: str | None = None) -> Future[bool]:
-        """Start a release in parallel with what follows."""
         return self._pool.submit(self.operator.release, self.server, report, clip)
 
     def rollback(self, report: StateReport, available: Callable[[], float] = lambda: 0.0) -> None:
-        """Request a rollback, and wait for it."""
         self.operator.rollback(self.server, report, available)
 
     def wait_for_step(self, step: str, before: int, release: Future[bool]) -> str:
@@ -278,7 +275,6 @@ def _clock_ahead(run: Chaos, seconds: float, report: StateReport) -> None:
 
 
 def faketime_library() -> Path | None:
-    """libfaketime of its Python package, or of the system."""
     package = importlib.util.find_spec("libfaketime")
     bundled = Path(package.origin).parent if package is not None and package.origin is not None else Path()
     libraries = [bundled / "vendor" / "libfaketime" / "src" / "libfaketime.so.1", *map(Path, FAKETIME_LIBRARIES)]

@@ -31,7 +31,6 @@ class ObjectStore:
         self._stack = ExitStack()
 
     def environment(self, relayed: bool = True) -> dict[str, str]:
-        """Variables with which a process finds it: through the relay, or directly."""
         url = f"http://127.0.0.1:{self.relay.port}" if relayed else f"http://{self.address}:{self.port}"
         return of_s3(url, "key", "secret")
 
@@ -47,7 +46,6 @@ class ObjectStore:
 
     @contextmanager
     def cut_off(self) -> Iterator[None]:
-        """Connections are refused."""
         self.relay.cut()
         try:
             yield
@@ -56,7 +54,6 @@ class ObjectStore:
 
     @contextmanager
     def slow(self, seconds: float) -> Iterator[None]:
-        """Delay each piece of data."""
         self.relay.delay_seconds = seconds
         try:
             yield

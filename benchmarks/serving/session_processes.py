@@ -33,13 +33,11 @@ def session_pids(settings: Settings, *names: str) -> list[int]:
 
 
 def engine_pids(settings: Settings) -> list[int]:
-    """Processes in which vLLM answers for a home's session, whatever their title."""
     mark = str(session_directory(settings)).encode()
     return [pid for pid in session_pids(settings) if is_engine(pid, mark)]
 
 
 def kill(pids: Iterable[int]) -> None:
-    """SIGKILL those that still live."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

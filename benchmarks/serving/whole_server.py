@@ -52,7 +52,6 @@ class WholeServer:
         return self.settings.serve.url
 
     def client(self, timeout: float) -> Client:
-        """A client with an operator's key."""
         return Client(
             self.url, self.settings.operator_key().get_secret_value(), actor="chaos", timeout=timeout, retries=0
         )

@@ -22,18 +22,15 @@ class Amplification:
     rows: int
     commit_rows: int
     commits_a_run: int
-    """Commits between two runs of maintenance."""
     ingested: int
     """Bytes of the data files of all commits."""
     data: int
     """Bytes of data files that maintenance wrote."""
     indexes: int
     fragments: int
-    """At the end."""
 
     @property
     def ratio(self) -> float:
-        """Bytes written by maintenance for each byte ingested."""
         return (self.data + self.indexes) / self.ingested
 
 
@@ -74,7 +71,6 @@ def _sizes(folder: Path) -> dict[Path, int]:
 
 
 def _new(folder: Path, before: dict[Path, int]) -> dict[str, int]:
-    """Bytes of new files, by folder."""
     totals: dict[str, int] = {}
     for path, size in _sizes(folder).items():
         if path not in before:

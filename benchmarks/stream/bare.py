@@ -20,7 +20,6 @@ from PIL import Image
 from core.errors import RatchetError
 
 FETCH_BYTES = 16 << 20
-"""Ingest's default."""
 
 
 def run_bare(bootstrap: str, topic: str, count: int, decode: bool) -> dict[str, float]:

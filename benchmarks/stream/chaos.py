@@ -76,11 +76,9 @@ class ChaosRun:
         self.counts = {"kill": 0, "stop": 0, "cut": 0, "full": 0}
         self.full_seconds = 0.0
         self.unexpected = 0
-        """Processes that ended by themselves."""
 
     @property
     def targets(self) -> list[str]:
-        """Possible targets of faults."""
         return [*self.parts, "broker", *(["disk"] if self.disk.mounted else [])]
 
     def play(self, faults: Sequence[Fault]) -> None:

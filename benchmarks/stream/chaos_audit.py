@@ -162,7 +162,6 @@ class OffsetWatch(threading.Thread):
                 continue  # away, or full
 
     def end(self) -> None:
-        """Look once more, and stop."""
         self._ended.set()
         self.join()
         self._look()

@@ -12,7 +12,6 @@ FaultKind = Literal["kill", "stop", "cut", "full"]
 WORKER_GAP, MAINTAIN_GAP = 14.0, 30.0
 """Average seconds between two faults of a process."""
 BROKER_CUTS, DISK_FILLS = 8, 4
-"""Approximate number in a run."""
 FIRST = 5.0
 """Workers have joined by then."""
 _SECONDS: dict[FaultKind, tuple[float, float]] = {

@@ -25,7 +25,6 @@ REPEAT_SHARE = 0.01
 REPEATS_WITHIN = 100
 """A repetition is of one of this many samples before it."""
 GROUP = 20
-"""Records that are sent at once."""
 RecordKind = Literal["good", "bad"]
 Headers = list[tuple[str, bytes]]
 
@@ -99,11 +98,9 @@ class SteadyProducer(threading.Thread):
         """Held while records are on their way."""
 
     def pause(self) -> None:
-        """Wait until all sent records are acknowledged, and send nothing more."""
         self._sending.acquire()
 
     def resume(self) -> None:
-        """Continue and catch up."""
         self._sending.release()
 
     def run(self) -> None:

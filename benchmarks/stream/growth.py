@@ -34,7 +34,6 @@ class Growth:
 
     stored: int
     commit_seconds: float
-    """The median."""
     commit_seconds_worst: float
     memory: int
     """Resident bytes after the work."""

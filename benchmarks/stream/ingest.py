@@ -39,9 +39,7 @@ class Sizes:
     """Bytes of an image, and how many."""
     rounds: int
     stores: tuple[int, ...]
-    """Numbers of stored samples."""
     commits: int
-    """Measured at each of those."""
     writes: tuple[tuple[int, int, int, int], ...]
     """Rows, rows of a commit, commits between two runs of maintenance, bytes of an image."""
 
@@ -126,7 +124,6 @@ def figures_of(
 
 
 def throughput_of(rates: Sequence[Throughput]) -> dict[str, Any]:
-    """The figures of the throughput."""
     sizes = [each.figures() for each in rates]
     ratios = ("ratio_to_bare", "ratio_to_fetch", "ratio_to_bare_two")
     return {name: min(each[name] for each in sizes) for name in ratios} | {"throughput": sizes}

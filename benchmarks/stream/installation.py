@@ -50,11 +50,9 @@ class Installation:
         ensure_topics(self.kafka, [self.kafka.quarantine_topic])
 
     def stored(self) -> int:
-        """Records of the topic that are in the store."""
         return sum(position.next for position in self.store.positions().values() if self.is_ours(position.stream))
 
     def is_ours(self, stream: str) -> bool:
-        """Whether a stream is the topic of this installation."""
         return stream == self.kafka.topic
 
     def stored_at(self) -> float:
@@ -66,7 +64,6 @@ class Installation:
         wait_for(lambda: self.stored() >= count, f"{count} stored records", seconds)
 
     def config_of(self, number: int) -> Path:
-        """The settings file of a worker."""
         if not self.apart:
             return self.config
         home = self.settings.home / f"home-{number}"

@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 
 BYTES_A_PIXEL = 0.25
-"""Bytes per pixel of a photograph at quality 85."""
 SENSOR_NOISE = 6.0
 """Standard deviation, in grey levels."""
 PROBES = 4

@@ -63,7 +63,6 @@ class RatchetProcess:
             self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal, if it lives."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(number)
 
@@ -109,7 +108,6 @@ class RatchetProcess:
         return {name + (labels or ""): float(value) for name, labels, value in _LINE.findall(text)}
 
     def lags(self) -> dict[str, float]:
-        """Its lag by partition, of the partitions that it reads."""
         prefix = 'ratchet_ingest_lag_records{partition="'
         return {name[len(prefix) : -2]: value for name, value in self.metrics().items() if name.startswith(prefix)}
 

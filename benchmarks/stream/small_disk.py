@@ -27,7 +27,6 @@ class SmallDisk:
                         ballast.write(bytes(block))  # less than a block, before it fails
 
     def free(self) -> None:
-        """Remove what :meth:`fill` wrote."""
         (self.folder / BALLAST).unlink(missing_ok=True)
 
     def __enter__(self) -> SmallDisk:

@@ -34,7 +34,6 @@ class Throughput:
     """Measurements with images of one size; one value for each round."""
 
     size: int
-    """Average bytes of an image."""
     records: int
     fetch: list[dict[str, float]] = field(default_factory=list)
     bare: list[dict[str, float]] = field(default_factory=list)
@@ -43,7 +42,6 @@ class Throughput:
     two: list[dict[str, float]] = field(default_factory=list)
 
     def rate(self, who: str) -> float:
-        """Records a second, the median of the rounds."""
         runs: list[dict[str, float]] = getattr(self, who)
         return self.records / statistics.median(each["seconds"] for each in runs)
 

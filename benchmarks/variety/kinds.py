@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw, ImageFont
 from ratchet_client import Sample
 
 Drawn = tuple[bytes, str]
-"""An encoded image, and a text for it."""
 LONG_CHARS: Final = 2000
 ANSWER_CHARS: Final = 200
 """Length that fits the context of the small models."""
@@ -71,7 +70,6 @@ def screenshot(number: int) -> Drawn:
 
 
 def line_drawing(number: int) -> Drawn:
-    """Strokes on white."""
     drawn, page = _random(number), Image.new("1", (300, 300), 1)
     for _ in range(drawn.randint(3, 8)):
         points = [(drawn.randint(10, 290), drawn.randint(10, 290)) for _ in range(6)]
@@ -80,7 +78,6 @@ def line_drawing(number: int) -> Drawn:
 
 
 def panorama(number: int) -> Drawn:
-    """Sixteen times as wide as high."""
     hills = np.random.default_rng(number).integers(0, 256, (2, 24, 3)).astype(np.uint8)
     return _encoded(Image.fromarray(hills).resize((1600, 100), Image.Resampling.BICUBIC), "JPEG"), "a panorama"
 
@@ -113,7 +110,6 @@ def unusual_mode(number: int) -> Drawn:
 
 
 def one_colour(number: int) -> Drawn:
-    """A plain picture of a unique colour."""
     colour = (number % 7 * 40, number // 7 * 5, 128)
     return _encoded(Image.new("RGB", (64, 64), colour)), "a plain picture"
 
@@ -126,7 +122,6 @@ def long_text(number: int) -> Drawn:
 
 
 def other_script(number: int) -> Drawn:
-    """Words in other scripts, and emoji."""
     return _texture(number + 10_000)[0], SCRIPTS[number % len(SCRIPTS)].format(number)
 
 

@@ -65,7 +65,6 @@ def rollback(page: Page) -> None:
 
 
 def tour(page: Page) -> None:
-    """The third step of the tour for first-time visitors."""
     page.goto("/?tour")
     for _ in range(2):
         page.get_by_role("button", name="Next", exact=True).click()
@@ -158,7 +157,6 @@ def take_story(browser: Browser, file: Path, out: Path) -> None:
 
 
 def save(picture: bytes, path: Path) -> None:
-    """Save a small PNG with a palette."""
     with Image.open(io.BytesIO(picture)) as image:
         image.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
             path, optimize=True

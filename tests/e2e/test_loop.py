@@ -74,7 +74,6 @@ class Installation:
     refused: int = 0
 
     def ratchet(self, *words: str) -> str:
-        """Run the command line under the same settings and return its standard output."""
         done = subprocess.run(self.context.command(*words), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -144,7 +143,6 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
 
 
 def wait(condition: Callable[[], bool], explain: Callable[[], object] = str) -> None:
-    """Wait for as long as the descendants of this process make progress."""
     try:
         wait_for_progress(condition, explain, work=lambda: processor_seconds(os.getpid()), busy_seconds=500, pause=0.2)
     except StoodStill as error:

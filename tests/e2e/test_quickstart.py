@@ -42,7 +42,6 @@ STEPS, BATCH, DRAWN = 400, 64, 1536
 
 
 def page_script() -> str:
-    """Join the commands of the page into one script that prints the start of each block."""
     blocks = [block.text for block in PAGE.blocks if block.language == "bash"]
     marked = [f"echo {shlex.quote(MARK + block.splitlines()[0])}\n{block}" for block in blocks]
     return "\n".join(["set -euo pipefail", *marked])

@@ -13,7 +13,6 @@ from tests.integration.serving.server_fixture import ServerFixture
 
 @pytest.fixture(scope="session")
 def collector() -> Iterator[OtlpCollector]:
-    """Receives the spans of sampled requests from servers with a VLM."""
     with OtlpCollector() as listening:
         yield listening
 

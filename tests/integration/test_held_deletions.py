@@ -33,7 +33,6 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No record is still on its way, and each run checks what is held."""
     monkeypatch.setattr(maintenance, "SETTLE_SECONDS", -1.0)
     monkeypatch.setattr(maintenance, "UNLOCK_SECONDS", 0.0)
 

@@ -42,7 +42,6 @@ def server() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fresh_clients() -> Iterator[None]:
-    """Discard clients that another test has pointed elsewhere."""
     yield
     S3FileSystem.clear_instance_cache()
 

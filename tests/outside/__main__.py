@@ -36,7 +36,6 @@ class Peer(NamedTuple):
 
 
 def _says(program: str | None, *words: str) -> str:
-    """The version number that a program prints."""
     if program is None:
         return "-"
     done = subprocess.run([program, *words], capture_output=True, text=True)
@@ -67,13 +66,11 @@ class Ran(NamedTuple):
     seconds: float
 
     def line(self, peer: Peer) -> str:
-        """A row of the table."""
         told = ", ".join(f"{count} {name}" for name, count in sorted(self.outcomes.items(), reverse=True))
         return f"| {peer.name} | {peer.version()} | {told} | {self.seconds:,.0f} s | {time.strftime('%Y-%m-%d')} |"
 
 
 def peer_of(test: str) -> Peer | None:
-    """The peer that a test needs, by its node ID."""
     of = [(len(path), peer) for peer in PEERS for path in peer.tests if test.startswith(path)]
     return max(of, key=lambda each: each[0])[1] if of else None
 
@@ -95,7 +92,6 @@ class Report:
             self._outcomes[peer.name][name] += 1
 
     def ran(self) -> dict[str, Ran]:
-        """Results by name of the peer."""
         return {name: Ran(outcomes, self._seconds[name]) for name, outcomes in self._outcomes.items()}
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
@@ -107,7 +103,6 @@ class Report:
 
 
 def written(page: str, ran: Mapping[str, Ran]) -> str:
-    """The page with the rows of the peers against which any test ran."""
     before, heading, table = page.partition(HEADING)
     for peer in PEERS:
         if peer.name in ran and set(ran[peer.name].outcomes) != {"left out"}:

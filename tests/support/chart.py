@@ -22,7 +22,6 @@ NEEDED: dict[str, Any] = {
     "kafka": {"bootstrap": "kafka-1:9092,kafka-2:9092"},
     "operatorKey": {"existingSecret": {"name": "ratchet-operator"}},
 }
-"""Required values."""
 EVERYTHING: dict[str, Any] = {
     "objectStore": {"endpoint": "http://seaweedfs:8333", "existingSecret": {"name": "ratchet-s3"}},
     "kafka": {"existingSecret": {"name": "ratchet-kafka"}},
@@ -139,13 +138,11 @@ def cluster_groups(cluster: Object) -> list[Object]:
 
 
 def named(objects: Sequence[Object], kind: str, part: str) -> Object:
-    """The object of this kind and component, such as the Deployment of ``ingest``."""
     (found,) = [each for each in of_kind(objects, kind) if each["metadata"]["name"] == f"live-ratchet-{part}"]
     return found
 
 
 def settings_text(objects: Sequence[Object]) -> str:
-    """The settings file that pods mount."""
     (text,) = [each["data"]["ratchet.yaml"] for each in of_kind(objects, "ConfigMap") if "ratchet.yaml" in each["data"]]
     return str(text)
 

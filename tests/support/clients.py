@@ -110,7 +110,6 @@ class ClientRun:
     process: subprocess.Popen[str]
 
     def results(self) -> dict[str, str]:
-        """Wait for the script and return the result of each check."""
         output, _ = self.process.communicate(timeout=SECONDS)
         last = output.rstrip().rpartition("\n")[2]
         return dict(json.loads(last)) if last.startswith("{") else {"crashed": output[-4000:]}

@@ -17,14 +17,12 @@ POISON: Message = (b"poison", [])
 
 @contextmanager
 def run(settings: Settings, wanted: int = 0) -> Iterator[Consumer]:
-    """Run a consumer until it has seen this many records."""
     with reading(settings) as consumer:
         wait_for(lambda: records_seen(consumer.status) >= wanted, f"{wanted} records", 20)
         yield consumer
 
 
 def rows(store: SampleStore) -> list[tuple[str, int, str]]:
-    """Stream, offset and kind of every row, ordered by partition."""
     return [(row["topic"], row["offset"], row["kind"]) for row in store.records().to_pylist()]
 
 

@@ -4,5 +4,4 @@ from pathlib import Path
 
 
 def holds(folder: Path | str, needle: bytes) -> bool:
-    """Whether any file below ``folder`` contains these bytes."""
     return any(needle in path.read_bytes() for path in Path(folder).rglob("*") if path.is_file())

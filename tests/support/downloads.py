@@ -76,7 +76,6 @@ def running(
 
 
 def answers(url: str) -> bool:
-    """Whether a URL answers."""
     try:
         return httpx.get(url, trust_env=False, timeout=60).is_success
     except httpx.HTTPError:

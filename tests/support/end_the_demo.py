@@ -69,7 +69,6 @@ WAYS: tuple[Way, ...] = (to_the_group, two_at_once, while_it_stops, killed, clos
 @dataclass(frozen=True)
 class Ended:
     during: str
-    """Its last output."""
     seconds: float
     left: tuple[str, ...]
     """Command lines of processes that still ran and were then killed."""
@@ -119,7 +118,6 @@ def end_one(folder: Path, way: Way, moment: float) -> Ended:
 
 
 def _last_log(folder: Path) -> str:
-    """The parts that have logged anything."""
     written = [path.stem for path in sorted((folder / "logs").glob("*.log")) if path.stat().st_size]
     return ", ".join(written) or "before the parts"
 

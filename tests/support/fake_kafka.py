@@ -53,10 +53,8 @@ class FakeKafka:
         self.repeats = False
         """Each fetch begins with the first record of the log."""
         self.max_bytes = 1 << 30
-        """Largest record of the quarantine topic."""
         self.quarantine: list[Encoded] = []
         self.owners: Counter[str] = Counter()
-        """Newest sender of each transactional ID."""
         self.open_senders: set[FakeSender] = set()
         self.committed: dict[int, int] = {}
         self.created: list[str] = []
@@ -95,13 +93,11 @@ class FakeKafka:
             self.changed.notify_all()
 
     def assign(self, *partitions: int) -> None:
-        """Let the group assign other partitions to the consumer at its next poll."""
         with self.changed:
             self.assigned = set(partitions)
             self.changed.notify_all()
 
     def names(self) -> list[str]:
-        """Positions of the records in the quarantine topic."""
         found = [dict(record.headers) for record in self.quarantine]
         return [
             b":".join(each[f"ratchet_{name}"] for name in ("topic", "partition", "offset")).decode() for each in found
@@ -286,5 +282,4 @@ class FakeClients(IngestClients):
 
 
 def install(broker: FakeKafka, patch: pytest.MonkeyPatch) -> None:
-    """Connect every Consumer to this broker."""
     patch.setattr("streams.ingest.consumer.IngestClients", lambda kafka: FakeClients(broker, kafka))

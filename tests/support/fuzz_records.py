@@ -158,7 +158,6 @@ def expands_too_far(batch: RawBatch, chance: Random) -> bytearray:
 
 
 def flipped_body(batch: RawBatch, chance: Random) -> bytearray:
-    """Change bits of the records and fix the checksum."""
     return RawBatch.encode(batch, _flip(batch.body(), chance))
 
 
@@ -210,7 +209,6 @@ class Sent:
 
     @property
     def valid(self) -> dict[str, tuple[int, int]]:
-        """Position of each good sample, by its ID."""
         return {each.id: at for at, each in self.records.items() if each.expected == "valid"}
 
     @property

@@ -43,7 +43,6 @@ def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def png_chunk(name: bytes, body: bytes) -> bytes:
-    """A chunk of a PNG: length, name, body, checksum."""
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 

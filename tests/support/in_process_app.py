@@ -57,7 +57,6 @@ from tests.unit.serving.scripted_vlms import ScriptedVlms
 KEY = "operator-key"
 
 MAX_IMAGE_BYTES = 100_000
-"""Of the application in the integration tests."""
 
 
 class AppClient:

@@ -84,7 +84,6 @@ def read_topic(kafka: Kafka, topic: str, at_least: int = 0, timeout: float = 300
 
 
 def quarantined_places(kafka: Kafka, at_least: int = 0) -> list[RecordPosition]:
-    """Positions of the originals of all messages in the quarantine topic, with repetitions."""
     places = []
     for record in read_topic(kafka, kafka.quarantine_topic, at_least):
         headers = {name: value.decode(errors="replace") for name, value in record.headers}

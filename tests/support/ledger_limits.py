@@ -22,7 +22,6 @@ _PRODUCTION = (
 
 
 def patient_limits() -> AbstractContextManager[None]:
-    """Allow calls inside :data:`SECONDS`."""
     return _limits(lambda _: SECONDS)
 
 
@@ -40,7 +39,6 @@ def _limits(of: Callable[[float], float]) -> Iterator[None]:
 
 
 def patient(url: str) -> str:
-    """A ledger URL with wide limits for calls and connections."""
     if not url.startswith("postgresql:"):
         return url
     milliseconds = round(SECONDS * 1000)

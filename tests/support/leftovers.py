@@ -15,7 +15,6 @@ VARIABLE = "STARTED_BELOW"
 
 
 def mark() -> dict[str, str]:
-    """A unique variable for the environment of a command."""
     return {VARIABLE: uuid.uuid4().hex}
 
 

@@ -18,7 +18,6 @@ RULES = ("constraint-dependencies", "exclude-dependencies", "override-dependenci
 
 
 def environment() -> dict[str, str]:
-    """This process's environment without indexes, folders and constraints for pip or uv."""
     return {name: value for name, value in os.environ.items() if not re.match("(PIP|UV)_(?!CACHE_DIR|HTTP_)", name)}
 
 

@@ -33,7 +33,6 @@ class Page:
 
     @property
     def name(self) -> str:
-        """Its path from the root of the repository."""
         return str(self.path.relative_to(ROOT))
 
     @cached_property
@@ -68,7 +67,6 @@ class Page:
 
     @cached_property
     def headings(self) -> set[str]:
-        """The anchors of its headings on GitHub."""
         titles = re.findall(r"^#+ (.*)$", self.prose, re.M)
         return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -102,7 +100,6 @@ def _parts(text: str) -> Iterator[Block | str]:
 
 
 def _alone(line: str) -> str:
-    """A command line without comment, redirection and pipe."""
     return re.split(r"\s#|\s>|\s\|", line)[0].strip()
 
 

@@ -19,7 +19,6 @@ from tests.support.downloads import answers, running
 
 START_SECONDS = 60.0
 GRAFANA = {"$__rate_interval": "10m", "$__range": "10m"}
-"""Values for Grafana's variables."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,6 @@ class Prometheus:
         return any(not math.isnan(float(series["value"][1])) for series in self.query(expr))
 
     def rules(self) -> list[dict[str, Any]]:
-        """All rules, with the health of their last evaluation."""
         answer = httpx.get(f"{self.url}/api/v1/rules", timeout=30).json()
         return [rule for group in answer["data"]["groups"] for rule in group["rules"]]
 

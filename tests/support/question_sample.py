@@ -23,7 +23,6 @@ from demo.vlm.shipped import TRAINED_ON
 from streams.publish.folders import FolderItem, read_folder, write_folder
 
 EACH = 60
-"""Questions of each kind."""
 SOURCES = ("noto", "twemoji", "openclipart")
 """Sources whose pictures may be redistributed with attribution only: Apache-2.0, CC-BY-4.0, public domain."""
 

@@ -33,7 +33,6 @@ def made_of(recipe: Recipe) -> str:
 
 
 def row(name: str) -> str:
-    """The row of a recipe without its last cell."""
     recipe = load_recipe(name)
     return f"| `{name}` | {recipe.description.rstrip('.')} | {made_of(recipe)} |"
 

@@ -20,10 +20,8 @@ class Registry:
         self.calls: list[str] = []
         self.headers: list[dict[str, str]] = []
         self.answers: list[tuple[int, bytes]] = []
-        """Answers in order, used before anything else."""
         self.always: tuple[int, bytes] | None = None
         self.broken: set[int] = set()
-        """IDs of schemas at which it fails."""
         self.url = ""
 
     def register(self, subject: str, body: dict[str, Any]) -> int:

@@ -51,5 +51,4 @@ def refusal(partition: int, offset: int, original: bytes = b"bad", reason: str =
 
 
 def put(store: SampleStore, rows: Sequence[dict[str, Any]], *positions: Position) -> int:
-    """Store rows and their next positions. Returns the version."""
     return store.put(rows, positions)

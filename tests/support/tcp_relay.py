@@ -61,7 +61,6 @@ class TcpRelay:
 
 
 def break_link(link: socket.socket) -> None:
-    """Shut a connection down and close it, unless it is closed already."""
     with suppress(OSError):
         link.shutdown(socket.SHUT_RDWR)
     link.close()

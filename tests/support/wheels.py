@@ -30,7 +30,6 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 
 
 def projects(root: Path) -> list[Path]:
-    """The folder of each distribution: one with a pyproject.toml."""
     return [path.parent for path in (*root.glob("pyproject.toml"), *sorted(root.glob("*/pyproject.toml")))]
 
 

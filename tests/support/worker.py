@@ -44,26 +44,21 @@ class Worker:
         return DuplicateIndex(path, self.store.table.identity()[0], self.distance, self.split)
 
     def follow_anew(self, path: Path) -> None:
-        """Continue with an index that is rebuilt from the store."""
         self.index = self.batch.index = self.new_index(path)
 
     def take(self, *seeds: int) -> None:
-        """Read a record with a picture for each seed."""
         for seed in seeds:
             self.add(self.validated(seed))
 
     def validated(self, seed: int) -> Accepted | StoreRow:
-        """Validate the picture of a seed as the next record."""
         return self.judged(*((b"poison", []) if seed == POISON else good(seed)))
 
     def judged(
         self, value: bytes | None, headers: Sequence[tuple[str, bytes]] = (), key: bytes | None = None, time: int = -1
     ) -> Accepted | StoreRow:
-        """Validate a value as the next record."""
         return validate(Received("t", self.partition, self.reading.next, value, key, headers, time), RULES)
 
     def add(self, result: Accepted | StoreRow) -> None:
-        """Add a result to the batch."""
         self.reading.next += 1
         self.batch.add(self.reading, self.reading.next, result, 100)
 
@@ -71,6 +66,5 @@ class Worker:
         return self.batch.commit(lambda reading: unpublished)
 
     def kinds(self) -> list[tuple[int, int, str]]:
-        """Partition, offset and kind of every row."""
         rows = self.store.records().to_pylist()
         return [(row["partition"], row["offset"], row["kind"]) for row in rows]

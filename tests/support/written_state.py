@@ -121,7 +121,6 @@ def contents(store: SampleStore) -> dict[str, Any]:
 
 
 def small_home(folder: Path) -> Settings:
-    """The home that :func:`write_home` fills, made unless it exists."""
     settings = make_home(folder)
     (folder / "default.yaml").write_text(recipe("default", max_steps=6, reference_limit=20, rank=1).to_yaml())
     return settings
@@ -174,7 +173,6 @@ def plain(value: Any) -> Any:
 
 
 def pack(folder: Path, archive: Path, names: tuple[str, ...]) -> None:
-    """Write selected contents of a folder into an archive that may be committed."""
     with tarfile.open(archive, "w:xz") as tar:
         for name in names:
             tar.add(folder / name, name)

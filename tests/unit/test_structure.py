@@ -1,5 +1,3 @@
-"""The size of files, their imports, and the lists of files that tell a story."""
-
 from __future__ import annotations
 
 import ast

@@ -28,7 +28,6 @@ class Environment:
     requirements: tuple[str, ...]
 
     def folder(self, cache: Path) -> Path:
-        """Its path, even before it exists."""
         digest = digest_json([*self.requirements, sys.version_info[:2]])[:8]
         return cache / "environments" / f"{self.name}-{digest}"
 

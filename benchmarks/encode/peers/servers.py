@@ -63,7 +63,6 @@ class Peer(ABC):
         """URL for inputs of a kind."""
 
     def kinds(self) -> tuple[Modality, ...]:
-        """Kinds of input that it supports."""
         return ("image", "text")
 
 

@@ -49,7 +49,6 @@ _results: dict[str, str] = {}
 
 
 def check(function: Callable[[], None]) -> Callable[[], None]:
-    """Run a check immediately and keep its result under its name."""
     try:
         function()
         _results[function.__name__] = "passed"
@@ -82,12 +81,10 @@ def decoded(text: str) -> list[float]:
 
 
 def assert_usage(prompt: int | None, completion: int | None) -> None:
-    """Compare the token counts with those of plain HTTP."""
     assert (prompt, completion) == (USAGE["prompt_tokens"], USAGE["completion_tokens"]), (prompt, completion)
 
 
 def assert_wait(seconds: str) -> None:
-    """Check ``Retry-After`` of a key limited to one request a minute."""
     assert 1 <= int(seconds) <= 60, seconds
 
 

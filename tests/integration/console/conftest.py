@@ -28,7 +28,6 @@ class Place:
     server: ServerFixture
     settings: Settings
     config: Path
-    """The console's settings: the server's, and the broker's address."""
     url: str
     story: Story
     ingest: Consumer
@@ -88,13 +87,11 @@ def visitor(place: Place, browser: Browser) -> Iterator[Page]:
 
 @pytest.fixture
 def ana(visitor: Page, place: Place) -> Page:
-    """A visitor who is signed in as an operator."""
     sign_in(visitor, place.operator)
     return visitor
 
 
 def sign_in(page: Page, token: str) -> None:
-    """Sign in through the form."""
     page.goto("/sign-in")
     page.get_by_label("API key").fill(token)
     page.get_by_role("button", name="Sign in").click()

@@ -38,7 +38,6 @@ def said(page: Page, words: str) -> None:
 
 
 def releases(place: Place, count: int) -> list[str]:
-    """Release new adapters one after the other."""
     names = [place.server.adapter() for _ in range(count)]
     with place.server.client() as client:
         for name in names:

@@ -70,11 +70,9 @@ class VlmGate:
         return name
 
     def learner(self) -> str:
-        """Load an adapter that learned the new question and practised the old ones."""
         return self._taught("learner", [*known(TAUGHT), *unknown(TAUGHT)], steps=120)
 
     def yes_sayer(self) -> str:
-        """Load an adapter that answers yes to every yes/no question and still knows its colours."""
         yes = [replace(one, answer="yes") if one.kind == "presence" else one for one in known(TAUGHT)]
         return self._taught("yes-sayer", yes, steps=80)
 

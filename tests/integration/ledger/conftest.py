@@ -34,7 +34,6 @@ def url(server: PostgresServer) -> str:
 
 @pytest.fixture
 def ledger(url: str) -> Iterator[Ledger]:
-    """A ledger with wide limits, for a slow server."""
     with patient_limits():
         opened = Ledger.open(patient(url))
         yield opened

@@ -29,7 +29,6 @@ def relay(server: PostgresServer) -> Iterator[CommitRelay]:
 
 @pytest.fixture
 def far(relay: CommitRelay, ledger: Ledger, url: str) -> Iterator[Ledger]:
-    """The same ledger as ``ledger``, through the relay."""
     opened = Ledger.lazy(patient(url.replace(url.rsplit(":", 1)[1].split("/")[0], str(relay.port))))
     yield opened
     opened.close()

@@ -27,7 +27,6 @@ __all__ = ["broker"]
 
 
 def records(begin: int, end: int) -> list[Message]:
-    """Records of the samples with these numbers."""
     encoded = [
         encode(Sample(image=picture(number), text=f"number {number}", domain="cats", source="zoo"), "raw")
         for number in range(begin, end)
@@ -36,7 +35,6 @@ def records(begin: int, end: int) -> list[Message]:
 
 
 def texts(server: ServerFixture) -> list[str]:
-    """Texts of all samples of the store, sorted."""
     return sorted(row["text"] for row in SampleStore(server.settings.lake).select("kind = 'sample'", ["text"]))
 
 

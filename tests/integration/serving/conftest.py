@@ -43,7 +43,6 @@ def server(shared_server: ServerFixture) -> ServerFixture:
 
 @pytest.fixture(scope="session")
 def runner() -> Iterator[asyncio.Runner]:
-    """The event loop of the application in this process."""
     with asyncio.Runner() as made:
         yield made
 

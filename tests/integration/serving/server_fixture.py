@@ -95,7 +95,6 @@ class ServerFixture:
         return server
 
     def configure(self, **settings: Any) -> None:
-        """Change sections of the settings before the server starts."""
         self.config.write_text(yaml.safe_dump(yaml.safe_load(self.config.read_text()) | settings))
         self.settings = load_settings(self.config, environ={})
 
@@ -114,7 +113,6 @@ class ServerFixture:
         return Ledger.open(self.settings.ledger)
 
     def client(self, actor: str = "test") -> Client:
-        """A client with an operator's key."""
         return Client(self.url, self.settings.operator_key().get_secret_value(), actor=actor, retries=0)
 
     def ensure_running(self) -> None:
@@ -142,7 +140,6 @@ class ServerFixture:
             self.until(self.client().is_ready)
 
     def stop(self) -> None:
-        """End the server as an operator would."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
@@ -154,7 +151,6 @@ class ServerFixture:
         return (self.settings.home / "serve.log").read_text()[-4000:]
 
     def records(self) -> list[dict[str, Any]]:
-        """Records of the server's log, including those of its replicas."""
         lines = (self.settings.home / "serve.log").read_text().splitlines()
         return [json.loads(line) for line in lines if line.startswith('{"time"')]
 
@@ -168,7 +164,6 @@ class ServerFixture:
             raise AssertionError(f"{error}\n{self.log()}") from None
 
     def metric(self, series: str) -> float:
-        """Sum the series whose lines on the metrics page begin with this."""
         page = httpx.get(f"{self.url}/metrics", trust_env=False, timeout=20).text
         return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith(series))
 
@@ -176,7 +171,6 @@ class ServerFixture:
         return self.metric("ratchet_release_in_flight_requests{")
 
     def pids(self, *names: str) -> list[int]:
-        """Processes of this session whose command contains one of the names, or all of them without names."""
         return session_pids(self.settings, *names)
 
     def engines(self) -> list[int]:
@@ -236,11 +230,9 @@ class ServerFixture:
         return name
 
     def head_of(self, name: str) -> Head:
-        """The head of an adapter that has one."""
         return read_heads(Artifacts(self.settings.artifacts).fetch(f"adapters/{name}"))["animals"]
 
     def judged(self, name: str, family: Family) -> None:
-        """Record that the gate passed an adapter."""
         ledger, update = self.ledger, f"judged-{name}"
         ledger.begin_update(
             update, family=family, recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None
@@ -249,14 +241,12 @@ class ServerFixture:
         ledger.record_verdict(update, name, "passed", "reports/none", {})
 
     def vlm_adapter(self, parts: tuple[str, ...] = ("text", "image"), scale: float = 1.0) -> str:
-        """Store a new random VLM adapter in the ledger."""
         assert self.vlm is not None
         self._seeds += 1
         folder = self.settings.home / "made" / str(self._seeds)
         return self.keep_vlm(tiny_vlm_adapter(self.vlm, folder, self._seeds, scale, parts), folder)
 
     def keep_vlm(self, name: str, folder: Path) -> str:
-        """Store a VLM adapter and record it in the ledger."""
         assert self.vlm is not None
         Artifacts(self.settings.artifacts).put_directory(folder, f"adapters/{name}")
         self.ledger.register_adapter(name, family="vlm", base=self.vlm.digest, image_space="", text_space="", meta={})

@@ -68,7 +68,6 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def kafka(server: ServerFixture, broker: Broker) -> Iterator[Kafka]:
-    """A broker whose records are ingested into the server's store."""
     made = broker.settings(server.settings.home, ingest={"fresh_eval_share": 0.0})
     settings = server.settings.model_copy(update={"kafka": made.kafka, "ingest": made.ingest})
     make_topics(settings)

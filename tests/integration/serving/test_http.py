@@ -156,7 +156,6 @@ def test_overload_is_answered_429_with_retry_after_and_then_all_is_well(server: 
 
 
 def encoded_texts(server: ServerFixture) -> float:
-    """Number of texts that the encoders have encoded since they started."""
     return server.metric('ratchet_encoder_batch_size_sum{kind="text"}')
 
 

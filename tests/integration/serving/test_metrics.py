@@ -14,7 +14,6 @@ from tests.integration.serving.server_fixture import ServerFixture
 
 pytestmark = pytest.mark.integration
 Samples = dict[str, list[tuple[dict[str, str], float]]]
-"""Labels and values by name."""
 
 
 def scraped(server: ServerFixture) -> Samples:
@@ -27,7 +26,6 @@ def scraped(server: ServerFixture) -> Samples:
 
 
 def value(server: ServerFixture, name: str, **labels: str) -> float:
-    """Sum the samples that carry these labels."""
     return sum(v for ours, v in scraped(server).get(name, []) if labels.items() <= ours.items())
 
 
@@ -40,7 +38,6 @@ def until(server: ServerFixture, condition: Callable[[Samples], bool]) -> Sample
 
 
 def live(samples: Samples) -> dict[str, list[float]]:
-    """Live releases by part, one per replica."""
     parts: dict[str, list[float]] = {}
     for labels, number in samples.get("ratchet_release_live", []):
         parts.setdefault(labels["part"], []).append(number)

@@ -67,9 +67,7 @@ class Twist:
     headers: dict[str, str] = field(default_factory=dict)
     query: str = ""
     cut: float = 1.0
-    """Share of the body that is kept."""
     put: bytes = b""
-    """Inserted where the body was cut."""
 
 
 TWISTS = st.builds(
@@ -141,7 +139,6 @@ class Caller:
         self._send(case, str(plain.method), url, kept, twisted)
 
     def reached(self, label: str) -> bool:
-        """Whether a call of an operation got a result."""
         return any(status < 300 for status in self.counts.get(label, ()))
 
     def _send(self, case: Case, method: str, url: str, headers: dict[str, str], body: bytes) -> None:

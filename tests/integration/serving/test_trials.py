@@ -49,12 +49,10 @@ def traffic(server: ServerFixture) -> Traffic:
 
 
 def audited(server: ServerFixture, actor: str, action: str) -> AuditRow:
-    """The newest audit row of an action."""
     return next(row for row in server.ledger.audit_rows(200) if (row.actor, row.action) == (actor, action))
 
 
 def answered_by(server: ServerFixture, http: httpx.Client, key: str, **body: Any) -> int:
-    """The release that answers a caller."""
     answer = http.post("/v1/embeddings", json={"input": "who answers?", **body}, headers={"x-ratchet-key": key})
     assert answer.status_code == 200, answer.text
     return int(answer.headers["x-ratchet-release"])

@@ -37,7 +37,6 @@ def results(shared_vlm_server: ServerFixture, tmp_path_factory: pytest.TempPathF
 
 
 def limited_key(server: ServerFixture, name: str) -> str:
-    """A key limited to one request a minute."""
     return server.ledger.create_key(name, ["infer"], actor="test", requests_per_minute=1)[1]
 
 

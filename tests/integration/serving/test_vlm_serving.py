@@ -30,13 +30,11 @@ SWAPS = 10
 
 @pytest.fixture
 def server(shared_vlm_server: ServerFixture) -> ServerFixture:
-    """The shared server, started again if an earlier test ended it."""
     shared_vlm_server.ensure_running()
     return shared_vlm_server
 
 
 def replica(server: ServerFixture) -> dict[str, Any]:
-    """The VLM replica's status."""
     with server.client() as client:
         found: dict[str, Any] = client.status()["controller"]["vlm"][0]
         return found

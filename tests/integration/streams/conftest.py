@@ -22,7 +22,6 @@ OF_EACH_BROKER = {"test_broker_faults", "test_corrupt_batches", "test_fenced_sen
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run tests that use the broker against the embedded one and against Apache Kafka."""
     module = metafunc.module.__name__.rpartition(".")[2]
     if "broker" in metafunc.fixturenames and module in OF_EACH_BROKER and "RATCHET_TEST_KAFKA" not in os.environ:
         brokers = ["embedded", pytest.param("apache", marks=pytest.mark.kafka)]

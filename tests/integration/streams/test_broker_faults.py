@@ -25,7 +25,6 @@ RECORDS = 5
 
 @pytest.fixture
 def known_fault(broker: Broker, request: pytest.FixtureRequest) -> None:
-    """Expect the test to fail on the embedded broker only."""
     if broker.embedded:
         request.applymarker(pytest.mark.xfail(strict=True, reason="known fault of the embedded broker"))
 

@@ -50,7 +50,6 @@ def marked(seed: int, mark: str) -> bytes:
 
 
 def needles(mark: str) -> dict[str, bytes]:
-    """Bytes that no file may hold: of the image, the caption and the quarantined record."""
     digest = hashlib.sha256(mark.encode()).hexdigest()
     return {"image": f"IMAGE-{mark}-{digest}".encode(), "caption": f"caption of {mark} {digest}".encode()}
 
@@ -60,7 +59,6 @@ def caption(mark: str) -> str:
 
 
 def files_with(home: Path, needle: bytes) -> list[str]:
-    """Files below the lake that hold any of these bytes."""
     lake = home / "lake"
     return [str(path.relative_to(lake)) for path in lake.rglob("*") if path.is_file() and needle in path.read_bytes()]
 
@@ -125,7 +123,6 @@ class Installation:
         self.ledger.advance_update(f"update-{name}", "done")
 
     def learnable(self) -> set[str]:
-        """Captions that the next update could be trained on: new data and replay."""
         half = {key: offset // 2 for key, offset in self.store.offsets().items()}
         pools = draw_pools(self.store, load_recipe("default"), (), self.store.version(), half, seed=1)
         return {example.text for example in (*pools.new, *pools.replay)}

@@ -65,7 +65,6 @@ def run(settings: Settings, *command: str | Path) -> str:
 
 
 def properties(path: Path) -> dict[str, str]:
-    """Read a file of Java properties."""
     lines = (line.strip() for line in path.read_text().splitlines())
     pairs = (line.split("=", 1) for line in lines if line and not line.startswith("#"))
     return {key.strip(): value.strip() for key, value in pairs}

@@ -58,7 +58,6 @@ class Running:
 
 
 def places_of(store: SampleStore) -> list[RecordPosition]:
-    """Positions of the stored records, in order."""
     return [position_of(row) for row in store.records().to_pylist()]
 
 
@@ -76,7 +75,6 @@ def exported(name: str, **labels: str) -> float:
 
 
 def refusals() -> Counter[str]:
-    """Quarantined records by reason, from the metrics."""
     samples = [sample for metric in REGISTRY.collect() for sample in metric.samples]
     name = "ratchet_ingest_quarantined_total"
     return Counter({each.labels["reason"]: int(each.value) for each in samples if each.name == name})

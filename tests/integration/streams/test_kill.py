@@ -36,7 +36,6 @@ LIVES = {
 
 
 def messages() -> list[Message]:
-    """Good records, mixed with invalid ones and one repeated sample."""
     made = [(b"poison %d" % n, []) if n % POISON_EVERY == 1 else good(n) for n in range(RECORDS)]
     return [*made, good(0)]
 

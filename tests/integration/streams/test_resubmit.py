@@ -67,7 +67,6 @@ class Stream:
         return json.dumps({"text": f"picture {name}", "image_uri": uri}).encode(), []
 
     def mend(self, name: str, seed: int) -> None:
-        """Create the file."""
         folder = self.settings.home / "images"
         folder.mkdir(exist_ok=True)
         (folder / name).write_bytes(picture(seed))

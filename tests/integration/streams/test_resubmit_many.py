@@ -37,7 +37,6 @@ def quarantined(offset: int, reason: str) -> dict[str, Any]:
 
 
 def quarantine(settings: Settings) -> Settings:
-    """Settings with records in quarantine."""
     rows = [quarantined(offset, reason) for offset, reason in enumerate(REASONS)]
     SampleStore(settings.lake).put(rows, [Position("t", 0, len(rows))])
     return settings

@@ -126,14 +126,12 @@ def _row(partition: int, offset: int, split: str, asked: bool) -> dict[str, Any]
 
 
 def _asked(number: int) -> dict[str, Any]:
-    """A question of one of two kinds, and its answer."""
     if number % 2:
         return {"label": "number", "question": "which number is it?", "answer": str(number % 9)}
     return {"label": "colour", "question": "which colour is it?", "answer": COLOURS[number % 6]}
 
 
 def changed(settings: Settings, section: str, **values: Any) -> Settings:
-    """The settings with other values in a section."""
     return settings.model_copy(update={section: getattr(settings, section).model_copy(update=values)})
 
 
@@ -150,7 +148,6 @@ def report_of(settings: Settings, update: UpdateRow) -> dict[str, Any]:
 
 
 def release(ledger: Ledger) -> None:
-    """Do what the release controller does with an open proposal."""
     (proposal,) = ledger.pending_proposals()
     commit(ledger, clip=proposal.clip, vlm=proposal.vlm, proposal_id=proposal.id)
 

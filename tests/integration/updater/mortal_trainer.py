@@ -74,7 +74,6 @@ def start(home: Path, point: str = "", vlm: bool = False) -> ForkedProcess:
 
 
 def run(home: Path, point: str, vlm: bool) -> None:
-    """Run one update."""
     if point:
         setattr(*POINTS[point])
     run_update(make_vlm_home(home) if vlm else make_home(home), once=True)

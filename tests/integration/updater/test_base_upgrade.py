@@ -35,7 +35,6 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def learn(settings: Settings, fresh: int = 12) -> UpdateRow:
-    """Run one update of the served base over new samples, and release it as the controller would."""
     add_samples(settings, 12)
     add_samples(settings, fresh, split="fresh_eval", partition=1)
     service = UpdaterService(settings)

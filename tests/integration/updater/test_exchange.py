@@ -41,7 +41,6 @@ def outcome(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 @pytest.fixture
 def foreign(settings: Settings, tmp_path: Path) -> Path:
-    """A directory with only the two files that PEFT writes."""
     return foreign_adapter(settings, tmp_path / "foreign", seed=1)
 
 

@@ -50,7 +50,7 @@ def test_the_scores_of_the_clip_are_worth_shipping() -> None:
 
 
 SAMPLE = Path(__file__).with_name("vqa_base")
-"""Made by tests/support/question_sample.py."""
+"""Written by tests/support/question_sample.py."""
 
 
 @pytest.mark.integration

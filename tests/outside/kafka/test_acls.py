@@ -74,7 +74,6 @@ def settings(kafka: ApacheKafka, tmp_path: Path) -> Iterator[Settings]:
 
 
 def at(kafka: ApacheKafka, settings: Settings) -> Settings:
-    """The same topics, as a user with all rights."""
     own = settings.kafka.model_copy(update={"bootstrap": kafka.address, "client": {}})
     return settings.model_copy(update={"kafka": own})
 

@@ -38,13 +38,11 @@ def store(settings: Settings) -> SampleStore:
 
 
 def position(settings: Settings, store: SampleStore) -> int:
-    """The next offset of the topic's partition in the store."""
     return store.offsets()[f"{settings.kafka.topic}:0"]
 
 
 @contextmanager
 def read_until(settings: Settings, condition: Callable[[IngestStatus], bool], what: str) -> Iterator[Consumer]:
-    """Run an ingest that has reached a state, with no lag left, for as long as the block."""
     with reading(settings) as ingest:
         wait_for(lambda: ingest.status.lag == 0 and condition(ingest.status), f"{what}, and a lag of 0")
         yield ingest
@@ -73,7 +71,6 @@ class Transactions:
 
 
 def delete_before(settings: Settings, offset: int) -> None:
-    """Delete records as retention does."""
     admin = AdminClient({"bootstrap.servers": settings.kafka.bootstrap})
     for done in admin.delete_records([ck.TopicPartition(settings.kafka.topic, 0, offset)]).values():
         assert done.result(20).low_watermark == offset

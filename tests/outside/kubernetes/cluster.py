@@ -61,7 +61,6 @@ class Cluster:
         self.replaced()
 
     def replaced(self) -> None:
-        """Return when the pods of the newest version serve and the old ones are gone."""
         self.helm("test", "--timeout", "15m")  # asks the workers of this version alone
         label = json.loads(self.kubectl("get", "service", f"{RELEASE}-this-version", "--output", "json"))
         version = label["spec"]["selector"]["ratchet/cluster"]
@@ -73,7 +72,6 @@ class Cluster:
         return found
 
     def ready(self, labels: str = WORKERS) -> list[str]:
-        """Names of the pods with these labels whose containers are all ready."""
         return [
             pod["metadata"]["name"]
             for pod in self.pods(labels)
@@ -81,18 +79,15 @@ class Cluster:
         ]
 
     def active(self) -> str:
-        """Name of the Ray cluster that clients reach."""
         path = "--output=jsonpath={.status.activeServiceStatus.rayClusterName}"
         return self.kubectl("get", "rayservice", RELEASE, path)
 
     def reaches(self, host: str, port: int) -> bool:
-        """Whether the pod of a client gets a connection."""
         done = self._in_client(f"import socket; socket.create_connection(('{host}', {port}), 5)")
         assert not done.returncode or "TimeoutError" in done.stderr or "refused" in done.stderr, done.stderr
         return done.returncode == 0
 
     def keys_in_redis(self) -> int:
-        """Keys of all Ray clusters whose head could recover from them."""
         (address,) = re.findall(r'redisAddress: "?([^"}]+)', self.values.read_text())
         connect = f"import socket; s = socket.create_connection({tuple(address.split(':'))})"
         done = self._in_client(f"{connect}; s.sendall(b'DBSIZE\\r\\n'); print(s.recv(99).decode())")

@@ -18,7 +18,6 @@ from tests.support.downloads import started
 from tests.support.keycloak import Keycloak
 
 PASSWORD: Final = "pass-word"
-"""Of every user."""
 SECRET: Final = "client-secret"
 ANN: Final[Mapping[str, Any]] = {
     "username": "ann", "email": "ann@example.com", "emailVerified": True, "firstName": "Ann", "lastName": "Lee",
@@ -43,7 +42,6 @@ def mapper(name: str, kind: str, claim: str, **config: str) -> dict[str, Any]:
 
 
 def groups(full_path: str = "false", **config: str) -> dict[str, Any]:
-    """The mapper *Group Membership*."""
     return mapper("groups", "group-membership", "groups", **{"full.path": full_path, **config})
 
 
@@ -57,11 +55,9 @@ class Realm:
 
     @property
     def path(self) -> str:
-        """Path of the realm in the admin REST API."""
         return f"/{self.name}"
 
     def sessions(self) -> list[Any]:
-        """Ann's sessions in Keycloak."""
         (user,) = self.keycloak.admin("GET", f"{self.path}/users")
         found: list[Any] = self.keycloak.admin("GET", f"{self.path}/users/{user['id']}/sessions")
         return found
@@ -120,7 +116,6 @@ def visitor() -> Iterator[httpx.Client]:
 
 
 def sign_in(visitor: httpx.Client, console: str, name: str = "ann", next_page: str = "/") -> httpx.Response:
-    """Sign in from the console's link through Keycloak's form and return the console's final answer."""
     form = visitor.get(f"{console}/sign-in/oidc", params={"next": next_page})
     assert form.is_success and 'id="kc-form-login"' in form.text, form.text
     action = html.unescape(re.findall(r'<form[^>]* action="([^"]+)"', form.text)[0])
@@ -137,5 +132,4 @@ def let_in_as(visitor: httpx.Client, console: str) -> str:
 
 
 def csrf(page: httpx.Response) -> str:
-    """The CSRF token of a console page's forms."""
     return str(re.findall(r'"x-csrf-token": "([^"]+)"', page.text)[0])

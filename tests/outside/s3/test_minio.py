@@ -45,7 +45,6 @@ def minio(shared: MinIO) -> Iterator[MinIO]:
 
 @pytest.fixture
 def kafka(monkeypatch: pytest.MonkeyPatch) -> FakeKafka:
-    """A broker in this process, filled with records."""
     broker = FakeKafka("t")
     install(broker, monkeypatch)
     return broker

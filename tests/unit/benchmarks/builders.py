@@ -12,7 +12,6 @@ UPDATES = ("car", "boat")
 
 
 def labelled(tag: str, count: int) -> tuple[Pair, ...]:
-    """Pairs whose captions are also their classes."""
     return tuple(replace(pair, label=pair.text) for pair in pairs(tag, count))
 
 

@@ -1,5 +1,3 @@
-"""The gate's benchmark on made-up outcomes."""
-
 from __future__ import annotations
 
 from dataclasses import replace
@@ -28,7 +26,6 @@ def hits(share: float, views: int, seed: int) -> np.ndarray:
 
 
 def after(before: np.ndarray, lost: float, gained: float, seed: int) -> np.ndarray:
-    """``before`` with these shares of its hits lost and of its misses found."""
     chance = np.random.default_rng(seed).random(before.shape)
     return np.where(before > 0, chance >= lost, chance < gained).astype(float)
 

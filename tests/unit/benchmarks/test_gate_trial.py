@@ -48,7 +48,6 @@ def base(home: Path) -> ClipBase:
 
 @pytest.fixture(scope="module")
 def late(base: ClipBase, home: Path) -> TrainResult:
-    """Trained in the last blocks only."""
     return run(base, home / "late", recipe=recipe(image=LAST, text=LAST))
 
 

@@ -38,7 +38,6 @@ def ranks(seed: int, views: int) -> np.ndarray:
 
 
 def moved(before: np.ndarray, seed: int, up: float) -> np.ndarray:
-    """A fifth of the ranks are drawn again, most of them for the better."""
     rng = np.random.default_rng(seed)
     other = np.where(rng.random(before.shape) < up, before // 2, 2 * before + 1)
     return np.where(rng.random(before.shape) < 0.2, other, before)

@@ -151,14 +151,12 @@ def kubectl() -> argparse.ArgumentParser:
 
 
 def without_env(words: list[str]) -> list[str]:
-    """A command line without its ``env NAME=VALUE ...`` prefix."""
     if words[0] != "env":
         return words
     return [word for number, word in enumerate(words[1:]) if "=" not in word or "ratchet" in words[1 : number + 1]]
 
 
 def deployments() -> dict[str, Any]:
-    """Containers of the Deployments of a release that is named as on the pages."""
     found = of_kind(render(name="ratchet"), "Deployment")
     return {each["metadata"]["name"]: each["spec"]["template"]["spec"]["containers"] for each in found}
 

@@ -32,7 +32,6 @@ def run(*command: str | Path) -> str:
 
 
 def stages() -> dict[str, str]:
-    """Text of each stage of the Dockerfile by its name."""
     found = re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM |\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL)
     return dict(found)
 
@@ -98,7 +97,6 @@ def test_both_images_have_the_same_versions_but_for_what_cuda_brings() -> None:
 
 
 def locked(flavour: str) -> dict[str, str]:
-    """Version by canonical name."""
     text = (ROOT / "locks" / f"{flavour}.txt").read_text()
     lines = re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==(\S+)", text, re.MULTILINE)
     return {canonicalize_name(name): version for name, version in lines}

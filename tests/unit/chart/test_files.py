@@ -1,5 +1,3 @@
-"""The chart's copies of files are up to date."""
-
 from __future__ import annotations
 
 import json

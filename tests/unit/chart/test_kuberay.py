@@ -60,7 +60,6 @@ def training() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def cluster(training: list[dict[str, Any]]) -> dict[str, Any]:
-    """The cluster that trains."""
     (found,) = of_kind(training, "RayCluster")
     return found
 

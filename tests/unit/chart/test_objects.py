@@ -1,5 +1,3 @@
-"""The objects of the chart fit together: selectors, secrets, open ports, scaling."""
-
 from __future__ import annotations
 
 from typing import Any
@@ -12,7 +10,6 @@ from tests.support.chart import EVERYTHING, NEEDED, merged, named, of_kind, pods
 
 Selector = dict[str, Any]
 Labels = dict[str, dict[str, str]]
-"""Pod labels by component."""
 
 
 def selects(selector: Selector, labels: dict[str, str]) -> bool:
@@ -139,13 +136,11 @@ def test_migration_and_test_go_where_they_are_told_and_before_training_where_a_c
 
 
 def policies(objects: list[dict[str, Any]], component: str, labels: Labels) -> list[Any]:
-    """The specs of all policies that hold for a component."""
     found = [each["spec"] for each in of_kind(objects, "NetworkPolicy")]
     return [spec for spec in found if selects(spec["podSelector"], labels[component])]
 
 
 def rules(objects: list[dict[str, Any]], direction: str, component: str = "") -> list[Any]:
-    """The rules of all policies, or of those of one component."""
     labels = labels_of(objects)
     specs = [each["spec"] for each in of_kind(objects, "NetworkPolicy")]
     chosen = policies(objects, component, labels) if component else specs
@@ -153,7 +148,6 @@ def rules(objects: list[dict[str, Any]], direction: str, component: str = "") ->
 
 
 def outward(objects: list[dict[str, Any]], component: str) -> set[int]:
-    """Ports that a component may call outside of Ray."""
     found = rules(objects, "egress", component)
     assert all("ports" in rule or "podSelector" in rule["to"][0] for rule in found), "an opening without a port"
     return {port["port"] for rule in found for port in rule.get("ports", [])}

@@ -1,5 +1,3 @@
-"""Kubernetes and the operators accept the rendered chart."""
-
 from __future__ import annotations
 
 import json
@@ -19,7 +17,6 @@ KUBERNETES = ("1.28", "1.32", "1.37")
 
 @cache
 def custom(kind: str) -> Draft202012Validator | None:
-    """The schema of a custom resource, from its operator's definition."""
     folder = ROOT / "tests" / "support" / "crds"
     if kind == "RayCluster":  # a RayService has one inside
         spec = json.loads((folder / "RayService.json").read_text())["properties"]["spec"]

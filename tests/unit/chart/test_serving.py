@@ -1,5 +1,3 @@
-"""Ratchet and Ray Serve accept the chart's settings."""
-
 from __future__ import annotations
 
 import math
@@ -78,7 +76,6 @@ def test_a_pod_loads_the_settings_and_the_secrets_and_has_their_ports(tmp_path: 
 
 
 def deployments(application: Any) -> dict[str, Any]:
-    """Name and options of each deployment in the graph of an application."""
     bound = application._bound_deployment
     found = {bound.name: bound}
     for argument in bound.init_args:

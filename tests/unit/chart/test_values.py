@@ -1,5 +1,3 @@
-"""A wrong value, or a requirement that the cluster lacks, aborts the install with an error that names it."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -140,7 +138,6 @@ def test_a_running_rayservice_is_upgraded() -> None:
 
 
 NAMESPACE = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default", "namespace": "ml"}}
-"""Every namespace has this one."""
 
 
 def secret(name: str, *keys: str) -> dict[str, Any]:

@@ -28,7 +28,6 @@ class ScriptedServer:
         self.answers.append((status, named, body if isinstance(body, bytes) else json.dumps(body).encode()))
 
     def fail(self, status: int, code: str, message: str = "no.", **headers: str) -> None:
-        """Append an error as the server writes it."""
         self.answer(status, {"error": {"message": message, "code": code, "type": "x", "param": None}}, **headers)
 
 

@@ -29,7 +29,6 @@ def visit(home: Path, base_url: str = LOCAL, **sections: object) -> TestClient:
 
 
 def from_afar(home: Path) -> TestClient:
-    """A visitor of a console that listens on all addresses."""
     return visit(home, FAR, console={"host": "0.0.0.0"})
 
 
@@ -39,7 +38,6 @@ def csrf(client: TestClient, page: str = "/sign-in") -> str:
 
 
 def signed_in(client: TestClient, key: str) -> str:
-    """Sign in and return the CSRF token of forms."""
     answer = client.post("/sign-in", data={"key": key, "csrf": csrf(client)})
     assert answer.status_code == 303, answer.text
     return csrf(client)
@@ -71,7 +69,6 @@ def _patience() -> Iterator[None]:
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read keys with each request."""
     monkeypatch.setattr("core.access.KEYS_SECONDS", 0.0)
     monkeypatch.setattr("core.access.NEW_KEY_SECONDS", 0.0)
 

@@ -1,5 +1,3 @@
-"""Operators' forms without a server or a broker."""
-
 from __future__ import annotations
 
 import html

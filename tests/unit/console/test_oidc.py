@@ -47,13 +47,11 @@ def keys(home: Path) -> Ledger:
 
 
 def someone(issuer: str, name: str, **claims: Any) -> None:
-    """Register a user with the provider."""
     facts = {"email": f"{name}@example.com", "email_verified": True, **claims}
     httpx.put(f"{issuer}/users/{name}", json=facts).raise_for_status()
 
 
 def member(home: Path, issuer: str, **claims: Any) -> TestClient:
-    """A console, and ann, who is in a group that may read."""
     someone(issuer, "ann", groups=["team"], **claims)
     return console(home, issuer)
 

@@ -202,7 +202,6 @@ def test_use_is_noted_at_most_once_a_minute(setup: AccessSetup, monkeypatch: pyt
 
 
 NO_KEYS: Any = SimpleNamespace(api_keys=list, touch_keys=dict)
-"""A ledger without keys."""
 
 
 @pytest.mark.parametrize(

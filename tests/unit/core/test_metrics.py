@@ -73,7 +73,6 @@ def test_every_declared_metric_has_a_verb_and_every_verb_is_called_outside_of_te
 
 
 def exported(part: metrics.Process) -> dict[str, float]:
-    """Samples by name and labels."""
     return {
         sample.name + "".join(f" {key}={value}" for key, value in sorted(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(metrics.exposition(part).decode())

@@ -1,5 +1,3 @@
-"""A full disk for metrics ends no process, and later exports include what was measured meanwhile."""
-
 from __future__ import annotations
 
 import errno

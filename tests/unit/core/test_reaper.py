@@ -1,5 +1,3 @@
-"""No process of a command outlives it, whatever ends the command or the process that started it."""
-
 from __future__ import annotations
 
 import os
@@ -95,7 +93,6 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def marked() -> Iterator[dict[str, str]]:
-    """An environment that marks the processes started below, which are all ended."""
     variable = mark()
     yield {**os.environ, **variable, "PYTHONPATH": str(ROOT)}
     for process in left_running(variable):
@@ -103,7 +100,6 @@ def marked() -> Iterator[dict[str, str]]:
 
 
 def left(environ: dict[str, str]) -> list[str]:
-    """Command lines of processes that still run."""
     found = []
     for process in left_running({VARIABLE: environ[VARIABLE]}):
         with suppress(Exception):

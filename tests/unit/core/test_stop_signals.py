@@ -21,7 +21,6 @@ stop_on_signals()
 
 
 def run(script: str, **options: object) -> str:
-    """Output of a script that starts as a command does."""
     done = subprocess.run(
         [sys.executable, "-c", BEGIN + script], cwd=ROOT, capture_output=True, text=True, timeout=120, **options
     )  # type: ignore[call-overload]

@@ -121,7 +121,6 @@ def test_the_words_fit_together() -> None:
 
 
 def drawing(*colours: str, paper: str = "white") -> Image.Image:
-    """Stripes of equal width on half of the canvas."""
     image = Image.new("RGB", (120, 120), paper)
     pen = ImageDraw.Draw(image)
     width = 60 // len(colours)

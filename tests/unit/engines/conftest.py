@@ -10,7 +10,6 @@ from tests.support.tiny import tiny_base
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    """One tiny random base, shared read-only by all tests here."""
     return tiny_base(tmp_path_factory.mktemp("home"))
 
 

@@ -132,7 +132,6 @@ def parameters(base: ClipBase) -> dict[str, torch.Tensor]:
 
 
 def write(base: ClipBase, folder: Path, *names: str, **more: torch.Tensor) -> tuple[str, dict[str, torch.Tensor]]:
-    """An adapter that doubles parameters by replacing them."""
     own = parameters(base)
     new = {name: 2 * own[name] for name in names}
     tensors = {f"base_model.model.{name}": value for name, value in {**new, **more}.items()}

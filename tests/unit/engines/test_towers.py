@@ -1,5 +1,3 @@
-"""Towers match open_clip's whole towers: the last block for one token only, texts at the width they need."""
-
 from __future__ import annotations
 
 from collections.abc import Callable

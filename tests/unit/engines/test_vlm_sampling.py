@@ -1,5 +1,3 @@
-"""Sampling parameters: accepted ones act as in vLLM, and any of them yields a token."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""A failing batch in transformers: only the row that caused it fails, and a broken engine ends."""
-
 from __future__ import annotations
 
 import asyncio

@@ -39,7 +39,6 @@ def fresh_suite(rows: pa.Table, domain: str = "", *, family: Family = "clip", li
 
 
 def fresh_suites(rows: pa.Table, **how: Any) -> list[Suite]:
-    """The gain suites of rows with their images."""
     return sample_suites.fresh_suites(rows, TableImages(rows), **how)
 
 

@@ -145,7 +145,6 @@ def test_false_accepts_stay_below_the_level() -> None:
 
 
 def asked_twice(before: np.ndarray, after: np.ndarray, role: str = "retention") -> Scores:
-    """A VQA suite whose questions come in pairs about one image."""
     suite = suite_over(before, "asked", role, "vqa")
     clusters = np.repeat(np.arange(len(before) // 2), 2)
     first = outcomes(before)
@@ -169,11 +168,9 @@ def test_min_items_counts_images_and_captions_and_not_their_items() -> None:
 
 
 FAR, NEAR = 40, 8
-"""Ranks beyond the fifth place."""
 
 
 def ranked_scores(name: str, before: np.ndarray, after: np.ndarray) -> Scores:
-    """A fresh retrieval suite in which each item has these ranks in both directions."""
     first, second = (ranked(np.stack([ranks, ranks], axis=1)) for ranks in (before, after))
     return Scores(suite_over(first.hits, name, "gain", "retrieval"), first, first, second)
 

@@ -1,5 +1,3 @@
-"""Diagnostics of a result: rare concepts, pairs that look alike to the base, shares of yes, shift of features."""
-
 from __future__ import annotations
 
 from collections.abc import Iterable

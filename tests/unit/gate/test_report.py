@@ -1,5 +1,3 @@
-"""The report is complete, self-contained, safe with foreign captions, and contains no byte of a sample."""
-
 from __future__ import annotations
 
 import base64

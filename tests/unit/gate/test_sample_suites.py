@@ -1,5 +1,3 @@
-"""Suites of held-out samples: the newest ones, those of learned data, and the best release by each."""
-
 from __future__ import annotations
 
 import shutil
@@ -50,7 +48,6 @@ def rows(**domains: int) -> pa.Table:
 
 
 def memory(held: pa.Table, family: Family = "clip", units: int = 20, left: int | None = None) -> list[Suite]:
-    """The suites of rows, some of which are deleted by the time they are read."""
     chosen = choose_memory(held.select(TABLE), family, units)
     return memory_suites(held.slice(0, left), chosen, family, units, TableImages(held))
 

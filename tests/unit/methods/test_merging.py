@@ -31,7 +31,6 @@ def factor(seed: int, rank: int = 2) -> LowRank:
 
 
 def values(delta: WeightDelta, name: str = "layer") -> list[float]:
-    """ΔW as one row of floats."""
     part = delta[name]
     dense = part.dense() if isinstance(part, LowRank) else part.value
     return [float(value) for value in dense.flatten()]

@@ -46,7 +46,6 @@ from updater.recipes import Part, Term, load_recipe
 
 
 def with_texts(made: Features, name: str, count: int = 6, teacher: str = "incumbent") -> Features:
-    """The batch with an objective's own texts, which are in every batch."""
     other = batch(list(range(count)), seed=50)
     texts = AuxiliaryTexts(other.image, {teacher: other.text.detach()}, torch.full((count,), -1), torch.arange(count))
     return replace(made, texts={name: texts})

@@ -213,7 +213,6 @@ def outputs(model: nn.Module, base: ClipBase) -> Tensor:
 
 
 def in_training(model: WeightModel) -> dict[str, Tensor]:
-    """Every parameter of the base as the model uses it."""
     modules = dict(model.model.named_modules())
     found = {}
     for name in dict(model.frozen.build_model().named_parameters()):

@@ -28,7 +28,6 @@ def taught(labels: list[int], seed: int = 0) -> Features:
 
 
 def kept(made: Features, labels: list[str], **options: Any) -> Prototypes:
-    """Prototypes of a batch's images."""
     found = Prototypes(["image"], **{"most": 9, "window": 9, "captions": False, **options})
     found.begin(labels)
     found.add(made, {"image": made.image})

@@ -31,7 +31,6 @@ ON_DEMAND = ("ratchet_http_requests_total", "ratchet_http_request_seconds")
 
 
 def queries() -> list[str]:
-    """Expressions of rules, queries in their texts, and queries on the pages."""
     texts = [str(value) for rule in RULES for value in (rule["expr"], *rule.get("annotations", {}).values())]
     return texts + [page.read_text() for page in PAGES.glob("*.md")]
 

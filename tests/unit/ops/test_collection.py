@@ -101,7 +101,6 @@ def made(tmp_path: Path, ledger: Ledger) -> Installation:
 
 @pytest.fixture(params=["folder", "memory"])
 def either(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Installation]:
-    """With a folder and with an object store."""
     ledger = Ledger.open(f"sqlite:///{tmp_path}/ledger.db")
     yield Installation(tmp_path, ledger, None if request.param == "folder" else f"memory://{tmp_path.name}")
     ledger.close()

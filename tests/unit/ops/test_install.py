@@ -1,5 +1,3 @@
-"""install.py passes pip's configuration on to uv."""
-
 from __future__ import annotations
 
 import functools

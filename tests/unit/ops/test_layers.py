@@ -1,5 +1,3 @@
-"""The layers contract covers every module of core and ops; parts without a model start without PyTorch."""
-
 from __future__ import annotations
 
 import re

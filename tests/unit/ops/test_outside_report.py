@@ -1,5 +1,3 @@
-"""docs/support.md has a row of each peer, and a run replaces the rows of its own peers."""
-
 from __future__ import annotations
 
 import pytest

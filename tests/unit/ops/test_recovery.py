@@ -1,5 +1,3 @@
-"""Backup of an installation in use, and restore elsewhere."""
-
 from __future__ import annotations
 
 import json

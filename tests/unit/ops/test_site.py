@@ -1,5 +1,3 @@
-"""The documentation site builds without warnings, loads nothing external, and has every command, setting and call."""
-
 from __future__ import annotations
 
 import re

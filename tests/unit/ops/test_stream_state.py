@@ -31,7 +31,6 @@ LOST = {
 
 @pytest.fixture(scope="module")
 def ports() -> tuple[int, int]:
-    """Ports at which this process exports the metrics of ingest and of maintenance."""
     found = free_port(), free_port()
     metrics.listen("ingest", found[0])
     metrics.listen("maintain", found[1])
@@ -62,7 +61,6 @@ def ledger(settings: Settings) -> Iterator[Ledger]:
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """The metrics of a healthy process."""
     yield
     metrics.ingest.waiting("")
     declared.MAINTAIN_LAST.clear()

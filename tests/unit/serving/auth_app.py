@@ -105,7 +105,6 @@ class Keys:
 
 
 def refusal(answer: httpx.Response, status: int, code: str) -> str:
-    """The message of an OpenAI error object."""
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert error["code"] == code

@@ -27,7 +27,6 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def closed(keys: Keys, tmp_path: Path) -> AuthApp:
-    """A server that other machines can reach."""
     return AuthApp(keys.ledger, tmp_path)
 
 

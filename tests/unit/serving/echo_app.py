@@ -36,7 +36,6 @@ class EchoApp:
 
 
 def limited(app: ASGIApp, proxies: Sequence[str] = (), **serve: Any) -> RequestLimits:
-    """Both middlewares, without authentication between them."""
     settings = Serve(**{"max_body_bytes": 4096, **serve})
     return RequestLimits(RequestBodies(app, settings), settings, proxies)
 
@@ -72,7 +71,6 @@ class RawRequest:
         self.sent.append(message)
 
     def send_body(self, data: bytes, more: bool = True) -> None:
-        """Send the next piece of the body."""
         self.messages.put_nowait({"type": "http.request", "body": data, "more_body": more})
 
     def hang_up(self) -> None:

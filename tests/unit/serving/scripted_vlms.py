@@ -106,12 +106,10 @@ def app_state(vlms: ScriptedVlms | None, settings: Serve = SETTINGS) -> AppState
 
 
 def app_of(at: AppState) -> FastAPI:
-    """The application as the ingress builds it."""
     return build_app(at)
 
 
 def client(at: AppState) -> httpx.AsyncClient:
-    """An HTTP client of the application, without a socket."""
     return httpx.AsyncClient(transport=httpx.ASGITransport(app_of(at)), base_url="http://localhost")
 
 

@@ -236,7 +236,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """A clock that advances by what is slept."""
     made = Clock()
     monkeypatch.setattr("core.waiting.time", SimpleNamespace(monotonic=made, sleep=made.sleep))
     monkeypatch.setattr(start_progress, "LOOK_SECONDS", 1.0)

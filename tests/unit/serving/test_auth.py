@@ -35,7 +35,6 @@ def away(*_: object) -> list[KeyRow]:
 
 @pytest.fixture
 def local(keys: Keys, tmp_path: Path) -> AuthApp:
-    """A server on loopback."""
     return AuthApp(keys.ledger, tmp_path, host="127.0.0.1")
 
 
@@ -328,7 +327,6 @@ class Node:
         return self.ledger.create_key(name, ["infer"], actor="t")[1]
 
     def copy(self, secret: str = "bootstrap") -> KeyCopy:
-        """The copy of a process that starts now."""
         return KeyCopy(self.file, self.artifacts, SecretStr(secret))
 
     def keep(self) -> None:

@@ -99,7 +99,6 @@ def tables(tmp_path: Path) -> Tables:
 
 @pytest.fixture
 def restarted(tmp_path: Path) -> Callable[[], Tables]:
-    """Open the same tables as another process would."""
     return lambda: Tables(str(tmp_path / "lake"), tmp_path / "index")
 
 

@@ -273,7 +273,6 @@ def body(**more: Any) -> dict[str, Any]:
 
 
 def visit(vlms: ScriptedVlms, **settings: Any) -> tuple[AppState, Visitor]:
-    """A streaming request whose client can hang up."""
     at = app_state(vlms, SETTINGS.model_copy(update=settings))
     return at, Visitor(app_of(at), URL, json.dumps(body()).encode())
 

@@ -1,5 +1,3 @@
-"""An operator's call survives the controller that executes it."""
-
 from __future__ import annotations
 
 import asyncio

@@ -65,13 +65,11 @@ class Worker(EncoderWorker):
         super().__init__(engine or ClipEngine(base), Artifacts(str(folder / "artifacts")), "r1")
 
     def stored(self, seed: int) -> str:
-        """The name of an adapter that the artifacts have."""
         name = tiny_adapter(self.engine.base, self.folder / str(seed), seed)
         self.artifacts.put_directory(self.folder / str(seed), f"adapters/{name}")
         return name
 
     async def encode_texts(self, *texts: str, adapter: str | None = None) -> list[EncodeResult]:
-        """Encode each text as a request of one batch."""
         return await self.encode_batch([EncodeRequest("text", ids(text), adapter, soon()) for text in texts or ("x",)])
 
 
@@ -275,14 +273,12 @@ async def test_only_the_thread_of_the_passes_computes_with_several(base: ClipBas
 
 @pytest.fixture
 def patient_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests arrive, and a load yields to them for as long as the slowest machine takes to load."""
     for name in ("BUSY_SECONDS", "PACED_SECONDS"):
         monkeypatch.setattr(module, name, 600.0)
 
 
 @pytest.fixture
 def rests(patient_pace: None, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that paced threads would have slept."""
     slept: list[float] = []
     monkeypatch.setattr(priority, "time", SimpleNamespace(sleep=slept.append, thread_time=time.thread_time))
     return slept

@@ -1,5 +1,3 @@
-"""Room for the work of several callers, and images that are decoded in turns within a number of pixels."""
-
 from __future__ import annotations
 
 import asyncio

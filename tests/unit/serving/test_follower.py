@@ -1,5 +1,3 @@
-"""A replica that no broadcast reached reads the ledger, loads what is missing, and reports when it lags behind."""
-
 from __future__ import annotations
 
 import asyncio

@@ -161,7 +161,6 @@ async def test_headers_and_bodies_that_do_not_come_are_408_before_the_applicatio
 
 
 def error_of(answer: bytes) -> tuple[int, str]:
-    """Status and code of an answer that is an error object."""
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b"content-type: application/json" in head.lower()
     return int(head.split(b" ")[1]), str(json.loads(body)["error"]["code"])
@@ -250,7 +249,6 @@ async def test_what_another_proxy_forwards_is_known_as_such_behind_it(tmp_path: 
 
 
 def scope_of(request: str) -> Scope:
-    """The ASGI scope of an application."""
     first, *lines = request.strip().split("\r\n")
     headers = [tuple(part.strip().encode() for part in line.lower().split(":", 1)) for line in lines]
     return {"type": "http", "http_version": first[-3:], "headers": headers, "client": ("127.0.0.1", 1)}

@@ -1,5 +1,3 @@
-"""An object store that hangs: searches time out once and then fail immediately; requests without the store go on."""
-
 from __future__ import annotations
 
 import threading

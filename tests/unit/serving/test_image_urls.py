@@ -38,7 +38,6 @@ def web() -> Iterator[WebServer]:
 
 
 def fetching(web: WebServer, **more: Any) -> Serve:
-    """Settings of a server that fetches from ``web``, called cdn.test."""
     settings = {"image_hosts": [f"cdn.test:{web.port}"], "image_networks": ["127.0.0.1/32"], "max_image_bytes": 32_768}
     return Serve(**{**SETTINGS.model_dump(), **settings, **more})
 

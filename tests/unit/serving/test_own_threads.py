@@ -1,5 +1,3 @@
-"""Waiting for a store in one part of the server blocks no other part."""
-
 from __future__ import annotations
 
 import asyncio

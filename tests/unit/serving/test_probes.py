@@ -1,5 +1,3 @@
-"""Probes, at one forward pass a second, and the list of releases while the ledger is slow or unavailable."""
-
 from __future__ import annotations
 
 import asyncio

@@ -53,7 +53,6 @@ def traced(trace_id: str = TRACE, sampled: bool = True) -> Iterator[None]:
 
 
 def ids(span: ReadableSpan) -> tuple[str, str]:
-    """IDs of its trace and of its parent."""
     assert span.parent is not None
     return trace.format_trace_id(span.context.trace_id), trace.format_span_id(span.parent.span_id)
 

@@ -1,5 +1,3 @@
-"""Two servers on one lake: their catalogs write the same tables without damaging each other's data."""
-
 from __future__ import annotations
 
 import asyncio

@@ -32,7 +32,6 @@ SOON = 60.0
 
 
 async def ask(worker: VlmWorker, adapter: str | None, seconds: float = SOON) -> str:
-    """The text of an answer, or an error code."""
     answer = await worker.reply(ASK, adapter, seconds)
     return answer.text if isinstance(answer, GenerationResult) else answer.code
 

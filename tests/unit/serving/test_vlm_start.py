@@ -1,5 +1,3 @@
-"""Requests during the start of a VLM are refused at once, with the reason."""
-
 from __future__ import annotations
 
 import asyncio

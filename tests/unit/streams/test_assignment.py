@@ -1,5 +1,3 @@
-"""The store determines where to resume a partition, and log IDs tell logs apart."""
-
 from __future__ import annotations
 
 from typing import Any

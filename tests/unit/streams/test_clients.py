@@ -1,5 +1,3 @@
-"""Prompt and plain errors for a misconfigured or unreachable broker."""
-
 from __future__ import annotations
 
 import socket

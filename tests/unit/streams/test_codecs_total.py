@@ -1,5 +1,3 @@
-"""Any input ends as a sample or as a known refusal; nothing else is raised."""
-
 from __future__ import annotations
 
 import base64
@@ -59,7 +57,6 @@ def registry(server: Registry) -> Iterator[SchemaRegistry]:
 
 @pytest.fixture(scope="module")
 def confluent(server: Registry) -> list[bytes]:
-    """A good record of each kind in Confluent's wire format."""
     message = message_types()["Sample"](image=PNG, text="t", tags=["a"])
     message.boxes.add(x=1)
     avro = {"image": PNG, "text": "t", "tags": ["a"], "boxes": [{"x": 1.0}]}

@@ -1,5 +1,3 @@
-"""Files are merged in tiers, full ones are left alone, and nothing is lost while workers commit."""
-
 from __future__ import annotations
 
 import random
@@ -32,13 +30,11 @@ def commit_each(store: SampleStore, offsets: Iterable[int], size: int = 10, **fi
 
 
 def small(monkeypatch: pytest.MonkeyPatch, rows: int = 64) -> None:
-    """Set the rows of a full fragment."""
     monkeypatch.setattr(maintenance, "FULL_ROWS", rows)
     monkeypatch.setattr(maintenance, "TIERS", (1 / 16, 1 / 4, 1.0))
 
 
 def data(store: SampleStore) -> set[str]:
-    """Data files of the newest version."""
     dataset = store.table.open()
     assert dataset is not None
     return {file.path for each in dataset.get_fragments() for file in each.data_files()}
@@ -145,7 +141,6 @@ def test_a_merge_that_lost_a_conflict_leaves_no_file(store: SampleStore, monkeyp
 
 
 def _referenced(store: SampleStore) -> set[str]:
-    """Data files of any version."""
     files = set()
     for version in store.versions():
         dataset = store.table.open(version)

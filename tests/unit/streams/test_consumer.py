@@ -1,5 +1,3 @@
-"""The consumer loses nothing and stores nothing twice, whatever happens to the log, the store, the disk or a record."""
-
 from __future__ import annotations
 
 import threading

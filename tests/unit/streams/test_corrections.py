@@ -1,5 +1,3 @@
-"""A correction replaces its sample once, and no older record replaces it afterwards."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -17,7 +15,6 @@ from tests.support.kafka import picture
 from tests.support.worker import Worker
 
 START = 1_767_225_600_000
-"""Time of the first record; the others follow a second apart."""
 
 
 class Sender(Worker):
@@ -27,7 +24,6 @@ class Sender(Worker):
         super().__init__(root, partition, distance=-1, split=SplitRule(b"key", 0.5))
 
     def read(self, seed: int, key: str | None = "k", at: int | None = None, **fields: str) -> dict[str, Any]:
-        """The row of the next record."""
         headers = [(f"ratchet_{name}", value.encode()) for name, value in {"text": "a", **fields}.items()]
         time = START + 1000 * (self.reading.next if at is None else at)
         result = self.judged(picture(seed), headers, key.encode() if key else None, time)
@@ -36,7 +32,6 @@ class Sender(Worker):
         return result.row
 
     def delete(self, ledger: Ledger, key: str) -> None:
-        """Read a tombstone and execute it."""
         self.add(self.judged(None, key=key.encode()))
         self.commit()
         deletion.take_tombstones(self.store, ledger)
@@ -58,7 +53,6 @@ def worker(tmp_path: Path) -> Sender:
 
 @pytest.fixture(params=[True, False], ids=["in one batch", "in two"])
 def between(request: pytest.FixtureRequest, worker: Sender) -> Iterator[Any]:
-    """Action between a record and its correction."""
     return lambda: None if request.param else worker.commit()
 
 

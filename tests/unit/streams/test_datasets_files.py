@@ -1,5 +1,3 @@
-"""Data sets of image files as other tools write them: folders, metadata and tar shards."""
-
 from __future__ import annotations
 
 import gzip

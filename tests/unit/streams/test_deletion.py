@@ -1,5 +1,3 @@
-"""A deletion removes what its selector names and what came before it, even if processes are killed meanwhile."""
-
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
@@ -33,7 +31,6 @@ def ask(ledger: Ledger, **selector: str) -> Any:
 
 
 def left(store: SampleStore) -> list[tuple[int, int]]:
-    """Partition and offset of the remaining samples and quarantined records."""
     rows = store.select("kind IN ('sample', 'quarantine')", ["partition", "offset"])
     return sorted((row["partition"], row["offset"]) for row in rows)
 

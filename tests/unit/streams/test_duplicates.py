@@ -1,5 +1,3 @@
-"""Repeated samples are found on disk, by content and by perceptual hash; the index can be rebuilt from the store."""
-
 from __future__ import annotations
 
 import sqlite3

@@ -1,5 +1,3 @@
-"""Exported data sets are read back by the readers of data sets, with identical samples."""
-
 from __future__ import annotations
 
 from datetime import UTC, datetime

@@ -1,5 +1,3 @@
-"""A hostile web server only causes refusals, in bounded time and bytes."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""The folder dataset: reading returns what was written, and errors name their place."""
-
 from __future__ import annotations
 
 import base64

@@ -24,12 +24,10 @@ from tests.support.written_state import DATA, TOPIC, contents, unpack
 
 Written = tuple[SampleStore, dict[str, Any]]
 NEXT = {0: 29, 1: 30}
-"""Next offset of each partition."""
 
 
 @pytest.fixture(params=["0_1"])
 def written(request: pytest.FixtureRequest, tmp_path: Path) -> Written:
-    """The store, and its contents when it was written."""
     folder = DATA / f"written_by_{request.param}"
     unpack(folder / "lake.tar.xz", tmp_path)
     return SampleStore(str(tmp_path / "lake")), json.loads((folder / "lake.json").read_text())

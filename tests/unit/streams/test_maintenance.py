@@ -1,5 +1,3 @@
-"""One process at a time maintains the store: deletions complete, pins hold versions, gaps are reported once."""
-
 from __future__ import annotations
 
 import threading
@@ -61,7 +59,6 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def change(maintainer: Maintainer, section: str, **values: Any) -> None:
-    """Other settings, as after a restart."""
     part = getattr(maintainer.settings, section).model_copy(update=values)
     maintainer.settings = maintainer.settings.model_copy(update={section: part})
 

@@ -1,5 +1,3 @@
-"""Tokens for SASL OAUTHBEARER: fetched once, renewed in time, and errors name their setting."""
-
 from __future__ import annotations
 
 import base64

@@ -68,7 +68,6 @@ def photographs(count: int) -> Iterator[Image.Image]:
 
 
 def textures(count: int, side: int = 64) -> Iterator[Image.Image]:
-    """Smooth random pictures."""
     random = np.random.default_rng(1)
     for _ in range(count):
         noise = random.integers(0, 256, (5, 5, 3), np.uint8)
@@ -160,7 +159,6 @@ def invoice(number: int) -> Image.Image:
 
 
 def scan(number: int) -> Image.Image:
-    """Two bright ovals on grey."""
     drawn = np.random.default_rng(number)
     y, x = np.mgrid[0:128, 0:128]
     ovals = [np.exp(-(((x - c - drawn.normal(0, 3)) / 22) ** 2 + ((y - 64) / 42) ** 2)) for c in (40, 88)]
@@ -169,7 +167,6 @@ def scan(number: int) -> Image.Image:
 
 
 def frame(number: int) -> Image.Image:
-    """A frame of a fixed camera."""
     drawn = random.Random(number)
     scene = Image.fromarray(np.random.default_rng(5).integers(60, 180, (9, 16, 3), np.uint8)).resize((320, 180))
     for _ in range(drawn.randint(1, 3)):
@@ -183,7 +180,6 @@ def plain(number: int) -> Image.Image:
 
 
 def texture(number: int) -> Image.Image:
-    """Unlike any other picture."""
     noise = np.random.default_rng(number).integers(0, 256, (5, 5, 3), np.uint8)
     return Image.fromarray(noise).resize((64, 64), Image.Resampling.BICUBIC)
 
@@ -205,7 +201,6 @@ def item(number: int, look: bytes, domain: str = "", asks: bool = False) -> Know
 
 
 def sides(rule: SplitRule, given: list[bytes], domain: str = "") -> list[bool]:
-    """Whether each picture is held out."""
     with closing(DuplicateIndex(":memory:", "store", -1, rule)) as index:
         return [index.add(item(number, look, domain)) == "fresh_eval" for number, look in enumerate(given)]
 

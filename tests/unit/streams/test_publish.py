@@ -1,5 +1,3 @@
-"""Publishing without a broker: dry runs, exit statuses and limits."""
-
 from __future__ import annotations
 
 import base64

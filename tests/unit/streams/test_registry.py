@@ -1,5 +1,3 @@
-"""Records of Confluent's serializers are read; an unreachable registry is an outage, an unknown schema a refusal."""
-
 from __future__ import annotations
 
 import base64
@@ -309,7 +307,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def broken(server: Registry) -> Registry:
-    """A registry that has a schema and fails to return it."""
     add(server, {"title": "one"}, "JSON")
     server.broken = {1}
     return server

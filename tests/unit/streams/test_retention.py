@@ -1,5 +1,3 @@
-"""Samples beyond a limit of age or bytes are deleted, except for a reservoir that is balanced over concepts."""
-
 from __future__ import annotations
 
 from collections import Counter

@@ -1,5 +1,3 @@
-"""Unreadable data is stepped over: each offset is returned once, as its record or as a ``Corrupt``."""
-
 from __future__ import annotations
 
 import asyncio
@@ -44,7 +42,6 @@ def built(codec: int, base: int, count: int = COUNT) -> bytearray:
 
 
 def log_of(*codecs: int) -> RecordLog:
-    """A log with a batch for each codec."""
     log = RecordLog(FIRST)
     for codec in codecs:
         log.append(built(codec, log.end), COUNT)
@@ -249,7 +246,6 @@ def test_a_compacted_batch_has_gaps_and_nothing_corrupt() -> None:
 
 
 def marker(producer: int, abort: bool) -> bytearray:
-    """A control batch that ends a transaction."""
     return RawBatch(
         [RawMessage(b"", struct.pack(">hh", 0, int(not abort)))], attributes=0x30, producer=producer
     ).encode()

@@ -1,5 +1,3 @@
-"""Only what the operator listed is fetched."""
-
 from __future__ import annotations
 
 import asyncio
@@ -29,7 +27,6 @@ LOOPBACK = ["127.0.0.1/32"]
 
 
 def fetch(uri: str, allowed: Sequence[str], max_bytes: int = 1000, networks: Sequence[str] = LOOPBACK) -> bytes:
-    """Fetch with these limits."""
     limits = {**Ingest().model_dump(), "allowed_uris": allowed, "allowed_networks": networks}
     limited = Ingest.model_construct(**{**limits, "max_image_bytes": max_bytes})  # smaller than is valid
     with closing(UriFetcher(limited)) as fetcher:

@@ -1,5 +1,3 @@
-"""Any record ends as a sample, a tombstone or a refusal, and each can be written to the store."""
-
 from __future__ import annotations
 
 import base64
@@ -34,7 +32,6 @@ def received(value: bytes | None, headers: Headers = (), offset: int = 0, **fiel
 
 
 def record(**fields: Any) -> bytes:
-    """A record in JSON, including lone surrogates and whatever else JSON allows."""
     image = base64.b64encode(fields.pop("picture", None) or picture(1)).decode()
     return json.dumps({"image": image, "text": "a boat", **fields}).encode()
 

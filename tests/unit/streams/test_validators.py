@@ -1,5 +1,3 @@
-"""Validation in processes gives the same results in order, even if the processes die."""
-
 from __future__ import annotations
 
 import errno
@@ -44,7 +42,6 @@ class MortalProcesses(ProcessValidators):
     deaths = 0
 
     def submit(self, records: Sequence[Received]) -> Future[list[Accepted | StoreRow]]:
-        """Submit, but kill the process that gets this record."""
         if not any(received.key == DEADLY for received in records):
             return super().submit(records)
         self.deaths += 1
@@ -61,7 +58,6 @@ def die_over(records: Sequence[Received]) -> list[Accepted | StoreRow]:
 
 @contextmanager
 def guarded(folder: Path, kind: type[ProcessValidators] = ProcessValidators, count: int = 1) -> Iterator[Any]:
-    """Processes that validate, and a counter of their deaths."""
     with closing(CrashGuard(folder, count)) as guard:
         validators = kind(WORK, count, guard)
         try:

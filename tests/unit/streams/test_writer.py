@@ -1,5 +1,3 @@
-"""Rows and positions are stored together, by the newest claim only, and their files are written once."""
-
 from __future__ import annotations
 
 import os
@@ -39,7 +37,6 @@ def claim_of(writer: StoreWriter, partition: int = 0) -> Claim:
 
 
 def commit(writer: StoreWriter, rows: list[dict[str, Any]], *ends: tuple[Claim, int]) -> int:
-    """Store rows, and for each claim the next offset."""
     moves = []
     for claim, end in ends:
         own = [row for row in rows if row["partition"] == claim.position.partition]

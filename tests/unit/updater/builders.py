@@ -33,7 +33,6 @@ LIMITS = Limits(gflops=1e6, seconds=120, threads=1, checkpoint_steps=2)
 
 
 def picture(number: int, side: int = 24) -> bytes:
-    """A PNG of noise, different for each number."""
     return png(np.random.default_rng(number).integers(0, 255, (side, side + 4, 3), dtype=np.uint8))
 
 
@@ -45,7 +44,6 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def pairs(tag: str, count: int) -> tuple[Pair, ...]:
-    """Pairs whose captions repeat every six."""
     return tuple(
         Pair(f"{tag}-{i}", f"a {COLOURS[i % 6]} {tag}", partial(picture, hash_of(tag) + i)) for i in range(count)
     )
@@ -129,7 +127,6 @@ def batch(captions: list[int], parts: list[Part] | None = None, dim: int = 6, se
 
 
 def total(terms: list[Term], made: Batch, family: Family = "clip") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The weighted sum over terms, and each one's own value."""
     found = objectives.values(objectives.build(terms, family), made)
     return torch.stack([t.weight * v for t, v in found]).sum(), {t.name: v for t, v in found}
 
@@ -152,7 +149,6 @@ def question_pools(new: int = 20, reference: int = 20, replay: int = 0) -> Pools
 
 
 def learner_of(base: VlmBase, pools: Pools, start: WeightDelta | None = None, **changes: Any) -> VlmLearner:
-    """A prepared learner of the default recipe over all examples of the pools."""
     learner = VlmLearner(base, recipe("vlm-default", **changes), start or {}, seed=0)
     learner.prepare(pools.examples, pools.parts)  # type: ignore[arg-type]
     return learner

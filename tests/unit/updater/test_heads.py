@@ -1,5 +1,3 @@
-"""Fitted heads: classes are separated, probabilities are calibrated, strangers belong to no class."""
-
 from __future__ import annotations
 
 import numpy as np

@@ -20,7 +20,6 @@ ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 def digest(data: bytes) -> str:
-    """An OCI digest."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 

@@ -51,7 +51,6 @@ def _ended() -> Iterator[None]:
 
 
 def released() -> None:
-    """Release everything, as at the end of this process."""
     while cache._held:
         os.close(cache._held.popitem()[1])
 

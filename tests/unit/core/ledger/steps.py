@@ -34,7 +34,6 @@ def race(*calls: Callable[[], object]) -> list[Any]:
 
 
 def errors(results: list[Any]) -> list[str]:
-    """The kinds of errors among the outcomes of a race, sorted."""
     return sorted(type(each).__name__ for each in results if isinstance(each, Exception))
 
 

@@ -1,5 +1,3 @@
-"""The token bucket when clocks jump, when the updater restarts, and when two processes charge concurrently."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -50,7 +48,6 @@ class Spender:
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ledger]:
-    """One ledger for many examples."""
     opened = Ledger.open(f"sqlite:///{tmp_path_factory.mktemp('budget') / 'ledger.db'}")
     yield opened
     opened.close()

@@ -18,7 +18,6 @@ from tests.unit.core.ledger.steps import begin, race, release
 
 
 def events(ledger: Ledger) -> dict[str, dict[str, Any]]:
-    """Data of all events by ID, oldest first."""
     return {row.event_id: row.data for row in reversed(ledger.events())}
 
 

@@ -113,7 +113,6 @@ def test_hold_and_resume_leave_who_and_why(ledger: Ledger) -> None:
 
 @pytest.fixture
 def epochs(ledger: Ledger) -> tuple[int, int]:
-    """Epochs of a controller whose lease expired, and of its successor."""
     old, new = ledger.acquire_lease(CONTROLLER_LEASE, "a", 0), ledger.acquire_lease(CONTROLLER_LEASE, "b", 60)
     assert old is not None and new is not None
     return old, new

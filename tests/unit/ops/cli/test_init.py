@@ -49,7 +49,6 @@ def png(number: int, colour: tuple[int, int, int]) -> bytes:
 
 
 def class_folders(root: Path, each: int = 8) -> Path:
-    """A folder for each of three classes."""
     for number, (name, colour) in enumerate(COLOURS.items()):
         (root / name).mkdir(parents=True)
         for picture in range(each):
@@ -58,7 +57,6 @@ def class_folders(root: Path, each: int = 8) -> Path:
 
 
 def model_folder(path: Path) -> None:
-    """A tiny architecture in open_clip's format, without weights."""
     path.mkdir()
     config = {"model_cfg": CONFIG, "preprocess_cfg": {"size": 32}}
     (path / "open_clip_config.json").write_text(json.dumps(config))

@@ -1,5 +1,3 @@
-"""Commands find the model server and its key in the same way in another pod as on the serving machine."""
-
 from __future__ import annotations
 
 import json
@@ -30,7 +28,6 @@ ASKING = {
 
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
-    """A model server on another machine."""
     monkeypatch.setenv("USER", "ann")
     monkeypatch.delenv("LOGNAME", raising=False)
     with web_server() as server:

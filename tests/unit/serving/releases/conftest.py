@@ -20,7 +20,6 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 @pytest.fixture
 async def server(ledger: Ledger) -> Server:
-    """A server after its first release, which has only the bases."""
     made = Server(ledger)
     await made.start()
     return made

@@ -29,12 +29,10 @@ class PlainBroadcast:
 
     broken: dict[str, str] = field(default_factory=dict)
     never: set[str] = field(default_factory=set)
-    """Calls that never return, by name."""
     stuck: str = ""
     """The image space whose coverage takes until ``unstick``."""
     unstick: asyncio.Event = field(default_factory=asyncio.Event)
     gate: asyncio.Event | None = None
-    """Preparations end after this."""
     retire_gate: asyncio.Event | None = None
     spaces: dict[tuple[int, str | None], str] = field(default_factory=dict)
     flight: dict[int, int] = field(default_factory=dict)
@@ -142,7 +140,6 @@ class Server(ReleaseProtocol):
 
     @property
     def live(self) -> tuple[int, str | None, str | None]:
-        """Number, CLIP adapter and VLM adapter of the live release."""
         return self.live_row.number, self.live_row.clip, self.live_row.vlm
 
     def propose(self, family: Family = "clip", name: str = "a", other: str | None = None) -> int:

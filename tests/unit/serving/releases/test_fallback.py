@@ -1,5 +1,3 @@
-"""A live adapter without files: an older release is served, the same one on all replicas, and the ledger records it."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, field

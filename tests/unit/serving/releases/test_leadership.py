@@ -1,5 +1,3 @@
-"""Two servers on one ledger: one controller executes proposals, both roll back, and the second takes over."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""A release of another base: running servers keep theirs, servers of that base answer with it."""
-
 from __future__ import annotations
 
 from pathlib import Path

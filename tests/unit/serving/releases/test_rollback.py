@@ -1,5 +1,3 @@
-"""A rollback to a resident release does not wait for replicas, catalog, preparations or retirements that never end."""
-
 from __future__ import annotations
 
 import asyncio

@@ -200,7 +200,6 @@ def unit(random: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def turned(random: np.random.Generator) -> np.ndarray:
-    """A rotation: another space with the same distances."""
     return np.linalg.qr(random.standard_normal((WIDE, WIDE)))[0].astype(np.float32)
 
 

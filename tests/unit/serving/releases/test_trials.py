@@ -29,14 +29,12 @@ async def server(ledger: Ledger) -> Server:
 
 
 def guard(server: Server, **compared: ComparisonCounts) -> Guard:
-    """A guard whose ingress measured this of the live release."""
     number, counts = server.live[0], compared
     server.broadcast.seen = [Observations(number, {number: RequestCounts(50)}, counts)]  # type: ignore[arg-type]
     return Guard(server, SETTINGS)
 
 
 def age(server: Server, seconds: float) -> None:
-    """Increase the age of every release."""
     with server.ledger.database.write() as session:
         for row in session.query(t.ReleaseRow):
             row.created_at -= timedelta(seconds=seconds)

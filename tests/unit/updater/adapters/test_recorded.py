@@ -1,5 +1,3 @@
-"""An update starts from, and the gate judges, what was recorded."""
-
 from __future__ import annotations
 
 from pathlib import Path

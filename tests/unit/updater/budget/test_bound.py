@@ -81,7 +81,6 @@ class Counted:
         patch.setattr(Learner, "optimizer_step", updating)
 
     def spent(self, result: TrainResult) -> float:
-        """Memory-adjusted, by this count."""
         closing = self.waiting[: int(result.cost["closing"])]
         other = result.cost["prepare_gflops"] + result.cost["broken_off_gflops"]
         return float(sum(self.steps) + sum(closing) + other) * float(result.cost["memory_ratio"])
@@ -93,7 +92,6 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
 
 
 def asked(count: int, length: Callable[[int], float]) -> tuple[Question, ...]:
-    """Questions of these lengths by their numbers."""
     return tuple(
         Question(f"{i}", "which colour?" + " look again!" * int(length(i)), "red", partial(picture, i % 20))
         for i in range(count)
@@ -101,7 +99,6 @@ def asked(count: int, length: Callable[[int], float]) -> tuple[Question, ...]:
 
 
 def asked_by(chance: random.Random) -> tuple[Question, ...]:
-    """Questions of random lengths."""
     return asked(20, lambda _: min(30, chance.lognormvariate(1, 0.9)))
 
 
@@ -137,7 +134,6 @@ class Pretended:
         return self.prepared
 
     def batch(self, step: int) -> tuple[Size, float]:
-        """Its size and its cost."""
         rows = 8 - (self.chance.random() < 0.1)  # one of them cannot be prepared
         tokens, seen = self.chance.randint(1, self.longest), self.chance.choice([16.0, 64.0, 4096.0])
         head = self.chance.randint(8, 40)

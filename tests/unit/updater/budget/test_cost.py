@@ -151,7 +151,6 @@ def test_a_gpu_and_a_cpu_count_the_same(base: ClipBase, blocks: dict[str, int]) 
 
 
 def _plan(**sizes: int) -> BatchPlan:
-    """Ten new rows and ten reference rows in a batch."""
     return BatchPlan({"new": 10, "reference": 10}, {"replay": 0, **sizes}, seed=0)
 
 

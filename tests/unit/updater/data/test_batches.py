@@ -1,5 +1,3 @@
-"""The visits of steps, their order and cost: shares of pools, epochs, views, templates, runs of one domain."""
-
 from __future__ import annotations
 
 from collections import Counter
@@ -122,7 +120,6 @@ TEMPLATES = ["a photo of a {}", "a drawing of a {}", "{}"]
 
 
 def of_domains(names: str) -> tuple[Pair, ...]:
-    """Pairs whose domains are these letters, in order."""
     return tuple(replace(pair, domain=name) for pair, name in zip(pairs("car", len(names)), names, strict=True))
 
 
@@ -193,7 +190,6 @@ def test_a_view_is_a_part_of_the_image_and_always_the_same() -> None:
 
 
 def ramp(width: int, height: int) -> bytes:
-    """A PNG that grows brighter to the right (red) and downwards (green)."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[..., 0] = np.linspace(20, 230, width)[None]
     pixels[..., 1] = np.linspace(20, 230, height)[:, None]

@@ -1,5 +1,3 @@
-"""Draws from pending and earlier samples: order, parts, and texts read only where they are used."""
-
 from __future__ import annotations
 
 from collections import Counter
@@ -139,7 +137,6 @@ def test_what_lies_after_the_end_of_the_data_is_neither_new_nor_replayed(store: 
 
 
 def rows(**counts: int) -> list[str]:
-    """IDs of rows of some concepts, oldest first."""
     return [f"{concept}-{i}" for concept, count in counts.items() for i in range(count)]
 
 

@@ -1,5 +1,3 @@
-"""Settings of each family: its recipe, its base, its reference pool."""
-
 from __future__ import annotations
 
 from collections import Counter

@@ -1,5 +1,3 @@
-"""A VLM learns from the same prompt as serving reads, from answers alone, with features computed once."""
-
 from __future__ import annotations
 
 from pathlib import Path

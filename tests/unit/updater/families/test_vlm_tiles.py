@@ -1,5 +1,3 @@
-"""Processors that cut an image into tiles, as those of SmolVLM and InternVL do."""
-
 from __future__ import annotations
 
 import json

@@ -163,7 +163,6 @@ def learner(request: pytest.FixtureRequest, base: ClipBase, vlm: VlmBase, tmp_pa
 
 
 def distillation(learner: AnyLearner, rows: list[int]) -> float:
-    """The distillation term over rows, unweighted."""
     values = objectives.values(learner.objectives, learner.batch(rows))
     (value,) = (float(value) for term, value in values if term.name.endswith("_distillation"))
     return value

@@ -1,5 +1,3 @@
-"""Learning rates independent of the length of the stream, and the mean of the parameters' path."""
-
 from __future__ import annotations
 
 import itertools

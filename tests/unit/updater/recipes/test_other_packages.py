@@ -1,5 +1,3 @@
-"""Methods and recipes of an installed third-party package."""
-
 from __future__ import annotations
 
 import logging

@@ -1,5 +1,3 @@
-"""Every shipped CLIP recipe, and the example of docs/recipes.md, is trained twice in a row and served as trained."""
-
 from __future__ import annotations
 
 import re

@@ -65,7 +65,6 @@ class Lab:
         return Learned.of(self.ledger, self.store, "clip")
 
     def kept(self, **changes: Any) -> Any:
-        """The candidate that would be judged again."""
         return triggers.kept_candidate(self.ledger, replace(self.learned(), **changes))
 
     def judged(

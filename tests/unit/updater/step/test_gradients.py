@@ -1,5 +1,3 @@
-"""Gradients of micro-batches, projected gradients, and gradients without conflicting rows."""
-
 from __future__ import annotations
 
 from collections import Counter
@@ -91,7 +89,6 @@ def test_no_row_is_left_out_where_none_conflicts() -> None:
 
 
 def coloured(colour: tuple[int, int, int], number: int) -> bytes:
-    """A PNG of one colour, with some noise."""
     noise = np.random.default_rng(number).integers(-40, 40, (24, 24, 3))
     return png(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8))
 

@@ -1,5 +1,3 @@
-"""Training in half precision: close to float32, kept by a resumed update, and non-finite values are reported."""
-
 from __future__ import annotations
 
 from dataclasses import replace

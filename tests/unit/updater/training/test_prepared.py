@@ -1,5 +1,3 @@
-"""Preparation of an update: the rows that its steps visit, once, on disk, without unreadable pictures."""
-
 from __future__ import annotations
 
 from collections import Counter
@@ -149,7 +147,6 @@ def narrow() -> bytes:
 
 
 def spoiled(rows: Container[int]) -> Pools:
-    """Sixteen pairs, some with a broken picture."""
     return Pools(tuple(replace(each, read=broken) if n in rows else each for n, each in enumerate(pairs("car", 16))))
 
 

@@ -58,13 +58,11 @@ def kind(request: pytest.FixtureRequest, base: ClipBase, vlm: VlmBase) -> Kind:
 
 @pytest.fixture(scope="module")
 def first(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    """An update with all defaults."""
     return kind.train(tmp_path_factory.mktemp("first"))
 
 
 @pytest.fixture(scope="module")
 def first_clip(base: ClipBase, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    """The same, of a CLIP alone."""
     return run(base, tmp_path_factory.mktemp("first"))
 
 

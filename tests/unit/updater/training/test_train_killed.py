@@ -50,7 +50,6 @@ def train(base: ClipBase, folder: Path, last_backward: int, last_save: int) -> N
 
 
 def ended(base: ClipBase, folder: Path, backward: int = -1, save: int = -1) -> tuple[int, Any]:
-    """The exit code of a training process, and its adapter, losses and backward passes."""
     folder.mkdir(exist_ok=True)
     code = ForkedProcess(folder / "log", train, base, folder, backward, save).wait(300)
     result = folder / "result.json"

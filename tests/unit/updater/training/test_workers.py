@@ -1,5 +1,3 @@
-"""Several processes train one update: their result, kills, and stops."""
-
 from __future__ import annotations
 
 import os
