@@ -36,10 +36,8 @@ WITHOUT_MODELS = frozenset({"chaos", "families", "ingest", "lifetime", "search",
 
 
 def run(name: str, settings: Settings, arguments: list[str]) -> None:
-    """Run a benchmark with its own flags, after building the shipped bases if it uses them.
-
-    Raises:
-        ConfigError: no benchmark has this name.
+    """Run a benchmark with its own flags, after building the shipped bases if it uses them. Raises ConfigError if no
+    benchmark has this name.
     """
     if name not in BENCHMARKS:
         raise ConfigError(f"there is no benchmark {name!r}.", f"There are: {', '.join(sorted(BENCHMARKS))}.")

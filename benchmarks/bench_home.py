@@ -29,10 +29,8 @@ def without_vlm(settings: Settings) -> Settings:
 def bench_home(settings: Settings, home: Path, clip: ClipBase, **serve: Any) -> Settings:
     """Settings of a new home: its CLIP is ``clip``, its VLM the settings' one if that is registered.
 
-    The guard is off: it would roll back random adapters and so end a measurement.
-
-    Args:
-        serve: fields of ``settings.serve`` to change.
+    The guard is off: it would roll back random adapters and so end a measurement. ``serve``: fields of
+    ``settings.serve`` to change.
     """
     shutil.copytree(clip.directory, home / "bases" / clip.name)
     vlm = settings.home / "bases" / settings.base.vlm

@@ -28,7 +28,6 @@ class ChatRun:
     """By number of the request's body."""
 
     def add(self, other: ChatRun) -> None:
-        """Add another run of the same kind."""
         self.seconds += other.seconds
         self.answered += other.answered
         self.problems += other.problems
@@ -85,7 +84,6 @@ async def _ask(client: httpx.AsyncClient, number: int, body: bytes, stream: bool
 
 
 async def _streamed(client: httpx.AsyncClient, body: bytes) -> tuple[str, float]:
-    """The whole text, and the time of its first token."""
     parts: list[str] = []
     first = 0.0
     async with client.stream("POST", _PATH, content=body, headers=_HEADERS) as answer:

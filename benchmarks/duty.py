@@ -59,8 +59,7 @@ def run(
         seconds: length of a phase.
         share: of capacity.
 
-    Raises:
-        RatchetError: the base is not registered, or server or trainer do not start.
+    Raises RatchetError if the base is not registered, or server or trainer do not start.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
         home = Path(folder)
@@ -143,7 +142,6 @@ def _figures(settings: Settings, report: Report, phases: Sequence[Phase], rate: 
 
 
 def _within(samples: Sequence[CheckedSample], phase: Phase) -> list[float]:
-    """Latencies of the answered requests that were due in a phase, seconds."""
     return [each.seconds for each in samples if each.release and phase.begin <= each.due < phase.end]
 
 

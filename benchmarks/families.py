@@ -150,7 +150,6 @@ class _Pictures:
 
 
 def _table() -> pa.Table:
-    """Rows of the sample store that no update saw."""
     numbers = range(1000, 1000 + PICTURES)
     return pa.table(
         {

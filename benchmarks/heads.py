@@ -82,7 +82,6 @@ def _learnable(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def _trained(base: ClipBase, stream: Stream, suite: Suite, protocol: Protocol, folder: Path) -> Path:
-    """The adapter directory of the default recipe after one update on the suite's domain."""
     recipe = plan(base, load_recipe("default"), stream, protocol, folder / "plans").recipe
     pools = draw(stream, [suite.name], 0, recipe, protocol, seed=0)
     limits = Limits(protocol.gflops, 3600.0, threads=1)
@@ -102,7 +101,6 @@ def _features(base: ClipBase, pairs: Sequence[Pair], adapter: Path | None) -> Ve
 def _side(
     name: str, suite: Suite, suites: Sequence[Suite], encoded: Encoded, features: Vectors, pairs: Sequence[Pair]
 ) -> dict[str, float]:
-    """Figures under one model: prompts, nearest mean and head, and the head's known shares and calibration."""
     labels = [pair.label for pair in pairs]
     right = np.array([pair.label for pair in suite.items])
     x = images_of(suite, encoded)

@@ -91,10 +91,8 @@ def plan(vlm: bool, scale: float = 1.0) -> dict[str, Attack]:
 
 
 def run(settings: Settings, seconds: float = 20.0, rate: float = 8.0, scale: float = 1.0) -> dict[str, Any]:
-    """Measure on a new home with the settings' bases. Returns the figures.
-
-    Raises:
-        RatchetError: the base is not registered, or the server does not start.
+    """Measure on a new home with the settings' bases. Returns the figures. Raises RatchetError if the base is not
+    registered, or the server does not start.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
         ours = bench_home(settings, Path(folder), load_base(settings.home, settings.base.clip), cache_bytes=0)
@@ -237,7 +235,6 @@ def stalls_of(report: Report, began: float) -> list[tuple[float, float]]:
 def rollback_figures(
     rollbacks: Sequence[tuple[float, float]], problems: Sequence[str], turns: Sequence[Turn]
 ) -> dict[str, Any]:
-    """Durations of rollbacks: of all, and of those during each attack."""
     by_attack = {
         turn.name: max((took for at, took in rollbacks if at <= turn.ended and at + took >= turn.began), default=None)
         for turn in turns

@@ -41,7 +41,6 @@ class Target:
     max_pixels: int = 40_000_000
 
     async def attempt(self, talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[str]]) -> None:
-        """Open a connection, talk, and count how it ended."""
         try:
             reader, writer = await asyncio.open_connection(self.host, self.port, local_addr=(self.source, 0))
         except OSError:
@@ -131,7 +130,6 @@ async def one_byte_a_second(target: Target, connections: int = 64) -> None:
 
 
 async def picture_bombs(target: Target, connections: int = 32) -> None:
-    """Small files of the largest images that the server accepts, all at once."""
     uri = "data:image/png;base64," + base64.b64encode(bomb(target.max_pixels)).decode()
     data = request("/v1/embeddings", json.dumps({"input": [{"image": uri}]}).encode())
 
@@ -153,7 +151,6 @@ def bomb(pixels: int) -> bytes:
 
 
 async def health_flood(target: Target, connections: int = 20, per_second: int = 1000) -> None:
-    """Probes, one after another on each connection."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
         paths = ("/health/ready", "/health/live", "/health/ready/clip", "/health/state")
@@ -243,7 +240,6 @@ async def metadata(target: Target, connections: int = 4) -> None:
 
 
 async def release_polls(target: Target, connections: int = 20, per_second: int = 500) -> None:
-    """The longest list of releases, one request after another on each connection."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
         while True:
@@ -267,7 +263,6 @@ def _small_picture(side: int = 16) -> str:
 
 
 async def abandoned_chats(target: Target, connections: int = 20) -> None:
-    """Questions about a large picture from clients that disconnect at once."""
     chat = {"messages": [_about(bomb(target.max_pixels // 16), 1)], "max_tokens": 64}
     data = request("/v1/chat/completions", json.dumps(chat).encode())
 

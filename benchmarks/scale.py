@@ -141,7 +141,6 @@ def _head(settings: Settings) -> Iterator[str]:
 
 @contextmanager
 def _node(address: str, log: Path) -> Iterator[None]:
-    """A node for one encoder, next to the head at its address, with its own ports."""
     command = [
         str(Path(sys.executable).with_name("ray")), "start", "--block", f"--address={address}",
         f"--node-ip-address={replica_process.NODE}", "--num-cpus=0", "--num-gpus=0",
@@ -168,7 +167,6 @@ def _wait_for(settings: Settings, nodes: int) -> None:
 
 
 def _measure(side: HttpSide, nodes: int, seconds: float) -> dict[str, Any]:
-    """Texts from :data:`CALLERS_A_NODE` callers for each node."""
     cell = Cell("text", 1, CALLERS_A_NODE * nodes)
     side.measure(cell, WARM_SECONDS)
     turn = side.measure(cell, seconds)

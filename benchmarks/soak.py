@@ -119,10 +119,8 @@ def measure(
     settings: Settings, url: str, swaps: Swaps, images: Sequence[bytes], sample_ids: Sequence[str], seconds: float,
     every: float, warm_seconds: float, share: float, capacity_seconds: float = CAPACITY_SECONDS,
 ) -> dict[str, Any]:  # fmt: skip
-    """Load the running server of ``settings`` and change its live release. Returns the figures.
-
-    Args:
-        sample_ids: of the images, which are all that its catalog has.
+    """Load the running server of ``settings`` and change its live release. Returns the figures. ``sample_ids``: of the
+    images, which are all that its catalog has.
     """
     questions = [(images[0], text) for text in QUESTIONS] if swaps.vlm_names else []
     probes: dict[str, Any] = {

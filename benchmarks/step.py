@@ -92,8 +92,7 @@ def run(
         pairs: examples that are prepared; an update's whole preparation is scaled from them.
         batch: rows of a step; the recipe's when unset.
 
-    Raises:
-        RatchetError: the base is not registered, or has no reference pool.
+    Raises RatchetError if the base is not registered, or has no reference pool.
     """
     base, plan = load_base(settings.home, settings.base.clip), load_recipe(recipe)
     plan = plan.model_copy(update={"batch_size": batch or plan.batch_size})

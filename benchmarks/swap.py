@@ -218,7 +218,6 @@ def throughput(report: Report) -> float:
 
 
 def make_adapters(settings: Settings, count: int) -> list[str]:
-    """Random LoRA adapters of the settings' base, stored and in the ledger."""
     base = load_base(settings.home, settings.base.clip)
     ledger, artifacts, engine = Ledger.open(settings.ledger), Artifacts(settings.artifacts), ClipEngine(base)
     names = []
@@ -237,7 +236,6 @@ def make_adapters(settings: Settings, count: int) -> list[str]:
 
 
 def make_vlm_adapters(settings: Settings, count: int) -> list[str]:
-    """The same of the settings' VLM."""
     base = load_vlm_base(settings.home, settings.base.vlm)
     ledger, artifacts = Ledger.open(settings.ledger), Artifacts(settings.artifacts)
     names = []

@@ -21,10 +21,8 @@ from serving.engines.vlm.vlm_base import VlmBase
 
 @contextlib.contextmanager
 def vllm_server(base: VlmBase, serve: Serve, adapter: str, directory: Path, log: Path) -> Iterator[str]:
-    """Start it and wait until it answers; ends with the block. Yields its URL.
-
-    Raises:
-        RatchetError: it does not start in time; its log is named.
+    """Start it and wait until it answers; ends with the block. Yields its URL. Raises RatchetError if it does not start
+    in time; its log is named.
     """
     port = free_port()
     command = [sys.executable, "-m", "benchmarks.vllm_server", *flags(base, serve, adapter, directory, port)]
@@ -44,7 +42,6 @@ its default cache of processed images, and its statistics, which its server keep
 
 
 def flags(base: VlmBase, serve: Serve, adapter: str, directory: Path, port: int) -> list[str]:
-    """Its command line for the same engine as Ratchet's."""
     made = ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
     for name, value in engine_arguments(base, serve).items():
         if name not in _OURS:

@@ -41,10 +41,8 @@ WARM_SECONDS = 2.0
 
 
 def run(settings: Settings, rounds: int = 3, seconds: float = 5.0, levels: Sequence[int] = LEVELS) -> dict[str, Any]:
-    """Measure on a new home with the settings' bases. Returns the figures.
-
-    Raises:
-        RatchetError: a base is not registered, or a server does not start.
+    """Measure on a new home with the settings' bases. Returns the figures. Raises RatchetError if a base is not
+    registered, or a server does not start.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
         ours, base, name = _settle(settings, Path(folder))

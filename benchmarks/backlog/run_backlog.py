@@ -38,10 +38,8 @@ UPDATE_SECONDS = 3600.0
 
 
 def run(settings: Settings, pairs: int = 1_000_000, updates: int = 3) -> dict[str, Any]:
-    """Measure on a new home with the settings' CLIP. Returns the figures.
-
-    Raises:
-        RatchetError: the base is not registered, or an update does not end.
+    """Measure on a new home with the settings' CLIP. Returns the figures. Raises RatchetError if the base is not
+    registered, or an update does not end.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
         ours = _settings(settings, Path(folder))
@@ -62,7 +60,6 @@ def run(settings: Settings, pairs: int = 1_000_000, updates: int = 3) -> dict[st
 
 
 def _settings(settings: Settings, home: Path) -> Settings:
-    """The settings on a new home, with the existing reference pool and a gate of one small suite."""
     reference = [folder.resolve() for folder in reference_folders(settings)]
     ours = bench_home(settings, home, clip_base(settings, settings.base.clip))
     items = [
@@ -86,7 +83,6 @@ def _settings(settings: Settings, home: Path) -> Settings:
 
 
 def _release(settings: Settings, update: UpdateRow) -> None:
-    """Do what the release controller does with the proposal of an update that passed."""
     ledger = Ledger.open(settings.ledger)
     try:
         for proposal in ledger.pending_proposals():

@@ -39,8 +39,7 @@ def watch(
         seconds: longest time for one update.
         between: called with each finished update, to add data for the next one.
 
-    Raises:
-        RatchetError: an update did not end in time.
+    Raises RatchetError if an update did not end in time.
     """
     trainer = BusyTrainer(settings, file)
     part = trainer.part

@@ -108,7 +108,6 @@ def start_sandbox(name: str, log: Path) -> tuple[subprocess.Popen[bytes], int]:
 
 
 def _script(image: Image, mounts: Sequence[Mount], root: Path, command: Sequence[str]) -> str:
-    """Make the root, then exec the command."""
     inside = [Mount(source, path, True) for source, path in image.mounts] + list(mounts)
     lines = [
         ["mount", "--make-rprivate", "/"],

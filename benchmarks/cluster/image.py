@@ -56,7 +56,6 @@ class Image:
         ]
 
     def make_mount_points(self, folders: Iterable[str], files: Iterable[str]) -> None:
-        """Create missing mount points, as a container runtime does."""
         for path in folders:
             (self.layer / path.lstrip("/")).mkdir(parents=True, exist_ok=True)
         for path in files:
@@ -70,7 +69,6 @@ class Image:
             (self.layer / "etc" / name).write_text(Path("/etc", name).read_text().rstrip("\n") + f"\n{line}\n")
 
     def _add_commands(self) -> None:
-        """Put all commands into /usr/local/bin, as in the image."""
         python = f"{ENVIRONMENT}/bin/python"
         for file in Path(sys.prefix, "bin").iterdir():
             if file.name.startswith("python"):

@@ -138,7 +138,6 @@ class Kubernetes:
             self._name_once()
 
     def _name_once(self) -> None:
-        """Names of services, resolved to their ready pods."""
         services: dict[str, list[IPv4Address]] = {name: [address] for name, address in self.names.items()}
         services |= {pod.name: [pod.address] for pod in self._live()}  # a kubelet names a pod in its own file alone
         for cluster in self.ray.clusters:

@@ -33,7 +33,6 @@ class Network:
         ip("link", "set", BRIDGE, "up")
 
     def join(self, process: int) -> IPv4Address:
-        """Give a process in its own network namespace an address, and return it."""
         with self._lock:
             self._last += 1
             address = self._last

@@ -156,13 +156,8 @@ class RayService:
         return [cluster for cluster in (self.active, self.pending) if cluster is not None]
 
     def apply(self, resource: Mapping[str, Any], switched: Callable[[], None]) -> str:
-        """Apply the object and return when it serves: ``NewCluster``, or ``InPlace``.
-
-        Args:
-            switched: called when services name the new cluster, before the old one is removed.
-
-        Raises:
-            RatchetError: it does not serve in time.
+        """Apply the object and return when it serves: ``NewCluster``, or ``InPlace``. ``switched``: called when
+        services name the new cluster, before the old one is removed. Raises RatchetError if it does not serve in time.
         """
         spec = resource["spec"]
         cluster = spec["rayClusterConfig"]

@@ -55,8 +55,7 @@ def run(settings: Settings, folder: Path, values: Any, rate: float, upgrade: str
         rate: requests a second.
         upgrade: one of :data:`UPGRADES`; empty: end once samples from Kafka are found by a search.
 
-    Raises:
-        RatchetError: a store or a pod does not start.
+    Raises RatchetError if a store or a pod does not start.
     """
     with ExitStack() as stack:
         with step("starting the stores"):

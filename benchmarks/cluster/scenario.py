@@ -86,7 +86,6 @@ class Scenario:
         }  # fmt: skip
 
     def _lose_a_node(self, change: dict[str, str]) -> None:
-        """Kill a worker while its replicas prepare a release, and wait for its successor."""
         cluster = self.kubernetes.ray.serving
         lost = cluster.workers[-1]
         ledger = Ledger.open(self.settings.ledger)

@@ -32,7 +32,6 @@ class Stores:
 
     @property
     def secrets(self) -> Mapping[str, Mapping[str, str]]:
-        """Secrets, as docs/deployer.md describes them."""
         return {
             "ratchet-ledger": {"url": self.ledger.replace(str(HOST), POSTGRES_HOST)},
             "ratchet-operator": {"key": self.operator_key},
@@ -44,7 +43,6 @@ class Stores:
 
     @property
     def values(self) -> dict[str, Any]:
-        """Required values, and those for a load of random adapters."""
         return {
             "ledger": {"existingSecret": {"name": "ratchet-ledger"}},
             "operatorKey": {"existingSecret": {"name": "ratchet-operator"}},
@@ -63,7 +61,6 @@ class Stores:
         }  # fmt: skip
 
     def settings(self, settings: Settings) -> Settings:
-        """Settings with which this process reaches the installation."""
         kafka = settings.kafka.model_copy(update={"bootstrap": self.kafka, "partitions": PARTITIONS})
         return settings.model_copy(
             update={

@@ -79,7 +79,6 @@ def _write(place: Path, values: Mapping[str, str]) -> None:
 
 
 def mount_points(templates: Sequence[Manifest]) -> tuple[set[str], set[str]]:
-    """Folders and files that volumes are mounted at."""
     folders: set[str] = set()
     files: set[str] = set()
     for template in templates:

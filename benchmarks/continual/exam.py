@@ -46,7 +46,6 @@ class ClipExam:
         self.base_vectors = self._zero_shot()
 
     def _zero_shot(self) -> Encoded:
-        """The base's answers, and its vectors."""
         path, answers = self.results / BASE_VECTORS, self.results / ZERO_SHOT
         if not path.is_file() or not answers.is_file():
             vectors = self.evaluator.encode(None)

@@ -21,7 +21,6 @@ ALIKE = 3
 
 
 def left_out(folder: Path, taught: Sequence[Pair], candidates: Mapping[str, Sequence[Pair]]) -> dict[str, list[str]]:
-    """By suite, IDs of its candidates that look like a training picture."""
     wanted = [sorted(pair.id for pair in taught), {name: [p.id for p in pairs] for name, pairs in candidates.items()}]
     path = folder / f"{digest12(digest_json([ALIKE, *wanted]))}.json"
     known = read_json(path)

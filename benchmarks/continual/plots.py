@@ -24,7 +24,6 @@ LABEL: dict[str, Any] = {
 
 
 def all_plots(outcome: dict[str, Any]) -> dict[str, str]:
-    """SVG by name of the file."""
     everything = outcome["methods"]
     methods = {name: m for name, m in everything.items() if name in STANDARDS or m["geometric_mean_delta"] > -FAR}
     far = [f"{name} ({m['geometric_mean_delta']:+.0f})" for name, m in everything.items() if name not in methods]
@@ -105,7 +104,6 @@ def _cost(methods: dict[str, Any], below: str) -> str:
 
 
 def _name_points(axes: Any, points: dict[str, tuple[float, float]]) -> None:
-    """Label points, moving labels up or down where they would overlap."""
     left, right = axes.get_xlim()
     width = right - left
     heights = _heights(axes, points, 0.2 * width)

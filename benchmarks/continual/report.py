@@ -79,7 +79,6 @@ def read_chains(results: Path, methods: Sequence[str], orders: int, seeds: int, 
 
 
 def _quality(name: str, path: Trajectory, hits: Hits, draws: Draws) -> dict[str, Any]:
-    """Scores at the end of a path, with intervals."""
     keys = [key for key in FIGURES if key == "gm" or draws.suites[key]]
     intervals = {key: draws.difference(key, name, BASE) for key in keys}
     largest = draws.largest(name, BASE)

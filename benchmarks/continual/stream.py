@@ -212,7 +212,6 @@ def by_hash(items: Iterable[Named], limit: int) -> tuple[Named, ...]:
 
 
 def names_of(suites: Sequence[Suite]) -> dict[str, list[str]]:
-    """The label set of all domains: each name with the prompts of all domains that have it."""
     prompts: dict[str, dict[str, None]] = {}
     for suite in suites:
         for name in {pair.label for pair in suite.items if suite.named}:

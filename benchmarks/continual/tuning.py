@@ -56,7 +56,6 @@ def recipe_of(method: str, trial: int | None = None) -> Recipe:
 
 
 def scaled(recipe: Recipe, factors: Factors) -> Recipe:
-    """A recipe with other rates and weights."""
     if factors == AS_IT_IS:
         return recipe
     rate, weight = factors

@@ -27,10 +27,8 @@ class Cell:
     concurrency: int
 
     def batch(self, max_batch: int) -> int:
-        """Inputs of the batches for the model alone: as many as a server could collect.
-
-        Args:
-            max_batch: images of one forward pass, at most.
+        """Inputs of the batches for the model alone: as many as a server could collect. ``max_batch``: images of one
+        forward pass, at most.
         """
         most = max_batch * (TEXTS_PER_IMAGE if self.kind == "text" else 1)
         return min(self.items * self.concurrency, max(most, self.items))

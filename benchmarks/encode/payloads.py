@@ -93,7 +93,6 @@ def jpegs(count: int = PICTURES) -> list[bytes]:
 
 
 def _jpeg(random: np.random.Generator) -> bytes:
-    """Smooth random colours with texture of two scales."""
     colours = random.integers(20, 236, (6, 8, 3), dtype=np.uint8)
     smooth = Image.fromarray(colours).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
     fine = random.normal(0.0, TEXTURE, (HEIGHT // 2, WIDTH // 2))

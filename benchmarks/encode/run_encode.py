@@ -108,10 +108,8 @@ def _model(settings: Settings, base: ClipBase, peers: Sequence[str], grid: Grid,
 def measure(
     sides: Sequence[Side], grid: Grid, model: str, pids: Callable[[], list[int]]
 ) -> tuple[list[CellFigures], float]:
-    """Ask all sides in turns, after a warm-up of each.
-
-    Args:
-        pids: Ratchet's processes, which keep running while others are asked.
+    """Ask all sides in turns, after a warm-up of each. ``pids``: Ratchet's processes, which keep running while others
+    are asked.
 
     Returns:
         Figures of every cell, and the cores that Ratchet takes while others are asked.

@@ -165,14 +165,9 @@ def ratchet_side(settings: Settings, generator: LineWorker) -> HttpSide:
 
 
 def check(ours: HttpSide, peers: Iterable[HttpSide], base: ClipBase, unable: dict[str, str]) -> dict[str, float]:
-    """Each server's least cosine to the base's own vectors.
-
-    Args:
-        unable: gets the reason of each peer that does not embed a kind of input; it is not asked for that any more.
-
-    Raises:
-        RatchetError: Ratchet does not answer; or a server does not have this model: a vector is below
-            :data:`LEAST_COSINE`, or nearer to another input's.
+    """Each server's least cosine to the base's own vectors. ``unable``: gets the reason of each peer that does not
+    embed a kind of input; it is not asked for that any more. Raises RatchetError if Ratchet does not answer; or a
+    server does not have this model: a vector is below :data:`LEAST_COSINE`, or nearer to another input's.
     """
     engine = ClipEngine(base)
     pixels = np.stack([base.preprocess.pixels(each) for each in jpegs(CHECKED)])

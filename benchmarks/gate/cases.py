@@ -63,7 +63,6 @@ class Case:
     after: Outcomes
 
     def rows(self, picked: Mapping[str, NDArray[np.int_]]) -> Case:
-        """The same models on some of the items, by suite."""
 
         def some(outcomes: Outcomes) -> Outcomes:
             return {suite.name: outcomes[suite.name][picked[suite.name]] for suite in self.suites}

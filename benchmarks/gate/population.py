@@ -90,7 +90,6 @@ class Population:
 
 
 def _reserved(suite: Suite) -> list[Item]:
-    """Reserved items of a suite that asks about one split of its folder."""
     if suite.split is None:
         return []
     train = _whole(suite, split="train")

@@ -39,13 +39,8 @@ class Source:
 
 def read_sources(place: Path = ARCHIVE) -> dict[str, Source]:
     """Sources by suite name: all retention suites, and one for each new domain. Only candidates that were meant to be
-    good count.
-
-    Args:
-        place: the archive, or the folder into which `ratchet bench gate` writes outcomes.
-
-    Raises:
-        ConfigError: there is nothing, or it has hits without ranks.
+    good count. ``place``: the archive, or the folder into which `ratchet bench gate` writes outcomes. Raises
+    ConfigError if there is nothing, or it has hits without ranks.
     """
     trials = dict(read_trials(place))
     if "base" not in trials:

@@ -38,7 +38,6 @@ class Schedule:
     _waited: int = 0
 
     def plan(self) -> AnalysisPlan:
-        """Plan for a candidate that will be trained."""
         alpha = candidate_alpha(self.settings.alpha, self.candidates)
         if not self.waiting:
             return AnalysisPlan(alpha, self.settings.alpha, 1, (), self.candidates, only=True)

@@ -168,7 +168,6 @@ class Stream:
         )
 
     def _judge(self, candidate: Model, look: InterimAnalysis) -> tuple[VerdictRow, bool]:
-        """The verdict, and whether its tests were possible."""
         suites = [*self._static, *(self._memory if self.rules.memory else ()), *fresh_of(self._fresh, self.settings)]
         findings = findings_of(
             suites, self.world.base, self.live.model, candidate, self._best(suites), look,

@@ -61,7 +61,6 @@ class NumberCorpus:
         self, version: int | None = None, *, after: Mapping[str, int] | None = None,
         columns: Sequence[str] | None = None, ids: Sequence[str] | None = None, having: Any = None,
     ) -> pa.Table:  # fmt: skip
-        """Rows by ID, or after an offset."""
         start, end = (after or {}).get("t:0", 0), self.rows if version is None else version
         numbers = [number_of(sample) for sample in ids] if ids is not None else list(range(start, end))
         count, now = len(numbers), datetime.now(UTC)

@@ -48,8 +48,7 @@ def run(
         peer: also measure faiss.
         index_rows: see :data:`serving.catalog.index_maintainer.INDEX_ROWS`.
 
-    Raises:
-        RatchetError: a side has ended.
+    Raises RatchetError if a side has ended.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-", dir=folder) as place:
         sizes = [rows // share for share in GROWTH]
@@ -72,7 +71,6 @@ def _prepare(folder: Path, sizes: Sequence[int]) -> None:
 
 
 def _measure(catalog: LineWorker, faiss: LineWorker | None, rows: int, seconds: float) -> dict[str, Any]:
-    """Both sides at one size."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with step(f"{rows:,} rows: the catalog"):
         figures: dict[str, Any] = {"rows": rows, **call(catalog, "grow", rows=rows)}

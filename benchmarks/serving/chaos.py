@@ -50,8 +50,7 @@ def run(
         rate: requests a second.
         vlm_engine: ``vllm``, ``transformers`` or ``auto``; empty: no VLM is served.
 
-    Raises:
-        RatchetError: a store or the server does not start.
+    Raises RatchetError if a store or the server does not start.
     """
     began = time.time()
     folder.mkdir(parents=True, exist_ok=True)

@@ -103,10 +103,8 @@ class StateReport:
 
 
 def audit(reports: Sequence[StateReport], samples: Sequence[CheckedSample]) -> None:
-    """Count the requests of each state. A request sent between two states counts for the one before.
-
-    Args:
-        samples: all requests, with the fault of each in ``problem`` (``mixed``, or an error).
+    """Count the requests of each state. A request sent between two states counts for the one before. ``samples``: all
+    requests, with the fault of each in ``problem`` (``mixed``, or an error).
     """
     entered = sorted((report for report in reports if not report.skipped), key=lambda report: report.began)
     kills = [kill for report in entered for kill in report.kills]

@@ -127,7 +127,6 @@ class ChaosInstallation:
 
 
 def make_vlm_adapters(settings: Settings, count: int) -> list[str]:
-    """Random LoRA adapters of the settings' VLM base, stored and in the ledger."""
     base = load_vlm_base(settings.home, settings.base.vlm)
     ledger, artifacts, names = Ledger.open(settings.ledger), Artifacts(settings.artifacts), []
     for seed in range(count):

@@ -54,10 +54,8 @@ def plan(seconds: float, seed: int, states: Sequence[State] = STATES) -> list[Ph
 
 
 def states_of(names: str) -> list[State]:
-    """States by a comma-separated list of names; all when it is empty.
-
-    Raises:
-        ValueError: there is no state of that name.
+    """States by a comma-separated list of names; all when it is empty. Raises ValueError if there is no state
+    of that name.
     """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in STATES]:

@@ -67,7 +67,6 @@ class Chaos:
         self.load.wait_for(REQUESTS_BEFORE, SETTLE_SECONDS)
 
     def enter(self, phase: Phase) -> StateReport:
-        """Enter a state, keep it for its time, leave it, and wait until all is well again."""
         report = StateReport(phase.state, began=time.time())
         say(f"[yellow]{phase.state} for {phase.seconds:.0f} s[/yellow]")
         try:
@@ -101,7 +100,6 @@ class Chaos:
         return "announced"
 
     def _settle(self, report: StateReport) -> None:
-        """Wait until the server is whole and a release succeeds."""
         end = time.monotonic() + SETTLE_SECONDS
         try:
             self.server.wait_until_whole(SETTLE_SECONDS)
@@ -180,7 +178,6 @@ def _objects_slow(run: Chaos, seconds: float, report: StateReport) -> None:
 
 
 def _while_preparing(run: Chaos, seconds: float, report: StateReport) -> None:
-    """Roll back while an adapter is being prepared whose files no replica has yet, and after that."""
     end = time.monotonic() + seconds
     release = run.release(report, run.installation.new_adapter())
     time.sleep(PAUSE_SECONDS)
@@ -231,7 +228,6 @@ def _killed(process: Process) -> Callable[[Chaos, float, StateReport], None]:
 
 @contextmanager
 def _beside(run: Chaos, environment: dict[str, str]) -> Iterator[WholeServer]:
-    """A second server on the same stores, which answers half of the requests."""
     second = run.installation.server(environment)
     second.start()
     run.load.send_to(run.server.url, second.url)

@@ -51,10 +51,8 @@ class Operator:
         return True
 
     def rollback(self, server: WholeServer, report: StateReport, available: Callable[[], float] = now) -> None:
-        """Roll back, and retry until it succeeds.
-
-        Args:
-            available: since when the ledger answers, by :func:`time.monotonic`.
+        """Roll back, and retry until it succeeds. ``available``: since when the ledger answers, by
+        :func:`time.monotonic`.
         """
         requested_at, errors, done = time.monotonic(), [], False
         while not done and time.monotonic() < max(requested_at, available()) + ROLLBACK_SECONDS:

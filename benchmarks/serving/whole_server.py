@@ -91,10 +91,8 @@ class WholeServer:
     def wait_until_whole(self, seconds: float) -> None:
         """Wait until every deployment has all its replicas, according to Serve, and the server is ready.
 
-        Serve counts a killed replica for some more seconds, so its processes are counted, too.
-
-        Raises:
-            RatchetError: not within this time.
+        Serve counts a killed replica for some more seconds, so its processes are counted, too. Raises RatchetError if
+        not within this time.
         """
         serve = self.settings.serve
         counts = {"Encoder": serve.encoder_replicas, "Ingress": serve.ingress_replicas,

@@ -23,10 +23,8 @@ FETCH_BYTES = 16 << 20
 
 
 def run_bare(bootstrap: str, topic: str, count: int, decode: bool) -> dict[str, float]:
-    """Read ``count`` records in a new process: ``seconds``, ``cpu_seconds`` and ``memory`` (peak, bytes).
-
-    Raises:
-        RatchetError: it failed.
+    """Read ``count`` records in a new process: ``seconds``, ``cpu_seconds`` and ``memory`` (peak, bytes). Raises
+    RatchetError if it failed.
     """
     command = [sys.executable, "-m", "benchmarks.stream.bare", bootstrap, topic, str(count)]
     command += ["decode"] if decode else []

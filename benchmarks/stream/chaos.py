@@ -82,7 +82,6 @@ class ChaosRun:
         return [*self.parts, "broker", *(["disk"] if self.disk.mounted else [])]
 
     def play(self, faults: Sequence[Fault]) -> None:
-        """Let each fault happen when it is due, and repair it after its time."""
         began = time.monotonic()
         actions = [(fault.at, self._break, fault) for fault in faults]
         actions += [(fault.at + fault.seconds, self._repair, fault) for fault in faults]
@@ -119,7 +118,6 @@ class ChaosRun:
             self.parts[fault.target].signal(signal.SIGCONT)
 
     def _revive(self) -> None:
-        """Restart processes that ended by themselves, as an orchestrator would, and count them."""
         for name, part in self.parts.items():
             if part.process is not None and not part.running:
                 self.unexpected += 1
@@ -144,10 +142,8 @@ class ChaosRun:
 def run(
     settings: Settings, seconds: float, records: int, seed: int, folder: Path, homes: str = "one"
 ) -> dict[str, Any]:
-    """Run on a new home in ``folder``, where the logs stay. Returns the figures.
-
-    Raises:
-        RatchetError: the records could not be produced.
+    """Run on a new home in ``folder``, where the logs stay. Returns the figures. Raises RatchetError if the records
+    could not be produced.
     """
     began = time.time()
     with ExitStack() as stack:

@@ -154,7 +154,6 @@ class OffsetWatch(threading.Thread):
         self._last: dict[str, Position] = {}
 
     def run(self) -> None:
-        """Look until :meth:`end`."""
         while not self._ended.wait(self._every):
             try:
                 self._look()

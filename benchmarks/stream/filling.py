@@ -32,10 +32,8 @@ RowMaker = Callable[[str, int, int], tuple[pa.Table, Tally]]
 
 
 def fill(lake: str, count: int, start: int, make: RowMaker | None = None) -> None:
-    """Store samples number ``start`` to ``count``, with images of a few hundred bytes, in large commits.
-
-    Args:
-        make: makes the rows; by default :func:`sample_rows`.
+    """Store samples number ``start`` to ``count``, with images of a few hundred bytes, in large commits. ``make``:
+    makes the rows; by default :func:`sample_rows`.
     """
     make = make or sample_rows
     writer = StoreWriter(SampleTable(lake))
@@ -48,7 +46,6 @@ def fill(lake: str, count: int, start: int, make: RowMaker | None = None) -> Non
 
 
 def settle(settings: Settings) -> None:
-    """Run maintenance until it has nothing more to do."""
     maintainer = Maintainer(settings)
     store = maintainer.store
     try:

@@ -86,7 +86,6 @@ def _start(installation: Installation, worker: RatchetProcess, images: Iterator[
 
 
 def _commit(installation: Installation, worker: RatchetProcess, images: Iterator[bytes]) -> float:
-    """Seconds of the commit of one batch, by the worker's own metrics."""
     before, version_at = worker.metrics(), installation.stored_at()
     end = installation.stored() + _send(installation, images)
     # The store is read only once it has changed: reading it takes a core, which the commit would miss.

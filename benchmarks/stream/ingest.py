@@ -62,13 +62,8 @@ FAST = Sizes(
 
 
 def run(settings: Settings, sizes: Sizes = FULL, bootstrap: str = "") -> dict[str, Any]:
-    """Measure in new homes. Returns the figures.
-
-    Args:
-        bootstrap: of a running broker. Only the throughput is measured, against it.
-
-    Raises:
-        RatchetError: progress stops.
+    """Measure in new homes. Returns the figures. ``bootstrap``: of a running broker. Only the throughput is measured,
+    against it. Raises RatchetError if progress stops.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as temporary:
         home = Path(temporary)

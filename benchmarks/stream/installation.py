@@ -77,7 +77,6 @@ class Installation:
 
     @contextmanager
     def workers(self, count: int) -> Iterator[list[RatchetProcess]]:
-        """Running workers, each of which has partitions to read."""
         with ExitStack() as stack:
             parts = [stack.enter_context(self.worker(number)) for number in range(count)]
             for part in parts:
@@ -91,10 +90,7 @@ class Installation:
 
 def produce(bootstrap: str, topic: str, images: Iterable[bytes], partitions: int, first: int = 0) -> int:
     """Send images with a text each, over the partitions in turn. Returns their number. One record a batch, because the
-    end offsets of :class:`streams.kafka.broker.EmbeddedBroker` count batches.
-
-    Raises:
-        kafka.errors.KafkaError
+    end offsets of :class:`streams.kafka.broker.EmbeddedBroker` count batches. Raises kafka.errors.KafkaError.
     """
     producer = KafkaProducer(bootstrap_servers=bootstrap, batch_size=0, max_request_size=MAX_RECORD_BYTES)
     sent = []

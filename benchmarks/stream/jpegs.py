@@ -35,7 +35,6 @@ def canvas(size: int, seed: int = 0) -> Canvas:
 
 
 def jpegs(source: Canvas, count: int, seed: int = 0) -> Iterator[bytes]:
-    """Encoded crops with different positions and brightness."""
     generator = np.random.default_rng(seed + 1)
     room = source.image.width - source.side
     for _ in range(count):

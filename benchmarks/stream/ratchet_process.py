@@ -91,11 +91,7 @@ class RatchetProcess:
         self.stop()
 
     def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
-        """Wait until a condition holds.
-
-        Raises:
-            RatchetError: timeout, or the process ended.
-        """
+        """Wait until a condition holds. Raises RatchetError on timeout, or if the process ended."""
         wait_for(condition, what, seconds, lambda: self.running, f"See {self.log}.")
 
     def metrics(self) -> dict[str, float]:

@@ -46,7 +46,6 @@ class Throughput:
         return self.records / statistics.median(each["seconds"] for each in runs)
 
     def figures(self) -> dict[str, Any]:
-        """For people and machines."""
         result: dict[str, Any] = {"image_bytes": self.size, "records": self.records}
         for who in WHO:
             runs = getattr(self, who)
@@ -67,13 +66,8 @@ class Throughput:
 def measure(
     settings: Settings, home: Path, sizes: Sequence[tuple[int, int]], rounds: int, bootstrap: str = ""
 ) -> list[Throughput]:
-    """For each size in bytes this many records, ``rounds`` times.
-
-    Args:
-        bootstrap: of a running broker; without it each round has an embedded one.
-
-    Raises:
-        RatchetError: progress stops.
+    """For each size in bytes this many records, ``rounds`` times. ``bootstrap``: of a running broker; without it each
+    round has an embedded one. Raises RatchetError if progress stops.
     """
     results = []
     for size, records in sizes:

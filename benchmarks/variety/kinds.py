@@ -24,7 +24,6 @@ SCRIPTS: Final = (
 
 
 def invoice(number: int) -> Drawn:
-    """A template, filled in with different goods and sums."""
     drawn, page = _random(number), Image.new("L", (620, 877), "white")
     draw = ImageDraw.Draw(page)
     draw.rectangle((40, 40, 250, 80), fill=60)
@@ -37,7 +36,6 @@ def invoice(number: int) -> Drawn:
 
 
 def scan(number: int) -> Drawn:
-    """Two lobes on grey, as on an X-ray."""
     drawn = np.random.default_rng(number)
     y, x = np.mgrid[0:256, 0:256]
     lobes = sum(np.exp(-(((x - c - drawn.normal(0, 4)) / 45) ** 2 + ((y - 128) / 85) ** 2)) for c in (80, 176))
@@ -45,7 +43,6 @@ def scan(number: int) -> Drawn:
 
 
 def frame(number: int) -> Drawn:
-    """Frames of a fixed camera: the same street, different cars and light."""
     drawn = np.random.default_rng(number)
     street = np.random.default_rng(5).integers(60, 180, (9, 16, 3)).astype(np.uint8)
     scene = Image.fromarray(street).resize((320, 180), Image.Resampling.BICUBIC)
@@ -57,7 +54,6 @@ def frame(number: int) -> Drawn:
 
 
 def screenshot(number: int) -> Drawn:
-    """A window with a list."""
     drawn, page = _random(number), Image.new("RGB", (640, 400), (245, 245, 247))
     draw = ImageDraw.Draw(page)
     draw.rectangle((0, 0, 640, 28), fill=(40, 44, 52))

@@ -49,8 +49,7 @@ def run(
         records: of each kind.
         models: ``CLIP`` and families of VLMs.
 
-    Raises:
-        RatchetError: the broker or the store does not work.
+    Raises RatchetError if the broker or the store does not work.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
         home = Path(folder)
@@ -114,7 +113,6 @@ def take_in(settings: Settings, store: SampleStore, kinds: Sequence[str], record
 
 
 def learn(name: str, lake: str, kinds: Sequence[str]) -> list[dict[str, Any]]:
-    """One update of each kind by one model, in its own process, which is restarted after a stuck update."""
     found: list[dict[str, Any]] = []
     while len(found) < len(kinds):
         left = kinds[len(found) :]
@@ -157,7 +155,6 @@ def _lines(command: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
 
 @contextmanager
 def reading(settings: Settings) -> Iterator[Consumer]:
-    """Run an ingest on a thread and stop it at the end of the block."""
     ingest = Consumer(settings, processes=2)
     thread = threading.Thread(target=ingest.run, name="ingest")
     thread.start()

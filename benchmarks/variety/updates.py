@@ -51,7 +51,6 @@ def open_model(name: str, folder: Path) -> ClipBase | VlmBase:
 
 
 def _publish(values: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Change the image processor in every file that configures it."""
     if changes and "size" in values and "image_processor_type" in values:
         values.update(changes)
     for each in values.values():
@@ -81,7 +80,6 @@ def update(base: ClipBase | VlmBase, store: SampleStore, kind: str, folder: Path
 
 
 def tried(name: str, lake: str, kinds: Sequence[str], folder: Path) -> Iterator[dict[str, Any]]:
-    """The result of each update: its steps, or the problem that ended it."""
     store = SampleStore(lake)
     try:
         base = open_model(name, folder)

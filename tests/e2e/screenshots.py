@@ -144,7 +144,6 @@ def take(browser: Browser, url: str, key: str, pages: list[str], out: Path, mome
 
 
 def take_story(browser: Browser, file: Path, out: Path) -> None:
-    """Take the top of the demo's page on a desktop, its suites on a phone, and the README's picture of its searches."""
     for size, scheme, part in (("desktop", "light", 0), ("phone", "dark", 1)):
         page = browser.new_page(viewport=SIZES[size], color_scheme=scheme)  # type: ignore[arg-type]
         page.goto(file.resolve().as_uri())

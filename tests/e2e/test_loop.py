@@ -79,7 +79,6 @@ class Installation:
         return done.stdout
 
     def use_everything(self) -> None:
-        """Send a record that is quarantined, search, ask for a whole and a streamed answer, and act as an operator."""
         produce(self.context.settings.kafka, [(b"no record", [])])
         self.refused += 1
         picture = next((self.context.settings.home / "data" / "old" / "img").iterdir()).read_bytes()

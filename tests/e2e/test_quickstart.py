@@ -49,7 +49,6 @@ def page_script() -> str:
 
 @contextmanager
 def running(script: str, folder: Path, environ: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """Run the script in its own shell, which is ended with everything that it started."""
     shell = subprocess.Popen(
         ["bash", "-c", script], cwd=folder, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,

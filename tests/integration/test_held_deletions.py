@@ -65,7 +65,6 @@ class Installation:
         return [each for page in pages for each in page.get("Versions", ())]
 
     def lock(self, versions: list[dict[str, Any]], time: timedelta) -> datetime:
-        """Lock all versions and return until when they are locked."""
         until = datetime.now(UTC) + time
         for each in versions:
             which = {"Bucket": self.bucket, "Key": each["Key"], "VersionId": each["VersionId"]}

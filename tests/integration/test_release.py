@@ -19,7 +19,6 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A repository of this tree's sources, with one commit."""
     folder = tmp_path / "clone"
     shutil.copytree(ROOT, folder, ignore=NOT_SOURCE)
     shutil.copytree(ROOT / "helm", folder / "helm")

@@ -40,7 +40,6 @@ class Broker:
 
 @pytest.fixture(scope="session")
 def broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
-    """Started once for all tests: the one of the parameter, RATCHET_TEST_KAFKA, or the embedded one."""
     named = getattr(request, "param", os.environ.get("RATCHET_TEST_KAFKA", "embedded"))
     if named == "embedded":
         with EmbeddedBroker() as started:

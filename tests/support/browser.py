@@ -39,7 +39,6 @@ def chromium() -> Iterator[Browser]:
 
 @contextmanager
 def console(config: Path, url: str, log: Path) -> Iterator[str]:
-    """Run `ratchet console` under these settings until the end of the block."""
     command = [sys.executable, "-m", "ops.cli.main", "--config", str(config), "console"]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     with running(command, log, lambda: answers(f"{url}/health/live"), START_SECONDS, env=environ, cwd=ROOT):

@@ -108,7 +108,6 @@ def of_kind(objects: Sequence[Object], kind: str) -> list[Object]:
 
 
 def pods(objects: Sequence[Object]) -> Iterator[tuple[str, Object]]:
-    """Every pod template by its component."""
     for each in objects:
         if each["kind"] in ("RayService", "RayCluster"):
             for group in cluster_groups(each):

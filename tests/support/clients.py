@@ -79,7 +79,6 @@ def snippet(client: LibraryClient, url: str) -> str:
 
 
 def install_python() -> Path:
-    """The folder with LlamaIndex, which is reinstalled when its list changes."""
     listed = PYTHON / "llama_index.txt"
     folder = Path(sys.prefix) / "clients" / hashlib.sha256(listed.read_bytes()).hexdigest()[:12]
     folder.parent.mkdir(exist_ok=True)

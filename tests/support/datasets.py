@@ -9,7 +9,6 @@ from streams.publish.folders import FolderItem
 
 
 def items_and_errors(path: Path | str, **options: Any) -> tuple[list[FolderItem], list[RecordError]]:
-    """Samples of a data set, and the errors of its other rows."""
     items: list[FolderItem] = []
     errors: list[RecordError] = []
     for row in read_dataset(path, **options):

@@ -93,8 +93,7 @@ def from_maven(
         pom: the project that it is run for, if it needs one.
         prepare: called with the folder before it is kept.
 
-    Raises:
-        NotHere: Java 17 or Maven is missing, or Maven cannot download it.
+    Raises NotHere if Java 17 or Maven is missing, or Maven cannot download it.
     """
     if missing := [each for each, program in (("Java", "java"), ("Maven", "mvn")) if shutil.which(program) is None]:
         raise NotHere(f"no {' and no '.join(missing)} (apt-get install default-jre-headless maven)")
@@ -113,13 +112,8 @@ def from_maven(
 
 
 def from_go(name: str, module: str, version: str, main: str) -> Path:
-    """The program ``name`` of the cache, built by Go on first use, which takes minutes.
-
-    Args:
-        module: imported by ``main``, a program in Go, at this ``version``.
-
-    Raises:
-        NotHere: Go is missing, or cannot build it.
+    """The program ``name`` of the cache, built by Go on first use, which takes minutes. ``module``: imported by
+    ``main``, a program in Go, at this ``version``. Raises NotHere if Go is missing, or cannot build it.
     """
     if shutil.which("go") is None:
         raise NotHere("no Go (https://go.dev/dl)")

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 @contextmanager
 def variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables of this process's environment until the end of the block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

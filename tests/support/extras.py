@@ -49,10 +49,8 @@ def extras(project: Path = ROOT) -> list[str]:
 
 
 def resolve(names: Sequence[str], version: str, project: Path = ROOT, clone: bool = True) -> str:
-    """Find compatible versions that all have a wheel. Returns the conflict; empty if there is none.
-
-    Raises:
-        ConnectionError: PyPI cannot be reached.
+    """Find compatible versions that all have a wheel. Returns the conflict; empty if there is none. Raises
+    ConnectionError if PyPI cannot be reached.
     """
     flags = [flag for name in names for flag in ("--extra", name)]
     wheels = ["--only-binary", ":all:", "--no-binary", SOURCE_ONLY]

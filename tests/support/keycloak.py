@@ -33,10 +33,8 @@ JAVA: Final = {"JAVA_OPTS": "-Xms128m -Xmx768m -XX:TieredStopAtLevel=1 -XX:+UseS
 class Keycloak:
     """An identity provider. A context manager.
 
-    It is called ``localhost``: to a browser a different site than a console at 127.0.0.1.
-
-    Raises:
-        NotHere: on construction, when Java or Maven is missing, or Maven cannot download it.
+    It is called ``localhost``: to a browser a different site than a console at 127.0.0.1. Raises NotHere if on
+    construction, when Java or Maven is missing, or Maven cannot download it.
     """
 
     def __init__(self) -> None:

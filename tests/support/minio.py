@@ -42,13 +42,8 @@ SECRET: Final = "minio-secret"
 class MinIO:
     """A server that may be killed, stopped and started again. A context manager.
 
-    Inside, the environment of this process has its address and the keys of its root user.
-
-    Args:
-        disk: folder for its data; temporary by default.
-
-    Raises:
-        NotHere: on construction, when Go is missing or cannot build it.
+    Inside, the environment of this process has its address and the keys of its root user. ``disk``: folder for its
+    data; temporary by default. Raises NotHere on construction when Go is missing or cannot build it.
     """
 
     def __init__(self, disk: Path | None = None) -> None:

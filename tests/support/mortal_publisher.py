@@ -27,7 +27,6 @@ POINTS: dict[str, tuple[type, str]] = {
 
 
 def interrupt(kind: type, name: str, number: signal.Signals) -> None:
-    """Send this process a signal before the first call of a method."""
     method: Callable[..., Any] = getattr(kind, name)
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -88,7 +88,6 @@ def prometheus(folder: Path, config: str, scrape_seconds: int = 1) -> Iterator[P
 
 @contextmanager
 def alertmanager(folder: Path) -> Iterator[Alertmanager]:
-    """Start Alertmanager, which forwards nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "alertmanager.yml").write_text("route: {receiver: nobody}\nreceivers: [{name: nobody}]\n")
     address = f"127.0.0.1:{free_port()}"

@@ -14,7 +14,6 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
 
 
 def made_of(recipe: Recipe) -> str:
-    """Adapter kind, terms, merge rule and schedule, in one cell."""
     terms = [f"`{t.name}` × {t.weight:g}" for t in (*recipe.objectives, *recipe.regularizers) if t.weight > 0]
     parts = [f"`{recipe.adapter.kind}`", " + ".join(terms)]
     if recipe.gradients.harmonize or recipe.gradients.drop:

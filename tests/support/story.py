@@ -33,7 +33,6 @@ class Story:
 
 
 def verdict(candidate: str, lost: int, won: int, caption: str = EVIL) -> Verdict:
-    """The real statistics, on made-up answers."""
     before = (np.random.default_rng(0).random((ITEMS, 2)) < 0.6).astype(float)
     worst = (Regression("a1", caption, "image to text", 0, 40, "a dog", caption, ""),)
     kept = scores("emoji_retrieval", before, changed(before, lost, 4))

@@ -53,7 +53,6 @@ def tokenizer(
 
 
 def ids(known: PreTrainedTokenizerFast) -> dict[str, int]:
-    """The tokenizer's IDs in every configuration."""
     return {
         "bos_token_id": known.bos_token_id, "eos_token_id": known.eos_token_id, "pad_token_id": known.pad_token_id,
         "vocab_size": len(known),

@@ -39,7 +39,6 @@ class WebServer:
     """A client closed its connection while an endless answer was being sent."""
 
     def endless(self, chunk: bytes, pause: float = 0.0, head: bytes = b"") -> Callable[[socket], None]:
-        """An answer that goes on until the client hangs up."""
         begin = head or reply(content_length=None)
 
         def send(wire: socket) -> None:

@@ -35,10 +35,7 @@ def projects(root: Path) -> list[Path]:
 
 def build(folder: Path) -> list[Path]:
     """Build every distribution into ``folder``, from a copy of the source, because a tree keeps files of earlier
-    builds.
-
-    Raises:
-        RuntimeError: one cannot be built.
+    builds. Raises RuntimeError if one cannot be built.
     """
     source = folder / "source"
     shutil.copytree(ROOT, source, ignore=NOT_SOURCE)

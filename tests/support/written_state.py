@@ -109,7 +109,6 @@ def write_lake(folder: Path) -> dict[str, Any]:
 
 
 def contents(store: SampleStore) -> dict[str, Any]:
-    """All rows, positions and numbers of a store, as JSON."""
     rows = [{name: plain(row[name]) for name in COLUMNS} for row in store.select("kind != 'position'", COLUMNS)]
     rows.sort(key=lambda row: (row["topic"], row["partition"], row["offset"], row["kind"]))
     name, split_key = store.table.identity()
@@ -152,7 +151,6 @@ def write_home(folder: Path) -> dict[str, Any]:
 
 
 def described_home(ledger: Ledger) -> dict[str, Any]:
-    """The ledger's releases, proposals, updates, verdicts, holds and keys."""
     tables: dict[str, Sequence[Any]] = {
         "releases": ledger.releases(), "proposals": ledger.proposals(), "updates": ledger.updates(),
         "verdicts": ledger.verdicts(), "keys": ledger.api_keys(), "audit": ledger.audit_rows(),

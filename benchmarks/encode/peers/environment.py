@@ -32,10 +32,8 @@ class Environment:
         return cache / "environments" / f"{self.name}-{digest}"
 
     def ensure(self, cache: Path) -> Path:
-        """Return its Python, after making it with pip, as this machine configures pip, if it is missing.
-
-        Raises:
-            RatchetError: pip fails; the end of its output is in the message.
+        """Return its Python, after making it with pip, as this machine configures pip, if it is missing. Raises
+        RatchetError if pip fails; the end of its output is in the message.
         """
         folder = self.folder(cache)
         python = folder / "bin" / "python"

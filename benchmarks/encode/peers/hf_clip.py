@@ -51,11 +51,8 @@ _IN_BLOCK: Final = {
 
 
 def write_hf_clip(base: ClipBase, folder: Path) -> Path:
-    """Write weights, configuration, tokenizer and preprocessing; returns ``folder``.
-
-    Raises:
-        BaseModelError: the base is not a CLIP of two transformers with OpenAI's tokenizer, which is all that Hugging
-            Face's class supports.
+    """Write weights, configuration, tokenizer and preprocessing; returns ``folder``. Raises BaseModelError if the base
+    is not a CLIP of two transformers with OpenAI's tokenizer, which is all that Hugging Face's class supports.
     """
     model = base.build_model()
     config = hf_config(base.model_cfg, model)

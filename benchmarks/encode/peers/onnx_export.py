@@ -26,11 +26,9 @@ def export_onnx(base: ClipBase, folder: Path) -> Path:
     """Write ``image.onnx``, ``text.onnx``, ``tokenizer.json`` and ``model.json``; returns ``folder``.
 
     ``image.onnx``: ``pixels`` uint8 [n, size, size, 3]. ``text.onnx``: ``ids`` int64 [n, context]. Both return
-    ``vectors``, float32 [n, dim]. A text tower that cannot be exported is left out with a message.
-
-    Raises:
-        BaseModelError: the images are not resized to their shorter side, which is all that the peer does; or the
-            package ``onnx`` is not installed, which torch's exporter needs.
+    ``vectors``, float32 [n, dim]. A text tower that cannot be exported is left out with a message. Raises
+    BaseModelError if the images are not resized to their shorter side, which is all that the peer does; or the package
+    ``onnx`` is not installed, which torch's exporter needs.
     """
     if (folder / ABOUT).is_file():
         return folder

@@ -36,7 +36,6 @@ def promtool(*words: str | Path) -> None:
 
 
 def checks(case: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Of each alert of a case: the times of evaluation and the alerts that fire."""
     for alert, times in case["alerts"].items():
         for time in times.pop("silent", ()):
             yield {"eval_time": time, "alertname": alert}
@@ -52,7 +51,6 @@ def expected(alert: str, firing: dict[str, Any]) -> dict[str, Any]:
 
 
 def tests_of(file: Path) -> dict[str, Any]:
-    """Convert a file of cases to promtool's format."""
     told = yaml.safe_load(file.read_text())
     tests = [
         {

@@ -90,7 +90,6 @@ def teach(model: nn.Module, processor: Any, asked: Sequence[Asked], steps: int, 
 
 
 def taught_base(home: Path) -> VlmBase:
-    """Train the base that knows colours: about five seconds, once per home."""
     if (home / "bases" / NAME / "base.json").is_file():
         return load_vlm_base(home, NAME)
     blank = tiny_vlm_base(home)
@@ -123,7 +122,6 @@ def taught_adapter(base: VlmBase, directory: Path, asked: Sequence[Asked], steps
 
 
 def write_questions(folder: Path, asked: Sequence[Asked]) -> None:
-    """Write a folder dataset of questions."""
     folder.mkdir(parents=True)
     with (folder / "data.csv").open("w", newline="") as file:
         rows = csv.writer(file)

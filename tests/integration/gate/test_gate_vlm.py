@@ -90,7 +90,6 @@ def test_answers_are_kept_on_disk_and_asked_for_once(vlm_gate: VlmGate) -> None:
     first = vlm_gate.gate(name)
 
     def ask_again() -> tuple[int, dict[str, float]]:
-        """Return how many were asked of the base and of the candidate, and the base's scores."""
         vlm, cache = vlm_gate.evaluator.vlm, vlm_gate.evaluator.cache
         evaluator = VlmEvaluator(vlm, vlm_gate.settings.serve, cache=cache)
         suites = (*vlm_gate.suites, *vlm_gate.fresh)

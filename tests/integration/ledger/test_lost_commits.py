@@ -50,7 +50,6 @@ def _somebody_waits(ledger: Ledger) -> Callable[[], None]:
 
 
 def _wait_until_back(ledger: Ledger) -> None:
-    """Retry until the server has accepted the connections that were opened while it was stopped."""
     end = time.monotonic() + 60
     while True:
         try:

@@ -45,7 +45,6 @@ def is_searchable(server: ServerFixture, count: int) -> bool:
 
 
 def answers(server: ServerFixture) -> dict[str, Any]:
-    """Answers of the server to searches and embeddings."""
     with server.client() as client:
         vectors = client.embed([*server.images, *TEXTS])
         return {
@@ -102,7 +101,6 @@ def test_a_backup_of_a_running_installation_serves_the_same_elsewhere_and_ingest
 
 
 def restored(server: ServerFixture, folder: Path) -> ServerFixture:
-    """The backup, restored in a home that has nothing of the first one."""
     home = folder / "there"
     home.mkdir()
     config = home / "ratchet.yaml"

@@ -49,6 +49,5 @@ def runner() -> Iterator[asyncio.Runner]:
 
 @pytest.fixture(scope="session")
 def in_process_app(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> tuple[InProcessApp, FastAPI]:
-    """The application without Ray, with small limits."""
     bounds = Serve(max_pixels=400_000, max_image_bytes=MAX_IMAGE_BYTES)
     return runner.run(open_in_process_app(tmp_path_factory.mktemp("in_process_app"), bounds))

@@ -254,7 +254,6 @@ class ServerFixture:
         return name
 
     def propose_update(self, name: str, family: Family = "clip") -> None:
-        """Write what the updater writes after a passed verdict."""
         ledger, update = self.ledger, f"update-{name}"
         ledger.begin_update(
             update, family=family, recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None

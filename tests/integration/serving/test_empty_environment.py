@@ -52,7 +52,6 @@ print(json.dumps([[sent.result().sample_id, hits[0]["id"]], asyncio.run(same()),
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment that holds the client's wheel and its dependencies."""
     folder = tmp_path_factory.mktemp("environment")
     shutil.copytree(ROOT / "client", folder / "client", ignore=shutil.ignore_patterns("*.egg-info", "build"))
     for command in (

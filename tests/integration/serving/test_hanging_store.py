@@ -30,7 +30,6 @@ def objects(tmp_path: Path) -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def server(objects: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerFixture]:
-    """A server whose lake is in the object store."""
     for name, value in objects.environment().items():
         monkeypatch.setenv(name, value)
     made = ServerFixture.make(tmp_path / "home", encoder_replicas=1)

@@ -210,7 +210,6 @@ def test_rays_head_gives_back_what_it_frees(server: ServerFixture) -> None:
 
 
 def _sockets_of(pids: list[int]) -> dict[str, str]:
-    """Map socket inodes to the processes that they belong to."""
     found = {}
     for pid in pids:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()

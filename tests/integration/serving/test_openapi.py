@@ -117,7 +117,6 @@ class Caller:
     mistakes: list[str] = field(default_factory=list)
 
     def send(self, case: Case, twists: list[Twist]) -> None:
-        """Send a call as it was generated, and once with each twist."""
         made = case.as_transport_kwargs(base_url="http://localhost")
         headers = {**made["headers"], **({"authorization": f"Bearer {KEY}"} if case.path.startswith(KEYED) else {})}
         names = ("method", "url", "params", "data", "json", "files", "cookies")

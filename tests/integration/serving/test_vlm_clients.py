@@ -41,7 +41,6 @@ def limited_key(server: ServerFixture, name: str) -> str:
 
 
 def answered_over_plain_http(server: ServerFixture) -> dict[str, Any]:
-    """The requests for the clients, and their answers over plain HTTP."""
     texts, image = list(TEXTS[:2]), "data:image/png;base64," + base64.b64encode(server.images[0]).decode()
     content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": QUESTION}]
     chat = {"messages": [{"role": "user", "content": content}], "max_tokens": MAX_TOKENS, "temperature": 0}

@@ -31,7 +31,6 @@ def known_fault(broker: Broker, request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def log(broker: Broker, tmp_path: Path) -> Iterator[tuple[Kafka, TopicPartition, Any]]:
-    """A partition with one batch of records, and a consumer of it."""
     kafka = broker.settings(tmp_path, kafka={"partitions": 1}).kafka
     make_topics(broker.settings(tmp_path, kafka=kafka.model_dump()))
     producer = KafkaProducer(bootstrap_servers=kafka.bootstrap, linger_ms=100)

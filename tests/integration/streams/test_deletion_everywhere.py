@@ -41,7 +41,6 @@ DIM = 8
 
 
 def marked(seed: int, mark: str) -> bytes:
-    """A picture that contains recognisable bytes."""
     info = PngInfo()
     info.add_text("comment", f"IMAGE-{mark}-{hashlib.sha256(mark.encode()).hexdigest()}")
     out = io.BytesIO()
@@ -159,7 +158,6 @@ def here(broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def fill(at: Installation) -> None:
-    """Put samples and a quarantined record of two sources into the store and the catalog, and learn from them."""
     for seed, (mark, source, partition) in enumerate(
         [("gone-1", GONE, 0), ("kept-1", KEPT, 0), ("gone-2", GONE, 1), ("kept-2", KEPT, 1), ("by-key", KEPT, 1)]
     ):

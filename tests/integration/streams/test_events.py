@@ -60,7 +60,6 @@ def in_topic(settings: Settings) -> list[Any]:
 
 
 def check(settings: Settings, ledger: Ledger, count: int) -> None:
-    """Check that each event is in the topic once, in order, where the ledger says."""
     records = in_topic(settings)
     found = [json.loads(each.value)["id"] for each in records]
     assert found == [f"gap-{number}" for number in range(count)]

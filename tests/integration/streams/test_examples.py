@@ -36,7 +36,6 @@ def settings(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Settin
 
 @pytest.fixture(scope="module")
 def take(settings: Settings) -> Iterator[Take]:
-    """A function that sends records and returns the samples that they became."""
     with reading(settings) as ingest:
 
         def taken(count: int, send: Callable[[], object]) -> list[dict[str, Any]]:

@@ -32,7 +32,6 @@ def topic(broker: Broker) -> str:
 
 @pytest.fixture
 def senders(broker: Broker, topic: str) -> Iterator[Any]:
-    """Makes senders of one transactional ID."""
     with ExitStack() as stack:
 
         def make(**options: Any) -> FencedSender:

@@ -62,7 +62,6 @@ def live_and_die(settings: Settings, point: str, chance: random.Random) -> None:
 
 
 def finish(settings: Settings) -> None:
-    """Run the last ingest: it takes in the rest and stops when asked."""
     log = settings.home / "ingest.log"
     before = log.stat().st_size
     process = start(settings, "never")
@@ -103,7 +102,6 @@ def test_every_record_is_stored_or_quarantined_once(broker: Broker, tmp_path: Pa
 
 
 def check(settings: Settings, places: list[RecordPosition]) -> None:
-    """Compare what was produced with what is stored and quarantined."""
     poison = sorted(place for number, place in enumerate(places[:RECORDS]) if number % POISON_EVERY == 1)
     records = SampleStore(settings.lake).records().to_pylist()
     kinds: dict[str, list[RecordPosition]] = {"sample": [], "duplicate": [], "quarantine": []}

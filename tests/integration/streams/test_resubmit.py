@@ -41,14 +41,12 @@ class Stream:
         self.ledger = ledger
 
     def send(self, *messages: Message) -> list[str]:
-        """Produce records, wait until ingest has judged them all, and return their positions."""
         seen = records_seen(self.ingest.status)
         places = produce(self.settings.kafka, messages)
         self.wait(seen + len(messages))
         return [f"{topic}:{partition}:{offset}" for topic, partition, offset in places]
 
     def again(self, place: str, force: bool = False) -> str:
-        """Resubmit a record, wait until ingest has judged it, and return its new position."""
         seen = records_seen(self.ingest.status)
         sent = resubmit(self.settings, self.ledger, place, actor="key:ci", reason="mended", force=force)
         self.wait(seen + 1)

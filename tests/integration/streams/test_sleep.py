@@ -19,7 +19,6 @@ pytestmark = pytest.mark.integration
 
 
 def fall_asleep(settings: Settings, point: str) -> ForkedProcess:
-    """Run a worker of the same group in its own process until it is suspended."""
     home = settings.home / "sleeper"
     home.mkdir()
     own = settings.model_copy(update={"home": home, "lake_url": settings.lake})

@@ -62,7 +62,6 @@ def make_home(home: Path, **overrides: Any) -> Settings:
 
 
 def make_vlm_home(home: Path, **overrides: Any) -> Settings:
-    """Make the same with a tiny VLM, a folder of questions about the same things, and a suite that asks them."""
     make_home(home)
     tiny_vlm_base(home)
     folder = home / "data" / "asked"

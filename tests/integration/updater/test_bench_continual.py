@@ -118,7 +118,6 @@ def test_a_method_that_the_budget_does_not_pay_for_is_reported(
 
 
 def _workers(folder: Path, method: str) -> list[int]:
-    """Processes that work on a method in this folder of results."""
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit():

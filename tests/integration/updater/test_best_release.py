@@ -20,7 +20,6 @@ pytestmark = pytest.mark.integration
 
 
 def release(settings: Settings, folder: Path, number: int, seed: int, gain: float) -> str:
-    """Release an adapter to all callers, with a verdict that has these scores of the suite `things`."""
     base = load_base(settings.home, "tiny")
     name = tiny_adapter(base, folder / str(number), seed=seed)
     ledger = Ledger.open(settings.ledger)

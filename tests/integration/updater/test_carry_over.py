@@ -49,7 +49,6 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
-    """The memories that updates received."""
     seen: list[Path | None] = []
     real = train_update.train
 

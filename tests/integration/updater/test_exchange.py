@@ -158,7 +158,6 @@ def test_judging_at_once_leaves_the_work_of_an_updater_alone(
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, UpdateRow, Path]:
-    """A home with a released update, and its exported adapter."""
     folder = tmp_path_factory.mktemp("exported")
     settings = make_home(folder / "home")
     add_samples(settings, 12)

@@ -36,7 +36,6 @@ def passing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> dict[Family, Pools]:
-    """The rows that each family was trained on."""
     seen: dict[Family, Pools] = {}
     real = train_update.train
 

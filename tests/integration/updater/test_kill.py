@@ -48,7 +48,6 @@ def filled(home: Path) -> Settings:
 
 
 def only_update(settings: Settings) -> UpdateRow:
-    """The only update, which has one verdict once it is done."""
     ledger = Ledger.open(settings.ledger)
     (update,) = ledger.updates()
     assert len(ledger.verdicts()) == int(update.state == "done")

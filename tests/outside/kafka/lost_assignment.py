@@ -22,10 +22,8 @@ WAIT_SECONDS = 12
 
 
 def assigned(address: str, topic: str, poll_ms: int, fixed: bool) -> bool:
-    """Whether a new group's only member gets its partitions.
-
-    Args:
-        fixed: with the change that the report proposes, which Ratchet makes for its own consumers.
+    """Whether a new group's only member gets its partitions. ``fixed``: with the change that the report proposes, which
+    Ratchet makes for its own consumers.
     """
     consumer = KafkaConsumer(
         bootstrap_servers=address, group_id=uuid.uuid4().hex, session_timeout_ms=6000, heartbeat_interval_ms=2000,

@@ -45,7 +45,6 @@ def kafka() -> Iterator[ApacheKafka]:
 
 
 def documented() -> list[list[ACL]]:
-    """The ACLs of each line of the page's commands, which is about one resource."""
     found = []
     for line in re.findall(r"^acls (--operation .*)$", PAGE.read_text(), re.M):
         words = shlex.split(line)
@@ -63,7 +62,6 @@ def _acl(operation: str, pattern: ResourcePattern) -> ACL:
 
 @pytest.fixture
 def settings(kafka: ApacheKafka, tmp_path: Path) -> Iterator[Settings]:
-    """Settings with the documented topics and group, and a user without rights."""
     client = {"security_protocol": "SASL_PLAINTEXT", "sasl_mechanism": "PLAIN", "sasl_plain_username": USER,
               "sasl_plain_password": PASSWORD}  # fmt: skip
     own = {"bootstrap": kafka.sasl_address, "batch_seconds": 0.2, "client": client}

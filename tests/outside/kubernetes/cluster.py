@@ -46,7 +46,6 @@ class Cluster:
         self.values = values
 
     def kubectl(self, *words: str, seconds: float = 120) -> str:
-        """Run kubectl and return its standard output. A failing command fails the test."""
         return run("kubectl", "--namespace", NAMESPACE, *words, seconds=seconds).stdout
 
     def helm(self, verb: str, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -56,7 +55,6 @@ class Cluster:
         return run(*line, seconds=UPGRADE_SECONDS, check=check)
 
     def upgrade(self, *settings: str) -> None:
-        """Upgrade, and return when the pods of the new version serve and the old ones are gone."""
         self.helm("upgrade", *(word for each in settings for word in ("--set", each)))
         self.replaced()
 
@@ -123,11 +121,7 @@ class Cluster:
 
 @contextmanager
 def new_cluster() -> Iterator[Cluster]:
-    """Set up a cluster for as long as the block.
-
-    Raises:
-        NotHere: a requirement is missing on this machine.
-    """
+    """Set up a cluster for as long as the block. Raises NotHere if a requirement is missing on this machine."""
     if os.geteuid():
         raise NotHere("a node is made of namespaces, which takes root")
     path = f"{SYSTEM_PATH}:{os.environ['PATH']}"
@@ -149,10 +143,8 @@ def new_cluster() -> Iterator[Cluster]:
 
 
 def found_cluster(values: Path) -> Cluster:
-    """Use the cluster of ``KUBECONFIG``, where the chart was installed with these values.
-
-    Raises:
-        NotHere: it cannot be reached, or has no such release.
+    """Use the cluster of ``KUBECONFIG``, where the chart was installed with these values. Raises NotHere if it cannot
+    be reached, or has no such release.
     """
     missing = [program for program in ("kubectl", "helm") if not shutil.which(program)]
     if missing:

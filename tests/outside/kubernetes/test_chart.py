@@ -32,7 +32,6 @@ Told = Callable[[str, dict[str, Any]], None]
 
 @pytest.fixture
 def told(capsys: pytest.CaptureFixture[str]) -> Told:
-    """A function that prints the results of the load and asserts that nothing failed."""
 
     def tell(operation: str, found: dict[str, Any]) -> None:
         with capsys.disabled():

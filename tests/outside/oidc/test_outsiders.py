@@ -47,7 +47,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 def location(setup: str, port: str, url: str) -> str:
-    """An nginx location that passes everything on to a server: bare, or with the lines of the documentation."""
     if setup == "as installed":
         return f"{FAR}location / {{ proxy_pass {url}; }}"
     real = int(url.rpartition(":")[2])

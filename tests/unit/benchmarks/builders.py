@@ -16,7 +16,6 @@ def labelled(tag: str, count: int) -> tuple[Pair, ...]:
 
 
 def stream() -> Stream:
-    """Two updates, one of them with a classification suite, and two held-out suites."""
     return Stream(
         updates={name: pairs(name, 12) for name in UPDATES},
         reference=pairs("house", 8),

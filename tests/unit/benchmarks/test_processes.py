@@ -58,7 +58,6 @@ POPEN = subprocess.Popen
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[Any]]:
-    """Processes started from now on report that they are ready, and then stay."""
     processes: list[subprocess.Popen[Any]] = []
 
     def start(command: list[str], **given: Any) -> subprocess.Popen[Any]:
@@ -106,7 +105,6 @@ sum(held[::4096]), print(flush=True), sys.stdin.read()
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., int]]:
-    """Start a command that is up when it has written a line, and return its process ID."""
     processes: list[subprocess.Popen[bytes]] = []
 
     def starts(*command: str) -> int:

@@ -43,7 +43,6 @@ METRICS = {"/metrics"}
 
 @pytest.fixture(scope="module")
 def routes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """Paths that each process of the chart answers, by container."""
     console: FastAPI = build_console(Settings(home=tmp_path_factory.mktemp("console")))
     return {
         "console": {str(route.path) for route in console.routes if hasattr(route, "path")},

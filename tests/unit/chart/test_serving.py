@@ -42,7 +42,6 @@ def serve_config(objects: list[dict[str, Any]]) -> ServeDeploySchema:
 
 
 def settings_of(objects: list[dict[str, Any]], folder: Path) -> Settings:
-    """Load settings as a pod does: the file of the ConfigMap, and the secrets from the environment."""
     file = folder / "mounted.yaml"
     file.write_text(settings_text(objects))
     return load_settings(

@@ -72,7 +72,6 @@ def test_what_every_installation_has_to_say_is_asked_for(missing: str) -> None:
 
 
 def paths(values: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Paths of the sections of values.yaml, and the last value of each."""
     for name, value in values.items():
         if isinstance(value, dict) or name == [*values][-1]:
             yield (*above, name)

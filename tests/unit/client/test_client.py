@@ -39,7 +39,6 @@ def server() -> Iterator[ScriptedServer]:
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Pauses between retries, recorded instead of waited for."""
     taken: list[float] = []
     pause_after = Retries.pause_after
 

@@ -18,7 +18,6 @@ LOADED = "import json, sys; before = set(sys.modules); {}; print(json.dumps(sort
 
 
 def loaded_by(statement: str) -> set[str]:
-    """Top-level modules that a statement loads in a new process, without those of the standard library."""
     done = subprocess.run(
         [sys.executable, "-c", LOADED.format(statement)], capture_output=True, text=True, timeout=120, check=True
     )

@@ -40,7 +40,6 @@ after_release_2 = pytest.mark.usefixtures("released")
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
-    """The console's requests to a server that accepts everything."""
     asked: Sent = []
     send = Client._call
 
@@ -302,7 +301,6 @@ def test_a_key_that_may_only_look_cannot_act(ledger: Ledger, visitor: TestClient
 
 
 def refuse(home: Path, *values: bytes) -> None:
-    """Quarantined records, as ingest would have stored them."""
     rows = [
         {**refusal(0, offset, value, "image_undecodable"), "source": f"<cam {offset}>"}
         for offset, value in enumerate(values)

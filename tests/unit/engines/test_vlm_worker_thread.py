@@ -73,7 +73,6 @@ async def test_the_time_of_the_last_pass_follows_tokens_and_scores(worker: Worke
 
 
 def poisoned(processor: Any) -> Callable[..., None]:
-    """A hook that fails when a prompt contains :data:`POISON`."""
     (token,) = processor.tokenizer(POISON, add_special_tokens=False)["input_ids"]
 
     def hook(_: nn.Module, __: Any, given: dict[str, Any]) -> None:

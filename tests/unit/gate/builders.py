@@ -51,7 +51,6 @@ def picture(seed: int, side: int = 32) -> bytes:
 
 
 def folder_dataset(directory: Path, count: int = 40, classes: int = 4, split: str = "") -> Path:
-    """A folder dataset of `count` pictures in `classes` classes."""
     directory.mkdir(parents=True)
     with (directory / "data.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -63,7 +62,6 @@ def folder_dataset(directory: Path, count: int = 40, classes: int = 4, split: st
 
 
 def sample_rows(count: int, domain: str = "fluent3d", texts: Sequence[str] | None = None) -> pa.Table:
-    """Rows of the sample store with only the columns that matter here."""
     return pa.table(
         {
             "id": [f"{domain}-{i}" for i in range(count)],
@@ -76,7 +74,6 @@ def sample_rows(count: int, domain: str = "fluent3d", texts: Sequence[str] | Non
 
 
 def question_rows(count: int, domain: str = "shop", images: int | None = None) -> pa.Table:
-    """Rows with questions and answers, about `images` different images in turn."""
     return pa.table(
         {
             "id": [f"{domain}-question-{i}" for i in range(count)],
@@ -113,7 +110,6 @@ def ranked(ranks: np.ndarray) -> Outcomes:
 
 
 def changed(hits: np.ndarray, lost: int, gained: int) -> np.ndarray:
-    """The same hits with `lost` of them turned into misses and `gained` misses turned into hits."""
     flat = hits.copy().reshape(-1)
     flat[np.flatnonzero(hits.reshape(-1) == 1)[:lost]] = 0
     flat[np.flatnonzero(hits.reshape(-1) == 0)[:gained]] = 1

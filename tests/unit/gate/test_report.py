@@ -66,7 +66,6 @@ def verdict_of(*entries: Scores, **fields: Any) -> Verdict:
 
 @pytest.fixture(scope="module")
 def verdict() -> Verdict:
-    """A candidate that forgot and learned."""
     before = (np.random.default_rng(0).random((300, 2)) < 0.5).astype(float)
     worst = (Regression("a1", EVIL, "image to text", 2, 40, "a dog", EVIL, "data:image/jpeg;base64,AAAA"),)
     kept = scores("emoji_retrieval", before, changed(before, 60, 5))

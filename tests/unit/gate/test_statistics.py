@@ -251,7 +251,6 @@ def test_images_with_many_questions_weigh_more_and_the_mean_is_over_questions() 
 
 
 def _by_caption(rng: np.random.Generator, captions: int, each: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Retrieval hits in both directions without a gain: an update moves some captions, half of them for the better."""
     moved = rng.choice([-1, 0, 1], captions, p=[0.15, 0.7, 0.15])
     share = np.repeat(moved, each)[:, None]
     before = (rng.random((captions * each, 2)) < 0.5).astype(float)

@@ -59,7 +59,6 @@ def scaled_rows(factors: Matrix, rows: Matrix) -> Matrix:
 
 
 def plain(name: str, layer: Any, start: Matrix, rank: int, alpha: float) -> Matrix:
-    """W' as in the paper."""
     of = {key: value.tolist() for key, value in layer.state_dict().items()}
     match name:
         case "dora":
@@ -180,7 +179,6 @@ TEXTS = ["a cat", "two dogs on the beach"]
 
 @pytest.fixture(scope="module")
 def starts(base: ClipBase, tmp_path_factory: pytest.TempPathFactory) -> dict[str, WeightDelta]:
-    """Starts of an update: nothing, LoRA on every layer, or every parameter replaced."""
     folder = tmp_path_factory.mktemp("incumbents")
     tiny_adapter(base, folder / "lora", seed=1, scale=0.2)
     full = model_of(base, "full", {})

@@ -41,7 +41,6 @@ class Installation:
         self.artifacts = Artifacts(self.settings.artifacts, home / "cached")
 
     def adapter(self, name: str, days: float, family: str = "clip", base: str = BASE) -> str:
-        """An adapter with carry-over that was last touched this many days ago."""
         source = self.settings.home / "made" / name
         source.mkdir(parents=True)
         (source / "adapter.safetensors").write_bytes(name.encode() * 10)
@@ -52,7 +51,6 @@ class Installation:
         return name
 
     def judged(self, name: str, days: float, outcome: str = "rejected", **summary: Any) -> str:
-        """An update with a verdict on an adapter, and a report."""
         self.begin(f"u-{name}", adapter=name)
         self.ledger.advance_update(f"u-{name}", "done")
         self.artifacts.write_bytes(f"reports/u-{name}/report.json", b"{}")

@@ -41,7 +41,6 @@ def stub_wheel(folder: Path, name: str, version: str) -> None:
 
 @contextmanager
 def serve_folder(folder: Path) -> Iterator[str]:
-    """Serve a folder over HTTP as a package index."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(SimpleHTTPRequestHandler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -52,7 +51,6 @@ def serve_folder(folder: Path) -> Iterator[str]:
 
 
 def write_project(folder: Path) -> Path:
-    """A project that needs only torch."""
     project = folder / "a project"
     (project / "package").mkdir(parents=True)
     (project / "package" / "__init__.py").touch()

@@ -58,7 +58,6 @@ def settings_of(home: Path, ledger: str, **values: Any) -> Settings:
 
 @pytest.fixture
 def settings(tmp_path: Path, url: str, ledger: Ledger) -> Settings:
-    """Two releases, an update that is pinned to an old version of the store, a verdict, a report, and a key."""
     made = settings_of(tmp_path / "old", url)
     artifacts, store = Artifacts(made.artifacts), SampleStore(made.lake)
     for name in ("clip-1", "clip-2"):
@@ -100,7 +99,6 @@ def elsewhere(tmp_path: Path, url: str) -> Settings:
 
 
 def rows(url: str) -> dict[str, Any]:
-    """All rows of a ledger."""
     with closing(Ledger.open(url)) as opened:
         return {
             "live": opened.live(), "releases": opened.releases(), "updates": opened.updates(),

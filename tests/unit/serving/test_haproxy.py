@@ -103,7 +103,6 @@ class Front:
                 writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
 
     async def send(self, data: bytes, source: str = "127.0.0.1") -> bytes:
-        """Send, and return what is received until the connection is closed or an answer is complete."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, local_addr=(source, 0))
         try:
             writer.write(data)

@@ -43,7 +43,6 @@ def fetching(web: WebServer, **more: Any) -> Serve:
 
 
 def serving(settings: Serve, seconds: float = 60) -> tuple[AppState, ScriptedVlms]:
-    """An application whose fetcher resolves every name to loopback."""
 
     async def loopback(host: str, port: int) -> Sequence[str]:
         return ["127.0.0.1"]

@@ -14,7 +14,6 @@ from tests.unit.serving.scripted_vlms import skip
 
 
 def ask(app: ASGIApp, *paths: str, peer: str = "127.0.0.1") -> list[RawRequest]:
-    """Start requests without a body."""
     made = [RawRequest(app, path, peer, length=0) for path in paths]
     for request in made:
         request.send_body(b"", more=False)

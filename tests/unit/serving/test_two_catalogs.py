@@ -22,7 +22,6 @@ ROWS = 3 * CHUNK_ROWS
 
 
 def _fill(folder: Path, barrier: Barrier) -> None:
-    """One server: complete two spaces, starting at the same moment as the other server."""
 
     async def run() -> None:
         catalog = World(folder)

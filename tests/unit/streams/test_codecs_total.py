@@ -65,7 +65,6 @@ def confluent(server: Registry) -> list[bytes]:
 
 
 def ends(value: bytes | None, headers: Pairs, registry: SchemaRegistry | None = None) -> None:
-    """Assert that it becomes a sample that can be encoded again, or a refusal with a message."""
     glimpse(value, headers)
     try:
         sample = decode(value, headers, registry=registry)

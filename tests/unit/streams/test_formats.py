@@ -40,7 +40,6 @@ def format_of(store: SampleStore) -> str:
 
 
 def ingest(store: SampleStore, *records: Received) -> CommitResult:
-    """Ingest some records with a new index."""
     name, split_key = store.table.identity()
     writer = StoreWriter(store.table)
     known = store.positions().values()

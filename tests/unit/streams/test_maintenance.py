@@ -202,7 +202,6 @@ def test_a_gap_is_told_once_whoever_maintains(
 
 @contextmanager
 def running(maintainer: Maintainer) -> Iterator[None]:
-    """Run repeatedly on a thread."""
     stopping = threading.Event()
     thread = threading.Thread(target=maintainer.run, args=(stopping,))
     thread.start()

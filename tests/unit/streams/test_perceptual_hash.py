@@ -57,7 +57,6 @@ LOSSY: dict[str, Copy] = {
 
 
 def photographs(count: int) -> Iterator[Image.Image]:
-    """Different parts of a photograph, of all sizes and shapes."""
     random = np.random.default_rng(0)
     path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     whole = decode_image(path.read_bytes())
@@ -146,7 +145,6 @@ RULES = [SplitRule(bytes([number]) * 32, 0.15) for number in range(12)]
 
 
 def invoice(number: int) -> Image.Image:
-    """A template, filled in."""
     drawn = random.Random(number)
     page = Image.new("RGB", (310, 438), "white")
     draw = ImageDraw.Draw(page)

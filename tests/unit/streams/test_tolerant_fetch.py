@@ -30,7 +30,6 @@ AbortedTransaction = FetchResponse.FetchableTopicResponse.PartitionData.AbortedT
 
 
 def built(codec: int, base: int, count: int = COUNT) -> bytearray:
-    """A batch as kafka-python's producer makes it."""
     builder = MemoryRecordsBuilder(2, codec, 1 << 24)
     for number in range(count):
         headers = [("ratchet_text", b"words " * 3), ("none", None)]

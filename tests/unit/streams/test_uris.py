@@ -87,7 +87,6 @@ def web() -> Iterator[WebServer]:
 
 @pytest.fixture
 def make() -> Iterator[Make]:
-    """Makes fetchers that may fetch from this machine, and closes them."""
     with ExitStack() as stack:
 
         def build(*sites: WebServer, **bounds: Any) -> UriFetcher:

@@ -175,7 +175,6 @@ def test_a_quarantined_record_can_be_sent_again_as_it_came() -> None:
 
 
 def wide_png(width: int, height: int) -> bytes:
-    """A PNG that claims a size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -224,7 +223,6 @@ HOSTILE: dict[str, Received] = {
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Each hostile record's row, and how a real store returns it."""
     store = SampleStore(str(tmp_path_factory.mktemp("lake")))
     results = [validate(each, RULES) for each in HOSTILE.values()]
     rows = [{**each.row, "split": "train"} if isinstance(each, Accepted) else each for each in results]

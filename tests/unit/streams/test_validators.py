@@ -190,7 +190,6 @@ POISON, NEIGHBOUR = ("t", 0, 7), ("t", 0, 8)
 
 
 def die(folder: Path, how: str, *positions: tuple[str, int, int]) -> None:
-    """A process that dies while it validates these records at once."""
     child = os.fork()
     if child == 0:
         with ExitStack() as stack:

@@ -111,7 +111,6 @@ def assert_served_as_trained(base: ClipBase, result: TrainResult) -> None:
 
 
 def batch(captions: list[int], parts: list[Part] | None = None, dim: int = 6, seed: int = 0) -> Features:
-    """Random unit features with gradients, and other random ones of three teachers."""
     made = torch.Generator().manual_seed(seed)
     image, text, *old = (F.normalize(torch.randn(len(captions), dim, generator=made), dim=1) for _ in range(8))
     names = ("base", "incumbent", "momentum")
@@ -132,7 +131,6 @@ def total(terms: list[Term], made: Batch, family: Family = "clip") -> tuple[torc
 
 
 def questions(tag: str, count: int) -> tuple[Question, ...]:
-    """Questions of three lengths, with answers that repeat every six."""
     return tuple(
         Question(
             f"{tag}-{i}",
@@ -166,7 +164,6 @@ def clip_learner_of(
 def answers(
     lengths: list[int], vocabulary: int = 7, k: int = 7, parts: list[Part] | None = None, seed: int = 0
 ) -> tuple[AnswerBatch, torch.Tensor]:
-    """Random student logits with gradients over answers of these lengths, and the logits of another teacher."""
     made = torch.Generator().manual_seed(seed)
     tokens = sum(lengths)
     student, teacher = (2 * torch.randn(tokens, vocabulary, generator=made) for _ in range(2))

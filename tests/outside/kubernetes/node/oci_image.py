@@ -24,7 +24,6 @@ def digest(data: bytes) -> str:
 
 
 def packed(files: dict[str, bytes]) -> bytes:
-    """Pack files into a tar file."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         for path, data in files.items():

@@ -25,7 +25,6 @@ GOOD = np.array([[1, 0], [1, 0], [0.6, 0.8]], np.float32)
 
 
 def checked(vectors: npt.NDArray[np.float32], home: Path) -> tuple[Result, list[str]]:
-    """The command's output for a server that answers like this, and the first lines of its requests."""
     rows = [{"embedding": base64.b64encode(row.tobytes()).decode()} for row in vectors]
     with web_server() as server:
         server.pages = {

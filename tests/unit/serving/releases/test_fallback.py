@@ -53,7 +53,6 @@ def fallback(protocol: ReleaseProtocol) -> Fallback:
 
 
 def reader(ledger: Ledger, broadcast: DamagedBroadcast, replica: int = 1) -> ResidencyReader:
-    """An ingress whose calls reach one of the encoders first."""
 
     async def prepare(clip: str | None) -> Prepared:
         return broadcast.encoder(replica, clip)

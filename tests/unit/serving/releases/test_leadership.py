@@ -21,7 +21,6 @@ from tests.unit.serving.releases.plain_replicas import PlainBroadcast, Server
 
 @pytest.fixture
 async def two(ledger: Ledger) -> tuple[Server, Server, ControllerLease]:
-    """A server that has started and leads, a second one, and the lease of the first."""
     lease = ControllerLease(ledger)
     await lease.keep()
     leading, beside = Server(ledger, lease=lease), Server(ledger, lease=ControllerLease(ledger))

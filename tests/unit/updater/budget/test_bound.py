@@ -197,7 +197,6 @@ def test_over_hundreds_of_random_draws_no_update_spends_more_than_its_budget() -
 def draw(
     base: VlmBase | ClipBase, folder: Path, taken: Counted, plan: Recipe, pool: Pools, gflops: float, n: int
 ) -> str:
-    """How an update with this budget ended."""
     taken.steps.clear()
     taken.waiting.clear()
     try:

@@ -225,7 +225,6 @@ def test_a_later_step_costs_what_the_measured_one_did(base: ClipBase, name: str)
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, kind: type[AnyLearner], name: str) -> list[float]:
-    """GFLOPs of every call of a method of a learner, from now on."""
     real: Callable[..., Any] = getattr(kind, name)
     calls: list[float] = []
 

@@ -27,7 +27,6 @@ def settings(home: Path, **overrides: Any) -> Settings:
 
 
 def folder(path: Path, kinds: list[str]) -> Path:
-    """One question of each kind named, and next to each a picture with a text."""
     items = [
         FolderItem(Path(f"{i}.png"), text, label=kind, inline=picture(i), question=ask, answer=ask and str(i))
         for i, (kind, text, ask) in enumerate(

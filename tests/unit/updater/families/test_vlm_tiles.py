@@ -36,7 +36,6 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def _cut_into_tiles(values: dict[str, Any], tiled: dict[str, Any]) -> int:
-    """Change the image processor in every file that configures it."""
     found = int(next(iter(tiled)) in values)
     if found:
         values.update(tiled)

@@ -83,7 +83,6 @@ def test_methods_md_has_paper_ours_and_difference_of_each_recipe() -> None:
 
 @pytest.fixture
 def example(install: Install) -> Recipe:
-    """The recipe of the page's example, whose files are installed."""
     files, points = {}, ""
     for block in Page(PAGE).blocks:
         first, _, rest = block.text.partition("\n")

@@ -70,7 +70,6 @@ class Lab:
     def judged(
         self, name: str, outcome: GateOutcome = "inconclusive", fresh: int = 8, made: bool = True, **cost: Any
     ) -> None:
-        """An update that was trained and judged, with the look that the gate would have made."""
         add_samples(self.settings, 1)
         update = self.ledger.begin_update(
             name, family="clip", recipe=self.recipe.model_dump(mode="json"), seed=0, store_version=self.store.version(),

@@ -26,7 +26,6 @@ FAST = Processor("Xeon", amx=True, avx512_bf16=True)
 
 
 def steps(made: Learner[Any], count: int) -> list[float]:
-    """Losses of some steps on the same rows."""
     losses = []
     for step in range(count):
         losses.append(made.forward_backward(ROWS)[0])
