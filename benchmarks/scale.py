@@ -51,7 +51,7 @@ NODES, MOST_NODES = 3, 16
 PASS_SECONDS: Final = 0.1
 """Of one forward pass, whatever it holds."""
 TEXTS_A_PASS: Final = IMAGE_COST // TEXT_COST
-"""Concurrent passes that fit where a batch is of one image."""
+"""Texts that fit into a batch of one image."""
 CALLERS_A_NODE: Final = 16
 """Four passes: a queue is never empty, however a burst is spread."""
 WARM_SECONDS: Final = 3.0

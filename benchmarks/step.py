@@ -1,4 +1,4 @@
-"""``ratchet bench step``: what a training step costs beside one of open_clip's own training loop.
+"""``ratchet bench step``: the cost of a training step compared with one of open_clip's own training loop.
 
 Three sides, each in float32 and in bfloat16, in turns in one process, on the same threads, with the same rows of the
 same batches:
@@ -9,7 +9,7 @@ open_clip       a step as in ``open_clip_train``: both towers from decoded pixel
 open_clip_full  the same over all parameters of both towers, as its users fine-tune
 
 In bfloat16 open_clip's sides are those of its ``--precision amp_bf16``. What the recipe computes once per example is
-told beside, and as a share of each step.
+reported separately, and as a share of each step.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def _settings(settings: Settings, home: Path) -> Settings:
     return ours.model_copy(
         update={
             "base": ours.base.model_copy(update={"vlm": ""}),
-            # what is measured is the trainer: it does not wait for the gate, for which few captions are there
+            # only the trainer is measured: it does not wait for the gate, for which there are few captions
             "updater": ours.updater.model_copy(
                 update={"reference": reference, "metrics_port": metrics, "wait_for_items": False}
             ),

@@ -40,10 +40,10 @@ class Image:
         self._add_user()
         self._add_commands()
         for name in COMPILERS:
-            os.mknod(self.layer / "usr" / "bin" / name, 0o020000, 0)  # what overlayfs takes for a file that is gone
+            os.mknod(self.layer / "usr" / "bin" / name, 0o020000, 0)  # overlayfs's marker of a deleted file
         for package in PACKAGES:  # as pip does: a container could not keep what it compiles
             compileall.compile_dir(ROOT / package, quiet=1)
-        # gRPC's own resolver asks a name server even for what the file of names has, and there is none.
+        # gRPC's own resolver asks a name server even for names in the file, and there is none.
         self.environment = {
             **image_environment(), "PATH": LOGIN_PATH, "PYTHONPATH": f"{SOURCE}:{SOURCE}/client/src",
             "GRPC_DNS_RESOLVER": "native",

@@ -56,7 +56,7 @@ class Stores:
                 "kafka": {"partitions": PARTITIONS},
                 "ingest": {"fresh_eval_share": 0.0},
                 "serve": {"cache_bytes": 0},  # the load repeats a few inputs
-                "rollout": {"guard_seconds": 0.0},  # which would take random adapters back
+                "rollout": {"guard_seconds": 0.0},  # which would roll random adapters back
             },
         }  # fmt: skip
 

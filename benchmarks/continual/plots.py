@@ -12,7 +12,7 @@ from updater.gate.plots import BAD, BEFORE, GOOD, INK, LINE, MUTED, OPEN, drawn,
 
 WIDTH, HEIGHT = 7.2, 4.4
 FAR = 15.0
-"""Methods further below zero-shot than this many points of GM are cut off, because they would compress the axis."""
+"""Methods further below zero-shot than this many points of GM are left out, because they would compress the axis."""
 LABELLED = 6
 """Methods that are labelled: the best ones, and the two that readers look for."""
 ALWAYS = (*STANDARDS, "naive", "replay", "zscl", "full")

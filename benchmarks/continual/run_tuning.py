@@ -47,7 +47,7 @@ def tune(runner: Runner, methods: Sequence[str], file: Path = FILE) -> dict[str,
 
 
 def _trials(runner: Runner, name: str) -> list[Trial]:
-    """Results of the trials; None if one is missing."""
+    """Results of the trials; empty if one is missing."""
     try:
         reference = read_reference(runner.results)
     except RatchetError:  # nothing was run yet

@@ -95,7 +95,7 @@ class World:
                 change = -REVERSION * level + rng.normal(0.0, SPREAD) - harm.get(name, 0.0)
                 after[name] = domain.moves.changed(ranks, change, rng, base=self.base[name], back=BACK, churn=CHURN)
             elif ranks is self.base[name]:
-                after[name] = ranks  # nobody has learned it yet, nor asks it
+                after[name] = ranks  # not yet learned, and not asked
             else:
                 change = -forgotten * level + rng.normal(0.0, FORGOTTEN_SPREAD) - harm.get(name, 0.0)
                 after[name] = domain.moves.changed(

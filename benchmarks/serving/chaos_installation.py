@@ -64,7 +64,7 @@ class ChaosInstallation:
         pairs = dict.fromkeys(REPLICAS, 2)
         bounds = {"port": free_port(), "vlm_max_rank": 8, "vlm_memory_gib": 0.25, "operator_key": None, **pairs}
         bounds["encoder_threads"] = 1
-        bounds["cache_bytes"] = 0  # the load repeats a few inputs, which are to reach the encoders
+        bounds["cache_bytes"] = 0  # the load repeats a few inputs, which must reach the encoders
         engine = {"vlm_engine": vlm_engine} if vlm_engine else {}
         self.direct = Settings(
             home=self.home_disk.folder,
@@ -73,7 +73,7 @@ class ChaosInstallation:
             lake_url=str(folder / "lake"),
             base=BaseModels(clip=clip, vlm=vlm),
             serve=base.serve.model_copy(update=bounds | engine),
-            # Random adapters are what the guard is there to take back.
+            # The guard would roll random adapters back.
             rollout=Rollout(guard_seconds=0.0),
         )
         """The settings with which this process observes: stores without relays."""

@@ -247,7 +247,7 @@ def _second_server(run: Chaos, seconds: float, report: StateReport) -> None:
         _rollbacks_through_both(run, second, seconds, report)
         first, run.server = run.server, second
         run.load.send_to(second.url)
-        time.sleep(PAUSE_SECONDS)  # until the generator has read that
+        time.sleep(PAUSE_SECONDS)  # until the generator has read it
         ending = run._pool.submit(first.stop)
         run.rollback(report)
         if not ending.result():

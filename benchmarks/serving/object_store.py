@@ -70,11 +70,11 @@ class ObjectStore:
             wait_for(
                 self._listens, "the object store listened", 120, lambda: process.poll() is None, f"See {self.log}."
             )
-        except BaseException:  # a signal, too: the block was not entered, and nothing would end it
+        except BaseException:  # also on a signal: the block was not entered, so nothing else would end it
             process.kill()
             process.wait()
             raise
-        # for this process, which looks from outside
+        # for this process, which observes
         self._stack.enter_context(variables(self.environment(relayed=False)))
         boto3.client("s3").create_bucket(Bucket=BUCKET)
         self.relay.open()

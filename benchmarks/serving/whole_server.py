@@ -41,7 +41,7 @@ class WholeServer:
         self.settings = settings
         self.name = name
         self._stack = ExitStack()
-        # As on another machine, it caches artifacts for itself.
+        # Its own artifact cache, as on another machine.
         own = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="rc-", ignore_cleanup_errors=True))
         config = write_settings(settings, folder / f"{name}.json")
         self.part = RatchetProcess("serve", config, folder / f"{name}.log", {"TMPDIR": own, **environment})

@@ -33,7 +33,7 @@ def run_bare(bootstrap: str, topic: str, count: int, decode: bool) -> dict[str, 
             if process.stdout is None or process.stdout.readline() != "ready\n":
                 raise RatchetError("the bare consumer did not connect.", "See what it printed above.")
             out, _ = process.communicate("go\n", timeout=600)
-        except BaseException:  # a signal, too: it would read on
+        except BaseException:  # also on a signal: it would read on
             process.kill()
             raise
     if process.returncode:

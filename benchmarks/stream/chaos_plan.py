@@ -16,7 +16,7 @@ FIRST = 5.0
 """Workers have joined by then."""
 _SECONDS: dict[FaultKind, tuple[float, float]] = {
     "kill": (0.5, 5.0),  # until it is started again
-    "stop": (1.0, 20.0),  # SIGSTOP; a member that is not heard of for 6 s is put out of the group
+    "stop": (1.0, 20.0),  # SIGSTOP; a member that is silent for 6 s is removed from the group
     "cut": (1.0, 12.0),
     "full": (3.0, 12.0),
 }

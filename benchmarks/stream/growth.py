@@ -88,7 +88,7 @@ def _start(installation: Installation, worker: RatchetProcess, images: Iterator[
 def _commit(installation: Installation, worker: RatchetProcess, images: Iterator[bytes]) -> float:
     before, version_at = worker.metrics(), installation.stored_at()
     end = installation.stored() + _send(installation, images)
-    # The store is read only once it has changed: reading it takes a core, which the commit would miss.
+    # The store is read only once it has changed: reading it takes a core away from the commit.
     stored = lambda: installation.stored_at() > version_at and installation.stored() >= end  # noqa: E731
     worker.wait_for(stored, "a commit", START_SECONDS)
     worker.wait_for(lambda: worker.metrics()[COUNT] > before[COUNT], "the metrics of a commit")

@@ -49,7 +49,7 @@ FULL = Sizes(
     rounds=2,
     stores=(10_000, 100_000, 1_000_000),
     commits=30,
-    # a busy stream, and one that brings a few records with each commit
+    # a busy stream, and one with a few records per commit
     writes=((150_000, 512, 8, 3_000), (12_000, 16, 15, 3_000)),
 )
 FAST = Sizes(

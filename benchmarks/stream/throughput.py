@@ -76,7 +76,7 @@ def measure(
         result = Throughput(sum(map(len, images)) // records, records)
         for number in range(rounds):
             with ExitStack() as stack:
-                address = bootstrap or stack.enter_context(EmbeddedBroker()).address  # which keeps all it was given
+                address = bootstrap or stack.enter_context(EmbeddedBroker()).address  # which keeps all records
                 folder = home / f"{size}-{number}"
                 one = _measure_workers(Installation(settings, folder / "one", address, _held()), 1, images)
                 topic = one.pop("topic")

@@ -105,7 +105,7 @@ def test_the_page_leads_from_nothing_to_a_verdict_and_back(tmp_path: Path) -> No
     assert (settings.home / "gate" / verdict.update_id / "report.html").is_file()
     assert len(json.loads((folder / "base.json").read_text())["data"][0]["embedding"]) == 32
     found = json.loads((folder / "found.json").read_text())["data"]
-    assert sum("red" in hit["text"] for hit in found) >= 2  # its own model knew grey patterns alone
+    assert sum("red" in hit["text"] for hit in found) >= 2  # its own model knew only grey patterns
 
 
 def own_model(folder: Path, known: Path, each: int, seed: int = 0) -> Path:

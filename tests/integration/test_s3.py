@@ -79,7 +79,7 @@ def test_an_object_store_that_hangs_or_is_away_fails_within_the_bound(
     """Within a second or, if connections are refused, as soon as that is certain."""
     (tmp_path / "weights.bin").write_bytes(b"whole")
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))  # bound, so that nobody else answers there; a caller is refused
+        listener.bind(("127.0.0.1", 0))  # bound, so that nothing else answers there; callers are refused
         if silent:
             listener.listen()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")

@@ -129,7 +129,7 @@ class FakeConsumer:
             self._rebalance()
             found = self._fetch()
             if not found:
-                self.broker.changed.wait(min(timeout_ms / 1000, 0.02))  # or a stop would have to wait
+                self.broker.changed.wait(min(timeout_ms / 1000, 0.02))  # otherwise a stop would have to wait
                 self._rebalance()
                 found = self._fetch()
             return found

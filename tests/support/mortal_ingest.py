@@ -76,7 +76,7 @@ def asleep_before(owner: type, name: str) -> None:
     slept: list[bool] = []
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not slept and (owner is not QuarantinePublisher or args[2]):  # it is given what to publish
+        if not slept and (owner is not QuarantinePublisher or args[2]):  # it receives what to publish
             slept.append(True)
             os.kill(os.getpid(), signal.SIGSTOP)
         return method(*args, **kwargs)

@@ -52,7 +52,7 @@ def check(function: Callable[[], None]) -> Callable[[], None]:
     try:
         function()
         _results[function.__name__] = "passed"
-    except BaseException:  # an exit is a failure of this check too
+    except BaseException:  # an exit also fails this check
         _results[function.__name__] = traceback.format_exc(limit=-6)
     return function
 

@@ -226,7 +226,7 @@ async def test_a_killed_engine_says_so_and_leaves_no_process(engine: VlmEngine, 
     waiting = [asyncio.create_task(engine.reply(long, None)) for _ in range(40)]
     stream = engine.stream(long, None)
     await anext(stream)
-    os.kill(core.pid, signal.SIGSTOP)  # so that what is asked of it from now on is not answered before it dies
+    os.kill(core.pid, signal.SIGSTOP)  # so that later requests are not answered before it dies
     loading = asyncio.create_task(engine.load(cases.names[1], cases.directories[cases.names[1]]))
     await until(lambda: engine._engine.engine_core.utility_results)  # type: ignore[attr-defined]
     core.kill()

@@ -78,7 +78,7 @@ def test_a_backup_of_a_running_installation_serves_the_same_elsewhere_and_ingest
             wait_for(lambda: len(texts(here)) == 50, "50 samples")
         here.until(lambda: is_searchable(here, 50))
         before = answers(here)
-        produce(here.settings.kafka, records(50, 60))  # nobody reads these here
+        produce(here.settings.kafka, records(50, 60))  # not read here
     finally:
         here.stop()
 

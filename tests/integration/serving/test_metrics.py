@@ -53,7 +53,7 @@ def test_every_replica_says_which_release_it_serves(server: ServerFixture) -> No
     [(_, committed)] = found["ratchet_release_committed_timestamp_seconds"]
     assert 0 <= time.time() - committed < 120
     gains = {labels["family"]: gain for labels, gain in found["ratchet_release_gain_ratio"]}
-    assert list(gains) == ["clip"] and gains["clip"] != gains["clip"]  # NaN: nobody judged this adapter
+    assert list(gains) == ["clip"] and gains["clip"] != gains["clip"]  # NaN: this adapter was not judged
 
 
 def test_the_catalog_is_measured_against_exact_search(server: ServerFixture) -> None:

@@ -43,7 +43,7 @@ def test_swaps_and_rollbacks_under_load_fail_and_mix_nothing(server: ServerFixtu
     assert report.mixed == 0, report.problems
     assert {outcome["number"] for outcome in made} | {back["number"]} <= set(report.releases)
     assert back["clip"] == names[1]
-    assert back["clip"] in held  # nothing has to be loaded for it, so it takes no longer than to say so
+    assert back["clip"] in held  # nothing has to be loaded for it, so it is immediate
     assert server.ledger.live().number == back["number"]  # type: ignore[union-attr]
 
 

@@ -37,7 +37,7 @@ def test_an_orderly_end_answers_what_is_in_flight_and_a_start_without_stores_ser
     artifacts = Path(server.settings.artifacts)
     artifacts.rename(artifacts.with_suffix(".away"))
     server.move_ledger("down")
-    server.configure(rollout=ROLLOUT)  # which tests after this one need
+    server.configure(rollout=ROLLOUT)  # needed by later tests
     server.start()
     answer = ask(server)
     assert (answer.status_code, answer.headers["x-ratchet-adapter"]) == (200, second)

@@ -50,7 +50,7 @@ def test_swaps_and_rollbacks_under_mixed_load_fail_and_mix_nothing(server: Serve
             if count % 5 == 4:
                 held = replica(server)["resident"]
                 made.append(client.rollback("back", family="vlm"))
-                assert made[-1]["vlm"] in held  # nothing has to be loaded for it, so it takes no longer than to say so
+                assert made[-1]["vlm"] in held  # nothing has to be loaded for it, so it is immediate
             else:
                 made.append(client.release(vlm=names[count % len(names)], reason="swap"))
             if count in (3, 7):

@@ -45,7 +45,7 @@ def make_home(home: Path, **overrides: Any) -> Settings:
             "home": home,
             "base.clip": "tiny",
             "serve.vlm_engine": "transformers",
-            "serve.port": 1,  # nobody's: the trainer asks the server how it does
+            "serve.port": 1,  # an unused port: the trainer asks the server for its load
             "updater.recipe": str(home / "default.yaml"),
             "updater.reference": [home / "data" / "things"],
             "updater.min_new_samples": 10,

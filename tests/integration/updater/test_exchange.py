@@ -129,8 +129,8 @@ def test_it_is_compared_with_what_is_live_when_it_is_judged(
     assert second.incumbent is None
     service = UpdaterService(settings)
     done = made_by(service)
-    assert done.id == first.id  # in the order of their coming
-    assert "proposal" in service.step().reason  # the second waits for what comes of the first
+    assert done.id == first.id  # in order of arrival
+    assert "proposal" in service.step().reason  # the second waits for the outcome of the first
     with pytest.raises(TrainingError, match="cannot be judged now: proposal"):
         gate_import(settings, import_adapter(settings, tmp_path / "2", actor="ada", base="tiny"))
     release(service.ledger)

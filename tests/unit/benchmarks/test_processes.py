@@ -48,7 +48,7 @@ def test_a_worker_that_is_computing_ends_with_its_parent(tmp_path: Path) -> None
     assert worker.stdin is not None and worker.stdout is not None
     worker.stdin.write('{"number": 0}\n')
     worker.stdin.flush()
-    assert worker.stdout.readline() == '{"twice": 0}\n'  # and now it is at something that takes for ever
+    assert worker.stdout.readline() == '{"twice": 0}\n'  # and now it does something endless
     worker.stdin.close()  # as the death of the parent does
     assert worker.wait(30) == 0
 

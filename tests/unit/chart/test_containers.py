@@ -73,7 +73,7 @@ def test_a_lock_has_a_version_and_digests_of_everything_that_the_project_names(f
     for line in [*wanted, *client["dependencies"]]:
         requirement = Requirement(line)
         if requirement.name == client["name"]:
-            continue  # from this source, like what is locked for
+            continue  # built from this source
         version = lock[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version.partition("+")[0]), (
             f"{line}: {version} is locked, run `make lock`"

@@ -61,7 +61,7 @@ def test_both_kinds_have_the_same_methods_with_the_same_arguments(one: type, oth
         return {name: list(inspect.signature(call).parameters.values()) for name, call in public.items()}
 
     expected = arguments(one)
-    expected.pop("send_checked", None)  # for what was checked in other processes
+    expected.pop("send_checked", None)  # the real imports were checked in other processes
     assert arguments(other) == expected
 
 

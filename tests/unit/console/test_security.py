@@ -112,7 +112,7 @@ def test_a_post_without_the_sessions_token_is_refused(tmp_path: Path, key: str) 
 def test_a_link_on_another_site_does_not_end_the_session(tmp_path: Path, key: str) -> None:
     client = visit(tmp_path)
     linked = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
-    answer = client.get("/releases", headers=linked)  # as it comes: without the Strict cookie
+    answer = client.get("/releases", headers=linked)  # as browsers send it: without the Strict cookie
     assert "set-cookie" not in answer.headers and 'http-equiv="refresh"' in answer.text
     signed_in(client, key)
     assert "<h1>Releases" in client.get("/releases", headers=linked).text

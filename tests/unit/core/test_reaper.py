@@ -203,7 +203,7 @@ def test_parts_and_workers_end_with_what_started_them(
     parts = {"stubborn": STUBBORN, "obeys": OBEYS, "leaves": LEAVES_A_CHILD, "other": OBEYS}
     ours, theirs = pty.openpty()
     command = [sys.executable, str(script), str(tmp_path), repr(parts)]
-    if way is closed_terminal:  # below one that keeps to itself what the kernel tells it, as `make` does
+    if way is closed_terminal:  # below a process that does not forward signals of the kernel, as `make`
         command = ["bash", "-c", f"trap : HUP; {shlex.join(command)}; true"]
     parent = subprocess.Popen(
         command, env=marked, stdin=theirs, stdout=theirs,
@@ -211,7 +211,7 @@ def test_parts_and_workers_end_with_what_started_them(
     )  # fmt: skip
     os.close(theirs)
     assert b"begins" in os.read(ours, 100)
-    time.sleep(random.uniform(0, moment))  # wherever it is then: before, between and after the starts
+    time.sleep(random.uniform(0, moment))  # at any point: before, between and after the starts
     way(parent.pid)
     os.close(ours)
     assert parent.wait(SECONDS) is not None

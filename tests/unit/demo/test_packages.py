@@ -98,7 +98,7 @@ def deb(tmp_path: Path) -> Path:
     (tree / "DEBIAN" / "control").write_text(
         "Package: toy\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: toy\n"
     )
-    (tree / "DEBIAN").chmod(0o755)  # dpkg-deb takes nothing less, whatever the umask
+    (tree / "DEBIAN").chmod(0o755)  # dpkg-deb accepts nothing less, whatever the umask
     (tree / "usr").mkdir()
     (tree / "usr" / "a.txt").write_bytes(os.urandom(100_000))
     subprocess.run(

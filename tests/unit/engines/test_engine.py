@@ -125,7 +125,7 @@ def test_an_unloaded_adapter_is_gone_with_its_memory_and_can_come_back(engine: C
     spaces = engine.load(name, folder)
     golden = engine.golden(name)
     towers = weakref.ref(engine._residents[name].towers)
-    gc.disable()  # whose full rounds are minutes apart: hundreds of megabytes of a real base would wait for one
+    gc.disable()  # full collections are minutes apart: hundreds of megabytes of a real base would wait for one
     try:
         engine.unload(name)
         assert towers() is None

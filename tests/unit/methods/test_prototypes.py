@@ -109,7 +109,7 @@ def second_update(earlier: Features, captions: list[str], labels: list[str]) -> 
     first.begin(captions, labels)
     assert first(earlier).item() == 0
     first.stepped(earlier)
-    assert first(earlier).item() == 0  # nothing yet that an earlier update has left
+    assert first(earlier).item() == 0  # nothing left by an earlier update yet
     second.load_state(first.state())
     second.begin(captions, labels)
     return second

@@ -129,7 +129,7 @@ def test_each_call_exists(page: Page) -> None:
 def test_each_name_in_code_is_in_the_source(page: Page) -> None:
     for span in page.spans:
         if re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+", span) and span not in OF_OTHERS:
-            reasons = {span, span.replace("image_url_", "uri_", 1)}  # what records call uri_..., clients know so
+            reasons = {span, span.replace("image_url_", "uri_", 1)}  # the client's names of the records' uri_... codes
             assert reasons & WORDS or any(word.startswith(f"{span}_") for word in WORDS), span
 
 

@@ -169,7 +169,7 @@ async def test_a_ledger_that_hangs_holds_nobody_up_for_long(
             assert [answer.status_code for answer in answers] == [200] * 5
             assert (await closed.get("/v1/models", OPERATOR)).status_code == 200
             refused = await closed.get("/v1/models", new)
-            refusal(refused, 503, "unavailable")  # it is not told that it is wrong or was revoked
+            refusal(refused, 503, "unavailable")  # the answer does not say whether it is wrong or revoked
             assert refused.headers["retry-after"]
             for wrong in ("rk_cut", token[:-1] + ("0" if token[-1] != "0" else "1")):
                 refusal(await closed.get("/v1/models", wrong), 401, "invalid_api_key")

@@ -214,7 +214,7 @@ async def test_what_was_deleted_while_nobody_followed_leaves_tables_that_nobody_
     for space in ("aaaa", "bbbb"):
         assert len(second.stored(space)) == 59, space  # one image cannot be read
     assert holds(tmp_path / "catalog", b"recognisable words")
-    # It dies, too: the next one knows nothing of what was removed, and removes its bytes all the same.
+    # It dies, too: the next one does not know what was removed, and still removes the bytes.
     monkeypatch.setattr("serving.catalog.reconcile.EXPUNGE_SECONDS", 0.0)
     await World(tmp_path).hold(HERE)
     assert not holds(tmp_path / "catalog", b"recognisable words")

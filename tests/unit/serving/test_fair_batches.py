@@ -213,7 +213,7 @@ async def test_after_a_batch_of_several_the_next_one_waits_to_fill(engine: Engin
     for _ in range(2):  # also the queue's task has had its turn
         await asyncio.sleep(0)
     assert len(engine.batches) == 2
-    await asyncio.gather(*tasks, engine.submit(STABLE))  # full: nobody waits any longer
+    await asyncio.gather(*tasks, engine.submit(STABLE))  # full: no request waits any longer
     assert len(engine.batches) == 3
 
 

@@ -69,7 +69,7 @@ async def test_a_replica_that_lags_for_too_long_is_unhealthy_unless_another_one_
     replica = Replica(ledger, broken={"a"})
     follower = replica.follower()
     await follower.step()
-    await follower.check()  # a lag that has just begun is none
+    await follower.check()  # a lag that has just begun does not count
     monkeypatch.setattr(module, "LAG_SECONDS", -1.0)
     with pytest.raises(RuntimeError, match="no memory"):
         await follower.check()

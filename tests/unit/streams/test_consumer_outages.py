@@ -233,7 +233,7 @@ def test_one_that_lost_its_partition_publishes_what_waited_though_no_record_come
     assert kafka.names() == ["t:0:0"]
 
 
-# -- the duplicate index, which is built beside the loop ------------------------------------------------------------
+# -- the duplicate index, which is built in parallel with the loop --------------------------------------------------
 
 
 def test_the_group_is_joined_and_nothing_is_claimed_while_the_index_is_built(

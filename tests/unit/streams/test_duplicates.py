@@ -134,7 +134,7 @@ def test_a_lost_or_damaged_index_is_made_anew_from_the_store(tmp_path: Path, sto
         Path(f"{path}{suffix}").unlink(missing_ok=True)
     damage(path)
     with closing(DuplicateIndex(path, "store")) as index:
-        for _ in range(2):  # what shows only when it is used costs one try
+        for _ in range(2):  # damage that shows only on use costs one attempt
             try:
                 follow(index, store)
                 duplicate = index.find(stored_item(0, 7))

@@ -73,7 +73,7 @@ def test_ingest_goes_on_where_the_earlier_version_stood(written: Written) -> Non
     three = {"text": "picture 3", "domain": "forms", "source": "urn:cam", "label": "l3", "concept": "c3"}
     outcome = ingest(
         store,
-        received(0, 29, picture(3, kind="PNG"), b"another key", **three),  # a duplicate of a sample of then
+        received(0, 29, picture(3, kind="PNG"), b"another key", **three),  # a duplicate of an old sample
         received(0, 30, picture(900), b"new", text="a new picture", domain="forms"),
         received(0, 31, picture(6, kind="PNG"), b"key-6", text="picture 6", source="urn:cam", label="corrected"),
         received(0, 32, picture(6, kind="PNG"), b"key-6", text="other words", label="l2", domain="streets"),

@@ -28,7 +28,7 @@ LOOPBACK = ["127.0.0.1/32"]
 
 def fetch(uri: str, allowed: Sequence[str], max_bytes: int = 1000, networks: Sequence[str] = LOOPBACK) -> bytes:
     limits = {**Ingest().model_dump(), "allowed_uris": allowed, "allowed_networks": networks}
-    limited = Ingest.model_construct(**{**limits, "max_image_bytes": max_bytes})  # smaller than is valid
+    limited = Ingest.model_construct(**{**limits, "max_image_bytes": max_bytes})  # too small to be valid
     with closing(UriFetcher(limited)) as fetcher:
         return fetcher.fetch(uri)
 
@@ -144,7 +144,7 @@ def test_as_many_as_the_setting_says_are_in_flight_on_one_thread(web: WebServer,
             with lock:
                 now += 1
                 most = max(most, now)
-            barrier.wait(LONG)  # passes when so many are in flight, or never
+            barrier.wait(LONG)  # passes only when this many are in flight
             with lock:
                 now -= 1
             threads.update(each.name for each in threading.enumerate() if each.name == "uris")

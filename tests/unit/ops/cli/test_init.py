@@ -155,7 +155,7 @@ def test_what_a_suite_can_show_is_what_the_gate_needs_turned_round(run: Run) -> 
     (suite,) = load_suites([Path("suites")], Path(".ratchet"))
     shown = suite_power(suite, gate)
     assert (shown.items, shown.units, shown.needed, shown.enough) == (90, 90, 39, True)
-    level = gate.alpha  # all candidates have it for their losses
+    level = gate.alpha  # all candidates have it, because of their losses
     for items in (39, 90, 2000):
         distance = smallest_difference(0.25, items, level)
         assert items_needed(0.25, distance + 1e-9, level) == items

@@ -147,14 +147,14 @@ async def test_the_guard_takes_a_bad_release_back_once_and_says_why(server: Serv
     assert row.detail["compared"]["clip"]["inputs"] == 40
     assert [one["guardrail"] for one in row.detail["guardrails"] if one["broken"]] == ["agreement"]
     assert server.live_row.reason == row.detail["reason"]
-    assert await watching.step() is None  # a rollback is not guarded: nothing flaps
+    assert await watching.step() is None  # a rollback is not guarded, to avoid flapping
     assert watching.status() == {"state": "idle"}
     assert server.live[0] == 4
 
 
 async def test_the_guard_goes_back_from_a_canary_while_held_and_to_what_was_withdrawn_once(server: Server) -> None:
     server.ledger.withdraw(["a"], actor="guard", subject="release 9", reason="disagrees", evidence={})
-    await server.create(clip="a")  # an operator insisted
+    await server.create(clip="a")  # an operator forced it
     await server.create(0.1, clip="b")
     server.ledger.hold("me", "quiet")
     assert (await guard(server, clip=BAD).step()) is not None

@@ -176,7 +176,7 @@ def pretend(number: int) -> tuple[float, float, str]:
             break
         outcome = "whole"
         spending.stepped(size, taken)
-        if chance.random() < 0.2:  # killed, and begun again from the checkpoint
+        if chance.random() < 0.2:  # killed, and resumed from the checkpoint
             costs = Costs(spending.costs.to_json(), spending.costs.excess)
             spending = Spending(budget, cost, spending.steps, costs, learner.prepared_gflops)
     steps = spending.steps

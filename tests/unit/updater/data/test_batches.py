@@ -172,7 +172,7 @@ def test_each_pass_over_a_pool_takes_the_next_view() -> None:
 def test_a_view_is_a_part_of_the_image_and_always_the_same() -> None:
     shape = Preprocess(size=32)
     pair = pairs("car", 1)[0]
-    # A ramp tells where a part comes from: darker on the left and on top.
+    # A ramp shows where a crop is from: darker on the left and on top.
     image = ramp(120, 90)
     whole = view_pixels(shape, image, pair, Views(count=4))
     assert np.array_equal(whole, shape.pixels(image))

@@ -74,7 +74,7 @@ def test_the_reference_pool_of_a_vlm_is_what_asks_something(tmp_path: Path) -> N
 
 def test_without_one_the_shipped_vlm_brings_the_folders_that_it_was_trained_on(tmp_path: Path) -> None:
     shipped = settings(tmp_path, **{"base.vlm": SHIPPED_VLM})
-    assert reference_of(shipped, "vlm") == []  # not there yet
+    assert reference_of(shipped, "vlm") == []  # does not exist yet
     made = [folder(tmp_path / "data" / name, ["colour"]) for name in VLM_REFERENCE]
     assert made and reference_of(shipped, "vlm") == made
 

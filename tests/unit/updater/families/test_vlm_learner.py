@@ -132,7 +132,7 @@ def test_each_image_is_read_once(base: VlmBase) -> None:
     )
     for _ in range(3):
         learner.forward_backward(list(range(18)))
-    first = reads.pop("car-0")  # is looked at once more: whether what its image gives can be kept
+    first = reads.pop("car-0")  # checked once more: whether its image features can be kept
     assert first == 2 and len(reads) == 17 and set(reads.values()) == {1}
 
 
