@@ -119,8 +119,8 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
                 },
                 "gate": {"suites": [str(home / "suites")], "detect": 0.2},
                 "watch": {"seconds": 1.0},
-                # Repeated inputs are answered from the cache, so they are compared at once or never. This update changes
-                # much, and the guard would roll it back.
+                # Repeated inputs are answered from the cache, so they are compared at once or never. This update
+                # changes much, and the guard would roll it back.
                 "rollout": {"compare_share": 1.0, "min_agreement": 0.0},
             }
         )
