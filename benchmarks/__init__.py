@@ -33,14 +33,11 @@ BENCHMARKS = {
 }
 """Name to module; a module has ``main(settings, arguments)``."""
 WITHOUT_MODELS = frozenset({"chaos", "families", "ingest", "lifetime", "search", "variety"})
-"""These need no base."""
 
 
 def run(name: str, settings: Settings, arguments: list[str]) -> None:
-    """Run a benchmark with its own flags, building the shipped bases first where it uses them.
-
-    Raises:
-        ConfigError: no benchmark has this name.
+    """Run a benchmark with its own flags, after building the shipped bases if it uses them. Raises ConfigError if no
+    benchmark has this name.
     """
     if name not in BENCHMARKS:
         raise ConfigError(f"there is no benchmark {name!r}.", f"There are: {', '.join(sorted(BENCHMARKS))}.")

@@ -1,8 +1,8 @@
-"""``ratchet bench agreement``: what the guard sees of adapters that are more and more broken, beside what they lost.
+"""``ratchet bench agreement``: the guard's agreement for increasingly broken adapters, and how much they lost.
 
-Random noise of growing size is put to the weights of the settings' bases. For each size: how often noisy model and base
-agree about held-out items, and how well the noisy one still answers them (CLIP: recall of an image's text among the
-five nearest; VLM: share of right answers). Named adapters are measured in the same way, against the base.
+Random noise of growing size is added to the weights of the settings' bases. For each size: how often noisy model and
+base agree about held-out items, and how well the noisy one still answers them (CLIP: recall of an image's text among
+the five nearest; VLM: share of right answers). Named adapters are measured in the same way, against the base.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ Vectors = npt.NDArray[np.float32]
 def run(
     settings: Settings, sizes: Sequence[float] = SIZES, adapters: Sequence[str] = (), domains: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Measure. ``domains``: prepared folders in ``home/data``; some of the shipped ones by default.
+    """Measure and return the figures. ``domains``: prepared folders in ``home/data``; some of the shipped ones by
+    default.
 
-    Returns the figures. Raises RatchetError when a domain is not prepared.
+    Raises RatchetError when a domain is not prepared.
     """
     rows: list[FigureRow] = []
     for domain in domains or (*CLIP_DOMAINS, *VLM_DOMAINS):
@@ -156,7 +157,6 @@ def _candidates(
 
 
 def show(figures: dict[str, Any]) -> None:
-    """A table for people, one JSON line for machines (last)."""
     table = Table("model", "domain", "adapter", "agrees", "right", title="Agreement with the base")
     for row in figures["rows"]:
         table.add_row(row["family"], row["domain"], row["adapter"], f"{row['agreement']:.0%}", f"{row['right']:.0%}")
@@ -164,7 +164,6 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench agreement``."""
     parser = argparse.ArgumentParser(prog="ratchet bench agreement", description="What the guard sees.")
     parser.add_argument("--adapter", action="append", default=[], help="also this one of the ledger (repeatable)")
     parser.add_argument("--domain", action="append", default=[], help="prepared folder in home/data (repeatable)")

@@ -1,4 +1,4 @@
-"""A home for one run of a benchmark, with bases and nothing else in it."""
+"""A new home with bases for one run of a benchmark."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from serving.engines.clip_base import ClipBase, list_bases, load_base
 
 
 def cache_folder(settings: Settings) -> Path:
-    """What benchmarks keep between runs: random bases, environments of other servers."""
     return settings.home.resolve() / "cache" / "bench"
 
 
@@ -24,17 +23,14 @@ def clip_base(settings: Settings, name: str) -> ClipBase:
 
 
 def without_vlm(settings: Settings) -> Settings:
-    """The same, and no VLM is served."""
     return settings.model_copy(update={"base": settings.base.model_copy(update={"vlm": ""})})
 
 
 def bench_home(settings: Settings, home: Path, clip: ClipBase, **serve: Any) -> Settings:
-    """Settings of a new home: its CLIP is ``clip``, its VLM the settings' one where that is registered.
+    """Settings of a new home: its CLIP is ``clip``, its VLM the settings' one if that is registered.
 
-    Nothing is guarded: random adapters are what the guard is there to take back, and that would end a measurement.
-
-    Args:
-        serve: fields of ``settings.serve`` to change.
+    The guard is off: it would roll back random adapters and so end a measurement. ``serve``: fields of
+    ``settings.serve`` to change.
     """
     shutil.copytree(clip.directory, home / "bases" / clip.name)
     vlm = settings.home / "bases" / settings.base.vlm

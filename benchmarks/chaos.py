@@ -1,4 +1,4 @@
-"""``ratchet bench chaos``: what breaks while parts of Ratchet die, and what they need is away, slow or full."""
+"""``ratchet bench chaos``: failures while parts of Ratchet die and their dependencies are down, slow or full."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A closed loop of chat requests: so many clients, each sends its next request when it has its answer."""
+"""A closed loop of chat clients, each of which sends its next request when it has its answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TIMEOUT_SECONDS = 120.0
 
 @dataclass
 class ChatRun:
-    """What came of one run, or of several that were added up. Times are seconds."""
+    """Results of one run, or of several that were added up. Times are seconds."""
 
     seconds: float = 0.0
     answered: int = 0
@@ -28,7 +28,6 @@ class ChatRun:
     """By number of the request's body."""
 
     def add(self, other: ChatRun) -> None:
-        """Take in another run of the same kind."""
         self.seconds += other.seconds
         self.answered += other.answered
         self.problems += other.problems
@@ -37,17 +36,15 @@ class ChatRun:
 
     @property
     def rate(self) -> float:
-        """Requests a second."""
         return self.answered / self.seconds if self.seconds else 0.0
 
     @property
     def first_seconds(self) -> float:
-        """Median time to the first token."""
         return float(np.median(self.first)) if self.first else float("nan")
 
 
 def closed_loop(url: str, bodies: Sequence[dict[str, Any]], concurrency: int, seconds: float, stream: bool) -> ChatRun:
-    """Ask for about so many seconds; requests under way at the end are waited for, and count with their time."""
+    """Run for this many seconds; requests under way at the end are waited for, and count with their time."""
     asked = [json.dumps({**body, "stream": stream}).encode() for body in bodies]
     return asyncio.run(_run(url, asked, concurrency, seconds, stream))
 
@@ -87,7 +84,6 @@ async def _ask(client: httpx.AsyncClient, number: int, body: bytes, stream: bool
 
 
 async def _streamed(client: httpx.AsyncClient, body: bytes) -> tuple[str, float]:
-    """The whole text, and when its first token came."""
     parts: list[str] = []
     first = 0.0
     async with client.stream("POST", _PATH, content=body, headers=_HEADERS) as answer:

@@ -1,4 +1,4 @@
-"""Clients that each wait for their answer, simulated as `ops.planning` simulates requests that come by themselves."""
+"""A simulation of closed-loop clients, as `ops.planning` simulates open-loop requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from ops.planning.measured import ServiceTimes
 
 
 def closed_loop(times: ServiceTimes, clients: int, encoders: int, max_batch: int, requests: int = REQUESTS) -> Outcome:
-    """Clients that each send the next request when they have their answer."""
     waiting = [0.0] * clients
     free = [0.0] * encoders
     returning: list[tuple[float, int]] = []

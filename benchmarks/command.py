@@ -1,4 +1,4 @@
-"""The command of every benchmark: the parser of its flags, and its figures as people and machines read them."""
+"""The argument parser and the output shared by all benchmarks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rich.table import Table
 
 
 def bench_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """For ``ratchet bench NAME``, described by the first line of a module's docstring."""
+    """The parser of ``ratchet bench NAME``, described by the first line of a module's docstring."""
     return argparse.ArgumentParser(prog=f"ratchet bench {name}", description=(doc or "").partition("\n")[0])
 
 
 def show_table(table: Table, figures: Mapping[str, Any], note: str = "") -> None:
-    """Print a table for people, a note, and one JSON line for machines (last)."""
+    """Print a table, a note and, as the last line, JSON."""
     Console().print(table)
     if note:
         print(note)
@@ -25,7 +25,7 @@ def show_table(table: Table, figures: Mapping[str, Any], note: str = "") -> None
 
 
 def show_figures(title: str, figures: Mapping[str, Any], note: str = "") -> None:
-    """The same with a table of two columns: the figures themselves."""
+    """Print the figures themselves as a table of two columns, a note and JSON."""
     table = Table(show_header=False, title=title)
     for name, value in figures.items():
         shown = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)

@@ -1,9 +1,9 @@
-"""``ratchet bench duty``: what an update in training costs the requests that are answered meanwhile.
+"""``ratchet bench duty``: the cost of an update in training for the requests that are answered meanwhile.
 
-A server under open-loop load at half of the measured capacity; beside it, in turns, nothing and a trainer: the real
+A server under open-loop load at half of the measured capacity; next to it, in turns, nothing and a trainer: the real
 process with the settings' priority, threads and duty cycle, which starts, takes steps for a phase, and is stopped with
-a checkpoint from which the next phase goes on. Requests count by when they were due. The trainer's start, its imports
-and its teachers' passes, is a phase of its own; what lies between two phases counts for none.
+a checkpoint from which the next phase continues. Requests count by when they were due. The trainer's start, with its
+imports and teacher passes, is its own phase; the time between two phases counts for none.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from serving.app import start
 from tests.support.inputs import TEXTS, pictures
 
 REST_SECONDS = 3.0
-"""Between two phases, so that none answers what waited in the other."""
+"""Pause between two phases, so that none answers requests that waited in the other."""
 SHARES = (0.5, 0.95, 0.99)
 PhaseKind = Literal["without", "starting", "with"]
-"""What the trainer does: it does not run, it starts, it takes steps."""
+"""The trainer's state: not running, starting, taking steps."""
 KINDS: tuple[PhaseKind, ...] = get_args(PhaseKind)
 RESAMPLES = 2_000
 
 
 @dataclass(frozen=True)
 class Phase:
-    """When a phase was (seconds since 1970), of which kind, and the steps that the trainer took in it."""
+    """Time (seconds since 1970) and kind of a phase, and the steps that the trainer took in it."""
 
     begin: float
     end: float
@@ -52,15 +52,14 @@ class Phase:
 def run(
     settings: Settings, rounds: int = 4, seconds: float = 45.0, share: float = 0.5, capacity_seconds: float = 8.0
 ) -> dict[str, Any]:
-    """Measure on a home of its own with the settings' CLIP. Returns the figures.
+    """Measure on a new home with the settings' CLIP. Returns the figures.
 
     Args:
         rounds: phases of each kind.
         seconds: length of a phase.
         share: of capacity.
 
-    Raises:
-        RatchetError: the base is not registered, or server or trainer do not start.
+    Raises RatchetError if the base is not registered, or server or trainer do not start.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
         home = Path(folder)
@@ -143,12 +142,11 @@ def _figures(settings: Settings, report: Report, phases: Sequence[Phase], rate: 
 
 
 def _within(samples: Sequence[CheckedSample], phase: Phase) -> list[float]:
-    """Latencies of the answered requests that were due in a phase, seconds."""
     return [each.seconds for each in samples if each.release and phase.begin <= each.due < phase.end]
 
 
 def _interval(quiet: Sequence[Sequence[float]], busy: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """95% of the ratio of both p99 when requests are drawn again within each kind (Efron's bootstrap)."""
+    """95% interval of the ratio of both p99, resampling requests within each kind (Efron's bootstrap)."""
     random = np.random.default_rng(0)
     tails = []
     for parts in (busy, quiet):
@@ -159,7 +157,6 @@ def _interval(quiet: Sequence[Sequence[float]], busy: Sequence[Sequence[float]])
 
 
 def show(figures: dict[str, Any]) -> None:
-    """A table for people, one JSON line for machines (last)."""
     table = Table("", *KINDS, title="Requests beside a trainer, seconds")
     for share in SHARES:
         name = f"p{share * 100:.0f}"
@@ -171,7 +168,6 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench duty``."""
     parser = bench_parser("duty", __doc__)
     parser.add_argument("--rounds", type=int, default=4, help="phases without and with a trainer (4)")
     parser.add_argument("--seconds", type=float, default=45.0, help="length of a phase (45)")

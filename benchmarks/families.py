@@ -1,8 +1,8 @@
-"""``ratchet bench families``: which VLM families Ratchet can add, train, serve and judge, by small random models.
+"""``ratchet bench families``: the VLM families that Ratchet can add, train, serve and judge, by small random models.
 
-Each family is a real configuration of its own classes and processor with random weights. It goes the way that a model
-of yours goes: `base add`, a few steps of an update, both engines, an adapter loaded and unloaded between answers, and a
-run of the gate, whose parity compares what the trainer and the engine say.
+Each family is a real configuration of its own classes and processor with random weights. It goes through the same steps
+as your own model: `base add`, a few steps of an update, both engines, an adapter loaded and unloaded between answers,
+and a run of the gate, whose parity check compares trainer and engine.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SECONDS: Final = 600.0
 
 
 def run(names: Sequence[str]) -> dict[str, Any]:
-    """Try these families, each in a process of its own. Returns the figures."""
+    """Try these families, each in its own process. Returns the figures."""
     rows = []
     for name in names:
         with step(name):
@@ -66,7 +66,7 @@ def run(names: Sequence[str]) -> dict[str, Any]:
 
 
 def try_family(name: str, folder: Path) -> dict[str, Any]:
-    """What one family can do; what it cannot is in ``problems``."""
+    """The capabilities of one family; failures are in ``problems``."""
     found: dict[str, Any] = {"family": name, "problems": []}
     steps = (_added, _trained, partial(_served, kind="transformers"), partial(_served, kind="vllm"))
     for each in steps:
@@ -143,14 +143,13 @@ class _Pictures:
     """Images of :func:`_table`."""
 
     def expect(self, ids: Sequence[str]) -> None:
-        """They are drawn when they are asked for."""
+        """Nothing to do: they are drawn on request."""
 
     def __call__(self, sample: str) -> bytes:
         return encoded_square(int(sample.removeprefix("new-")))
 
 
 def _table() -> pa.Table:
-    """Rows of the sample store that no update saw."""
     numbers = range(1000, 1000 + PICTURES)
     return pa.table(
         {
@@ -162,7 +161,6 @@ def _table() -> pa.Table:
 
 
 def show(figures: dict[str, Any]) -> None:
-    """A table for people, one JSON line for machines (last)."""
     table = Table(Column("family", no_wrap=True), "LoRA in", "update", "transformers", "vLLM", "parity",
                   "answers equal", "not by vLLM",
                   "problems", title="VLM families, by small random models")  # fmt: skip
@@ -178,7 +176,6 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench families``."""
     parser = bench_parser("families", __doc__)
     parser.add_argument("names", nargs="*", help=f"families, of {', '.join(FAMILIES)} (all)")
     names = parser.parse_args(arguments).names or list(FAMILIES)

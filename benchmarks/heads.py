@@ -1,9 +1,9 @@
-"""``ratchet bench heads``: accuracy of heads beside prompts and a trained adapter, on labelled domains.
+"""``ratchet bench heads``: accuracy of heads compared with prompts and a trained adapter, on labelled domains.
 
 For each domain with labels: prompts on the base, the nearest class mean and a head on the base's features, then the
-same on those of an adapter that the default recipe has trained on the domain; all from the same pairs, on pictures that
-nobody has learned. And of each head: the share of its own classes' pictures that it takes for known, the share of other
-domains' that it takes for none of its classes, and how far its probabilities are from being right (ECE, 10 bins).
+same on those of an adapter that the default recipe has trained on the domain; all from the same pairs, on held-out
+pictures. And of each head: the share of its own classes' pictures that it takes for known, the share of other domains'
+that it assigns to no class, and its calibration error (ECE, 10 bins).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Vectors = NDArray[np.float32]
 
 
 def run(settings: Settings, protocol: Protocol) -> dict[str, Any]:
-    """The figures. Raises PackageError when data cannot be had."""
+    """The figures. Raises PackageError when data cannot be obtained."""
     prepare(settings.home)
     stream = load_stream(settings.home, protocol)
     base = load_base(settings.home, settings.base.clip)
@@ -77,13 +77,11 @@ def run(settings: Settings, protocol: Protocol) -> dict[str, Any]:
 
 
 def _learnable(pairs: Sequence[Pair]) -> list[Pair]:
-    """Those of labels that have enough pairs to be a class."""
     counts = Counter(pair.label for pair in pairs if pair.label)
     return [pair for pair in pairs if counts[pair.label] >= LEAST]
 
 
 def _trained(base: ClipBase, stream: Stream, suite: Suite, protocol: Protocol, folder: Path) -> Path:
-    """The adapter directory of the default recipe after one update on the suite's domain."""
     recipe = plan(base, load_recipe("default"), stream, protocol, folder / "plans").recipe
     pools = draw(stream, [suite.name], 0, recipe, protocol, seed=0)
     limits = Limits(protocol.gflops, 3600.0, threads=1)
@@ -95,7 +93,7 @@ def _trained(base: ClipBase, stream: Stream, suite: Suite, protocol: Protocol, f
 
 
 def _features(base: ClipBase, pairs: Sequence[Pair], adapter: Path | None) -> Vectors:
-    """Vectors of pictures to learn from, [n, dim]."""
+    """Vectors of training pictures, [n, dim]."""
     suite = Suite("taught", "adaptation", "classification", tuple(pairs), ("{}",))
     return images_of(suite, Evaluator(base, [suite]).encode(adapter))
 
@@ -103,7 +101,6 @@ def _features(base: ClipBase, pairs: Sequence[Pair], adapter: Path | None) -> Ve
 def _side(
     name: str, suite: Suite, suites: Sequence[Suite], encoded: Encoded, features: Vectors, pairs: Sequence[Pair]
 ) -> dict[str, float]:
-    """Figures under one model: prompts, nearest mean and head; what the head knows, and how sure it is."""
     labels = [pair.label for pair in pairs]
     right = np.array([pair.label for pair in suite.items])
     x = images_of(suite, encoded)
@@ -150,7 +147,6 @@ def _percent(hits: NDArray[np.bool_]) -> float:
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench heads``."""
     parser = argparse.ArgumentParser(
         prog="ratchet bench heads", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

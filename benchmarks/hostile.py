@@ -1,9 +1,9 @@
-"""``ratchet bench hostile``: what a good client notices of hostile ones.
+"""``ratchet bench hostile``: the effect of hostile clients on a good one.
 
-An open-loop load of embeddings, whose every answer is checked, comes from 127.0.0.1; attackers come from 127.0.0.2,
-and from a process of low priority: they stand for other machines, and what they compute here must not look like the
-server's. The load runs alone and with one attack, in turns, so that a slower minute of the machine slows both. An
-operator rolls back every few seconds. Vectors are not cached: the load repeats a few inputs, and would meet no queue.
+An open-loop load of embeddings, with every answer checked, comes from 127.0.0.1; attackers come from 127.0.0.2, and
+from a process of low priority: they stand for other machines, whose computation must not look like the server's. The
+load runs alone and with one attack, in turns, so that a slower minute of the machine slows both. An operator rolls back
+every few seconds. Vectors are not cached: the load repeats a few inputs, and would bypass the queue.
 """
 
 from __future__ import annotations
@@ -54,14 +54,13 @@ Attack = Callable[[Target], Coroutine[Any, Any, None]]
 
 @dataclass(frozen=True)
 class Turn:
-    """One attack: when it went on, and what came back."""
+    """One attack: its time, and the results."""
 
     name: str
     began: float
     ended: float
     counts: dict[str, int]
     memory_bytes: int = 0
-    """Of the server, at its highest."""
 
 
 def plan(vlm: bool, scale: float = 1.0) -> dict[str, Attack]:
@@ -92,10 +91,8 @@ def plan(vlm: bool, scale: float = 1.0) -> dict[str, Attack]:
 
 
 def run(settings: Settings, seconds: float = 20.0, rate: float = 8.0, scale: float = 1.0) -> dict[str, Any]:
-    """Measure on a home of its own with the settings' bases. Returns the figures.
-
-    Raises:
-        RatchetError: the base is not registered, or the server does not start.
+    """Measure on a new home with the settings' bases. Returns the figures. Raises RatchetError if the base is not
+    registered, or the server does not start.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
         ours = bench_home(settings, Path(folder), load_base(settings.home, settings.base.clip), cache_bytes=0)
@@ -110,7 +107,7 @@ def run(settings: Settings, seconds: float = 20.0, rate: float = 8.0, scale: flo
 
 
 class Rollbacks:
-    """An operator who goes back and forth between the base and an adapter, for as long as the block lasts."""
+    """An operator who switches between the base and an adapter, for as long as the block lasts."""
 
     def __init__(self, settings: Settings, adapter: str) -> None:
         self.seconds: list[tuple[float, float]] = []
@@ -146,7 +143,7 @@ class Rollbacks:
 def measure(
     settings: Settings, chosen: dict[str, Attack], seconds: float, rate: float, rollbacks: Rollbacks | None = None
 ) -> dict[str, Any]:
-    """Attack a server that runs. ``seconds``: of each turn with and without; ``rate``: good requests a second."""
+    """Attack a running server. ``seconds``: of each turn with and without; ``rate``: good requests a second."""
     server, turns = settings.serve, []
     images = pictures(6)
     with (
@@ -238,7 +235,6 @@ def stalls_of(report: Report, began: float) -> list[tuple[float, float]]:
 def rollback_figures(
     rollbacks: Sequence[tuple[float, float]], problems: Sequence[str], turns: Sequence[Turn]
 ) -> dict[str, Any]:
-    """Durations of rollbacks: of all, and of those during each attack."""
     by_attack = {
         turn.name: max((took for at, took in rollbacks if at <= turn.ended and at + took >= turn.began), default=None)
         for turn in turns
@@ -253,7 +249,6 @@ def rollback_figures(
 
 
 def show(result: dict[str, Any]) -> None:
-    """A table for people, one JSON line for machines (last)."""
     table = Table(
         "attack", "p99, as a multiple", "longest stall (s)", "good requests failed", "what the attacker got",
         title="Hostile clients",
@@ -273,7 +268,6 @@ def _prepare() -> None:
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench hostile``."""
     parser = bench_parser("hostile", __doc__)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each turn with and without an attack (20)")
     parser.add_argument("--rate", type=float, default=8.0, help="requests of the good client a second (8)")

@@ -1,6 +1,6 @@
-"""Clients that want to take a server from the others. Raw sockets, so that an attack costs its machine little.
+"""Denial-of-service clients on raw sockets, so that an attack costs its machine little.
 
-Each attack is a coroutine that goes on until it is cancelled and counts what came back: HTTP statuses, ``closed`` (no
+Each attack is a coroutine that runs until it is cancelled and counts the results: HTTP statuses, ``closed`` (no
 answer), ``refused`` (no connection).
 """
 
@@ -23,9 +23,9 @@ from PIL import Image
 
 Counts = Counter[str]
 REOPEN_SECONDS = 5.0
-"""A connection that was closed is opened again after this long."""
+"""Delay before a closed connection is opened again."""
 BUFFERED_BYTES = 20_000
-"""More than HAProxy waits for before it passes a request on."""
+"""More than HAProxy waits for before it forwards a request."""
 READ_BYTES = 65_536
 MIB = 2**20
 
@@ -41,7 +41,6 @@ class Target:
     max_pixels: int = 40_000_000
 
     async def attempt(self, talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[str]]) -> None:
-        """Open a connection, talk, and count how it ended."""
         try:
             reader, writer = await asyncio.open_connection(self.host, self.port, local_addr=(self.source, 0))
         except OSError:
@@ -56,7 +55,7 @@ class Target:
 
 
 def request(path: str, body: bytes | None = None, declared: int | None = None) -> bytes:
-    """A request as it goes over the wire; ``declared``: another length than that of the body."""
+    """A request as sent over the wire; ``declared``: a length other than that of the body."""
     if body is None:
         return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     length = len(body) if declared is None else declared
@@ -65,7 +64,7 @@ def request(path: str, body: bytes | None = None, declared: int | None = None) -
 
 
 async def status(reader: asyncio.StreamReader) -> str:
-    """The status of the next answer, whose body is read; ``closed`` where there is none."""
+    """The status of the next answer, whose body is read; ``closed`` if there is none."""
     head = await reader.readline()
     if not head:
         return "closed"
@@ -78,7 +77,7 @@ async def status(reader: asyncio.StreamReader) -> str:
 
 
 async def _each(count: int, one: Callable[[int], Awaitable[None]], pause: float) -> None:
-    """``count`` times at once, each again and again."""
+    """``count`` times in parallel, each again and again."""
 
     async def loop(number: int) -> None:
         await asyncio.sleep(random.random() * pause)  # noqa: S311  thousands at once would be a load of their own
@@ -92,7 +91,6 @@ async def _each(count: int, one: Callable[[int], Awaitable[None]], pause: float)
 
 
 async def without_a_body(target: Target, connections: int = 300) -> None:
-    """Headers that announce a body, and nothing more."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
         writer.write(request("/v1/embeddings", b"", declared=1000))
@@ -102,7 +100,6 @@ async def without_a_body(target: Target, connections: int = 300) -> None:
 
 
 async def silent(target: Target, connections: int = 4200) -> None:
-    """Connections on which nothing is ever sent."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
         return await status(reader)
@@ -111,7 +108,7 @@ async def silent(target: Target, connections: int = 4200) -> None:
 
 
 async def one_byte_a_second(target: Target, connections: int = 64) -> None:
-    """Bodies that come byte by byte; every other one begins with enough to come through HAProxy."""
+    """Bodies that come byte by byte; every other one begins with enough to get through HAProxy."""
 
     async def one(number: int) -> None:
         async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
@@ -133,7 +130,6 @@ async def one_byte_a_second(target: Target, connections: int = 64) -> None:
 
 
 async def picture_bombs(target: Target, connections: int = 32) -> None:
-    """Small files of the largest images that the server takes, all at once."""
     uri = "data:image/png;base64," + base64.b64encode(bomb(target.max_pixels)).decode()
     data = request("/v1/embeddings", json.dumps({"input": [{"image": uri}]}).encode())
 
@@ -155,7 +151,6 @@ def bomb(pixels: int) -> bytes:
 
 
 async def health_flood(target: Target, connections: int = 20, per_second: int = 1000) -> None:
-    """Probes, one after another on each connection."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
         paths = ("/health/ready", "/health/live", "/health/ready/clip", "/health/state")
@@ -170,7 +165,7 @@ async def health_flood(target: Target, connections: int = 20, per_second: int = 
 
 
 async def cancelled_requests(target: Target, connections: int = 10, vlm: bool = False) -> None:
-    """Requests whose client leaves at once; streams of the VLM where one is served, after their first bytes."""
+    """Requests whose client leaves at once; streams of the VLM, if one is served, after their first bytes."""
     chat = {"model": "vlm", "stream": True, "messages": [{"role": "user", "content": "say something long"}]}
     texts = {"input": ["a text that nobody waits for"] * 64}
     data = request("/v1/chat/completions" if vlm else "/v1/embeddings", json.dumps(chat if vlm else texts).encode())
@@ -188,7 +183,7 @@ async def cancelled_requests(target: Target, connections: int = 10, vlm: bool = 
 
 
 async def fuzzed_sampling(target: Target, requests: int = 10_000, connections: int = 4, seed: int = 0) -> None:
-    """Sampling parameters at and beyond the edge of what there is; ends by itself."""
+    """Sampling parameters at and beyond the edges of their ranges; ends by itself."""
     left = iter(range(requests))
     values = random.Random(seed)  # noqa: S311  always the same ones
 
@@ -208,7 +203,7 @@ async def fuzzed_sampling(target: Target, requests: int = 10_000, connections: i
 
 
 async def _posts(target: Target, connections: int, path: str, body: Callable[[int], bytes], pause: float = 1.0) -> None:
-    """On each connection one request after the other, each on a connection of its own. ``body``: by its number."""
+    """Per slot, one request after the other, each on a new connection. ``body``: by its number."""
 
     async def one(number: int) -> None:
         async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
@@ -245,7 +240,6 @@ async def metadata(target: Target, connections: int = 4) -> None:
 
 
 async def release_polls(target: Target, connections: int = 20, per_second: int = 500) -> None:
-    """The longest list of releases, one request after another on each connection."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
         while True:
@@ -257,7 +251,6 @@ async def release_polls(target: Target, connections: int = 20, per_second: int =
 
 
 async def many_small_images(target: Target, connections: int = 192, images: int = 32) -> None:
-    """All the slots of one caller, each with as many small pictures as a request may have."""
     bodies = [json.dumps({"input": [{"image": _small_picture()} for _ in range(images)]}).encode() for _ in range(8)]
     await _posts(target, connections, "/v1/embeddings", lambda number: bodies[number % len(bodies)])
 
@@ -270,7 +263,6 @@ def _small_picture(side: int = 16) -> str:
 
 
 async def abandoned_chats(target: Target, connections: int = 20) -> None:
-    """Questions about a large picture from clients that disconnect at once."""
     chat = {"messages": [_about(bomb(target.max_pixels // 16), 1)], "max_tokens": 64}
     data = request("/v1/chat/completions", json.dumps(chat).encode())
 
@@ -284,14 +276,13 @@ async def abandoned_chats(target: Target, connections: int = 20) -> None:
 
 
 async def large_pictures(target: Target, connections: int = 32) -> None:
-    """Chats about many large pictures, whose files are small; every other one has more than a VLM takes."""
+    """Chats about many large pictures, whose files are small; every other one has more than a VLM accepts."""
     picture = bomb(target.max_pixels // 16)
     bodies = [json.dumps({"messages": [_about(picture, count)], "max_tokens": 1}).encode() for count in (4, 32)]
     await _posts(target, connections, "/v1/chat/completions", lambda number: bodies[number % 2])
 
 
 def _about(picture: bytes, count: int) -> dict[str, Any]:
-    """A message of the user with a picture, as often as that."""
     url = "data:image/png;base64," + base64.b64encode(picture).decode()
     shown: dict[str, Any] = {"type": "image_url", "image_url": {"url": url}}
     return {"role": "user", "content": [*[shown] * count, {"type": "text", "text": "what is this?"}]}

@@ -60,8 +60,8 @@ class LineWorker:
 
 
 def questions() -> Iterator[dict[str, Any]]:
-    """In the child: what is asked, one after the other. When standard input ends the process does, in the middle of an
-    answer, too: a parent that was killed leaves nothing behind that computes.
+    """In the child: yield the questions. The process ends when standard input does, even during an answer, so that no
+    child outlives a killed parent.
     """
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
@@ -76,5 +76,4 @@ def questions() -> Iterator[dict[str, Any]]:
 
 
 def answer(value: dict[str, Any]) -> None:
-    """In the child: the answer to the last question."""
     print(json.dumps(value), flush=True)

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, to be printed beside its figures."""
+"""The machine of a benchmark, to be printed with its figures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def machine() -> dict[str, str | int | float | bool]:
-    """Processor with what makes bfloat16 fast in it, cores, memory and versions."""
+    """Processor with its bfloat16 instructions, cores, memory and versions."""
     flags = _flags()
     return {
         "cpu": _cpu(),
@@ -34,7 +34,7 @@ def _cpu() -> str:
 
 
 def _flags() -> set[str]:
-    """What the processor can do, in Linux' names; empty elsewhere."""
+    """Processor flags by their names in Linux; empty elsewhere."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

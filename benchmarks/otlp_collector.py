@@ -1,4 +1,4 @@
-"""A collector of OpenTelemetry's spans (OTLP over HTTP, protobuf) that keeps them in memory."""
+"""An in-memory collector of OpenTelemetry spans (OTLP over HTTP, protobuf)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 
 @dataclass(frozen=True)
 class CollectedSpan:
-    """One span as it was sent. Ids are hex digits; times are seconds since the epoch."""
+    """One span as it was sent. IDs are hex digits; times are seconds since the epoch."""
 
     trace: str
     id: str
@@ -38,7 +38,7 @@ class OtlpCollector:
 
     @property
     def url(self) -> str:
-        """What ``traces.endpoint`` is set to."""
+        """Value for ``traces.endpoint``."""
         return f"http://127.0.0.1:{self._server.server_port}/v1/traces"
 
     def __enter__(self) -> Self:
@@ -51,7 +51,6 @@ class OtlpCollector:
         self._thread.join()
 
     def spans(self, trace: str) -> list[CollectedSpan]:
-        """Those of a trace that have come, in the order in which they began."""
         return sorted((span for span in list(self._spans) if span.trace == trace), key=lambda span: span.began)
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:

@@ -1,4 +1,4 @@
-"""Memory of every process that this one has started, directly or not: what a server holds, process by process."""
+"""Memory of every descendant of this process, such as those of a server."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SMALL_BYTES = 16 << 20
-"""Of processes below this no growth is said: a shell's page more or less says nothing."""
+"""Growth of smaller processes is not reported: a shell's page more or less is meaningless."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessMemory:
     """What one process holds, in bytes: its own pages, and its part of those that it shares with others in memory.
 
-    Pages of files are left out: programs and libraries, which the kernel reads again when it needs the memory. The part
-    of them that counts for one process is smaller while another one, of whatever server, uses the same libraries.
+    Pages of files (programs and libraries) are left out, because the kernel can drop and reread them, and because a
+    process's part of them shrinks while any other process uses the same libraries.
     """
 
     name: str
@@ -24,12 +24,11 @@ class ProcessMemory:
 
     @property
     def is_small(self) -> bool:
-        """Whether its growth says nothing."""
         return self.size < SMALL_BYTES
 
 
 def child_processes(root: int | None = None) -> dict[int, ProcessMemory]:
-    """By process id: all descendants of ``root`` (this process). Empty where there is no /proc."""
+    """By process ID: all descendants of ``root`` (this process). Empty without /proc."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -45,8 +44,8 @@ def child_processes(root: int | None = None) -> dict[int, ProcessMemory]:
 
 
 def memory_growth(before: Mapping[int, ProcessMemory], after: Mapping[int, ProcessMemory]) -> dict[str, float]:
-    """Size after over size before, by name and id, the largest first; of processes that lived through both
-    and were not small.
+    """Size after over size before, by name and ID, the largest first; of processes that lived through both and were not
+    small.
     """
     ratios = {
         f"{memory.name} {pid}": round(after[pid].size / memory.size, 4)
@@ -74,7 +73,7 @@ def _read(pid: int) -> ProcessMemory | None:
 
 
 def _size(folder: Path) -> int:
-    """Of proportional set sizes (Linux 5.10 and newer), or of resident sets where these cannot be read."""
+    """Of proportional set sizes (Linux 5.10 and newer), or of resident sets if these cannot be read."""
     for name, keys in (("smaps_rollup", ("Pss_Anon:", "Pss_Shmem:")), ("status", ("RssAnon:", "RssShmem:"))):
         try:
             lines = (folder / name).read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Architectures of open_clip with random weights, as bases: as fast as trained ones, and nothing to fetch."""
+"""open_clip architectures with random weights as bases: as fast as trained ones, without downloads."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ SEED = 0
 
 
 def random_base(home: Path, architecture: str) -> ClipBase:
-    """The base named like ``architecture`` in ``home``; made, always with the same weights, if it is not there.
-
-    Raises:
-        ConfigError: open_clip has no such architecture.
+    """The base named like ``architecture`` in ``home``; made, always with the same weights, if missing. Raises
+    ConfigError if open_clip has no such architecture.
     """
     if architecture in list_bases(home, "clip"):
         return load_base(home, architecture)

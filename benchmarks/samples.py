@@ -16,7 +16,7 @@ from tests.support.samples import sample
 
 
 def fill_store(settings: Settings, images: Sequence[bytes]) -> list[str]:
-    """Store images as the first samples of a lake. Returns their ids."""
+    """Store images as the first samples of a lake. Returns their IDs."""
     made = [Sample(image=image, text=f"picture {n}", domain="bench", source="bench") for n, image in enumerate(images)]
     at = datetime.now(UTC)
     rows = [
@@ -29,7 +29,8 @@ def fill_store(settings: Settings, images: Sequence[bytes]) -> list[str]:
 
 
 def wait_until_searchable(client: Client, count: int) -> None:
-    """Wait until a search sees so many samples: a server answers CLIP requests before it has embedded what was stored.
+    """Wait until a search sees this many samples: a server answers CLIP requests before it has embedded what was
+    stored.
 
     Raises RatchetError when that takes too long.
     """

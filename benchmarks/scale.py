@@ -1,10 +1,10 @@
-"""``ratchet bench scale``: requests a second from one, two and three encoder nodes, by an engine that sleeps.
+"""``ratchet bench scale``: requests a second from one, two and three encoder nodes, with an engine that sleeps.
 
 A Ray cluster on this machine: a head with ingress, catalog and controller, and nodes with one encoder each, which join
-while the server runs. The engine sleeps instead of computing, so that nodes do not share its processors: what grows is
-what the server carries, and what a request costs beside the encoders is the cost of its control plane. ``scale_2`` and
-``scale_3`` are requests a second over those of one node; ``planned_*`` is what the simulation of `ratchet admin plan`
-says of the same load.
+while the server runs. The engine sleeps instead of computing, so that nodes do not share its processors: the growth is
+what the server can carry, and a request's cost besides the encoders is that of the control plane. ``scale_2`` and
+``scale_3`` are requests a second over those of one node; ``planned_*`` is the prediction of the simulation of `ratchet
+admin plan` for the same load.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ NODES, MOST_NODES = 3, 16
 PASS_SECONDS: Final = 0.1
 """Of one forward pass, whatever it holds."""
 TEXTS_A_PASS: Final = IMAGE_COST // TEXT_COST
-"""What fits beside each other where a batch is of one image."""
+"""Texts that fit into a batch of one image."""
 CALLERS_A_NODE: Final = 16
 """Four passes: a queue is never empty, however a burst is spread."""
 WARM_SECONDS: Final = 3.0
@@ -62,7 +62,7 @@ ON_A_NODE: Final = {"num_cpus": 0, "resources": A_NODE}
 
 
 class SleepingEngine(ClipEngine):
-    """Answers with the same vectors after :data:`PASS_SECONDS`."""
+    """Returns the same vectors after :data:`PASS_SECONDS`."""
 
     def _raw_images(self, resident: object, pixels: np.ndarray) -> np.ndarray:
         return self._slept(len(pixels))
@@ -79,12 +79,11 @@ class SleepingEncoder(Encoder):
     """One on each node."""
 
     def make_engine(self, settings: Settings) -> ClipEngine:
-        """See :class:`Encoder`."""
         return SleepingEngine.of(settings)
 
 
 def run(settings: Settings, nodes: int = NODES, seconds: float = 10.0) -> dict[str, Any]:
-    """Measure on a home of its own with the settings' CLIP. Returns the figures.
+    """Measure on a new home with the settings' CLIP. Returns the figures.
 
     Raises RatchetError when the server or a node does not start.
     """
@@ -142,7 +141,6 @@ def _head(settings: Settings) -> Iterator[str]:
 
 @contextmanager
 def _node(address: str, log: Path) -> Iterator[None]:
-    """A node for one encoder, beside the head at its address, with ports of its own."""
     command = [
         str(Path(sys.executable).with_name("ray")), "start", "--block", f"--address={address}",
         f"--node-ip-address={replica_process.NODE}", "--num-cpus=0", "--num-gpus=0",
@@ -157,7 +155,7 @@ def _node(address: str, log: Path) -> Iterator[None]:
 
 
 def _wait_for(settings: Settings, nodes: int) -> None:
-    """Return when so many encoders answer. Raises RatchetError."""
+    """Return when this many encoders answer. Raises RatchetError."""
 
     def are_running() -> bool:
         status = read_statuses(APP).get("Encoder")
@@ -169,7 +167,6 @@ def _wait_for(settings: Settings, nodes: int) -> None:
 
 
 def _measure(side: HttpSide, nodes: int, seconds: float) -> dict[str, Any]:
-    """Texts from :data:`CALLERS_A_NODE` callers for each node."""
     cell = Cell("text", 1, CALLERS_A_NODE * nodes)
     side.measure(cell, WARM_SECONDS)
     turn = side.measure(cell, seconds)
@@ -184,7 +181,6 @@ def _measure(side: HttpSide, nodes: int, seconds: float) -> dict[str, Any]:
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench scale``."""
     parser = bench_parser("scale", __doc__)
     parser.add_argument("--nodes", type=int, default=NODES, help=f"encoder nodes at most ({NODES})")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a measurement (10)")

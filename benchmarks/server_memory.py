@@ -1,4 +1,4 @@
-"""Memory of all processes of a server, while something else goes on."""
+"""Memory of all processes of a server over time."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """``ratchet bench soak``: does anything grow, fail or mix while a server works for a long time?
 
 Open-loop load at half of the measured capacity, of all kinds: single images and texts, both together, 16 inputs in a
-request, classification, search, and chat where a VLM is served. What is live changes every 20 seconds. Every answer is
-checked against the release it was stamped with. ``memory_growth`` is the largest ratio, over all processes of the
-server, of the memory at the end to that after the first five minutes, by their trend.
+request, classification, search, and chat if a VLM is served. The live release changes every 20 seconds. Every answer is
+checked against the release in its stamp. ``memory_growth`` is the largest ratio, over all processes of the server, of
+the memory at the end to that after the first five minutes, by their trend.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ IMAGES: Final = 6
 BATCH: Final = 16
 CAPACITY_SECONDS: Final = 8.0
 LEAST_SNAPSHOTS: Final = 3
-"""After the first minutes: of fewer, nothing can be said."""
+"""Snapshots after the first minutes that are needed for a trend."""
 GROWTH_LIMIT: Final = 1.02
 READING_SECONDS: Final = 1.0
-"""Between two readings of memory."""
 
 
 @dataclass
@@ -48,19 +47,17 @@ class MemoryLog:
     """Memory of each process over time."""
 
     seconds: list[float] = field(default_factory=list)
-    """Of each snapshot, since the load began."""
     snapshots: list[Mapping[int, ProcessMemory]] = field(default_factory=list)
 
     def add(self, seconds: float, processes: Mapping[int, ProcessMemory]) -> None:
-        """Note what each process has."""
         self.seconds.append(seconds)
         self.snapshots.append(processes)
 
     def growth(self, warm_seconds: float) -> dict[str, float]:
-        """Memory at the end over that after ``warm_seconds``, by name and id, the largest first; of processes that are
-        in all snapshots from then on, and not small in the first of them. Both lie on the line whose slope is the
-        median of those between any two snapshots (Theil and Sen): one of them may see a request's images, or an adapter
-        more.
+        """Memory at the end over that after ``warm_seconds``, by name and ID, the largest first; of processes that are
+        in all snapshots from then on, and not small in the first of them. Both are on the line whose slope is the
+        median of those between any two snapshots (Theil and Sen), because a single one may include a request's images,
+        or an adapter more.
         """
         first = next((n for n, seconds in enumerate(self.seconds) if seconds >= warm_seconds), len(self.seconds))
         seconds, snapshots = np.array(self.seconds[first:]), self.snapshots[first:]
@@ -75,7 +72,7 @@ class MemoryLog:
         return dict(sorted(ratios.items(), key=lambda item: -item[1]))
 
     def ended(self, warm_seconds: float) -> list[str]:
-        """Processes that were there and not small after ``warm_seconds``, and are not there at the end, of any size."""
+        """Processes that existed and were not small after ``warm_seconds``, and are gone at the end."""
         last = self.snapshots[-1] if self.snapshots else {}
         names = {
             f"{memory.name} {pid}"
@@ -91,10 +88,10 @@ def run(
     settings: Settings, minutes: float = 20.0, every: float = 20.0, warm_minutes: float = 5.0, share: float = 0.5,
     base: str = "",
 ) -> dict[str, Any]:  # fmt: skip
-    """Run a server on a home of its own. Returns the figures.
+    """Run a server on a new home. Returns the figures.
 
     Args:
-        every: seconds between changes of what is live.
+        every: seconds between changes of the live release.
         share: of the measured capacity.
         base: a CLIP in place of the settings' one: registered, or an architecture that gets random weights.
 
@@ -122,10 +119,8 @@ def measure(
     settings: Settings, url: str, swaps: Swaps, images: Sequence[bytes], sample_ids: Sequence[str], seconds: float,
     every: float, warm_seconds: float, share: float, capacity_seconds: float = CAPACITY_SECONDS,
 ) -> dict[str, Any]:  # fmt: skip
-    """Load the server of ``settings``, which runs, and change what is live. Returns the figures.
-
-    Args:
-        sample_ids: of the images, which are all that its catalog has.
+    """Load the running server of ``settings`` and change its live release. Returns the figures. ``sample_ids``: of the
+    images, which are all that its catalog has.
     """
     questions = [(images[0], text) for text in QUESTIONS] if swaps.vlm_names else []
     probes: dict[str, Any] = {
@@ -150,8 +145,8 @@ def measure(
 
 
 def lowest_memory(settings: Settings, until: float) -> dict[int, ProcessMemory]:
-    """The lowest of several readings of each process of a home's session, until the monotonic second: a batch in hand
-    takes up to a tenth of an encoder. Of those that are there at the end.
+    """The lowest of several readings, until the monotonic second, of each process of a home's session that still exists
+    then: a batch in hand takes up to a tenth of an encoder.
     """
     lowest: dict[int, ProcessMemory] = {}
     while True:
@@ -193,19 +188,17 @@ def _figures(
 
 
 def violations(figures: Mapping[str, Any]) -> list[str]:
-    """What a run must not show, and did."""
     wrong = [f"{name} {figures[name]}" for name in ("failed", "mixed", "processes_ended") if figures[name]]
     growth = figures["memory_growth"]
     return wrong + ([f"memory_growth {growth}"] if growth is None or growth >= GROWTH_LIMIT else [])
 
 
 def show(figures: dict[str, Any]) -> None:
-    """A table for people, one JSON line for machines (last)."""
     show_figures("A server at work", figures)
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench soak``. Ends with status 1 when something grew, failed, mixed or ended."""
+    """Ends with status 1 when something grew, failed, mixed or ended."""
     parser = bench_parser("soak", __doc__)
     parser.add_argument("--minutes", type=float, default=20.0, help="length of the run (20)")
     parser.add_argument("--every", type=float, default=20.0, help="seconds between changes of what is live (20)")

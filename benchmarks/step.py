@@ -1,4 +1,4 @@
-"""``ratchet bench step``: what a training step costs beside one of open_clip's own training loop.
+"""``ratchet bench step``: the cost of a training step compared with one of open_clip's own training loop.
 
 Three sides, each in float32 and in bfloat16, in turns in one process, on the same threads, with the same rows of the
 same batches:
@@ -9,7 +9,7 @@ open_clip       a step as in ``open_clip_train``: both towers from decoded pixel
 open_clip_full  the same over all parameters of both towers, as its users fine-tune
 
 In bfloat16 open_clip's sides are those of its ``--precision amp_bf16``. What the recipe computes once per example is
-told beside, and as a share of each step.
+reported separately, and as a share of each step.
 """
 
 from __future__ import annotations
@@ -48,15 +48,14 @@ from updater.training.measure import measure
 
 WARM_UP = 3
 FAST: dict[str, Any] = {"steps": 2, "pairs": 48, "batch": 24}
-"""What ``--fast`` measures: enough to see that it runs."""
+"""Sizes of ``--fast``: enough to see that it runs."""
 SIDES = ("default", "open_clip", "open_clip_full")
 OPEN_CLIP_PRECISION: dict[TrainPrecision, str] = {"float32": "fp32", "bfloat16": "amp_bf16"}
-"""What its ``--precision`` calls them."""
 PRECISIONS: tuple[TrainPrecision, ...] = get_args(TrainPrecision)
 CPU = torch.device("cpu")
 RESAMPLES = 10_000
 MAX_SCALE = float(np.log(100))
-"""Where open_clip's loop bounds the logarithm of the scale."""
+"""The bound of open_clip's loop on the logarithm of the scale."""
 
 
 @dataclass
@@ -78,10 +77,8 @@ class Prepared:
     pools: Pools
     examples: list[Pair]
     seconds: float
-    """For all examples."""
 
     def rows(self, step: int) -> list[int]:
-        """Numbers of the examples in a batch."""
         return self.pools.rows(self.plan.batch(step))
 
 
@@ -95,8 +92,7 @@ def run(
         pairs: examples that are prepared; an update's whole preparation is scaled from them.
         batch: rows of a step; the recipe's when unset.
 
-    Raises:
-        RatchetError: the base is not registered, or has no reference pool.
+    Raises RatchetError if the base is not registered, or has no reference pool.
     """
     base, plan = load_base(settings.home, settings.base.clip), load_recipe(recipe)
     plan = plan.model_copy(update={"batch_size": batch or plan.batch_size})
@@ -151,7 +147,7 @@ def _prepare(base: ClipBase, recipe: Recipe, examples: list[Pair]) -> Prepared:
 
 
 class _Batches:
-    """Batches as open_clip's loader hands them over: normalised pixels [n, 3, S, S] and token ids [n, longest]."""
+    """Batches as of open_clip's loader: normalised pixels [n, 3, S, S] and token IDs [n, longest]."""
 
     def __init__(self, base: ClipBase, prepared: Prepared) -> None:
         self.base, self.prepared = base, prepared
@@ -244,7 +240,7 @@ def _figures(
 
 
 def _interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """95% of the ratio of medians when turns are drawn again; a turn keeps its sides together (Efron's bootstrap)."""
+    """95% interval of the ratio of medians, resampling turns, which keep their sides together (Efron's bootstrap)."""
     drawn = np.random.default_rng(0).integers(0, len(ours), (RESAMPLES, len(ours)))
     ratios = np.median(np.array(ours)[drawn], axis=1) / np.median(np.array(theirs)[drawn], axis=1)
     low, high = np.quantile(ratios, [0.025, 0.975])
@@ -252,7 +248,6 @@ def _interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, fl
 
 
 def show(figures: dict[str, Any]) -> None:
-    """A table for people, one JSON line for machines (last)."""
     title = f"Recipe {figures['recipe']!r} beside open_clip ({figures['model']}, batch {figures['batch']})"
     table = Table("a step of", "precision", "s", "recipe / it", "95%", title=title)
     for precision in PRECISIONS:
@@ -270,7 +265,6 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench step``."""
     parser = bench_parser("step", __doc__)
     parser.add_argument("--steps", type=int, default=20, help="steps of each side and precision, after warm-up (20)")
     parser.add_argument("--pairs", type=int, default=480, help="pairs that are prepared (480)")

@@ -1,14 +1,14 @@
-"""``ratchet bench swap``: what a swap costs the requests that are being answered.
+"""``ratchet bench swap``: the cost of a swap for the requests that are being answered.
 
-Open-loop load at half of the measured capacity, from another process; twenty and more changes of what is live: releases
-of random adapters, and every fourth a rollback. Where a VLM is served, its adapter is changed now and then, too. Every
-answer is checked against the release it was stamped with. Requests count as *inside* when they were sent between the
+Open-loop load at half of the measured capacity, from another process; twenty and more changes of the live release:
+releases of random adapters, and every fourth a rollback. If a VLM is served, its adapter is sometimes changed, too.
+Every answer is checked against the release in its stamp. Requests count as *inside* when they were sent between the
 operator's call and its answer (prepare, commit, acknowledge), or less than the median latency before the call; as
-*outside* otherwise. When they were answered does not count: of requests that are alike, the longest overlap any such
-time most often. ``p99_ratio_interval`` is the 95% interval of the ratio, over swaps (bootstrap).
+*outside* otherwise. The time of the answer does not count, because the slowest of otherwise equal requests overlap any
+such time most often. ``p99_ratio_interval`` is the 95% interval of the ratio, over swaps (bootstrap).
 
-``--swaps 10000 --pause 0`` looks for what grows: ``memory_growth`` is the largest ratio, over all processes of the
-server, of the memory at the end to that after the first hundred changes.
+``--swaps 10000 --pause 0`` looks for growth: ``memory_growth`` is the largest ratio, over all processes of the server,
+of the memory at the end to that after the first hundred changes.
 """
 
 from __future__ import annotations
@@ -43,11 +43,10 @@ from tests.support.inputs import TEXTS, pictures, random_adapter
 ADAPTERS = 4
 ROLLBACK_EVERY = 4
 VLM_EVERY = 20
-"""A VLM loads an adapter in seconds on a processor."""
+"""A VLM takes seconds to load an adapter on a CPU."""
 WARM_SWAPS = 100
-"""Memory is compared with that after so many: allocators and caches have their size by then."""
+"""Memory is compared with that after this many: allocators and caches have their size by then."""
 ATTEMPTS = 20
-"""Of one rollback."""
 CAPACITY_CONCURRENCY = 8
 RESAMPLES = 1000
 
@@ -56,7 +55,7 @@ def run(
     settings: Settings, swaps: int = 20, pause_seconds: float = 2.0, capacity_seconds: float = 8.0, share: float = 0.5,
     base: str = "", **serve: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure on a home of its own with the settings' bases. Returns the figures.
+    """Measure on a new home with the settings' bases. Returns the figures.
 
     Args:
         share: of capacity.
@@ -82,7 +81,7 @@ def run(
 
 @dataclass
 class Swaps:
-    """Changes what is live again and again, and notes what each change took."""
+    """Changes the live release repeatedly, and records the time of each change."""
 
     names: Sequence[str]
     vlm_names: Sequence[str]
@@ -93,10 +92,10 @@ class Swaps:
     windows: list[tuple[float, float]] = field(default_factory=list)
     """Begin and end of each change; seconds since the epoch."""
     refused: int = 0
-    """Rollbacks that the server asked to be made again; the time of the first attempt counts."""
+    """Rollbacks that the server asked to be retried; the time of the first attempt counts."""
 
     def change(self, client: Client, number: int) -> None:
-        """The change with this number, from 1."""
+        """Make the change with this number, from 1."""
         began = time.time()
         if number % ROLLBACK_EVERY == 0:
             self._roll_back(client, number)
@@ -111,7 +110,7 @@ class Swaps:
         self.windows.append((began, time.time()))
 
     def _roll_back(self, client: Client, number: int) -> None:
-        """A busy ledger may not answer in time: such a call is refused, and made again as an operator would."""
+        """A busy ledger may not answer in time: such a call is refused, and retried as an operator would."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 client.rollback(reason=f"bench rollback {number}")
@@ -184,7 +183,7 @@ Round = tuple[list[float], list[float]]
 
 def by_swap(samples: Iterable[CheckedSample], windows: Sequence[tuple[float, float]], reach: float) -> list[Round]:
     """A round for each of the windows, in their order. A request is inside when it was sent in the window, or less than
-    ``reach`` seconds before it. What came before the first one counts as after it.
+    ``reach`` seconds before it. Requests before the first one count as after it.
     """
     rounds: list[Round] = [([], []) for _ in windows]
     begins = [begin - reach for begin, _ in windows]
@@ -196,8 +195,8 @@ def by_swap(samples: Iterable[CheckedSample], windows: Sequence[tuple[float, flo
 
 
 def ratio_interval(rounds: Sequence[Round]) -> tuple[float, float]:
-    """The 95% interval of the p99 inside over that outside; rounds are drawn again, whole, since requests that are
-    near in time are alike.
+    """The 95% interval of the p99 inside over that outside; whole rounds are resampled, since requests that are near in
+    time are alike.
     """
     random = np.random.default_rng(0)
     parts = [[np.array(each[part]) for each in rounds] for part in (0, 1)]
@@ -219,7 +218,6 @@ def throughput(report: Report) -> float:
 
 
 def make_adapters(settings: Settings, count: int) -> list[str]:
-    """Random LoRA adapters of the settings' base, stored and in the ledger."""
     base = load_base(settings.home, settings.base.clip)
     ledger, artifacts, engine = Ledger.open(settings.ledger), Artifacts(settings.artifacts), ClipEngine(base)
     names = []
@@ -238,7 +236,6 @@ def make_adapters(settings: Settings, count: int) -> list[str]:
 
 
 def make_vlm_adapters(settings: Settings, count: int) -> list[str]:
-    """The same of the settings' VLM."""
     base = load_vlm_base(settings.home, settings.base.vlm)
     ledger, artifacts = Ledger.open(settings.ledger), Artifacts(settings.artifacts)
     names = []
@@ -254,12 +251,10 @@ def make_vlm_adapters(settings: Settings, count: int) -> list[str]:
 
 
 def show(figures: dict[str, Any]) -> None:
-    """A table for people, one JSON line for machines (last)."""
     show_figures("Swaps under load", figures)
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench swap``."""
     parser = bench_parser("swap", __doc__)
     parser.add_argument("--swaps", type=int, default=20, help="releases and rollbacks under load (20; at least 4)")
     parser.add_argument("--pause", type=float, default=2.0, help="seconds between swaps (2); 0: as fast as it goes")

@@ -1,4 +1,4 @@
-"""``ratchet bench traces``: the spans of one search and one chat, from HTTP to the engine, and what they cost.
+"""``ratchet bench traces``: the spans of one search and one chat, from HTTP to the engine, and their cost.
 
 A server with the settings' bases sends its spans to a collector of this process. Clients begin both traces, as a
 gateway would (W3C ``traceparent``). ``--picture FILE`` draws them. ``traced_over_untraced`` is the median time of
@@ -36,11 +36,10 @@ from tests.support.inputs import pictures
 
 SAMPLES = 64
 COLOURS: Final = ("#4269d0", "#6cc5b0", "#efb118", "#ff725c", "#a463f2")
-"""By depth."""
 PATIENCE_SECONDS: Final = 60.0
-"""A processor of spans sends them every few seconds."""
+"""Span processors send every few seconds."""
 REQUEST_SPANS: Final = "replica_handle_request"
-"""How the spans begin that Ray Serve makes of the calls of its replicas."""
+"""Prefix of the spans that Ray Serve makes of the calls of its replicas."""
 SEARCH: Final = ("intake", "queue", "forward", "search")
 CHAT: Final = ("intake", "inspect", "decode", "engine")
 
@@ -67,9 +66,9 @@ class Trace:
 
 
 def run(settings: Settings, searches: int = 200, picture: Path | None = None) -> dict[str, Any]:
-    """Measure on a home of its own with the settings' bases. Returns the figures.
+    """Measure on a new home with the settings' bases. Returns the figures.
 
-    Raises RatchetError when the server does not start, or its spans do not come.
+    Raises RatchetError when the server does not start, or its spans do not arrive.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder, OtlpCollector() as collector:
         ours = bench_home(settings, Path(folder), clip_base(settings, settings.base.clip), port=free_port())
@@ -124,14 +123,13 @@ def _trace(http: httpx.Client, collector: OtlpCollector, name: str, wanted: Sequ
 
 
 def _request(spans: Sequence[CollectedSpan]) -> CollectedSpan | None:
-    """The span that all others of a trace are inside of."""
     ids = {span.id for span in spans}
     outer = [span for span in spans if span.parent not in ids]
     return outer[0] if len(outer) == 1 else None
 
 
 def _ask(http: httpx.Client, name: str, trace: str | None) -> float:
-    """Seconds until the answer. ``trace``: its id; None: not sampled."""
+    """Seconds until the answer. ``trace``: its ID; None: not sampled."""
     parent = f"00-{trace or secrets.token_hex(16)}-{secrets.token_hex(8)}-0{int(trace is not None)}"
     began = time.perf_counter()
     if name == "search":
@@ -148,7 +146,6 @@ def _ask(http: httpx.Client, name: str, trace: str | None) -> float:
 
 
 def _cost(http: httpx.Client, searches: int) -> float:
-    """Median time of a search that is sampled, over that of one that is not."""
     pairs = [(_ask(http, "search", secrets.token_hex(16)), _ask(http, "search", None)) for _ in range(searches)]
     traced, untraced = zip(*pairs, strict=True)
     return round(float(median(traced) / median(untraced)), 3)
@@ -167,7 +164,7 @@ def _print(trace: Trace) -> None:
 
 
 def draw(traces: Sequence[Trace], path: Path) -> None:
-    """A picture with a bar for each span, one below the other, indented as they are inside of each other."""
+    """Plot a bar for each span, indented by depth."""
     rows = [list(trace.rows()) for trace in traces]
     heights = [len(each) for each in rows]
     figure = Figure(figsize=(11, 0.9 * len(rows) + 0.28 * sum(heights)), layout="constrained")
@@ -191,7 +188,6 @@ def draw(traces: Sequence[Trace], path: Path) -> None:
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench traces``."""
     parser = bench_parser("traces", __doc__)
     parser.add_argument("--searches", type=int, default=200, help="sampled, and as many that are not (200)")
     parser.add_argument("--picture", type=Path, help="draw both traces into this SVG file")

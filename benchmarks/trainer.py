@@ -1,10 +1,10 @@
-"""The real trainer process, and data of its own that keep it busy for as long as a benchmark wants.
+"""The real trainer process, with data that keep it busy for as long as a benchmark wants.
 
 >>> busy = BusyTrainer(prepare_data(settings), settings.home / "ratchet.yaml")
 >>> busy.start()                    # returns when it takes steps
 >>> busy.steps()
 3
->>> busy.stop()                     # with a checkpoint; the next start goes on from it
+>>> busy.stop()                     # with a checkpoint; the next start continues from it
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ COLOURS = ("red", "green", "blue", "yellow", "black", "white")
 
 
 def prepare_data(settings: Settings) -> Settings:
-    """Fill the sample store and a reference folder, and return settings with which an update has no end."""
+    """Fill the sample store and a reference folder, and return settings with which an update never ends."""
     images = pictures(2 * SAMPLES)
     store = SampleStore(settings.lake)
     rows = [
@@ -74,7 +74,7 @@ def prepare_data(settings: Settings) -> Settings:
 
 
 class BusyTrainer:
-    """``ratchet trainer`` as ``ratchet up`` runs it: a session of its own, its priority and its duty cycle."""
+    """``ratchet trainer`` as ``ratchet up`` runs it: with its own session, priority and duty cycle."""
 
     def __init__(self, settings: Settings, file: Path) -> None:
         """``file``: where the settings are written for the process."""
@@ -93,7 +93,7 @@ class BusyTrainer:
             raise RatchetError(f"the trainer takes no steps:\n{tail(self.part.log)}", f"See {self.part.log}.")
 
     def steps(self) -> int:
-        """Steps since it was started last; 0 while it does not answer."""
+        """Steps since its last start; 0 while it does not answer."""
         try:
             page = httpx.get(self.url, timeout=5.0, trust_env=False).text
         except httpx.TransportError:
@@ -102,7 +102,6 @@ class BusyTrainer:
         return int(float(found[1])) if found else 0
 
     def stop(self) -> None:
-        """End it with a checkpoint."""
         if self.part.running:
             self.part.stop(time.monotonic() + STOP_SECONDS)
 

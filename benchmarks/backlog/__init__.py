@@ -1,1 +1,1 @@
-"""An updater before far more pending samples than its budget pays for."""
+

@@ -1,4 +1,4 @@
-"""Pairs that cost little to make: small JPEGs, no two alike, with captions of several lengths."""
+"""Cheap pairs: distinct small JPEGs with captions of several lengths."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PLACES = ("", " on a wall", " under a tree in the rain", ", seen from above", ",
 
 
 def pair_rows(fresh_share: float) -> RowMaker:
-    """Makes rows as ingest stores them: a share of them, by the id, is kept for the gate."""
+    """Makes rows as ingest stores them; the ID decides which share is kept for the gate."""
 
     def make(stream: str, first: int, end: int) -> tuple[pa.Table, Tally]:
         numbers = range(first, end)
@@ -48,7 +48,6 @@ def pair_rows(fresh_share: float) -> RowMaker:
 
 
 def _picture(number: int) -> bytes:
-    """A few cells of colour, smoothed."""
     cells = np.random.default_rng(number).integers(0, 256, (CELLS, CELLS, 3), np.uint8)
     out = io.BytesIO()
     Image.fromarray(cells).resize((SIDE, SIDE), Image.Resampling.BILINEAR).save(out, "JPEG", quality=80)

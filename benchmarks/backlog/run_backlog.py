@@ -1,7 +1,7 @@
-"""``ratchet bench backlog``: an updater before a million pending pairs, with the default budget.
+"""``ratchet bench backlog``: an updater facing a million pending pairs, with the default budget.
 
-The pairs are written straight into the sample store; then ``ratchet trainer`` runs as it always does, with its settings
-and the default recipe, on the shipped base and its reference pool. After each update a part more arrives, and what
+The pairs are written straight into the sample store; then ``ratchet trainer`` runs as usual, with its settings and the
+default recipe, on the shipped base and its reference pool. After each update more pairs arrive, and an update that
 passed is released as the controller would. The gate asks one small suite, and fresh ones from the store.
 
 Every pending pair of an update must be visited or counted as passed over.
@@ -33,15 +33,13 @@ from updater.service.triggers import planned_gflops
 
 SUITE_ITEMS = 120
 ARRIVALS = 0.02
-"""What arrives after an update, as a share of the backlog."""
+"""New pairs after each update, as a share of the backlog."""
 UPDATE_SECONDS = 3600.0
 
 
 def run(settings: Settings, pairs: int = 1_000_000, updates: int = 3) -> dict[str, Any]:
-    """Measure on a home of its own with the settings' CLIP. Returns the figures.
-
-    Raises:
-        RatchetError: the base is not registered, or an update does not end.
+    """Measure on a new home with the settings' CLIP. Returns the figures. Raises RatchetError if the base is not
+    registered, or an update does not end.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
         ours = _settings(settings, Path(folder))
@@ -62,7 +60,6 @@ def run(settings: Settings, pairs: int = 1_000_000, updates: int = 3) -> dict[st
 
 
 def _settings(settings: Settings, home: Path) -> Settings:
-    """The settings on a new home, with the reference pool where it is and a gate of one small suite."""
     reference = [folder.resolve() for folder in reference_folders(settings)]
     ours = bench_home(settings, home, clip_base(settings, settings.base.clip))
     items = [
@@ -75,7 +72,7 @@ def _settings(settings: Settings, home: Path) -> Settings:
     return ours.model_copy(
         update={
             "base": ours.base.model_copy(update={"vlm": ""}),
-            # what is measured is the trainer: it does not wait for the gate, for which few captions are there
+            # only the trainer is measured: it does not wait for the gate, for which there are few captions
             "updater": ours.updater.model_copy(
                 update={"reference": reference, "metrics_port": metrics, "wait_for_items": False}
             ),
@@ -86,7 +83,6 @@ def _settings(settings: Settings, home: Path) -> Settings:
 
 
 def _release(settings: Settings, update: UpdateRow) -> None:
-    """Do what the release controller does with the proposal of an update that passed."""
     ledger = Ledger.open(settings.ledger)
     try:
         for proposal in ledger.pending_proposals():
@@ -142,7 +138,6 @@ def _figures(settings: Settings, seen: Watched, pairs: int) -> dict[str, Any]:
 
 
 def show(figures: dict[str, Any]) -> None:
-    """A table for people, one JSON line for machines (last)."""
     columns = ("pending", "visited", "passed_over", "steps", "seconds")
     table = Table("update", *(name.replace("_", " ") for name in columns), title=f"{figures['pairs']:,} pairs at once")
     for number, update in enumerate(figures["by_update"], 1):
@@ -155,7 +150,6 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench backlog``."""
     parser = bench_parser("backlog", __doc__)
     parser.add_argument("--pairs", type=int, default=1_000_000, help="pairs that are stored at once (1,000,000)")
     parser.add_argument("--updates", type=int, default=3, help="updates that are watched (3)")

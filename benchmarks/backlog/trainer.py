@@ -1,4 +1,4 @@
-"""The real trainer process before a backlog, watched: its memory, its first step, and what its updates came to."""
+"""The real trainer process facing a backlog: its memory, its first step, and the results of its updates."""
 
 from __future__ import annotations
 
@@ -20,30 +20,26 @@ POLL_SECONDS = 0.25
 
 @dataclass
 class Watched:
-    """What was seen."""
-
     memory: int = 0
-    """Most bytes of the trainer and its children at once: their own pages, without those of files."""
+    """Peak memory of the trainer and its children in bytes: their own pages, without those of files."""
     first_step_seconds: float = 0.0
     """From the start of the process to its first step."""
     updates: list[UpdateRow] = field(default_factory=list)
-    """Finished updates, oldest first."""
     restarts: int = 0
-    """How often the process ended by itself; it is not started again."""
+    """Number of times that the process ended by itself; it is not started again."""
 
 
 def watch(
     settings: Settings, file: Path, updates: int, seconds: float, between: Callable[[UpdateRow], None]
 ) -> Watched:
-    """Run ``ratchet trainer`` until so many updates are finished.
+    """Run ``ratchet trainer`` until this many updates are finished.
 
     Args:
         file: where the settings are written for the process.
         seconds: longest time for one update.
-        between: called with each finished update, to bring what the next one begins with.
+        between: called with each finished update, to add data for the next one.
 
-    Raises:
-        RatchetError: an update did not end in time.
+    Raises RatchetError if an update did not end in time.
     """
     trainer = BusyTrainer(settings, file)
     part = trainer.part

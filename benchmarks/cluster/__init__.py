@@ -1,4 +1,4 @@
-"""The chart's pods as processes on one machine: what Kubernetes and KubeRay would start, from what Helm renders.
+"""The chart's pods as processes on one machine: what Kubernetes and KubeRay would start from Helm's output.
 
-Needs Linux, root and util-linux: a pod has a network of its own, a container a root that it may not write to.
+Needs Linux, root and util-linux: each pod has its own network, each container a read-only root.
 """

@@ -1,4 +1,4 @@
-"""One container: a process with the image as its root, the pod's volumes, and no rights."""
+"""A container: a process with the image as its root, the pod's volumes, and no privileges."""
 
 from __future__ import annotations
 
@@ -26,8 +26,6 @@ RIGHTS: Final = (
 
 @dataclass(frozen=True)
 class Mount:
-    """A folder or file of the pod, inside a container."""
-
     source: Path
     path: str
     read_only: bool
@@ -37,7 +35,7 @@ class Container:
     """A running container.
 
     Args:
-        sandbox: process id of the pod's first process, whose namespaces it joins.
+        sandbox: process ID of the pod's first process, whose namespaces it joins.
         shares_processes: whether it sees those of the pod's other containers.
         log: file for its output.
     """
@@ -71,16 +69,17 @@ class Container:
 
     @property
     def status(self) -> int | None:
-        """Of its end; None while it runs."""
+        """Exit status; None while it runs."""
         return self.process.poll()
 
     def terminate(self) -> None:
-        """SIGTERM for its first process."""
         if (main := self.main) is not None:
             main.send_signal(signal.SIGTERM)
 
     def run(self, command: Sequence[str], seconds: float = 120.0, **environment: str) -> str:
-        """Run another command in it, as ``kubectl exec`` does; its output. Raises RatchetError when it fails."""
+        """Run another command in it, as ``kubectl exec`` does, and return its output. Raises RatchetError when it
+        fails.
+        """
         main = self.main
         if main is None:
             raise RatchetError("the container has ended.", "Look at its log.")
@@ -95,7 +94,9 @@ class Container:
 
 
 def start_sandbox(name: str, log: Path) -> tuple[subprocess.Popen[bytes], int]:
-    """The process that a pod's namespaces live by, and the process id that they are joined by. It reaps orphans."""
+    """Start the process that holds a pod's namespaces and reaps orphans. Returns it and the process ID to join
+    them by.
+    """
     script = f"hostname {shlex.quote(name)}; while :; do sleep 3600 & wait; done"
     words = ["unshare", "--net", "--ipc", "--uts", "--pid", "--fork", "--kill-child", "bash", "-c", script]
     with log.open("ab") as out:
@@ -107,7 +108,6 @@ def start_sandbox(name: str, log: Path) -> tuple[subprocess.Popen[bytes], int]:
 
 
 def _script(image: Image, mounts: Sequence[Mount], root: Path, command: Sequence[str]) -> str:
-    """Make the root, then become the command."""
     inside = [Mount(source, path, True) for source, path in image.mounts] + list(mounts)
     lines = [
         ["mount", "--make-rprivate", "/"],

@@ -1,4 +1,4 @@
-"""The image of the Dockerfile, as far as one machine has it: its own root with the package's environment on top."""
+"""The Dockerfile's image, emulated: this machine's root with the package's environment on top."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Final
 ROOT: Final = Path(__file__).resolve().parents[2]
 USER: Final = 10001
 SOURCE: Final = "/opt/ratchet"
-"""Where a container has the checkout, wherever it lies outside."""
+"""Path of the checkout in a container, wherever it is outside."""
 ENVIRONMENT: Final = "/opt/venv"
-"""The same of its Python environment."""
+"""Path of its Python environment in a container."""
 PACKAGES: Final = ("client/src/ratchet_client", "core", "demo", "ops", "streams", "serving", "updater")
 LOGIN_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 COMPILERS: Final = ("cc", "gcc", "g++", "c++", "clang", "clang++")
-"""What this machine may have and the image has not."""
+"""Paths that this machine may have and the image lacks."""
 
 
 class Image:
-    """Read-only layers: a folder with what the image adds, over this machine's root."""
+    """Read-only layers: a folder with the image's additions, over this machine's root."""
 
     def __init__(self, folder: Path) -> None:
         self.layer = folder / "layer"
@@ -40,10 +40,10 @@ class Image:
         self._add_user()
         self._add_commands()
         for name in COMPILERS:
-            os.mknod(self.layer / "usr" / "bin" / name, 0o020000, 0)  # what overlayfs takes for a file that is gone
+            os.mknod(self.layer / "usr" / "bin" / name, 0o020000, 0)  # overlayfs's marker of a deleted file
         for package in PACKAGES:  # as pip does: a container could not keep what it compiles
             compileall.compile_dir(ROOT / package, quiet=1)
-        # gRPC's own resolver asks a name server even for what the file of names has, and there is none.
+        # gRPC's own resolver asks a name server even for names in the file, and there is none.
         self.environment = {
             **image_environment(), "PATH": LOGIN_PATH, "PYTHONPATH": f"{SOURCE}:{SOURCE}/client/src",
             "GRPC_DNS_RESOLVER": "native",
@@ -56,7 +56,6 @@ class Image:
         ]
 
     def make_mount_points(self, folders: Iterable[str], files: Iterable[str]) -> None:
-        """A container runtime makes what is missing."""
         for path in folders:
             (self.layer / path.lstrip("/")).mkdir(parents=True, exist_ok=True)
         for path in files:
@@ -70,7 +69,6 @@ class Image:
             (self.layer / "etc" / name).write_text(Path("/etc", name).read_text().rstrip("\n") + f"\n{line}\n")
 
     def _add_commands(self) -> None:
-        """Everything lies in /usr/local/bin, as in the image."""
         python = f"{ENVIRONMENT}/bin/python"
         for file in Path(sys.prefix, "bin").iterdir():
             if file.name.startswith("python"):
@@ -89,6 +87,5 @@ def _stage(name: str) -> str:
 
 
 def image_environment() -> dict[str, str]:
-    """ENV of the Dockerfile's stage that runs."""
     block = re.search(r"^ENV ((?:.*\\\n)*.*)$", _stage("run"), re.MULTILINE)
     return dict(word.split("=", 1) for word in block[1].replace("\\\n", " ").split()) if block else {}

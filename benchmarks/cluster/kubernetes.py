@@ -26,7 +26,7 @@ START_SECONDS: Final = 300.0
 
 
 class Kubernetes:
-    """One namespace. ``names``: of what is outside of it."""
+    """One namespace. ``names``: hosts outside of it."""
 
     def __init__(
         self, folder: Path, namespace: str, network: Network, secrets: Mapping[str, Mapping[str, str]],
@@ -47,7 +47,7 @@ class Kubernetes:
     def install(self, objects: Sequence[Object], switched: Callable[[], None] = lambda: None) -> str:
         """Install or upgrade: the migration first, then all else. Returns how serving was changed.
 
-        ``switched`` is called when services name another Ray cluster, a while before the old one goes. Raises
+        ``switched`` is called when services name another Ray cluster, before the old one is removed. Raises
         RatchetError when a part does not get ready.
         """
         self.image.make_mount_points(*mount_points([template for _, template in pods(objects)]))
@@ -72,7 +72,7 @@ class Kubernetes:
         return how
 
     def run(self, name: str, template: Mapping[str, Any], seconds: float = START_SECONDS) -> str:
-        """A pod that ends by itself; its output. Raises RatchetError when it does not end well."""
+        """Run a pod to completion and return its output. Raises RatchetError when it fails."""
         pod = self._pod(f"{name}-{next(self._numbers)}", template)
         container = pod.spec["containers"][0]["name"]
         wait_until(lambda: pod.completed is not None or pod.problem, seconds, pause=0.2)
@@ -91,15 +91,12 @@ class Kubernetes:
         raise RatchetError(f"no pod is of component {component}.", "Is it enabled in the values?")
 
     def all_restarts(self) -> list[str]:
-        """Containers that were started again, of all pods that ever were."""
         return [text for pod in self._pods for text in pod.restarts]
 
     def problems(self) -> list[str]:
-        """What pods could not do."""
         return [f"{pod.name}: {pod.problem}" for pod in self._pods if pod.problem]
 
     def stop(self) -> None:
-        """End everything at once."""
         self._end.set()
         self._naming.join()
         for cluster in self.ray.clusters:
@@ -141,7 +138,6 @@ class Kubernetes:
             self._name_once()
 
     def _name_once(self) -> None:
-        """Names of services, of those pods that are ready."""
         services: dict[str, list[IPv4Address]] = {name: [address] for name, address in self.names.items()}
         services |= {pod.name: [pod.address] for pod in self._live()}  # a kubelet names a pod in its own file alone
         for cluster in self.ray.clusters:

@@ -14,13 +14,12 @@ from core.errors import RatchetError
 BRIDGE: Final = "ratchet0"
 NETWORK: Final = IPv4Network("10.77.0.0/16")
 HOST: Final = NETWORK[1]
-"""This machine, as pods see it."""
 HOSTS_BYTES: Final = 16 * 1024
-"""The file of names keeps its size: it is written in place and in one piece, while processes read it."""
+"""Fixed size of the file of names, so that it can be rewritten in place with one write while processes read it."""
 
 
 class Network:
-    """Of one runner, in a network namespace of its own: it goes with it."""
+    """Network of one runner, in its own network namespace, which ends with it."""
 
     def __init__(self, hosts: Path) -> None:
         """``hosts``: a file to write, each container's /etc/hosts."""
@@ -34,7 +33,6 @@ class Network:
         ip("link", "set", BRIDGE, "up")
 
     def join(self, process: int) -> IPv4Address:
-        """Give a process that is in a network namespace of its own an address, and return it."""
         with self._lock:
             self._last += 1
             address = self._last
@@ -52,7 +50,6 @@ class Network:
         return address
 
     def name(self, names: Mapping[str, Iterable[IPv4Address]]) -> None:
-        """Make these the names that all containers know, in place of those before."""
         lines = ["127.0.0.1 localhost", *(f"{one} {name}" for name, all_ in names.items() for one in all_)]
         text = "".join(f"{line}\n" for line in lines).encode()
         if len(text) > HOSTS_BYTES:
@@ -62,5 +59,4 @@ class Network:
 
 
 def ip(*words: str) -> None:
-    """Run ``ip``."""
     subprocess.run(["ip", *words], check=True)

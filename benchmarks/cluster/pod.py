@@ -1,4 +1,4 @@
-"""One pod: its volumes, its containers in their order, their probes, and what a kubelet does when one ends."""
+"""A pod with its volumes, ordered containers and probes, and a kubelet's restarts."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SECURITY: Final = {
     "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "privileged": False,
     "capabilities": {"drop": ["ALL"]},
 }  # fmt: skip
-"""What :mod:`benchmarks.cluster.container` does; no other is known here."""
+"""Fields that :mod:`benchmarks.cluster.container` implements; others are rejected."""
 RESTART_SECONDS: Final = 10.0
-"""Before the first restart; twice as long before each further one."""
+"""Delay of the first restart; doubled for each further one."""
 MOST_RESTART_SECONDS: Final = 300.0
 LOOK_SECONDS: Final = 0.5
 PROBES: Final = ("startupProbe", "livenessProbe", "readinessProbe")
@@ -36,7 +36,7 @@ PROBES: Final = ("startupProbe", "livenessProbe", "readinessProbe")
 
 @dataclass
 class ProbeState:
-    """What a probe has said since its container started."""
+    """Results of a probe since its container started."""
 
     due: float = 0.0
     failures: int = 0
@@ -45,7 +45,7 @@ class ProbeState:
 
 @dataclass
 class Running:
-    """A container that runs, and its probes."""
+    """A running container and its probes."""
 
     spec: Mapping[str, Any]
     container: Container
@@ -61,7 +61,9 @@ class Running:
 
 
 class Pod:
-    """A pod of a template. Its thread starts its containers, and keeps them, until :meth:`stop` or :meth:`kill`."""
+    """A pod of a template. Its thread starts its containers, and keeps them running until :meth:`stop` or
+    :meth:`kill`.
+    """
 
     def __init__(
         self,
@@ -80,7 +82,6 @@ class Pod:
         self.folder = folder / name
         self.folder.mkdir(parents=True)
         self.restarts: list[str] = []
-        """Containers that were started again, and why."""
         self.problem = ""
         self.running: list[Running] = []
         self.completed: int | None = None
@@ -93,18 +94,15 @@ class Pod:
         self._thread = threading.Thread(target=self._live, name=name, daemon=True)
 
     def start(self) -> Pod:
-        """Begin. Returns at once."""
         self._thread.start()
         return self
 
     @property
     def is_alive(self) -> bool:
-        """Whether its sandbox is there."""
         return self._sandbox.poll() is None
 
     @property
     def is_ready(self) -> bool:
-        """Whether services may name it."""
         wanted = len(self.spec["containers"])
         return self.is_alive and len(self.running) == wanted and all(each.is_ready() for each in self.running)
 
@@ -116,7 +114,7 @@ class Pod:
         raise RatchetError(f"pod {self.name} runs no container {name}.", f"Its logs are in {self.folder}.")
 
     def stop(self) -> None:
-        """SIGTERM, the pod's grace period, SIGKILL."""
+        """Send SIGTERM and, after the pod's grace period, SIGKILL."""
         self._end.set()
         self._thread.join()
         for each in self.running:
@@ -130,7 +128,7 @@ class Pod:
         self.kill()
 
     def kill(self) -> None:
-        """SIGKILL for all its processes at once, as when its machine is lost."""
+        """SIGKILL all its processes at once, as when its machine is lost."""
         self._end.set()
         if self.is_alive:
             os.kill(self.process, signal.SIGKILL)
@@ -156,7 +154,7 @@ class Pod:
             say(f"[red]{self.name}: {error}[/red]")
 
     def _initialize(self, spec: Mapping[str, Any]) -> None:
-        """Run a container that has to end well before the others start."""
+        """Run an init container, which must succeed before the others start."""
         pause = RESTART_SECONDS
         while not self._end.is_set():
             container = self._start(spec)

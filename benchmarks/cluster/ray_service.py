@@ -1,9 +1,9 @@
-"""What KubeRay makes of a RayService: clusters of pods, Serve's configuration, services, and upgrades.
+"""KubeRay's handling of a RayService: clusters of pods, Serve's configuration, services, and upgrades.
 
 After ``ray-operator/controllers/ray`` of ray-project/kuberay at v1.7.0: ``common/pod.go`` (commands and variables),
-``common/service.go`` (names) and ``rayservice_controller.go`` (a change of what it compares in ``rayClusterConfig``
-makes a second cluster, which serves before the first one goes; ``serveConfigV2`` alone goes to the running cluster;
-numbers of workers and tolerations alone go nowhere).
+``common/service.go`` (names) and ``rayservice_controller.go`` (a change of the compared part of ``rayClusterConfig``
+makes a second cluster, which serves before the first one is removed; ``serveConfigV2`` alone goes to the running
+cluster; numbers of workers and tolerations alone are ignored).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DASHBOARD_PORT: Final = 8265
 MADE_BY_OPERATOR: Final = {"metrics-export-port": "8080", "dashboard-agent-listen-port": "52365"}
 LOOK_SECONDS: Final = 2.0
 DELETION_SECONDS: Final = 60.0
-"""Of a cluster that another one has replaced: RayClusterDeletionDelaySeconds."""
+"""Of a replaced cluster: RayClusterDeletionDelaySeconds."""
 START_SECONDS: Final = 1200.0
 UNITS: Final = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
@@ -39,13 +39,12 @@ StartPod = Callable[[str, Mapping[str, Any]], Pod]
 
 
 class RayCluster:
-    """A head and its workers. A worker that is lost gets a successor."""
+    """A head and its workers. Lost workers are replaced."""
 
     def __init__(self, name: str, spec: Mapping[str, Any], start_pod: StartPod, namespace: str) -> None:
         self.name, self.spec, self.namespace = name, spec, namespace
         self.token = secrets.token_urlsafe(32) if spec.get("authOptions", {}).get("mode") == "token" else ""
         self.applied = ""
-        """The configuration of Serve that its controller has."""
         self._start_pod = start_pod
         self._end = threading.Event()
         self._made = 0
@@ -56,20 +55,17 @@ class RayCluster:
 
     @property
     def head_service(self) -> str:
-        """The name by which workers find the head."""
         return f"{self.name}-head-svc"
 
     @property
     def pods(self) -> list[Pod]:
-        """The head and its workers, those that are lost not."""
         return [pod for pod in (self.head, *self.workers) if pod.is_alive]
 
     def is_ready(self) -> bool:
-        """Whether no pod is missing, and each is ready."""
         return all(pod.is_alive and pod.is_ready for pod in (self.head, *self.workers))
 
     def apply(self, configuration: str) -> None:
-        """Give Serve's controller its configuration; again, as long as the head does not take it."""
+        """Give Serve's controller its configuration; retries until the head accepts it."""
         if self.applied == configuration:
             return
         body = yaml.safe_load(configuration)
@@ -79,7 +75,6 @@ class RayCluster:
                 self.applied = configuration
 
     def is_serving(self) -> bool:
-        """Whether all applications run."""
         with suppress(httpx.HTTPError, KeyError, ValueError):
             answer = httpx.get(self._url("/api/serve/applications/"), headers=self._headers(), timeout=10)
             states = [each["status"] for each in answer.json()["applications"].values()]
@@ -87,7 +82,7 @@ class RayCluster:
         return False
 
     def keep_no_longer(self) -> None:
-        """Pods that are lost get no successors from now on."""
+        """Replace no lost pods from now on."""
         self._end.set()
         self._thread.join()
 
@@ -141,7 +136,7 @@ class RayCluster:
 
 
 class RayService:
-    """The clusters of a RayService: one that clients reach, and for the time of an upgrade a second one."""
+    """The clusters of a RayService: one that clients reach and, during an upgrade, a second one."""
 
     def __init__(self, start_pod: StartPod, namespace: str) -> None:
         self._start_pod, self._namespace = start_pod, namespace
@@ -158,17 +153,11 @@ class RayService:
 
     @property
     def clusters(self) -> list[RayCluster]:
-        """Those that have pods."""
         return [cluster for cluster in (self.active, self.pending) if cluster is not None]
 
     def apply(self, resource: Mapping[str, Any], switched: Callable[[], None]) -> str:
-        """Make it so, and return when it serves: ``NewCluster``, or ``InPlace``.
-
-        Args:
-            switched: called when services name the new cluster, before the old one goes.
-
-        Raises:
-            RatchetError: it does not serve in time.
+        """Apply the object and return when it serves: ``NewCluster``, or ``InPlace``. ``switched``: called when
+        services name the new cluster, before the old one is removed. Raises RatchetError if it does not serve in time.
         """
         spec = resource["spec"]
         cluster = spec["rayClusterConfig"]
@@ -187,7 +176,6 @@ class RayService:
         return "NewCluster"
 
     def wait_for_retired(self) -> None:
-        """Return when clusters that were replaced have ended."""
         for thread in self._retired:
             thread.join()
 
@@ -223,7 +211,7 @@ def _retire(cluster: RayCluster) -> None:
 
 
 def _parameters(group: Mapping[str, Any], ray: Mapping[str, Any], address: str, head: bool) -> dict[str, str]:
-    """Of ``ray start``: the group's, and what is missing of resources."""
+    """Parameters of ``ray start``: the group's, plus missing resources."""
     limits = ray["resources"].get("limits", {})
     sizes = {**ray["resources"].get("requests", {}), **limits}
     missing = {**MADE_BY_OPERATOR, "num-cpus": str(math.ceil(quantity(sizes["cpu"])))}
@@ -235,13 +223,12 @@ def _parameters(group: Mapping[str, Any], ray: Mapping[str, Any], address: str, 
 
 
 def quantity(text: str) -> float:
-    """Of a Kubernetes quantity: ``500m``, ``4``, ``10Gi``."""
+    """Parse a Kubernetes quantity: ``500m``, ``4``, ``10Gi``."""
     if text.endswith("m"):
         return float(text[:-1]) / 1000
     return float(text[:-2]) * UNITS[text[-2:]] if text[-2:] in UNITS else float(text)
 
 
 def _wait_for_head(ray: Mapping[str, Any], address: str) -> dict[str, Any]:
-    """KubeRay's first container of a worker."""
     check = f"until ray health-check --address {address} > /dev/null 2>&1; do sleep 5; done"
     return {**ray, "name": "wait-gcs-ready", "command": ["/bin/bash", "-lc", "--"], "args": [check]}

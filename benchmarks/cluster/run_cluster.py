@@ -1,10 +1,10 @@
 """``ratchet bench cluster``: the chart's pods as processes, a release, a lost node and an upgrade under load.
 
-From what Helm renders of a profile, and nothing else: the migration, ingest, maintenance, updater, console, and
-KubeRay's part of a RayService, each pod in a network and each container with a read-only root of its own (Linux, as
-root; Docker and Kubernetes are not needed). A client asks for embeddings and chats through the port ``serve`` of Ray's
-head while an operator releases adapters from the console's pod, one of the worker nodes is lost in the middle of a
-release, and the chart is upgraded. Every answer is compared with that of the release that it was stamped with.
+Everything comes from Helm's output for a profile: the migration, ingest, maintenance, updater, console, and KubeRay's
+part of a RayService, each pod in its own network and each container with its own read-only root (Linux, as root; Docker
+and Kubernetes are not needed). A client asks for embeddings and chats through the port ``serve`` of Ray's head while an
+operator releases adapters from the console's pod, one of the worker nodes is lost during a release, and the chart is
+upgraded. Every answer is compared with that of the release in its stamp.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ UPGRADES: Final = {
     "application": {"serving": {"actors": {"encoder": {"cpus": 0.4}, "vlm": {"cpus": 1.2}}}},
     "cluster": {"settings": {"serve": {"deadline_seconds": 31}}},
 }
-"""Values by what they replace. Serve's configuration alone: the replicas of encoders and VLMs, one after the other. The
-settings: the pods of all parts, and KubeRay makes a second cluster, which takes twice the memory for a while."""
+"""Values by what they replace. Serve's configuration only: the replicas of encoders and VLMs, one after the other. The
+settings: the pods of all parts, and KubeRay makes a second cluster, which temporarily takes twice the memory."""
 NAMESPACES: Final = "BENCH_CLUSTER_NAMESPACES"
-"""Set for the process that has namespaces of its own."""
+"""Set for the process that has its own namespaces."""
 RELEASE: Final = "live"
 NAMESPACE: Final = "ml"
 HELP: Final = "Run it as root on Linux with util-linux and iproute2."
@@ -51,12 +51,11 @@ def run(settings: Settings, folder: Path, values: Any, rate: float, upgrade: str
 
     Args:
         folder: for stores, pods and their logs.
-        values: of the chart, over those that an installation has to say.
+        values: of the chart, over the required ones.
         rate: requests a second.
-        upgrade: one of :data:`UPGRADES`; empty: end when samples went from Kafka to a search.
+        upgrade: one of :data:`UPGRADES`; empty: end once samples from Kafka are found by a search.
 
-    Raises:
-        RatchetError: a store or a pod does not start.
+    Raises RatchetError if a store or a pod does not start.
     """
     with ExitStack() as stack:
         with step("starting the stores"):
@@ -87,7 +86,7 @@ def run(settings: Settings, folder: Path, values: Any, rate: float, upgrade: str
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench cluster``. Status 1: a request failed that was not on the lost node, or an answer was mixed."""
+    """Exit with status 1 if a request failed that was not on the lost node, or an answer was mixed."""
     parser = bench_parser("cluster", __doc__)
     parser.add_argument("--profile", default="cpu", help="values file of the chart (cpu)")
     parser.add_argument("--without-vlm", action="store_true", help="serve CLIP alone")
@@ -118,7 +117,7 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
 
 
 def _enter_namespaces() -> None:
-    """Become this command again, where network, mounts and processes are its own: they end with it."""
+    """Execute this command again with its own network, mounts and processes, which end with it."""
     if sys.platform != "linux" or os.getuid() != 0:
         raise ConfigError("only root may give pods networks and roots of their own.", HELP)
     os.environ[NAMESPACES] = "1"

@@ -1,4 +1,4 @@
-"""What happens to an installation under load: releases, a lost node, an upgrade."""
+"""Events of an installation under load: releases, a lost node, an upgrade."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Scenario:
         self.releases: list[dict[str, Any]] = []
 
     def publish(self) -> None:
-        """Samples to Kafka; returns when searches find them."""
+        """Send samples to Kafka; returns when searches find them."""
         with step("from Kafka to search"), connect_producer(self.settings.kafka) as producer:
             for number, image in enumerate(pictures(SAMPLES)):
                 producer.send(image=image, text=f"picture {number}", domain="bench", source="bench")
@@ -51,7 +51,6 @@ class Scenario:
                 wait_until_searchable(client, SAMPLES)
 
     def run(self, upgraded: Callable[[], Sequence[Object]]) -> dict[str, Any]:
-        """Returns the figures."""
         clips = make_adapters(self.settings, 4)
         vlms = make_vlm_adapters(self.settings, 2) if self.settings.base.vlm else []
         changes = [{"clip": clip, **({"vlm": vlms[n % 2]} if vlms else {})} for n, clip in enumerate(clips)]
@@ -87,7 +86,6 @@ class Scenario:
         }  # fmt: skip
 
     def _lose_a_node(self, change: dict[str, str]) -> None:
-        """Kill a worker while its replicas prepare a release, and wait for its successor."""
         cluster = self.kubernetes.ray.serving
         lost = cluster.workers[-1]
         ledger = Ledger.open(self.settings.ledger)
@@ -107,7 +105,9 @@ class Scenario:
                 raise RatchetError(f"{lost.name} got no successor that is ready.", f"See {self.kubernetes.folder}.")
 
     def _release(self, change: dict[str, str], reason: str) -> float:
-        """From the console's pod, again where it is refused, as an operator would; seconds of the last attempt."""
+        """Release from the console's pod, retrying refused releases as an operator would. Returns the seconds of the
+        last attempt.
+        """
         words = [word for name, value in change.items() for word in (f"--{name}", value)]
         refusals: list[str] = []
         until = time.monotonic() + STEP_SECONDS
@@ -128,7 +128,6 @@ class Scenario:
         return took
 
     def _operate(self, *words: str) -> str:
-        """``kubectl exec`` in the console's pod."""
         console = self.kubernetes.pod("console").container("console")
         return console.run(["ratchet", *words], STEP_SECONDS, USER="bench")
 

@@ -1,4 +1,4 @@
-"""The state that an installation is given: PostgreSQL, an S3 server and Kafka, where pods can reach them."""
+"""The state of an installation: PostgreSQL, an S3 server and Kafka, reachable from pods."""
 
 from __future__ import annotations
 
@@ -23,17 +23,15 @@ PARTITIONS: Final = 2
 
 @dataclass(frozen=True)
 class Stores:
-    """Where they are."""
+    """Addresses of the stores."""
 
     ledger: str
     s3: Mapping[str, str]
-    """Variables with which a process finds it."""
     kafka: str
     operator_key: str
 
     @property
     def secrets(self) -> Mapping[str, Mapping[str, str]]:
-        """As docs/deployer.md has them made."""
         return {
             "ratchet-ledger": {"url": self.ledger.replace(str(HOST), POSTGRES_HOST)},
             "ratchet-operator": {"key": self.operator_key},
@@ -45,7 +43,6 @@ class Stores:
 
     @property
     def values(self) -> dict[str, Any]:
-        """What an installation has to say, and what a load of random adapters needs."""
         return {
             "ledger": {"existingSecret": {"name": "ratchet-ledger"}},
             "operatorKey": {"existingSecret": {"name": "ratchet-operator"}},
@@ -59,12 +56,11 @@ class Stores:
                 "kafka": {"partitions": PARTITIONS},
                 "ingest": {"fresh_eval_share": 0.0},
                 "serve": {"cache_bytes": 0},  # the load repeats a few inputs
-                "rollout": {"guard_seconds": 0.0},  # which would take random adapters back
+                "rollout": {"guard_seconds": 0.0},  # which would roll random adapters back
             },
         }  # fmt: skip
 
     def settings(self, settings: Settings) -> Settings:
-        """The installation, as this process reaches it."""
         kafka = settings.kafka.model_copy(update={"bootstrap": self.kafka, "partitions": PARTITIONS})
         return settings.model_copy(
             update={

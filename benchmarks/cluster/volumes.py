@@ -1,4 +1,4 @@
-"""What a pod's volumes are on one machine: folders, file systems in memory, and the files of Secrets and ConfigMaps."""
+"""A pod's volumes on one machine: folders, in-memory file systems, and the files of Secrets and ConfigMaps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ConfigObjects:
     config_maps: Mapping[str, Mapping[str, str]]
 
     def values(self, volume: Manifest) -> Mapping[str, str]:
-        """What the files of a volume hold. Raises RatchetError for a kind that is not known here."""
+        """Contents of the files of a volume. Raises RatchetError for an unknown kind."""
         if "configMap" in volume:
             return self.config_maps[volume["configMap"]["name"]]
         if "secret" in volume:
@@ -34,7 +34,7 @@ class ConfigObjects:
 
 
 class Volumes:
-    """Those of one pod, in a folder. They belong to the pod's group (``fsGroup``), as a kubelet makes them."""
+    """Volumes of one pod, in a folder. They belong to the pod's group (``fsGroup``), as a kubelet makes them."""
 
     def __init__(self, volumes: Sequence[Manifest], objects: ConfigObjects, folder: Path) -> None:
         self._folders: dict[str, Path] = {}
@@ -49,14 +49,12 @@ class Volumes:
                 _write(place, objects.values(volume))
 
     def mounts(self, container: Manifest) -> list[Mount]:
-        """Of a container."""
         return [
             Mount(self._folders[each["name"]] / each.get("subPath", ""), each["mountPath"], each.get("readOnly", False))
             for each in container["volumeMounts"]
         ]
 
     def remove(self) -> None:
-        """Delete what they hold."""
         for place in self._mounted:
             subprocess.run(["umount", "--lazy", str(place)], check=False)
         for place in self._folders.values():
@@ -81,7 +79,6 @@ def _write(place: Path, values: Mapping[str, str]) -> None:
 
 
 def mount_points(templates: Sequence[Manifest]) -> tuple[set[str], set[str]]:
-    """Folders and files that volumes are mounted at."""
     folders: set[str] = set()
     files: set[str] = set()
     for template in templates:

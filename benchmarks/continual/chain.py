@@ -1,7 +1,7 @@
-"""One method along one order with one seed: train, serve, ask; then the next update.
+"""One method along one order with one seed: train, serve and evaluate, update by update.
 
-After each update one JSON file is written; what a killed run has not written is done again, and training goes on from
-its own checkpoint. Only the adapter, the memory and the vectors of the last update are kept.
+Each update writes one JSON file; a killed run repeats what has no file, and training resumes from its own checkpoint.
+Only the adapter, the memory and the vectors of the last update are kept.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from updater.training.result import Limits, cost_of
 from updater.training.train import train
 
 SECONDS = 3600.0
-"""Wall-clock bound of an update; none comes near it unless the machine stands still."""
+"""Wall-clock limit of an update; only a stalled machine comes near it."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,13 @@ class Unit:
     order: int = 0
     seed: int = 0
     trial: int | None = None
-    """Of :mod:`benchmarks.continual.tuning`; None: with what was chosen."""
+    """Of :mod:`benchmarks.continual.tuning`; None: the chosen trial."""
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe that it runs, with the rates and weights of its trial, or those that were chosen."""
         return recipe_of(self.method, self.trial)
 
     def folder(self, results: Path) -> Path:
-        """Where its files are."""
         trial = "" if self.trial is None else f"-trial{self.trial}"
         return results / "units" / self.method / f"order{self.order}-seed{self.seed}{trial}"
 
@@ -63,12 +61,12 @@ def update_path(folder: Path, number: int) -> Path:
 
 
 def chain_name(recipe: Recipe, unit: Unit) -> str:
-    """Stands in the file of each update: those of another recipe under the same name do not count."""
+    """Written into the file of each update: files of another recipe under the same name do not count."""
     return digest_json([recipe.digest, unit.order, unit.seed])
 
 
 def updates_done(results: Path, recipe: Recipe, unit: Unit) -> list[dict[str, Any]]:
-    """What is there of a unit: the files of its updates, up to the first that is missing."""
+    """The files of a unit's updates, up to the first that is missing."""
     updates: list[dict[str, Any]] = []
     while True:
         row = read_json(update_path(unit.folder(results), len(updates) + 1))
@@ -78,12 +76,9 @@ def updates_done(results: Path, recipe: Recipe, unit: Unit) -> list[dict[str, An
 
 
 class Chain:
-    """Runs a unit in this process."""
-
     def __init__(
         self, base: Base, lessons: Lessons, protocol: Protocol, recipe: Recipe, unit: Unit, results: Path, exam: Exam,
     ) -> None:  # fmt: skip
-        """Raises BudgetError."""
         self.base, self.lessons, self.protocol, self.unit, self.results = base, lessons, protocol, unit, results
         self.recipe, self.exam = recipe, exam
         self.folder = unit.folder(results)
@@ -91,7 +86,7 @@ class Chain:
         self.plan: ExperimentPlan = plan(base, recipe, lessons, protocol, results / "plans")
 
     def run(self, updates: int, stop: Callable[[], bool] = lambda: False) -> None:
-        """Go on until ``updates`` are done. Raises Stopped, and what :func:`updater.training.train.train` raises."""
+        """Continue until ``updates`` are done. Raises Stopped, and what :func:`updater.training.train.train` raises."""
         rows = updates_done(self.results, self.recipe, self.unit)
         for number in range(len(rows), min(updates, len(self.order))):
             say(f"{self.unit}: update {number + 1} of {updates}, {self.order[number]}")

@@ -1,7 +1,7 @@
-"""Search across versions: texts of a new model in an index that the old one made, wholly or in part.
+"""Search across versions: texts of a new model in an index of the old one, partly or not yet rebuilt.
 
-A backward map (BC-Aligner) takes new queries into the old space while the index is embedded again behind it. It is
-fitted on the quarter of the index that is embedded first, images alone: what a release would have after some minutes.
+A backward map (BC-Aligner) takes new queries into the old space while the index is embedded again. It is fitted on the
+images of the quarter of the index that is embedded first: what a release would have after some minutes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ FITTED = 0.25
 def cross_version_recall(suites: Sequence[Suite], previous: Encoded, now: Encoded, base: Encoded) -> dict[str, float]:
     """Recall at 5 of texts in images, mean over retrieval suites, by the versions of both.
 
-    ``old_old`` is the version before; ``new_at_0`` to ``new_at_1`` are new queries while 0 to all of its index are
-    embedded again, ``mapped_at_...`` the same with a map for what is still old; ``new_base``, ``mapped_base`` meet the
+    ``old_old`` is the version before; ``new_at_0`` to ``new_at_1`` are new queries with none to all of the index
+    embedded again, ``mapped_at_...`` the same with a map for the old part; ``new_base`` and ``mapped_base`` use the
     index of the base.
     """
     retrieval = [suite for suite in suites if suite.task == "retrieval"]
@@ -62,9 +62,7 @@ def _of_suite(
 
 
 def _map(suites: Sequence[Suite], new: Encoded, old: Encoded) -> NDArray[np.float64]:
-    """z_old ~ z_new @ map, float64 [dim, dim]. It only turns the space (Procrustes): with so few samples a freer map
-    would fit them and nothing else.
-    """
+    """z_old ~ z_new @ map, float64 [dim, dim]. A rotation (Procrustes): a freer map would overfit so few samples."""
     sides = []
     for version in (new, old):
         vectors = [images_of(suite, version) for suite in suites]
@@ -80,7 +78,9 @@ def apply(back: NDArray[np.float64], features: Vectors) -> Vectors:
 
 
 def backfilled(count: int, share: float) -> Bools:
-    """Rows of an index of ``count`` that hold new vectors: a random share, and of a larger share all of a smaller."""
+    """Rows of an index of ``count`` that hold new vectors: a random share, where a larger share includes a
+    smaller one.
+    """
     done = np.zeros(count, dtype=bool)
     done[np.random.default_rng(0).permutation(count)[: round(share * count)]] = True
     return done

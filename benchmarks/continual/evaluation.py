@@ -1,6 +1,6 @@
-"""Vectors of all suites under one adapter, and the outcomes that they come to.
+"""Vectors of all suites under one adapter, and the outcomes.
 
-What no adapter of a chain touches is computed once: a tower starts at its boundary, as in training.
+The part that no adapter of a chain changes is computed once: a tower starts at its boundary, as in training.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Encoded:
-    """Unit vectors of each image by its pair's id, and of each text, under one version of the model."""
+    """Unit vectors of each image by its pair's ID, and of each text, under one version of the model."""
 
     images: Mapping[str, Vectors]
     texts: Mapping[str, Vectors]
 
     def write(self, path: Path) -> None:
-        """Keep them, float16, whole or not at all. Names are not kept: they follow from the suites."""
+        """Write them atomically as float16, without names, which follow from the suites."""
         images, texts = (np.stack(list(side.values())).astype(np.float16) for side in (self.images, self.texts))
         with replacing(path) as staging:
             np.savez(staging, images=images, texts=texts)
@@ -47,7 +47,7 @@ class Evaluator:
     """Evaluates a base's adapters on suites, as the trainer computes (float32)."""
 
     def __init__(self, base: ClipBase, suites: Sequence[Suite], cache: Path | None = None) -> None:
-        """``cache``: a folder of this base and these suites, for what every chain computes alike."""
+        """``cache``: a folder of this base and these suites, for what all chains share."""
         self.base = base
         self.suites = suites
         self.cache = cache
@@ -69,7 +69,7 @@ class Evaluator:
         }
 
     def _pixels(self, pairs: Sequence[Pair]) -> list[Tensor]:
-        """Of the suites' pictures, in batches, uint8 [n, size, size, 3]."""
+        """Pictures of the suites, in batches, uint8 [n, size, size, 3]."""
         batches = [pairs[start : start + IMAGE_BATCH] for start in range(0, len(pairs), IMAGE_BATCH)]
 
         def read() -> list[Tensor]:
@@ -86,7 +86,7 @@ class Evaluator:
         return Encoded(dict(zip(self._ids, images, strict=True)), dict(zip(self._words, texts, strict=True)))
 
     def _encoded(self, which: Which, weights: Mapping[str, Tensor], touched: set[str]) -> Vectors:
-        """Vectors [n, dim] of one side."""
+        """Vectors [n, dim] of one tower."""
         side = self._sides.get(which)
         cut = first_touched(touched, self._model, which) if touched else 0
         if side is None or (touched and (side.tower.cut > cut or side.tower.cut == 0 < cut)):
@@ -103,13 +103,14 @@ class Evaluator:
             return side.vectors({})
 
     def read(self, path: Path) -> Encoded:
-        """What :meth:`Encoded.write` wrote of these suites."""
         with np.load(path) as arrays:
             images, texts = arrays["images"].astype(np.float32), arrays["texts"].astype(np.float32)
         return Encoded(dict(zip(self._ids, images, strict=True)), dict(zip(self._words, texts, strict=True)))
 
     def outcomes(self, encoded: Encoded) -> dict[str, Bools]:
-        """By suite: whether each item was answered rightly; [n, 2] for retrieval both ways, [n, 1] for classes."""
+        """By suite, whether each item was answered correctly; [n, 2] for retrieval in both directions, [n, 1] for
+        classes.
+        """
         return {suite.name: _outcome(suite, encoded) for suite in self.suites}
 
     def named(self, encoded: Encoded) -> dict[str, Bools]:
@@ -122,7 +123,7 @@ class Evaluator:
 
 
 def _cached(path: Path | None, lengths: Sequence[int], compute: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """Tensors of these lengths from their file; where there is none, they are computed and put there."""
+    """Tensors of these lengths from their file, computed and stored if missing."""
     if path is not None and path.is_file():
         cached = [tensor for _, tensor in sorted(load_file(path).items())]
         if [len(tensor) for tensor in cached] == list(lengths):
@@ -135,7 +136,7 @@ def _cached(path: Path | None, lengths: Sequence[int], compute: Callable[[], lis
 
 
 class _Side:
-    """One tower over fixed inputs, from its boundary on; boundaries are computed when they are first wanted."""
+    """One tower over fixed inputs, from its boundary on; boundaries are computed on first use."""
 
     def __init__(
         self, base: ClipBase, which: Which, cut: int, inputs: Sequence[Any], cached: Path | None = None
@@ -162,7 +163,6 @@ class _Side:
         return torch.cat(parts).numpy()
 
     def _recorded(self) -> list[Tensor]:
-        """The boundary of each batch."""
 
         def record() -> list[Tensor]:
             return [self.tower.record(self._tensor(batch))[1].contiguous() for batch in self.inputs]
@@ -193,7 +193,7 @@ def texts_of(suite: Suite, encoded: Encoded) -> Vectors:
 
 
 def right_images(suite: Suite) -> Bools:
-    """Which images answer the text of which item, [n, n]: those that carry the same one."""
+    """Which images are correct for the text of which item, [n, n]: those with the same text."""
     words = np.array([pair.text for pair in suite.items])
     same: Bools = words[:, None] == words[None, :]
     return same
@@ -206,7 +206,6 @@ def _texts(suite: Suite) -> list[str]:
 
 
 def _prompts(suite: Suite) -> dict[str, list[str]]:
-    """The prompts of each class."""
     classes = sorted({pair.label for pair in suite.items})
     return {name: [template.replace("{}", name) for template in suite.templates] for name in classes}
 

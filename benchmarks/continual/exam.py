@@ -1,4 +1,4 @@
-"""What a chain is asked: before its first update, and after each."""
+"""Questions to a chain before its first update and after each."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ ZERO_SHOT = "zero-shot.json"
 """The base's answers, in the results' folder: written once for all chains."""
 BASE_VECTORS = "base-vectors.npz"
 CACHE = "cache"
-"""Folder of pixels and boundaries: what is there of them need not be computed again."""
+"""Folder of pixels and boundaries, which are reused."""
 
 
 class Exam(Protocol):
-    """Of one chain. Its first use asks the base, where no chain has."""
+    """Of one chain. Its first use asks the base, unless another chain has."""
 
     def order(self, number: int) -> list[str]:
         """Names of the updates in an order."""
 
     def after(self, number: int, adapter: Path) -> dict[str, Any]:
-        """Answers after update ``number``, counted from 0, for its file: ``hits`` by suite at least."""
+        """Answers after update ``number``, counted from 0, for its file: at least ``hits`` by suite."""
 
     def kept(self, number: int) -> None:
-        """The update's file is written."""
+        """Called when the update's file is written."""
 
 
 class ClipExam:
-    """A CLIP's: searches, classes, and searches that cross versions. Vectors of the last update are kept in files."""
+    """Searches, classes, and searches across versions of a CLIP. Vectors of the last update are kept in files."""
 
     def __init__(self, evaluator: Evaluator, stream: Stream, results: Path, folder: Path) -> None:
         """``results``: of all chains of a base; ``folder``: of this one."""
@@ -46,7 +46,6 @@ class ClipExam:
         self.base_vectors = self._zero_shot()
 
     def _zero_shot(self) -> Encoded:
-        """The base's answers, and its vectors."""
         path, answers = self.results / BASE_VECTORS, self.results / ZERO_SHOT
         if not path.is_file() or not answers.is_file():
             vectors = self.evaluator.encode(None)
@@ -85,7 +84,6 @@ class ClipExam:
         return self.folder / f"vectors-{number:02d}.npz" if number else self.results / BASE_VECTORS
 
     def _means(self) -> dict[str, NDArray[np.float32]]:
-        """By update, the mean of the base's vectors of its suite's pictures."""
         suites = {suite.name: suite for suite in self.stream.suites}
         return {name: images_of(suites[name], self.base_vectors).mean(axis=0) for name in self.stream.updates}
 

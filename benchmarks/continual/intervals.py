@@ -1,7 +1,7 @@
 """Intervals of differences by a paired bootstrap over the items of each suite.
 
-All methods answer the same items, so every draw takes the same ones for all of them: a difference between two methods
-is far better known than either score.
+All methods answer the same items, and each draw uses the same items for all methods, so a difference between two
+methods is known far better than either score.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Interval:
 
     @property
     def clear(self) -> bool:
-        """Whether it lies on one side of zero."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
     def plain(self) -> dict[str, Any]:
@@ -44,9 +44,8 @@ class Draws:
 
     names: tuple[str, ...]
     scores: Mapping[str, Floats]
-    """By suite."""
     suites: Mapping[str, Sequence[str]]
-    """By figure but ``gm``: the suites that it is the mean of."""
+    """By figure except ``gm``: the suites that it is the mean of."""
 
     def of(self, figure: str, without: str = "") -> Floats:
         """``gm``, or a mean over suites, one of which may be left out."""
@@ -61,11 +60,10 @@ class Draws:
         return 100 * (values[:, self.names.index(name)] - values[:, self.names.index(other)])
 
     def difference(self, figure: str, name: str, other: str, without: str = "") -> Interval:
-        """The same with its percentile interval."""
         return interval(self.differences(figure, name, other, without))
 
     def largest(self, name: str, other: str) -> str:
-        """The adaptation suite by which ``name`` is furthest ahead of ``other``."""
+        """The adaptation suite with the largest lead of ``name`` over ``other``."""
         one, two = self.names.index(name), self.names.index(other)
         return max(
             self.suites["a_ka"], key=lambda suite: float(self.scores[suite][0, one] - self.scores[suite][0, two])
@@ -79,7 +77,7 @@ def interval(differences: Floats) -> Interval:
 
 
 def resampled(hits: Mapping[str, Hits], reference: Reference, draws: int = DRAWS, seed: int = 0) -> Draws:
-    """Draw the items of every suite anew, for all methods together. ``hits``: by method, then by suite."""
+    """Resample the items of every suite, for all methods together. ``hits``: by method, then by suite."""
     names, scores = tuple(hits), {}
     rng = np.random.default_rng(seed)
     for suite in (*reference.adaptation, *reference.held_out):

@@ -1,4 +1,4 @@
-"""By how much the default leads each method and the untouched base, over all orders and bases that both were run in."""
+"""The default's lead over each method and the untouched base, over all orders and bases that both were run in."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ SHOWN = ("gm", "a_ka", "a_zs", "outside", "retrieval", "classes")
 
 
 def leads(bases: Mapping[str, Chains]) -> dict[str, Any]:
-    """By method: the default's score minus its own, for each figure, and in GM without the suite by which the default
-    leads it most. A mean over bases of means over chains; items are drawn anew, for each base by itself.
+    """By method: the default's score minus its own, for each figure, and in GM without the suite of the largest lead. A
+    mean over bases of means over chains; items are resampled separately for each base.
     """
     names = dict.fromkeys(name for _, chains in bases.values() for name in (*chains, BASE) if name not in STANDARDS)
     by_method = {name: lead for name in names if (lead := _lead(name, bases))}

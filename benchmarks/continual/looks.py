@@ -1,4 +1,4 @@
-"""Which pictures of suites look like one that is trained on: similar_ids once, and kept."""
+"""Pictures of suites that look like a training picture (similar_ids), computed once and stored."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from updater.data.pools import Pair
 from updater.training.checkpoint import read_json, write_json
 
 ALIKE = 3
-"""Bits of 64 in which the hashes of two pictures may differ to be taken for one; colours as for duplicates."""
+"""Bits of 64 in which the hashes of two pictures may differ to count as the same; colours as for duplicates."""
 
 
 def left_out(folder: Path, taught: Sequence[Pair], candidates: Mapping[str, Sequence[Pair]]) -> dict[str, list[str]]:
-    """By suite, ids of its candidates that look like a picture that is trained on."""
     wanted = [sorted(pair.id for pair in taught), {name: [p.id for p in pairs] for name, pairs in candidates.items()}]
     path = folder / f"{digest12(digest_json([ALIKE, *wanted]))}.json"
     known = read_json(path)

@@ -1,4 +1,4 @@
-"""The papers' figures from scores. All scores are fractions of 1.
+"""The papers' figures from scores, which are fractions of 1.
 
 ``path`` is [updates + 1, suites]: row 0 is the base, row t the model after update t. ``matrix`` is [updates, suites]:
 the rows from 1 on, columns in the order of the stream, so that ``matrix[t, i]`` is the score on the i-th update's suite
@@ -33,12 +33,10 @@ class Trajectory:
 
     @property
     def gm(self) -> Floats:
-        """Their geometric mean."""
         return geometric_mean(self.a_ka, self.a_zs)
 
 
 def trajectory(adaptation: Floats, held_out: Floats) -> Trajectory:
-    """From the paths of both kinds of suites."""
     return Trajectory(adaptation.mean(axis=1), held_out.mean(axis=1))
 
 
@@ -82,9 +80,9 @@ def tic(matrix: Floats) -> Tic:
 
 
 def forgetting(path: Floats) -> Floats:
-    """Two sums for each suite of a chain, over every later update, [suites, 2]: of what was left of what was learned of
-    it times what the update took, and of what was left squared. The ratio of their totals, over any number of chains,
-    is the share of what was learned that an update of another suite loses: a regression's slope through the origin.
+    """Two sums for each suite of a chain, over every later update, [suites, 2]: the remaining gain times the update's
+    loss, and the squared remaining gain. The ratio of their totals, over any number of chains, is the share of the gain
+    that an update of another suite loses: a regression's slope through the origin.
 
     ``path`` has columns in the order of the stream. Zeros where nothing was learned by more than :data:`LEARNED`.
     """

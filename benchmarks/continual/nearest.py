@@ -1,6 +1,6 @@
-"""The baseline that trains nothing: nearest class means on the base's features ("SimpleCIL", Zhou et al. 2023).
+"""The training-free baseline: nearest class means on the base's features ("SimpleCIL", Zhou et al. 2023).
 
-It learns labelled updates alone, and answers classification suites alone; there it is what training has to beat.
+It learns only labelled updates and answers only classification suites, where training has to beat it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ NAME = "nearest-mean"
 class NearestMean:
     """Nearest class mean on frozen features (iCaRL's classifier, Rebuffi et al. 2017).
 
-    Learns update by update and forgets nothing: sums are kept in float64, so that any order of updates, and all
-    samples at once, come to the same means. Features and means count by their direction, as everywhere in a CLIP.
+    Learns update by update without forgetting: sums are kept in float64, so that any order of updates, and all samples
+    at once, yield the same means. Features and means are normalised, as everywhere in a CLIP.
 
     >>> means = NearestMean()
     >>> means.update(features, ["cat", "dog", "cat"])
@@ -35,7 +35,6 @@ class NearestMean:
 
     @property
     def classes(self) -> list[str]:
-        """Every class seen so far, sorted."""
         return sorted(self._sums)
 
     def update(self, features: ArrayLike, labels: Sequence[str]) -> None:
@@ -55,7 +54,7 @@ class NearestMean:
         return np.asarray(_unit(features) @ directions.T)
 
     def predict(self, features: ArrayLike) -> list[str]:
-        """The class whose mean is nearest, of each feature; of equals the first by name."""
+        """The class with the nearest mean for each feature; ties go to the first by name."""
         classes = self.classes
         return [classes[best] for best in self.scores(features).argmax(axis=1)]
 
@@ -69,9 +68,9 @@ def _unit(features: ArrayLike) -> NDArray[np.float64]:
 
 
 def nearest_means(evaluator: Evaluator, stream: Stream, base: Encoded) -> dict[str, Bools]:
-    """By adaptation suite with classes: whether each item was answered rightly after all updates, bool [n, 1].
+    """By adaptation suite with classes: whether each item was answered correctly after all updates, bool [n, 1].
 
-    One classifier learns all labelled updates; an item's class is looked for among those of its suite.
+    One classifier learns all labelled updates; an item's class is chosen among those of its suite.
     """
     means, taught = NearestMean(), []
     for suite in stream.suites:

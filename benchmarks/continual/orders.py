@@ -1,5 +1,6 @@
-"""Orders of a stream: as listed, at random, by how alike neighbours are, and by how common their words are (as in
-FoMo-in-Flux, Roth et al. 2024, by whole updates instead of concepts)."""
+"""Orders of a stream: as listed, random, by similarity of neighbours, and by how common their words are (as in
+FoMo-in-Flux, Roth et al. 2024, by whole updates instead of concepts).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from benchmarks.continual.plan import Lessons
 
 ORDERS = ("listed", "random", "similar", "unlike", "common")
 """By number. *similar*: each update is followed by the one most like it; *unlike*: by the one least like it; *common*:
-those first whose words the reference pool says most often."""
+first those whose words are most frequent in the reference pool."""
 
 Means = Mapping[str, NDArray[np.float32]]
 """By update, the mean of unit features of its pictures by the base."""

@@ -1,4 +1,4 @@
-"""What finished units left: hits by item, suite and update, and what it cost."""
+"""Results of finished units: hits by item, suite and update, and costs."""
 
 from __future__ import annotations
 
@@ -18,26 +18,25 @@ from core.errors import RatchetError
 from updater.training.checkpoint import read_json
 
 Hits = dict[str, Floats]
-"""By suite [items]: the share of an item's views that were answered rightly."""
+"""By suite [items]: the share of an item's views that were answered correctly."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The base's answers, and which suites are of which kind."""
+    """The base's answers, and the kinds of suites."""
 
     base: Hits
     adaptation: tuple[str, ...]
     held_out: tuple[str, ...]
     nearest: Hits
-    """The base's answers, but for suites where nearest class means answer."""
+    """The base's answers, except for suites where nearest class means answer."""
     classes: frozenset[str] = frozenset()
-    """Suites that ask for a class."""
     outside: tuple[str, ...] = ()
     """Held-out suites of domains that the reference pool does not contain."""
     named: Hits = field(default_factory=dict)
     """The base's answers to suites that are asked among the names of all domains."""
     alike: Mapping[str, int] = field(default_factory=dict)
-    """By suite, pictures that were left out because one that is trained on looks like them."""
+    """By suite, pictures that were left out because they look like a training picture."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,6 @@ class Course:
 
     @property
     def order(self) -> list[str]:
-        """Names of the updates in the order in which they were learned."""
         return [row["update"] for row in self.rows]
 
     def path(self, suites: Sequence[str]) -> Floats:
@@ -60,20 +58,19 @@ class Course:
         return np.array([[hits[name].mean() for name in suites] for hits in self.hits])
 
     def trajectory(self, reference: Reference) -> Trajectory:
-        """A_KA and A_ZS along the stream."""
         return trajectory(self.path(reference.adaptation), self.path(reference.held_out))
 
     def total(self, key: str) -> float:
-        """Sum of a cost over all updates."""
         return float(sum(row["cost"][key] for row in self.rows))
 
     def most(self, key: str) -> float:
-        """Largest of a cost over all updates."""
         return float(max(row["cost"][key] for row in self.rows))
 
 
 def read_reference(results: Path) -> Reference:
-    """What the first protocol did not keep is empty. Raises RatchetError when nothing was run yet."""
+    """Read the reference; fields that the first protocol lacked are empty. Raises RatchetError when nothing was run
+    yet.
+    """
     zero_shot = read_json(results / ZERO_SHOT)
     if not isinstance(zero_shot, dict):
         raise RatchetError(
@@ -95,7 +92,7 @@ def read_reference(results: Path) -> Reference:
 
 
 def read_course(results: Path, unit: Unit, updates: int, reference: Reference) -> Course | None:
-    """The first ``updates`` updates of a unit; None unless all of them are there."""
+    """The first ``updates`` updates of a unit; None unless all of them exist."""
     rows = updates_done(results, unit.recipe, unit)[:updates]
     if len(rows) < updates:
         return None

@@ -1,4 +1,4 @@
-"""A recipe at the benchmark's sizes: one batch size, one budget, and a schedule that fits the steps this pays for."""
+"""A recipe at the benchmark's sizes: one batch size, one budget, and a schedule fitted to the affordable steps."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from updater.training.measure import measure
 
 PHASES = ("warmup_steps", "cooldown_steps", "anneal_steps")
 COUNTED = ("average_every",)
-"""Fields of a recipe that are counted in steps, too, where it has them."""
+"""Optional fields of a recipe that are also counted in steps."""
 PASSES = "batches"
 """The option of a regularizer that is counted in steps: EWC's passes after the last one."""
 
 
 class Lessons(Interface):
-    """What a chain learns from."""
+    """Training data of a chain."""
 
     @property
     def updates(self) -> Mapping[str, Sequence[Example]]:
-        """In the order in which they are listed."""
+        pass
 
     @property
     def reference(self) -> Sequence[Example]:
-        """Of the base's own domains."""
+        """Pairs of the base's own domains."""
 
 
 def draw(lessons: Lessons, order: list[str], number: int, recipe: Recipe, protocol: Protocol, seed: int) -> Pools:
@@ -69,7 +69,7 @@ class ExperimentPlan:
 
 
 def plan(base: Base, recipe: Recipe, lessons: Lessons, protocol: Protocol, folder: Path) -> ExperimentPlan:
-    """Measure one step, or find what was measured, and fit the recipe to it.
+    """Measure one step, or use a stored measurement, and fit the recipe to it.
 
     The phases of a schedule are counted in steps, for an update of ``max_steps``; they keep their shares of the steps
     that the budget pays for. Raises BudgetError when it pays for none.
@@ -112,5 +112,5 @@ def _sized(term: Term, factor: float) -> Term:
 
 
 def _scaled(steps: int, factor: float) -> int:
-    """At least one, unless it is none."""
+    """At least one, unless it is 0."""
     return max(min(steps, 1), round(steps * factor))

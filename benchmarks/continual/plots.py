@@ -1,4 +1,4 @@
-"""Three drawings of the results, SVG that fits dark and light grounds, in the colours of the gate's report."""
+"""Three plots of the results, SVG for light and dark backgrounds, in the colours of the gate's report."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from updater.gate.plots import BAD, BEFORE, GOOD, INK, LINE, MUTED, OPEN, drawn,
 
 WIDTH, HEIGHT = 7.2, 4.4
 FAR = 15.0
-"""Points of GM below zero-shot beyond which a method would squeeze all others together."""
+"""Methods further below zero-shot than this many points of GM are left out, because they would compress the axis."""
 LABELLED = 6
-"""Methods that are named in the drawings: the best ones, and the two that everybody looks for."""
+"""Methods that are labelled: the best ones, and the two that readers look for."""
 ALWAYS = (*STANDARDS, "naive", "replay", "zscl", "full")
 LABEL: dict[str, Any] = {
     "fontsize": 8.5,
@@ -24,7 +24,6 @@ LABEL: dict[str, Any] = {
 
 
 def all_plots(outcome: dict[str, Any]) -> dict[str, str]:
-    """SVG by name of the file."""
     everything = outcome["methods"]
     methods = {name: m for name, m in everything.items() if name in STANDARDS or m["geometric_mean_delta"] > -FAR}
     far = [f"{name} ({m['geometric_mean_delta']:+.0f})" for name, m in everything.items() if name not in methods]
@@ -105,7 +104,6 @@ def _cost(methods: dict[str, Any], below: str) -> str:
 
 
 def _name_points(axes: Any, points: dict[str, tuple[float, float]]) -> None:
-    """Names beside their points, moved up or down where they would lie on each other."""
     left, right = axes.get_xlim()
     width = right - left
     heights = _heights(axes, points, 0.2 * width)
@@ -116,7 +114,7 @@ def _name_points(axes: Any, points: dict[str, tuple[float, float]]) -> None:
 
 
 def _heights(axes: Any, points: dict[str, tuple[float, float]], near: float) -> dict[str, float]:
-    """Where the names of points go; the axes are made to reach that far."""
+    """Heights of the labels of points; the axes are made to include them."""
     low, high = axes.get_ylim()
     gap = (high - low) * 0.05
     heights = _apart(points, near, gap)
@@ -125,7 +123,7 @@ def _heights(axes: Any, points: dict[str, tuple[float, float]], near: float) -> 
 
 
 def _apart(points: dict[str, tuple[float, float]], near: float, gap: float) -> dict[str, float]:
-    """Heights of the points, moved so that those nearer than ``near`` across are ``gap`` from each other upwards."""
+    """Heights of the points, moved so that those nearer than ``near`` horizontally are ``gap`` apart vertically."""
     names = sorted(points, key=lambda name: points[name][1])
     heights = {name: points[name][1] for name in names}
     for _ in range(100):
@@ -147,7 +145,7 @@ def _finished(plot: Any, axes: Any, title: str, prefix: str, below: str) -> str:
 
 
 def alone(svg: str) -> str:
-    """A drawing that stands by itself: with its size, its ground and the palette, dark where the reader's page is."""
+    """A self-contained plot with its size, background and palette, dark if the reader's page is."""
     palette = (files("updater.gate") / "templates" / "palette.css").read_text()
     box: Sequence[str] = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
     size = f'width="{box[0]}pt" height="{box[1]}pt"'

@@ -1,5 +1,6 @@
 """The sizes of the benchmark, and the methods that all others are compared with. All sizes are in the name of the
-folder that its results are kept in."""
+results' folder.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +11,31 @@ from typing import Final
 from core.digests import digest_json
 
 VERSION = 2
-"""Raise it when the same sizes come to mean something else."""
+"""Raise it when the meaning of the same sizes changes."""
 STANDARDS = ("default", "vlm-default")
-"""What every method of a family is compared with beside zero-shot, when it was run."""
+"""The methods that all others of a family are compared with, in addition to zero-shot, if they were run."""
 
 BUDGETS: Final[Mapping[str, float]] = {"vit": 240.0}
-"""MAF-GFLOPs of an update on other bases than the shipped one. Of a small model low rank saves a smaller share of the
+"""MAF-GFLOPs of an update on bases other than the shipped one. Low rank saves a smaller share of a small model's
 memory, so a step costs more MAF; with these the default takes as many steps as on the shipped base."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What every method gets alike. An update costs about half a minute on one core with these values."""
+    """The conditions of every method. An update costs about half a minute on one core with these values."""
 
     gflops: float = 160.0
     """Memory-adjusted GFLOPs of one update, teacher passes included."""
     batch_size: int = 48
     new: int = 256
-    """Pairs of an update, at most."""
     reference: int = 96
     """Pairs of the base's own domains that every update of a chain may use."""
     replay: int = 96
-    """Pairs of earlier updates, at most."""
     items: int = 240
-    """Items of a suite, at most."""
     max_steps: int = 10_000
-    """Beyond what any method can afford: the budget decides."""
+    """More than any method can afford: the budget decides."""
 
     def on(self, base: str) -> Protocol:
-        """With the budget of a base, unless another one than the standard was wished for."""
         return replace(self, gflops=BUDGETS.get(base, self.gflops)) if self.gflops == Protocol.gflops else self
 
     @property

@@ -1,4 +1,4 @@
-"""Where and with what an update was run, kept with its outcome: a report may be made later, elsewhere."""
+"""Machine and versions of an update, stored with its outcome because reports may be made later and elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.machine import machine
 
 
 def provenance() -> dict[str, str]:
-    """Commit (empty outside a repository; a plus: and changes), processor, version of torch, and day."""
+    """Commit (empty outside a repository; a plus marks changes), processor, version of torch, and day."""
     host = machine()
     return {
         "commit": _commit(),
@@ -24,7 +24,6 @@ def provenance() -> dict[str, str]:
 
 
 def distinct_values(origins: Sequence[dict[str, str]]) -> dict[str, list[str]]:
-    """Every value that occurs, by name."""
     return {key: sorted({each[key] for each in origins}) for key in ("commit", "cpu", "torch", "date")}
 
 

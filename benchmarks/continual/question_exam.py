@@ -1,4 +1,4 @@
-"""What a VLM is asked before its first update and after each: every question of all suites, greedily, in words."""
+"""Evaluation of a VLM before its first update and after each: every question of all suites, decoded greedily."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ from updater.gate.suite_items import grade
 from updater.training.checkpoint import write_json
 
 TOKENS = 12
-"""Of an answer: no right one is longer."""
+"""No right answer is longer."""
 ORDERS = 2
-"""As listed, and a random one: the next ones need features of pictures."""
+"""As listed, and a random one: the others need features of pictures."""
 
 
 def asking(base: VlmBase) -> SyncVlm:
-    """What answers an exam's questions while it is entered."""
     serve = Serve(vlm_engine="transformers", vlm_max_tokens=TOKENS, vlm_context=512, vlm_threads=1)
     return SyncVlm(TransformersEngine(base, serve))
 
@@ -47,7 +46,7 @@ class QuestionExam:
             write_json(path, {"roles": roles, "hits": packed(self._hits(None)), NEAREST: {}})
 
     def order(self, number: int) -> list[str]:
-        """Raises ConfigError for one by how alike pictures are: the words of questions do not say it."""
+        """Raises ConfigError for an order by similarity of pictures, which questions do not have."""
         return order_of(self.stream, number, _no_means)
 
     def after(self, number: int, adapter: Path) -> dict[str, Any]:
@@ -61,7 +60,7 @@ class QuestionExam:
         pass
 
     def _hits(self, adapter: str | None) -> dict[str, Bools]:
-        """By suite: whether each question was answered rightly, [n, 1]."""
+        """By suite: whether each question was answered correctly, [n, 1]."""
         hits = {}
         for suite in self.stream.suites:
             asks = [

@@ -1,9 +1,9 @@
-"""What a VLM learns, and what it is asked after each update.
+"""Training data and questions of the VLM stream.
 
 Four updates over pictures that the shipped VLM has not seen: clothes, handwritten digits, tiles of a game, icons. Each
-asks what a picture shows, and whether it shows a thing: of two pictures the same, so that the words tell nothing. Held
-out are the base's own questions, by their kind. No picture of a suite looks like one that is trained on; suites of
-tiles and icons show other things than those.
+asks what a picture shows, and whether it shows a thing, with the same words for two pictures, so that the words reveal
+nothing. The base's own questions are held out, by their kind. No picture of a suite looks like a training picture;
+suites of tiles and icons show other things than those.
 """
 
 from __future__ import annotations
@@ -41,14 +41,13 @@ class Source:
     domain: str
     asks: tuple[str, ...]
     wider: float = 0.0
-    """Share of its concepts that its suite asks about, beside those of its test split."""
+    """Share of its concepts that its suite asks about, in addition to those of its test split."""
 
     def answer(self, item: FolderItem) -> str:
-        """What a picture shows; empty where that is not clear."""
+        """What a picture shows; empty if that is ambiguous."""
         return basic_name(item.text, "") if self.name == ICONS else item.label
 
     def tests(self, item: FolderItem) -> bool:
-        """Whether a picture is of its suite."""
         return item.split == "test" or share_of(f"suite:{item.concept}") < self.wider
 
 
@@ -62,14 +61,13 @@ UPDATES: Final = (
 
 @dataclass(frozen=True)
 class Asked:
-    """A question with all answers that are right."""
+    """A question with all correct answers."""
 
     question: Question
     answers: tuple[str, ...]
 
     @property
     def id(self) -> str:
-        """The question's."""
         return self.question.id
 
     @property
@@ -80,8 +78,6 @@ class Asked:
 
 @dataclass(frozen=True)
 class QuestionSuite:
-    """Held-out questions."""
-
     name: str
     role: Role
     items: tuple[Asked, ...]
@@ -89,7 +85,7 @@ class QuestionSuite:
 
 @dataclass(frozen=True)
 class QuestionStream:
-    """Everything a chain needs: what it learns from (:class:`benchmarks.continual.plan.Lessons`), and its suites."""
+    """Training data (:class:`benchmarks.continual.plan.Lessons`) and suites of a chain."""
 
     updates: Mapping[str, tuple[Question, ...]]
     reference: tuple[Question, ...]
@@ -137,7 +133,7 @@ def load_questions(home: Path, protocol: Protocol) -> QuestionStream:
 
 
 def about(source: Source, items: Sequence[FolderItem], limit: int) -> list[Asked]:
-    """At most ``limit`` questions about pictures: half of them what one shows, half in pairs of yes and no."""
+    """At most ``limit`` questions about pictures: half of them open ones, half yes/no pairs."""
     dice = random.Random(f"{source.name} {limit}")  # noqa: S311
     pictures = [item for item in sorted(items, key=lambda item: item.path.name) if source.answer(item)]
     dice.shuffle(pictures)
@@ -173,7 +169,6 @@ def _tests(base: Sequence[FolderItem], kind: str) -> list[Asked]:
 
 
 def _own(item: FolderItem) -> Asked:
-    """A question that the base learned, or was tested with."""
     name = f"{item.domain}/{item.path.name} {item.question}"
     return Asked(Question(name, item.question, item.answer, item.bytes, item.label), item.answers or (item.answer,))
 

@@ -1,4 +1,4 @@
-"""A method over several orders and seeds: its mean, its spread, each order, and how it stands to the default."""
+"""A method over several orders and seeds: its mean, its spread, each order, and the comparison with the default."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def repeated(courses: Sequence[Course], reference: Reference, standard: Sequence
 
 
 def beside(ours: Sequence[Course], others: Sequence[Course], reference: Reference) -> Interval | None:
-    """How much higher the GM is than others', where both were run; None where they share no chain.
+    """How much higher the GM is than others' over shared chains; None without any.
 
-    Items are drawn anew, with the mean over the shared chains for each of them.
+    Items are resampled, with the mean over the shared chains for each of them.
     """
     draws = shared_draws(ours, others, reference)
     return draws.difference("gm", "ours", "others") if draws else None
 
 
 def shared_draws(ours: Sequence[Course], others: Sequence[Course], reference: Reference) -> Draws | None:
-    """Scores of ``ours`` and ``others``, means over the chains that both have; None where they share none."""
+    """Scores of ``ours`` and ``others``, means over the chains that both have; None without any."""
     shared = shared_places(ours, others)
     if not shared:
         return None
@@ -58,8 +58,8 @@ def shared_draws(ours: Sequence[Course], others: Sequence[Course], reference: Re
 
 
 def _forgotten(courses: Sequence[Course]) -> dict[str, float | None]:
-    """Share of what was learned that an update of another suite loses, over all chains; and without the suite that most
-    was learned of, which a slope weighs by the square of that.
+    """Share of the gain that an update of another suite loses, over all chains; and without the suite with the largest
+    gain, which a slope weighs by its square.
     """
     sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
     for course in courses:
@@ -84,7 +84,6 @@ def _end(path: Trajectory, key: str) -> float:
 
 
 def shared_places(ours: Sequence[Course], others: Sequence[Course]) -> set[tuple[int, int]]:
-    """Order and seed of the chains that both have."""
     return {_place(course) for course in ours} & {_place(course) for course in others}
 
 

@@ -1,4 +1,4 @@
-"""Figures of everything that is there: one entry a method, plain values, points are hundredths."""
+"""Figures of all finished chains: one entry a method, plain values, points are hundredths."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FIGURES = ("a_ka", "a_zs", "outside", "retrieval", "classes", "gm")
 
 
 def standard_of(methods: Iterable[str]) -> str:
-    """The one among some methods; empty without one."""
+    """The standard method among these; empty without one."""
     return next((name for name in methods if name in STANDARDS), "")
 
 
@@ -70,15 +70,15 @@ def figures(
 
 
 def read_chains(results: Path, methods: Sequence[str], orders: int, seeds: int, updates: int) -> Chains:
-    """The base's answers, and by method all chains that are there of a method whose first one is. Raises RatchetError
-    when nothing was run yet."""
+    """The base's answers, and by method its chains if its first one exists. Raises RatchetError when nothing was run
+    yet.
+    """
     reference = read_reference(results)
     chains = {name: _courses(results, name, orders, seeds, updates, reference) for name in methods}
     return reference, {name: courses for name, courses in chains.items() if courses and courses[0].unit == Unit(name)}
 
 
 def _quality(name: str, path: Trajectory, hits: Hits, draws: Draws) -> dict[str, Any]:
-    """At the end of a path, with intervals."""
     keys = [key for key in FIGURES if key == "gm" or draws.suites[key]]
     intervals = {key: draws.difference(key, name, BASE) for key in keys}
     largest = draws.largest(name, BASE)
@@ -99,7 +99,6 @@ def _quality(name: str, path: Trajectory, hits: Hits, draws: Draws) -> dict[str,
 
 
 def _untrained(name: str, hits: Hits, reference: Reference, draws: Draws) -> dict[str, Any]:
-    """What costs nothing."""
     path = Course(Unit(name), (hits,), ()).trajectory(reference)
     return {**_quality(name, path, hits, draws), "maf": 0.0, "steps": 0, "seconds": 0.0}
 
@@ -166,7 +165,7 @@ def _named(course: Course) -> dict[str, Any]:
 
 
 def _cross(course: Course) -> dict[str, float]:
-    """Points that a search gains or loses when new queries meet an index that is not rebuilt, or not wholly.
+    """Points that a search gains or loses when new queries meet an index that is not or only partly rebuilt.
 
     ``..._at_...``: against the version before, mean over updates. The others: at the end, against the base.
     """

@@ -47,7 +47,7 @@ from updater.training.checkpoint import write_json
 
 @dataclass(frozen=True)
 class Stage:
-    """What a family learns and is asked."""
+    """Training data and evaluation of a family."""
 
     prepare: Callable[[Path], None]
     load: Callable[[Path, Protocol], Stream | questions.QuestionStream]
@@ -56,7 +56,6 @@ class Stage:
     updates: int
     orders: int
     tables: str = ""
-    """Folder of its tables and plots, in that of the results."""
 
 
 FAMILIES: Mapping[Family, Stage] = {
@@ -75,12 +74,12 @@ SIZES = {
     "reference": "pairs of the base's own domains that every update of a chain may use",
     "items": "items of a suite",
 }
-"""Of the protocol, to be chosen on the command line: what an update costs and keeps, and how closely it is asked."""
+"""Fields of the protocol with flags on the command line."""
 
 
 @dataclass
 class Wanted:
-    """What is to be run. ``methods``: all that there are by default."""
+    """The requested runs. ``methods``: all by default."""
 
     family: Family = "clip"
     methods: Sequence[str] = ()
@@ -101,8 +100,9 @@ class Wanted:
 
 
 def methods_of(family: Family) -> list[str]:
-    """Every recipe of a family that comes with Ratchet, but those that search on the gate's suites: they would see more
-    data than the others."""
+    """Every recipe of a family that comes with Ratchet, except those that search on the gate's suites: they would see
+    more data than the others.
+    """
     recipes = map(load_recipe, recipe_names())
     return [recipe.name for recipe in recipes if recipe.family == family and not recipe.merge.search]
 
@@ -112,7 +112,7 @@ def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) ->
 
     Raises:
         ConfigError: a method is not known.
-        PackageError: data cannot be had.
+        PackageError: data cannot be obtained.
         RatchetError: with ``report_only``, and nothing was run yet.
     """
     began, known, family = time.monotonic(), methods_of(wanted.family), FAMILIES[wanted.family]
@@ -170,7 +170,7 @@ def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) ->
 
 
 def _run(runner: Runner, wanted: Wanted) -> None:
-    """Every method once; then, if there is time, the best ones in all orders with all seeds."""
+    """Run every method once, then, if there is time, the best ones in all orders with all seeds."""
     if not runner.run([Unit(name) for name in wanted.methods]):
         return say("the time is over; call again to go on")
     reference = read_reference(runner.results)
@@ -205,7 +205,6 @@ def _pictures(drawings: dict[str, str]) -> str:
 
 
 def show(outcome: dict[str, Any]) -> None:
-    """A table for people, one JSON line for machines (last)."""
     title = f"After {outcome['updates']} updates, points against zero-shot"
     table = Table("method", "learned (A_KA)", "kept (A_ZS)", "geometric mean", "MAF", "steps", "seconds", title=title)
     rows = {**outcome["methods"], **outcome["untrained"]}
@@ -236,7 +235,6 @@ def show(outcome: dict[str, Any]) -> None:
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench continual``."""
     parser = argparse.ArgumentParser(
         prog="ratchet bench continual", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -20,11 +20,11 @@ from core.progress import say
 from updater.recipes import load_recipe
 
 NAIVE = "naive"
-"""Stays the bad example that it is."""
+"""Remains a deliberately bad example."""
 
 
 def tune(runner: Runner, methods: Sequence[str], file: Path = FILE) -> dict[str, list[Trial]]:
-    """Run what is missing of all trials, and write down those of the methods of which all are there."""
+    """Run the missing trials, and record those of the methods whose trials are complete."""
     methods = [name for name in methods if name != NAIVE]
     runner = replace(runner, results=runner.results / "tuning", updates=UPDATES)
     units = [Unit(name, ORDER, trial=trial) for name in methods for trial in range(len(trials(load_recipe(name))))]
@@ -47,7 +47,7 @@ def tune(runner: Runner, methods: Sequence[str], file: Path = FILE) -> dict[str,
 
 
 def _trials(runner: Runner, name: str) -> list[Trial]:
-    """What each trial came to; nothing, where one is missing."""
+    """Results of the trials; empty if one is missing."""
     try:
         reference = read_reference(runner.results)
     except RatchetError:  # nothing was run yet

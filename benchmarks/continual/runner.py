@@ -1,4 +1,4 @@
-"""Runs units in processes of their own, as many at a time as there are cores, and says how far it is."""
+"""Runs units in processes, one per core, and reports progress."""
 
 from __future__ import annotations
 
@@ -30,12 +30,11 @@ class Job:
     unit: Unit
     process: subprocess.Popen[bytes]
     seen: int
-    """Updates that were there when it was last looked at."""
 
 
 @dataclass
 class Runner:
-    """``deadline``: monotonic second after which running units are asked to stop, and no other is started."""
+    """``deadline``: monotonic second after which running units are asked to stop, and no others are started."""
 
     home: Path
     base: str
@@ -48,7 +47,9 @@ class Runner:
     _finished: int = 0
 
     def run(self, units: Sequence[Unit]) -> bool:
-        """Run what is missing of these units; whether all of it was tried. Failed units have their reason kept."""
+        """Run the missing updates of these units. Returns whether all were tried; the reasons of failed units
+        are kept.
+        """
         waiting = [unit for unit in units if self.done(unit) < self.updates]
         running: list[Job] = []
         try:
@@ -72,7 +73,6 @@ class Runner:
         return True
 
     def done(self, unit: Unit) -> int:
-        """Updates of a unit that are there."""
         return len(updates_done(self.results, unit.recipe, unit))
 
     def _start(self, unit: Unit) -> Job:
@@ -110,7 +110,6 @@ class Runner:
             say(f"{job.unit} failed: {failure(self.results, job.unit)}")
 
     def _stop(self, running: Sequence[Job]) -> None:
-        """Ask the processes to write their checkpoints and end."""
         for job in running:
             if job.process.poll() is None:
                 job.process.send_signal(signal.SIGTERM)
@@ -119,7 +118,7 @@ class Runner:
 
 
 def failure(results: Path, unit: Unit) -> str:
-    """Why a unit failed; empty when it did not."""
+    """The reason of a unit's failure; empty if it did not fail."""
     record = read_json(unit.folder(results) / FAILED)
     return str(record.get("reason", "")) if isinstance(record, dict) else ""
 

@@ -1,7 +1,7 @@
-"""A second base of another architecture, trained here: a small ViT and a text transformer, as CLIP has them.
+"""A second base of another architecture, trained here: a small ViT and a text transformer, as in CLIP.
 
-Both are distilled from the shipped base, whose convolutional tower and MiniLM they replace: features of the domains
-that it was trained on, and texts beyond their captions, so that the text tower knows more words than the pictures show.
+Both are distilled from the shipped base, whose convolutional tower and MiniLM they replace, on the domains that it was
+trained on and on additional texts, so that the text tower knows more words than the captions have.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from updater.recipes import Schedule
 NAME = "vit"
 SIDE, PATCH, WIDTH, HEAD_WIDTH, LAYERS, CONTEXT = 96, 16, 192, 48, 6, 48
 PAGE = 1024
-"""Texts that are encoded between two looks at the progress; the engine sorts them by length."""
+"""Texts that are encoded between two progress reports; the engine sorts them by length."""
 TOKENIZER: dict[str, Any] = {"kind": "simple", "kwargs": {}}
 PREPROCESS = Preprocess(size=SIDE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """How it is trained. With two cores an epoch of the defaults takes two minutes."""
+    """Hyperparameters. With two cores an epoch of the defaults takes two minutes."""
 
     epochs: int = 10
     batch: int = 64
@@ -51,12 +51,12 @@ class Distillation:
     weight_decay: float = 0.1
     warmup: int = 100
     follow: float = 8.0
-    """Weight of 1 - cosine to the teacher's features, beside contrast."""
+    """Weight of 1 - cosine to the teacher's features, added to the contrastive loss."""
     seed: int = 0
 
 
 def second_base(home: Path, how: Distillation | None = None) -> ClipBase:
-    """The base ``vit`` in ``home``; trained if it is not there. Raises PackageError when data cannot be had."""
+    """The base ``vit`` in ``home``, trained if missing. Raises PackageError when data cannot be obtained."""
     if NAME in list_bases(home, "clip"):
         return load_base(home, NAME)
     items = [item for name in DOMAINS for item in read_folder(prepare_domain(name, home), "train") if item.text]
@@ -67,7 +67,7 @@ def second_base(home: Path, how: Distillation | None = None) -> ClipBase:
 def distilled(
     home: Path, teacher: ClipBase, items: Sequence[FolderItem], words: Sequence[str], how: Distillation
 ) -> ClipBase:
-    """Train it on pairs, and on further words, which only the text tower learns; register it as ``vit``."""
+    """Train it on pairs and, for the text tower only, on additional words; register it as ``vit``."""
     engine = ClipEngine(teacher, "cpu")
     texts = sorted({item.text for item in items} | set(words))
     place = {text: number for number, text in enumerate(texts)}

@@ -1,12 +1,11 @@
-"""What is learned, and what is asked after each update.
+"""Training data and suites of the CLIP stream.
 
-Eight updates over unlike domains, none of which the shipped base was trained on, each with a suite of its own. Held out
-are domains that nobody trains on: two of the reference pool's, and four that it does not contain.
+Eight updates over dissimilar domains, none of which the shipped base was trained on, each with its own suite. Domains
+that are never trained on are held out: two of the reference pool's, and four that it does not contain.
 
-What a suite of retrieval asks for (its concepts) occurs in no update and in no reference pair, in whatever style it is
-drawn there. Two suites of classes (`fashion`, `digits`) ask for classes that their updates train on, in other pictures.
-No picture of a suite looks like one that is trained on (:mod:`streams.ingest.perceptual_hash`); those left out for it
-are counted.
+The concepts of a retrieval suite occur in no update and in no reference pair, whatever the style. Two classification
+suites (`fashion`, `digits`) ask for classes that their updates train on, in other pictures. No picture of a suite looks
+like a training picture (:mod:`streams.ingest.perceptual_hash`); those left out for that are counted.
 """
 
 from __future__ import annotations
@@ -29,21 +28,19 @@ from updater.data.pools import Pair
 
 
 class HasId(Interface):
-    """What is drawn by its name."""
-
     @property
     def id(self) -> str:
-        """The name."""
+        pass
 
 
 Named = TypeVar("Named", bound=HasId)
 Role = Literal["adaptation", "held-out"]
 Task = Literal["retrieval", "classification"]
 REFERENCE = ("noto", "pixel_ultica")
-"""Domains of the base that methods may hold on to: what an installation holds on to where nobody says otherwise."""
+"""Domains of the base that methods may rehearse: the default of an installation."""
 RECALL_AT = 5
 CAPTION_CHARS = 96
-"""Of what is trained on: a name and the beginning of its description, so that there are parts of captions to learn."""
+"""Characters of a training caption: a name and the beginning of its description, so that captions have parts."""
 TUNING, TUNING_SHARE = "tuning", 0.12
 """Share of what no suite asks for that rates and weights are chosen by, and that no update trains on."""
 LEAST_TUNING = 30
@@ -58,11 +55,12 @@ class Source:
     domain: str
     task: Task = "retrieval"
     wider: float = 0.0
-    """Share of its concepts that its suite asks for, beside those of its test split: where that has few pictures."""
+    """Share of its concepts that its suite asks for, in addition to those of its test split, if that has few
+    pictures."""
     shared: bool = False
     """Whether its classes are in training and in the suite."""
     named: bool = False
-    """Whether its labels, or its texts where it has none, are in the label set of all domains."""
+    """Whether its labels, or its texts if it has none, are in the label set of all domains."""
 
 
 UPDATES = (
@@ -88,7 +86,7 @@ ALL = (*UPDATES, *HELD_OUT)
 
 @dataclass(frozen=True)
 class Suite:
-    """Held-out items and what is asked about them: recall at 5, or the class among all classes."""
+    """Held-out items and the task: recall at 5, or the class among all classes."""
 
     name: str
     role: Role
@@ -98,7 +96,7 @@ class Suite:
     outside: bool = False
     """Of a domain that the reference pool does not contain."""
     named: bool = False
-    """Its items are asked for among the names of all domains, too."""
+    """Its items are also asked for among the names of all domains."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +107,10 @@ class Stream:
     reference: tuple[Pair, ...]
     suites: tuple[Suite, ...]
     tuning: tuple[Suite, ...] = ()
-    """Of concepts (of `fashion` and `digits`: of pictures) that neither a suite asks for nor an update trains on: what
-    a method's rate and weight are chosen by."""
+    """Items of concepts (of `fashion` and `digits`: of pictures) that are in no suite and no update, by which a
+    method's rate and weight are chosen."""
     alike: dict[str, int] = field(default_factory=dict)
-    """By suite: pictures that were left out because one that is trained on looks like them."""
+    """By suite: pictures that were left out because they look like a training picture."""
 
     @property
     def digest(self) -> str:
@@ -140,7 +138,7 @@ def load_stream(home: Path, protocol: Protocol) -> Stream:
     concepts = {item.concept for source in ALL if not source.shared for item in of_suite[source.name]}
 
     def rest(source: Source, tuning: bool) -> list[FolderItem]:
-        """What no suite asks for: the part that is tuned by, or the part that is trained on."""
+        """What no suite asks for: the part for tuning, or the part for training."""
         return [
             item
             for item in rows(source.domain)
@@ -195,14 +193,15 @@ def _suite(source: Source, items: Sequence[Pair], limit: int) -> Suite:
 
 
 def _pair(item: FolderItem) -> Pair:
-    """Captions are cut, between words: whole descriptions of game tiles, four times as long as other captions, took so
-    much of the budget that 13 steps were left of an update."""
+    """Captions are cut between words: whole descriptions of game tiles, four times as long as other captions, left
+    budget for only 13 steps of an update.
+    """
     text = item.text if len(item.text) <= CAPTION_CHARS else item.text[:CAPTION_CHARS].rpartition(" ")[0]
     return Pair(f"{item.domain}/{item.path.name}", text, item.bytes, item.label)
 
 
 def _item(source: Source, item: FolderItem) -> Pair:
-    """A suite asks with the first sentence: what the picture shows, and not what is told of it."""
+    """A suite asks with the first sentence: what the picture shows, without further explanation."""
     text = item.text.partition(". ")[0]
     return Pair(f"{item.domain}/{item.path.name}", text, item.bytes, item.label or (text if source.named else ""))
 
@@ -213,7 +212,6 @@ def by_hash(items: Iterable[Named], limit: int) -> tuple[Named, ...]:
 
 
 def names_of(suites: Sequence[Suite]) -> dict[str, list[str]]:
-    """The label set of all domains: each name with the prompts of all domains that have it."""
     prompts: dict[str, dict[str, None]] = {}
     for suite in suites:
         for name in {pair.label for pair in suite.items if suite.named}:

@@ -47,7 +47,7 @@ learned of a suite (3 points at least) that a later update of another one loses,
 
 
 def markdown(outcome: dict[str, Any]) -> str:
-    """The report: what was done, three tables, and how to read them."""
+    """The report: the setup, three tables, and how to read them."""
     zero, methods = outcome["zero_shot"], outcome["methods"]
     where = {name: ", ".join(values) or "unknown" for name, values in outcome["origin"].items()}
     several = [(name, m) for name, m in methods.items() if m["all"]["chains"] > 1]
@@ -83,7 +83,7 @@ def _lead_part(leads: dict[str, Method]) -> list[str]:
 
 
 def _bases_part(bases: dict[str, Method]) -> list[str]:
-    """Each on its own, where there are several."""
+    """The results of each base, if there are several."""
     parts = []
     for name, base in bases.items() if len(bases) > 1 else ():
         about = ALONE.format(gflops=base["protocol"]["gflops"], **base["zero_shot"])

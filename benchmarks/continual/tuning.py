@@ -1,8 +1,8 @@
 """The rate and the weight of each method: the same number of trials for all, on pairs that no table reports.
 
-``tuned.json`` beside this file holds the trials, by recipe. A recipe runs with the factors of its best trial, by the
-geometric mean; the default, which must not lose what the base knew, with those of its best one whose loss is not clear
-of zero. A recipe without trials runs as it is.
+``tuned.json`` in this folder holds the trials by recipe. A recipe runs with the factors of its best trial, by the
+geometric mean; the default, which must not forget, with those of its best trial without a significant loss. A recipe
+without trials runs unchanged.
 """
 
 from __future__ import annotations
@@ -17,43 +17,37 @@ from benchmarks.continual.protocol import STANDARDS
 from updater.recipes import Recipe, load_recipe
 
 Factors = tuple[float, float]
-"""On the rates, and on the weights."""
 AS_IT_IS: Factors = (1.0, 1.0)
 BOTH: tuple[Factors, ...] = (AS_IT_IS, (0.3, 1.0), (3.0, 1.0), (1.0, 0.3), (1.0, 3.0))
 RATES: tuple[Factors, ...] = (AS_IT_IS, (0.3, 1.0), (3.0, 1.0), (0.1, 1.0), (10.0, 1.0))
-"""Of a recipe with one term: it has no weight to choose."""
+"""For a recipe with one term, which has no weight to choose."""
 FILE = Path(__file__).with_name("tuned.json")
 UPDATES = 5
-"""Of the stream, that each trial learns."""
+"""Updates of the stream that each trial learns."""
 ORDER = 11
-"""A random one that no table reports."""
+"""A random order that no table reports."""
 
 
 class Trial(NamedTuple):
-    """Factors, and what they came to on the tuning suites, in points."""
+    """Factors, and their results on the tuning suites, in points."""
 
     rate: float
     weight: float
     gm: float
-    """Geometric mean."""
     a_zs: float
-    """Against the base."""
     a_zs_high: float
-    """Upper end of its 95% interval: the loss is clear of zero where it is negative."""
+    """Upper end of its 95% interval: the loss is significant if it is negative."""
 
     @property
     def factors(self) -> Factors:
-        """On the rates, and on the weights."""
         return self.rate, self.weight
 
 
 def trials(recipe: Recipe) -> tuple[Factors, ...]:
-    """What is tried of a recipe."""
     return BOTH if len(recipe.objectives) + len(recipe.regularizers) > 1 else RATES
 
 
 def recipe_of(method: str, trial: int | None = None) -> Recipe:
-    """A recipe with the factors of a trial, or else with those that were chosen."""
     recipe = load_recipe(method)
     if trial is not None:
         return scaled(recipe, trials(recipe)[trial])
@@ -62,7 +56,6 @@ def recipe_of(method: str, trial: int | None = None) -> Recipe:
 
 
 def scaled(recipe: Recipe, factors: Factors) -> Recipe:
-    """A recipe with other rates and weights."""
     if factors == AS_IT_IS:
         return recipe
     rate, weight = factors
@@ -82,19 +75,17 @@ def scaled(recipe: Recipe, factors: Factors) -> Recipe:
 
 
 def chosen_trial(method: str) -> Trial | None:
-    """The one that a recipe runs with; None where it has none."""
+    """The trial that a recipe runs with; None if it has none."""
     return choose(method, tried().get(method, ()))
 
 
 def choose(method: str, candidates: Sequence[Trial]) -> Trial | None:
-    """The one among its trials that a recipe is to run with."""
     if method in STANDARDS:
         candidates = [trial for trial in candidates if trial.a_zs_high >= 0] or candidates
     return max(candidates, key=lambda trial: trial.gm, default=None)
 
 
 def plain_trials(methods: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
-    """Of those methods that have any, for tables and JSON."""
     return {
         name: [trial._asdict() | {"chosen": trial is chosen_trial(name)} for trial in tried()[name]]
         for name in methods
@@ -104,7 +95,6 @@ def plain_trials(methods: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
 
 @cache
 def tried() -> Mapping[str, tuple[Trial, ...]]:
-    """Trials by recipe, of the file."""
     if not FILE.is_file():
         return {}
     return {name: tuple(Trial(*row) for row in rows) for name, rows in json.loads(FILE.read_text()).items()}

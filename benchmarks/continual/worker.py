@@ -1,6 +1,6 @@
-"""``python -m benchmarks.continual.worker HOME BASE RESULTS METHOD ORDER SEED UPDATES TRIAL``: one unit, in a process.
+"""``python -m benchmarks.continual.worker HOME BASE RESULTS METHOD ORDER SEED UPDATES TRIAL``: run one unit.
 
-Ends with 0 when it is done or was stopped, and with 1 and the reason in ``failed.json`` when it cannot be done.
+Exits with 0 when it is done or was stopped, and with 1 and the reason in ``failed.json`` when it failed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FAILED = "failed.json"
 
 
 def work(home: Path, base: str, results: Path, unit: Unit, updates: int, protocol: Protocol, stop: StopSignal) -> int:
-    """Run the unit; returns the exit status. A trial is scored on the tuning suites."""
+    """Run the unit and return the exit status. A trial is scored on the tuning suites."""
     failed = unit.folder(results) / FAILED
     failed.unlink(missing_ok=True)
     try:
@@ -70,7 +70,6 @@ def question_chain(
 
 
 def main(arguments: list[str]) -> int:
-    """The process."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""From turns to medians, ratios and a table."""
+"""Medians, ratios and a table from the turns of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serving.messages import Modality
 
 OURS, RAW = "ratchet", "raw"
 CPU_CELL = Cell("image", 1, 8)
-"""Where ``cpu_ms_per_request`` is taken: single images, enough of them that nothing idles."""
+"""The cell of ``cpu_ms_per_request``: single images, at a concurrency that leaves nothing idle."""
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,19 @@ class CellFigures:
     sides: Mapping[str, Mapping[str, Any]]
 
     def ratio(self, other: str) -> float | None:
-        """Ratchet's requests a second over another side's; None where one of them is not measured."""
+        """Ratchet's requests a second over another side's; None if one of them is not measured."""
         if OURS not in self.sides or other not in self.sides:
             return None
         theirs: float = self.sides[other]["requests_per_second"]
         return self.sides[OURS]["requests_per_second"] / theirs if theirs else None
 
     def to_json(self) -> dict[str, Any]:
-        """A plain object."""
         ratios = {f"to_{side}": rounded(self.ratio(side)) for side in self.sides if side != OURS}
         cell = {"kind": self.cell.kind, "items": self.cell.items, "concurrency": self.cell.concurrency}
         return {"model": self.model, **cell, **ratios, "sides": self.sides}
 
 
 def cell_figures(model: str, cell: Cell, turns: Mapping[str, Sequence[Turn]]) -> CellFigures:
-    """Medians over the rounds of each side."""
     return CellFigures(model, cell, {side: _side(cell, rows) for side, rows in turns.items() if rows})
 
 
@@ -63,7 +61,7 @@ def _side(cell: Cell, turns: Sequence[Turn]) -> dict[str, Any]:
 
 
 def ratios(cells: Iterable[CellFigures]) -> dict[str, float | None]:
-    """What must be shown, of one model's cells; each the worst over the cells that it is about."""
+    """The required ratios of one model's cells; each is the worst over its cells."""
     rows = list(cells)
 
     def worst(side: str, kind: Modality, items: int | None = None, concurrency: int | None = None) -> float | None:
@@ -89,19 +87,20 @@ def ratios(cells: Iterable[CellFigures]) -> dict[str, float | None]:
 
 
 def cpu_ms_per_request(cells: Iterable[CellFigures]) -> float | None:
-    """Of the server's processes but its encoders, in :data:`CPU_CELL`; else in the first cell that has it."""
+    """CPU time of the server's processes without its encoders, in :data:`CPU_CELL` or else in the first cell that has
+    it.
+    """
     rows = [row for row in cells if "cpu_ms_per_request" in row.sides.get(OURS, {})]
     rows.sort(key=lambda row: row.cell != CPU_CELL)
     return rows[0].sides[OURS]["cpu_ms_per_request"] if rows else None
 
 
 def rounded(value: float | None, digits: int = 3) -> float | None:
-    """None for what is not there, and for what is not a number: JSON has none."""
+    """None for missing values and NaN, which JSON lacks."""
     return None if value is None or math.isnan(value) else round(value, digits)
 
 
 def show(figures: dict[str, Any]) -> None:
-    """A table for people, one JSON line for machines (last)."""
     console = Console()
     for model in dict.fromkeys(row["model"] for row in figures["cells"]):
         console.print(_table(model, [row for row in figures["cells"] if row["model"] == model]))

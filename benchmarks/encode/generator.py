@@ -1,4 +1,4 @@
-"""The process that makes the load: a closed loop of clients on raw sockets, a few tens of microseconds a request.
+"""The load generator: a closed loop of clients on raw sockets, at a few tens of microseconds a request.
 
 Run as ``python -m benchmarks.encode.generator``. Reads one JSON object a line, an :class:`Order`, and answers each with
 one line, the fields of :class:`LoadResult`.
@@ -21,7 +21,7 @@ from serving.messages import Modality
 
 TIMEOUT_SECONDS = 300.0
 REFUSED_PAUSE_SECONDS = 0.1
-"""After an answer that is none: a server that refuses at once is not asked a thousand times a second."""
+"""Pause after an error, so that a server that refuses immediately is not asked a thousand times a second."""
 PROBLEMS = 3
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
 
@@ -39,7 +39,6 @@ class Order:
 
     @classmethod
     def of(cls, value: dict[str, Any]) -> Order:
-        """The inverse of ``asdict(order)``, also when it has been through JSON."""
         template = value["template"]
         body = BodyTemplate(template["before"], tuple(template["item"]), template["after"])
         return cls(**{**value, "template": body})
@@ -47,27 +46,25 @@ class Order:
 
 @dataclass
 class LoadResult:
-    """What came of one turn."""
+    """Results of one turn."""
 
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
-    """Of each answered request, in seconds."""
     failed: int = 0
     problems: list[str] = field(default_factory=list)
     cpu_seconds: float = 0.0
-    """That the generator itself took."""
+    """CPU time of the generator itself."""
 
 
 class Inputs:
     """Numbered inputs; a number is used once in the life of the process."""
 
     def __init__(self, pictures: int = PICTURES) -> None:
-        """``pictures``: how many different ones."""
+        """``pictures``: number of different ones."""
         self._pictures = [JpegInput(each) for each in jpegs(pictures)]
         self._numbers = count(1)
 
     def take(self, kind: Modality, items: int) -> Iterator[tuple[bytes, ...]]:
-        """The pieces of each input of a request."""
         for _ in range(items):
             number = next(self._numbers)
             if kind == "text":
@@ -77,7 +74,7 @@ class Inputs:
 
 
 async def run(order: Order, inputs: Inputs) -> LoadResult:
-    """Ask for ``order.seconds``; requests under way at the end are waited for, and count with their time."""
+    """Run for ``order.seconds``; requests under way at the end are waited for, and count with their time."""
     result, cpu = LoadResult(), time.process_time()
     began = time.perf_counter()
     clients = (_Client(order, inputs, began + order.seconds, result).loop() for _ in range(order.concurrency))
@@ -88,7 +85,7 @@ async def run(order: Order, inputs: Inputs) -> LoadResult:
 
 
 class _Client:
-    """One connection that is kept, and opened again when the server closes it."""
+    """A persistent connection that is reopened when the server closes it."""
 
     def __init__(self, order: Order, inputs: Inputs, end: float, result: LoadResult) -> None:
         self.order = order
@@ -145,7 +142,6 @@ class _Client:
 
 
 def main() -> None:
-    """The worker's process."""
     inputs = Inputs()
     with asyncio.Runner() as runner:
         for question in questions():

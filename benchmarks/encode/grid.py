@@ -1,4 +1,4 @@
-"""What is measured: cells of kind, inputs of a request and concurrency, in rounds."""
+"""The measurements: cells of kind, inputs of a request and concurrency, in rounds."""
 
 from __future__ import annotations
 
@@ -13,24 +13,22 @@ CONCURRENCIES: Final = (1, 8, 32, 128)
 ITEMS: Final = (1, 16)
 MOST_IMAGES: Final = 512
 """Images that all requests of a cell have in flight together. Two cores without bfloat16 take 25 s for them; 128
-requests of 16 would take four times as long, beyond any deadline, and say what 32 of 16 say."""
+requests of 16 would take four times as long, beyond any deadline, and show nothing that 32 of 16 do not."""
 TEXTS_PER_IMAGE: Final = IMAGE_COST // TEXT_COST
-"""A batch of the server holds so many more texts than images."""
+"""A batch of the server holds this many more texts than images."""
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One kind of load: a closed loop of ``concurrency`` clients, each with ``items`` inputs in a request."""
+    """A closed loop of ``concurrency`` clients, each with ``items`` inputs in a request."""
 
     kind: Modality
     items: int
     concurrency: int
 
     def batch(self, max_batch: int) -> int:
-        """Inputs of the batches that the model alone is given: as many as a server could put together.
-
-        Args:
-            max_batch: images of one forward pass, at most.
+        """Inputs of the batches for the model alone: as many as a server could collect. ``max_batch``: images of one
+        forward pass, at most.
         """
         most = max_batch * (TEXTS_PER_IMAGE if self.kind == "text" else 1)
         return min(self.items * self.concurrency, max(most, self.items))
@@ -59,7 +57,7 @@ class Grid:
 def cells(
     kinds: Sequence[Modality] = KINDS, items: Sequence[int] = ITEMS, concurrencies: Sequence[int] = CONCURRENCIES
 ) -> tuple[Cell, ...]:
-    """All combinations, but those with more than :data:`MOST_IMAGES` images in flight."""
+    """All combinations except those with more than :data:`MOST_IMAGES` images in flight."""
     return tuple(
         Cell(kind, count, level)
         for kind in kinds

@@ -1,7 +1,7 @@
-"""Inputs that no cache has seen: every image that is sent has other bytes, every text other words.
+"""Inputs that no cache has seen: every image has other bytes, every text other words.
 
-The pictures are made here: smooth shapes and fine texture, 640x480, about 86 KB as JPEG, as photographs are. A picture
-is sent again and again with another JPEG comment, which changes the digest of its bytes and not its pixels.
+The pictures are generated: smooth shapes and fine texture, 640x480, about 86 KB as JPEG, like photographs. A picture is
+sent repeatedly with another JPEG comment, which changes the digest of its bytes and not its pixels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ QUALITY: Final = 90
 TEXTURE: Final = 9.0
 """Standard deviation of the texture, in grey levels: with :data:`QUALITY` it makes JPEGs of about 86 KB."""
 COMMENT_DIGITS: Final = 24
-"""SOI (2 bytes), marker (2), length (2) and these are 30 bytes: a multiple of 3, so that their base64 stands alone."""
+"""SOI (2 bytes), marker (2), length (2) and these are 30 bytes, a multiple of 3, so that their base64 can be
+concatenated."""
 _ADJECTIVES = (
     "red", "blue", "green", "small", "large", "old", "new", "dark", "bright", "wooden", "broken", "round", "tall",
     "young", "quiet", "empty", "wet", "soft", "white", "black",
@@ -36,7 +37,7 @@ _PLACES = ("beside", "behind", "under", "above", "near")
 
 @dataclass(frozen=True)
 class BodyTemplate:
-    """The JSON of a request around its inputs. ``item``: what stands before and after each one."""
+    """The JSON of a request around its inputs. ``item``: the text before and after each one."""
 
     before: str
     item: tuple[str, str]
@@ -52,7 +53,7 @@ class BodyTemplate:
 
 
 class JpegInput:
-    """One JPEG as base64, with a comment that is another one each time."""
+    """A JPEG as base64, with a comment that is different each time."""
 
     def __init__(self, jpeg: bytes) -> None:
         self.jpeg = jpeg
@@ -69,7 +70,7 @@ def _start(number: int) -> bytes:
 
 
 def text(number: int) -> str:
-    """A text of 10 to 16 tokens; another one for every number below 8 million."""
+    """A text of 10 to 16 tokens; distinct for every number below 8 million."""
     number, first = divmod(number, len(_ADJECTIVES))
     number, second = divmod(number, len(_NOUNS))
     number, third = divmod(number, len(_PLACES))
@@ -83,18 +84,15 @@ def text(number: int) -> str:
 
 
 def text_input(number: int) -> tuple[bytes]:
-    """The same as the inside of a JSON string."""
     return (json.dumps(text(number))[1:-1].encode(),)
 
 
 def jpegs(count: int = PICTURES) -> list[bytes]:
-    """Different pictures, always the same ones."""
     random = np.random.default_rng(0)
     return [_jpeg(random) for _ in range(count)]
 
 
 def _jpeg(random: np.random.Generator) -> bytes:
-    """Smooth colours from a few random ones, with texture of two scales over them."""
     colours = random.integers(20, 236, (6, 8, 3), dtype=np.uint8)
     smooth = Image.fromarray(colours).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
     fine = random.normal(0.0, TEXTURE, (HEIGHT // 2, WIDTH // 2))

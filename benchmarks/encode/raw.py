@@ -1,4 +1,4 @@
-"""The model without a server: the served engine in a loop, with the server's decoding before it. The limit.
+"""The upper limit: the served engine in a loop without a server, preceded by the server's decoding.
 
 Run as ``python -m benchmarks.encode.raw SETTINGS``. Reads one JSON object a line, and answers each with one:
 ``{"describe": true}`` with the engine's name and precision; ``kind``, ``batch`` and ``seconds`` with ``items`` and
@@ -27,7 +27,7 @@ from serving.messages import Modality
 
 
 class RawLoop:
-    """Batches through the engine that the settings serve with, on all the threads that the server has for it."""
+    """Batches through the engine of the settings, on all the threads that the server has for it."""
 
     def __init__(self, settings: Settings) -> None:
         threads = raw_threads(settings.serve)
@@ -36,7 +36,7 @@ class RawLoop:
         self._jpegs = jpegs()
 
     def run(self, kind: Modality, batch: int, seconds: float) -> dict[str, float]:
-        """Batches for about so many seconds, after one that is not counted."""
+        """Run batches for about this many seconds, after one that is not counted."""
         numbers = count()
         self._encode(kind, batch, numbers)
         began, items = time.perf_counter(), 0
@@ -54,17 +54,15 @@ class RawLoop:
 
 
 def raw_threads(serve: Serve) -> int:
-    """Threads of all encoders together; all cores where that is what each may take."""
+    """Threads of all encoders together; all cores if each may take all."""
     return serve.encoder_replicas * serve.encoder_threads or usable_cores()
 
 
 def describe(engine: ClipEngine) -> dict[str, Any]:
-    """What computes, and with which numbers."""
     return {"engine": engine.choice.engine, "precision": engine.choice.precision}
 
 
 def main(config: Path) -> None:
-    """The worker's process."""
     raw = RawLoop(load_settings(config, environ={}))
     for question in questions():
         if question.get("describe"):

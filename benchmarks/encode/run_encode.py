@@ -1,9 +1,9 @@
-"""``ratchet bench encode``: embeddings a second, beside other servers and beside the model alone.
+"""``ratchet bench encode``: embeddings a second, compared with other servers and with the model alone.
 
 A model with random weights (ViT-B-32) and the shipped base, served by Ratchet, by Infinity and by mosec with ONNX
-Runtime, from the same weights on the same cores, in turns; and the engine that Ratchet serves with in a loop of its
-own, with the same decoding: the limit. No input is sent twice, so no cache answers. Peers are installed at the first
-run, into ``HOME/cache/bench``, and stopped (SIGSTOP) while they are not asked.
+Runtime, from the same weights on the same cores, in turns; and, as the upper limit, Ratchet's engine in a loop with the
+same decoding. No input is sent twice, so no cache answers. Peers are installed at the first run, into
+``HOME/cache/bench``, and stopped (SIGSTOP) while they are not asked.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ADMISSION: Final[dict[str, Any]] = {
 def run(
     settings: Settings, models: Sequence[str] = MODELS, peers: Sequence[str] = tuple(PEERS), grid: Grid | None = None
 ) -> dict[str, Any]:
-    """Measure on homes of its own. Returns the figures; the ratios are those of the first model.
+    """Measure on new homes. Returns the figures; the ratios are those of the first model.
 
     Raises:
         ConfigError: there is no such model.
@@ -108,10 +108,8 @@ def _model(settings: Settings, base: ClipBase, peers: Sequence[str], grid: Grid,
 def measure(
     sides: Sequence[Side], grid: Grid, model: str, pids: Callable[[], list[int]]
 ) -> tuple[list[CellFigures], float]:
-    """Ask all sides in turns, after a warm-up of each.
-
-    Args:
-        pids: Ratchet's processes, which go on while others are asked.
+    """Ask all sides in turns, after a warm-up of each. ``pids``: Ratchet's processes, which keep running while others
+    are asked.
 
     Returns:
         Figures of every cell, and the cores that Ratchet takes while others are asked.
@@ -168,7 +166,7 @@ def _peer_side(peer: Peer, generator: LineWorker) -> HttpSide:
 
 
 def chosen_peers(text: str) -> list[str]:
-    """Names with commas between them; ``none`` is no peer. Raises ConfigError."""
+    """Names with commas between them; ``none`` for no peer. Raises ConfigError."""
     names = [name.strip() for name in text.split(",") if name.strip() and name.strip() != "none"]
     unknown = sorted(set(names) - set(PEERS))
     if unknown:
@@ -177,7 +175,6 @@ def chosen_peers(text: str) -> list[str]:
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench encode``."""
     parser = bench_parser("encode", __doc__)
     parser.add_argument("--against", default=",".join(PEERS), help=f"peers with commas ({','.join(PEERS)}); or none")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What is asked in turns: servers over HTTP, and the model alone."""
+"""Systems that are measured in turns: servers over HTTP, and the model alone."""
 
 from __future__ import annotations
 
@@ -39,35 +39,32 @@ class Turn:
     failed: int
     seconds: float
     p50: float
-    """Seconds, of answered requests; not a number for the model alone."""
+    """Seconds, of answered requests; NaN for the model alone."""
     p99: float
     problems: tuple[str, ...] = ()
     outside_ms: float | None = None
-    """CPU milliseconds of the server's processes but its encoders, for each request; None where it is not measured."""
+    """CPU milliseconds of the server's processes without its encoders, for each request; None if not measured."""
     generator_ms: float = field(default=0.0)
     """CPU milliseconds of the load's own process for each request."""
 
     @property
     def rate(self) -> float:
-        """Answered requests a second."""
         return self.requests / self.seconds if self.seconds else 0.0
 
 
 class Side(Protocol):
-    """Something that embeds."""
+    """A system that embeds."""
 
     name: str
 
     def kinds(self) -> Sequence[Modality]:
-        """What it can embed."""
+        """Kinds of input that it supports."""
 
     def measure(self, cell: Cell, seconds: float) -> Turn:
-        """One turn of about so many seconds."""
+        """Run one turn of about this many seconds."""
 
 
 class HttpSide:
-    """A server."""
-
     def __init__(
         self, name: str, url: Callable[[Modality], str], template: Callable[[Modality], BodyTemplate],
         generator: LineWorker,
@@ -88,7 +85,6 @@ class HttpSide:
         return self._kinds
 
     def drop(self, kind: Modality) -> None:
-        """It cannot embed this."""
         self._kinds = [each for each in self._kinds if each != kind]
 
     def measure(self, cell: Cell, seconds: float) -> Turn:
@@ -110,7 +106,7 @@ class HttpSide:
         )  # fmt: skip
 
     def vectors(self, kind: Modality) -> np.ndarray:
-        """What it answers to the inputs of :func:`check`, float32 [n, dim]. Raises RatchetError."""
+        """Vectors of the inputs of :func:`check`, float32 [n, dim]. Raises RatchetError."""
         inputs: list[tuple[bytes, ...]] = (
             [(text(number).encode(),) for number in range(CHECKED)]
             if kind == "text"
@@ -131,7 +127,7 @@ class HttpSide:
 
 
 class RawSide:
-    """The model without a server (:mod:`benchmarks.encode.raw`). A request is a batch; latency means nothing here."""
+    """The model without a server (:mod:`benchmarks.encode.raw`). A request is a batch; latency is meaningless here."""
 
     name = "raw"
 
@@ -144,7 +140,6 @@ class RawSide:
         return ("image", "text")
 
     def describe(self) -> dict[str, Any]:
-        """``engine`` and ``precision``."""
         return self._worker.ask({"describe": True})
 
     def measure(self, cell: Cell, seconds: float) -> Turn:
@@ -154,13 +149,12 @@ class RawSide:
 
 
 def ratchet_template(kind: Modality) -> BodyTemplate:
-    """Ratchet's embeddings."""
     item = ('{"image":"data:image/jpeg;base64,', '"}') if kind == "image" else ('"', '"')
     return BodyTemplate('{"model":"clip","encoding_format":"base64","input":[', item, "]}")
 
 
 def ratchet_side(settings: Settings, generator: LineWorker) -> HttpSide:
-    """The server of ``settings``, which runs."""
+    """The running server of ``settings``."""
 
     def outside() -> list[int]:
         encoders = set(session_pids(settings, ENCODER))
@@ -171,14 +165,9 @@ def ratchet_side(settings: Settings, generator: LineWorker) -> HttpSide:
 
 
 def check(ours: HttpSide, peers: Iterable[HttpSide], base: ClipBase, unable: dict[str, str]) -> dict[str, float]:
-    """Each server's least cosine to the base's own vectors.
-
-    Args:
-        unable: gets the reason of each peer that does not embed a kind of input; it is not asked for that any more.
-
-    Raises:
-        RatchetError: Ratchet does not answer; or a server does not have this model: a vector is below
-            :data:`LEAST_COSINE`, or nearer to another input's.
+    """Each server's least cosine to the base's own vectors. ``unable``: gets the reason of each peer that does not
+    embed a kind of input; it is not asked for that any more. Raises RatchetError if Ratchet does not answer; or a
+    server does not have this model: a vector is below :data:`LEAST_COSINE`, or nearer to another input's.
     """
     engine = ClipEngine(base)
     pixels = np.stack([base.preprocess.pixels(each) for each in jpegs(CHECKED)])
@@ -206,7 +195,7 @@ def check(ours: HttpSide, peers: Iterable[HttpSide], base: ClipBase, unable: dic
 
 
 def cpu_seconds(pids: Iterable[int]) -> float:
-    """User and system time of these processes so far, of all their threads; those that ended count nothing."""
+    """User and system time of all threads of these processes so far; ended processes do not count."""
     total = 0
     for pid in pids:
         with suppress(OSError):

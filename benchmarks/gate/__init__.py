@@ -1,16 +1,16 @@
-"""``ratchet bench gate``: how often the gate is wrong, on candidates that were really trained.
+"""``ratchet bench gate``: the gate's error rates, on candidates that were really trained.
 
-plans       which candidates, bad and good, from mild to strong; training_data: what each is trained on
+plans       bad and good candidates, from mild to strong; training_data: their training pairs
 trial       trains one with the updater's own trainer, and keeps its outcomes in a file (engine: quick scoring)
-margin      candidates beside the margin, between the base and a bad one (scaling: W + s ΔW of an adapter)
+margin      candidates near the margin, between the base and a bad one (scaling: W + s ΔW of an adapter)
 population  all items of each suite that no candidate trains on: they decide what is true of a candidate
 cases       truth and verdict of one candidate, the latter by the gate's own decision on the suites' own draw
-redrawn     items dealt out anew to the gate and to a truth that it never sees
+redrawn     items split repeatedly between the gate and a truth that it never sees
 resample    other draws of items, also under exact no change and exactly at the margin
 counting    false accepts, false rejects and the slow drift; power, plot: how many items a suite needs
 
-A killed run goes on: what was trained is not trained again. The engineering checks are left out of the verdicts; they
-can only keep more candidates out.
+A killed run resumes without training anything twice. The engineering checks are left out of the verdicts; they can only
+keep more candidates out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The benchmark's course, its flags, and what it prints."""
+"""The benchmark's course, flags and output."""
 
 from __future__ import annotations
 
@@ -35,16 +35,14 @@ FEWEST = CHAIN + len(BAD)
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How much of everything."""
+    """Amounts of everything."""
 
     bad: int
     good: int
     parents: int
-    """Bad candidates that are scaled to lie beside the margin."""
     tries: int
     """Scales for each target of a parent."""
     deals: int
-    """Redrawn item sets of each candidate."""
     draws: int
     """Item sets for each question about drawn items."""
 
@@ -56,7 +54,7 @@ FAST = Extent(FEWEST, 2 * len(GOOD), 2, 1, 5, 100)
 def run(settings: Settings, extent: Extent, out: Path) -> Figures:
     """Train, judge and redraw; returns the figures and leaves results.json and power.png in ``out``.
 
-    Raises RatchetError when base or data cannot be had.
+    Raises RatchetError when base or data cannot be obtained.
     """
     return measure(Workshop.open(settings, out), plans(extent.bad, extent.good), extent, Rule.of(settings.gate))
 
@@ -112,7 +110,7 @@ def measure(workshop: Workshop, wanted: Sequence[GatePlan], extent: Extent, rule
 
 
 def case(workshop: Workshop, plan: GatePlan, trials: Mapping[str, Trial]) -> Case | None:
-    """A candidate's outcomes beside its incumbent's and the base's; None where training refused it."""
+    """A candidate's outcomes with its incumbent's and the base's; None if training refused it."""
     after, base = trials[plan.name], trials["base"]
     if after.error:
         return None
@@ -130,7 +128,7 @@ def case(workshop: Workshop, plan: GatePlan, trials: Mapping[str, Trial]) -> Cas
 def at_margin(
     workshop: Workshop, wanted: Sequence[GatePlan], trials: dict[str, Trial], extent: Extent, rule: Rule
 ) -> Iterator[Case]:
-    """Scaled candidates beside the margin; their trials are added to ``trials``."""
+    """Scaled candidates near the margin; their trials are added to ``trials``."""
     trained = [plan for plan in wanted if not trials[plan.name].error]
     for parent in parents_of(trained, extent.parents):
 
@@ -196,7 +194,6 @@ def _about(row: counting.SuiteCount) -> Figures:
 
 
 def show(figures: Figures) -> None:
-    """Tables for people, one JSON line for machines (last)."""
     table = Table("kind", "harmful", "idle", "good", "passed", "rejected", "undecided", "false accepts",
                   "false rejects", title="Candidates: truth, verdicts, errors")  # fmt: skip
     for kind, row in {**figures["kinds"], "all": figures["total"]}.items():
@@ -244,7 +241,6 @@ def _rate(share: Mapping[str, Any]) -> str:
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench gate``."""
     parser = argparse.ArgumentParser(prog="ratchet bench gate", description="How often the gate is wrong.")
     parser.add_argument("--candidates", type=int, default=40, help=f"bad ones, and as many good ones (>= {FEWEST})")
     parser.add_argument("--fast", action="store_true", help="a candidate or two of each kind, and few item sets")

@@ -1,4 +1,4 @@
-"""One candidate's outcomes on all items, what is true of it by them, and what the gate says of any draw of them."""
+"""One candidate's outcomes on all items, the truth according to them, and the gate's verdict on any draw of them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from updater.gate.verdict import SuiteResult
 
 Hits = NDArray[np.float64]
 Answers = NDArray[np.float64] | NDArray[np.int32]
-"""[items, views]: 0-based ranks of the right answers (integers), or 0 and 1 where only hits were kept (floats)."""
+"""[items, views]: 0-based ranks of the right answers (integers), or 0 and 1 if only hits were kept (floats)."""
 Outcomes = Mapping[str, Answers]
-"""By suite name."""
 Truth = Literal["harmful", "idle", "good"]
 
 
@@ -31,13 +30,12 @@ def hits_of(suite: Suite, answers: Answers) -> Hits:
 
 
 def has_ranks(answers: Answers) -> bool:
-    """Whether they are ranks."""
     return bool(np.issubdtype(answers.dtype, np.integer))
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What the gate decides by, at its first look."""
+    """The rules of the gate's first look."""
 
     level: float
     """Of the test for a gain."""
@@ -54,7 +52,7 @@ class Rule:
 class Case:
     """Aligned outcomes of base, incumbent (``before``) and candidate (``after``).
 
-    ``before is base`` says that nothing was released. ``suites`` are all retention suites and the gain suites.
+    ``before is base`` if nothing was released. ``suites`` are all retention suites and the gain suites.
     """
 
     name: str
@@ -65,7 +63,6 @@ class Case:
     after: Outcomes
 
     def rows(self, picked: Mapping[str, NDArray[np.int_]]) -> Case:
-        """The same models on some of the items, by suite."""
 
         def some(outcomes: Outcomes) -> Outcomes:
             return {suite.name: outcomes[suite.name][picked[suite.name]] for suite in self.suites}
@@ -76,7 +73,6 @@ class Case:
         )
 
     def without_base(self) -> Case:
-        """As a gate would see it that compares with the incumbent alone."""
         return replace(self, base=self.before)
 
     def lost(self, suite: Suite) -> float:
@@ -85,7 +81,7 @@ class Case:
         return float(max(before, base) - after)
 
     def beyond(self, rule: Rule) -> float:
-        """Most that a retention suite lost beyond its margin; negative where all are inside."""
+        """Most that a retention suite lost beyond its margin; negative if all are inside."""
         return max(self.lost(s) - (s.margin or rule.margin) for s in self.suites if s.role == "retention")
 
     @property
@@ -103,8 +99,6 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What the gate says."""
-
     outcome: GateOutcome
     results: tuple[SuiteResult, ...]
     gained: bool
@@ -112,13 +106,12 @@ class Judged:
 
     @property
     def retained(self) -> bool:
-        """Whether every retention suite passed."""
         return all(result.decision == "passed" for result in self.results if result.role == "retention")
 
 
 @dataclass(frozen=True, slots=True)
 class ItemMarks:
-    """One model's answers to one suite, as the gate's decision takes them. Items are named by their number."""
+    """One model's answers to one suite in the form of the gate's decision. Items are named by their number."""
 
     ids: NDArray[np.str_]
     hits: Hits
@@ -126,13 +119,12 @@ class ItemMarks:
 
 
 def item_scores_of(suite: Suite, answers: Answers) -> ItemMarks:
-    """The item scores of outcomes."""
     ids = np.arange(len(answers)).astype(str)
     return ItemMarks(ids, hits_of(suite, answers), answers.astype(np.int32) if has_ranks(answers) else None)
 
 
 def judge(case: Case, rule: Rule) -> Judged:
-    """The gate's own decision on all items of a case. The engineering checks are left out: they only refuse more."""
+    """The gate's own decision on all items of a case, without the engineering checks, which only reject more."""
     scores = []
     for suite in case.suites:
         base = item_scores_of(suite, case.base[suite.name])

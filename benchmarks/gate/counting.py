@@ -18,7 +18,7 @@ TALLIED = ("passed", "rejected", "inconclusive", "gain_shown", "all_kept")
 
 
 def share(count: int, of: int) -> Share:
-    """``count`` of ``of`` with its 95% interval (Clopper and Pearson); None where there was nothing to count."""
+    """``count`` of ``of`` with its 95% interval (Clopper and Pearson); None for ``of`` 0."""
     if of == 0:
         return {"count": 0, "of": 0, "rate": None, "low": None, "high": None}
     interval = stats.binomtest(count, of).proportion_ci(0.95, method="exact")
@@ -26,7 +26,6 @@ def share(count: int, of: int) -> Share:
 
 
 def others(counted: Share) -> Share:
-    """The share of all that were not counted."""
     return share(int(counted["of"] or 0) - int(counted["count"] or 0), int(counted["of"] or 0))
 
 
@@ -37,7 +36,6 @@ class SuiteCount:
     case: Case
     truth: Truth
     beyond: float
-    """Most that a suite lost beyond its margin, on all items."""
     judged: Judged
     """By the suites' own draws."""
 
@@ -53,8 +51,8 @@ def rows(cases: Sequence[Case], drawn: Sequence[Case], rule: Rule) -> list[Suite
 def counted(rows: Iterable[SuiteCount]) -> dict[str, Any]:
     """Candidates by truth and by verdict, false accepts among the harmful and false rejects among the good.
 
-    A good candidate that is not let in counts as a false reject, whether it was rejected or left undecided, and whether
-    retention (``good_not_kept``) or an unproven gain kept it out.
+    A good candidate that is not accepted counts as a false reject, whether rejected or undecided, and whether retention
+    (``good_not_kept``) or an unproven gain is the reason.
     """
     candidates = list(rows)
     harmful = [row for row in candidates if row.truth == "harmful"]
@@ -75,7 +73,6 @@ def counted(rows: Iterable[SuiteCount]) -> dict[str, Any]:
 
 
 def by_kind(rows: Sequence[SuiteCount]) -> dict[str, dict[str, Any]]:
-    """:func:`counted` for each kind, in order of appearance."""
     kinds = dict.fromkeys(row.case.kind for row in rows)
     return {kind: counted(row for row in rows if row.case.kind == kind) for kind in kinds}
 
@@ -83,8 +80,8 @@ def by_kind(rows: Sequence[SuiteCount]) -> dict[str, dict[str, Any]]:
 def drift(rows: Sequence[SuiteCount], rule: Rule, drawn: Mapping[str, Case]) -> dict[str, Any]:
     """The slow drift, update by update, with and without the comparison with the base.
 
-    It is *caught* at the first update that retention keeps out, and before harm where no harmful one gets in: what is
-    kept out harms nobody's answers. ``caught_by_base_at``: the first that the incumbent alone would have let in.
+    It is *caught* at the first update that retention rejects, and before harm if no harmful one is accepted.
+    ``caught_by_base_at``: the first that the comparison with the incumbent alone would have accepted.
     """
     steps: list[dict[str, Any]] = []
     for number, row in enumerate([row for row in rows if row.case.kind == DRIFT], 1):
@@ -118,7 +115,7 @@ def drift(rows: Sequence[SuiteCount], rule: Rule, drawn: Mapping[str, Case]) -> 
 
 
 def tally(drawn: Iterable[Drawn]) -> dict[str, Share]:
-    """Shares of drawn item sets: let in, refused, undecided, a gain shown, all retention suites passed."""
+    """Shares of drawn item sets: accepted, rejected, undecided, a gain shown, all retention suites passed."""
     verdicts = [one.judged for one in drawn]
     counts = (
         _outcomes(verdicts, "passed"),

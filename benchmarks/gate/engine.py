@@ -1,7 +1,8 @@
-"""A serving engine that computes once per input what late adapters do not touch: a hundred of them can be scored.
+"""A serving engine that caches, per input, everything below the last blocks, so that a hundred candidates can be
+scored.
 
-With adapters in the last blocks alone, everything below them is the same for every candidate: it is the *boundary* at
-which the trainer starts its steps, too. From there on the effective weights are those of ``ClipEngine``.
+With adapters in the last blocks only, everything below the *boundary* (also the trainer's) is the same for every
+candidate. From there on the effective weights are those of ``ClipEngine``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from updater.adapters.trained_layers import Which, tower_blocks
 from updater.families.clip_towers import SplitTower, stack_boundaries
 
 TOLERANCE = 1e-4
-"""Largest difference of a component of a unit vector from that of the whole tower; rounding makes about 1e-6."""
+"""Largest difference of a component of a unit vector from that of the whole tower; rounding causes about 1e-6."""
 Towers = dict[Which, SplitTower]
 
 
@@ -48,7 +49,7 @@ class LateEngine(ClipEngine):
         self._one_at_a_time = threading.Lock()
 
     def load(self, name: str, directory: Path | str) -> Spaces:
-        """Make an adapter resident. Raises AdapterError also when it changes anything below the last blocks."""
+        """Load an adapter. Raises AdapterError also when it changes anything below the last blocks."""
         spaces = super().load(name, directory)
         self._towers[name] = self._split(name)
         pixels, texts = golden_pixels(self.base.preprocess.size), list(GOLDEN_TEXTS)
@@ -69,7 +70,7 @@ class LateEngine(ClipEngine):
         self._towers.pop(name, None)
 
     def encode_images(self, pixels: np.ndarray, adapter: str | None = None) -> np.ndarray:
-        """As ``ClipEngine``'s; a picture that was seen before is not run through the prefix again."""
+        """As ``ClipEngine``'s, with a cached prefix for known pictures."""
         keys = [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in pixels]
 
         def inputs(rows: Sequence[int]) -> Tensor:
@@ -78,7 +79,6 @@ class LateEngine(ClipEngine):
         return self._encode("image", keys, inputs, self._blank, None, adapter)
 
     def encode_texts(self, texts: Sequence[str], adapter: str | None = None) -> np.ndarray:
-        """As ``ClipEngine``'s; a text that was seen before is not run through the prefix again."""
         ids = self.tokenizer(list(texts)).to(self.device)
         keys = [text.encode() for text in texts]
         return self._encode("text", keys, lambda rows: ids[list(rows)], ids, int(ids.shape[1]), adapter)
@@ -105,6 +105,5 @@ class LateEngine(ClipEngine):
         return vectors
 
     def _split(self, adapter: str | None) -> Towers:
-        """Both towers of a model of their own that shares the resident's tensors."""
         shell = shell_of(self.model(adapter), {})
         return {which: SplitTower(shell, which, cut) for which, cut in self._cuts.items()}

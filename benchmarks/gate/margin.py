@@ -1,8 +1,8 @@
-"""Candidates beside the margin, on both sides of it.
+"""Candidates near the margin, on both sides of it.
 
-A bad candidate loses far more than the margin, and the base nothing: between W and W + ΔW lies a candidate that loses
-as much as is wanted. For each parent the scale s of W + s ΔW is looked for (the false position method) and every one
-that was tried is a candidate: trained weights, shortened, and answers of that very model.
+A bad candidate loses far more than the margin, and the base nothing: between W and W + ΔW is a candidate with any
+wanted loss. For each parent the scale s of W + s ΔW is searched for (the false position method), and each tried scale
+is a candidate, with trained, shortened weights and real answers.
 """
 
 from __future__ import annotations
@@ -14,37 +14,33 @@ from dataclasses import replace
 from benchmarks.gate.plans import MARGIN, GatePlan
 
 TARGETS = (0.01, -0.01, 0.0, 0.018, -0.018)
-"""Losses beyond the margin that are looked for, in this order."""
 TRIES = 2
-"""Scales for each target."""
 CLOSE = 0.004
 WITHIN = 0.02
-"""Further away than this a candidate is not beside the margin."""
+"""Further away than this a candidate is not near the margin."""
 KINDS = ("naive", "forgotten", "poisoned")
-"""Bad ones that learn something true as well: what keeps them out is the loss."""
+"""Bad ones that also learn something true: only the loss should keep them out."""
 
 
 def parents_of(plans: Sequence[GatePlan], most: int) -> list[GatePlan]:
-    """Plans to be scaled, kinds in turn."""
     by_kind = [[plan for plan in plans if plan.kind == kind and not plan.incumbent] for kind in KINDS]
     in_turn = [kind[place] for place in range(len(plans)) for kind in by_kind if place < len(kind)]
     return in_turn[:most]
 
 
 def scaled(plan: GatePlan, scale: float) -> GatePlan:
-    """A parent's plan with another scale; its name says which."""
     return replace(plan, name=f"{plan.name}x{scale:.3f}", kind=MARGIN, scale=scale)
 
 
 def beside(
     parent: GatePlan, loses: Callable[[GatePlan], float], whole: float, none: float, tries: int
 ) -> Iterator[GatePlan]:
-    """Scaled plans whose losses lie near the targets, as far as ``tries`` for each of them reach.
+    """Scaled plans whose losses are near the targets, within ``tries`` for each of them.
 
     Args:
         loses: the most that a plan loses beyond a margin.
-        whole, none: the same of the parent, and of the base: minus the smallest margin. Where the parent does not lose
-            more than the margin nothing is to be found between them.
+        whole, none: the same of the parent, and of the base: minus the smallest margin. A parent that does not lose
+            more than the margin yields none.
     """
     known = {0.0: none, 1.0: whole}
     for target in TARGETS:

@@ -1,7 +1,7 @@
-"""The candidates: forty that should be kept out, and forty that should get in.
+"""The candidates: forty that should be rejected, and forty that should be accepted.
 
-Every kind goes from mild to strong, so that some of each lie near the margin: what a candidate is meant to be decides
-nothing, its outcomes on all held-out items do.
+Every kind goes from mild to strong, so that some of each are near the margin. The intention of a candidate decides
+nothing; its outcomes on all held-out items do.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from updater.recipes import Recipe, load_recipe
 
 Lie = Literal["", "shuffled", "poisoned", "forgotten"]
 NEW = ("fluent3d", "pixel_mshock", "fluent_mono")
-"""What the updates learn: domains that the base has not seen."""
+"""Domains that the updates learn and the base has not seen."""
 KNOWN = ("noto", "pixel_ultica", "openclipart")
-"""Domains that the base knows, whose training split can be lied about."""
+"""Domains that the base knows, for whose training split there can be false captions."""
 BAD = ("naive", "rate", "shuffled", "poisoned", "forgotten")
 GOOD = ("first", "second")
 DRIFT = "drift"
 MARGIN = "margin"
-"""A bad candidate whose change of the weights is scaled until what it loses lies beside the margin (module margin)."""
+"""A bad candidate whose change of the weights is scaled until its loss is near the margin (module margin)."""
 NEW_PAIRS = 250
 GALLERY = {
     "clipart_retrieval": 320, "emoji_retrieval": 280, "fashion_classes": 320, "flags_retrieval": 250,
@@ -34,29 +34,28 @@ CHAIN = 10
 
 @dataclass(frozen=True, slots=True)
 class GatePlan:
-    """One candidate: how it is trained, and on what."""
+    """One candidate: its training and data."""
 
     name: str
     kind: str
     recipe: Recipe
     domain: str
-    """What it learns, and where it has to show a gain."""
+    """The domain that it learns, and where it has to show a gain."""
     new: int
-    """New pairs."""
     seed: int
     lie: Lie = ""
     share: float = 0.0
-    """Of the new pairs, those that are lies about what the base knows."""
+    """Share of the new pairs that are false about what the base knows."""
     victim: str = ""
-    """The known domain that they are about; all when empty."""
+    """The known domain of the false pairs; all when empty."""
     incumbent: str = ""
-    """Name of the plan that it goes on from; the base when empty."""
+    """Name of the plan that it continues; the base when empty."""
     scale: float = 1.0
-    """Of the change of the weights that was trained."""
+    """Factor on the trained change of the weights."""
 
 
 def plans(bad: int, good: int) -> list[GatePlan]:
-    """So many of each, the drift's chain among the bad ones; an incumbent comes before what goes on from it.
+    """This many of each, the drift's chain among the bad ones; an incumbent comes before its continuations.
 
     Those of a smaller call are among those of a larger one. Raises ValueError when there are too few to have one of
     each kind.
@@ -69,12 +68,11 @@ def plans(bad: int, good: int) -> list[GatePlan]:
 
 
 def _places(kinds: Sequence[str], count: int) -> dict[str, int]:
-    """``count`` divided among kinds."""
     return {kind: len(range(number, count, len(kinds))) for number, kind in enumerate(kinds)}
 
 
 def _one(kind: str, place: int) -> GatePlan:
-    """The candidate of a kind with a number: how strong it is goes to and fro between mild and strong."""
+    """The candidate of a kind with a number: strengths alternate between mild and strong."""
 
     def between(low: float, high: float) -> float:
         return float(low * (high / low) ** _spread(place))
@@ -106,14 +104,14 @@ def _one(kind: str, place: int) -> GatePlan:
 
 
 def _drift(number: int) -> GatePlan:
-    """One update of the chain: a small step away from what the base knew, with nothing that holds the model."""
+    """One update of the chain: a small step away from what the base knew, without regularization."""
     recipe = _recipe("naive", **_rate(2.5e-4), max_steps=15)
     incumbent = f"{DRIFT}-{number - 1:02d}" if number else ""
     return GatePlan(f"{DRIFT}-{number:02d}", DRIFT, recipe, NEW[number % len(NEW)], 100, number, incumbent=incumbent)
 
 
 def _spread(place: int) -> float:
-    """1/2, 1/4, 3/4, 1/8, 5/8, ...: any first few lie evenly in (0, 1) (van der Corput)."""
+    """1/2, 1/4, 3/4, 1/8, 5/8, ...: any prefix is evenly spread over (0, 1) (van der Corput)."""
     digits = f"{place + 1:b}"[::-1]
     return float(int(digits, 2) / 2 ** len(digits))
 
@@ -123,7 +121,7 @@ def _rate(peak: float) -> dict[str, Any]:
 
 
 def _recipe(shipped: str, schedule: dict[str, Any], **changes: Any) -> Recipe:
-    """A shipped recipe made small: the last block of each tower learns, so that steps start at a kept boundary."""
+    """A shipped recipe made small: the last block of each tower learns, so that steps start at a cached boundary."""
     values = load_recipe(shipped).model_dump(mode="json")
     short = {"warmup_steps": 5, "cooldown_steps": 10, "anneal_steps": 10}
     small = {"image": {"blocks": 1}, "text": {"blocks": 1}, "batch_size": 48, "max_steps": 40, "reference_limit": 300}

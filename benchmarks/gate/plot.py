@@ -1,4 +1,4 @@
-"""Power against suite size and margin, drawn."""
+"""Plot of power against suite size and margin."""
 
 from __future__ import annotations
 

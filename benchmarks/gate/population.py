@@ -1,11 +1,11 @@
 """All items of a suite's data that no candidate trains on, asked as the suite asks its own draw of them.
 
-These are the suite's own, and what is reserved of the domain's training split (training_data). The gate of a redrawn
+These are the suite's own, and those reserved from the domain's training split (training_data). The gate of a redrawn
 item set asks some of them, and the others, which it never sees, decide what is true. The base was trained on the
 training split of its own domains: there all sides have seen the reserved items once, and no candidate saw them again.
 
-How hard it is to find a text depends on how many there are to choose from. So the items are dealt out in galleries as
-large as the suite: the first is the suite's own draw, and each item is asked in one gallery.
+The difficulty of finding a text depends on the number of alternatives. So the items are divided into galleries as large
+as the suite: the first is the suite's own draw, and each item is asked in one gallery.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from updater.gate.suites import Suite
 LIMIT = 50_000
 """Of a suite that asks everything."""
 MOST = 2000
-"""Items of a population: 12 s at 6 ms an image, once; what is true of a suite is then known to about half a point."""
+"""Items of a population: 12 s at 6 ms an image, once; the truth of a suite is then known to about half a point."""
 SHOWN = 2 / 3
-"""Of a population, what a gate is shown at most: a suite without reserved items is divided."""
+"""Largest share of a population that is shown to a gate: a suite without reserved items is divided."""
 Ranks = NDArray[np.int32]
 
 
@@ -47,7 +47,7 @@ class Population:
     suite: Suite
     galleries: tuple[Gallery, ...]
     held_out: int
-    """Items that the suite has in service: the first so many of every array of outcomes."""
+    """Items that the suite has in service: the first of every array of outcomes."""
 
     @classmethod
     def of(cls, suite: Suite) -> Population:
@@ -68,17 +68,15 @@ class Population:
 
     @property
     def shown(self) -> int:
-        """Items of a redrawn set: as many as in service, where enough are left to know the truth by."""
+        """Items of a redrawn set: as many as in service, if enough remain to determine the truth."""
         return min(self.held_out, int(SHOWN * self.n))
 
     @property
     def n(self) -> int:
-        """All items."""
         return sum(int(gallery.counted.sum()) for gallery in self.galleries)
 
     @property
     def digest(self) -> str:
-        """Names the items and how they are dealt out."""
         return digest_json([[self.suite.name, str(self.suite.metric)], list(self._ids())])
 
     def _ids(self) -> Iterator[list[str]]:
@@ -92,7 +90,6 @@ class Population:
 
 
 def _reserved(suite: Suite) -> list[Item]:
-    """Reserved items of a suite that asks about one split of its folder."""
     if suite.split is None:
         return []
     train = _whole(suite, split="train")
@@ -103,7 +100,6 @@ def _reserved(suite: Suite) -> list[Item]:
 
 
 def _whole(suite: Suite, **changes: str) -> Suite:
-    """The suite without a limit."""
     whole = suite.model_copy(update={"limit": LIMIT, **changes})
     whole._items = whole._digest = None
     return whole

@@ -1,7 +1,7 @@
-"""How many items a suite needs: the chance that non-inferiority is shown when nothing has changed.
+"""The number of items that a suite needs: the chance that non-inferiority is shown when nothing has changed.
 
-Items disagree between two models that are equally good; the disagreement is that of the good candidates, symmetric by
-a coin. All retention suites must pass, so each is tested at the whole level of the look.
+Items disagree between two models that are equally good, as often as for the good candidates, with a random sign. All
+retention suites must pass, so each is tested at the whole level of the look.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _guards(suite: Suite, task: Task) -> bool:
 
 
 def _low(source: tuple[Case, Suite], size: int, level: float, rng: np.random.Generator) -> float:
-    """The lower bound of the difference on one draw; above -margin is what the test at ``level`` asks for."""
+    """The lower bound of the difference on one draw; the test at ``level`` passes if it is above -margin."""
     case, suite = source
     before, after = (hits_of(suite, side[suite.name]) for side in (case.before, case.after))
     rows = rng.integers(len(before), size=size)

@@ -1,9 +1,9 @@
 """Redrawn item sets, and a truth that the gate never sees.
 
-All items of each suite are dealt out anew, again and again: so many to the gate, and the others decide what is true of
-the candidate. Both are disjoint parts of one population, so that the truth is no better known than its items allow: it
-has a standard error of half a point to a point and a half. A candidate that truly lies inside its margin is sometimes
-taken for one beyond, and its release then counts as a false accept.
+All items of each suite are repeatedly split: some for the gate, and the others decide what is true of the candidate.
+Both are disjoint parts of one population, so the truth has a standard error of half a point to a point and a half. A
+candidate that truly is inside its margin is sometimes taken for one beyond, and its release then counts as a false
+accept.
 """
 
 from __future__ import annotations
@@ -22,32 +22,27 @@ from core.ledger.rows import GateOutcome
 
 GAIN3 = 0.03
 BESIDE = 0.02
-"""A true loss is beside the margin up to so far from it."""
+"""A true loss is near the margin up to this distance."""
 LOSSES = (-0.02, -0.015, -0.01, -0.005, 0.0, 0.005, 0.01, 0.015, 0.02)
-"""Edges of true losses beyond the margin."""
 GAINS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 1.0)
-"""Edges of true gains."""
 
 
 @dataclass(frozen=True, slots=True)
 class Redrawn:
-    """One candidate under one deal of the items."""
+    """One candidate under one split of the items."""
 
     name: str
     kind: str
     beyond: float
-    """Most that a suite truly loses beyond its margin."""
     worst: float
     """Most that a suite truly loses, as a share of its margin."""
     gained: float
-    """True gain."""
     outcome: GateOutcome
     retained: bool
-    """Whether all retention suites passed."""
 
 
 def redraw(cases: Sequence[Case], shown: Mapping[str, int], rule: Rule, times: int, seed: int) -> Iterator[Redrawn]:
-    """``times`` deals of each case. ``shown``: items of each suite that the gate gets."""
+    """``times`` splits of each case. ``shown``: items of each suite that the gate gets."""
     rng = np.random.default_rng(seed)
     for case in cases:
         for _ in range(times):
@@ -63,7 +58,6 @@ def redraw(cases: Sequence[Case], shown: Mapping[str, int], rule: Rule, times: i
 def deal(
     case: Case, shown: Mapping[str, int], rng: np.random.Generator
 ) -> tuple[dict[str, NDArray[np.int_]], dict[str, NDArray[np.int_]]]:
-    """Items for the gate and for the truth, by suite."""
     orders = {suite.name: rng.permutation(len(case.after[suite.name])) for suite in case.suites}
     return (
         {name: order[: shown[name]] for name, order in orders.items()},
@@ -72,10 +66,10 @@ def deal(
 
 
 def figures_of(redrawn: Sequence[Redrawn]) -> dict[str, Any]:
-    """Error rates over all deals; those of one candidate are not independent of each other.
+    """Error rates over all splits; those of one candidate are not independent of each other.
 
-    False accepts are of deals in which a suite truly lost up to BESIDE more than its margin, where there was a gain to
-    be shown; false rejects of those with a gain of three points and no suite beyond half its margin.
+    False accepts are of splits in which a suite truly lost up to BESIDE more than its margin, with a gain to be shown;
+    false rejects of those with a gain of three points and no suite beyond half its margin.
     """
     harmful = [one for one in redrawn if 0.0 < one.beyond <= BESIDE]
     gaining = [one for one in harmful if one.gained > 0.0]

@@ -1,9 +1,9 @@
-"""What the gate would have said of other items: draws with replacement from a candidate's outcomes on all of them.
+"""The gate's verdicts on other items: draws with replacement from a candidate's outcomes on all of them.
 
-Two kinds of outcomes are made of real ones, so that the truth is known exactly. Under *no change* each drawn item's
-two sides are swapped by a fair coin: items disagree as often as they did, and the true difference is 0. *At the margin*
-hits are lost besides, so that the true difference is the margin: there the gate may let the suite pass with
-probability ``level``, and with no more.
+Two kinds of outcomes are derived from real ones, so that the truth is known exactly. Under *no change* each drawn
+item's two sides are swapped by a fair coin: items disagree as often as before, and the true difference is 0. *At the
+margin* hits are also lost, so that the true difference is the margin: there the gate may let the suite pass with
+probability at most ``level``.
 """
 
 from __future__ import annotations
@@ -18,30 +18,26 @@ from benchmarks.gate.cases import Answers, Case, Hits, Judged, Rule, has_ranks, 
 from updater.gate.suites import Suite
 
 LAST_RANK = 9999
-"""Of an answer that was lost."""
 Generator = np.random.Generator
 Pick = dict[str, NDArray[np.int_]]
 
 
 def pick(case: Case, sizes: dict[str, int], rng: Generator) -> Pick:
-    """So many items of each suite, with replacement."""
     return {s.name: rng.integers(len(case.after[s.name]), size=sizes[s.name]) for s in case.suites}
 
 
 def swapped(before: Answers, after: Answers, rng: Generator) -> tuple[Answers, Answers]:
-    """Both sides of each item, exchanged or not."""
     coin = rng.random(len(before))[:, None] < 0.5
     return np.where(coin, after, before), np.where(coin, before, after)
 
 
 def lowered(after: Answers, share: float, rng: Generator) -> Answers:
-    """Each hit lost with probability ``share``."""
     lost = after.dtype.type(LAST_RANK) if has_ranks(after) else 0.0
     return np.where(rng.random(after.shape) < share, lost, after)
 
 
 def share_to_lose(before: Hits, after: Hits, margin: float) -> float:
-    """Of the hits of both sides taken together: losing it costs ``margin``. Raises ValueError where it cannot."""
+    """Share of the hits of both sides together whose loss costs ``margin``. Raises ValueError if there is none."""
     common = float(before.mean() + after.mean()) / 2
     if common < margin:
         raise ValueError(f"a share of {common:.3f} right answers cannot lose {margin}")
@@ -51,8 +47,9 @@ def share_to_lose(before: Hits, after: Hits, margin: float) -> float:
 def unchanged(case: Case, drawn: Case, rng: Generator, edge: Suite | None = None, margin: float = 0.0) -> Case:
     """``drawn`` with the true difference of every retention suite made 0; that of suite ``edge`` becomes -margin.
 
-    ``case`` holds the outcomes on all items. Base and incumbent are one here: one comparison is under test. Without
-    an ``edge`` the gain suites do not change either; with one they keep what was learnt, so that only it is in the way.
+    ``case`` holds the outcomes on all items. Base and incumbent are the same here: one comparison is under test.
+    Without an ``edge`` the gain suites do not change either; with one they keep their gain, so that only the edge can
+    fail.
     """
     before: dict[str, Answers] = {}
     after: dict[str, Answers] = {}
@@ -73,14 +70,12 @@ class Drawn:
     """The verdict on one drawn item set."""
 
     kind: str
-    """Of the candidate."""
     judged: Judged
     edge: str = ""
     """The suite that was exactly at its margin."""
 
     @property
     def edge_passed(self) -> bool:
-        """Whether the gate let that suite pass."""
         return any(result.name == self.edge and result.decision == "passed" for result in self.judged.results)
 
 

@@ -14,7 +14,7 @@ FIRST, SECOND = ".lora_A.weight", ".lora_B.weight"
 def write_scaled(directory: Path, base: ClipBase, scale: float, target: Path) -> str:
     """Write the adapter of ``directory`` with ``scale`` times its ΔW = B A; returns the new adapter's name.
 
-    Raises AdapterError where it has anything but LoRA factors.
+    Raises AdapterError if it has anything but LoRA factors.
     """
     files = read_adapter(directory)
     other = [name for name in files.tensors if not name.endswith((FIRST, SECOND))]

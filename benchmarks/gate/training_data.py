@@ -1,4 +1,4 @@
-"""What the candidates are trained on: pairs of the prepared domains' training splits, and lies about them."""
+"""Training pairs of the candidates: of the prepared domains' training splits, and with false captions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from updater.data.pools import Pair, Pools
 
 REFERENCE_PAIRS = 160
 NOTHING = "a picture"
-"""What every picture of a forgotten domain is called."""
 
 
 def pools(plan: GatePlan, home: Path) -> Pools:
@@ -39,26 +38,25 @@ def pools(plan: GatePlan, home: Path) -> Pools:
 
 
 def pairs(home: Path, domain: str, count: int, rng: np.random.Generator) -> list[Pair]:
-    """``count`` pairs of the part of a domain's training split that is not reserved (all, where there are fewer)."""
+    """``count`` pairs of the part of a domain's training split that is not reserved (all, if there are fewer)."""
     rows = _rows(home / "data" / domain)
     chosen = rng.permutation(len(rows))[:count]
     return [Pair(f"{domain}/{rows[i].path.name}", rows[i].text, rows[i].bytes) for i in chosen]
 
 
 def captioned(given: Sequence[Pair], texts: Sequence[str]) -> list[Pair]:
-    """The same pictures with other captions."""
     return [replace(pair, text=text) for pair, text in zip(given, texts, strict=True)]
 
 
 def _others(given: Sequence[Pair]) -> list[str]:
-    """Each picture gets the caption of another, and equal captions go to equal ones: a lie that can be learnt."""
+    """Each picture gets the caption of another, and equal captions become equal ones: a learnable falsehood."""
     texts = sorted({pair.text for pair in given})
     next_one = dict(zip(texts, texts[1:] + texts[:1], strict=True))
     return [next_one[pair.text] for pair in given]
 
 
 def reserved(row: FolderItem) -> bool:
-    """Whether no candidate trains on a row of a training split: half of the concepts, by their hash."""
+    """Whether a row of a training split is excluded from training: half of the concepts, by their hash."""
     return int(digest_json(["reserved", row.concept or row.text or row.path.name])[:8], 16) % 2 == 1
 
 

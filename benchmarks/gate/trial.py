@@ -1,4 +1,4 @@
-"""Train one candidate, ask it everything, and keep its outcomes in one file."""
+"""Train one candidate, evaluate it on everything, and keep its outcomes in one file."""
 
 from __future__ import annotations
 
@@ -30,16 +30,15 @@ from updater.training.result import Limits
 from updater.training.train import train
 
 LIMITS = Limits(gflops=1e9, seconds=3600.0, threads=1, checkpoint_steps=1000)
-"""Steps are bounded by the recipes, not by the budget."""
+"""Steps are limited by the recipes, not by the budget."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One model and what it answered. ``answers`` is empty where training itself refused the candidate."""
+    """One model and its answers. ``answers`` is empty if training itself refused the candidate."""
 
     name: str
     adapter: str
-    """Empty for the base."""
     answers: dict[str, Answers]
     """By suite name, of every item: [n, views]."""
     seconds: float
@@ -47,7 +46,7 @@ class Trial:
 
 
 class Workshop:
-    """The base, its serving engine, the suites with all their items, and a folder of what was found."""
+    """The base, its serving engine, the suites with all their items, and a folder of results."""
 
     def __init__(self, home: Path, base: ClipBase, suites: Sequence[Suite], out: Path) -> None:
         """Raises GateError when the data of a suite are missing."""
@@ -59,7 +58,7 @@ class Workshop:
 
     @classmethod
     def open(cls, settings: Settings, out: Path) -> Workshop:
-        """With the settings' base, and data that are prepared where they are missing. Raises RatchetError."""
+        """With the settings' base, and data that are prepared if missing. Raises RatchetError."""
         shipped = [suite for suite in load_suites([], settings.home, "clip") if suite.role == "retention"]
         retention = [s.model_copy(update={"limit": GALLERY.get(s.name, s.limit)}) for s in shipped]
         for domain in sorted({*NEW, *KNOWN, *(suite.folder.name for suite in retention)} & DOMAINS.keys()):
@@ -68,25 +67,23 @@ class Workshop:
         return cls(settings.home, load_base(settings.home, settings.base.clip), [*retention, *gains], out)
 
     def suites(self, domain: str) -> tuple[Suite, ...]:
-        """What a candidate that learnt a domain is asked: every retention suite, and this domain."""
         wanted = fresh_name(domain)
         suites = [population.suite for population in self.populations.values()]
         return tuple(suite for suite in suites if suite.role == "retention" or suite.name == wanted)
 
     def of_base(self) -> Trial:
-        """What the base answers."""
         key = digest_json([self.base.digest, self._populations_digest])
         return self._cached("base", key) or self._cache(Trial("base", "", self._ranks(None), 0.0), key)
 
     def of(self, plan: GatePlan, incumbent: Trial | None) -> Trial:
-        """What a candidate answers; trained unless its file is there. ``incumbent``: the trial it goes on from."""
+        """A candidate's answers; it is trained unless its file exists. ``incumbent``: the trial that it continues."""
         given = {**asdict(plan), "recipe": plan.recipe.digest}
         key = digest_json([given, incumbent.adapter if incumbent else "", self.base.digest, self._populations_digest])
         return self._cached(plan.name, key) or self._cache(self._trained(plan, incumbent), key)
 
     def of_scaled(self, plan: GatePlan, parent: GatePlan) -> Trial:
-        """What ``parent``'s candidate answers with ``plan.scale`` times its change of the base's weights. The parent
-        goes on from the base; it is trained again where its adapter is not in the folder.
+        """Answers of ``parent``'s candidate with ``plan.scale`` times its change of the base's weights. The parent
+        starts from the base; it is trained again if its adapter is not in the folder.
         """
         trained = self.of(parent, None)
         key = digest_json([plan.name, plan.scale, trained.adapter, self.base.digest, self._populations_digest])
@@ -165,7 +162,6 @@ class Workshop:
 
 
 def fresh_name(domain: str) -> str:
-    """Name of a domain's gain suite, as the gate's own."""
     return f"fresh.{domain}"
 
 

@@ -1,7 +1,7 @@
-"""``ratchet bench lifetime``: forty updates, one after another, by the gate's own rules, and what is left of them.
+"""``ratchet bench lifetime``: forty consecutive updates under the gate's own rules, and what remains of them.
 
-outcomes  what real updates did to real items, as `ratchet bench gate` kept it
-moves     simulated updates that move ranks as those did, with a true change that is known
+outcomes  results of real updates on real items, stored by `ratchet bench gate`
+moves     simulated updates that move ranks in the same way, with a known true change
 world     suites and domains with all their items; candidates that learn, forget and harm
 evaluation  the gate's suites and decision about them
 schedule  when a candidate is trained and evaluated, and at which level

@@ -1,4 +1,4 @@
-"""The gate, asked about a simulated model: its own suites, its own decision, ranks instead of an engine."""
+"""The gate on a simulated model: its own suites, its own decision, ranks instead of an engine."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Sample = tuple[str, int]
 
 
 class NoImages:
-    """Nobody looks at the images of simulated samples."""
+    """Images of simulated samples, which are never read."""
 
     def expect(self, ids: Sequence[str]) -> None:
-        """Nothing is read."""
+        pass
 
     def __call__(self, sample: str) -> bytes:
         raise NotImplementedError("a simulated sample has no image")
@@ -32,32 +32,29 @@ class NoImages:
 
 @dataclass(frozen=True, slots=True)
 class RankedSuite:
-    """A suite, and where its items' ranks are in a model."""
+    """A suite, and the position of its items' ranks in a model."""
 
     suite: Suite
     rows: tuple[tuple[str, np.ndarray], ...]
     """By domain, in the suite's order of items."""
 
     def answers(self, model: Model, *, ranked: bool) -> Answers:
-        """Ranks of the right answers [items, views], or hits where the gate is to see no ranks."""
+        """Ranks of the right answers [items, views], or hits if the gate sees no ranks."""
         ranks: Answers = np.concatenate([model[name][rows] for name, rows in self.rows])
         return ranks if ranked else (ranks < self.suite.k).astype(np.float64)
 
 
 def static_suites(world: World) -> list[RankedSuite]:
-    """Those that ask about what the base knew."""
     return [RankedSuite(domain.suite, ((domain.name, np.arange(domain.suite_items)),)) for domain in world.static]
 
 
 def fresh_of(samples: Sequence[Sample], settings: Gate) -> list[RankedSuite]:
-    """Gain suites of new held-out samples."""
     table = _table(samples)
     suites = fresh_suites(table, min_items=settings.min_items, limit=settings.max_items, images=NoImages())
     return [_ranked_suite(suite) for suite in suites]
 
 
 def memory_of(samples: Sequence[Sample], settings: Gate) -> list[RankedSuite]:
-    """Retention suites of held-out samples of what was learned."""
     table, fewest = _table(samples), 2 * settings.min_items
     suites = memory_suites(table, choose_memory(table, "clip", fewest), "clip", fewest, NoImages())
     return [_ranked_suite(suite) for suite in suites]
@@ -74,11 +71,11 @@ def findings_of(
     *,
     ranked: bool = True,
 ) -> Findings:
-    """What the gate finds out by asking all suites at a look's levels.
+    """The gate's findings from all suites at a look's levels.
 
     Args:
         best: name and model of the best release, by retention suite.
-        ranked: whether the gate sees ranks; else hits alone.
+        ranked: whether the gate sees ranks; else only hits.
     """
     scores = []
     for each in suites:

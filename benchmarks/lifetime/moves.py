@@ -1,9 +1,9 @@
-"""Updates that move ranks as real ones did, by as much as is asked for.
+"""Updates that move ranks as real ones did, by a given amount.
 
-A real update moves the ranks of many items up and of nearly as many down. Each simulated item takes what happened to a
-real one whose ranks were about the same (its *donor*), of one donor as it happened or of another one backwards. What is
-learned has more items of the first kind. Where nothing is learned, an item takes the better or the worse of both moves,
-and the change is as large as is wanted with more of these or of those. How many items move is as in the real update.
+A real update moves the ranks of many items up and of nearly as many down. Each simulated item takes the move of a real
+one whose ranks were about the same (its *donor*), of one donor forwards or of another one backwards. A learned domain
+has more items of the first kind. Otherwise an item takes the better or the worse of both moves, in the proportion that
+yields the wanted change. The number of moving items is as in the real update.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from updater.gate.statistics import reciprocal_log_rank
 EDGES = (1, 3, 5, 10, 30, 100)
 """Ranks between two edges are about the same; 5 is where recall@5 ends."""
 LEARNING_ROUNDS = 4
-"""A large gain is several real updates' worth; what is left of it then goes the shorter way."""
+"""A large gain is several real updates' worth; the rest then goes the shorter way."""
 MOST_ROUNDS = 12
-"""A change that is not there by then cannot be had."""
+"""Attempts after which a change is given up as impossible."""
 Generator = np.random.Generator
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """Donors by what their ranks were."""
+    """Donors by their ranks before the move."""
 
     first: Ranks
     second: Ranks
@@ -58,7 +58,7 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Moves:
-    """What updates do to the items of one suite."""
+    """Moves of the items of one suite."""
 
     k: int
     """Ranks below it are hits."""
@@ -70,7 +70,6 @@ class Moves:
         return cls(source.suite.k, Kernel.of(source.before, source.after), Kernel.of(source.after, source.before))
 
     def share(self, ranks: Ranks) -> float:
-        """Share of hits."""
         return float((ranks < self.k).mean())
 
     def learned(self, ranks: Ranks, gain: float, rng: Generator) -> Ranks:
@@ -88,10 +87,10 @@ class Moves:
         churn: float = 1.0,
     ) -> Ranks:  # fmt: skip
         """Ranks after an update that learned something else, with a share of hits that is higher by ``change``, to half
-        an item where it can be had: a share of hits has an upper end.
+        an item where possible: a share of hits has an upper end.
 
         Args:
-            base, back: share of the items that first go back to what they were under the base.
+            base, back: share of the items that first return to their ranks under the base.
             churn: share of the items that have donors at all.
         """
         wanted = self.share(ranks) + change
@@ -110,8 +109,8 @@ class Moves:
     def _mixed(
         self, ranks: Ranks, up: Ranks, down: Ranks, wanted: float, rng: Generator
     ) -> tuple[Ranks, bool]:  # fmt: skip
-        """``up`` for so many drawn items that the share of hits is nearest to what is wanted, ``down`` for the others;
-        and whether it is there, to half an item.
+        """``up`` for as many drawn items as bring the share of hits closest to the wanted one, ``down`` for the others;
+        and whether it is reached, to half an item.
         """
         gains, losses = self._hits(up) - self._hits(ranks), self._hits(down) - self._hits(ranks)
         order = rng.permutation(len(ranks))

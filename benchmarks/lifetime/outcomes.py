@@ -1,4 +1,4 @@
-"""What real updates did to real items: the outcomes that `ratchet bench gate` kept, suite by suite."""
+"""Results of real updates on real items: the outcomes that `ratchet bench gate` stored, suite by suite."""
 
 from __future__ import annotations
 
@@ -39,13 +39,8 @@ class Source:
 
 def read_sources(place: Path = ARCHIVE) -> dict[str, Source]:
     """Sources by suite name: all retention suites, and one for each new domain. Only candidates that were meant to be
-    good count.
-
-    Args:
-        place: the archive, or the folder into which `ratchet bench gate` writes outcomes.
-
-    Raises:
-        ConfigError: there is nothing, or it holds hits and no ranks.
+    good count. ``place``: the archive, or the folder into which `ratchet bench gate` writes outcomes. Raises
+    ConfigError if there is nothing, or it has hits without ranks.
     """
     trials = dict(read_trials(place))
     if "base" not in trials:
@@ -73,7 +68,6 @@ def read_sources(place: Path = ARCHIVE) -> dict[str, Source]:
 
 @lru_cache(maxsize=1)
 def good_plans() -> list[tuple[str, str, str]]:
-    """Name, incumbent and domain of each candidate that is meant to be good."""
     fewest = CHAIN + len(BAD)
     return [(p.name, p.incumbent, p.domain) for p in plans(fewest, MOST_CANDIDATES) if p.kind in GOOD]
 
@@ -84,7 +78,6 @@ def _source(suite: Suite, base: Ranks, pairs: list[tuple[Ranks, Ranks]]) -> Sour
 
 
 def read_trials(place: Path) -> Iterator[tuple[str, Mapping[str, Ranks]]]:
-    """Name and ranks by suite of the base and of each candidate that was trained."""
     for name, content in _files(place):
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {suite: file[suite] for suite in file.files if suite != "about"}

@@ -1,4 +1,4 @@
-"""What the streams of one rule set came to, as a row of figures; and the figure."""
+"""The results of one rule set's streams as a row of figures, and the plot."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def draw(rows: Sequence[FigureRow], path: Path) -> Path:
-    """Updates with a gain of 3 points that were released by trigger, a line for each rule set; writes a PNG."""
+    """Plot updates with a gain of 3 points that were released, by trigger, a line for each rule set; writes a PNG."""
     figure = Figure(figsize=(7.2, 3.9), dpi=150, layout="constrained", facecolor=PAPER)
     FigureCanvasAgg(figure)
     axes = figure.subplots()

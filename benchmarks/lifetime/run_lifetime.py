@@ -40,8 +40,8 @@ RULES = (
     Rules("all of these", memory=False, best=False, ranks=False, waiting=False),
 )
 IDLE, IDLE_UPDATES = "no update gains", 4
-"""Not rules, but a stream: whatever it releases is a false release. It is shorter: no release takes its held-out items,
-so that each look costs more than the one before."""
+"""Not rules, but a stream without gains: whatever it releases is a false release. It is shorter: no release takes its
+held-out items, so each look costs more than the one before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Task:
     settings: Gate
 
     def run(self, sources: Mapping[str, Source]) -> Course:
-        """The same task has the same course; tasks with one seed have one world and the same lessons."""
+        """Deterministic; tasks with the same seed have the same world and lessons."""
         world_rng, rng = (np.random.default_rng([self.seed, number]) for number in range(2))
         world = make_world(sources, world_rng)
         lessons = lessons_of(world, self.updates, self.gains, world_rng)
@@ -121,7 +121,6 @@ def _run_all(tasks: Sequence[Task], outcomes: Path, workers: int | None) -> Iter
 
 
 _SOURCES: dict[str, Source] = {}
-"""Of a worker process."""
 
 
 def _begin(outcomes: Path) -> None:
@@ -134,7 +133,6 @@ def _run(task: Task) -> Course:
 
 
 def show(figures: Mapping[str, Any]) -> None:
-    """A table for people, one JSON line for machines (last)."""
     table = Table("rules", "released, gain 3", "triggers", "kept", "learned", "harmful released", "looks", "alpha",
                   title=f"{figures['updates']} updates, {figures['rules'][0]['streams']} streams")  # fmt: skip
     for row in figures["rules"]:
@@ -157,7 +155,6 @@ def _cells(row: FigureRow) -> list[str]:
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench lifetime``."""
     parser = argparse.ArgumentParser(prog="ratchet bench lifetime", description="A simulated stream of updates.")
     parser.add_argument("--updates", type=int, default=UPDATES, help=f"of a stream (2 to {MOST_UPDATES})")
     parser.add_argument("--streams", type=int, default=2, help="for each set of rules (2)")

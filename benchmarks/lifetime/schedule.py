@@ -1,4 +1,4 @@
-"""When a candidate is trained and asked, and at which level."""
+"""When a candidate is trained and evaluated, and at which level."""
 
 from __future__ import annotations
 
@@ -10,37 +10,34 @@ from updater.gate.interim_analyses import AnalysisPlan, InterimAnalysis, candida
 from updater.service.triggers import spread
 
 PATIENCE = 4
-"""Triggers that a new sample waits, at most, for the items that a gain needs: as many as `updater.max_wait_seconds` has
-where one comes every quarter of an hour."""
+"""Triggers that a new sample waits, at most, for the items that a gain needs: `updater.max_wait_seconds` with a trigger
+every 15 minutes."""
 
 
 @dataclass(slots=True)
 class Schedule:
-    """What a stream's updater knows of the looks since the last release.
+    """An updater's record of the looks since the last release.
 
-    Two ways. *Waiting*: a candidate is trained when there are the items that a gain of ``gate.detect`` needs, or when
-    data have waited long enough; one that is inconclusive is asked again as further items arrive. Else as before: each
-    trigger trains one, which is asked once.
+    With *waiting*, a candidate is trained when there are the items that a gain of ``gate.detect`` needs, or when data
+    have waited long enough; an inconclusive one is evaluated again as further items arrive. Otherwise each trigger
+    trains a candidate that is evaluated once.
     """
 
     settings: Gate
     waiting: bool
     candidates: int = 0
-    """That were tested since the last release."""
     spent: float = 0.0
-    """Of alpha since the last release."""
     history: list[float] = field(default_factory=list)
     """Spent before each release."""
     due: int | None = None
-    """Items with which a candidate that was inconclusive is asked again; None: there is none."""
+    """Number of items at which an inconclusive candidate is evaluated again; None: there is none."""
     verdicts: list[VerdictRow] = field(default_factory=list)
     """Of all looks, the newest first."""
     _plan: AnalysisPlan | None = None
-    """Of the candidate that was asked last."""
+    """Of the candidate that was evaluated last."""
     _waited: int = 0
 
     def plan(self) -> AnalysisPlan:
-        """Of a candidate that will be trained."""
         alpha = candidate_alpha(self.settings.alpha, self.candidates)
         if not self.waiting:
             return AnalysisPlan(alpha, self.settings.alpha, 1, (), self.candidates, only=True)
@@ -51,7 +48,7 @@ class Schedule:
         return AnalysisPlan(alpha, self.settings.alpha, needed, (), self.candidates)
 
     def triggered(self, items: int) -> InterimAnalysis | None:
-        """A trigger has come: the look that is made with so many fresh items; None: wait."""
+        """The look of a trigger with this many fresh items; None: wait."""
         if self.due is not None:
             assert self._plan is not None, "it was asked before"
             return self._plan.look(items) if items >= self.due else None
@@ -63,7 +60,7 @@ class Schedule:
         return plan.look(items)
 
     def looked(self, look: InterimAnalysis, verdict: VerdictRow, *, tested: bool) -> None:
-        """A look was made. ``tested``: whether its tests could be made, so that it has spent."""
+        """Record a look. ``tested``: whether its tests were possible, so that it has spent alpha."""
         assert self._plan is not None, "it was planned"
         self.verdicts.insert(0, verdict)
         if tested:

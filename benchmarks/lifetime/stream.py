@@ -1,4 +1,6 @@
-"""A stream of updates: data arrive, candidates are trained and asked, what passes is released; the truth is known."""
+"""A stream of updates with a known truth: data arrive, candidates are trained and judged, those that pass are
+released.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from updater.gate.interim_analyses import InterimAnalysis
 from updater.gate.sample_suites import best_by_suite
 
 TRIGGERS = 12
-"""After so many the stream brings something else."""
+"""Triggers after which the stream moves to the next lesson."""
 FRESH = 45
 """Held-out samples of a trigger: 256 to train on at the default share of 15%."""
 GAIN3 = 0.03
@@ -28,22 +30,19 @@ HARM = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What the gate does; everything on is what it does now."""
+    """The gate's rules; with everything on, the current ones."""
 
     name: str = "as it is"
     memory: bool = True
-    """Memory suites."""
     best: bool = True
-    """The best release so far is a reference."""
     ranks: bool = True
-    """A gain is tested on ranks."""
     waiting: bool = True
-    """Looks as :class:`Schedule` has them."""
+    """Looks as in :class:`Schedule`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What the stream brings for one update."""
+    """The data of the stream for one update."""
 
     domain: str
     gain: float
@@ -56,25 +55,23 @@ class Ended:
 
     lesson: Lesson
     triggers: int
-    """Until the release; TRIGGERS where there was none."""
+    """Until the release; TRIGGERS without one."""
     released: bool
     looks: int
     outcomes: tuple[str, ...]
-    """Of all looks."""
 
 
 @dataclass(slots=True)
 class Course:
-    """What a stream came to."""
+    """The results of a stream."""
 
     lessons: list[Ended] = field(default_factory=list)
     harmful: int = 0
-    """Candidates that truly lose more than a margin and were asked."""
+    """Candidates that truly lose more than a margin and were judged."""
     harmful_released: int = 0
     best: dict[str, float] = field(default_factory=dict)
     """By domain the most that a release was truly above the base."""
     end: dict[str, float] = field(default_factory=dict)
-    """What the last release is."""
     alpha: list[float] = field(default_factory=list)
     """Spent before each release, and at the end."""
 
@@ -91,7 +88,6 @@ class _Live:
     name: str = ""
     released: dict[str, Model] = field(default_factory=dict)
     verdicts: list[VerdictRow] = field(default_factory=list)
-    """The newest first."""
 
 
 def lessons_of(world: World, count: int, gains: Sequence[float], rng: Generator) -> list[Lesson]:
@@ -122,7 +118,6 @@ class Stream:
         self._pending: dict[str, float] = {}
 
     def run(self, lessons: Sequence[Lesson]) -> Course:
-        """All lessons, one after another."""
         for lesson in lessons:
             self.course.lessons.append(self._learn(lesson))
         self.course.alpha = [*self.schedule.history, self.schedule.spent]
@@ -130,7 +125,7 @@ class Stream:
         return self.course
 
     def _learn(self, lesson: Lesson) -> Ended:
-        """Triggers until a release, or until the stream brings something else: what was not learned stays pending."""
+        """Triggers until a release or until the next lesson: what was not learned stays pending."""
         self._pending[lesson.domain] = lesson.gain
         candidate: Model | None = None
         outcomes: list[str] = []
@@ -173,7 +168,6 @@ class Stream:
         )
 
     def _judge(self, candidate: Model, look: InterimAnalysis) -> tuple[VerdictRow, bool]:
-        """The verdict, and whether its tests could be made."""
         suites = [*self._static, *(self._memory if self.rules.memory else ()), *fresh_of(self._fresh, self.settings)]
         findings = findings_of(
             suites, self.world.base, self.live.model, candidate, self._best(suites), look,

@@ -1,8 +1,8 @@
 """The world of a simulated stream: suites and domains with all their items, and models that answer them.
 
-Its truth is known: a model's score is its share of hits over all items of a domain, and the gate sees a few of them.
-What is not drawn from committed outcomes is calibrated on the chains of ``docs/benchmarks/continual`` (recipe
-``default``, nine chains of eight updates): see the constants.
+Its truth is known: a model's score is its share of hits over all items of a domain, of which the gate sees a few. What
+is not drawn from committed outcomes is calibrated on the chains of ``docs/benchmarks/continual`` (recipe ``default``,
+nine chains of eight updates): see the constants.
 """
 
 from __future__ import annotations
@@ -22,25 +22,24 @@ HELD_OUT = {
 }  # fmt: skip
 """Items of the shipped suites in service."""
 DOMAINS = 8
-"""That the stream brings, each in many updates; they are in turn of the kinds whose outcomes are committed."""
+"""Domains of the stream, each in many updates; they take turns among the kinds with committed outcomes."""
 BACK, CHURN = 0.4, 0.5
-"""Of the items of a suite that an update did not learn: those that go back to the base's answer, and those that move.
-Answers then differ from the predecessor's in 4% of the cases and from the base's in 6%, after any number of updates,
-as they do in the chains."""
+"""Of the items of a suite that an update did not learn: those that return to the base's answer, and those that move.
+Answers then differ from the predecessor's in 4% of the cases and from the base's in 6%, after any number of updates, as
+they do in the chains."""
 REVERSION, SPREAD = 0.3, 0.004
-"""An update brings a suite that is not learned this much nearer to the base's score, and moves it besides: the chains'
-regression of change on level, and what is left of its deviation when that of 64 items is taken away."""
+"""An update brings a suite that is not learned this much nearer to the base's score, and also moves it: the chains'
+regression of change on level, and its deviation without that of 64 items."""
 FORGOTTEN, FORGOTTEN_SPREAD = 0.003, 0.005
-"""Share of what was learned of a domain that an update of another one loses, and the deviation.
+"""Share of a domain's gain that an update of another one loses, and the deviation.
 
 The first is ``forgotten_without_largest`` of `ratchet bench continual` over the two chains in
 ``docs/benchmarks/lifetime`` (of the default as it was until commit bf0544b), in which an update has the memory that the
 recipe asks for: 1,500 pairs of earlier updates and as many of the base's domains. With 96 of each, as in the comparison
-of methods, it is 0.054. The second is what is left of changes of a domain that the incumbent had learned, in the gate's
-outcomes (700 to 2,000 items), without the part that is proportional to the level and without the items' own
+of methods, it is 0.054. The second is the deviation of changes of a domain that the incumbent had learned, in the
+gate's outcomes (700 to 2,000 items), without the part that is proportional to the level and without the items' own
 deviation."""
 Model = Mapping[str, Ranks]
-"""Ranks by domain name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +51,9 @@ class Domain:
     """A static suite of them; of a domain of the stream its task and metric."""
     moves: Moves
     suite_items: int
-    """Items of the static suite: the first so many. 0: the domain comes by the stream."""
+    """Number of leading items in the static suite. 0: the domain comes with the stream."""
 
     def score(self, model: Model) -> float:
-        """True share of hits."""
         return self.moves.share(model[self.name])
 
 
@@ -86,7 +84,7 @@ class World:
         Args:
             gains: true gain on the domains that it learned, by name.
             harm: further losses by name, where nothing was learned.
-            forgotten: share that it loses of what was learned of other domains, in the mean.
+            forgotten: mean share of the gain on other domains that it loses.
         """
         after: dict[str, Ranks] = {}
         for name, domain in self.domains.items():
@@ -97,7 +95,7 @@ class World:
                 change = -REVERSION * level + rng.normal(0.0, SPREAD) - harm.get(name, 0.0)
                 after[name] = domain.moves.changed(ranks, change, rng, base=self.base[name], back=BACK, churn=CHURN)
             elif ranks is self.base[name]:
-                after[name] = ranks  # nobody has learned it yet, nor asks it
+                after[name] = ranks  # not yet learned, and not asked
             else:
                 change = -forgotten * level + rng.normal(0.0, FORGOTTEN_SPREAD) - harm.get(name, 0.0)
                 after[name] = domain.moves.changed(
@@ -107,7 +105,6 @@ class World:
 
 
 def make_world(sources: Mapping[str, Source], rng: Generator) -> World:
-    """Items drawn with replacement from the committed ones."""
     domains: dict[str, Domain] = {}
     base: dict[str, Ranks] = {}
     for domain, source in _domains(sources.values()):

@@ -1,1 +1,1 @@
-"""``ratchet bench search``: the catalog at a million vectors, beside faiss."""
+

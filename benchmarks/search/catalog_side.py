@@ -1,6 +1,6 @@
 """The catalog as a server runs it: reconcile loop, tables, index maintainer, searches. Samples and encoders are fakes.
 
-A sample's image is its number, and "encoding" it looks its vector up, so that what is measured is the catalog's own.
+A sample's image is its number, and "encoding" it looks its vector up, so that only the catalog's own cost is measured.
 """
 
 from __future__ import annotations
@@ -35,37 +35,32 @@ SAME: Final = 1e-5
 """Scores that differ by less are equal."""
 MIX: Final = 0x9E3779B97F4A7C15F39CC0605CEDC8341082276BF3A27251F86C6A11D0C18E95
 SPAN: Final = 1 << 256
-"""Ids are numbers times an odd constant: digests by their looks, and each leads back to its number."""
+"""IDs are numbers times an odd constant: they look like digests, and each can be mapped back to its number."""
 BACK: Final = pow(MIX, -1, SPAN)
 
 
 class NumberCorpus:
-    """What the catalog reads of a sample store, over the numbers from 0."""
+    """The part of a sample store that the catalog reads, over the numbers from 0."""
 
     def __init__(self) -> None:
         self.rows = 0
 
     def version(self) -> int:
-        """Grows with the rows."""
         return self.rows
 
     def offsets(self, version: int | None = None) -> dict[str, int]:
-        """One partition."""
         return {"t:0": self.rows if version is None else version}
 
     def tally(self, version: int | None = None) -> Mapping[str, int]:
-        """Nothing is deleted."""
         return {"deleted": 0}
 
     def deleted(self, version: int | None = None, since: datetime | None = None) -> pa.Table:
-        """None."""
         return pa.table({"id": pa.array([], pa.string()), "ingested_at": pa.array([], pa.timestamp("us", "UTC"))})
 
     def scan(
         self, version: int | None = None, *, after: Mapping[str, int] | None = None,
         columns: Sequence[str] | None = None, ids: Sequence[str] | None = None, having: Any = None,
     ) -> pa.Table:  # fmt: skip
-        """Rows by id, or after an offset."""
         start, end = (after or {}).get("t:0", 0), self.rows if version is None else version
         numbers = [number_of(sample) for sample in ids] if ids is not None else list(range(start, end))
         count, now = len(numbers), datetime.now(UTC)
@@ -89,7 +84,6 @@ def id_of(number: int) -> str:
 
 
 def number_of(sample: str) -> int:
-    """Of an id."""
     return int(sample, 16) * BACK % SPAN
 
 
@@ -107,7 +101,7 @@ class CatalogSide:
         self._catalog = self._in_loop(self._start(index_rows))
 
     def grow(self, rows: int) -> dict[str, Any]:
-        """Backfill up to so many rows, the last of which arrive a few at a time; then make the index."""
+        """Backfill up to this many rows, the last of which arrive a few at a time; then make the index."""
         return self._in_loop(self._grow(rows))
 
     def measure(self, callers: int, seconds: float, filtered: bool) -> dict[str, Any]:
@@ -190,7 +184,7 @@ class CatalogSide:
         return as_filters(domain=[f"domain {row % DOMAINS}"])
 
     def _recall(self, row: int, hits: Sequence[Hit], exact: Vectors) -> float:
-        """By exact scores of the hits: an index rounds those that it answers with."""
+        """By exact scores of the hits, because an index returns rounded ones."""
         numbers = [number_of(hit.id) for hit in hits[: len(exact)]]
         scores = self._vectors[numbers] @ self._queries[row]
         return float((scores >= exact[-1] - SAME).sum() / len(exact))

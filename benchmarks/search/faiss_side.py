@@ -1,4 +1,6 @@
-"""faiss used directly: an HNSW graph over the whole vectors in memory, searched from as many threads as ask."""
+"""faiss used directly: an HNSW graph over the whole vectors in memory, searched from as many threads as there are
+clients.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ SAME: Final = 1e-5
 
 
 class FaissSide:
-    """Tuned to the least effort that finds as much as is asked for."""
+    """Tuned to the least effort that reaches the requested recall."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

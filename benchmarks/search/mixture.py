@@ -1,9 +1,9 @@
-"""Vectors that lie as embeddings do: in clusters of unequal sizes, each with few directions in which it spreads.
+"""Vectors distributed like embeddings: in clusters of unequal sizes, each spread in few directions.
 
-Uniform noise would do for no comparison: in 512 dimensions all its vectors are equally far from each other. Here 1,000
-centres of unit length come from a space of 128 dimensions with a falling spectrum; a vector belongs to cluster c with a
-probability of 1/(c + 1), and leaves its centre in 32 directions of that cluster's own, and a little in all. Queries are
-further draws of the same mixture, which are in no index.
+Uniform noise would be useless: in 512 dimensions all its vectors are equally far from each other. Here 1,000 centres of
+unit length come from a space of 128 dimensions with a falling spectrum; a vector belongs to cluster c with a
+probability proportional to 1/(c + 1), and deviates from its centre in 32 directions of that cluster, and a little in
+all. Queries are further draws of the same mixture, which are in no index.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DIMENSIONS: Final = 512
 CLUSTERS: Final = 1_000
 CENTRE_RANK, CLUSTER_RANK = 128, 32
 SPREAD, NOISE = 0.7, 0.3
-"""Length of what a vector leaves its centre by, within its cluster's directions and in all."""
+"""Length of a vector's deviation from its centre, within its cluster's directions and in all."""
 CHUNK_ROWS: Final = 10_000
 QUERY_STREAM: Final = 1 << 30
 NEIGHBOURS: Final = 10
@@ -41,7 +41,7 @@ class Mixture:
         self._shares = shares / shares.sum()
 
     def rows(self, count: int) -> Iterator[Vectors]:
-        """So many vectors of unit length, in chunks [n, dim]."""
+        """This many vectors of unit length, in chunks [n, dim]."""
         for start in range(0, count, CHUNK_ROWS):
             yield self._draw(start // CHUNK_ROWS)[: count - start]
 
@@ -69,7 +69,6 @@ def write_rows(mixture: Mixture, path: Path, count: int) -> None:
 
 
 def map_rows(path: Path, dimensions: int = DIMENSIONS) -> Vectors:
-    """The vectors of a file, without reading them."""
     return np.asarray(np.memmap(path, np.float32, "r").reshape(-1, dimensions))
 
 

@@ -1,9 +1,9 @@
-"""``ratchet bench search``: the catalog at a million vectors of 512 dimensions, beside faiss used directly.
+"""``ratchet bench search``: the catalog at a million vectors of 512 dimensions, compared with faiss used directly.
 
-Both sides hold the same vectors (:mod:`benchmarks.search.mixture`), each in a process of its own, and are measured in
-turns on the same cores. The catalog's rows come by its reconcile loop, from stand-ins of sample store and encoders;
-searches go the whole way through the catalog, and bring texts and domains along. faiss has an HNSW graph over whole
-vectors, and the least effort with which it finds as many of the true ten nearest as the catalog's index does.
+Both sides hold the same vectors (:mod:`benchmarks.search.mixture`), each in its own process, and are measured in turns
+on the same cores. The catalog's rows come through its reconcile loop, from stand-ins of sample store and encoders;
+searches go through the whole catalog, and return texts and domains. faiss has an HNSW graph over whole vectors, and the
+least effort with which it finds as many of the true ten nearest as the catalog's index does.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from serving.catalog.index_maintainer import INDEX_ROWS
 
 ROWS: Final = 1_000_000
 GROWTH: Final = (100, 10, 1)
-"""The rows are measured at these fractions of them, too."""
+"""Also measure at these fractions of the rows."""
 QUERIES: Final = 500
 ROUNDS: Final = 3
 RECALL: Final = 0.95
-"""That faiss is tuned to, at least: the catalog has no index at few rows, and finds all."""
+"""Least recall for tuning faiss: the catalog has no index at few rows, and finds all."""
 
 
 def run(
@@ -45,11 +45,10 @@ def run(
     Args:
         seconds: of each of the measurements, of which there are some twenty.
         folder: for some gigabytes; a temporary one by default.
-        peer: measure faiss beside it.
+        peer: also measure faiss.
         index_rows: see :data:`serving.catalog.index_maintainer.INDEX_ROWS`.
 
-    Raises:
-        RatchetError: a side has ended.
+    Raises RatchetError if a side has ended.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-", dir=folder) as place:
         sizes = [rows // share for share in GROWTH]
@@ -72,7 +71,6 @@ def _prepare(folder: Path, sizes: Sequence[int]) -> None:
 
 
 def _measure(catalog: LineWorker, faiss: LineWorker | None, rows: int, seconds: float) -> dict[str, Any]:
-    """Both sides at one size."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with step(f"{rows:,} rows: the catalog"):
         figures: dict[str, Any] = {"rows": rows, **call(catalog, "grow", rows=rows)}
@@ -127,7 +125,6 @@ def _rounded(values: dict[str, float]) -> dict[str, float]:
 
 
 def show(figures: dict[str, Any]) -> None:
-    """A table for people, one JSON line for machines (last)."""
     sizes = figures["growth"]
     table = Table(
         "", *(f"{each['rows']:,}" for each in sizes), title=f"Searches among vectors of {DIMENSIONS} dimensions"
@@ -144,7 +141,6 @@ def _shown(value: Any) -> str:
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench search``."""
     parser = bench_parser("search", __doc__)
     parser.add_argument("--rows", type=int, default=ROWS, help="vectors (1000000); at least 1000")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a measurement (10)")

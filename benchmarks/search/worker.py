@@ -1,4 +1,4 @@
-"""One side of the comparison in a process of its own: commands and answers are lines of JSON."""
+"""One side of the comparison in its own process: commands and answers are lines of JSON."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ def call(worker: LineWorker, verb: str, **arguments: Any) -> dict[str, Any]:
 
 
 def serve(side: object) -> None:
-    """In the worker's process: answer commands, each of which is a method of ``side``."""
     for command in questions():
         arguments = {name: value for name, value in command.items() if name != "verb"}
         answer(getattr(side, str(command["verb"]))(**arguments))
 
 
 def private_gib() -> float:
-    """Memory of this process that no file backs."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return round(int(line.split()[1]) / 2**20, 3)

@@ -1,1 +1,1 @@
-"""Measurements of a whole server with its stores beside it, each of which may fail."""
+"""Measurements of a whole server with its stores, each of which may fail."""

@@ -1,8 +1,8 @@
 """``ratchet bench chaos --part serving``: does a server answer, and roll back, whatever happens around it?
 
-A whole server, PostgreSQL, an object store and a lake of its own, under open-loop load of embeddings, classification,
-search and chat. One state after the other is entered and left: a store that is away, slow or full, a process that is
-killed between two steps of a release, a second server on the same stores. In each a rollback is asked for. In the end
+A whole server with its own PostgreSQL, object store and lake, under open-loop load of embeddings, classification,
+search and chat. One state after the other is entered and left: a store that is down, slow or full, a process that is
+killed between two steps of a release, a second server on the same stores. In each a rollback is requested. In the end
 every answer is compared with that of its release.
 """
 
@@ -35,7 +35,7 @@ from tests.support.inputs import QUESTIONS
 
 TEXTS: Final = ("a photo of a cat", "a red circle", "an old map", "two birds")
 NEW_ADAPTERS: Final = 4
-"""What the states of the object store prepare."""
+"""Preparation of the states of the object store."""
 VIOLATIONS: Final = ("failed_beyond_killed", "mixed", "rollbacks_failed", "refusals_not_503", "problems")
 ROLLBACK_LIMIT_SECONDS: Final = 1.0
 REFUSAL_LIMIT_SECONDS: Final = 1.0
@@ -44,14 +44,13 @@ REFUSAL_LIMIT_SECONDS: Final = 1.0
 def run(
     settings: Settings, seconds: float, states: Sequence[State], seed: int, rate: float, vlm_engine: str, folder: Path
 ) -> dict[str, Any]:
-    """Run on stores and homes of its own in ``folder``, where the logs stay. Returns the figures.
+    """Run on new stores and homes in ``folder``, where the logs stay. Returns the figures.
 
     Args:
         rate: requests a second.
         vlm_engine: ``vllm``, ``transformers`` or ``auto``; empty: no VLM is served.
 
-    Raises:
-        RatchetError: a store or the server does not start.
+    Raises RatchetError if a store or the server does not start.
     """
     began = time.time()
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,14 +87,12 @@ def run(
 
 
 def violations(figures: dict[str, Any]) -> list[str]:
-    """What a run must not show, and did."""
     wrong = [f"{name} {figures[name]}" for name in VIOLATIONS if figures[name]]
     limits = (("rollback_seconds_max", ROLLBACK_LIMIT_SECONDS), ("refusal_seconds_max", REFUSAL_LIMIT_SECONDS))
     return wrong + [f"{name} {figures[name]}" for name, limit in limits if figures[name] >= limit]
 
 
 def show(figures: dict[str, Any]) -> None:
-    """A table for people, one JSON line for machines (last)."""
     table = Table("state", "requests", "failed", "on killed", "mixed", "rollbacks (s)", "refused (s)", "problems")
     for state in figures["states"]:
         if "skipped" in state:
@@ -115,7 +112,7 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench chaos --part serving``. Ends with status 1 when a request or a rollback failed or was late."""
+    """Ends with status 1 when a request or a rollback failed or was late."""
     parser = bench_parser("chaos --part serving", __doc__)
     parser.add_argument("--seconds", type=float, default=900, help="time in all states together (900)")
     parser.add_argument("--states", default="", help=f"names with commas (all): {', '.join(STATES)}")

@@ -1,4 +1,4 @@
-"""What a chaos run of the server is judged by: which requests failed although nothing that they needed was killed."""
+"""The audit of a chaos run: requests that failed although nothing that they needed was killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEEDS: Final[dict[RequestKind, frozenset[Process]]] = {
     "search": frozenset({"ingress", "encoder", "catalog"}),
     "chat": frozenset({"ingress", "vlm"}),
 }
-"""Processes that a request is on its way through."""
+"""Processes that a request passes through."""
 EVIDENCE: Final = 5
 
 
@@ -27,17 +27,17 @@ class Kill:
 
     process: Process
     step: str
-    """Of a release: what its proposal was when the process was killed."""
+    """State of a release's proposal when the process was killed."""
     began: float
     ended: float
 
 
 @dataclass(frozen=True, slots=True)
 class Rollback:
-    """One rollback that was asked for.
+    """One requested rollback.
 
     ``seconds`` go from the request, or from the moment at which the ledger answered again if that is later, to the
-    answer that it is live. A refused call is made again meanwhile; ``errors`` says what was answered then.
+    answer that it is live. A refused call is retried meanwhile; ``errors`` has the errors until then.
     """
 
     seconds: float
@@ -47,7 +47,7 @@ class Rollback:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A rollback that was asked for while the ledger was away, so that none could be committed."""
+    """A rollback requested while the ledger was down, so that none could be committed."""
 
     seconds: float
     status: int
@@ -57,23 +57,20 @@ class Refusal:
 
 @dataclass
 class StateReport:
-    """What happened in one state, from the way into it until all was well again."""
+    """Events of one state, from entering it until all was well again."""
 
     state: str
     began: float = 0.0
     ended: float = 0.0
     skipped: str = ""
-    """Why it was not entered."""
     kills: list[Kill] = field(default_factory=list)
     rollbacks: list[Rollback] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     releases: int = 0
-    """Releases of the operator that went live."""
     releases_failed: int = 0
     commits_lost: int = 0
-    """COMMITs that the ledger never got, or whose answer did not come back."""
+    """COMMITs that the ledger never got, or whose answer was lost."""
     problems: list[str] = field(default_factory=list)
-    """What else did not go as it should."""
     requests: int = 0
     failed: int = 0
     """Beyond those in flight on a process that was killed."""
@@ -106,10 +103,8 @@ class StateReport:
 
 
 def audit(reports: Sequence[StateReport], samples: Sequence[CheckedSample]) -> None:
-    """Count the requests of each state. One that was sent between two states counts for the one before.
-
-    Args:
-        samples: all requests, with what is wrong about each in ``problem`` (``mixed``, or an error).
+    """Count the requests of each state. A request sent between two states counts for the one before. ``samples``: all
+    requests, with the fault of each in ``problem`` (``mixed``, or an error).
     """
     entered = sorted((report for report in reports if not report.skipped), key=lambda report: report.began)
     kills = [kill for report in entered for kill in report.kills]
@@ -134,7 +129,6 @@ def _count(report: StateReport, sample: CheckedSample, kills: Sequence[Kill]) ->
 
 
 def on_killed(sample: CheckedSample, kill: Kill) -> bool:
-    """Whether a request was in flight on a process when it was killed."""
     in_flight = sample.began <= kill.ended and sample.due + sample.seconds >= kill.began
     return in_flight and kill.process in NEEDS[sample.kind]
 

@@ -44,9 +44,9 @@ class ChaosInstallation:
         """Start the stores, and make models and samples.
 
         Args:
-            base: where the limits of the server come from.
+            base: source of the server's limits.
             vlm_engine: what runs a VLM; none is served when empty.
-            new_adapters: how many of CLIP to make that are not released in turn; see :meth:`new_adapter`.
+            new_adapters: number of CLIP adapters that are not released in turn; see :meth:`new_adapter`.
             stack: ends all of it.
         """
         self.folder = folder
@@ -64,7 +64,7 @@ class ChaosInstallation:
         pairs = dict.fromkeys(REPLICAS, 2)
         bounds = {"port": free_port(), "vlm_max_rank": 8, "vlm_memory_gib": 0.25, "operator_key": None, **pairs}
         bounds["encoder_threads"] = 1
-        bounds["cache_bytes"] = 0  # the load repeats a few inputs, which are to reach the encoders
+        bounds["cache_bytes"] = 0  # the load repeats a few inputs, which must reach the encoders
         engine = {"vlm_engine": vlm_engine} if vlm_engine else {}
         self.direct = Settings(
             home=self.home_disk.folder,
@@ -73,10 +73,10 @@ class ChaosInstallation:
             lake_url=str(folder / "lake"),
             base=BaseModels(clip=clip, vlm=vlm),
             serve=base.serve.model_copy(update=bounds | engine),
-            # Random adapters are what the guard is there to take back.
+            # The guard would roll random adapters back.
             rollout=Rollout(guard_seconds=0.0),
         )
-        """The settings with which this process looks from outside: stores without relays."""
+        """The settings with which this process observes: stores without relays."""
         self.direct.operator_key()
         self.ledger = Ledger.open(self.direct.ledger)
         self.images = pictures(IMAGES)
@@ -87,12 +87,11 @@ class ChaosInstallation:
         self._servers = 0
 
     def new_adapter(self) -> str:
-        """An adapter whose files no server has fetched."""
         return self._new.pop()
 
     def server(self, environment: Mapping[str, str] | None = None) -> WholeServer:
-        """A server that is not started yet. The second and later ones get a home of their own, and one replica of each
-        deployment: two cores do not run thirty processes for each of two servers.
+        """A server that is not started yet. The second and later ones get their own home, and one replica of each
+        deployment: two cores cannot run thirty processes for each of two servers.
         """
         self._servers += 1
         settings = self.direct
@@ -110,7 +109,7 @@ class ChaosInstallation:
         return server
 
     def wait_for_ledger(self) -> float:
-        """Wait until the ledger answers a query; when that was, by :func:`time.monotonic`."""
+        """Wait until the ledger answers a query; returns the :func:`time.monotonic` of that."""
         url = self.postgres.url.replace("postgresql:", "postgresql+psycopg:")
         engine = create_engine(url, connect_args={"connect_timeout": 2, "client_encoding": "utf8"})
         end = time.monotonic() + AWAY_SECONDS
@@ -128,7 +127,6 @@ class ChaosInstallation:
 
 
 def make_vlm_adapters(settings: Settings, count: int) -> list[str]:
-    """Random LoRA adapters of the settings' VLM base, stored and in the ledger."""
     base = load_vlm_base(settings.home, settings.base.vlm)
     ledger, artifacts, names = Ledger.open(settings.ledger), Artifacts(settings.artifacts), []
     for seed in range(count):

@@ -1,4 +1,4 @@
-"""Which states a server is put into, in what order and for how long: drawn beforehand from a seed."""
+"""The states of a run with their order and durations, drawn from a seed."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ State = Literal[
 STATES: Final[tuple[State, ...]] = get_args(State)
 LONGEST_STOP_SECONDS: Final = 180.0
 STOP_SHARE: Final = 0.2
-"""Of all the time, for the stopped ledger: three minutes of fifteen."""
+"""Share of all the time for the stopped ledger: three minutes of fifteen."""
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """One state, and how long it is kept up. The way into it and out of it comes on top."""
+    """One state, and how long it is kept. Entering and leaving it take additional time."""
 
     state: State
     seconds: float
@@ -54,10 +54,8 @@ def plan(seconds: float, seed: int, states: Sequence[State] = STATES) -> list[Ph
 
 
 def states_of(names: str) -> list[State]:
-    """States by a list of names with commas; all when it is empty.
-
-    Raises:
-        ValueError: there is no state of that name.
+    """States by a comma-separated list of names; all when it is empty. Raises ValueError if there is no state
+    of that name.
     """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in STATES]:

@@ -1,4 +1,4 @@
-"""The states of a chaos run: how each is entered, what is asked for in it, and how it is left."""
+"""The states of a chaos run: how each is entered, used and left."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from demo.load.traffic import Traffic
 from tests.support.commit_relay import Loss
 
 STEPS: Final = ("pending", "preparing", "committed", "announced")
-"""Of a release, between which processes are killed: proposed, being prepared, committed, told to the operator."""
+"""Steps of a release between which processes are killed: proposed, being prepared, committed, reported to the
+operator."""
 LOSSES: Final[tuple[Loss, ...]] = ("answer", "request", "connection")
 SETTLE_SECONDS: Final = 120.0
 RELEASES_BEFORE: Final = 3
@@ -46,28 +47,26 @@ class Skipped(Exception):
 
 
 class Chaos:
-    """What runs, and the state that it is in now."""
+    """The running servers, and the current state."""
 
     def __init__(
         self, installation: ChaosInstallation, server: WholeServer, operator: Operator, load: Traffic, seed: int
     ) -> None:
         self.installation = installation
         self.server = server
-        """The one that requests go to."""
         self.operator = operator
         self.load = load
         self.random = np.random.default_rng([seed, 2])
         self._pool = ThreadPoolExecutor(4)
 
     def prepare(self) -> None:
-        """Release adapters, so that there is something to go back to, and wait until requests are answered."""
+        """Release adapters, so that a rollback has a target, and wait until requests are answered."""
         report = StateReport("before")
         for _ in range(RELEASES_BEFORE):
             self.operator.release(self.server, report)
         self.load.wait_for(REQUESTS_BEFORE, SETTLE_SECONDS)
 
     def enter(self, phase: Phase) -> StateReport:
-        """Be in a state for its time, leave it, and wait until all is well again."""
         report = StateReport(phase.state, began=time.time())
         say(f"[yellow]{phase.state} for {phase.seconds:.0f} s[/yellow]")
         try:
@@ -83,15 +82,15 @@ class Chaos:
         return report
 
     def release(self, report: StateReport, clip: str | None = None) -> Future[bool]:
-        """Start a release beside what follows."""
         return self._pool.submit(self.operator.release, self.server, report, clip)
 
     def rollback(self, report: StateReport, available: Callable[[], float] = lambda: 0.0) -> None:
-        """Ask for a rollback, and wait for it."""
         self.operator.rollback(self.server, report, available)
 
     def wait_for_step(self, step: str, before: int, release: Future[bool]) -> str:
-        """Wait until the proposal after number ``before`` has come to a step, or the release has ended; its state."""
+        """Wait until the proposal after number ``before`` has reached a step, or the release has ended. Returns its
+        state.
+        """
         reached = STEPS[STEPS.index(step) :]
         while not release.done():
             newest = self.installation.ledger.proposals(1)[0]
@@ -101,7 +100,6 @@ class Chaos:
         return "announced"
 
     def _settle(self, report: StateReport) -> None:
-        """Wait until the server is whole and a release succeeds."""
         end = time.monotonic() + SETTLE_SECONDS
         try:
             self.server.wait_until_whole(SETTLE_SECONDS)
@@ -180,7 +178,6 @@ def _objects_slow(run: Chaos, seconds: float, report: StateReport) -> None:
 
 
 def _while_preparing(run: Chaos, seconds: float, report: StateReport) -> None:
-    """Roll back while an adapter is being prepared whose files no replica has yet, and after that."""
     end = time.monotonic() + seconds
     release = run.release(report, run.installation.new_adapter())
     time.sleep(PAUSE_SECONDS)
@@ -231,7 +228,6 @@ def _killed(process: Process) -> Callable[[Chaos, float, StateReport], None]:
 
 @contextmanager
 def _beside(run: Chaos, environment: dict[str, str]) -> Iterator[WholeServer]:
-    """A second server on the same stores, which answers half of the requests."""
     second = run.installation.server(environment)
     second.start()
     run.load.send_to(run.server.url, second.url)
@@ -251,7 +247,7 @@ def _second_server(run: Chaos, seconds: float, report: StateReport) -> None:
         _rollbacks_through_both(run, second, seconds, report)
         first, run.server = run.server, second
         run.load.send_to(second.url)
-        time.sleep(PAUSE_SECONDS)  # until the generator has read that
+        time.sleep(PAUSE_SECONDS)  # until the generator has read it
         ending = run._pool.submit(first.stop)
         run.rollback(report)
         if not ending.result():
@@ -275,7 +271,6 @@ def _clock_ahead(run: Chaos, seconds: float, report: StateReport) -> None:
 
 
 def faketime_library() -> Path | None:
-    """libfaketime of its Python package, or of the system."""
     package = importlib.util.find_spec("libfaketime")
     bundled = Path(package.origin).parent if package is not None and package.origin is not None else Path()
     libraries = [bundled / "vendor" / "libfaketime" / "src" / "libfaketime.so.1", *map(Path, FAKETIME_LIBRARIES)]

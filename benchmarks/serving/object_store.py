@@ -1,4 +1,4 @@
-"""An S3 server of its own (moto) behind a relay: it can be stopped, cut off and slow."""
+"""An S3 server (moto) behind a relay, which can be stopped, cut off and slowed down."""
 
 from __future__ import annotations
 
@@ -31,13 +31,12 @@ class ObjectStore:
         self._stack = ExitStack()
 
     def environment(self, relayed: bool = True) -> dict[str, str]:
-        """Variables with which a process finds it: through the relay, or directly."""
         url = f"http://127.0.0.1:{self.relay.port}" if relayed else f"http://{self.address}:{self.port}"
         return of_s3(url, "key", "secret")
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """SIGSTOP: connections stay open, and nobody answers."""
+        """SIGSTOP: connections stay open without answers."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
         try:
@@ -47,7 +46,6 @@ class ObjectStore:
 
     @contextmanager
     def cut_off(self) -> Iterator[None]:
-        """Connections are refused."""
         self.relay.cut()
         try:
             yield
@@ -56,7 +54,6 @@ class ObjectStore:
 
     @contextmanager
     def slow(self, seconds: float) -> Iterator[None]:
-        """Each piece of data comes so much later."""
         self.relay.delay_seconds = seconds
         try:
             yield
@@ -73,11 +70,11 @@ class ObjectStore:
             wait_for(
                 self._listens, "the object store listened", 120, lambda: process.poll() is None, f"See {self.log}."
             )
-        except BaseException:  # a signal, too: the block was not entered, and nothing would end it
+        except BaseException:  # also on a signal: the block was not entered, so nothing else would end it
             process.kill()
             process.wait()
             raise
-        # for this process, which looks from outside
+        # for this process, which observes
         self._stack.enter_context(variables(self.environment(relayed=False)))
         boto3.client("s3").create_bucket(Bucket=BUCKET)
         self.relay.open()

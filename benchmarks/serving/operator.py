@@ -1,4 +1,4 @@
-"""The operator of a chaos run: releases adapters, takes them back, and measures how long that takes."""
+"""The operator of a chaos run: releases adapters, rolls them back, and measures how long that takes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RETRY_SECONDS: Final = 0.05
 
 
 def now() -> float:
-    """The available-since time of a store that was never away."""
+    """The available-since time of a store that was never down."""
     return 0.0
 
 
@@ -34,7 +34,7 @@ class Operator:
         self._count = 0
 
     def release(self, server: WholeServer, report: StateReport, clip: str | None = None) -> bool:
-        """Release the next adapter (every third time one of the VLM), or this one; whether it went live."""
+        """Release this adapter or the next one (every third time one of the VLM). Returns whether it went live."""
         self._count += 1
         try:
             with server.client(RELEASE_SECONDS) as client:
@@ -51,10 +51,8 @@ class Operator:
         return True
 
     def rollback(self, server: WholeServer, report: StateReport, available: Callable[[], float] = now) -> None:
-        """Roll back, and try again until it succeeds.
-
-        Args:
-            available: since when the ledger answers, by :func:`time.monotonic`.
+        """Roll back, and retry until it succeeds. ``available``: since when the ledger answers, by
+        :func:`time.monotonic`.
         """
         requested_at, errors, done = time.monotonic(), [], False
         while not done and time.monotonic() < max(requested_at, available()) + ROLLBACK_SECONDS:
@@ -74,7 +72,7 @@ class Operator:
             )
 
     def refused(self, server: WholeServer, report: StateReport) -> None:
-        """Ask for a rollback while the ledger is away: it must be refused, and at once."""
+        """Request a rollback while the ledger is down: it must be refused, and at once."""
         requested_at, status, message = time.monotonic(), 200, ""
         try:
             with server.client(REFUSAL_SECONDS) as client:

@@ -33,20 +33,18 @@ def session_pids(settings: Settings, *names: str) -> list[int]:
 
 
 def engine_pids(settings: Settings) -> list[int]:
-    """Processes in which vLLM answers for a home's session, whatever their title."""
     mark = str(session_directory(settings)).encode()
     return [pid for pid in session_pids(settings) if is_engine(pid, mark)]
 
 
 def kill(pids: Iterable[int]) -> None:
-    """SIGKILL to those that still live."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process has its files and sockets still; one that only waits for its parent has none."""
+    """Whether a process still has its files and sockets; a zombie has none."""
     try:
         return (Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:

@@ -1,4 +1,4 @@
-"""``ratchet serve`` on a home and a metrics disk of its own, as on a machine of its own."""
+"""``ratchet serve`` with its own home and metrics disk, as on a separate machine."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class WholeServer:
     """One server process with its Ray session."""
 
     def __init__(self, settings: Settings, name: str, folder: Path, environment: Mapping[str, str]) -> None:
-        """``folder``: for its log, ``NAME.log``. ``environment``: variables beside those of this process."""
+        """``folder``: for its log, ``NAME.log``. ``environment``: variables in addition to those of this process."""
         self.settings = settings
         self.name = name
         self._stack = ExitStack()
-        # As on another machine, it caches artifacts for itself.
+        # Its own artifact cache, as on another machine.
         own = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="rc-", ignore_cleanup_errors=True))
         config = write_settings(settings, folder / f"{name}.json")
         self.part = RatchetProcess("serve", config, folder / f"{name}.log", {"TMPDIR": own, **environment})
@@ -49,11 +49,9 @@ class WholeServer:
 
     @property
     def url(self) -> str:
-        """Where it answers."""
         return self.settings.serve.url
 
     def client(self, timeout: float) -> Client:
-        """An operator's client."""
         return Client(
             self.url, self.settings.operator_key().get_secret_value(), actor="chaos", timeout=timeout, retries=0
         )
@@ -80,7 +78,7 @@ class WholeServer:
     def kill(self, process: Process, step: str = "") -> Kill:
         """SIGKILL one process of a kind: the first encoder, the engine of the VLM.
 
-        Returns when it has ended: until then the kernel takes requests for it.
+        Returns when it has ended: until then the kernel accepts requests for it.
         """
         began = time.time()
         name = f"{REPLICA}{DEPLOYMENTS[process]}"
@@ -91,12 +89,10 @@ class WholeServer:
         return Kill(process, step, began, time.time())
 
     def wait_until_whole(self, seconds: float) -> None:
-        """Wait until every deployment has all its replicas, as Serve says, and the server is ready.
+        """Wait until every deployment has all its replicas, according to Serve, and the server is ready.
 
-        Serve believes in a replica for some seconds after it was killed, so that its processes are counted, too.
-
-        Raises:
-            RatchetError: not within this time.
+        Serve counts a killed replica for some more seconds, so its processes are counted, too. Raises RatchetError if
+        not within this time.
         """
         serve = self.settings.serve
         counts = {"Encoder": serve.encoder_replicas, "Ingress": serve.ingress_replicas,

@@ -1,1 +1,1 @@
-"""Benchmarks of the stream: what ingest does in a second, what it costs as the store grows, and what breaks it."""
+"""Benchmarks of the stream: the throughput of ingest, its cost as the store grows, and its failures."""

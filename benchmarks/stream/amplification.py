@@ -1,4 +1,4 @@
-"""How many bytes maintenance writes for each byte that ingest stored."""
+"""Write amplification: bytes that maintenance writes for each byte that ingest stored."""
 
 from __future__ import annotations
 
@@ -19,28 +19,23 @@ WATCHED = ("data", "_indices", "_deletions")
 
 @dataclass(frozen=True, slots=True)
 class Amplification:
-    """What was written."""
-
     rows: int
     commit_rows: int
     commits_a_run: int
-    """Commits between two runs of maintenance."""
     ingested: int
     """Bytes of the data files of all commits."""
     data: int
     """Bytes of data files that maintenance wrote."""
     indexes: int
     fragments: int
-    """At the end."""
 
     @property
     def ratio(self) -> float:
-        """Bytes written by maintenance for each byte ingested."""
         return (self.data + self.indexes) / self.ingested
 
 
 def measure(home: Path, rows: int, commit_rows: int, commits_a_run: int, image_bytes: int) -> Amplification:
-    """Commit ``rows`` samples, with maintenance beside them."""
+    """Commit ``rows`` samples, with maintenance in between."""
     home.mkdir(parents=True, exist_ok=True)
     maintainer = Maintainer(Settings(home=home, kafka=Kafka(events_topic="")))
     store = maintainer.store
@@ -76,7 +71,6 @@ def _sizes(folder: Path) -> dict[Path, int]:
 
 
 def _new(folder: Path, before: dict[Path, int]) -> dict[str, int]:
-    """Bytes of files that were not there before, by folder."""
     totals: dict[str, int] = {}
     for path, size in _sizes(folder).items():
         if path not in before:

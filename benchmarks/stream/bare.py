@@ -1,7 +1,7 @@
-"""A consumer that does the least: kafka-python, and each image decoded or not even that. What ingest is compared with.
+"""The baseline of ingest: a minimal kafka-python consumer that optionally decodes each image.
 
 ``python -m benchmarks.stream.bare BOOTSTRAP TOPIC COUNT [decode]`` connects, prints ``ready``, waits for a line, reads
-so many records of the topic from its beginning, and prints what it took as JSON.
+this many records of the topic from its beginning, and prints its cost as JSON.
 """
 
 from __future__ import annotations
@@ -20,14 +20,11 @@ from PIL import Image
 from core.errors import RatchetError
 
 FETCH_BYTES = 16 << 20
-"""As ingest has by default."""
 
 
 def run_bare(bootstrap: str, topic: str, count: int, decode: bool) -> dict[str, float]:
-    """Read ``count`` records in a process of its own: ``seconds``, ``cpu_seconds`` and ``memory`` (peak, bytes).
-
-    Raises:
-        RatchetError: it failed.
+    """Read ``count`` records in a new process: ``seconds``, ``cpu_seconds`` and ``memory`` (peak, bytes). Raises
+    RatchetError if it failed.
     """
     command = [sys.executable, "-m", "benchmarks.stream.bare", bootstrap, topic, str(count)]
     command += ["decode"] if decode else []
@@ -36,7 +33,7 @@ def run_bare(bootstrap: str, topic: str, count: int, decode: bool) -> dict[str, 
             if process.stdout is None or process.stdout.readline() != "ready\n":
                 raise RatchetError("the bare consumer did not connect.", "See what it printed above.")
             out, _ = process.communicate("go\n", timeout=600)
-        except BaseException:  # a signal, too: it would read on
+        except BaseException:  # also on a signal: it would read on
             process.kill()
             raise
     if process.returncode:
@@ -55,7 +52,6 @@ def _read(consumer: Any, count: int, decode: bool) -> None:
 
 
 def main() -> None:
-    """The process."""
     bootstrap, topic, count, *decode = sys.argv[1:]
     consumer = KafkaConsumer(
         bootstrap_servers=bootstrap,

@@ -1,11 +1,11 @@
-"""``ratchet bench chaos --part stream``: is every record accounted for, whatever dies meanwhile?
+"""``ratchet bench chaos --part stream``: is every record accounted for, even if processes die meanwhile?
 
 Records are produced at a steady rate, 5% of them bad. Two workers and a maintenance process are killed, or stopped for
-up to 20 seconds, and started again; the broker goes away and comes back; the disk of the home and the store is full
-for a while. In the end everything runs, all is drained, and each record, sample and refusal is looked for.
+up to 20 seconds, and started again; the broker goes away and comes back; the disk of the home and the store is full for
+a while. In the end everything runs, all is drained, and each record, sample and quarantined record is looked for.
 
-The embedded broker keeps its log in memory alone, so it is not restarted: a relay in front of it is cut and opened
-again, which is what its clients see of the restart of a broker that keeps its log. The producer waits meanwhile.
+The embedded broker keeps its log in memory only, so it is not restarted: a relay in front of it is cut and opened
+again, which looks to its clients like the restart of a broker that keeps its log. The producer waits meanwhile.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from tests.support.tcp_relay import TcpRelay
 
 WORKERS = 2
 PRODUCE_SHARE = 0.9
-"""Of the time; faults go on until its end."""
+"""Share of the time; faults go on until its end."""
 DRAIN_SECONDS = 240.0
 PRESSURE: dict[str, Any] = {
     "kafka": {"partitions": 4, "batch_seconds": 0.5},
     "maintain": Maintain(seconds=2.0, keep_seconds=60.0),
 }
-"""Small commits and much maintenance: more moments at which a process can be between two steps. Old versions are kept
-for longer than a process is stopped; by default it is an hour."""
+"""Small commits and frequent maintenance: more moments at which a process can be between two steps. Old versions are
+kept for longer than a process is stopped; by default it is an hour."""
 CUT_OFF = "The broker was cut off by a relay and not restarted: the embedded one forgets its log when it ends."
 VIOLATIONS = (
     "lost",
@@ -58,7 +58,7 @@ VIOLATIONS = (
 
 
 class ChaosRun:
-    """One run: what is running, and what is broken now."""
+    """One run, with its processes and current faults."""
 
     def __init__(
         self, installation: Installation, producer: SteadyProducer, proxy: TcpRelay, disk: SmallDisk, logs: Path
@@ -76,15 +76,12 @@ class ChaosRun:
         self.counts = {"kill": 0, "stop": 0, "cut": 0, "full": 0}
         self.full_seconds = 0.0
         self.unexpected = 0
-        """Processes that ended by themselves."""
 
     @property
     def targets(self) -> list[str]:
-        """What faults can hit."""
         return [*self.parts, "broker", *(["disk"] if self.disk.mounted else [])]
 
     def play(self, faults: Sequence[Fault]) -> None:
-        """Let each fault happen when it is due, and repair it after its time."""
         began = time.monotonic()
         actions = [(fault.at, self._break, fault) for fault in faults]
         actions += [(fault.at + fault.seconds, self._repair, fault) for fault in faults]
@@ -121,7 +118,6 @@ class ChaosRun:
             self.parts[fault.target].signal(signal.SIGCONT)
 
     def _revive(self) -> None:
-        """Start what ended by itself again, as an orchestrator would, and count it."""
         for name, part in self.parts.items():
             if part.process is not None and not part.running:
                 self.unexpected += 1
@@ -129,7 +125,7 @@ class ChaosRun:
                 part.start()
 
     def drain(self) -> bool:
-        """Wait until all that was produced is stored and its refusals are published; False when that does not come."""
+        """Wait until all records are stored and quarantined ones are published; False on timeout."""
         last: dict[int, int] = {}
         for partition, offset in self.producer.places:
             last[partition] = max(last.get(partition, 0), offset + 1)
@@ -146,10 +142,8 @@ class ChaosRun:
 def run(
     settings: Settings, seconds: float, records: int, seed: int, folder: Path, homes: str = "one"
 ) -> dict[str, Any]:
-    """Run on a home of its own in ``folder``, where the logs stay. Returns the figures.
-
-    Raises:
-        RatchetError: the records could not be produced.
+    """Run on a new home in ``folder``, where the logs stay. Returns the figures. Raises RatchetError if the records
+    could not be produced.
     """
     began = time.time()
     with ExitStack() as stack:
@@ -211,12 +205,11 @@ def _play(running: ChaosRun, seconds: float, seed: int) -> dict[str, Any]:
 
 
 def show(figures: dict[str, Any]) -> None:
-    """A table for people, one JSON line for machines (last)."""
     show_figures("The stream under chaos", figures, CUT_OFF)
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench chaos --part stream``. Status 1 when a record was lost or doubled, or an offset fell."""
+    """Status 1 when a record was lost or doubled, or an offset fell."""
     parser = bench_parser("chaos --part stream", __doc__)
     parser.add_argument("--seconds", type=float, default=600, help="time in which things break (600)")
     parser.add_argument("--records", type=int, default=50_000, help="records to produce (50000)")

@@ -1,4 +1,4 @@
-"""Was every record stored or refused exactly once? What a chaos run is judged by."""
+"""The audit of a chaos run: was every record stored or quarantined exactly once?"""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ EVIDENCE = 20
 
 @dataclass
 class Audit:
-    """Numbers of violations, and what some of them are."""
+    """Numbers of violations, and examples of them."""
 
     lost: int = 0
-    """Records without a row, refusals that are not in the topic, samples that are not there, offsets in gaps."""
+    """Records without a row, quarantined records that are not in the topic, missing samples, offsets in gaps."""
     double: int = 0
-    """Rows of a record over one, rows of no record, sample rows of an id over one."""
+    """Rows of a record over one, rows of no record, sample rows of an ID over one."""
     quarantine_double: int = 0
     misjudged: int = 0
-    """Bad records stored as samples, and good ones refused, but for those at which a process died three times."""
+    """Bad records stored as samples, and good ones quarantined, except for those at which a process died three
+    times."""
     crashed: int = 0
-    """Good records that were refused because the process died three times while it validated them. No violation."""
+    """Good records quarantined because the process died three times while it validated them. Not a violation."""
     tally_wrong: int = 0
-    """Kinds of rows whose kept number is not the counted one."""
+    """Kinds of rows whose stored number differs from the counted one."""
     evidence: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
-        """Keep an example."""
         if len(self.evidence) < EVIDENCE:
             self.evidence.append(text)
 
@@ -47,7 +47,7 @@ class Audit:
 def audit(
     topic: str, places: Mapping[tuple[int, int], Made], store: SampleStore, messages: Iterable[RecordPosition]
 ) -> Audit:
-    """Compare what was produced with what became of it, when nothing changes any more.
+    """Compare what was produced with the result, when nothing changes any more.
 
     Args:
         topic: the topic of all records.
@@ -121,7 +121,7 @@ def _audit_ids(result: Audit, rows: list[dict[str, Any]], places: Mapping[tuple[
 
 
 def quarantined(kafka: Kafka) -> list[RecordPosition]:
-    """Positions of the originals of all messages in the quarantine topic that a careful reader sees."""
+    """Positions of the originals of all messages in the quarantine topic, read as committed."""
     consumer = KafkaConsumer(
         bootstrap_servers=kafka.bootstrap, auto_offset_reset="earliest", isolation_level="read_committed", group_id=None
     )
@@ -142,7 +142,7 @@ def quarantined(kafka: Kafka) -> list[RecordPosition]:
 
 
 class OffsetWatch(threading.Thread):
-    """Looks at the positions while the run lasts, and counts those that went backwards."""
+    """Watches the positions during the run, and counts those that went backwards."""
 
     def __init__(self, store: SampleStore, every_seconds: float = 0.5) -> None:
         super().__init__(name="offsets", daemon=True)
@@ -154,7 +154,6 @@ class OffsetWatch(threading.Thread):
         self._last: dict[str, Position] = {}
 
     def run(self) -> None:
-        """Look until :meth:`end`."""
         while not self._ended.wait(self._every):
             try:
                 self._look()
@@ -162,7 +161,6 @@ class OffsetWatch(threading.Thread):
                 continue  # away, or full
 
     def end(self) -> None:
-        """Look once more, and stop."""
         self._ended.set()
         self.join()
         self._look()

@@ -1,4 +1,4 @@
-"""What goes wrong, when and for how long: drawn beforehand, so that a seed gives the same run again."""
+"""The faults of a run with their times, drawn from a seed, so that the run can be repeated."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import numpy as np
 
 FaultKind = Literal["kill", "stop", "cut", "full"]
 WORKER_GAP, MAINTAIN_GAP = 14.0, 30.0
-"""Seconds between two faults of a process, on the average."""
+"""Average seconds between two faults of a process."""
 BROKER_CUTS, DISK_FILLS = 8, 4
-"""About so many in a run."""
 FIRST = 5.0
 """Workers have joined by then."""
 _SECONDS: dict[FaultKind, tuple[float, float]] = {
     "kill": (0.5, 5.0),  # until it is started again
-    "stop": (1.0, 20.0),  # SIGSTOP; a member that is not heard of for 6 s is put out of the group
+    "stop": (1.0, 20.0),  # SIGSTOP; a member that is silent for 6 s is removed from the group
     "cut": (1.0, 12.0),
     "full": (3.0, 12.0),
 }
@@ -25,7 +24,7 @@ _SECONDS: dict[FaultKind, tuple[float, float]] = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that goes wrong, and is repaired after a while."""
+    """A fault that is repaired after a while."""
 
     at: float
     """Seconds since the beginning."""

@@ -1,4 +1,4 @@
-"""The records of a chaos run: samples, refusals and repetitions, produced at a steady rate, and where each one is."""
+"""The records of a chaos run: good, bad and repeated ones, produced at a steady rate, and their positions."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ from ratchet_client.records import Sample
 BAD_SHARE = 0.05
 REPEAT_SHARE = 0.01
 REPEATS_WITHIN = 100
-"""A repetition is of one of so many samples before it."""
+"""A repetition is of one of this many samples before it."""
 GROUP = 20
-"""Records that are sent at once."""
 RecordKind = Literal["good", "bad"]
 Headers = list[tuple[str, bytes]]
 
@@ -38,11 +37,11 @@ class Made:
     value: bytes
     headers: Headers
     id: str = ""
-    """Of the sample; a repetition has the id of the first."""
+    """Of the sample; a repetition has the ID of the first."""
 
 
 def make_records(count: int, seed: int) -> Iterator[Made]:
-    """Records of which 5% are refused, each for one of several reasons, and 1% repeat an earlier sample."""
+    """Records of which 5% are invalid, each for one of several reasons, and 1% repeat an earlier sample."""
     generator = np.random.default_rng(seed)
     recent: list[Made] = []
     for number in range(count):
@@ -84,7 +83,7 @@ def _png(generator: np.random.Generator) -> bytes:
 
 
 class SteadyProducer(threading.Thread):
-    """Sends records at a steady rate, and notes what is where: :attr:`places`."""
+    """Sends records at a steady rate, and records their positions in :attr:`places`."""
 
     def __init__(self, kafka: Kafka, count: int, seconds: float, seed: int) -> None:
         super().__init__(name="producer", daemon=True)
@@ -99,15 +98,12 @@ class SteadyProducer(threading.Thread):
         """Held while records are on their way."""
 
     def pause(self) -> None:
-        """Wait until all that was sent is acknowledged, and send nothing more."""
         self._sending.acquire()
 
     def resume(self) -> None:
-        """Go on, and catch up."""
         self._sending.release()
 
     def run(self) -> None:
-        """Send all."""
         producer = KafkaProducer(bootstrap_servers=self.kafka.bootstrap, batch_size=BATCH_BYTES)
         try:
             began = time.monotonic()

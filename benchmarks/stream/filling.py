@@ -1,4 +1,4 @@
-"""Filling a store with samples that cost little to make, and keeping it as a running installation would."""
+"""Filling a store with cheap samples, and maintaining it as a running installation would."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from streams.store.writer import StoreWriter
 COMMIT_ROWS = 50_000
 STREAM = "filled"
 MAINTENANCE_RUNS = 8
-"""More than any state of the store needs to settle."""
+"""More rounds than any state of the store needs to settle."""
 
 
 RowMaker = Callable[[str, int, int], tuple[pa.Table, Tally]]
@@ -32,10 +32,8 @@ RowMaker = Callable[[str, int, int], tuple[pa.Table, Tally]]
 
 
 def fill(lake: str, count: int, start: int, make: RowMaker | None = None) -> None:
-    """Store samples number ``start`` to ``count``, with images of a few hundred bytes, in large commits.
-
-    Args:
-        make: makes the rows; by default :func:`sample_rows`.
+    """Store samples number ``start`` to ``count``, with images of a few hundred bytes, in large commits. ``make``:
+    makes the rows; by default :func:`sample_rows`.
     """
     make = make or sample_rows
     writer = StoreWriter(SampleTable(lake))
@@ -48,7 +46,6 @@ def fill(lake: str, count: int, start: int, make: RowMaker | None = None) -> Non
 
 
 def settle(settings: Settings) -> None:
-    """Run maintenance until it has nothing more to do."""
     maintainer = Maintainer(settings)
     store = maintainer.store
     try:
@@ -71,8 +68,8 @@ def _small_jpeg() -> bytes:
 def sample_rows(stream: str, first: int, end: int, image_bytes: int = 0) -> tuple[pa.Table, Tally]:
     """Rows of samples number ``first`` to ``end``, and their tally.
 
-    All have one image with another tail each, of ``image_bytes`` or as short as may be: what follows an image's end
-    marker is not decoded, but counts for its id.
+    All have the same image with different trailing bytes, of ``image_bytes`` or as short as possible: what follows an
+    image's end marker is not decoded, but counts for its ID.
     """
     numbers, jpeg = range(first, end), _small_jpeg()
     images = [jpeg + os.urandom(max(16, image_bytes - len(jpeg))) for _ in numbers]

@@ -1,8 +1,8 @@
-"""What a commit, the memory of a worker and its start cost, at stores of different sizes.
+"""The cost of a commit, a worker's memory and its start, at stores of different sizes.
 
-One store grows. At each size the worker starts twice: without its duplicate index, which it builds from the store, and
-with it. Then it gets batch after batch, each after the one before it is stored, so that each commit's time can be read
-from its own metrics.
+One store grows. At each size the worker starts twice: without its duplicate index, which it rebuilds from the store,
+and with it. Then it gets batch after batch, each after the previous one is stored, so that each commit's time can be
+read from its own metrics.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ COUNT, SUM = "ratchet_ingest_commit_seconds_count", "ratchet_ingest_commit_secon
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """What was measured at one size."""
+    """Measurements at one size."""
 
     stored: int
     commit_seconds: float
-    """The median."""
     commit_seconds_worst: float
     memory: int
     """Resident bytes after the work."""
@@ -45,7 +44,7 @@ class Growth:
 
 
 def measure(settings: Settings, home: Path, sizes: Sequence[int], commits: int) -> list[Growth]:
-    """Measure at these numbers of stored samples, in rising order. Raises RatchetError when something stands still."""
+    """Measure at these numbers of stored samples, in ascending order. Raises RatchetError when progress stops."""
     results: list[Growth] = []
     with EmbeddedBroker() as broker:
         batches = {"batch_records": BATCH_RECORDS, "batch_seconds": 5.0, "partitions": 1}
@@ -87,10 +86,9 @@ def _start(installation: Installation, worker: RatchetProcess, images: Iterator[
 
 
 def _commit(installation: Installation, worker: RatchetProcess, images: Iterator[bytes]) -> float:
-    """Seconds of the commit of one batch, by the worker's own metrics."""
     before, version_at = worker.metrics(), installation.stored_at()
     end = installation.stored() + _send(installation, images)
-    # The store is read only once it has changed: reading it takes a core, which the commit would miss.
+    # The store is read only once it has changed: reading it takes a core away from the commit.
     stored = lambda: installation.stored_at() > version_at and installation.stored() >= end  # noqa: E731
     worker.wait_for(stored, "a commit", START_SECONDS)
     worker.wait_for(lambda: worker.metrics()[COUNT] > before[COUNT], "the metrics of a commit")

@@ -1,12 +1,12 @@
 """``ratchet bench ingest``: how fast the stream is stored, and whether that changes as the store grows.
 
-1. Records a second of one and of two ``ratchet ingest`` processes, beside a bare kafka-python consumer that decodes
-   the images and one that only fetches them, for images of three sizes (:mod:`benchmarks.stream.throughput`).
+1. Records a second of one and of two ``ratchet ingest`` processes, compared with a bare kafka-python consumer that
+   decodes the images and one that only fetches them, for images of three sizes (:mod:`benchmarks.stream.throughput`).
 2. Time of a commit, memory and time of a start, at stores of three sizes (:mod:`benchmarks.stream.growth`).
 3. Bytes that maintenance writes for each byte ingested (:mod:`benchmarks.stream.amplification`).
 
-All against the embedded broker, which takes its share of the same cores; with ``--kafka`` the first alone, against the
-broker that it names.
+All run against the embedded broker, which takes its share of the same cores; with ``--kafka`` only the first, against
+that broker.
 """
 
 from __future__ import annotations
@@ -33,15 +33,13 @@ from core.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is measured."""
+    """Sizes of the measurements."""
 
     images: tuple[tuple[int, int], ...]
     """Bytes of an image, and how many."""
     rounds: int
     stores: tuple[int, ...]
-    """Numbers of stored samples."""
     commits: int
-    """Measured at each of those."""
     writes: tuple[tuple[int, int, int, int], ...]
     """Rows, rows of a commit, commits between two runs of maintenance, bytes of an image."""
 
@@ -51,7 +49,7 @@ FULL = Sizes(
     rounds=2,
     stores=(10_000, 100_000, 1_000_000),
     commits=30,
-    # a busy stream, and one that brings a few records with each commit
+    # a busy stream, and one with a few records per commit
     writes=((150_000, 512, 8, 3_000), (12_000, 16, 15, 3_000)),
 )
 FAST = Sizes(
@@ -64,13 +62,8 @@ FAST = Sizes(
 
 
 def run(settings: Settings, sizes: Sizes = FULL, bootstrap: str = "") -> dict[str, Any]:
-    """Measure in homes of their own. Returns the figures.
-
-    Args:
-        bootstrap: of a broker that runs. The throughput alone is measured, against it.
-
-    Raises:
-        RatchetError: something stands still.
+    """Measure in new homes. Returns the figures. ``bootstrap``: of a running broker. Only the throughput is measured,
+    against it. Raises RatchetError if progress stops.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as temporary:
         home = Path(temporary)
@@ -88,7 +81,7 @@ def run(settings: Settings, sizes: Sizes = FULL, bootstrap: str = "") -> dict[st
 def figures_of(
     rates: Sequence[Throughput], growths: Sequence[Growth], writes: Sequence[Amplification]
 ) -> dict[str, Any]:
-    """The figures that a run comes to; what is demanded first."""
+    """The figures of a run; the required ones first."""
     small, large = growths[0], growths[-1]
     return {
         **throughput_of(rates),
@@ -126,14 +119,12 @@ def figures_of(
 
 
 def throughput_of(rates: Sequence[Throughput]) -> dict[str, Any]:
-    """The figures of the throughput."""
     sizes = [each.figures() for each in rates]
     ratios = ("ratio_to_bare", "ratio_to_fetch", "ratio_to_bare_two")
     return {name: min(each[name] for each in sizes) for name in ratios} | {"throughput": sizes}
 
 
 def show(figures: dict[str, Any]) -> None:
-    """Tables for people, one JSON line for machines (last)."""
     console = Console()
     console.print(_throughput_table(figures["throughput"]))
     for part, title in (("growth", "As the store grows"), ("writes", "What maintenance writes")):
@@ -168,7 +159,6 @@ def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench ingest``."""
     parser = bench_parser("ingest", __doc__)
     parser.add_argument("--fast", action="store_true", help="little of everything, in a minute")
     parser.add_argument("--rounds", type=int, default=None, help="of the throughput; the median counts (2)")

@@ -1,4 +1,4 @@
-"""A home, a store and topics of their own for one measurement, and workers that read them."""
+"""A new home, store and topics for one measurement, and workers that read them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from streams.store.sample_store import SampleStore
 
 FLUSH_EVERY = 200
 HELD_SESSION_SECONDS = 20
-"""How long a worker may be stopped while its records are made. The embedded broker lets nobody in for half of it."""
+"""Longest time for which a worker may be stopped while its records are made. The embedded broker admits no members for
+half of it."""
 
 
 class Installation:
-    """What belongs to one group of workers."""
+    """The resources of one group of workers."""
 
     def __init__(
         self, base: Settings, home: Path, bootstrap: str, kafka: Mapping[str, Any] | None = None, **sections: Any
     ) -> None:
-        """``base``: where the limits of ingest come from. The topics are made."""
+        """``base``: source of ingest's limits. The topics are made."""
         name = uuid.uuid4().hex[:8]
         own = {
             "bootstrap": bootstrap,
@@ -44,28 +45,25 @@ class Installation:
         self.store = SampleStore(self.settings.lake)
         self.config = write_settings(self.settings, home / "settings.json")
         self.apart = False
-        """Whether each worker has a home, and so a duplicate index, of its own, as on different machines."""
+        """Whether each worker has its own home, and so its own duplicate index, as on different machines."""
         ensure_topics(self.kafka, [self.kafka.topic], self.kafka.partitions)
         ensure_topics(self.kafka, [self.kafka.quarantine_topic])
 
     def stored(self) -> int:
-        """Records of the topic that are in the store."""
         return sum(position.next for position in self.store.positions().values() if self.is_ours(position.stream))
 
     def is_ours(self, stream: str) -> bool:
-        """Whether a stream is the topic of this installation."""
         return stream == self.kafka.topic
 
     def stored_at(self) -> float:
-        """When the last commit was made: seconds since 1970."""
+        """Time of the last commit: seconds since 1970."""
         return max(each.stat().st_mtime for each in Path(self.store.url, "_versions").iterdir())
 
     def wait_until_stored(self, count: int, seconds: float = 300.0) -> None:
-        """Wait until so many records are stored. Raises RatchetError."""
+        """Wait until this many records are stored. Raises RatchetError."""
         wait_for(lambda: self.stored() >= count, f"{count} stored records", seconds)
 
     def config_of(self, number: int) -> Path:
-        """The settings file of a worker."""
         if not self.apart:
             return self.config
         home = self.settings.home / f"home-{number}"
@@ -79,7 +77,6 @@ class Installation:
 
     @contextmanager
     def workers(self, count: int) -> Iterator[list[RatchetProcess]]:
-        """Running workers, each of which has partitions to read."""
         with ExitStack() as stack:
             parts = [stack.enter_context(self.worker(number)) for number in range(count)]
             for part in parts:
@@ -92,11 +89,8 @@ class Installation:
 
 
 def produce(bootstrap: str, topic: str, images: Iterable[bytes], partitions: int, first: int = 0) -> int:
-    """Send images with a text each, over the partitions in turn; how many. One record a batch: see the class
-    :class:`streams.kafka.broker.EmbeddedBroker`, whose end offsets count batches.
-
-    Raises:
-        kafka.errors.KafkaError
+    """Send images with a text each, over the partitions in turn. Returns their number. One record a batch, because the
+    end offsets of :class:`streams.kafka.broker.EmbeddedBroker` count batches. Raises kafka.errors.KafkaError.
     """
     producer = KafkaProducer(bootstrap_servers=bootstrap, batch_size=0, max_request_size=MAX_RECORD_BYTES)
     sent = []

@@ -1,4 +1,4 @@
-"""JPEG images of a wanted size in bytes, no two alike: crops of a canvas of noise at many scales, as in photographs."""
+"""Distinct JPEG images of a given size in bytes: crops of a canvas of noise at many scales, as in photographs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 
 BYTES_A_PIXEL = 0.25
-"""Of a photograph at quality 85."""
 SENSOR_NOISE = 6.0
 """Standard deviation, in grey levels."""
 PROBES = 4
@@ -18,7 +17,7 @@ PROBES = 4
 
 @dataclass(frozen=True, slots=True)
 class Canvas:
-    """What images are cut out of."""
+    """A canvas that images are cut from."""
 
     image: Image.Image
     side: int
@@ -36,7 +35,6 @@ def canvas(size: int, seed: int = 0) -> Canvas:
 
 
 def jpegs(source: Canvas, count: int, seed: int = 0) -> Iterator[bytes]:
-    """Encoded crops, each of another place and in another light."""
     generator = np.random.default_rng(seed + 1)
     room = source.image.width - source.side
     for _ in range(count):
@@ -47,7 +45,7 @@ def jpegs(source: Canvas, count: int, seed: int = 0) -> Iterator[bytes]:
 
 
 def _noise(side: int, generator: np.random.Generator) -> Image.Image:
-    """Noise whose amplitude falls with its frequency, over a gradient, and a sensor's on top; [side, side, 3]."""
+    """Noise whose amplitude falls with its frequency, over a gradient, plus sensor noise; [side, side, 3]."""
     slope = np.linspace(60, 180, side, dtype=np.float32)
     total = np.repeat(np.repeat(slope[:, None, None], side, 1), 3, 2)
     cells, amplitude = 3, 80.0

@@ -1,4 +1,4 @@
-"""A part of Ratchet as a process of its own, as people start it, and what it takes from the machine."""
+"""A part of Ratchet as a process, started as users do, and its resource usage."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def write_settings(settings: Settings, path: Path) -> Path:
 class RatchetProcess:
     """``ratchet NAME``, which can be killed, stopped and started again.
 
-    >>> with Part("ingest", write_settings(settings, path), log) as worker: ...
+    >>> with RatchetProcess("ingest", write_settings(settings, path), log) as worker: ...
     """
 
     def __init__(self, name: str, config: Path, log: Path, environment: Mapping[str, str] | None = None) -> None:
-        """``log``: file that gets all it prints, of every start. ``environment``: variables beside those of this
+        """``log``: file for the output of every start. ``environment``: variables in addition to those of this
         process.
         """
         self.name = name
@@ -63,12 +63,10 @@ class RatchetProcess:
             self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal, if it lives."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(number)
 
     def kill(self) -> None:
-        """End it as ``kill -9`` does."""
         self.signal(signal.SIGKILL)
         if self.process is not None:
             self.process.wait()
@@ -93,11 +91,7 @@ class RatchetProcess:
         self.stop()
 
     def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
-        """Wait until a condition holds.
-
-        Raises:
-            RatchetError: it does not come, or the process ended.
-        """
+        """Wait until a condition holds. Raises RatchetError on timeout, or if the process ended."""
         wait_for(condition, what, seconds, lambda: self.running, f"See {self.log}.")
 
     def metrics(self) -> dict[str, float]:
@@ -110,16 +104,15 @@ class RatchetProcess:
         return {name + (labels or ""): float(value) for name, labels, value in _LINE.findall(text)}
 
     def lags(self) -> dict[str, float]:
-        """Its lag by partition; of the partitions alone that it reads."""
         prefix = 'ratchet_ingest_lag_records{partition="'
         return {name[len(prefix) : -2]: value for name, value in self.metrics().items() if name.startswith(prefix)}
 
     def cpu_seconds(self) -> float:
-        """CPU time so far of the process and of those that it has started: user and system, all threads."""
+        """CPU time so far of the process and its descendants: user and system, all threads."""
         return sum(map(_cpu_seconds, self._processes()))
 
     def memory(self, peak: bool = False) -> int:
-        """Resident bytes of the process and of those that it has started: now, or the most so far of each."""
+        """Resident bytes of the process and its descendants: now, or the peak of each."""
         return sum(_memory(each, peak) for each in self._processes())
 
     def _processes(self) -> list[Path]:
@@ -155,7 +148,7 @@ def wait_for(
     alive: Callable[[], bool] = lambda: True,
     fix: str = "Run it again on a machine that has less to do.",
 ) -> None:
-    """Wait until a condition holds. Raises RatchetError when it does not come, or ``alive`` does not hold any more."""
+    """Wait until a condition holds. Raises RatchetError on timeout, or when ``alive`` no longer holds."""
     if not wait_until(condition, seconds, pause=SAMPLE_SECONDS, alive=alive):
         if not alive():
             raise RatchetError(f"a process ended before {what}.", fix)

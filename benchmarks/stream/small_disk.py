@@ -1,4 +1,4 @@
-"""A small disk of its own that can be filled: a tmpfs, where this process may mount one."""
+"""A small disk that can be filled: a tmpfs, if this process may mount one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BALLAST = "ballast"
 
 
 class SmallDisk:
-    """A folder on a file system of ``size`` bytes; a plain folder where that cannot be had (see :attr:`mounted`)."""
+    """A folder on a file system of ``size`` bytes; a plain folder if that is impossible (see :attr:`mounted`)."""
 
     def __init__(self, folder: Path, size: int = 256 << 20) -> None:
         self.folder = folder
@@ -27,7 +27,6 @@ class SmallDisk:
                         ballast.write(bytes(block))  # less than a block, before it fails
 
     def free(self) -> None:
-        """Take back what :meth:`fill` took."""
         (self.folder / BALLAST).unlink(missing_ok=True)
 
     def __enter__(self) -> SmallDisk:

@@ -1,8 +1,8 @@
 """Records a second: real workers and bare consumers on the same records, in turns.
 
-The workers join an empty topic, are stopped (SIGSTOP) while its records are made, and go on; the time runs from there
-to the commit of the last record. So neither start-up nor joining nor the producer counts. The bare consumers, one that
-decodes each image and one that does nothing with it, then read the records that one worker had.
+The workers join an empty topic, are stopped (SIGSTOP) while its records are made, and continue; the time runs from
+there to the commit of the last record, without start-up, joining and the producer. The bare consumers, one that decodes
+each image and one that does not, then read the records that one worker had.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ WHO = ("fetch", "bare", "one", "two")
 
 @dataclass
 class Throughput:
-    """What was measured with images of one size; one value for each round."""
+    """Measurements with images of one size; one value for each round."""
 
     size: int
-    """Bytes of an image, on the average."""
     records: int
     fetch: list[dict[str, float]] = field(default_factory=list)
     bare: list[dict[str, float]] = field(default_factory=list)
@@ -43,12 +42,10 @@ class Throughput:
     two: list[dict[str, float]] = field(default_factory=list)
 
     def rate(self, who: str) -> float:
-        """Records a second, the median of the rounds."""
         runs: list[dict[str, float]] = getattr(self, who)
         return self.records / statistics.median(each["seconds"] for each in runs)
 
     def figures(self) -> dict[str, Any]:
-        """For people and machines."""
         result: dict[str, Any] = {"image_bytes": self.size, "records": self.records}
         for who in WHO:
             runs = getattr(self, who)
@@ -69,13 +66,8 @@ class Throughput:
 def measure(
     settings: Settings, home: Path, sizes: Sequence[tuple[int, int]], rounds: int, bootstrap: str = ""
 ) -> list[Throughput]:
-    """For each size in bytes so many records, ``rounds`` times.
-
-    Args:
-        bootstrap: of a broker that runs; without it each round has an embedded one.
-
-    Raises:
-        RatchetError: something stands still.
+    """For each size in bytes this many records, ``rounds`` times. ``bootstrap``: of a running broker; without it each
+    round has an embedded one. Raises RatchetError if progress stops.
     """
     results = []
     for size, records in sizes:
@@ -84,7 +76,7 @@ def measure(
         result = Throughput(sum(map(len, images)) // records, records)
         for number in range(rounds):
             with ExitStack() as stack:
-                address = bootstrap or stack.enter_context(EmbeddedBroker()).address  # which keeps all it was given
+                address = bootstrap or stack.enter_context(EmbeddedBroker()).address  # which keeps all records
                 folder = home / f"{size}-{number}"
                 one = _measure_workers(Installation(settings, folder / "one", address, _held()), 1, images)
                 topic = one.pop("topic")

@@ -1,1 +1,1 @@
-"""``ratchet bench variety``: streams of one kind each, from a producer to an adapter."""
+

@@ -1,4 +1,4 @@
-"""Twelve kinds of streams, drawn: each record differs from all others of its kind, often by little."""
+"""Twelve kinds of generated streams: each record differs from all others of its kind, often slightly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw, ImageFont
 from ratchet_client import Sample
 
 Drawn = tuple[bytes, str]
-"""An encoded image, and a text for it."""
 LONG_CHARS: Final = 2000
 ANSWER_CHARS: Final = 200
 """Length that fits the context of the small models."""
@@ -25,7 +24,6 @@ SCRIPTS: Final = (
 
 
 def invoice(number: int) -> Drawn:
-    """One template, filled in with other goods and sums."""
     drawn, page = _random(number), Image.new("L", (620, 877), "white")
     draw = ImageDraw.Draw(page)
     draw.rectangle((40, 40, 250, 80), fill=60)
@@ -38,7 +36,6 @@ def invoice(number: int) -> Drawn:
 
 
 def scan(number: int) -> Drawn:
-    """Two lobes on grey, as on an X-ray."""
     drawn = np.random.default_rng(number)
     y, x = np.mgrid[0:256, 0:256]
     lobes = sum(np.exp(-(((x - c - drawn.normal(0, 4)) / 45) ** 2 + ((y - 128) / 85) ** 2)) for c in (80, 176))
@@ -46,7 +43,6 @@ def scan(number: int) -> Drawn:
 
 
 def frame(number: int) -> Drawn:
-    """Frames of a fixed camera: the same street, other cars, other light."""
     drawn = np.random.default_rng(number)
     street = np.random.default_rng(5).integers(60, 180, (9, 16, 3)).astype(np.uint8)
     scene = Image.fromarray(street).resize((320, 180), Image.Resampling.BICUBIC)
@@ -58,7 +54,6 @@ def frame(number: int) -> Drawn:
 
 
 def screenshot(number: int) -> Drawn:
-    """A window with a list."""
     drawn, page = _random(number), Image.new("RGB", (640, 400), (245, 245, 247))
     draw = ImageDraw.Draw(page)
     draw.rectangle((0, 0, 640, 28), fill=(40, 44, 52))
@@ -71,7 +66,6 @@ def screenshot(number: int) -> Drawn:
 
 
 def line_drawing(number: int) -> Drawn:
-    """Strokes on white."""
     drawn, page = _random(number), Image.new("1", (300, 300), 1)
     for _ in range(drawn.randint(3, 8)):
         points = [(drawn.randint(10, 290), drawn.randint(10, 290)) for _ in range(6)]
@@ -80,7 +74,6 @@ def line_drawing(number: int) -> Drawn:
 
 
 def panorama(number: int) -> Drawn:
-    """Sixteen times as wide as high."""
     hills = np.random.default_rng(number).integers(0, 256, (2, 24, 3)).astype(np.uint8)
     return _encoded(Image.fromarray(hills).resize((1600, 100), Image.Resampling.BICUBIC), "JPEG"), "a panorama"
 
@@ -113,20 +106,18 @@ def unusual_mode(number: int) -> Drawn:
 
 
 def one_colour(number: int) -> Drawn:
-    """A plain picture of a colour that no other has."""
     colour = (number % 7 * 40, number // 7 * 5, 128)
     return _encoded(Image.new("RGB", (64, 64), colour)), "a plain picture"
 
 
 def long_text(number: int) -> Drawn:
-    """A text as long as ingest takes, whose last words differ."""
+    """A text as long as ingest accepts, whose last words differ."""
     image, _ = _texture(number)
     end = f" and at its end number {number}"
     return image, ("a text that goes on and on, " * 100)[: LONG_CHARS - len(end)] + end
 
 
 def other_script(number: int) -> Drawn:
-    """Words in other scripts, and emoji."""
     return _texture(number + 10_000)[0], SCRIPTS[number % len(SCRIPTS)].format(number)
 
 
@@ -149,7 +140,7 @@ KINDS: Final[dict[str, Callable[[int], Drawn]]] = {
 
 
 def samples(kind: str, count: int) -> Iterator[Sample]:
-    """So many different records of a kind, each with a text, and a question with its answer: both models learn."""
+    """Different records of a kind, each with a text, and a question with its answer, so that both models learn."""
     for number in range(count):
         image, text = KINDS[kind](number)
         asked, answer = "what is this?", text[-ANSWER_CHARS:]

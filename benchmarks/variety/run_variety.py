@@ -1,4 +1,4 @@
-"""``ratchet bench variety``: is anything that differs lost, and does any stream of one kind stop learning?
+"""``ratchet bench variety``: is any distinct record lost, and does any stream of one kind stop learning?
 
 Each kind of :mod:`benchmarks.variety.kinds` is published by the client's producer to an embedded broker, and stored and
 split by ingest. Then a small random CLIP, and one of each family of VLMs, learn from each kind in an update.
@@ -35,9 +35,9 @@ from streams.store.sample_store import SampleStore
 
 RECORDS: Final = 300
 STORED_SECONDS: Final = 300.0
-"""Without a record more stored, what is missing counts as lost."""
+"""When no further record is stored for this long, missing ones count as lost."""
 UPDATE_SECONDS: Final = 300.0
-"""An update that says nothing for so long is stuck."""
+"""An update without output for this long is stuck."""
 
 
 def run(
@@ -49,8 +49,7 @@ def run(
         records: of each kind.
         models: ``CLIP`` and families of VLMs.
 
-    Raises:
-        RatchetError: the broker or the store does not work.
+    Raises RatchetError if the broker or the store does not work.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
         home = Path(folder)
@@ -85,7 +84,7 @@ def run(
 
 
 def take_in(settings: Settings, store: SampleStore, kinds: Sequence[str], records: int) -> list[dict[str, Any]]:
-    """Publish so many records of each kind; what became of them, by kind."""
+    """Publish this many records of each kind and return the results by kind."""
     with EmbeddedBroker() as broker:
         kafka = settings.kafka.model_copy(update={"bootstrap": broker.address, "batch_seconds": 0.5})
         ours = settings.model_copy(update={"kafka": kafka})
@@ -114,7 +113,6 @@ def take_in(settings: Settings, store: SampleStore, kinds: Sequence[str], record
 
 
 def learn(name: str, lake: str, kinds: Sequence[str]) -> list[dict[str, Any]]:
-    """One update of each kind by one model, in a process of its own; it is started again after one that is stuck."""
     found: list[dict[str, Any]] = []
     while len(found) < len(kinds):
         left = kinds[len(found) :]
@@ -132,7 +130,7 @@ def learn(name: str, lake: str, kinds: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _lines(command: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
-    """What a process tells before it ends, or says nothing for too long; and how it ended."""
+    """Output lines of a process until it ends or is silent for too long, and how it ended."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -157,7 +155,6 @@ def _lines(command: Sequence[str]) -> tuple[list[dict[str, Any]], str]:
 
 @contextmanager
 def reading(settings: Settings) -> Iterator[Consumer]:
-    """An ingest that runs on a thread, and is stopped at the end."""
     ingest = Consumer(settings, processes=2)
     thread = threading.Thread(target=ingest.run, name="ingest")
     thread.start()
@@ -180,7 +177,6 @@ def _wait(ingest: Consumer, records: int) -> None:
 
 
 def show(figures: dict[str, Any]) -> None:
-    """A table for people, one JSON line for machines (last)."""
     table = Table("kind", "stored", "lost", "dropped", "held out", "updates that failed", title="Streams of one kind")
     for row in figures["by_kind"]:
         failed = [place.split(",")[0] for place in figures["problems"] if place.endswith(f", {row['kind']}")]
@@ -192,7 +188,6 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
-    """``ratchet bench variety``."""
     parser = bench_parser("variety", __doc__)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), help=f"of {', '.join(KINDS)} (all)")
     parser.add_argument("--records", type=int, default=RECORDS, help=f"of each kind ({RECORDS})")

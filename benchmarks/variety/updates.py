@@ -1,6 +1,6 @@
 """One update of each kind for one model: ``python -m benchmarks.variety.updates MODEL LAKE KIND...``.
 
-A process for each model, so that one that dies or stands still is seen as such.
+There is a process for each model, so that crashes and hangs are noticed.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ PUBLISHED: Final[dict[str, dict[str, Any]]] = {
     "InternVL": {"crop_to_patches": True, "min_patches": 1, "max_patches": 12},
     "Pixtral": {"size": {"longest_edge": 128}},
 }
-"""How processors are published, at the scale of the small towers: SmolVLM cuts a picture to four tiles a side (2,048 of
-512 pixels), InternVL to at most twelve, Pixtral keeps its shape. Those of the other families are so already."""
+"""Settings of published processors, at the scale of the small towers: SmolVLM cuts a picture to four tiles a side
+(2,048 of 512 pixels), InternVL to at most twelve, Pixtral keeps its shape. The other families need no change."""
 
 
 def open_model(name: str, folder: Path) -> ClipBase | VlmBase:
@@ -51,7 +51,6 @@ def open_model(name: str, folder: Path) -> ClipBase | VlmBase:
 
 
 def _publish(values: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Change the image processor, wherever it is written."""
     if changes and "size" in values and "image_processor_type" in values:
         values.update(changes)
     for each in values.values():
@@ -60,7 +59,7 @@ def _publish(values: dict[str, Any], changes: dict[str, Any]) -> None:
 
 
 def update(base: ClipBase | VlmBase, store: SampleStore, kind: str, folder: Path) -> int:
-    """Train on samples of a kind. Returns the steps. Raises whatever ends it."""
+    """Train on samples of a kind. Returns the steps. Raises any error that ends it."""
     columns = ["id", "image", "text", "question", "answer"]
     rows = store.select(f"kind = 'sample' AND split = 'train' AND domain = {quoted(kind)}", columns, 2 * PICTURES)
     known: list[Any] = []
@@ -81,7 +80,6 @@ def update(base: ClipBase | VlmBase, store: SampleStore, kind: str, folder: Path
 
 
 def tried(name: str, lake: str, kinds: Sequence[str], folder: Path) -> Iterator[dict[str, Any]]:
-    """What became of each update: its steps, or the problem that ended it."""
     store = SampleStore(lake)
     try:
         base = open_model(name, folder)

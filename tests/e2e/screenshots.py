@@ -1,11 +1,11 @@
-"""Pictures of the console at three moments of a demo, in light and dark, on a desktop and on a phone.
+"""Take pictures of the console at three moments of a demo, in light and dark, on a desktop and on a phone.
 
     ratchet demo --keep &
     python -m tests.e2e.screenshots --home .ratchet/demo --out docs/images/console
 
-It starts a console of its own beside the demo and waits for each moment: before the first update, when an update was
-rejected, and when one is live. ``--now NAME`` does not wait, and takes all pages under that name; ``--public NAME``
-does the same of the public mode. ``--story`` takes the page that a demo left, and needs nothing that runs.
+It starts its own console next to the demo and waits for each moment: before the first update, after a rejected update,
+and when an update is live. ``--now NAME`` takes all pages under that name without waiting; ``--public NAME`` does the
+same in public mode. ``--story`` takes the page that a demo left behind and needs no running demo.
 """
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ from tests.support.browser import PHONE, chromium, console
 
 PATIENCE_SECONDS = 1800.0
 COLOURS = 256
-"""A picture of a page needs no more, and has a third of the bytes."""
+"""Enough colours for a picture of a page, at a third of the bytes."""
 SIZES = {"desktop": {"width": 1440, "height": 900}, "phone": PHONE}
 SCHEMES = ("light", "dark")
 
 
 def playground(page: Page) -> None:
-    """With something found and something asked."""
     page.goto("/playground")
     _press(page, "Search", "#found .hits li", "Find pictures with words", "a red heart")
     _press(page, "Compare", "#sorted .shares li")
@@ -44,7 +43,7 @@ def playground(page: Page) -> None:
 
 
 def gate(page: Page) -> None:
-    """The newest verdict, or the list while there is none."""
+    """The newest verdict, or the list if there is none."""
     page.goto("/gate")
     newest = page.locator(".verdicts h2 a")
     if newest.count():
@@ -53,7 +52,6 @@ def gate(page: Page) -> None:
 
 
 def compare(page: Page) -> None:
-    """The two newest releases."""
     page.goto("/compare")
     if page.get_by_role("button", name="Ask both").count():
         _press(page, "Ask both", "#compared .card", "Words", "a red heart")
@@ -61,14 +59,12 @@ def compare(page: Page) -> None:
 
 
 def rollback(page: Page) -> None:
-    """The question before a rollback."""
     page.goto("/releases")
     page.get_by_role("button", name="Roll back…").first.click()
     page.locator("#dialog[open]").wait_for()
 
 
 def tour(page: Page) -> None:
-    """A first visit, at its third step."""
     page.goto("/?tour")
     for _ in range(2):
         page.get_by_role("button", name="Next", exact=True).click()
@@ -80,7 +76,6 @@ VISITS: dict[str, Callable[[Page], object]] = {
         "releases", "models", "stream", "budget", "quarantine", "audit")},
     "playground": playground, "gate": gate, "compare": compare, "rollback": rollback, "tour": tour,
 }  # fmt: skip
-"""Each page by the name of its pictures, as it opens or with something done on it."""
 MOMENTS: dict[str, tuple[Callable[[Ledger], bool], str]] = {
     "before": (lambda ledger: ledger.live() is not None, "overview playground"),
     "rejected": (lambda ledger: any(v.outcome == "rejected" for v in ledger.verdicts()), "overview gate"),
@@ -93,7 +88,6 @@ PUBLIC = "overview releases models gate stream budget"
 
 
 def main() -> None:
-    """Take the pictures."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--home", type=Path, required=True, help="Home folder of the running demo.")
     flags.add_argument("--out", type=Path, required=True, help="Folder of the pictures.")
@@ -130,7 +124,7 @@ def main() -> None:
 
 
 def take(browser: Browser, url: str, key: str, pages: list[str], out: Path, moment: str) -> None:
-    """Each page in both schemes and both sizes, signed in with ``key`` unless that is empty."""
+    """Take each page in both schemes and both sizes, signed in with ``key`` if that is not empty."""
     for size, viewport in SIZES.items():
         context = browser.new_context(base_url=url, viewport=viewport, reduced_motion="reduce")  # type: ignore[arg-type]
         context.add_init_script("localStorage.setItem('ratchet-tour', 'seen')")
@@ -150,7 +144,6 @@ def take(browser: Browser, url: str, key: str, pages: list[str], out: Path, mome
 
 
 def take_story(browser: Browser, file: Path, out: Path) -> None:
-    """The top of the demo's page on a desktop, its suites on a phone, and of its searches the README's picture."""
     for size, scheme, part in (("desktop", "light", 0), ("phone", "dark", 1)):
         page = browser.new_page(viewport=SIZES[size], color_scheme=scheme)  # type: ignore[arg-type]
         page.goto(file.resolve().as_uri())
@@ -163,7 +156,6 @@ def take_story(browser: Browser, file: Path, out: Path) -> None:
 
 
 def save(picture: bytes, path: Path) -> None:
-    """As a small PNG with a palette."""
     with Image.open(io.BytesIO(picture)) as image:
         image.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
             path, optimize=True

@@ -1,4 +1,4 @@
-"""The whole product, in processes of their own: stream, learn, gate, swap, roll back, and go on after a crash."""
+"""The whole product in its own processes: stream, learn, gate, swap, roll back, and resume after a crash."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 SPLIT_KEY = "e2e"
 TRIGGER = 428
-"""What this key leaves to train on of the 540 samples that are published first: an update begins with all of them, and
-112 are fresh. A key of each store's own gives 35 to 160 fresh ones, and the gate asks for 50."""
+"""Of the 540 samples published first, this key leaves 112 fresh ones to train on; an update begins with all 540. A
+random key leaves 35 to 160, and the gate asks for 50."""
 PAGES = {
     "RatchetServingAbsent", "RatchetIngestAbsent", "RatchetUpdaterAbsent", "RatchetBrokerDown",
     "RatchetReleaseDisagreement",
@@ -64,8 +64,6 @@ RECIPE = {
 
 @dataclass
 class Installation:
-    """A running Ratchet with a tiny base."""
-
     context: Context
     parts: Supervisor
     client: Client
@@ -76,13 +74,11 @@ class Installation:
     refused: int = 0
 
     def ratchet(self, *words: str) -> str:
-        """Run the command line under the same settings; its standard output."""
         done = subprocess.run(self.context.command(*words), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     def use_everything(self) -> None:
-        """A record that is refused, a search, an answer whole and in pieces, an operator's word."""
         produce(self.context.settings.kafka, [(b"no record", [])])
         self.refused += 1
         picture = next((self.context.settings.home / "data" / "old" / "img").iterdir()).read_bytes()
@@ -123,8 +119,8 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
                 },
                 "gate": {"suites": [str(home / "suites")], "detect": 0.2},
                 "watch": {"seconds": 1.0},
-                # What comes again is answered from the cache: compared at once or never. This update changes much, and
-                # the guard would take it back.
+                # Repeated inputs are answered from the cache, so they are compared at once or never. This update
+                # changes much, and the guard would roll it back.
                 "rollout": {"compare_share": 1.0, "min_agreement": 0.0},
             }
         )
@@ -146,7 +142,6 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
 
 
 def wait(condition: Callable[[], bool], explain: Callable[[], object] = str) -> None:
-    """As long as what runs below this process does something."""
     try:
         wait_for_progress(condition, explain, work=lambda: processor_seconds(os.getpid()), busy_seconds=500, pause=0.2)
     except StoodStill as error:
@@ -154,7 +149,7 @@ def wait(condition: Callable[[], bool], explain: Callable[[], object] = str) -> 
 
 
 def descendants(pid: int) -> list[int]:
-    """Children, their children, and so on: Ray puts them into process groups of their own."""
+    """Return all descendants: Ray puts them into their own process groups."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in found] + [each for child in found for each in descendants(int(child))]
 

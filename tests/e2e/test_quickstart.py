@@ -1,4 +1,4 @@
-"""The quick start as it stands on its page: from nothing to a verdict on a base that is not the shipped one."""
+"""The quick start as its page tells it, from nothing to a verdict on a base other than the shipped one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,6 @@ STEPS, BATCH, DRAWN = 400, 64, 1536
 
 
 def page_script() -> str:
-    """The commands of the page, one block after the other; each says what it begins with."""
     blocks = [block.text for block in PAGE.blocks if block.language == "bash"]
     marked = [f"echo {shlex.quote(MARK + block.splitlines()[0])}\n{block}" for block in blocks]
     return "\n".join(["set -euo pipefail", *marked])
@@ -50,7 +49,6 @@ def page_script() -> str:
 
 @contextmanager
 def running(script: str, folder: Path, environ: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """The script in a shell of its own, that is ended with all that it started."""
     shell = subprocess.Popen(
         ["bash", "-c", script], cwd=folder, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -107,15 +105,15 @@ def test_the_page_leads_from_nothing_to_a_verdict_and_back(tmp_path: Path) -> No
     assert (settings.home / "gate" / verdict.update_id / "report.html").is_file()
     assert len(json.loads((folder / "base.json").read_text())["data"][0]["embedding"]) == 32
     found = json.loads((folder / "found.json").read_text())["data"]
-    assert sum("red" in hit["text"] for hit in found) >= 2  # its own model knew grey patterns alone
+    assert sum("red" in hit["text"] for hit in found) >= 2  # its own model knew only grey patterns
 
 
 def own_model(folder: Path, known: Path, each: int, seed: int = 0) -> Path:
     """Write a ViT with two layers in open_clip's format, trained to name grey patterns, and pictures of these.
 
     Args:
-        folder: gets ``open_clip_config.json``; the weights are beside it, in the file that is returned.
-        known: gets a folder of ``each`` pictures for each pattern, none of which the model was trained on.
+        folder: gets ``open_clip_config.json`` and, next to it, the weights, whose file is returned.
+        known: gets a folder of ``each`` pictures per pattern, none of which the model was trained on.
     """
     random = np.random.default_rng(seed)
     for pattern in PATTERNS:
@@ -162,7 +160,7 @@ def _trained(random: np.random.Generator, seed: int) -> dict[str, torch.Tensor]:
 
 
 def _draw(pattern: str, random: np.random.Generator) -> NDArray[np.uint8]:
-    """[32, 32, 3]: light on dark, shifted and of another contrast each time, with noise."""
+    """[32, 32, 3]: light on dark, with random shift, contrast and noise."""
     y, x = np.mgrid[:SIDE, :SIDE] + random.integers(0, 8, (2, 1, 1))
     centred = np.abs(np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2 + random.integers(-2, 3, (2, 1, 1)))
     light = {

@@ -1,4 +1,4 @@
-"""The server with a VLM, for tests of serving and of the console: to start it takes a minute."""
+"""The server with a VLM, shared by the tests of serving and of the console because it takes a minute to start."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from tests.integration.serving.server_fixture import ServerFixture
 
 @pytest.fixture(scope="session")
 def collector() -> Iterator[OtlpCollector]:
-    """What servers with a VLM send the spans of sampled requests to."""
     with OtlpCollector() as listening:
         yield listening
 
 
 @pytest.fixture(scope="session")
 def shared_vlm_server(collector: OtlpCollector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
-    """A server with a VLM, by vLLM where it is installed; not started yet."""
+    """A server with a VLM, on vLLM where it is installed; not started yet."""
     engine = "vllm" if importlib.util.find_spec("vllm") else "transformers"
     server = ServerFixture.make(tmp_path_factory.mktemp("vlm-server"), vlm_engine=engine, encoder_replicas=1)
     server.configure(traces={"endpoint": collector.url, "share": 0})

@@ -1,4 +1,4 @@
-"""Every extra can be installed by a reader who has PyPI and nothing else."""
+"""Every extra can be installed from PyPI alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deletions in a bucket that keeps old versions of objects: they go, too, or the receipt says what stays."""
+"""Deletions in a bucket that keeps old versions of objects: they are deleted too, or the receipt says what remains."""
 
 from __future__ import annotations
 
@@ -33,13 +33,12 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No record is still on its way, and each run looks at what is held."""
     monkeypatch.setattr(maintenance, "SETTLE_SECONDS", -1.0)
     monkeypatch.setattr(maintenance, "UNLOCK_SECONDS", 0.0)
 
 
 class Installation:
-    """A store in a bucket of its own, of which one sample is to be deleted, and maintenance."""
+    """A store in a new bucket with one sample to be deleted, and maintenance."""
 
     def __init__(self, bucket: str, home: Path) -> None:
         lake = f"s3://{bucket}/lake"
@@ -66,7 +65,6 @@ class Installation:
         return [each for page in pages for each in page.get("Versions", ())]
 
     def lock(self, versions: list[dict[str, Any]], time: timedelta) -> datetime:
-        """Returns until when they are locked."""
         until = datetime.now(UTC) + time
         for each in versions:
             which = {"Bucket": self.bucket, "Key": each["Key"], "VersionId": each["VersionId"]}
@@ -143,7 +141,7 @@ def test_an_object_store_whose_versions_cannot_be_looked_for_is_named_in_the_rec
 
 
 class _Later(datetime):
-    """A clock of four days later."""
+    """A clock that is four days ahead."""
 
     @classmethod
     def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]

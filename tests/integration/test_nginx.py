@@ -1,4 +1,4 @@
-"""The console behind a real nginx, set up as docs/operator.md says: TLS that ends there, a path, and large pictures."""
+"""The console behind a real nginx, set up as in docs/operator.md: TLS termination, a path, and large pictures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def console(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Se
 
 @pytest.fixture
 def proxy(console: tuple[Settings, int], tmp_path: Path) -> Iterator[str]:
-    """Its URL. It connects from an address that is not 127.0.0.1, as one on another machine does."""
+    """Its URL. It connects from an address other than 127.0.0.1, like one on another machine."""
     with nginx(tmp_path, f"proxy_bind 127.0.0.9;\n{documented(':8001', console[1])}", tls=True) as url:
         yield url
 

@@ -1,4 +1,4 @@
-"""One command makes a release of a clean tree, and leaves nothing behind where it cannot."""
+"""One command makes a release of a clean tree, and leaves nothing behind if it fails."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A repository of this tree's sources, with one commit."""
     folder = tmp_path / "clone"
     shutil.copytree(ROOT, folder, ignore=NOT_SOURCE)
     shutil.copytree(ROOT / "helm", folder / "helm")

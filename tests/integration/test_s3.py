@@ -30,7 +30,7 @@ from updater.bases.register import pull_base, push_base
 pytestmark = pytest.mark.integration
 BUCKET = "models"
 MUCH_SECONDS = 30.0
-"""Of a call with a bound of one second; without it a silent server takes S3's clients minutes."""
+"""For a call with a limit of one second; without a limit, S3 clients wait minutes for a silent server."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,7 +42,6 @@ def server() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fresh_clients() -> Iterator[None]:
-    """A client that a test has pointed elsewhere is not the next one's."""
     yield
     S3FileSystem.clear_instance_cache()
 
@@ -77,10 +76,10 @@ def test_an_adapter_comes_back_as_it_was_its_name_is_not_reused_and_what_is_dele
 def test_an_object_store_that_hangs_or_is_away_fails_within_the_bound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: bool, seconds: float
 ) -> None:
-    """Within a second, or, where connections are refused, when that is certain."""
+    """Within a second or, if connections are refused, as soon as that is certain."""
     (tmp_path / "weights.bin").write_bytes(b"whole")
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))  # bound, so that nobody else answers there; a caller is refused
+        listener.bind(("127.0.0.1", 0))  # bound, so that nothing else answers there; callers are refused
         if silent:
             listener.listen()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
@@ -161,7 +160,7 @@ def test_a_store_that_is_away_is_tried_again_and_its_address_is_not_told(monkeyp
 
 
 def test_of_two_writers_of_one_partition_only_the_newer_stores() -> None:
-    """The fence of the sample store needs conditional writes; an S3 server without them would store both."""
+    """The fence of the sample store needs conditional writes; without them an S3 server would store both."""
     store = SampleStore(f"s3://{BUCKET}/race")
     lake = store.url.removesuffix("/samples.lance")
     put(store, [sample(0, 0)], Position(TOPIC, 0, 1))

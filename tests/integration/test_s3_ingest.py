@@ -1,4 +1,4 @@
-"""What ingest asks of an S3 server."""
+"""The requests that ingest sends to an S3 server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.integration
 
 
 class Requests(logging.Handler):
-    """Method and path of everything that was asked of the server."""
+    """Method and path of every request to the server."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`ratchet bench search` at a few thousand rows: both sides run, and the figures are those that are asked for."""
+"""`ratchet bench search` at a few thousand rows."""
 
 from __future__ import annotations
 

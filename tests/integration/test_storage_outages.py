@@ -1,4 +1,6 @@
-"""What operators are told of an object store that is away, hangs, refuses or has no such bucket, soon and in a line."""
+"""Operators get a prompt one-line message about an object store that is down, hangs, denies access or lacks the
+bucket.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,12 @@ from tests.support.environment import of_s3, variables
 
 pytestmark = pytest.mark.integration
 MUCH_SECONDS = 100.0
-"""For two looks; without a bound Lance alone takes 180 s for each."""
+"""For two attempts; without a limit Lance alone takes 180 s for each."""
 DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 
 
 class Bucket:
-    """An S3 server that refuses what is in :attr:`denied`: GET (with HEAD), PUT, DELETE."""
+    """An S3 server that denies what is in :attr:`denied`: GET (with HEAD), PUT, DELETE."""
 
     def __init__(self) -> None:
         self.denied: set[str] = set()
@@ -77,7 +79,7 @@ def bucket(server: Bucket) -> Iterator[Bucket]:
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine answers late, which is not looked at here; nor is the broker."""
+    """Long timeouts of store and broker, for a busy machine: they are not tested here."""
     monkeypatch.setattr(dependency_checks, "CALL_SECONDS", 120.0)
     monkeypatch.setattr(dependency_checks, "LOOK_SECONDS", 240.0)
     monkeypatch.setattr(dependency_checks, "_broker", lambda settings: "answers")

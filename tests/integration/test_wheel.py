@@ -51,7 +51,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def commands(built: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of commands of an environment that has the wheels, and of this one's packages those of extra local."""
+    """The command folder of an environment that has the wheels and, from this environment, the packages of
+    extra local.
+    """
     home = tmp_path_factory.mktemp("environment")
     assert wheels.install_beside(home, built, "local") == ""
     return home / "bin"
@@ -78,7 +80,7 @@ def test_the_wheel_has_each_file_of_its_packages_and_no_other(built: list[Path])
 
 
 def test_the_source_distribution_builds_the_same_wheel(built: list[Path]) -> None:
-    """uv makes the wheel from the source distribution; that one lies beside it, and brings licence and notice."""
+    """uv makes the wheel from the source distribution, which contains licence and notice."""
     for wheel in built:
         assert wheel.with_name(wheel.name.removesuffix("-py3-none-any.whl") + ".tar.gz").exists()
         names = [Path(name).name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/licenses/" in name]

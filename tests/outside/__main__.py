@@ -1,4 +1,4 @@
-"""Runs the tests that need what users have beside Ratchet, and says what ran against what.
+"""Runs the tests that need external services and reports the versions that they ran against.
 
 ``python -m tests.outside [--write-table] [words for pytest]``; ``--write-table`` puts the table into docs/support.md.
 """
@@ -27,16 +27,15 @@ HEADING: Final = "## What ran against what"
 
 
 class Peer(NamedTuple):
-    """Something that users have beside Ratchet."""
+    """An external service or program."""
 
     name: str
     version: Callable[[], str]
     tests: tuple[str, ...]
-    """Folders and modules, whose tests all need it."""
+    """Folders and modules whose tests all need it."""
 
 
 def _says(program: str | None, *words: str) -> str:
-    """The number that a program calls its version."""
     if program is None:
         return "-"
     done = subprocess.run([program, *words], capture_output=True, text=True)
@@ -61,19 +60,17 @@ PEERS: Final = (
 
 
 class Ran(NamedTuple):
-    """What became of the tests of a peer."""
+    """Results of the tests of a peer."""
 
     outcomes: Mapping[str, int]
     seconds: float
 
     def line(self, peer: Peer) -> str:
-        """A row of the table."""
         told = ", ".join(f"{count} {name}" for name, count in sorted(self.outcomes.items(), reverse=True))
         return f"| {peer.name} | {peer.version()} | {told} | {self.seconds:,.0f} s | {time.strftime('%Y-%m-%d')} |"
 
 
 def peer_of(test: str) -> Peer | None:
-    """The peer that a test needs, by its node id."""
     of = [(len(path), peer) for peer in PEERS for path in peer.tests if test.startswith(path)]
     return max(of, key=lambda each: each[0])[1] if of else None
 
@@ -95,7 +92,6 @@ class Report:
             self._outcomes[peer.name][name] += 1
 
     def ran(self) -> dict[str, Ran]:
-        """By the name of the peer."""
         return {name: Ran(outcomes, self._seconds[name]) for name, outcomes in self._outcomes.items()}
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
@@ -107,7 +103,6 @@ class Report:
 
 
 def written(page: str, ran: Mapping[str, Ran]) -> str:
-    """The page with the rows of the peers against which anything ran."""
     before, heading, table = page.partition(HEADING)
     for peer in PEERS:
         if peer.name in ran and set(ran[peer.name].outcomes) != {"left out"}:
@@ -117,7 +112,7 @@ def written(page: str, ran: Mapping[str, Ran]) -> str:
 
 
 def main(words: list[str]) -> int:
-    """Exit status of pytest. ``words``: those after the command; without a path all tests of all peers run."""
+    """Return the exit status of pytest. ``words``: its arguments; without a path all tests of all peers run."""
     write, words = "--write-table" in words, [each for each in words if each != "--write-table"]
     os.environ |= {"RATCHET_TEST_KAFKA": "apache", "RATCHET_TEST_S3": "minio"}
     paths = [] if any(each.startswith("tests/") for each in words) else [path for peer in PEERS for path in peer.tests]

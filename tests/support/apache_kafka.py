@@ -1,7 +1,6 @@
 """Apache Kafka on this machine: one KRaft node, from Maven Central.
 
-Java 17 and Maven are needed. The jars (43 MB) are copied once to ``~/.cache/ratchet-tests``; a start takes 5 to 15
-seconds.
+Needs Java 17 and Maven. The jars (43 MB) are copied once to ``~/.cache/ratchet-tests``; a start takes 5 to 15 seconds.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ group.initial.rebalance.delay.ms=0
 log.cleaner.backoff.ms=200
 log.retention.ms=-1
 """
-"""What one node needs; fewer internal partitions and no delays, which cost a test seconds.
-Nothing is deleted by its age: tests send records of other years."""
+"""For one node: few internal partitions, and no delays, which cost tests seconds. No retention by age, because tests
+send records of other years."""
 ACLS: Final = """
 listeners=PLAINTEXT://127.0.0.1:{port},SASL_PLAINTEXT://{sasl},CONTROLLER://127.0.0.1:{controller}
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,CONTROLLER:PLAINTEXT
@@ -56,20 +55,20 @@ org.apache.kafka.common.security.plain.PlainLoginModule required {users};
 authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
 super.users=User:ANONYMOUS
 """
-"""Of two lines for one property Kafka takes the last."""
+"""The last of two lines for one property wins in Kafka."""
 JAVA: Final = ("java", "-Xms128m", "-Xmx768m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-cp")
-"""Tests last for less time than the better compiler needs."""
+"""Tests are over before the better compiler pays off."""
 
 
 class ApacheKafka:
-    """A broker of its own, which may be killed and started again. A context manager.
+    """A broker that may be killed and started again. A context manager.
 
     >>> with ApacheKafka() as kafka:  # doctest: +SKIP
     ...     KafkaProducer(bootstrap_servers=kafka.address)
 
     Args:
-        users: names and passwords of those who sign in at :attr:`sasl_address` with SASL/PLAIN, and may do what ACLs
-            allow. Whoever comes to :attr:`address` may do everything.
+        users: names and passwords for SASL/PLAIN at :attr:`sasl_address`, with the rights that ACLs give. Clients of
+            :attr:`address` may do everything.
 
     Raises:
         NotHere: on construction, when Java or Maven is missing or Maven cannot download the jars.
@@ -107,7 +106,7 @@ class ApacheKafka:
             time.sleep(0.1)
 
     def stop(self, with_signal: signal.Signals = signal.SIGTERM) -> None:
-        """End it in order, or by another signal; what is in its topics stays."""
+        """End it in order, or by another signal; its topics are kept."""
         process, self._process = self._process, None
         if process is not None:
             process.send_signal(with_signal)
@@ -131,10 +130,6 @@ class ApacheKafka:
 
 
 def jars() -> Path:
-    """The folder with Kafka's jars; downloaded at first.
-
-    Raises:
-        NotHere
-    """
+    """The folder with Kafka's jars, which are downloaded once. Raises NotHere."""
     goal = ("dependency:copy-dependencies", "-DoutputDirectory=libs", "-DincludeScope=runtime")
     return from_maven(f"kafka-{VERSION}", "libs", *goal, pom=POM.format(version=VERSION))

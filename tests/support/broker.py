@@ -1,4 +1,4 @@
-"""The broker that tests talk to: the embedded one, or what RATCHET_TEST_KAFKA names (``apache``, or host:port)."""
+"""The broker of the tests: the embedded one, or the one of RATCHET_TEST_KAFKA (``apache``, or host:port)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ class Broker:
     def settings(
         self, home: Path, kafka: dict[str, Any] | None = None, ingest: dict[str, Any] | None = None, **sections: Any
     ) -> Settings:
-        """Settings with topics and a group of their own, quick small batches, and one process that validates.
-
-        To start a process takes longer than to validate what most tests send.
+        """Settings with new topics and a new group, small batches, and one validating process, since starting a process
+        takes longer than validating what most tests send.
         """
         name = uuid.uuid4().hex[:8]
         own = {
@@ -41,7 +40,6 @@ class Broker:
 
 @pytest.fixture(scope="session")
 def broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
-    """Started once for all tests: the one that the parameter names, or RATCHET_TEST_KAFKA, or the embedded one."""
     named = getattr(request, "param", os.environ.get("RATCHET_TEST_KAFKA", "embedded"))
     if named == "embedded":
         with EmbeddedBroker() as started:

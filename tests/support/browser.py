@@ -1,4 +1,4 @@
-"""A real Chromium (Debian's), and a console in a process of its own for it to visit."""
+"""A real Chromium (Debian's), and a console process for it to visit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ START_SECONDS = 120.0
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """The installed one; none is ever downloaded."""
+    """The installed Chromium; none is ever downloaded."""
     found = shutil.which("chromium")
     assert found is not None, "Chromium is missing: tests/packages.sh installs it"
     with sync_playwright() as playwright:
@@ -39,7 +39,6 @@ def chromium() -> Iterator[Browser]:
 
 @contextmanager
 def console(config: Path, url: str, log: Path) -> Iterator[str]:
-    """`ratchet console` under these settings, until the end of the block."""
     command = [sys.executable, "-m", "ops.cli.main", "--config", str(config), "console"]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     with running(command, log, lambda: answers(f"{url}/health/live"), START_SECONDS, env=environ, cwd=ROOT):
@@ -47,7 +46,7 @@ def console(config: Path, url: str, log: Path) -> Iterator[str]:
 
 
 class Complaints:
-    """What a browser holds against a page: scripts that fail, and what the page's own policy forbids."""
+    """Errors that a browser reports of a page: failing scripts and violations of the page's policy."""
 
     def __init__(self, page: Page) -> None:
         self.heard: list[str] = []

@@ -1,4 +1,4 @@
-"""The chart of the checkout, rendered by Helm's own code: with what every installation says, and with everything."""
+"""The chart of the checkout, rendered by Helm's own code, with the required values and with all options."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ NEEDED: dict[str, Any] = {
     "kafka": {"bootstrap": "kafka-1:9092,kafka-2:9092"},
     "operatorKey": {"existingSecret": {"name": "ratchet-operator"}},
 }
-"""What every installation has to say."""
 EVERYTHING: dict[str, Any] = {
     "objectStore": {"endpoint": "http://seaweedfs:8333", "existingSecret": {"name": "ratchet-s3"}},
     "kafka": {"existingSecret": {"name": "ratchet-kafka"}},
@@ -67,7 +66,7 @@ EVERYTHING: dict[str, Any] = {
 
 
 def merged(*layers: Any) -> Any:
-    """Later mappings over earlier ones, as Helm merges values files."""
+    """Merge mappings as Helm merges values files: later ones win."""
     result: dict[str, Any] = {}
     for layer in layers:
         for key, value in copy.deepcopy(layer).items():
@@ -109,7 +108,6 @@ def of_kind(objects: Sequence[Object], kind: str) -> list[Object]:
 
 
 def pods(objects: Sequence[Object]) -> Iterator[tuple[str, Object]]:
-    """Every pod template by the component that it is of."""
     for each in objects:
         if each["kind"] in ("RayService", "RayCluster"):
             for group in cluster_groups(each):
@@ -121,14 +119,14 @@ def pods(objects: Sequence[Object]) -> Iterator[tuple[str, Object]]:
 
 
 def containers(objects: Sequence[Object]) -> Iterator[tuple[str, Object, Object]]:
-    """(component, pod spec, container), those that run before the others included."""
+    """(component, pod spec, container), including init containers."""
     for component, template in pods(objects):
         for container in [*template["spec"].get("initContainers", []), *template["spec"]["containers"]]:
             yield component, template["spec"], container
 
 
 def variables(container: Object) -> dict[str, str]:
-    """The values of a container's environment; empty where it comes from a Secret."""
+    """The values of a container's environment; empty for values from a Secret."""
     return {each["name"]: each.get("value", "") for each in container["env"]}
 
 
@@ -139,13 +137,11 @@ def cluster_groups(cluster: Object) -> list[Object]:
 
 
 def named(objects: Sequence[Object], kind: str, part: str) -> Object:
-    """The object of one kind of a part, such as the Deployment of ``ingest``."""
     (found,) = [each for each in of_kind(objects, kind) if each["metadata"]["name"] == f"live-ratchet-{part}"]
     return found
 
 
 def settings_text(objects: Sequence[Object]) -> str:
-    """The file of settings that pods mount."""
     (text,) = [each["data"]["ratchet.yaml"] for each in of_kind(objects, "ConfigMap") if "ratchet.yaml" in each["data"]]
     return str(text)
 

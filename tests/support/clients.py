@@ -1,4 +1,4 @@
-"""Runs the scripts in ``tests/clients``: each client of the HTTP API in a process of its own, all at the same time."""
+"""Runs the scripts in ``tests/clients``: each client of the HTTP API in its own process, all at the same time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NPM = NODE_HOME / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
 
 @dataclass(frozen=True)
 class LibraryClient:
-    """One client library.
+    """A client library.
 
     Args:
         headings: the sections of the page whose code blocks are its example.
@@ -39,7 +39,7 @@ class LibraryClient:
     headings: tuple[str, ...]
     lacks: frozenset[str] = frozenset()
     from_folder: bool = False
-    """Of Python: imported from the folder of LlamaIndex, with openai 2."""
+    """Python only: imports from the folder of LlamaIndex, with openai 2."""
 
     @property
     def on_node(self) -> bool:
@@ -67,7 +67,7 @@ CHECKS = (
 
 
 def snippet(client: LibraryClient, url: str) -> str:
-    """The example of a client in the documentation, for the server at ``url``."""
+    """The documentation's example of a client, for the server at ``url``."""
     language = "js" if client.on_node else "python"
     page = PAGE.read_text()
     blocks = []
@@ -79,7 +79,6 @@ def snippet(client: LibraryClient, url: str) -> str:
 
 
 def install_python() -> Path:
-    """The folder with LlamaIndex; installed when its list has changed."""
     listed = PYTHON / "llama_index.txt"
     folder = Path(sys.prefix) / "clients" / hashlib.sha256(listed.read_bytes()).hexdigest()[:12]
     folder.parent.mkdir(exist_ok=True)
@@ -95,7 +94,7 @@ def install_python() -> Path:
 
 
 def install_node() -> None:
-    """The packages of the lock file, in ``tests/clients/node/node_modules``."""
+    """Install the packages of the lock file in ``tests/clients/node/node_modules``."""
     digest = hashlib.sha256((NODE / "package-lock.json").read_bytes()).hexdigest()
     stamp = NODE / "node_modules" / ".installed"
     if not stamp.is_file() or stamp.read_text() != digest:
@@ -110,7 +109,6 @@ class ClientRun:
     process: subprocess.Popen[str]
 
     def results(self) -> dict[str, str]:
-        """What became of each check, when the script has ended."""
         output, _ = self.process.communicate(timeout=SECONDS)
         last = output.rstrip().rpartition("\n")[2]
         return dict(json.loads(last)) if last.startswith("{") else {"crashed": output[-4000:]}

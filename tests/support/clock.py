@@ -1,10 +1,8 @@
-"""A clock for tests."""
-
 from __future__ import annotations
 
 
 class Clock:
-    """Time that stands still until it is moved. Seconds."""
+    """Time in seconds that changes only when it is moved."""
 
     now = 1000.0
 

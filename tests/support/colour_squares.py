@@ -1,4 +1,4 @@
-"""Squares of one of four colours with noise: what a tiny VLM can be taught to tell apart in seconds."""
+"""Noisy squares of four colours, which a tiny VLM learns to tell apart in seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def colour_of(number: int) -> str:
 
 
 def square(number: int) -> np.ndarray:
-    """The picture of that number: uint8 [32, 32, 3]."""
+    """uint8 [32, 32, 3]."""
     noise = np.random.default_rng(number).integers(-25, 26, (32, 32, 3))
     return np.clip(np.array(COLOURS[colour_of(number)]) + noise, 0, 255).astype(np.uint8)
 

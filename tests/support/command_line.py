@@ -10,7 +10,7 @@ from ops.cli.main import app
 
 
 def ratchet(home: Path, *words: str, said: str = "", columns: int = 250) -> Result:
-    """Run ``ratchet`` with this home in a terminal so wide. Raises the errors that the program would show."""
+    """Run ``ratchet`` with this home in a terminal of this width. Raises the errors that the program would show."""
     result = CliRunner().invoke(app, ["--set", f"home={home}", *words], input=said, env={"COLUMNS": str(columns)})
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception

@@ -17,7 +17,7 @@ START_SECONDS = 60.0
 
 @contextmanager
 def console_server(settings: Settings) -> Iterator[str]:
-    """Its URL. It listens on 127.0.0.1, whatever ``console.host`` says, until the end of the block."""
+    """Run the console on 127.0.0.1, whatever ``console.host`` says, until the end of the block. Yields its URL."""
     port = settings.console.port
     server = uvicorn.Server(uvicorn.Config(build_console(settings), "127.0.0.1", port, log_level="warning"))
     thread = threading.Thread(target=server.run)

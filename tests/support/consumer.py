@@ -1,4 +1,4 @@
-"""A consumer at a broker in memory, and looks at what it has done."""
+"""A consumer on an in-memory broker, and the rows that it has stored."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ POISON: Message = (b"poison", [])
 
 @contextmanager
 def run(settings: Settings, wanted: int = 0) -> Iterator[Consumer]:
-    """A consumer that has seen so many records."""
     with reading(settings) as consumer:
         wait_for(lambda: records_seen(consumer.status) >= wanted, f"{wanted} records", 20)
         yield consumer
 
 
 def rows(store: SampleStore) -> list[tuple[str, int, str]]:
-    """Stream, offset and kind of every row, one partition after another."""
     return [(row["topic"], row["offset"], row["kind"]) for row in store.records().to_pylist()]
 
 

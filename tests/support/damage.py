@@ -1,4 +1,4 @@
-"""A proxy in front of a broker that changes bytes on their way to the client."""
+"""A proxy in front of a broker that corrupts bytes on their way to the client."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.tcp_relay import TcpRelay
 
 
 class DamagingProxy(TcpRelay):
-    """Replaces marked bytes in what the broker sends, each mark a number of times.
+    """Replaces each marked byte sequence that the broker sends a number of times.
 
     A broker that is started with ``advertised`` set to this proxy's address sends its clients here.
 
@@ -21,7 +21,6 @@ class DamagingProxy(TcpRelay):
     def __init__(self, port: int, target: str) -> None:
         super().__init__(port, target)
         self.damaged = 0
-        """Marks that were replaced."""
         self._left: dict[bytes, int] = {}
         self._lock = threading.Lock()
 
@@ -51,7 +50,7 @@ class DamagingProxy(TcpRelay):
         return None
 
     def _changed(self, data: bytes) -> tuple[bytes, bytes]:
-        """What can be sent on, and the end that may be the beginning of a mark."""
+        """Split into the bytes that can be sent on and an end that may be the beginning of a mark."""
         with self._lock:
             for mark, times in self._left.items():
                 found = min(times, data.count(mark))

@@ -1,4 +1,4 @@
-"""The Grafana dashboards of `ops/dashboards/json`, as tests ask for them."""
+"""The Grafana dashboards of `ops/dashboards/json`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from tests.support.pages import ROOT
 BOARDS: dict[str, dict[str, Any]] = {
     file.stem: json.loads(file.read_text()) for file in sorted((ROOT / "ops" / "dashboards" / "json").glob("*.json"))
 }
-"""Each dashboard by its name."""
 PANELS = [(name, panel) for name, board in BOARDS.items() for panel in board["panels"] if panel["type"] != "row"]
 """The panels with their dashboard, without the rows that group them."""
 
@@ -24,4 +23,4 @@ class Expression(NamedTuple):
 EXPRESSIONS = [
     Expression(name, panel["title"], target["expr"]) for name, panel in PANELS for target in panel["targets"]
 ]
-"""Each gives data once a sample was stored, an update judged and a request answered."""
+"""Panels with data once a sample was stored, an update judged and a request answered."""

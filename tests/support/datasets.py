@@ -1,5 +1,3 @@
-"""Reading data sets in tests."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -11,7 +9,6 @@ from streams.publish.folders import FolderItem
 
 
 def items_and_errors(path: Path | str, **options: Any) -> tuple[list[FolderItem], list[RecordError]]:
-    """Samples of a data set, and what is wrong with its other rows."""
     items: list[FolderItem] = []
     errors: list[RecordError] = []
     for row in read_dataset(path, **options):

@@ -1,10 +1,7 @@
-"""What lies on a disk."""
-
 from __future__ import annotations
 
 from pathlib import Path
 
 
 def holds(folder: Path | str, needle: bytes) -> bool:
-    """Whether any file below ``folder`` has these bytes."""
     return any(needle in path.read_bytes() for path in Path(folder).rglob("*") if path.is_file())

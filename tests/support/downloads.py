@@ -1,6 +1,6 @@
-"""Programs that tests start: of the distribution, or from Maven Central or Go's module proxy.
+"""Programs that tests start, from the distribution, or from Maven Central or Go's module proxy.
 
-The latter are made once, and kept in ``~/.cache/ratchet-tests``.
+The latter are built once and kept in ``~/.cache/ratchet-tests``.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ STOP_SECONDS: Final = 20.0
 BUILD_SECONDS: Final = 1800.0
 CACHE: Final = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ratchet-tests"
 SYSTEM_PATH: Final = "/usr/sbin:/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin"
-"""Where distributions have servers; the folders of administrators are in no user's PATH."""
+"""Where distributions put servers; sbin folders are not in a user's PATH."""
 Started = TypeVar("Started", bound=AbstractContextManager[Any])
 
 
 class NotHere(Exception):
-    """Something cannot be run on this machine; the message names what is missing."""
+    """Something cannot run on this machine; the message names what is missing."""
 
 
 def installed(name: str) -> str | None:
@@ -39,7 +39,7 @@ def installed(name: str) -> str | None:
 
 @contextmanager
 def started(name: str, make: Callable[[], Started]) -> Iterator[Started]:
-    """What ``make`` makes, running until the end of the block; skips the test where this machine cannot run it."""
+    """Run the result of ``make`` until the end of the block; skips the test where this machine cannot."""
     try:
         found = make()
     except NotHere as error:
@@ -52,10 +52,10 @@ def started(name: str, make: Callable[[], Started]) -> Iterator[Started]:
 def running(
     command: Sequence[str], log: Path, ready: Callable[[], bool], seconds: float, **options: Any
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that is ``ready`` within so many seconds, until the end of the block.
+    """Run a server that is ``ready`` within this many seconds until the end of the block.
 
     Args:
-        log: gets what it prints.
+        log: gets its output.
         options: of Popen.
     """
     with log.open("ab") as out:
@@ -76,7 +76,6 @@ def running(
 
 
 def answers(url: str) -> bool:
-    """Whether there is something at a URL."""
     try:
         return httpx.get(url, trust_env=False, timeout=60).is_success
     except httpx.HTTPError:
@@ -86,16 +85,15 @@ def answers(url: str) -> bool:
 def from_maven(
     name: str, folder: str, *words: str, pom: str = "", prepare: Callable[[Path], None] | None = None
 ) -> Path:
-    """The folder ``name`` of the cache; Maven makes it at first.
+    """The folder ``name`` of the cache, made by Maven on first use.
 
     Args:
-        folder: what the goal makes, relative to where Maven runs.
+        folder: output of the goal, relative to where Maven runs.
         words: the goal and its properties.
         pom: the project that it is run for, if it needs one.
         prepare: called with the folder before it is kept.
 
-    Raises:
-        NotHere: Java 17 or Maven is missing, or Maven cannot download it.
+    Raises NotHere if Java 17 or Maven is missing, or Maven cannot download it.
     """
     if missing := [each for each, program in (("Java", "java"), ("Maven", "mvn")) if shutil.which(program) is None]:
         raise NotHere(f"no {' and no '.join(missing)} (apt-get install default-jre-headless maven)")
@@ -114,13 +112,8 @@ def from_maven(
 
 
 def from_go(name: str, module: str, version: str, main: str) -> Path:
-    """The program ``name`` of the cache; Go builds it at first, which takes minutes.
-
-    Args:
-        module: that ``main``, a program in Go, imports, at this ``version``.
-
-    Raises:
-        NotHere: Go is missing, or cannot build it.
+    """The program ``name`` of the cache, built by Go on first use, which takes minutes. ``module``: imported by
+    ``main``, a program in Go, at this ``version``. Raises NotHere if Go is missing, or cannot build it.
     """
     if shutil.which("go") is None:
         raise NotHere("no Go (https://go.dev/dl)")
@@ -136,7 +129,7 @@ def from_go(name: str, module: str, version: str, main: str) -> Path:
 
 
 def _kept(name: str, path: str, make: Callable[[Path], None]) -> Path:
-    """What is called ``name`` in the cache: ``path`` of the folder in which ``make`` made it."""
+    """Return ``name`` from the cache, which gets ``path`` of the folder that ``make`` fills on first use."""
     kept = CACHE / name
     if not kept.exists():
         CACHE.mkdir(parents=True, exist_ok=True)

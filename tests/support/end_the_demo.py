@@ -1,10 +1,10 @@
-"""End the demo at drawn moments, in each way in which a demo ends, and look for what still runs.
+"""End the demo at random moments, in each way in which a demo ends, and look for processes that still run.
 
     .venv/bin/python -m tests.support.end_the_demo --moments 30 --within 240
 
-The demos share a folder, as those of a user do. Before every other one the pictures are deleted, and before some the
-base, so that many a moment is one of drawing or building. Prints a line for each moment, the total last. The exit
-status is 1 when anything was left.
+The demos share a folder, like those of a user. The pictures are deleted before every other run, and the base before
+some, so that many runs end while drawing or building. Prints a line for each moment and then the total. The exit status
+is 1 if anything was left running.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from core.waiting import wait_until
 from tests.support.leftovers import left_running, mark, take_terminal
 
 SECONDS = 240.0
-"""To end: parts may take 40 seconds, and a busy machine several times as long."""
+"""Limit for ending: parts may take 40 seconds, and a busy machine several times as long."""
 PORTS = ("SERVE__PORT", "INGEST__METRICS_PORT", "MAINTAIN__METRICS_PORT", "UPDATER__METRICS_PORT")
 Way = Callable[[int], None]
 
 
 def to_the_group(pid: int) -> None:
-    """SIGTERM to make and its group, as `timeout` sends it; make passes it on once more."""
+    """SIGTERM to make and its group, as `timeout` sends it; make forwards it once more."""
     os.killpg(pid, signal.SIGTERM)
 
 
@@ -54,13 +54,13 @@ def while_it_stops(pid: int) -> None:
 
 
 def killed(pid: int) -> None:
-    """SIGKILL to the demo itself, or to make where it is not there yet."""
+    """SIGKILL to the demo itself, or to make if the demo has not started yet."""
     children = psutil.Process(pid).children()
     (children[0] if children else psutil.Process(pid)).kill()
 
 
 def closed_terminal(_pid: int) -> None:
-    """The end of its terminal, which follows."""
+    """Close its terminal (done by the caller)."""
 
 
 WAYS: tuple[Way, ...] = (to_the_group, two_at_once, while_it_stops, killed, closed_terminal)
@@ -69,14 +69,13 @@ WAYS: tuple[Way, ...] = (to_the_group, two_at_once, while_it_stops, killed, clos
 @dataclass(frozen=True)
 class Ended:
     during: str
-    """What it said last."""
     seconds: float
     left: tuple[str, ...]
-    """Command lines of what still ran, which is killed then."""
+    """Command lines of processes that still ran and were then killed."""
 
 
 def end_one(folder: Path, way: Way, moment: float) -> Ended:
-    """Start the demo in a terminal, and end it after so many seconds."""
+    """Start the demo in a terminal, and end it after this many seconds."""
     makefile, output = folder.with_name("Makefile"), bytearray()
     ratchet = Path(sys.executable).with_name("ratchet")
     makefile.write_text(f"demo:\n\t@{ratchet} demo --folder {folder}\n")
@@ -119,7 +118,6 @@ def end_one(folder: Path, way: Way, moment: float) -> Ended:
 
 
 def _last_log(folder: Path) -> str:
-    """The parts that have written by then."""
     written = [path.stem for path in sorted((folder / "logs").glob("*.log")) if path.stat().st_size]
     return ", ".join(written) or "before the parts"
 

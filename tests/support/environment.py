@@ -1,5 +1,3 @@
-"""Variables of this process's environment, for as long as a block runs."""
-
 from __future__ import annotations
 
 import os
@@ -9,7 +7,6 @@ from contextlib import contextmanager
 
 @contextmanager
 def variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Set them; after the block they are what they were."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

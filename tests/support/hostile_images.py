@@ -1,7 +1,7 @@
-"""Images that are not what one expects, and what has to come of each: a colour, or a refusal.
+"""Unusual and hostile images, and the expected result of each: a colour, or an error.
 
-Those that are taken show (but for the smallest) :data:`LEFT` on three quarters and :data:`RIGHT` on their right,
-so that whoever shows them wrongly, turned, or in another frame, is found out.
+Accepted images (except the smallest) show :data:`LEFT` on three quarters and :data:`RIGHT` on their right, so that a
+wrong, rotated or other frame is detected.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WIDE, HIGH = 48, 32
 
 @dataclass(frozen=True, slots=True)
 class Hostile:
-    """One image. ``code``: how it is refused; empty: it is shown as the plain picture is, within ``tolerance``."""
+    """``code``: the error; empty if it looks like the plain picture, within ``tolerance``."""
 
     name: str
     data: bytes
@@ -43,12 +43,11 @@ def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def png_chunk(name: bytes, body: bytes) -> bytes:
-    """A chunk of a PNG: length, name, body, checksum."""
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
 def png(width: int, height: int, depth: int, colour: int, raw: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG of given parts; ``raw`` are its rows, each behind its filter byte."""
+    """A PNG of given parts; ``raw`` are its rows, each after its filter byte."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     parts = ((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(raw)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*part) for part in parts)
@@ -77,7 +76,7 @@ def _with_segments(segments: bytes) -> bytes:
 
 
 def _looping_exif() -> bytes:
-    """A directory whose successor is itself, and that claims 65,535 entries of 4 GiB."""
+    """A directory that is its own successor and claims 65,535 entries of 4 GiB."""
     entry = struct.pack("<HHII", 0x8769, 4, 0xFFFFFFFF, 8)
     return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 0xFFFF) + entry * 5000 + struct.pack("<I", 8)
 
@@ -100,7 +99,7 @@ def _animated(kind: str, frames: int = 3, **options: Any) -> bytes:
 
 
 def _wide_gif() -> bytes:
-    """A canvas of one pixel, and a frame of 60,000 x 60,000 in it."""
+    """A canvas of one pixel with a frame of 60,000 x 60,000."""
     frame = b"," + struct.pack("<HHHH", 0, 0, 60_000, 60_000) + b"\0" + b"\x02\x02\x4c\x01\0;"
     return b"GIF89a" + struct.pack("<HH", 1, 1) + b"\x80\0\0" + b"\0" * 6 + frame
 

@@ -1,5 +1,6 @@
-"""The whole HTTP application in one process, without Ray: a real CLIP, ledger, catalog and release protocol; the VLM
-answers from a script."""
+"""The whole HTTP application in one process, without Ray: real CLIP, ledger, catalog and release protocol; a scripted
+VLM.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +57,6 @@ from tests.unit.serving.scripted_vlms import ScriptedVlms
 KEY = "operator-key"
 
 MAX_IMAGE_BYTES = 100_000
-"""Of the application in the integration tests."""
 
 
 class AppClient:
@@ -107,7 +107,7 @@ class InProcessApp:
         return self.engine.heads(snapshot.clip)
 
     async def change(self, command: LiveCommand) -> ReleaseResult:
-        """Half of the time something is on trial: a promotion of a plain release begins a canary, and fails."""
+        """Change the release; half of the time, promoting a full release begins a canary, and fails."""
         match command:
             case ReleaseCommand():
                 for name in command.adapters.values():
@@ -210,7 +210,7 @@ async def open_in_process_app(home: Path, settings: Serve) -> tuple[InProcessApp
 
 
 class FairVlms(ScriptedVlms):
-    """Finds every choice as likely as the others."""
+    """Gives equal probabilities to all choices."""
 
     async def score(
         self, ask: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float
@@ -219,7 +219,7 @@ class FairVlms(ScriptedVlms):
 
 
 class ScriptedQuarantine:
-    """One refused record, which may be sent again as often as one likes."""
+    """One quarantined record, which may be resubmitted any number of times."""
 
     async def newest(self, limit: int, reason: str | None, source: str | None) -> list[dict[str, Any]]:
         record = {"place": "t:0:1", "reason": reason or "no_text", "detail": "", "source": "", "resubmission": None}
@@ -236,7 +236,7 @@ class ScriptedQuarantine:
 
 
 class ScriptedReceipts:
-    """Every record was stored; no sample is known whose id begins with `f`."""
+    """Every record was stored; sample IDs that begin with `f` are unknown."""
 
     async def of_position(self, topic: str, partition: int, offset: int) -> list[dict[str, Any]]:
         return [Receipt(topic, partition, offset, "stored").as_json()]

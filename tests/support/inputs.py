@@ -1,4 +1,4 @@
-"""Inputs that benchmarks and tests make themselves: random adapters and drawn pictures, always the same."""
+"""Deterministic inputs of benchmarks and tests: random adapters and drawn pictures."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def random_adapter(
 
     Args:
         parts: keys of the base's ``lora_targets``; all when unset.
-        scale: about the size of the change, relative to the weights.
-        targets: what its configuration names; a pattern of all that it touches when unset.
+        scale: approximate size of the change, relative to the weights.
+        targets: of its configuration; by default a pattern of everything that it changes.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}

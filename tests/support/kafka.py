@@ -1,4 +1,4 @@
-"""Producing and reading records as others would, without Ratchet's own producer."""
+"""Producing and reading records without Ratchet's own producer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Message = tuple[bytes | None, list[tuple[str, bytes]]]  # value, headers
 
 
 def picture(seed: int, size: int = 32, kind: str = "PNG") -> bytes:
-    """A picture like no other seed's: 16 random blocks."""
+    """A unique picture per seed: 16 random blocks."""
     blocks = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), np.uint8)
     out = io.BytesIO()
     Image.fromarray(blocks).resize((size, size), Image.Resampling.NEAREST).save(out, kind)
@@ -45,7 +45,7 @@ def make_topics(settings: Settings) -> None:
 
 
 def produce(kafka: Kafka, messages: Sequence[Message], partition: int | None = None) -> list[RecordPosition]:
-    """Send records round robin over the partitions; their places, in the order given."""
+    """Send records round robin over the partitions and return their positions in the order given."""
     producer = KafkaProducer(bootstrap_servers=kafka.bootstrap, max_request_size=1 << 26)
     try:
         sent = [
@@ -64,7 +64,9 @@ def produce(kafka: Kafka, messages: Sequence[Message], partition: int | None = N
 
 
 def read_topic(kafka: Kafka, topic: str, at_least: int = 0, timeout: float = 300.0) -> list[Any]:
-    """All records of a topic: until two quiet polls, and ``at_least`` so many, which must come within ``timeout``."""
+    """All records of a topic: until two quiet polls, and ``at_least`` this many, which must arrive within
+    ``timeout``.
+    """
     consumer = KafkaConsumer(bootstrap_servers=kafka.bootstrap, auto_offset_reset="earliest")
     try:
         partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()]
@@ -82,7 +84,6 @@ def read_topic(kafka: Kafka, topic: str, at_least: int = 0, timeout: float = 300
 
 
 def quarantined_places(kafka: Kafka, at_least: int = 0) -> list[RecordPosition]:
-    """Places of the originals of all messages in the quarantine topic, with repetitions."""
     places = []
     for record in read_topic(kafka, kafka.quarantine_topic, at_least):
         headers = {name: value.decode(errors="replace") for name, value in record.headers}
@@ -91,8 +92,8 @@ def quarantined_places(kafka: Kafka, at_least: int = 0) -> list[RecordPosition]:
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout: float = 120.0) -> None:
-    """Wait until the condition holds, or fail saying what did not come: when other threads and the processes below this
-    one have computed nothing for ``timeout`` seconds, or in vain for four times as long.
+    """Wait until the condition holds. Fails with what was missing when other threads and the processes below this one
+    were idle for ``timeout`` seconds, or after four times as long.
     """
     work = lambda: round(processor_seconds(os.getpid()) - time.thread_time())  # noqa: E731
     try:
@@ -107,7 +108,7 @@ def wait_for(condition: Callable[[], bool], what: str, timeout: float = 120.0) -
 def reading(
     settings: Settings, on_change: Callable[[IngestStatus], None] | None = None, processes: int = 0
 ) -> Iterator[Consumer]:
-    """An ingest that runs on a thread, and is stopped at the end."""
+    """Run an ingest on a thread and stop it at the end of the block."""
     ingest = Consumer(settings, on_change=on_change, processes=processes)
     failures: list[BaseException] = []
 

@@ -1,8 +1,9 @@
-"""``kcat`` for the tests: the installed one where it can talk to the embedded broker, else what they use of it.
+"""``kcat`` for the tests: the installed one if it can talk to the embedded broker, or a replacement of the part that
+tests use.
 
-kcat is a command line around librdkafka. Before 2.3 (Debian 12 has 2.0.2, Ubuntu 22.04 has 1.8) librdkafka reads tagged
-fields wrongly and gives up on the embedded broker's answer to ApiVersions with "Read underflow"; no option helps. The
-replacement below sends the same records through the newer librdkafka of ``confluent-kafka``.
+kcat is a command line around librdkafka. Before 2.3 (Debian 12 has 2.0.2, Ubuntu 22.04 has 1.8) librdkafka misreads
+tagged fields and gives up on the embedded broker's answer to ApiVersions with "Read underflow"; no option helps. The
+replacement sends the same records through the newer librdkafka of ``confluent-kafka``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ READS_TAGGED_FIELDS = (2, 3)
 
 
 def kcat_folder(folder: Path) -> Path:
-    """A folder for the front of PATH, in which ``kcat`` is one that the embedded broker understands."""
+    """A folder for the front of PATH with a ``kcat`` that works with the embedded broker."""
     installed = shutil.which("kcat")
     if installed is not None and _librdkafka(installed) >= READS_TAGGED_FIELDS:
         return Path(installed).parent
@@ -38,7 +39,7 @@ def _librdkafka(kcat: str) -> tuple[int, ...]:
 
 
 def main() -> None:
-    """Send each line of standard input, or each file whole, as a record."""
+    """Send each line of standard input, or each whole file, as a record."""
     parser = argparse.ArgumentParser(prog="kcat")
     parser.add_argument("-P", action="store_true", required=True)
     parser.add_argument("-b", dest="broker", required=True)

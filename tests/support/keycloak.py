@@ -1,6 +1,6 @@
-"""Keycloak on this machine, from Maven Central; its data are in memory.
+"""Keycloak on this machine, from Maven Central, with its data in memory.
 
-Java 17 and Maven are needed. The distribution (159 MB) is unpacked and built once, in ``~/.cache/ratchet-tests``.
+Needs Java 17 and Maven. The distribution (159 MB) is unpacked and built once, in ``~/.cache/ratchet-tests``.
 """
 
 from __future__ import annotations
@@ -21,22 +21,20 @@ from tests.support.downloads import NotHere, answers, from_maven
 
 VERSION: Final = "26.4.7"
 UNPACK: Final = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:unpack"
-"""Older versions, which Maven 3.8 takes by itself, cut long names of files."""
+"""Older versions, which Maven 3.8 uses by default, truncate long file names."""
 BUILD_SECONDS: Final = 600.0
 START_SECONDS: Final = 300.0
 CALL_SECONDS: Final = 60.0
 ADMIN: Final = "admin"
 JAVA: Final = {"JAVA_OPTS": "-Xms128m -Xmx768m -XX:TieredStopAtLevel=1 -XX:+UseSerialGC"}
-"""Tests last for less time than the better compiler needs."""
+"""Tests are over before the better compiler pays off."""
 
 
 class Keycloak:
-    """An identity provider of its own. A context manager.
+    """An identity provider. A context manager.
 
-    It is called ``localhost``: to a browser that is another site than a console at 127.0.0.1.
-
-    Raises:
-        NotHere: on construction, when Java or Maven is missing, or Maven cannot download it.
+    It is called ``localhost``: to a browser a different site than a console at 127.0.0.1. Raises NotHere if on
+    construction, when Java or Maven is missing, or Maven cannot download it.
     """
 
     def __init__(self) -> None:
@@ -55,7 +53,7 @@ class Keycloak:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Keycloak:
-        """Start it, and wait until it answers. Ends with this process, however that ends."""
+        """Start it and wait until it answers. It ends with this process, however that ends."""
         command = [
             "bash", str(self._home / "bin" / "kc.sh"), "start", "--optimized", "--http-enabled=true",
             "--http-host=127.0.0.1", f"--http-port={self.port}", "--hostname-strict=false", "--cache=local",
@@ -81,7 +79,7 @@ class Keycloak:
         return f"{self.url}/realms/{realm}"
 
     def admin(self, method: str, path: str, body: Any = None) -> Any:
-        """Call the admin REST API below ``/admin/realms``; a call that fails raises ``HTTPStatusError``."""
+        """Call the admin REST API below ``/admin/realms``. Raises ``HTTPStatusError``."""
         grant = {"grant_type": "password", "client_id": "admin-cli", "username": ADMIN, "password": ADMIN}
         with httpx.Client(trust_env=False, timeout=CALL_SECONDS) as http:
             given = http.post(f"{self.issuer('master')}/protocol/openid-connect/token", data=grant).raise_for_status()
@@ -92,7 +90,7 @@ class Keycloak:
 
 
 def _build(home: Path) -> None:
-    """What ``start-dev`` does at each start (half a minute or more), once."""
+    """Do once what ``start-dev`` does at each start (half a minute or more)."""
     command = ["bash", str(home / "bin" / "kc.sh"), "build", "--db=dev-mem"]
     environ = {**os.environ, **JAVA}
     done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, env=environ)

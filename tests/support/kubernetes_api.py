@@ -1,4 +1,4 @@
-"""The part of a Kubernetes API server that Helm's ``lookup`` asks: what kinds there are, and one object by its name."""
+"""The part of a Kubernetes API server that Helm's ``lookup`` uses: the available kinds, and one object by its name."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def cluster_with(objects: Sequence[dict[str, Any]], kinds: dict[str, dict[str, s
 
 
 def render_on(config: Config, *layers: Any, is_upgrade: bool = False) -> dict[str, str]:
-    """What ``helm install`` (or ``upgrade``) of release ``live`` would apply, by file. Raises HelmError."""
+    """The objects, by file, that ``helm install`` (or ``upgrade``) of release ``live`` would apply. Raises
+    HelmError.
+    """
     values = merged(NEEDED, *layers)
     return config.render(chart(), values, name="live", namespace="ml", is_install=not is_upgrade, is_upgrade=is_upgrade)
 

@@ -1,6 +1,6 @@
-"""How long a ledger call may take in a test: as long as it needs, unless the test is about just that.
+"""Limits of ledger calls in tests: wide ones, unless the test is about the limits.
 
-A machine that runs many tests at once stands still for seconds at times, its PostgreSQL included.
+A machine that runs many tests at once, including its PostgreSQL, pauses for seconds at times.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ _PRODUCTION = (
 
 
 def patient_limits() -> AbstractContextManager[None]:
-    """Calls inside may take :data:`SECONDS`."""
     return _limits(lambda _: SECONDS)
 
 
 def production_limits() -> AbstractContextManager[None]:
-    """Calls inside may take as long as in production, also inside of :func:`patient_limits`."""
+    """Apply the limits of production to calls inside, even within :func:`patient_limits`."""
     return _limits(lambda seconds: seconds)
 
 
@@ -40,7 +39,6 @@ def _limits(of: Callable[[float], float]) -> Iterator[None]:
 
 
 def patient(url: str) -> str:
-    """The URL of a ledger with the limits of a PostgreSQL, and that of connecting to it, as wide."""
     if not url.startswith("postgresql:"):
         return url
     milliseconds = round(SECONDS * 1000)

@@ -1,4 +1,4 @@
-"""Finds what still runs of a command: its processes inherited a variable of the environment, wherever they went."""
+"""Finds processes of a command that still run, by an environment variable that they all inherit."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ VARIABLE = "STARTED_BELOW"
 
 
 def mark() -> dict[str, str]:
-    """A variable for the environment of a command, unlike any other."""
     return {VARIABLE: uuid.uuid4().hex}
 
 
 def left_running(mark: Mapping[str, str], text: str = "") -> list[psutil.Process]:
-    """Processes that inherited the mark or, with a ``text``, have it in their command line: a title that a process
-    gives itself may be written over its environment.
+    """Find processes that inherited the mark or have ``text`` in their command line: a title that a process gives
+    itself may overwrite its environment.
     """
     found = []
     own = psutil.Process()
@@ -36,8 +35,8 @@ def left_running(mark: Mapping[str, str], text: str = "") -> list[psutil.Process
 
 
 def take_terminal() -> None:
-    """In a child that leads a new session: its standard input becomes its terminal, whose end it gets as SIGHUP. It
-    takes the signals that a shell makes a command in the background ignore.
+    """Make standard input the terminal of a child that leads a new session, so that it gets SIGHUP at its end. Restores
+    signals that a shell makes background commands ignore.
     """
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

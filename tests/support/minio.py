@@ -23,7 +23,7 @@ from tests.support.downloads import from_go
 from tests.support.environment import of_s3, variables
 
 RELEASE: Final = "v0.0.0-20260212201848-7aac2a2c5b7c"
-"""The last commit that MinIO has published; its releases are no versions of the module."""
+"""The last commit that MinIO has published; its releases are not versions of the module."""
 MAIN: Final = """package main
 
 import (
@@ -40,15 +40,10 @@ SECRET: Final = "minio-secret"
 
 
 class MinIO:
-    """A server of its own, which may be killed, stopped and started again. A context manager.
+    """A server that may be killed, stopped and started again. A context manager.
 
-    Inside, the environment of this process has its address and the keys of its root user.
-
-    Args:
-        disk: folder for its data; a temporary one, unless given.
-
-    Raises:
-        NotHere: on construction, when Go is missing or cannot build it.
+    Inside, the environment of this process has its address and the keys of its root user. ``disk``: folder for its
+    data; temporary by default. Raises NotHere on construction when Go is missing or cannot build it.
     """
 
     def __init__(self, disk: Path | None = None) -> None:
@@ -72,14 +67,14 @@ class MinIO:
             raise RuntimeError(f"MinIO did not start: ... {log.read_text()[-2000:]}")
 
     def stop(self) -> None:
-        """End it; what it has acknowledged is on its disk."""
+        """End it; acknowledged data stays on its disk."""
         process, self._process = self._process, None
         if process is not None:
             stop_reaped(process)
 
     @contextmanager
     def hanging(self) -> Iterator[None]:
-        """SIGSTOP: connections stay open, and nothing is answered."""
+        """SIGSTOP: connections stay open without answers."""
         pid = self._server()
         os.kill(pid, signal.SIGSTOP)
         try:
@@ -93,7 +88,7 @@ class MinIO:
 
     @contextmanager
     def without(self, *actions: str) -> Iterator[None]:
-        """Inside, this process's keys are those of a user who may do everything but these actions of S3."""
+        """Inside, this process's keys are those of a user with all rights but these S3 actions."""
         rules: list[dict[str, Any]] = [
             {"Effect": "Allow", "Action": ["s3:*"], "Resource": ["arn:aws:s3:::*"]},
             {"Effect": "Deny", "Action": list(actions), "Resource": ["arn:aws:s3:::*"]},

@@ -1,4 +1,4 @@
-"""An ingest that kills itself at a chosen point, or stops itself once (SIGSTOP) and goes on when it is continued."""
+"""An ingest that kills itself at a chosen point, or stops itself once (SIGSTOP) until it is continued."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def after(function: Callable[..., Any], times: int) -> Callable[..., Any]:
 
 
 def replaced_with_records(self: StoreWriter, base: Any, old: Any, new: Any, marks: Any) -> Any:
-    """``StoreWriter._replace``, but the process dies when the files of records are there and not yet committed."""
+    """``StoreWriter._replace``, but the process dies when the files of records are written and not yet committed."""
     if new:
         die()
     return replace(self, base, old, new, marks)
 
 
 def one_then_die(self: FencedSender, topic: str, records: Any) -> Any:
-    """``FencedSender._send``, but of a batch only the first record is sent and committed, and the process dies."""
+    """``FencedSender._send``, but only the first record of a batch is sent and committed before the process dies."""
     result = send(self, topic, records[:1])
     if len(records) > 1:
         die()
@@ -76,7 +76,7 @@ def asleep_before(owner: type, name: str) -> None:
     slept: list[bool] = []
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not slept and (owner is not QuarantinePublisher or args[2]):  # it is given what to publish
+        if not slept and (owner is not QuarantinePublisher or args[2]):  # it receives what to publish
             slept.append(True)
             os.kill(os.getpid(), signal.SIGSTOP)
         return method(*args, **kwargs)
@@ -91,7 +91,7 @@ SLEEPS: dict[str, tuple[type, str]] = {
     "between_reading_back_and_sending": (FencedSender, "send_all"),
     "with_its_ownership_checked": (FencedSender, "_send"),
 }
-"""Where it stops: the method before whose first call it does."""
+"""Where it stops: before the first call of this method."""
 
 
 def run_stopping(settings: Settings, point: str) -> None:

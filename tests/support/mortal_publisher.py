@@ -1,6 +1,6 @@
 """A publisher of events that kills or stops itself at a chosen point, for the tests of the outbox.
 
-Its lease runs out at once, so that another publisher need not wait for it. After a stop it goes on.
+Its lease expires at once, so that another publisher need not wait for it. After a stop it resumes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ POINTS: dict[str, tuple[type, str]] = {
 
 
 def interrupt(kind: type, name: str, number: signal.Signals) -> None:
-    """Let the first call of a method be preceded by a signal to this process."""
     method: Callable[..., Any] = getattr(kind, name)
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -39,8 +38,8 @@ def interrupt(kind: type, name: str, number: signal.Signals) -> None:
 
 
 def run(settings: Settings, point: str, number: signal.Signals) -> None:
-    """Publish what waits until it is interrupted, and once more. On a busy machine the broker may take longer to answer
-    than the publisher waits.
+    """Publish what waits until interrupted, and once more. On a busy machine the broker may take longer to answer than
+    the publisher waits.
 
     Args:
         point: one of :data:`POINTS`.

@@ -1,5 +1,3 @@
-"""A real nginx on loopback."""
-
 from __future__ import annotations
 
 import re
@@ -19,12 +17,12 @@ START_SECONDS: Final = 20.0
 
 @contextmanager
 def nginx(folder: Path, server: str, *, port: int = 0, tls: bool = False) -> Iterator[str]:
-    """Its URL. It is ended after the block.
+    """Run a real nginx on loopback until the end of the block. Yields its URL.
 
     Args:
-        server: directives of its one server, such as its locations.
+        server: directives of its only server, such as its locations.
         port: that it listens on; 0: a free one.
-        tls: whether it speaks TLS, with a certificate that no one has signed.
+        tls: whether it speaks TLS, with an untrusted certificate.
     """
     assert BINARY
     port, key, certificate = port or free_port(), folder / "key.pem", folder / "certificate.pem"

@@ -1,4 +1,4 @@
-"""uv under the rules of pyproject.toml, and deaf to what this machine tells it or pip elsewhere."""
+"""uv under the rules of pyproject.toml, isolated from this machine's settings for uv and pip."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ RULES = ("constraint-dependencies", "exclude-dependencies", "override-dependenci
 
 
 def environment() -> dict[str, str]:
-    """This process's environment without what tells pip or uv of other indexes, folders and constraints."""
     return {name: value for name, value in os.environ.items() if not re.match("(PIP|UV)_(?!CACHE_DIR|HTTP_)", name)}
 
 
 def rules(project: Path) -> str:
-    """The project's own rules for uv, as a configuration file: given one, uv reads no other."""
+    """The project's own rules for uv as a configuration file: given one, uv reads no other."""
     own = tomllib.loads((project / "pyproject.toml").read_text()).get("tool", {}).get("uv", {})
     return "".join(f"{name} = {json.dumps(own[name])}\n" for name in RULES if name in own)
 
 
 def uv(command: Sequence[str | Path], project: Path, clone: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run uv under the rules of a clone, or under none as for a wheel."""
+    """Run uv under the rules of a clone, or without rules as for a wheel."""
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
         file.write(rules(project) if clone else "")
         file.flush()

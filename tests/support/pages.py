@@ -1,4 +1,4 @@
-"""What the pages under docs/ and those of the root say, as data: their code blocks, commands, links and settings."""
+"""The pages under docs/ and in the root as data: their code blocks, commands, links and settings."""
 
 from __future__ import annotations
 
@@ -33,12 +33,11 @@ class Page:
 
     @property
     def name(self) -> str:
-        """Its path from the root of the repository."""
         return str(self.path.relative_to(ROOT))
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """Its code blocks, fenced and indented (an indented one is four spaces deep, seven inside a list)."""
+        """Its code blocks, fenced and indented (by four spaces, or seven inside a list)."""
         return [each for each in self._parts if isinstance(each, Block)]
 
     @cached_property
@@ -50,12 +49,12 @@ class Page:
         return re.findall(r"`([^`\n]+)`", self.prose)
 
     def commands(self, program: str) -> list[str]:
-        """Command lines of a program, in blocks and in the prose, without comments and what is piped on."""
+        """Command lines of a program, in blocks and in the prose, without comments and pipes."""
         spans = [_alone(span) for span in self.spans if span.startswith(f"{program} ")]
         return [*self.shown(program), *spans]
 
     def shown(self, program: str) -> list[str]:
-        """Command lines of a program in code blocks, also those inside ``$(...)``."""
+        """Command lines of a program in code blocks, including those inside ``$(...)``."""
         found = []
         for block in self.blocks:
             if block.language in ("", "bash"):
@@ -68,7 +67,6 @@ class Page:
 
     @cached_property
     def headings(self) -> set[str]:
-        """The anchors of its headings, as GitHub makes them."""
         titles = re.findall(r"^#+ (.*)$", self.prose, re.M)
         return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -102,20 +100,20 @@ def _parts(text: str) -> Iterator[Block | str]:
 
 
 def _alone(line: str) -> str:
-    """A command line without a comment, a redirection and what it is piped into."""
     return re.split(r"\s#|\s>|\s\|", line)[0].strip()
 
 
 @cache
 def _command() -> Any:
-    """Made once: to read the signatures of all commands takes longer than to read a line."""
+    """Cached: to read the signatures of all commands takes longer than to read a line."""
     return typer.main.get_command(app)
 
 
 def resolve(line: str, *, strict: bool = False) -> Any:
-    """Find the command of a line and read its arguments, without running it: its context. Raises the usage error.
+    """Find the command of a line and parse its arguments without running it. Returns its context and raises usage
+    errors.
 
-    A command without any argument is a mention, and need only exist, unless ``strict`` takes it as it would run.
+    A command without arguments is a mention and need only exist, unless ``strict`` takes it as it would run.
     """
     command = _command()
     words = shlex.split(line)[1:]

@@ -1,5 +1,3 @@
-"""Tiny pictures."""
-
 from __future__ import annotations
 
 import io

@@ -1,4 +1,4 @@
-"""A real Prometheus and a real Alertmanager on free ports, and what tests ask them."""
+"""A real Prometheus and a real Alertmanager on free ports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from tests.support.downloads import answers, running
 
 START_SECONDS = 60.0
 GRAFANA = {"$__rate_interval": "10m", "$__range": "10m"}
-"""What Grafana puts in for its variables."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Prometheus:
     url: str
 
     def query(self, expr: str) -> list[dict[str, Any]]:
-        """The series that an expression gives now, Grafana's variables filled in. Fails when Prometheus refuses it."""
+        """The current series of an expression with Grafana's variables filled in. Fails when Prometheus rejects it."""
         for variable, value in GRAFANA.items():
             expr = expr.replace(variable, value)
         answer = httpx.get(f"{self.url}/api/v1/query", params={"query": expr}, timeout=30).json()
@@ -39,7 +38,6 @@ class Prometheus:
         return any(not math.isnan(float(series["value"][1])) for series in self.query(expr))
 
     def rules(self) -> list[dict[str, Any]]:
-        """All rules, with the health of their last evaluation."""
         answer = httpx.get(f"{self.url}/api/v1/rules", timeout=30).json()
         return [rule for group in answer["data"]["groups"] for rule in group["rules"]]
 
@@ -62,7 +60,7 @@ class Alertmanager:
 
 
 def impatient_rules(file: Path, seconds: int) -> Path:
-    """The rules of :mod:`ops.alerts`, but for alerts that wait no longer than ``seconds`` before they fire."""
+    """The rules of :mod:`ops.alerts`, but alerts wait at most ``seconds`` before they fire."""
     groups = rule_groups()
     for group in groups:
         for rule in group["rules"]:
@@ -74,7 +72,7 @@ def impatient_rules(file: Path, seconds: int) -> Path:
 
 @contextmanager
 def prometheus(folder: Path, config: str, scrape_seconds: int = 1) -> Iterator[Prometheus]:
-    """Start Prometheus with a printed configuration that is only made to scrape and evaluate more often."""
+    """Start Prometheus with a printed configuration, changed only to scrape and evaluate more often."""
     told = yaml.safe_load(config)
     told["global"] = {"scrape_interval": f"{scrape_seconds}s", "evaluation_interval": f"{scrape_seconds}s"}
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +88,6 @@ def prometheus(folder: Path, config: str, scrape_seconds: int = 1) -> Iterator[P
 
 @contextmanager
 def alertmanager(folder: Path) -> Iterator[Alertmanager]:
-    """Start Alertmanager; what it receives goes nowhere else."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "alertmanager.yml").write_text("route: {receiver: nobody}\nreceivers: [{name: nobody}]\n")
     address = f"127.0.0.1:{free_port()}"

@@ -1,9 +1,9 @@
-"""Takes the sample of the demo's questions that tests ask the shipped VLM: drawing all of them takes three minutes.
+"""Takes the sample of the demo's questions for the tests of the shipped VLM: drawing all of them takes three minutes.
 
     python -m tests.support.question_sample tests/integration/updater/vqa_base
 
-It is a dataset like the whole one, with its receipt: the first questions of each kind of the test split, and of the
-training split for each of their questions the most frequent answer, which is all that scoring takes from it.
+It is a dataset like the whole one, with its receipt: the first questions of each kind of the test split, and for each
+of them the most frequent answer of the training split, which is all that scoring needs.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from demo.vlm.shipped import TRAINED_ON
 from streams.publish.folders import FolderItem, read_folder, write_folder
 
 EACH = 60
-"""Questions of each kind."""
 SOURCES = ("noto", "twemoji", "openclipart")
-"""Whose pictures may be passed on with their names alone: Apache-2.0, CC-BY-4.0, public domain."""
+"""Sources whose pictures may be redistributed with attribution only: Apache-2.0, CC-BY-4.0, public domain."""
 
 
 def take_sample(whole: Path, target: Path) -> None:

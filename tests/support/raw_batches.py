@@ -1,4 +1,4 @@
-"""Record batches byte by byte: what no client library would build, and producing them to a broker as they are."""
+"""Record batches byte by byte, which no client library would build, and a producer for them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ENCODERS: list[Any] = [
 
 @dataclass(frozen=True)
 class RawMessage:
-    """What is in a record; header names are bytes, which need not be UTF-8."""
+    """The contents of a record; header names are bytes, which need not be UTF-8."""
 
     value: bytes | None
     key: bytes | None = None
@@ -49,7 +49,7 @@ class RawBatch:
         return b"".join(encode_record(each, n, each.timestamp - first) for n, each in enumerate(self.messages))
 
     def encode(self, body: bytes | None = None) -> bytearray:
-        """The batch, with a checksum that fits. ``body``: instead of the records, not compressed."""
+        """The batch, with a correct checksum. ``body``: replaces the records, uncompressed."""
         packed = _ENCODERS[self.codec](self.body() if body is None else body)
         times = [each.timestamp for each in self.messages] or [0]
         count = len(self.messages)
@@ -97,7 +97,7 @@ NO_LEADER_TRIES = 100
 
 
 class RawProducer:
-    """Sends batches as they are. A context manager; one connection."""
+    """Sends batches unchanged. A context manager; one connection."""
 
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")

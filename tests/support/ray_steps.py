@@ -1,4 +1,4 @@
-"""Steps that Ray Train's processes take in tests. Nothing of a model is imported: that takes each of them seconds."""
+"""Steps of Ray Train's processes in tests. Importing a model would take each of them seconds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from updater.training.workers import Control
 
 
 def killed_once(folder: Path, team: Team, control: Control) -> None:
-    """In a first attempt the second process is killed; in another one each writes what the numbers of all come to."""
+    """In the first attempt the second process is killed; later each process writes the sum of the numbers of all."""
     killed = folder / "killed"
     if not killed.exists():
         team.wait()

@@ -1,6 +1,6 @@
-"""The table of recipes in docs/recipes.md, from the YAML files: all of a row but when to use it.
+"""The table of recipes in docs/recipes.md, generated from the YAML files except for the last column.
 
-python -m tests.support.recipe_table     # rows that are missing or out of date, to be pasted
+python -m tests.support.recipe_table     # prints missing or outdated rows, to be pasted
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
 
 
 def made_of(recipe: Recipe) -> str:
-    """Adapter kind, terms, merge rule and schedule, in one cell."""
     terms = [f"`{t.name}` × {t.weight:g}" for t in (*recipe.objectives, *recipe.regularizers) if t.weight > 0]
     parts = [f"`{recipe.adapter.kind}`", " + ".join(terms)]
     if recipe.gradients.harmonize or recipe.gradients.drop:
@@ -33,7 +32,6 @@ def made_of(recipe: Recipe) -> str:
 
 
 def row(name: str) -> str:
-    """The row of a recipe, but for its last cell."""
     recipe = load_recipe(name)
     return f"| `{name}` | {recipe.description.rstrip('.')} | {made_of(recipe)} |"
 
@@ -43,7 +41,7 @@ def told() -> dict[str, str]:
 
 
 def missing() -> list[str]:
-    """Rows that the page lacks or tells otherwise, as they should be; the last cell is for a person to write."""
+    """Rows that are missing or outdated on the page, as they should be; the last cell is written by hand."""
     there = told()
     return [row(name) for name in recipe_names() if not there.get(name, "").startswith(row(name))]
 

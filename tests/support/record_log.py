@@ -1,4 +1,4 @@
-"""A log in memory that answers fetches as a broker does, and a real kafka-python fetcher that reads it."""
+"""An in-memory log that answers fetches as a broker does, and a real kafka-python fetcher that reads it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PartitionData = FetchResponse.FetchableTopicResponse.PartitionData
 
 
 class RecordLog:
-    """Batches one after another. Their offsets are those that they were appended with, whatever their bytes say now."""
+    """A sequence of batches. Their offsets are those at which they were appended, whatever their bytes say now."""
 
     def __init__(self, start: int = 0) -> None:
         self.batches: list[bytearray] = []
@@ -33,7 +33,7 @@ class RecordLog:
         self.spans.append(range(self.end, self.end + count))
 
     def fetch(self, offset: int, most: int = 1 << 30) -> bytes:
-        """The batches from the one with ``offset`` on; the first whole, the last may be cut off at ``most`` bytes."""
+        """The batches from the one with ``offset`` on; the first whole, the last may be truncated at ``most`` bytes."""
         found = [bytes(each) for each, span in zip(self.batches, self.spans, strict=True) if span.stop > offset]
         return b"".join(found)[: max(most, len(found[0]))] if found else b""
 
@@ -63,7 +63,7 @@ class LogReader:
         return self.subscriptions.assignment[PARTITION].position
 
     def poll(self, data: bytes, end: int, most: int = 500, **fields: Any) -> list[Any]:
-        """What comes out of one fetch that brought ``data``, ``most`` records at a time."""
+        """Records of one fetch that brought ``data``, ``most`` at a time."""
         response = PartitionData(partition_index=0, error_code=0, high_watermark=end, records=data, **fields)
         self.fetches += 1
         self.fetcher._completed_fetches.append(CompletedFetch(PARTITION, self.position.offset, 12, response, None))
@@ -74,7 +74,7 @@ class LogReader:
         return records
 
     def read(self, log: RecordLog, most_bytes: int = 1 << 30, **fields: Any) -> list[Any]:
-        """Everything up to the end of the log. Fails when a hundred fetches move nothing."""
+        """Everything up to the end of the log. Fails after a hundred fetches without progress."""
         records: list[Any] = []
         still = 0
         while self.position.offset < log.end:

@@ -1,5 +1,6 @@
-"""A schema registry as small as can be, over real HTTP: what Confluent's serializers ask when they write, and ours
-when they read. It can be away, slow or wrong."""
+"""A minimal schema registry over real HTTP, for Confluent's serializers and our reader. It can be down, slow or
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +20,12 @@ class Registry:
         self.calls: list[str] = []
         self.headers: list[dict[str, str]] = []
         self.answers: list[tuple[int, bytes]] = []
-        """Taken before anything else, first in, first out."""
         self.always: tuple[int, bytes] | None = None
         self.broken: set[int] = set()
-        """Ids of schemas at which it fails."""
         self.url = ""
 
     def register(self, subject: str, body: dict[str, Any]) -> int:
-        """Id of a schema: a new one unless it was registered before."""
+        """ID of a schema: a new one unless it was registered before."""
         schema = {name: body[name] for name in ("schema", "schemaType", "references") if body.get(name)}
         if schema not in self.schemas:
             self.schemas.append(schema)
@@ -60,7 +59,7 @@ class Registry:
         return _json({"error_code": 40403, "message": "Schema not found"}, 404)
 
     def _shown(self, number: int, form: list[str] | None) -> dict[str, Any]:
-        """As Confluent's does it: Protobuf is text unless the serialized form is asked for."""
+        """As Confluent's does: Protobuf is text unless the serialized form is asked for."""
         schema = self.schemas[number - 1]
         if schema.get("schemaType") == "PROTOBUF" and form != ["serialized"]:
             return {**schema, "schema": 'syntax = "proto3"; // text'}
@@ -69,7 +68,7 @@ class Registry:
 
 @contextmanager
 def running(registry: Registry) -> Iterator[Registry]:
-    """The registry, served on ``registry.url`` until the block ends."""
+    """Serve the registry on ``registry.url`` until the block ends."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -91,7 +90,7 @@ def running(registry: Registry) -> Iterator[Registry]:
             self.wfile.write(data)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Say nothing."""
+            pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

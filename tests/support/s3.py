@@ -1,4 +1,4 @@
-"""The S3 server that tests talk to: moto's, or what RATCHET_TEST_S3 names (``minio``)."""
+"""The S3 server of the tests: moto's, or the one of RATCHET_TEST_S3 (``minio``)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.support.minio import MinIO
 
 
 class Server(Protocol):
-    """An S3 server whose address and keys are in this process's environment."""
+    """An S3 server with its address and keys in this process's environment."""
 
     def without(self, *actions: str) -> AbstractContextManager[None]:
         """Inside, this process may do everything in its buckets but these actions."""
 
 
 class _Moto:
-    """Knows the policies of buckets, and none of users."""
+    """Supports bucket policies, but no users."""
 
     @contextmanager
     def without(self, *actions: str) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Rows for the sample store, without a stream that they come from."""
+"""Rows for the sample store, without a stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOPIC = "samples"
 
 
 def sample(partition: int, offset: int, topic: str = TOPIC, split: str = "train", **fields: Any) -> dict[str, Any]:
-    """A sample's row, unlike that of any other position."""
+    """A sample's row, unique to its position."""
     image = f"{topic}:{partition}:{offset}".encode()
     return {
         "kind": "sample",
@@ -51,5 +51,4 @@ def refusal(partition: int, offset: int, original: bytes = b"bad", reason: str =
 
 
 def put(store: SampleStore, rows: Sequence[dict[str, Any]], *positions: Position) -> int:
-    """Store rows with the positions behind them. Returns the version."""
     return store.put(rows, positions)

@@ -18,7 +18,7 @@ ACROSS, DOWN = {"left": 0, "middle": 1, "right": 2}, {"top": 0, "centre": 1, "bo
 
 
 def shapes(folder: Path, copies: int, seed: int = 0, split: str = "train") -> Path:
-    """Write ``copies`` pictures of every coloured shape, each on another noise: 216 captions say what is where."""
+    """Write ``copies`` pictures of every coloured shape, each on different noise, with 216 distinct captions."""
     random = np.random.default_rng(seed)
     items = []
     (folder / "img").mkdir(parents=True)

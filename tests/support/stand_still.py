@@ -1,9 +1,9 @@
-"""Run a command on a machine that stands still now and then, as a shared one does; a test that waits for times fails.
+"""Run a command on a machine that pauses now and then, as a shared one does, to find tests that depend on timing.
 
     .venv/bin/python -m tests.support.stand_still --seconds 4 --every 20 -- bash .ci/run
 
-Every process of the command sleeps (SIGSTOP) for ``--seconds``, on average once in ``--every`` seconds; also one that
-left its session, as servers do: all inherit a variable of the environment.
+Every process of the command sleeps (SIGSTOP) for ``--seconds``, on average once in ``--every`` seconds, including those
+that left its session, as servers do: all inherit an environment variable.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ def stand_still(variable: Mapping[str, str], seconds: float) -> None:
 
 
 def run(command: Sequence[str], seconds: float, every: float) -> int:
-    """Run the command to its end; returns its exit code."""
     variable = mark()
     with subprocess.Popen(command, env=os.environ | variable) as child:
         while True:

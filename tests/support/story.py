@@ -1,4 +1,4 @@
-"""A ledger with a story to look at: an update that was rejected, one that was released, and their reports."""
+"""A ledger with a story for the console: a rejected update, a released one, and their reports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from updater.gate.report import write_report
 from updater.gate.verdict import Check, Diagnostics, FeatureShift, Regression, TowerShift, Verdict
 
 EVIL = '<script>document.title = "stolen"</script><img src=x onerror="document.title=\'stolen\'">'
-"""A caption that wants to be a program."""
+"""A caption that attempts script injection."""
 ITEMS = 400
 SHIFT = FeatureShift({"image": TowerShift(128, 0.01, 0.03, 31.0, 30.0)}, 0.8, 0.79)
 
@@ -33,7 +33,6 @@ class Story:
 
 
 def verdict(candidate: str, lost: int, won: int, caption: str = EVIL) -> Verdict:
-    """Judged by the real statistics, on made-up answers."""
     before = (np.random.default_rng(0).random((ITEMS, 2)) < 0.6).astype(float)
     worst = (Regression("a1", caption, "image to text", 0, 40, "a dog", caption, ""),)
     kept = scores("emoji_retrieval", before, changed(before, lost, 4))
@@ -53,7 +52,7 @@ def verdict(candidate: str, lost: int, won: int, caption: str = EVIL) -> Verdict
 
 
 def tell(settings: Settings, folder: Path, adapter: str = "clip-0123456789ab") -> Story:
-    """Write the story into the ledger and the artifacts of some settings; nothing of it is released by a server."""
+    """Write the story into the ledger and the artifacts of some settings; no server releases any of it."""
     ledger, artifacts = Ledger.open(settings.ledger), Artifacts(settings.artifacts)
     rejected = _update(ledger, artifacts, folder, "update-naive", "naive", "clip-ba9876543210", lost=90, won=60)
     passed = _update(ledger, artifacts, folder, "update-default", "default", adapter, lost=4, won=80)
@@ -62,7 +61,7 @@ def tell(settings: Settings, folder: Path, adapter: str = "clip-0123456789ab") -
 
 
 def seen(number: int, incumbent: int, agreed: int = 38) -> dict[str, Any]:
-    """What the guard tells of a watched release: the real statistics, on made-up counts of 40 inputs."""
+    """The guard's report of a watched release: the real statistics, on made-up counts of 40 inputs."""
     requests = {number: RequestCounts(120, 0), incumbent: RequestCounts(900, 1)}
     compared = ComparisonCounts(inputs=40, agreed=agreed, timed=40, slower=9, tried=40)
     evidence = look(Rollout(), Observations(number, requests, {"clip": compared}), incumbent, number=11)
@@ -74,7 +73,7 @@ def seen(number: int, incumbent: int, agreed: int = 38) -> dict[str, Any]:
 
 
 def withdraw(ledger: Ledger, number: int, incumbent: int, adapter: str) -> str:
-    """Write down what the guard does when a release agrees with the one before on 4 of 40 inputs. Returns why."""
+    """Write what the guard does when a release agrees with its predecessor on 4 of 40 inputs. Returns the reason."""
     reason = f"agreement (clip) of release {number} is out of bounds: 4 of 40 inputs agree (10%), at least 70% must"
     detail = {**seen(number, incumbent, agreed=4), "back_to": incumbent, "share": 1.0}
     ledger.withdraw([adapter], actor="guard", subject=f"release {number}", reason=reason, evidence=detail)

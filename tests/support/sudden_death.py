@@ -1,4 +1,4 @@
-"""A process that ends itself as if it was killed."""
+"""A process that ends itself with SIGKILL."""
 
 from __future__ import annotations
 
@@ -8,6 +8,5 @@ from typing import Any, NoReturn
 
 
 def die(*_: Any, **__: Any) -> NoReturn:
-    """End as ``kill -9`` would."""
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("a killed process went on")

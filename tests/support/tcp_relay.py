@@ -1,4 +1,4 @@
-"""A TCP relay: what makes a service go away and come back with its contents, or slow."""
+"""A TCP relay that makes a service slow, or unreachable for a while without losing its contents."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from contextlib import suppress
 
 class TcpRelay:
     def __init__(self, port: int, target: str) -> None:
-        """``port``: of 127.0.0.1 to listen on. ``target``: host:port to pass everything to."""
+        """``port``: of 127.0.0.1 to listen on. ``target``: host:port to forward to."""
         self.port = port
         self.target = target.rpartition(":")
         self.delay_seconds = 0.0
-        """How long each piece of data waits before it is passed on, in both directions."""
+        """Delay of each piece of data, in both directions."""
         self._listener: socket.socket | None = None
         self._links: list[socket.socket] = []
         self._lock = threading.Lock()
@@ -61,7 +61,6 @@ class TcpRelay:
 
 
 def break_link(link: socket.socket) -> None:
-    """Shut a connection down and close it; one that is gone already is no error."""
     with suppress(OSError):
         link.shutdown(socket.SHUT_RDWR)
     link.close()

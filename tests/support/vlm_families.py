@@ -1,4 +1,4 @@
-"""A small random model of each family of VLMs that is tried: the real classes and processors, in seconds."""
+"""A small random model of each tested VLM family: the real classes and processors, in seconds."""
 
 from __future__ import annotations
 
@@ -53,7 +53,6 @@ def tokenizer(
 
 
 def ids(known: PreTrainedTokenizerFast) -> dict[str, int]:
-    """What every configuration says of the tokenizer."""
     return {
         "bos_token_id": known.bos_token_id, "eos_token_id": known.eos_token_id, "pad_token_id": known.pad_token_id,
         "vocab_size": len(known),
@@ -61,7 +60,7 @@ def ids(known: PreTrainedTokenizerFast) -> dict[str, int]:
 
 
 def smolvlm(folder: Path) -> Any:
-    """SmolVLM: Idefics3's architecture under a name of its own."""
+    """SmolVLM: Idefics3's architecture under its own name."""
     known = tokenizer("<image>", "<fake_token_around_image>", "<global-img>")
     config = transformers.SmolVLMConfig(
         image_token_id=known.convert_tokens_to_ids("<image>"), scale_factor=2, pad_token_id=known.pad_token_id,
@@ -129,7 +128,7 @@ def llava(folder: Path) -> Any:
 
 
 def pixtral(folder: Path) -> Any:
-    """Pixtral, as transformers has it: LLaVA with Pixtral's tower and Mistral."""
+    """Pixtral in transformers: LLaVA with Pixtral's tower and Mistral."""
     known = tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
     config = transformers.LlavaConfig(
         text_config={"model_type": "mistral", **LLAMA, **ids(known)},
@@ -145,7 +144,6 @@ def pixtral(folder: Path) -> Any:
 
 
 def internvl(folder: Path) -> Any:
-    """InternVL 3, as transformers has it."""
     known = tokenizer(
         "<IMG_CONTEXT>", "<img>", "</img>", "<video>", start_image_token="<img>", end_image_token="</img>",
         context_image_token="<IMG_CONTEXT>", video_token="<video>",
@@ -187,7 +185,7 @@ FAMILIES: Final[dict[str, Callable[[Path], Any]]] = {
     "SmolVLM": smolvlm, "Qwen2-VL": qwen2_vl, "Qwen2.5-VL": qwen2_5_vl, "Qwen3-VL": qwen3_vl, "LLaVA": llava,
     "Pixtral": pixtral, "InternVL": internvl, "Gemma 3": gemma3,
 }  # fmt: skip
-"""How each is made; Idefics3 is :mod:`tests.support.tiny_vlm`."""
+"""Makers of the families; for Idefics3 see :mod:`tests.support.tiny_vlm`."""
 
 
 def write_family(name: str, folder: Path, seed: int = 0) -> None:
@@ -204,7 +202,7 @@ def write_family(name: str, folder: Path, seed: int = 0) -> None:
 
 
 def _as_published(path: Path) -> None:
-    """Give the tower's weights the names that checkpoints of hubs have; vLLM reads no others."""
+    """Give the tower's weights the names of published checkpoints; vLLM reads no others."""
     tensors = load_file(path)
     tower, inner = "vision_tower.", "vision_tower.vision_model."
     save_file({key.replace(tower, inner) if tower in key else key: value for key, value in tensors.items()}, path,

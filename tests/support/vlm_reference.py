@@ -1,4 +1,4 @@
-"""What transformers and PEFT answer, one question at a time: the numbers that every engine has to give."""
+"""Answers of transformers and PEFT, one question at a time: the reference for every engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUESTIONS = ("what is this?", "is there a red car?", "which colour?", "what is t
 
 @dataclass(frozen=True)
 class Reference:
-    """A greedy answer. ``margin``: the least lead of a chosen token over the next, in log-probability."""
+    """A greedy answer. ``margin``: the smallest lead of a chosen token over the next, in log-probability."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -37,7 +37,7 @@ class Peft:
 
     @torch.inference_mode()
     def greedy(self, ask: GenerationRequest) -> Reference:
-        """Token by token, each with a whole forward pass: no cache that could be wrong."""
+        """Token by token, each with a whole forward pass, so that no cache can be wrong."""
         batch = inputs(self.processor, [ask])
         end = self.processor.tokenizer.eos_token_id
         tokens: list[int] = []

@@ -1,4 +1,4 @@
-"""Waiting in tests for what happens, and not for a time in which it ought to have happened."""
+"""Waiting in tests for events instead of durations."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ SECONDS = 60.0
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Let others run until something is so.
-
-    Raises:
-        TimeoutError: it does not come to be.
-    """
+    """Let others run until a condition holds. Raises TimeoutError."""
     async with asyncio.timeout(SECONDS):
         while not condition():
             await asyncio.sleep(0.005)

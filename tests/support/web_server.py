@@ -1,4 +1,4 @@
-"""Web servers on loopback that answer what they are told to, byte for byte."""
+"""Web servers on loopback with scripted answers, byte for byte."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WAIT_SECONDS = 10.0
 
 
 def reply(body: bytes = b"", status: str = "200 OK", **headers: str | None) -> bytes:
-    """A whole answer. ``content_length=None`` leaves that header out."""
+    """A whole answer. ``content_length=None`` omits that header."""
     shown: dict[str, str | None] = {"content-length": str(len(body)), "content-type": "image/png"}
     shown |= {name.replace("_", "-"): value for name, value in headers.items()}
     head = "".join(f"{name}: {value}\r\n" for name, value in shown.items() if value is not None)
@@ -29,7 +29,7 @@ def redirect(to: str, status: str = "302 Found") -> bytes:
 
 @dataclass
 class WebServer:
-    """A server at ``host``; ``pages`` by path. What was asked is in ``asked`` (whole heads)."""
+    """A server at ``host``; ``pages`` by path. ``asked`` has the whole heads of the requests."""
 
     host: str
     port: int
@@ -39,7 +39,6 @@ class WebServer:
     """A client closed its connection while an endless answer was being sent."""
 
     def endless(self, chunk: bytes, pause: float = 0.0, head: bytes = b"") -> Callable[[socket], None]:
-        """An answer that goes on until the client hangs up."""
         begin = head or reply(content_length=None)
 
         def send(wire: socket) -> None:
@@ -57,7 +56,7 @@ class WebServer:
 
 @contextlib.contextmanager
 def web_server(host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None) -> Iterator[WebServer]:
-    """A running server; every connection has a thread of its own."""
+    """Run a server with a thread per connection."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:

@@ -30,15 +30,12 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 
 
 def projects(root: Path) -> list[Path]:
-    """The folder of each distribution: one has a pyproject.toml."""
     return [path.parent for path in (*root.glob("pyproject.toml"), *sorted(root.glob("*/pyproject.toml")))]
 
 
 def build(folder: Path) -> list[Path]:
-    """Build every distribution into ``folder``, from a copy of the source: a tree keeps what earlier builds left.
-
-    Raises:
-        RuntimeError: one cannot be built.
+    """Build every distribution into ``folder``, from a copy of the source, because a tree keeps files of earlier
+    builds. Raises RuntimeError if one cannot be built.
     """
     source = folder / "source"
     shutil.copytree(ROOT, source, ignore=NOT_SOURCE)
@@ -50,15 +47,15 @@ def build(folder: Path) -> list[Path]:
 
 
 def install(python: str | Path, environment: Path, built: Sequence[Path], extra: str) -> str:
-    """Make an environment and install the wheels, the server's with an extra; empty, or what uv says."""
+    """Make an environment and install the wheels, the server's with an extra. Returns uv's error, or empty."""
     (server,) = [path for path in built if path.name.startswith("ratchet_server-")]
     others = [path for path in built if path != server]
     return _made(python, environment, [*others, f"ratchet-server[{extra}] @ {server.as_uri()}"])
 
 
 def install_beside(environment: Path, built: Sequence[Path], extra: str) -> str:
-    """Make an environment of the wheels alone, which finds what an extra needs in this one, and no other package of it;
-    empty, or what uv says. To compile torch, Ray and transformers for a new environment takes a minute.
+    """Make an environment of the wheels alone, which finds the packages of an extra, and no others, in this one;
+    compiling torch, Ray and transformers for a new environment takes a minute. Returns uv's error, or empty.
     """
     if said := _made(sys.executable, environment, ["--no-deps", *built]):
         return said
@@ -91,7 +88,7 @@ def _needed(server: metadata.Distribution, extra: str) -> set[str]:
 
 
 def _made(python: str | Path, environment: Path, wanted: Sequence[str | Path]) -> str:
-    """Make an environment, and install what is wanted; empty, or what uv says."""
+    """Make an environment and install these. Returns uv's error, or empty."""
     commands: list[list[str | Path]] = [
         ["venv", "--quiet", "--python", python, environment],
         ["pip", "install", "--quiet", "--python", environment / "bin" / "python", *wanted],

@@ -1,4 +1,4 @@
-"""A worker of ingest without a broker: it validates records of one partition and commits them in batches."""
+"""An ingest worker without a broker: it validates records of one partition and commits them in batches."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.support.kafka import good
 
 RULES = Rules(Ingest())
 POISON = -1
-"""The seed of a record that is no sample."""
+"""The seed of a record that is not a sample."""
 
 
 class Worker:
-    """Reads a partition of the topic ``t`` into the lake of a folder, with a duplicate index of its own there."""
+    """Reads a partition of the topic ``t`` into the lake of a folder, with its own duplicate index there."""
 
     def __init__(
         self,
@@ -44,26 +44,21 @@ class Worker:
         return DuplicateIndex(path, self.store.table.identity()[0], self.distance, self.split)
 
     def follow_anew(self, path: Path) -> None:
-        """Go on with an index that is made again from the store."""
         self.index = self.batch.index = self.new_index(path)
 
     def take(self, *seeds: int) -> None:
-        """Read records: a picture for each seed."""
         for seed in seeds:
             self.add(self.validated(seed))
 
     def validated(self, seed: int) -> Accepted | StoreRow:
-        """What the picture of a seed is as the next record."""
         return self.judged(*((b"poison", []) if seed == POISON else good(seed)))
 
     def judged(
         self, value: bytes | None, headers: Sequence[tuple[str, bytes]] = (), key: bytes | None = None, time: int = -1
     ) -> Accepted | StoreRow:
-        """What a value is as the next record."""
         return validate(Received("t", self.partition, self.reading.next, value, key, headers, time), RULES)
 
     def add(self, result: Accepted | StoreRow) -> None:
-        """Let a result be the next of the batch."""
         self.reading.next += 1
         self.batch.add(self.reading, self.reading.next, result, 100)
 
@@ -71,6 +66,5 @@ class Worker:
         return self.batch.commit(lambda reading: unpublished)
 
     def kinds(self) -> list[tuple[int, int, str]]:
-        """Partition, offset and kind of every row."""
         rows = self.store.records().to_pylist()
         return [(row["partition"], row["offset"], row["kind"]) for row in rows]

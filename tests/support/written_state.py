@@ -2,7 +2,7 @@
 
     python -m tests.support.written_state tests/data/written_by_0_1
 
-Run it with the code whose format is to be kept; a folder that is committed is never written again.
+Run it with the code whose format is to be kept; a committed folder is never written again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ LIMIT_BYTES = 300_000
 
 
 def records() -> Iterator[Received]:
-    """Records of two partitions: samples of several kinds, duplicates, refused ones and tombstones."""
+    """Records of two partitions: samples of several kinds, duplicates, invalid records and tombstones."""
     offsets = [0, 0]
 
     def received(value: bytes | None, key: bytes | None, partition: int = 0, **fields: str) -> Received:
@@ -85,7 +85,7 @@ def records() -> Iterator[Received]:
 
 
 def write_lake(folder: Path) -> dict[str, Any]:
-    """A lake in ``folder``. Returns what is in it."""
+    """Write a lake in ``folder`` and return its contents."""
     store = SampleStore(str(folder))
     name, split_key = store.table.identity()
     writer = StoreWriter(store.table)
@@ -109,7 +109,6 @@ def write_lake(folder: Path) -> dict[str, Any]:
 
 
 def contents(store: SampleStore) -> dict[str, Any]:
-    """All rows, positions and numbers of a store, as JSON."""
     rows = [{name: plain(row[name]) for name in COLUMNS} for row in store.select("kind != 'position'", COLUMNS)]
     rows.sort(key=lambda row: (row["topic"], row["partition"], row["offset"], row["kind"]))
     name, split_key = store.table.identity()
@@ -121,7 +120,6 @@ def contents(store: SampleStore) -> dict[str, Any]:
 
 
 def small_home(folder: Path) -> Settings:
-    """The home that :func:`write_home` fills; one that is there already is taken as it is."""
     settings = make_home(folder)
     (folder / "default.yaml").write_text(recipe("default", max_steps=6, reference_limit=20, rank=1).to_yaml())
     return settings
@@ -153,7 +151,6 @@ def write_home(folder: Path) -> dict[str, Any]:
 
 
 def described_home(ledger: Ledger) -> dict[str, Any]:
-    """What a ledger says of releases, proposals, updates, verdicts, holds and keys."""
     tables: dict[str, Sequence[Any]] = {
         "releases": ledger.releases(), "proposals": ledger.proposals(), "updates": ledger.updates(),
         "verdicts": ledger.verdicts(), "keys": ledger.api_keys(), "audit": ledger.audit_rows(),
@@ -174,7 +171,6 @@ def plain(value: Any) -> Any:
 
 
 def pack(folder: Path, archive: Path, names: tuple[str, ...]) -> None:
-    """Write some of what a folder has into an archive that may be committed."""
     with tarfile.open(archive, "w:xz") as tar:
         for name in names:
             tar.add(folder / name, name)

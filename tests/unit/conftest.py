@@ -21,7 +21,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def ascii_url(postgres_url: str, tmp_path: Path) -> str:
-    """A database as initdb makes it in the locale C."""
     encoding = "encoding 'SQL_ASCII' lc_collate 'C' lc_ctype 'C' template template0"
     return create_database(postgres_url, f"t{abs(hash(tmp_path))}", encoding)
 

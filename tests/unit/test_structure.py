@@ -1,5 +1,3 @@
-"""The size of files, their imports, and the lists of files that tell a story."""
-
 from __future__ import annotations
 
 import ast
@@ -15,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PARTS = ("core", "streams", "serving", "updater", "ops", "demo", "methods", "benchmarks", "client")
 MAX_LINES = 500
 STORIES = {"An embedding": 12, "A record": 12, "An update": 25, "A release": 12, "A rollback": 8}
-"""Files at most that a reader opens, without core."""
+"""Maximum number of files that a reader opens, without core."""
 
 
 def sources(*folders: str) -> list[Path]:
@@ -29,7 +27,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Modules of ours that a file imports anywhere: at its top, in a function, or for types alone."""
+    """Modules of ours that a file imports anywhere: at its top, in a function, or for types only."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -1,1 +1,1 @@
-"""Other servers of the same model, each in a Python environment of its own."""
+"""Other servers of the same model, each in its own Python environment."""

@@ -1,4 +1,4 @@
-"""Python environments for servers whose dependencies do not fit Ratchet's. Made once, and kept."""
+"""Python environments, made once and kept, for servers whose dependencies conflict with Ratchet's."""
 
 from __future__ import annotations
 
@@ -20,21 +20,20 @@ DONE: Final = "installed"
 
 @dataclass(frozen=True)
 class Environment:
-    """What to install. The folder's name has a digest of it, so that other requirements make another one."""
+    """Requirements of an environment. The folder's name has a digest of them, so that other requirements get another
+    one.
+    """
 
     name: str
     requirements: tuple[str, ...]
 
     def folder(self, cache: Path) -> Path:
-        """Where it is, or will be."""
         digest = digest_json([*self.requirements, sys.version_info[:2]])[:8]
         return cache / "environments" / f"{self.name}-{digest}"
 
     def ensure(self, cache: Path) -> Path:
-        """Its Python. Made with pip, as this machine configures it, unless it is there.
-
-        Raises:
-            RatchetError: pip fails; the end of its output is in the message.
+        """Return its Python, after making it with pip, as this machine configures pip, if it is missing. Raises
+        RatchetError if pip fails; the end of its output is in the message.
         """
         folder = self.folder(cache)
         python = folder / "bin" / "python"
@@ -61,5 +60,5 @@ class Environment:
 
 
 def same_torch() -> tuple[str, ...]:
-    """Requirements for the torch that Ratchet has: peers compute with the same kernels."""
+    """Requirements for the torch that Ratchet has, so that peers compute with the same kernels."""
     return tuple(f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "torchvision"))

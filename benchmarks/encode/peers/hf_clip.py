@@ -21,7 +21,7 @@ END: Final = 49407
 START_TOKEN: Final = "<|startoftext|>"  # noqa: S105  a token of text
 END_TOKEN: Final = "<|endoftext|>"  # noqa: S105
 HEAD_WIDTH: Final = 64
-"""Of open_clip's vision towers that do not say otherwise."""
+"""Default of open_clip's vision towers."""
 _WHOLE: Final = {
     "logit_scale": "logit_scale",
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
@@ -51,11 +51,8 @@ _IN_BLOCK: Final = {
 
 
 def write_hf_clip(base: ClipBase, folder: Path) -> Path:
-    """Write weights, configuration, tokenizer and preprocessing; returns ``folder``.
-
-    Raises:
-        BaseModelError: the base is no CLIP of two transformers with OpenAI's tokenizer, which is all that Hugging
-            Face's class is.
+    """Write weights, configuration, tokenizer and preprocessing; returns ``folder``. Raises BaseModelError if the base
+    is not a CLIP of two transformers with OpenAI's tokenizer, which is all that Hugging Face's class supports.
     """
     model = base.build_model()
     config = hf_config(base.model_cfg, model)
@@ -126,8 +123,8 @@ def hf_config(model_cfg: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path, context_length: int) -> None:
-    """OpenAI's byte-pair encoding, as open_clip ships it, in the files of ``CLIPTokenizer``, ``tokenizer.json`` among
-    them.
+    """OpenAI's byte-pair encoding, as open_clip ships it, in the files of ``CLIPTokenizer``, including
+    ``tokenizer.json``.
     """
     tokenizer = SimpleTokenizer()
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)

@@ -3,7 +3,7 @@
     CLIP_FOLDER=... CLIP_THREADS=2 python mosec_server.py --port 8001 --address 127.0.0.1
 
 Two stages a route: images are decoded, or texts tokenized, in as many processes as there are threads; then whole
-batches go through a session. ``/image`` and ``/text`` take and give the JSON of OpenAI's embeddings, with vectors in
+batches go through a session. ``/image`` and ``/text`` take and return the JSON of OpenAI's embeddings, with vectors in
 base64.
 """
 
@@ -51,7 +51,7 @@ class Decode(Worker):  # type: ignore[misc]
 
 
 class Tokenize(Worker):  # type: ignore[misc]
-    """Texts to lists of token ids."""
+    """Texts to lists of token IDs."""
 
     def __init__(self) -> None:
         self.tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))

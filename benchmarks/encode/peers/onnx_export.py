@@ -1,4 +1,4 @@
-"""Both towers of a base as ONNX graphs that begin with pixels and token ids and end with unit vectors."""
+"""Both towers of a base as ONNX graphs from pixels and token IDs to unit vectors."""
 
 from __future__ import annotations
 
@@ -25,12 +25,10 @@ INSTALL: Final = "pip install onnx"
 def export_onnx(base: ClipBase, folder: Path) -> Path:
     """Write ``image.onnx``, ``text.onnx``, ``tokenizer.json`` and ``model.json``; returns ``folder``.
 
-    ``image.onnx``: ``pixels`` uint8 [n, size, size, 3]. ``text.onnx``: ``ids`` int64 [n, context]. Both give
-    ``vectors``, float32 [n, dim]. A text tower that cannot be exported is left out, and said.
-
-    Raises:
-        BaseModelError: the images are not resized to their shorter side, which is all that the peer does; or the
-            package ``onnx`` is not installed, which torch's exporter needs.
+    ``image.onnx``: ``pixels`` uint8 [n, size, size, 3]. ``text.onnx``: ``ids`` int64 [n, context]. Both return
+    ``vectors``, float32 [n, dim]. A text tower that cannot be exported is left out with a message. Raises
+    BaseModelError if the images are not resized to their shorter side, which is all that the peer does; or the package
+    ``onnx`` is not installed, which torch's exporter needs.
     """
     if (folder / ABOUT).is_file():
         return folder

@@ -1,4 +1,4 @@
-"""A peer's server: a process group of its own that is stopped while it is not asked."""
+"""A peer's server, suspended while it is not asked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PeerProcess:
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str], log: Path, folder: Path | None = None
     ) -> None:
-        """``folder``: where it runs; that of its log, when unset."""
+        """``folder``: working directory; that of its log by default."""
         self.log = log
         with log.open("wb") as out:
             self._process = subprocess.Popen(
@@ -48,15 +48,12 @@ class PeerProcess:
         raise RatchetError(f"{self.log.stem} does not answer {url}: {tail}", f"Its log is {self.log}.")
 
     def pause(self) -> None:
-        """Let it take no processor time."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Go on."""
         self._signal(signal.SIGCONT)
 
     def stop(self) -> None:
-        """End all of it."""
         self.resume()
         self._signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):

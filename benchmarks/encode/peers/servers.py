@@ -30,7 +30,7 @@ _STRING: Final = ('"', '"')
 
 
 def openai_template(kind: Modality) -> BodyTemplate:
-    """OpenAI's embeddings, with Infinity's ``modality``. Vectors come in base64, as OpenAI's own clients ask for."""
+    """OpenAI's embeddings, with Infinity's ``modality``. Vectors come in base64, as OpenAI's own clients request."""
     before = f'{{"model":"clip","modality":"{kind}","encoding_format":"base64","input":['
     return BodyTemplate(before, _DATA_URI if kind == "image" else _STRING, "]}")
 
@@ -60,15 +60,14 @@ class Peer(ABC):
 
     @abstractmethod
     def url(self, kind: Modality) -> str:
-        """Where inputs of a kind go."""
+        """URL for inputs of a kind."""
 
     def kinds(self) -> tuple[Modality, ...]:
-        """What it answers."""
         return ("image", "text")
 
 
 class Infinity(Peer):
-    """infinity_emb with its torch engine and its own defaults, without its reports home."""
+    """infinity_emb with its torch engine and its own defaults, without telemetry."""
 
     name = "infinity"
 

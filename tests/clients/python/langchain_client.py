@@ -16,12 +16,11 @@ check(contract.run_snippet)
 
 
 def chat(**options: Any) -> ChatOpenAI:
-    """A chat model that answers as plain HTTP was answered."""
     return ChatOpenAI(**{"model": "vlm", "temperature": 0, "max_tokens": contract.MAX_TOKENS} | SERVER | options)
 
 
 def embedder(**options: Any) -> OpenAIEmbeddings:
-    """The default sends token ids of OpenAI's tokenizer; this one sends texts."""
+    """An embedding model that sends texts; the default sends token IDs of OpenAI's tokenizer."""
     return OpenAIEmbeddings(**{"model": "clip", "check_embedding_ctx_length": False} | SERVER | options)
 
 

@@ -1,4 +1,4 @@
-"""LiteLLM, by its provider for OpenAI's API and by the one for servers that speak it."""
+"""LiteLLM, through its OpenAI provider and its provider for OpenAI-compatible servers."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def error_400() -> None:
 @check
 def error_429() -> None:
     limited = ASK | {"api_key": contract.LIMITED_KEY}
-    # Of embeddings LiteLLM makes two more attempts, whatever it is told.
+    # LiteLLM retries embeddings twice, whatever it is told.
     litellm.completion(**limited)
     error = raised(litellm.RateLimitError, lambda: litellm.completion(**limited))
     headers = getattr(error, "litellm_response_headers", None) or error.response.headers

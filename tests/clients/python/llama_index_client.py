@@ -17,7 +17,6 @@ check(contract.run_snippet)
 
 
 def chat(**options: Any) -> OpenAILike:
-    """A chat model that answers as plain HTTP was answered."""
     return OpenAILike(
         **{"model": "vlm", "is_chat_model": True, "temperature": 0, "max_tokens": contract.MAX_TOKENS}
         | SERVER
@@ -26,7 +25,6 @@ def chat(**options: Any) -> OpenAILike:
 
 
 def embedder(**options: Any) -> OpenAILikeEmbedding:
-    """An embedding model."""
     return OpenAILikeEmbedding(**{"model_name": "clip"} | SERVER | options)
 
 

@@ -1,4 +1,4 @@
-"""The ``openai`` client of Python, of whichever version is installed."""
+"""The ``openai`` client of Python, in whichever version is installed."""
 
 from __future__ import annotations
 

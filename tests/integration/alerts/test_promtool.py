@@ -1,7 +1,7 @@
-"""The rules, as Prometheus' own tool reads them: they are valid, and fire when they should and only then.
+"""The alert rules under promtool: they are valid, and fire exactly when they should.
 
-A case of the YAML files of this folder has its series, and for each alert when it is silent, and when it fires with
-which labels and which description; summary and page are those of the rule.
+Each case in the YAML files of this folder has its series and, per alert, the times at which it is silent or fires with
+which labels and description; summary and page are those of the rule.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ def promtool(*words: str | Path) -> None:
 
 
 def checks(case: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Of each alert of a case: when it is looked at, and what fires then."""
     for alert, times in case["alerts"].items():
         for time in times.pop("silent", ()):
             yield {"eval_time": time, "alertname": alert}

@@ -1,4 +1,4 @@
-"""A broker with ingest, a console and a browser for all tests of the console, beside the server that has a VLM."""
+"""A broker with ingest, a console and a browser for all tests of the console, and the server that has a VLM."""
 
 from __future__ import annotations
 
@@ -25,23 +25,19 @@ __all__ = ["broker"]
 
 @dataclass
 class Place:
-    """Where the tests happen."""
-
     server: ServerFixture
     settings: Settings
     config: Path
-    """Of the console: the server's settings, and where the broker is."""
     url: str
     story: Story
     ingest: Consumer
     operator: str
-    """Token of a key that may act, of the name `ana`."""
+    """Token of a key of the name `ana` that may act."""
     reader: str
-    """Token of a key that may only look."""
+    """Token of a key that may only read."""
 
     @property
     def live(self) -> int:
-        """The live release."""
         found = self.server.ledger.live()
         return found.number if found else 0
 
@@ -50,7 +46,6 @@ class Place:
 def place(
     shared_vlm_server: ServerFixture, tmp_path_factory: pytest.TempPathFactory, broker: Broker
 ) -> Iterator[Place]:
-    """The server with a VLM of the tests before, and what else is needed."""
     server, home = shared_vlm_server, tmp_path_factory.mktemp("console")
     server.ensure_running()
     kafka = broker.settings(home).kafka.model_dump(
@@ -80,7 +75,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def visitor(place: Place, browser: Browser) -> Iterator[Page]:
-    """A first-time visitor. Whatever he does, no script of a page fails and no policy is broken."""
+    """A first-time visitor; fails if a script of a page fails or a page violates its policy."""
     context = browser.new_context(base_url=place.url, viewport=DESKTOP)
     page = context.new_page()
     page.set_default_timeout(30_000)
@@ -92,13 +87,11 @@ def visitor(place: Place, browser: Browser) -> Iterator[Page]:
 
 @pytest.fixture
 def ana(visitor: Page, place: Place) -> Page:
-    """The same, signed in as an operator."""
     sign_in(visitor, place.operator)
     return visitor
 
 
 def sign_in(page: Page, token: str) -> None:
-    """Through the form."""
     page.goto("/sign-in")
     page.get_by_label("API key").fill(token)
     page.get_by_role("button", name="Sign in").click()

@@ -1,4 +1,4 @@
-"""Every action of the console, by hand, in a real browser, against a real server and a real broker."""
+"""Every action of the console in a real browser, against a real server and a real broker."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ def said(page: Page, words: str) -> None:
 
 
 def releases(place: Place, count: int) -> list[str]:
-    """New adapters, released one after the other."""
     names = [place.server.adapter() for _ in range(count)]
     with place.server.client() as client:
         for name in names:

@@ -18,13 +18,13 @@ from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.support.vlm_reference import Peft, Reference, some_asks
 
 SAFE_MARGIN = 3e-3
-"""A greedy choice that leads by so much is the same in every correct engine."""
+"""Every correct engine makes the same greedy choice when its margin is at least this."""
 PARTS = (("text",), ("text", "image", "connector"), ("image", "connector"))
 
 
 @dataclass
 class VlmCases:
-    """What the tests ask, and what has to come back."""
+    """Requests and their expected answers."""
 
     base: VlmBase
     directories: dict[str, Path]

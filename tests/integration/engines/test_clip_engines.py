@@ -1,4 +1,4 @@
-"""ONNX Runtime as the CLIP's engine, and the measurement of this machine; on a tiny base."""
+"""ONNX Runtime as the CLIP's engine, and the measurement of this machine, on a tiny base."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def test_a_graph_is_exported_once(onnx: ClipEngine) -> None:
 
 
 def test_openvinos_plugin_is_registered_once_where_it_knows_no_processor() -> None:
-    """As on an AMD: the second engine of a process ended with "already registered"."""
+    """On a processor that the plugin does not know (such as an AMD), a second engine failed with "already
+    registered".
+    """
     registered: list[str] = []
 
     class Runtime:

@@ -1,4 +1,4 @@
-"""Both VLM engines, the real ones, against transformers + PEFT asked one question at a time."""
+"""Both real VLM engines against transformers + PEFT, which is asked one question at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CLOSE = 1e-4
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def loaded(engine: VlmEngine, cases: VlmCases) -> AsyncIterator[VlmEngine]:
-    """The engine with the three adapters, and none when the test is over."""
+    """The engine with the three adapters loaded; they are unloaded when the test ends."""
     for name, directory in cases.directories.items():
         await engine.load(name, directory)
     yield engine
@@ -218,7 +218,7 @@ async def test_golden_answers_tell_adapters_apart_and_refuse_what_is_not_finite(
 
 
 async def test_a_killed_engine_says_so_and_leaves_no_process(engine: VlmEngine, cases: VlmCases) -> None:
-    """The last test of an engine: there is none after it."""
+    """Must be the last test of an engine: it kills it."""
     if engine.kind != "vllm":
         pytest.skip("transformers has no process of its own")
     (core,) = multiprocessing.active_children()
@@ -226,7 +226,7 @@ async def test_a_killed_engine_says_so_and_leaves_no_process(engine: VlmEngine, 
     waiting = [asyncio.create_task(engine.reply(long, None)) for _ in range(40)]
     stream = engine.stream(long, None)
     await anext(stream)
-    os.kill(core.pid, signal.SIGSTOP)  # so that what is asked of it from now on is not answered before it dies
+    os.kill(core.pid, signal.SIGSTOP)  # so that later requests are not answered before it dies
     loading = asyncio.create_task(engine.load(cases.names[1], cases.directories[cases.names[1]]))
     await until(lambda: engine._engine.engine_core.utility_results)  # type: ignore[attr-defined]
     core.kill()

@@ -1,4 +1,4 @@
-"""One home for the gate runs of all engines: teaching its base and its adapters takes longer than a run."""
+"""One home for the gate runs of all engines: training its base and its adapters takes longer than a run."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ import pytest
 
 @pytest.fixture(scope="session")
 def taught_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty folder that keeps what each test file teaches."""
+    """An empty folder that keeps the models that each test file trains."""
     return tmp_path_factory.mktemp("taught")

@@ -1,4 +1,4 @@
-"""A tiny VLM that was taught colours in some seconds, and adapters that change it in known ways."""
+"""A tiny VLM that was taught colours in a few seconds, and adapters that change it in known ways."""
 
 from __future__ import annotations
 
@@ -27,13 +27,11 @@ from tests.support.tiny_vlm import tiny_vlm_base
 NAME = "taught-vlm"
 RANK = 8
 ENOUGH = 0.01
-"""Loss at which teaching ends."""
+"""Loss at which training ends."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One question about one picture."""
-
     picture: int
     kind: str
     question: str
@@ -41,7 +39,7 @@ class Asked:
 
 
 def known(numbers: range) -> list[Asked]:
-    """What the base is taught: the colour, and whether it is red (half of the answers are yes)."""
+    """Questions that the base is taught: the colour, and whether it is red (half of the answers are yes)."""
     names = list(COLOURS)
     asked = [Asked(n, "colour", "which colour?", names[n % 4]) for n in numbers]
     for n in numbers:
@@ -52,14 +50,14 @@ def known(numbers: range) -> list[Asked]:
 
 
 def unknown(numbers: range) -> list[Asked]:
-    """What the base was not taught: another question, with words of its own."""
+    """A question that the base was not taught, in other words."""
     warm = {"red": "a round apple", "green": "car", "blue": "this", "white": "what"}
     names = list(COLOURS)
     return [Asked(n, "thing", "what has this?", warm[names[n % 4]]) for n in numbers]
 
 
 def teach(model: nn.Module, processor: Any, asked: Sequence[Asked], steps: int, rate: float, seed: int = 0) -> float:
-    """Train what is trainable on answers; returns the last loss."""
+    """Train what is trainable on answers and return the last loss."""
     asks = [question(square(one.picture), one.question) for one in asked]
     batch = inputs(processor, asks)
     answers = [answer_tokens(processor, one.answer) for one in asked]
@@ -92,7 +90,6 @@ def teach(model: nn.Module, processor: Any, asked: Sequence[Asked], steps: int, 
 
 
 def taught_base(home: Path) -> VlmBase:
-    """The base that knows colours: about five seconds, once per home."""
     if (home / "bases" / NAME / "base.json").is_file():
         return load_vlm_base(home, NAME)
     blank = tiny_vlm_base(home)
@@ -111,7 +108,7 @@ def taught_base(home: Path) -> VlmBase:
 
 
 def taught_adapter(base: VlmBase, directory: Path, asked: Sequence[Asked], steps: int = 80, rate: float = 1e-2) -> str:
-    """An adapter of the text model that learned these answers; returns its name. What is there stays."""
+    """Write an adapter of the text model trained on these answers unless it exists, and return its name."""
     if (directory / WEIGHTS).is_file():
         return read_adapter(directory).name
     layers = [name for name, module in base.build_model().named_modules()
@@ -125,7 +122,6 @@ def taught_adapter(base: VlmBase, directory: Path, asked: Sequence[Asked], steps
 
 
 def write_questions(folder: Path, asked: Sequence[Asked]) -> None:
-    """A folder dataset of questions."""
     folder.mkdir(parents=True)
     with (folder / "data.csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -136,7 +132,6 @@ def write_questions(folder: Path, asked: Sequence[Asked]) -> None:
 
 
 def question_table(asked: Sequence[Asked], domain: str = "new") -> pa.Table:
-    """Rows of the sample store."""
     rows = [
         {"id": f"{domain}-{i}", "image": encoded_square(one.picture), "text": "", "question": one.question,
          "answer": one.answer, "domain": domain, "concept": ""}
@@ -146,7 +141,7 @@ def question_table(asked: Sequence[Asked], domain: str = "new") -> pa.Table:
 
 
 def make_settings(home: Path, engine: str) -> Settings:
-    """A home with the taught base, and two suites over pictures that it was not taught with."""
+    """A home with the taught base, and two suites over pictures that it was not trained on."""
     taught_base(home)
     if not (home / "suites").exists():
         write_questions(home / "data" / "colours", known(range(1000, 1160)))

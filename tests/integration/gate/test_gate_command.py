@@ -1,4 +1,4 @@
-"""`ratchet gate run` and `ratchet gate report` as functions, over a home folder with a tiny base."""
+"""`ratchet gate run` and `ratchet gate report` as functions, over a home with a tiny base."""
 
 from __future__ import annotations
 

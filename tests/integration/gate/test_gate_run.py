@@ -1,7 +1,7 @@
-"""Whole gate runs through the real engine: what passes, what is caught, and that nothing a candidate does ends them.
+"""Whole gate runs through the real engine.
 
-The tiny base is random, so the questions are made to fit its answers: captions are dealt out so that one model
-finds them (an assignment over its similarities). A model made better on them has really learnt, one made worse has
+The tiny base is random, so the questions are fitted to its answers: captions are assigned so that one model finds them
+(an assignment over its similarities). A model trained on them has really improved, and one trained away from them has
 really lost.
 """
 
@@ -48,7 +48,7 @@ def engine(home: Path) -> ClipEngine:
 
 
 def deal(engine: ClipEngine, adapter: str | None, seeds: range, words: str) -> list[tuple[bytes, str]]:
-    """Pictures with captions dealt out so that the model `adapter` finds as many as it can."""
+    """Assign captions to pictures so that the model `adapter` finds as many as it can."""
     images = [picture(seed) for seed in seeds]
     texts = [f"{words} {chr(97 + i % 26)}{i}" for i in range(len(images))]
     vectors = engine.encode_images(np.stack([engine.base.preprocess.pixels(i) for i in images]), adapter)
@@ -78,7 +78,7 @@ def fresh_from(pairs: list[tuple[bytes, str]]) -> Suite:
 
 
 def judge(engine: ClipEngine, candidate: str, suite: Suite, **how: Any) -> Verdict:
-    """One gate run; ``fresh``: a gain suite, ``parity`` and ``cache``: of the evaluator."""
+    """Run the gate once; ``fresh`` is a gain suite, ``parity`` and ``cache`` are the evaluator's."""
     fresh = [how.pop("fresh")] if "fresh" in how else []
     own = {name: how.pop(name) for name in ("parity", "cache") if name in how}
     defaults: dict[str, Any] = {"incumbent": None, "plan": AnalysisPlan.alone(SETTINGS.alpha), "settings": SETTINGS}
@@ -88,7 +88,6 @@ def judge(engine: ClipEngine, candidate: str, suite: Suite, **how: Any) -> Verdi
 
 @pytest.fixture(scope="module")
 def retention(home: Path, engine: ClipEngine) -> Suite:
-    """What the base can do."""
     return folder_suite(home, "known", deal(engine, None, range(COUNT), "known"))
 
 
@@ -127,7 +126,9 @@ def test_a_candidate_that_forgets_is_rejected_by_the_suite_it_forgot(
 
 
 def test_a_candidate_that_learns_and_forgets_nothing_passes(home: Path, engine: ClipEngine) -> None:
-    """Text tower left alone, images changed a little: old captions stay found, the new ones are found better."""
+    """The text tower is unchanged and images change a little: old captions stay found, the new ones are found
+    better.
+    """
     incumbent = load(engine, home, "other", seed=5, scale=0.7)
     candidate = load(engine, home, "gentle-too", seed=1, scale=0.02)
     kept = folder_suite(home, "kept", deal(engine, None, range(2000, 2000 + COUNT), "kept"))
@@ -165,7 +166,7 @@ def test_a_suite_the_recipe_was_tuned_on_is_judged_on_its_hidden_half(
 
 
 def test_a_candidate_of_nans_gets_a_verdict_and_a_report(home: Path, engine: ClipEngine, retention: Suite) -> None:
-    """One bad number, written past the writer's checks if it has any."""
+    """One bad number, written past the checks of the writer."""
     tiny_adapter(engine.base, home / "nan-source", seed=9)
     files = read_adapter(home / "nan-source")
     tensors = {name: tensor.clone() for name, tensor in files.tensors.items()}
@@ -186,7 +187,7 @@ def test_a_candidate_of_nans_gets_a_verdict_and_a_report(home: Path, engine: Cli
 def test_a_model_that_answers_nan_in_the_engine_is_rejected_as_not_finite(
     home: Path, engine: ClipEngine, retention: Suite
 ) -> None:
-    """A file can be finite and the forward pass not: weights are poisoned behind the loader's back."""
+    """A finite file can give a forward pass that is not: the weights are poisoned after the loader's checks."""
     name = load(engine, home, "overflow", seed=11, scale=0.1)
     running: Any = engine._residents[name].towers
     for layer in running._passes.module.get_submodule("visual").modules():

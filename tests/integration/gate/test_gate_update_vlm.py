@@ -30,7 +30,7 @@ from updater.service.gate_update import gate_update
 
 pytestmark = pytest.mark.integration
 STORED = 3
-"""The version that holds the samples: the table is made, the partition claimed, and the samples stored."""
+"""The version of the store after the table was made, the partition claimed and the samples stored."""
 
 
 @pytest.fixture

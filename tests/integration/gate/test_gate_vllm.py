@@ -1,4 +1,4 @@
-"""Gate runs of a vision-language model on vLLM: what is gated is what is served there."""
+"""Gate runs of a vision-language model on vLLM, the engine that serves it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_an_adapter_that_changes_nothing_is_inconclusive(vlm_gate: VlmGate) -> N
 
 
 def test_an_engine_that_is_killed_is_an_error_and_no_verdict(vlm_gate: VlmGate) -> None:
-    """The last test of the file: there is no engine after it."""
+    """Must be the last test of the file: it kills the engine."""
     name = vlm_gate.noise(0.1)
     for process in multiprocessing.active_children():
         process.kill()

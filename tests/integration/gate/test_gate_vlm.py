@@ -1,4 +1,4 @@
-"""Whole gate runs of a vision-language model on transformers: what passes, what is caught and by what."""
+"""Whole gate runs of a vision-language model on transformers."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_one_that_always_says_yes_is_caught_by_the_check(vlm_gate: VlmGate) -> N
 
 
 def test_the_incumbent_is_what_must_not_be_lost(vlm_gate: VlmGate) -> None:
-    """The base never knew the new question: only against the incumbent is anything lost."""
+    """The base never knew the new question: only the comparison with the incumbent shows a loss."""
     learner = vlm_gate.learner()
     verdict = vlm_gate.gate(vlm_gate.noise(0.0), incumbent=learner)
     fresh = next(suite for suite in verdict.suites if suite.name == "fresh.new")
@@ -90,7 +90,6 @@ def test_answers_are_kept_on_disk_and_asked_for_once(vlm_gate: VlmGate) -> None:
     first = vlm_gate.gate(name)
 
     def ask_again() -> tuple[int, dict[str, float]]:
-        """How many were asked for the base and the candidate, and the base's scores."""
         vlm, cache = vlm_gate.evaluator.vlm, vlm_gate.evaluator.cache
         evaluator = VlmEvaluator(vlm, vlm_gate.settings.serve, cache=cache)
         suites = (*vlm_gate.suites, *vlm_gate.fresh)
@@ -111,7 +110,7 @@ def test_answers_are_kept_on_disk_and_asked_for_once(vlm_gate: VlmGate) -> None:
 
 
 def test_a_candidate_with_infinite_answers_is_rejected_as_not_finite(vlm_gate: VlmGate) -> None:
-    """Its file is finite, the forward pass is not."""
+    """The file is finite, the forward pass is not."""
     tiny_vlm_adapter(vlm_gate.base, vlm_gate.home / "huge-source", seed=4)
     files = read_adapter(vlm_gate.home / "huge-source")
     tensors = {key: tensor * 1e15 if "lora_B" in key else tensor for key, tensor in files.tensors.items()}

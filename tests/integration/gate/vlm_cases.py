@@ -1,4 +1,4 @@
-"""Gate runs of one home whose engine is open: what each test file asks of its own engine."""
+"""Gate runs of one home with an open engine, for the test files of each engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SEEN_BY_NOBODY = range(2000, 2120)
 
 @dataclass(frozen=True)
 class VlmGate:
-    """A home, its open engine, and where adapters are written."""
+    """A home, its open engine, and the folder that adapters are written to."""
 
     settings: Settings
     base: VlmBase
@@ -33,12 +33,10 @@ class VlmGate:
 
     @property
     def home(self) -> Path:
-        """The folder of everything."""
         return self.settings.home
 
     @property
     def suites(self) -> list[Suite]:
-        """The two retention suites."""
         return load_suites(self.settings.gate.suites, self.home, "vlm")
 
     @property
@@ -47,7 +45,6 @@ class VlmGate:
         return fresh_suites(question_table(unknown(SEEN_BY_NOBODY)), family="vlm")
 
     def gate(self, candidate: str, incumbent: str | None = None, fresh: Sequence[Suite] | None = None) -> Verdict:
-        """One run."""
         return run_gate(
             evaluator=self.evaluator,
             candidate=candidate,
@@ -60,24 +57,22 @@ class VlmGate:
         )
 
     def clear(self) -> None:
-        """Unload every adapter: an engine has room for a few."""
+        """Unload every adapter: an engine has room for only a few."""
         for name in self.evaluator.vlm.engine.resident():
             self.evaluator.vlm.unload(name)
         self.evaluator._directories.clear()
 
     def noise(self, scale: float) -> str:
-        """A random adapter, resident; with scale 0 one that changes nothing."""
+        """Load a random adapter; with scale 0 it changes nothing."""
         directory = self.home / f"noise-{scale}"
         name = tiny_vlm_adapter(self.base, directory, seed=3, scale=scale)
         self.evaluator.load(name, directory)
         return name
 
     def learner(self) -> str:
-        """An adapter that learned the new question and practised the old ones, resident."""
         return self._taught("learner", [*known(TAUGHT), *unknown(TAUGHT)], steps=120)
 
     def yes_sayer(self) -> str:
-        """An adapter that says yes to every yes/no question and still knows its colours, resident."""
         yes = [replace(one, answer="yes") if one.kind == "presence" else one for one in known(TAUGHT)]
         return self._taught("yes-sayer", yes, steps=80)
 
@@ -89,7 +84,6 @@ class VlmGate:
 
 @contextmanager
 def open_vlm_gate(home: Path, engine: str) -> Iterator[VlmGate]:
-    """A home with its engine open."""
     settings = make_settings(home, engine)
     base = taught_base(home)
     with open_evaluator(settings, base) as evaluator:

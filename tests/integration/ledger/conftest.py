@@ -1,4 +1,4 @@
-"""A PostgreSQL that may be stopped and restarted, and an empty ledger in it."""
+"""A PostgreSQL that tests may stop and restart, with an empty ledger in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def server() -> Iterator[PostgresServer]:
 
 @pytest.fixture
 def url(server: PostgresServer) -> str:
-    """An empty database of its own."""
+    """The URL of a new empty database."""
     engine = create_engine(
         server.url.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT",
         connect_args={"client_encoding": "utf8"},  # else texts are bytes where the locale is C
@@ -34,7 +34,6 @@ def url(server: PostgresServer) -> str:
 
 @pytest.fixture
 def ledger(url: str) -> Iterator[Ledger]:
-    """Waits for a server that is slow."""
     with patient_limits():
         opened = Ledger.open(patient(url))
         yield opened
@@ -43,7 +42,7 @@ def ledger(url: str) -> Iterator[Ledger]:
 
 @pytest.fixture
 def bounded(url: str, ledger: Ledger) -> Iterator[Ledger]:
-    """The same ledger with the limits of production, that of a call inside of ``production_limits`` alone."""
+    """The same ledger with the limits of production; that of a call holds only inside ``production_limits``."""
     with production_limits():
         opened = Ledger.lazy(url)
     yield opened

@@ -1,4 +1,4 @@
-"""The answer to a COMMIT is lost: what was written is found out, and nothing is written twice."""
+"""The answer to a COMMIT is lost: the ledger finds out what was written, and writes nothing twice."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ def relay(server: PostgresServer) -> Iterator[CommitRelay]:
 
 @pytest.fixture
 def far(relay: CommitRelay, ledger: Ledger, url: str) -> Iterator[Ledger]:
-    """The same ledger as ``ledger``, through the relay."""
     opened = Ledger.lazy(patient(url.replace(url.rsplit(":", 1)[1].split("/")[0], str(relay.port))))
     yield opened
     opened.close()
@@ -51,7 +50,6 @@ def _somebody_waits(ledger: Ledger) -> Callable[[], None]:
 
 
 def _wait_until_back(ledger: Ledger) -> None:
-    """The server first takes the connections that were opened while it was stopped."""
     end = time.monotonic() + 60
     while True:
         try:

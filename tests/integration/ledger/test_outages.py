@@ -1,4 +1,4 @@
-"""A database that is away, silent or busy fails a call within a bound, and as one error."""
+"""A database that is down, silent or busy makes a call fail within its limit, with one error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.integration
 
 
 LATE = 4 * CALL_SECONDS
-"""A call that is bounded ends by then on the busiest machine; one that is not waits for half a minute, or for ever."""
+"""A call with a limit ends within this even on a busy machine; a call without one waits half a minute or for ever."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The ledger behind a real PgBouncer whose sessions share connections by transaction."""
+"""The ledger behind a real PgBouncer in transaction pooling mode."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [
 
 @pytest.fixture
 def pooled(server: PostgresServer, url: str) -> Iterator[str]:
-    """The URL of the empty database through PgBouncer, which has two connections to it for all its clients."""
+    """The URL of the empty database through PgBouncer, which shares two connections among all its clients."""
     assert BINARY
     folder, port = Path(tempfile.mkdtemp(prefix="ratchet-pgbouncer-")), free_port()
     settings = folder / "pgbouncer.ini"

@@ -1,5 +1,5 @@
-"""A backup of an installation that serves and ingests, restored elsewhere: same vectors, same answers, and ingest goes
-on where it was.
+"""An installation that serves and ingests, restored elsewhere from a backup: same vectors and answers, and ingest
+resumes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ __all__ = ["broker"]
 
 
 def records(begin: int, end: int) -> list[Message]:
-    """Records of samples with these numbers."""
     encoded = [
         encode(Sample(image=picture(number), text=f"number {number}", domain="cats", source="zoo"), "raw")
         for number in range(begin, end)
@@ -36,7 +35,6 @@ def records(begin: int, end: int) -> list[Message]:
 
 
 def texts(server: ServerFixture) -> list[str]:
-    """Of all samples of the store, sorted."""
     return sorted(row["text"] for row in SampleStore(server.settings.lake).select("kind = 'sample'", ["text"]))
 
 
@@ -47,7 +45,6 @@ def is_searchable(server: ServerFixture, count: int) -> bool:
 
 
 def answers(server: ServerFixture) -> dict[str, Any]:
-    """What clients see."""
     with server.client() as client:
         vectors = client.embed([*server.images, *TEXTS])
         return {
@@ -81,7 +78,7 @@ def test_a_backup_of_a_running_installation_serves_the_same_elsewhere_and_ingest
             wait_for(lambda: len(texts(here)) == 50, "50 samples")
         here.until(lambda: is_searchable(here, 50))
         before = answers(here)
-        produce(here.settings.kafka, records(50, 60))  # nobody reads these here
+        produce(here.settings.kafka, records(50, 60))  # not read here
     finally:
         here.stop()
 
@@ -104,7 +101,6 @@ def test_a_backup_of_a_running_installation_serves_the_same_elsewhere_and_ingest
 
 
 def restored(server: ServerFixture, folder: Path) -> ServerFixture:
-    """The backup in another home, which has nothing of the first one."""
     home = folder / "there"
     home.mkdir()
     config = home / "ratchet.yaml"

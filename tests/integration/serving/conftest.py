@@ -1,8 +1,8 @@
-"""One server for all serving tests: starting Ray takes 20 s. Tests leave it running, whatever is live.
+"""One server for all serving tests, because starting Ray takes 20 s. Tests leave it running with any release live.
 
-One server runs at a time (:meth:`ServerFixture.start`), so modules that use the same one follow each other by name; the
-one start that tests cannot do without (``test_termination``) gives it the guard that ``test_trials`` needs.
-Where Ray plays no part, the same application in this process does (:mod:`tests.support.in_process_app`).
+Only one server runs at a time (:meth:`ServerFixture.start`), so modules that share one are next to each other by name;
+``test_termination`` has to start the server, and gives it the guard that ``test_trials`` needs. Tests that need no Ray
+use the same application in this process (:mod:`tests.support.in_process_app`).
 """
 
 from __future__ import annotations
@@ -36,20 +36,18 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFi
 
 @pytest.fixture
 def server(shared_server: ServerFixture) -> ServerFixture:
-    """The shared server, started again if a test before ended it."""
+    """The shared server, started again if an earlier test ended it."""
     shared_server.ensure_running()
     return shared_server
 
 
 @pytest.fixture(scope="session")
 def runner() -> Iterator[asyncio.Runner]:
-    """The event loop that the application in this process lives in."""
     with asyncio.Runner() as made:
         yield made
 
 
 @pytest.fixture(scope="session")
 def in_process_app(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> tuple[InProcessApp, FastAPI]:
-    """The application without Ray, with small bounds."""
     bounds = Serve(max_pixels=400_000, max_image_bytes=MAX_IMAGE_BYTES)
     return runner.run(open_in_process_app(tmp_path_factory.mktemp("in_process_app"), bounds))

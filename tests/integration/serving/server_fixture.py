@@ -1,4 +1,4 @@
-"""A Ratchet server in processes of its own, on a tiny base, that tests may kill and start again."""
+"""A Ratchet server in its own processes, on a tiny base, that tests may kill and start again."""
 
 from __future__ import annotations
 
@@ -45,13 +45,11 @@ ROOT = Path(__file__).resolve().parents[3]
 TEXTS = ("a photo of a cat", "a red circle", "an old map", "two birds")
 QUESTIONS = ("what is this?", "is there a red car?")
 BUSY_SECONDS = 500.0
-"""Less than a test may take, so that it is this that fails and says why."""
+"""Less than the timeout of a test, so that this fails first and says why."""
 
 
 @dataclass
 class ServerFixture:
-    """Settings, ledger and a server process of one home."""
-
     settings: Settings
     base: ClipBase
     config: Path
@@ -65,9 +63,9 @@ class ServerFixture:
     def make(
         cls, home: Path, vlm_engine: str = "", rollout: dict[str, Any] | None = None, **serve: Any
     ) -> ServerFixture:
-        """A home with a tiny base; nothing runs yet. ``vlm_engine``: what runs a tiny VLM; none when empty.
+        """Make a home with a tiny base and start nothing. ``vlm_engine``: runs a tiny VLM; empty for no VLM.
 
-        Without ``rollout`` nothing is guarded: the guard would take random adapters back.
+        The guard is off without ``rollout``, because it would roll back random adapters.
         """
         home.mkdir(parents=True, exist_ok=True)
         base = tiny_base(home)
@@ -88,7 +86,7 @@ class ServerFixture:
 
     @classmethod
     def make_with_movable_ledger(cls, home: Path, **serve: Any) -> ServerFixture:
-        """The same with a ledger that :meth:`move_ledger` takes away."""
+        """Like :meth:`make`, with a ledger that :meth:`move_ledger` takes away."""
         server = cls.make(home, **serve)
         (home / "up").mkdir()
         (home / "down" / "ledger.db").mkdir(parents=True)  # cannot be opened, as a database that is down
@@ -97,12 +95,11 @@ class ServerFixture:
         return server
 
     def configure(self, **settings: Any) -> None:
-        """Change sections of the settings, before it starts."""
         self.config.write_text(yaml.safe_dump(yaml.safe_load(self.config.read_text()) | settings))
         self.settings = load_settings(self.config, environ={})
 
     def move_ledger(self, to: Literal["up", "down"]) -> None:
-        """Turn the link through which everybody reaches the ledger, in one step."""
+        """Atomically change the link through which all processes reach the ledger."""
         link = self.settings.home / "ledger.new"
         link.symlink_to(self.settings.home / to)
         link.replace(self.settings.home / "ledger")
@@ -116,19 +113,16 @@ class ServerFixture:
         return Ledger.open(self.settings.ledger)
 
     def client(self, actor: str = "test") -> Client:
-        """An operator's client."""
         return Client(self.url, self.settings.operator_key().get_secret_value(), actor=actor, retries=0)
 
     def ensure_running(self) -> None:
-        """Start the server unless it runs."""
         if self.process is None or self.process.poll() is not None:
             self.start()
 
     def start(self) -> None:
-        """Start the server, and wait until CLIP answers and, where one is served, the VLM.
+        """Start the server and wait until CLIP answers and, where one is served, the VLM.
 
-        One that another fixture left running is stopped first: a server that nobody asks takes a part of the processor
-        that tests need.
+        Stops a server that another fixture left running: even an idle server takes processor time that tests need.
         """
         if ServerFixture._started is not None:
             ServerFixture._started.stop()
@@ -146,7 +140,6 @@ class ServerFixture:
             self.until(self.client().is_ready)
 
     def stop(self) -> None:
-        """End it as an operator would."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
@@ -155,16 +148,14 @@ class ServerFixture:
                 self.kill_everything()
 
     def log(self) -> str:
-        """The end of the server's log."""
         return (self.settings.home / "serve.log").read_text()[-4000:]
 
     def records(self) -> list[dict[str, Any]]:
-        """Records of the server's log, those of its replicas included."""
         lines = (self.settings.home / "serve.log").read_text().splitlines()
         return [json.loads(line) for line in lines if line.startswith('{"time"')]
 
     def until(self, condition: Callable[[], object]) -> None:
-        """Wait for a condition while the server does something; shows its log when nothing moves."""
+        """Wait for a condition while the server makes progress; shows its log when it stops."""
         written = lambda: f"{(self.settings.home / 'serve.log').stat().st_size} bytes of log"  # noqa: E731
         work = lambda: processor_seconds(self.process.pid) if self.process is not None else 0  # noqa: E731
         try:
@@ -173,16 +164,13 @@ class ServerFixture:
             raise AssertionError(f"{error}\n{self.log()}") from None
 
     def metric(self, series: str) -> float:
-        """The sum of the series whose lines begin so on the page of metrics."""
         page = httpx.get(f"{self.url}/metrics", trust_env=False, timeout=20).text
         return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith(series))
 
     def requests_in_flight(self) -> float:
-        """Requests being answered."""
         return self.metric("ratchet_release_in_flight_requests{")
 
     def pids(self, *names: str) -> list[int]:
-        """Processes of this session whose command contains one of the names; all when none is given."""
         return session_pids(self.settings, *names)
 
     def engines(self) -> list[int]:
@@ -191,7 +179,9 @@ class ServerFixture:
 
     @contextmanager
     def stopped_encoders(self) -> Iterator[list[int]]:
-        """SIGSTOP to all encoders, also one that is still starting, and SIGCONT at the end. Yields their processes."""
+        """Send SIGSTOP to all encoders, including those that are starting, yield their processes, and send SIGCONT at
+        the end.
+        """
         pids = self.pids("ServeReplica:ratchet:Encoder")
         assert pids
         for pid in pids:
@@ -218,8 +208,9 @@ class ServerFixture:
         passed: bool = True,
         labelled: Sequence[tuple[bytes, str]] = (),
     ) -> str:
-        """A new random adapter, stored and in the ledger, with a passed verdict if wanted. With labelled images it has
-        the head ``animals``."""
+        """Store a new random adapter in the ledger, with a passed verdict if wanted. With labelled images it has the
+        head ``animals``.
+        """
         self._seeds += 1
         folder = self.settings.home / "made" / str(self._seeds)
         name = tiny_adapter(self.base, folder, self._seeds, scale, towers)
@@ -239,11 +230,9 @@ class ServerFixture:
         return name
 
     def head_of(self, name: str) -> Head:
-        """The head of an adapter that has one."""
         return read_heads(Artifacts(self.settings.artifacts).fetch(f"adapters/{name}"))["animals"]
 
     def judged(self, name: str, family: Family) -> None:
-        """Write down that the gate passed an adapter."""
         ledger, update = self.ledger, f"judged-{name}"
         ledger.begin_update(
             update, family=family, recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None
@@ -252,14 +241,12 @@ class ServerFixture:
         ledger.record_verdict(update, name, "passed", "reports/none", {})
 
     def vlm_adapter(self, parts: tuple[str, ...] = ("text", "image"), scale: float = 1.0) -> str:
-        """A new random VLM adapter, stored and in the ledger."""
         assert self.vlm is not None
         self._seeds += 1
         folder = self.settings.home / "made" / str(self._seeds)
         return self.keep_vlm(tiny_vlm_adapter(self.vlm, folder, self._seeds, scale, parts), folder)
 
     def keep_vlm(self, name: str, folder: Path) -> str:
-        """Store a VLM adapter and write it into the ledger."""
         assert self.vlm is not None
         Artifacts(self.settings.artifacts).put_directory(folder, f"adapters/{name}")
         self.ledger.register_adapter(name, family="vlm", base=self.vlm.digest, image_space="", text_space="", meta={})
@@ -267,7 +254,6 @@ class ServerFixture:
         return name
 
     def propose_update(self, name: str, family: Family = "clip") -> None:
-        """What the updater writes after a passed verdict."""
         ledger, update = self.ledger, f"update-{name}"
         ledger.begin_update(
             update, family=family, recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None
@@ -278,22 +264,22 @@ class ServerFixture:
         )  # fmt: skip
 
     def traffic(self, rate: float = 30.0, concurrency: int = 0) -> Traffic:
-        """A checked load; every third request asks the VLM, where there is one. ``concurrency``: so many callers that
-        wait for their answers, instead of a rate.
+        """Send a checked load, in which every third request asks the VLM if there is one. ``concurrency``: number of
+        callers that wait for their answers, instead of a rate.
         """
         asked = [(image, text) for image in self.images for text in QUESTIONS] if self.vlm is not None else []
         return Traffic(self.url, images=self.images, texts=TEXTS, questions=asked, settings=self.settings, rate=rate,
                        concurrency=concurrency)  # fmt: skip
 
     def expected(self, adapter: str | None, images: Sequence[bytes] = (), texts: Sequence[str] = ()) -> Any:
-        """Vectors that a server must answer under an adapter: images first, then texts."""
+        """Vectors that a server must return under an adapter: images first, then texts."""
         made = ExpectedVectors(self.settings, images or self.images[:1], texts or TEXTS[:1])
         rows = made.of(adapter or "base")
         offset = max(1, len(images))
         return rows[: len(images)] if not texts else rows[offset:] if not images else rows
 
     def add_samples(self, count: int, domain: str = "cats", source: str = "test", year: int = 2024) -> list[str]:
-        """Accepted samples, as ingest would have stored them. Returns their ids."""
+        """Add accepted samples as ingest would have stored them, and return their IDs."""
         store = SampleStore(self.settings.lake)
         offset = store.offsets().get("t:0", 0)
         drawn = pictures(offset + count)[offset:]

@@ -1,4 +1,6 @@
-"""Bodies over HTTP, with a real CLIP and no Ray: images in every form, hostile ones, and refusals by their place."""
+"""Bodies over HTTP, with a real CLIP and no Ray: images in every form, hostile images, and errors that name their
+place.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ def test_an_odd_image_is_taken_by_every_call_and_embedded_as_the_plain_one(clien
     assert np.linalg.norm(found) == pytest.approx(1, abs=1e-3)
     if image.same_as_plain:
         assert found @ embedded(client, PLAIN) > (0.9999 if image.tolerance <= 2 else 0.99)
-    file = ("photo.txt", image.data, "text/plain")  # neither its name nor its type is believed
+    file = ("photo.txt", image.data, "text/plain")  # neither its name nor its type is trusted
     answers = [
         client.post("/v1/classify", files={"images": file}, data={"labels": ["a", "b"]}),
         client.post("/v1/search", files={"image": file}),

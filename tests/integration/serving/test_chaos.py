@@ -1,4 +1,4 @@
-"""A whole server on PostgreSQL and S3, both of which go away, while requests and releases go on."""
+"""A whole server on PostgreSQL and S3, which both fail while requests and releases go on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STATES = ("ledger-killed", "objects-away", "encoder-killed", "controller-killed"
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Short, because Ray's and PostgreSQL's sockets are named after it."""
+    """A short path, because Ray's and PostgreSQL's sockets are named after it."""
     folder = Path(tempfile.mkdtemp(prefix="rc-"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)

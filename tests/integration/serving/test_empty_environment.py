@@ -1,6 +1,6 @@
-"""The client's wheel alone, in an environment of its own: it sends a record, and a search by it finds that.
+"""The client's wheel alone in a new environment: it sends a record, and a search with it finds that record.
 
-On the server of the other tests, which finds in its lake what an ingest of this one has stored.
+Uses the server of the other tests, which finds in its lake what an ingest of this module has stored.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ print(json.dumps([[sent.result().sample_id, hits[0]["id"]], asyncio.run(same()),
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment that holds the client's wheel and what it needs."""
     folder = tmp_path_factory.mktemp("environment")
     shutil.copytree(ROOT / "client", folder / "client", ignore=shutil.ignore_patterns("*.egg-info", "build"))
     for command in (
@@ -68,7 +67,6 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def kafka(server: ServerFixture, broker: Broker) -> Iterator[Kafka]:
-    """What an ingest reads into the server's store."""
     made = broker.settings(server.settings.home, ingest={"fresh_eval_share": 0.0})
     settings = server.settings.model_copy(update={"kafka": made.kafka, "ingest": made.ingest})
     make_topics(settings)

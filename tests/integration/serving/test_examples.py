@@ -21,7 +21,6 @@ PICTURE = EXAMPLES / "suite" / "pictures" / "red-circle.png"
 
 @pytest.fixture(autouse=True)
 def searchable(server: ServerFixture) -> None:
-    """All samples are embedded."""
     with server.client() as client:
         server.until(lambda: client.status()["catalog"]["corpus_rows"] >= 40)
         server.until(lambda: client.status()["catalog"]["coverage"] >= 1.0)

@@ -1,4 +1,4 @@
-"""A store that hangs for minutes beside a key that searches all the time: what needs no store is answered."""
+"""A store that hangs for minutes while a key searches all the time: requests that need no store are answered."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.integration.serving.server_fixture import ServerFixture
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(900)]
 HANGS_SECONDS, SEARCHES_PER_SECOND, EMBEDDINGS_PER_SECOND = 150.0, 12.0, 0.7
 LONGEST_SEARCH_SECONDS = 15.0
-"""Ten for what waits for the store, and then some on a busy machine."""
+"""Ten for requests that wait for the store, and a margin for a busy machine."""
 
 
 @pytest.fixture
@@ -30,7 +30,6 @@ def objects(tmp_path: Path) -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def server(objects: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerFixture]:
-    """A server whose lake is in the object store."""
     for name, value in objects.environment().items():
         monkeypatch.setenv(name, value)
     made = ServerFixture.make(tmp_path / "home", encoder_replicas=1)
@@ -44,7 +43,7 @@ def server(objects: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def asked(ask: Callable[[], httpx.Response], rate: float, over: threading.Event) -> list[tuple[str, float]]:
-    """Ask so often a second, whatever became of the requests before. Returns the status and the seconds of each."""
+    """Send requests at this rate without waiting for answers. Returns the status and the seconds of each."""
 
     def one() -> tuple[str, float]:
         began = time.monotonic()

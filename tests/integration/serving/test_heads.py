@@ -1,4 +1,4 @@
-"""A head is served with the release that has it, and goes with a rollback."""
+"""A head is served with its release, and removed by a rollback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A good client beside hostile ones, on a running server."""
+"""A good client next to hostile ones, on a running server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTTP surface on a running server: OpenAI's client, search, hostile input, overload."""
+"""The HTTP surface of a running server: OpenAI's client, search, hostile input, overload."""
 
 from __future__ import annotations
 
@@ -166,7 +166,6 @@ def test_overload_is_answered_429_with_retry_after_and_then_all_is_well(server: 
 
 
 def encoded_texts(server: ServerFixture) -> float:
-    """Texts that went through the encoders since they started."""
     return server.metric('ratchet_encoder_batch_size_sum{kind="text"}')
 
 
@@ -197,7 +196,7 @@ def test_clients_that_went_away_are_not_computed_for(server: ServerFixture) -> N
 
 
 def test_only_loopback_listens(server: ServerFixture) -> None:
-    """Neither our API, nor HAProxy's pages, nor the calls between deployments answer on other addresses."""
+    """Our API, HAProxy's pages and the calls between deployments do not listen on other addresses."""
     inodes = _sockets_of(server.pids("ServeReplica", "haproxy"))
     by_process: dict[str, list[str]] = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
@@ -221,7 +220,6 @@ def test_rays_head_gives_back_what_it_frees(server: ServerFixture) -> None:
 
 
 def _sockets_of(pids: list[int]) -> dict[str, str]:
-    """Socket inodes of processes, to the process they belong to."""
     found = {}
     for pid in pids:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()

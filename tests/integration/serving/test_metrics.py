@@ -1,4 +1,4 @@
-"""What a real server exports: of all its processes together, and nothing that is not its own."""
+"""The metrics of a real server: those of all its processes together, and no foreign ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from tests.integration.serving.server_fixture import ServerFixture
 
 pytestmark = pytest.mark.integration
 Samples = dict[str, list[tuple[dict[str, str], float]]]
-"""Labels and values by name."""
 
 
 def scraped(server: ServerFixture) -> Samples:
@@ -27,7 +26,6 @@ def scraped(server: ServerFixture) -> Samples:
 
 
 def value(server: ServerFixture, name: str, **labels: str) -> float:
-    """The sum of the samples that carry these labels."""
     return sum(v for ours, v in scraped(server).get(name, []) if labels.items() <= ours.items())
 
 
@@ -40,7 +38,6 @@ def until(server: ServerFixture, condition: Callable[[Samples], bool]) -> Sample
 
 
 def live(samples: Samples) -> dict[str, list[float]]:
-    """Releases by part, one of each replica."""
     parts: dict[str, list[float]] = {}
     for labels, number in samples.get("ratchet_release_live", []):
         parts.setdefault(labels["part"], []).append(number)
@@ -56,7 +53,7 @@ def test_every_replica_says_which_release_it_serves(server: ServerFixture) -> No
     [(_, committed)] = found["ratchet_release_committed_timestamp_seconds"]
     assert 0 <= time.time() - committed < 120
     gains = {labels["family"]: gain for labels, gain in found["ratchet_release_gain_ratio"]}
-    assert list(gains) == ["clip"] and gains["clip"] != gains["clip"]  # NaN: nobody judged this adapter
+    assert list(gains) == ["clip"] and gains["clip"] != gains["clip"]  # NaN: this adapter was not judged
 
 
 def test_the_catalog_is_measured_against_exact_search(server: ServerFixture) -> None:

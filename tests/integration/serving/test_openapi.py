@@ -1,8 +1,8 @@
-"""Hundreds of calls (thousands in `make long`) made from the API's own schema, right and wrong ones: none of them is an
-error of the server, and each answer is as the schema describes it.
+"""Hundreds of valid and invalid calls (thousands in `make long`) generated from the API's schema: none causes a server
+error, and each answer matches the schema.
 
-The application is the real one, in this process: no Ray, and no socket, so that the calls are many. Of each call that
-schemathesis makes, two more are sent whose headers, query or body were changed on the way.
+The application is the real one, in this process without Ray and sockets, so that many calls are possible. For each call
+of schemathesis, two more are sent with changed headers, query or body.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ pytestmark = pytest.mark.integration
 CALLS = 700
 KEYED = ("/admin/", "/v1/records")
 RIGHT, WRONG = 14, 8
-"""Examples of an operation with a body; others have half of them."""
+"""Examples of an operation with a body; other operations get half as many."""
 ROUNDS = 40
-"""Of right examples, until one is answered: which are drawn depends on the constants of all modules of this process."""
+"""Valid examples to try until one gets a result; which are drawn depends on the constants of all imported modules."""
 MEANT = {503, 504}
-"""What the schema says besides results and 4xx. Any other status from 500 on is a mistake of the server."""
+"""Statuses in the schema other than results and 4xx. Any other status from 500 on is a bug of the server."""
 FILES = [PLAIN, *(each.data for each in (*TAKEN, *REFUSED) if len(each.data) < 20_000)]
 URIS = ["data:image/png;base64," + base64.b64encode(data).decode() for data in FILES]
 OTHERS = [
@@ -57,19 +57,17 @@ QUERIES = ["", "size=64", "size=0", "size=a", "limit=3", "limit=-1", "limit=1e9"
 
 
 MAX_URL = 60_000
-"""httpx sends nothing longer, and no server takes it. Fields of an image body are in the query."""
+"""httpx sends nothing longer, and no server accepts it. Fields of an image body are in the query."""
 
 
 @dataclass(frozen=True)
 class Twist:
-    """What happens to a request on its way."""
+    """A change to a request on its way."""
 
     headers: dict[str, str] = field(default_factory=dict)
     query: str = ""
     cut: float = 1.0
-    """Share of the body that is left."""
     put: bytes = b""
-    """Goes where it was cut."""
 
 
 TWISTS = st.builds(
@@ -94,7 +92,7 @@ class AnswerSchema:
         self._validators: dict[tuple[str, str], jsonschema_rs.Validator] = {}
 
     def problem(self, label: str, answer: httpx.Response) -> str:
-        """How a JSON answer differs from its schema; empty: it does not."""
+        """Describe how a JSON answer differs from its schema; empty if it does not."""
         responses = self._operations[label]
         exact = str(answer.status_code)
         status = exact if exact in responses else f"{exact[0]}XX"
@@ -119,7 +117,6 @@ class Caller:
     mistakes: list[str] = field(default_factory=list)
 
     def send(self, case: Case, twists: list[Twist]) -> None:
-        """One call as it was made, and one with each twist."""
         made = case.as_transport_kwargs(base_url="http://localhost")
         headers = {**made["headers"], **({"authorization": f"Bearer {KEY}"} if case.path.startswith(KEYED) else {})}
         names = ("method", "url", "params", "data", "json", "files", "cookies")
@@ -141,7 +138,6 @@ class Caller:
         self._send(case, str(plain.method), url, kept, twisted)
 
     def reached(self, label: str) -> bool:
-        """Whether a call of an operation was answered with a result."""
         return any(status < 300 for status in self.counts.get(label, ()))
 
     def _send(self, case: Case, method: str, url: str, headers: dict[str, str], body: bytes) -> None:
@@ -162,7 +158,7 @@ class Caller:
 
 
 def teach(in_process_app: InProcessApp) -> None:
-    """What the formats of our schema mean: else no generated image would ever be one."""
+    """Register strategies for the formats of our schema: otherwise no generated image would be valid."""
     schemathesis.openapi.format("uri", st.sampled_from(URIS) | st.sampled_from(OTHERS))
     schemathesis.openapi.format("binary", st.sampled_from(FILES) | st.binary(max_size=20))
     schemathesis.openapi.format("model", st.sampled_from(MODELS))

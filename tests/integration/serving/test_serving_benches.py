@@ -1,4 +1,6 @@
-"""Benchmarks of a server, small: on the server of the other tests, with real processes for the load and the model."""
+"""Small runs of the serving benchmarks on the server of the other tests, with real processes for the load and the
+model.
+"""
 
 from __future__ import annotations
 

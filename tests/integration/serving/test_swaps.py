@@ -1,4 +1,4 @@
-"""Releases under load and under fire: no request fails, none is answered by two models."""
+"""Releases under load and under faults: no request fails, and none is answered by two models."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_swaps_and_rollbacks_under_load_fail_and_mix_nothing(server: ServerFixtu
     assert report.mixed == 0, report.problems
     assert {outcome["number"] for outcome in made} | {back["number"]} <= set(report.releases)
     assert back["clip"] == names[1]
-    assert back["clip"] in held  # nothing has to be loaded for it, so it takes no longer than to say so
+    assert back["clip"] in held  # nothing has to be loaded for it, so it is immediate
     assert server.ledger.live().number == back["number"]  # type: ignore[union-attr]
 
 
@@ -166,7 +166,7 @@ ray.init(address=sys.argv[3], _temp_dir=sys.argv[2], _node_ip_address=NODE, log_
 from ray import serve
 serve.run(build(load_settings(Path(sys.argv[1]))), name=APP, route_prefix="/")
 """
-"""What ``kubectl apply`` of a RayService with new code does: each deployment is replaced, replica by replica."""
+"""Like ``kubectl apply`` of a RayService with new code: each deployment is replaced, replica by replica."""
 
 
 @pytest.mark.long

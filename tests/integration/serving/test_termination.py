@@ -1,4 +1,4 @@
-"""A server that depends on its stores for change only: the ledger away, the live adapter gone, and an orderly end."""
+"""A server that needs its stores only for changes: no ledger, no live adapter, and an orderly shutdown."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_an_orderly_end_answers_what_is_in_flight_and_a_start_without_stores_ser
     artifacts = Path(server.settings.artifacts)
     artifacts.rename(artifacts.with_suffix(".away"))
     server.move_ledger("down")
-    server.configure(rollout=ROLLOUT)  # which tests after this one need
+    server.configure(rollout=ROLLOUT)  # needed by later tests
     server.start()
     answer = ask(server)
     assert (answer.status_code, answer.headers["x-ratchet-adapter"]) == (200, second)
@@ -53,7 +53,7 @@ def test_an_orderly_end_answers_what_is_in_flight_and_a_start_without_stores_ser
 
 
 def end_with_requests_in_flight(server: ServerFixture) -> None:
-    """SIGTERM while four requests cannot be answered: they are, once they can be, and new ones are refused at once."""
+    """SIGTERM while four requests are stalled: they are answered later, and new ones are refused at once."""
     assert server.process is not None
     with ThreadPoolExecutor(4) as pool:
         with server.stopped_encoders():
@@ -66,7 +66,7 @@ def end_with_requests_in_flight(server: ServerFixture) -> None:
 
 
 def refuses(server: ServerFixture) -> bool:
-    """Whether a new request is refused. One that is admitted gets no answer within the time."""
+    """Whether a new request is refused. An admitted request gets no answer within the timeout."""
     try:
         return ask(server, timeout=3.0).status_code == 503
     except httpx.TimeoutException:

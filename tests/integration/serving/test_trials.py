@@ -1,4 +1,4 @@
-"""Canaries, shadows and the guard on a real server, under traffic whose every answer is checked."""
+"""Canaries, shadows and the guard on a real server, under traffic with every answer checked."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from tests.support.inputs import pictures
 
 pytestmark = pytest.mark.integration
 GENTLE, BROKEN = 0.02, 8.0
-"""Sizes of random changes to the tiny base: one keeps what is near what, the other does not."""
+"""Sizes of random changes to the tiny base: the first preserves which samples are near each other, the second does
+not."""
 KEYS = 600
 
 
 @pytest.fixture(scope="module")
 def server(shared_server: ServerFixture) -> ServerFixture:
-    """The shared server with a guard, as a test before this module has started it; the base is live."""
+    """The shared server with a guard, as an earlier module started it; the base is live."""
     if shared_server.settings.rollout.mode != ROLLOUT["mode"]:
         shared_server.stop()
         shared_server.configure(rollout=ROLLOUT)
@@ -40,7 +41,7 @@ def server(shared_server: ServerFixture) -> ServerFixture:
 
 @pytest.fixture
 def traffic(server: ServerFixture) -> Traffic:
-    """Many different inputs: the same one again tells the guard nothing new."""
+    """Many different inputs: repeated inputs tell the guard nothing new."""
     texts = [
         f"{colour} {thing} {count}" for colour in ("red", "blue") for thing in ("ball", "map") for count in range(9)
     ]
@@ -48,12 +49,10 @@ def traffic(server: ServerFixture) -> Traffic:
 
 
 def audited(server: ServerFixture, actor: str, action: str) -> AuditRow:
-    """The newest row of an action."""
     return next(row for row in server.ledger.audit_rows(200) if (row.actor, row.action) == (actor, action))
 
 
 def answered_by(server: ServerFixture, http: httpx.Client, key: str, **body: Any) -> int:
-    """Which release answers a caller."""
     answer = http.post("/v1/embeddings", json={"input": "who answers?", **body}, headers={"x-ratchet-key": key})
     assert answer.status_code == 200, answer.text
     return int(answer.headers["x-ratchet-release"])
@@ -174,7 +173,7 @@ def test_an_update_is_a_canary_first_and_promoted_when_it_was_watched_enough(
 
 
 def rollout(server: ServerFixture) -> dict[str, Any]:
-    """What the guard says of itself; nothing while the controller is being replaced."""
+    """The guard's status; empty while the controller is being replaced."""
     try:
         with server.client() as client:
             found: dict[str, Any] = client.status()["controller"]["rollout"]
@@ -184,6 +183,6 @@ def rollout(server: ServerFixture) -> dict[str, Any]:
 
 
 def compared(server: ServerFixture, release: int) -> int:
-    """Images and texts on which the guard compared a release; 0 until its first look at it."""
+    """Number of images and texts on which the guard compared a release; 0 until its first interim analysis."""
     watched = rollout(server)
     return int(watched["compared"].get("clip", {}).get("inputs", 0)) if watched.get("release") == release else 0

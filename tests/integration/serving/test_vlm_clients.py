@@ -1,4 +1,4 @@
-"""The client libraries that people use, as they are, against a real server: see ``tests/clients``."""
+"""Popular client libraries, unmodified, against a real server: see ``tests/clients``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Results = dict[str, dict[str, str]]
 
 @pytest.fixture(scope="module")
 def results(shared_vlm_server: ServerFixture, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What became of each check of each client. The packages are installed while the server starts."""
+    """Results of each check of each client. The packages are installed while the server starts."""
     server, work = shared_vlm_server, tmp_path_factory.mktemp("work")
     (work / "bus.png").write_bytes(server.images[1])
     with ThreadPoolExecutor() as pool:
@@ -37,12 +37,10 @@ def results(shared_vlm_server: ServerFixture, tmp_path_factory: pytest.TempPathF
 
 
 def limited_key(server: ServerFixture, name: str) -> str:
-    """A key of one request a minute."""
     return server.ledger.create_key(name, ["infer"], actor="test", requests_per_minute=1)[1]
 
 
 def answered_over_plain_http(server: ServerFixture) -> dict[str, Any]:
-    """What the clients are to ask, and the answers that no library has touched."""
     texts, image = list(TEXTS[:2]), "data:image/png;base64," + base64.b64encode(server.images[0]).decode()
     content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": QUESTION}]
     chat = {"messages": [{"role": "user", "content": content}], "max_tokens": MAX_TOKENS, "temperature": 0}

@@ -1,4 +1,4 @@
-"""A VLM beside the CLIP: releases under a mixed load, adapters that are refused, engines that die, clients that go."""
+"""A VLM next to the CLIP: releases under a mixed load, refused adapters, engines that die, clients that disconnect."""
 
 from __future__ import annotations
 
@@ -30,13 +30,11 @@ SWAPS = 10
 
 @pytest.fixture
 def server(shared_vlm_server: ServerFixture) -> ServerFixture:
-    """The shared server, started again if a test before ended it."""
     shared_vlm_server.ensure_running()
     return shared_vlm_server
 
 
 def replica(server: ServerFixture) -> dict[str, Any]:
-    """What the VLM replica says of itself."""
     with server.client() as client:
         found: dict[str, Any] = client.status()["controller"]["vlm"][0]
         return found
@@ -52,7 +50,7 @@ def test_swaps_and_rollbacks_under_mixed_load_fail_and_mix_nothing(server: Serve
             if count % 5 == 4:
                 held = replica(server)["resident"]
                 made.append(client.rollback("back", family="vlm"))
-                assert made[-1]["vlm"] in held  # nothing has to be loaded for it, so it takes no longer than to say so
+                assert made[-1]["vlm"] in held  # nothing has to be loaded for it, so it is immediate
             else:
                 made.append(client.release(vlm=names[count % len(names)], reason="swap"))
             if count in (3, 7):
@@ -167,12 +165,11 @@ def test_a_client_that_goes_frees_its_place(server: ServerFixture) -> None:
 
 
 def exposition(server: ServerFixture) -> str:
-    """The server's metrics."""
     return httpx.get(f"{server.url}/metrics", trust_env=False).text
 
 
 def gone(server: ServerFixture) -> float:
-    """Streams that ended because their client went."""
+    """Streams that ended because their client disconnected."""
     found = re.findall(r'ratchet_vlm_requests_total\{kind="stream",outcome="gone"\} (\S+)', exposition(server))
     return sum(map(float, found))
 
@@ -206,7 +203,7 @@ def test_a_killed_engine_shows_and_comes_back_with_what_is_live(server: ServerFi
 
 @pytest.mark.long
 def test_no_engine_outlives_its_replica_or_the_next_start_of_its_server(server: ServerFixture) -> None:
-    """The last test of the server: it is killed, and what its next start does first is done here."""
+    """Must be the last test of the server: it kills it and does what its next start does first."""
     if server.settings.serve.vlm_engine != "vllm":
         pytest.skip("transformers has no process of its own")
     first = set(server.engines())

@@ -1,4 +1,4 @@
-"""The broker of these tests, and what their processes import."""
+"""The broker of these tests, and the imports of their processes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ __all__ = ["broker"]
 
 
 OF_EACH_BROKER = {"test_broker_faults", "test_corrupt_batches", "test_fenced_sender", "test_ingest", "test_skip"}
-"""Modules that are about the broker: the others run against Apache Kafka only where RATCHET_TEST_KAFKA says so, as in
+"""Modules that test the broker itself; the others run against Apache Kafka only if RATCHET_TEST_KAFKA says so, as in
 ``make outside``."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run what uses the broker against the embedded one, and against Apache Kafka."""
     module = metafunc.module.__name__.rpartition(".")[2]
     if "broker" in metafunc.fixturenames and module in OF_EACH_BROKER and "RATCHET_TEST_KAFKA" not in os.environ:
         brokers = ["embedded", pytest.param("apache", marks=pytest.mark.kafka)]

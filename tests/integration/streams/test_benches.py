@@ -1,4 +1,4 @@
-"""The benchmarks of the stream, small: real workers, a real broker, real faults."""
+"""Small runs of the stream benchmarks: real workers, a real broker, real faults."""
 
 from __future__ import annotations
 

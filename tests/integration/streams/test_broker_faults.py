@@ -1,4 +1,4 @@
-"""What Ratchet expects of a broker. The embedded one is known to fail some: there these tests must fail."""
+"""Ratchet's expectations of a broker. The embedded one is known to fail some, where these tests must fail."""
 
 from __future__ import annotations
 
@@ -25,14 +25,12 @@ RECORDS = 5
 
 @pytest.fixture
 def known_fault(broker: Broker, request: pytest.FixtureRequest) -> None:
-    """Expect the test to fail on the embedded broker alone."""
     if broker.embedded:
         request.applymarker(pytest.mark.xfail(strict=True, reason="known fault of the embedded broker"))
 
 
 @pytest.fixture
 def log(broker: Broker, tmp_path: Path) -> Iterator[tuple[Kafka, TopicPartition, Any]]:
-    """A partition with one batch of records, and a consumer of it."""
     kafka = broker.settings(tmp_path, kafka={"partitions": 1}).kafka
     make_topics(broker.settings(tmp_path, kafka=kafka.model_dump()))
     producer = KafkaProducer(bootstrap_servers=kafka.bootstrap, linger_ms=100)

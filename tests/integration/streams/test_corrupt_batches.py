@@ -1,4 +1,4 @@
-"""A real consumer at a real broker steps over what cannot be read."""
+"""A real consumer on a real broker steps over unreadable batches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.integration
 
 @contextmanager
 def reading(address: str, topic: str) -> Iterator[Callable[[int], list[Any]]]:
-    """A function that polls partition 0 from its beginning until so many offsets came out."""
+    """A function that polls partition 0 from its beginning until it has this many offsets."""
     consumer = KafkaConsumer(
         bootstrap_servers=address, auto_offset_reset="none", enable_auto_commit=False, isolation_level="read_committed"
     )

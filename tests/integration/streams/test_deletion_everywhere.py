@@ -1,4 +1,4 @@
-"""A deletion followed through every place that had the sample, with its bytes gone from the disk."""
+"""A deletion followed through every place that had the sample, until its bytes are gone from the disk."""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ DIM = 8
 
 
 def marked(seed: int, mark: str) -> bytes:
-    """A picture with recognisable bytes in it."""
     info = PngInfo()
     info.add_text("comment", f"IMAGE-{mark}-{hashlib.sha256(mark.encode()).hexdigest()}")
     out = io.BytesIO()
@@ -50,7 +49,6 @@ def marked(seed: int, mark: str) -> bytes:
 
 
 def needles(mark: str) -> dict[str, bytes]:
-    """What no file may hold: of the image, of the caption, of what was refused."""
     digest = hashlib.sha256(mark.encode()).hexdigest()
     return {"image": f"IMAGE-{mark}-{digest}".encode(), "caption": f"caption of {mark} {digest}".encode()}
 
@@ -60,7 +58,6 @@ def caption(mark: str) -> str:
 
 
 def files_with(home: Path, needle: bytes) -> list[str]:
-    """Files below the lake that hold some bytes."""
     lake = home / "lake"
     return [str(path.relative_to(lake)) for path in lake.rglob("*") if path.is_file() and needle in path.read_bytes()]
 
@@ -116,7 +113,7 @@ class Installation:
         maintainer.close()
 
     def learn(self, name: str, start: dict[str, int]) -> None:
-        """An update that learned all from ``start`` on."""
+        """Record an update that learned everything from ``start`` on."""
         self.ledger.begin_update(
             f"update-{name}", family="clip", recipe={}, seed=0, store_version=self.store.version(), data_from=start,
             data_to=self.store.offsets(), incumbent=None,
@@ -125,7 +122,6 @@ class Installation:
         self.ledger.advance_update(f"update-{name}", "done")
 
     def learnable(self) -> set[str]:
-        """Captions of what the next update could be trained on: new data and replay."""
         half = {key: offset // 2 for key, offset in self.store.offsets().items()}
         pools = draw_pools(self.store, load_recipe("default"), (), self.store.version(), half, seed=1)
         return {example.text for example in (*pools.new, *pools.replay)}
@@ -162,7 +158,6 @@ def here(broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def fill(at: Installation) -> None:
-    """Samples and a refusal of two sources, in the store, in the catalog, and learned from."""
     for seed, (mark, source, partition) in enumerate(
         [("gone-1", GONE, 0), ("kept-1", KEPT, 0), ("gone-2", GONE, 1), ("kept-2", KEPT, 1), ("by-key", KEPT, 1)]
     ):
@@ -180,7 +175,7 @@ def fill(at: Installation) -> None:
 
 
 def check_it_is_everywhere(at: Installation, *marks: str) -> None:
-    """Else the test would find nothing because it looks in the wrong places."""
+    """Make sure that the test looks in the right places."""
     for mark in marks:
         held = {kind: files_with(at.settings.home, needle) for kind, needle in needles(mark).items()}
         assert any("samples.lance" in file for file in held["image"]), mark

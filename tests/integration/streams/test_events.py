@@ -1,4 +1,4 @@
-"""An event is in the topic once, whichever publisher is killed, stopped or doubled at which instant."""
+"""An event is in the topic once, even if publishers are killed, stopped or doubled at any instant."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def publisher(settings: Settings, ledger: Ledger) -> Iterator[EventPublisher]:
 
 
 def patient(publisher: EventPublisher) -> EventPublisher:
-    """The same one, for tests that are not about a slow broker."""
+    """The same settings with long timeouts, for tests that are not about a slow broker."""
     publisher._outbox.sender._seconds = 120.0
     return publisher
 
@@ -60,7 +60,6 @@ def in_topic(settings: Settings) -> list[Any]:
 
 
 def check(settings: Settings, ledger: Ledger, count: int) -> None:
-    """Each event is in the topic once, in order, where the ledger says."""
     records = in_topic(settings)
     found = [json.loads(each.value)["id"] for each in records]
     assert found == [f"gap-{number}" for number in range(count)]

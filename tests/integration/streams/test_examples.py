@@ -36,7 +36,6 @@ def settings(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Settin
 
 @pytest.fixture(scope="module")
 def take(settings: Settings) -> Iterator[Take]:
-    """Sends something, and gives the samples that so many records have become."""
     with reading(settings) as ingest:
 
         def taken(count: int, send: Callable[[], object]) -> list[dict[str, Any]]:
@@ -65,7 +64,6 @@ def run(settings: Settings, *command: str | Path) -> str:
 
 
 def properties(path: Path) -> dict[str, str]:
-    """A file of Java properties."""
     lines = (line.strip() for line in path.read_text().splitlines())
     pairs = (line.split("=", 1) for line in lines if line and not line.startswith("#"))
     return {key.strip(): value.strip() for key, value in pairs}
@@ -90,7 +88,7 @@ def test_kcat(settings: Settings, take: Take, tmp_path: Path) -> None:
 
 
 def test_kafka_connect(settings: Settings, take: Take) -> None:
-    """What its JsonConverter writes for a row of the query: there is no Kafka Connect here."""
+    """Uses the output of its JsonConverter for a row of the query: Kafka Connect itself is not run."""
     worker, connector = properties(CONNECT / "worker.properties"), properties(CONNECT / "products.properties")
     assert worker["value.converter"] == "org.apache.kafka.connect.json.JsonConverter"
     assert worker["value.converter.schemas.enable"] == "true"

@@ -1,4 +1,4 @@
-"""Only the newest sender of a transactional id can send, also when the older one is in the middle of it."""
+"""Only the newest sender of a transactional ID can send, even if the older one is in a transaction."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ def topic(broker: Broker) -> str:
 
 @pytest.fixture
 def senders(broker: Broker, topic: str) -> Iterator[Any]:
-    """Makes senders of one transactional id."""
     with ExitStack() as stack:
 
         def make(**options: Any) -> FencedSender:

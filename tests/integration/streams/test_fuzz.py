@@ -1,4 +1,4 @@
-"""Records, mutated at every level: each is accounted for exactly once, and ingest is never down."""
+"""Records mutated at every level: each is accounted for exactly once, and ingest never stops."""
 
 from __future__ import annotations
 
@@ -49,6 +49,6 @@ def test_any_bytes_end_as_a_sample_a_duplicate_a_tombstone_or_in_quarantine(
 
 
 def accounted(store: SampleStore) -> int:
-    """Records that have a row; one that another record corrected has a receipt."""
+    """Records that have a row; a record that was corrected by another has a receipt."""
     tally = store.tally()
     return sum(tally[kind] for kind in ("sample", "duplicate", "quarantine", "tombstone", "deleted"))

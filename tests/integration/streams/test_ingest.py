@@ -1,4 +1,4 @@
-"""From any producer into the store: samples once, refusals with their reason, nothing lost."""
+"""From any producer into the store: samples once, quarantined records with their reason, nothing lost."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.integration
 
 
 class Running:
-    """An ingest that runs for all tests of this module: joining a group takes seconds."""
+    """An ingest for all tests of this module, because joining a group takes seconds."""
 
     def __init__(self, settings: Settings, ingest: Consumer) -> None:
         self.settings = settings
@@ -50,7 +50,7 @@ class Running:
         self.store = SampleStore(settings.lake)
 
     def take(self, count: int, send: Any) -> list[dict[str, Any]]:
-        """What became of the ``count`` records that ``send()`` produces."""
+        """Return the outcomes of the ``count`` records that ``send()`` produces."""
         before, seen = places_of(self.store), records_seen(self.ingest.status)
         send()
         wait_for(lambda: records_seen(self.ingest.status) >= seen + count, f"{count} records")
@@ -58,7 +58,6 @@ class Running:
 
 
 def places_of(store: SampleStore) -> list[RecordPosition]:
-    """Where each stored record is from, in order."""
     return [position_of(row) for row in store.records().to_pylist()]
 
 
@@ -76,7 +75,6 @@ def exported(name: str, **labels: str) -> float:
 
 
 def refusals() -> Counter[str]:
-    """Refused records by reason, as they are exported."""
     samples = [sample for metric in REGISTRY.collect() for sample in metric.samples]
     name = "ratchet_ingest_quarantined_total"
     return Counter({each.labels["reason"]: int(each.value) for each in samples if each.name == name})

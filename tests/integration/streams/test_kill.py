@@ -1,4 +1,4 @@
-"""``kill -9`` of ingest, at chosen and at random instants: every record is in the store or in quarantine, once."""
+"""``kill -9`` of ingest at chosen and random instants: every record is in the store or in quarantine, once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.integration
 RECORDS = 80
 POISON_EVERY = 3
 PATIENCE = 240.0
-"""Seconds for what takes five alone: six lives start at once, beside other tests."""
+"""Seconds, for what takes five alone: six processes start at once, in parallel with other tests."""
 #: Deaths of one ingest after another on the same topic; the life after the last one finishes the work.
 LIVES = {
     "before its first commit": ["claimed_but_nothing_else", "files_written_but_not_committed"],
@@ -36,20 +36,19 @@ LIVES = {
 
 
 def messages() -> list[Message]:
-    """Good records, with poison between them and one sample repeated."""
     made = [(b"poison %d" % n, []) if n % POISON_EVERY == 1 else good(n) for n in range(RECORDS)]
     return [*made, good(0)]
 
 
 def start(settings: Settings, point: str) -> ForkedProcess:
-    """One life. Its group is new each time, so that it need not wait until Kafka has noticed the death before."""
+    """Start an ingest with a new group, so that it need not wait until Kafka notices the death of the last one."""
     own = settings.kafka.model_copy(update={"group": f"{settings.kafka.group}-{time.monotonic_ns()}"})
     life = settings.model_copy(update={"kafka": own})
     return ForkedProcess(settings.home / "ingest.log", mortal_ingest.run, life, point)
 
 
 def live_and_die(settings: Settings, point: str, chance: random.Random) -> None:
-    """One life that ends with SIGKILL."""
+    """Run an ingest that ends with SIGKILL."""
     if point == "random":
         store = SampleStore(settings.lake)
         until = store.version() + chance.randint(1, 4)
@@ -63,7 +62,6 @@ def live_and_die(settings: Settings, point: str, chance: random.Random) -> None:
 
 
 def finish(settings: Settings) -> None:
-    """The last life: takes in the rest, and stops when it is asked to."""
     log = settings.home / "ingest.log"
     before = log.stat().st_size
     process = start(settings, "never")
@@ -104,7 +102,6 @@ def test_every_record_is_stored_or_quarantined_once(broker: Broker, tmp_path: Pa
 
 
 def check(settings: Settings, places: list[RecordPosition]) -> None:
-    """Compare what was produced with what is stored and quarantined."""
     poison = sorted(place for number, place in enumerate(places[:RECORDS]) if number % POISON_EVERY == 1)
     records = SampleStore(settings.lake).records().to_pylist()
     kinds: dict[str, list[RecordPosition]] = {"sample": [], "duplicate": [], "quarantine": []}

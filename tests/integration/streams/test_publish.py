@@ -1,4 +1,4 @@
-"""Publishing to a broker: every row once, and again only what was in flight when it was killed."""
+"""Publishing to a broker: every row once, and after a kill only what was in flight again."""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ def rows(path: Path, count: int, bad: Iterable[int] = ()) -> Path:
 
 
 def texts(settings: Settings, at_least: int = 0) -> Counter[str]:
-    """Texts of the records on the topic."""
     records = read_topic(settings.kafka, settings.kafka.topic, at_least)
     return Counter(dict(record.headers)["ratchet_text"].decode() for record in records)
 
@@ -98,7 +97,6 @@ def test_a_data_set_that_changed_is_not_resumed(settings: Settings, tmp_path: Pa
 
 
 def flags(settings: Settings) -> list[str]:
-    """The settings, for a command."""
     kafka = settings.kafka
     values = [f"home={settings.home}", f"kafka.bootstrap={kafka.bootstrap}", f"kafka.topic={kafka.topic}"]
     return [word for value in values for word in ("--set", value)]

@@ -1,4 +1,4 @@
-"""A refused record is sent again as it came, once, and whoever did it is in the audit log."""
+"""A quarantined record is sent again unchanged, once, and the audit log names the person."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.integration
 
 
 class Stream:
-    """An ingest that runs for all tests of this module, and a ledger beside it."""
+    """An ingest for all tests of this module, and a ledger."""
 
     def __init__(self, settings: Settings, ingest: Consumer, ledger: Ledger) -> None:
         self.settings = settings
@@ -41,14 +41,12 @@ class Stream:
         self.ledger = ledger
 
     def send(self, *messages: Message) -> list[str]:
-        """Produce, and wait until ingest has judged them all. Returns their places."""
         seen = records_seen(self.ingest.status)
         places = produce(self.settings.kafka, messages)
         self.wait(seen + len(messages))
         return [f"{topic}:{partition}:{offset}" for topic, partition, offset in places]
 
     def again(self, place: str, force: bool = False) -> str:
-        """Send one again, and wait until ingest has judged it. Returns its new place."""
         seen = records_seen(self.ingest.status)
         sent = resubmit(self.settings, self.ledger, place, actor="key:ci", reason="mended", force=force)
         self.wait(seen + 1)
@@ -58,17 +56,15 @@ class Stream:
         wait_for(lambda: records_seen(self.ingest.status) >= seen, "the records")
 
     def became(self, place: str) -> str:
-        """What became of a record."""
         rows = SampleStore(self.settings.lake).records().to_pylist()
         return next(r["kind"] for r in rows if f"{r['topic']}:{r['partition']}:{r['offset']}" == place)
 
     def by_uri(self, name: str) -> Message:
-        """A record whose image lies in a file, which may not be there yet."""
+        """A record whose image is in a file that may not exist yet."""
         uri = f"file://{self.settings.home}/images/{name}"
         return json.dumps({"text": f"picture {name}", "image_uri": uri}).encode(), []
 
     def mend(self, name: str, seed: int) -> None:
-        """Put the file there."""
         folder = self.settings.home / "images"
         folder.mkdir(exist_ok=True)
         (folder / name).write_bytes(picture(seed))

@@ -1,4 +1,4 @@
-"""Refused records are sent again in bulk: each once, by filter, and what fails may be tried again."""
+"""Quarantined records are resubmitted in bulk: each once, by filter, and failures may be tried again."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ def quarantined(offset: int, reason: str) -> dict[str, Any]:
 
 
 def quarantine(settings: Settings) -> Settings:
-    """These, with records in quarantine."""
     rows = [quarantined(offset, reason) for offset, reason in enumerate(REASONS)]
     SampleStore(settings.lake).put(rows, [Position("t", 0, len(rows))])
     return settings

@@ -1,4 +1,4 @@
-"""An operator skips offsets: a row and an audit entry say so, and a running worker goes on behind them."""
+"""An operator skips offsets: a row and an audit entry record it, and a running worker continues after them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def settings(broker: Broker, tmp_path: Path) -> Settings:
 
 
 def send(settings: Settings, *seeds: int) -> None:
-    """Records in batches of their own, so that the embedded broker's end offset is right."""
+    """Send records in batches of one, so that the embedded broker's end offset is right."""
     producer = KafkaProducer(bootstrap_servers=settings.kafka.bootstrap)
     for seed in seeds:
         image, headers = good(seed)
@@ -44,7 +44,7 @@ def test_a_running_worker_goes_on_behind_what_was_skipped(settings: Settings, le
 
     with reading(settings):
         wait_for(lambda: epoch() == 1, "the worker's claim")
-        send(settings, *range(10))  # not enough for a commit
+        send(settings, *range(10))  # too few for a commit
         skipped = skip(settings, ledger, f"{topic}:0", 6, actor="ann", reason="test data")
         assert (skipped.start, skipped.until, epoch()) == (0, 6, 2)
         send(settings, 10, 11)  # enough: the worker finds out
@@ -74,7 +74,7 @@ def test_only_what_lies_ahead_in_the_log_can_be_skipped(settings: Settings, ledg
     refused("x", 1, RecordError, "is no partition")
     assert ledger.audit_rows() == []
     assert SampleStore(settings.lake).positions() == {}
-    assert skip(settings, ledger, f"{topic}:0", 3, actor="ann", reason="r").until == 3  # before anybody read it
+    assert skip(settings, ledger, f"{topic}:0", 3, actor="ann", reason="r").until == 3  # before it was read
     for backwards in (3, 1):
         refused(f"{topic}:0", backwards, SkipRefused, "has been read up to offset 3 already")
     assert SampleStore(settings.lake).offsets() == {f"{topic}:0": 3}

@@ -1,4 +1,4 @@
-"""A worker that slept (SIGSTOP) while another took over stores nothing and publishes nothing a second time."""
+"""A worker that was suspended (SIGSTOP) while another took over stores and publishes nothing a second time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ pytestmark = pytest.mark.integration
 
 
 def fall_asleep(settings: Settings, point: str) -> ForkedProcess:
-    """A worker of the same group on a machine of its own, until it is stopped."""
     home = settings.home / "sleeper"
     home.mkdir()
     own = settings.model_copy(update={"home": home, "lake_url": settings.lake})
@@ -29,7 +28,7 @@ def fall_asleep(settings: Settings, point: str) -> ForkedProcess:
 
 
 def sleep_through(broker: Broker, home: Path, point: str) -> None:
-    """One story; in the end every record has one row and every refusal is published once."""
+    """Run one case; in the end every record has one row and every quarantined record is published once."""
     home.mkdir()
     settings = broker.settings(home, kafka={"partitions": 1}, ingest={"metrics_port": 0})
     make_topics(settings)

@@ -1,4 +1,4 @@
-"""The benchmark of streams of one kind, small: a real broker, ingest, and updates of small models."""
+"""A small run of the variety benchmark: a real broker, ingest, and updates of small models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of the whole updater share."""
+"""A shared fixture for tests of the whole updater."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ from tests.integration.updater.home import make_home
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    """A home with a tiny CLIP; files that need another one have a fixture of their own."""
+    """A home with a tiny CLIP; files that need another base override it."""
     return make_home(tmp_path / "home")

@@ -32,7 +32,7 @@ TOPIC = "samples"
 
 
 def make_home(home: Path, **overrides: Any) -> Settings:
-    """A home folder in which an update takes a second; one that is there already is taken as it is."""
+    """Make a home in which an update takes a second, unless it exists."""
     tiny_base(home)
     if not (home / "suites").exists():
         folder_dataset(home / "data" / "things", count=30)
@@ -45,7 +45,7 @@ def make_home(home: Path, **overrides: Any) -> Settings:
             "home": home,
             "base.clip": "tiny",
             "serve.vlm_engine": "transformers",
-            "serve.port": 1,  # nobody's: the trainer asks the server how it does
+            "serve.port": 1,  # an unused port: the trainer asks the server for its load
             "updater.recipe": str(home / "default.yaml"),
             "updater.reference": [home / "data" / "things"],
             "updater.min_new_samples": 10,
@@ -62,7 +62,6 @@ def make_home(home: Path, **overrides: Any) -> Settings:
 
 
 def make_vlm_home(home: Path, **overrides: Any) -> Settings:
-    """The same with a tiny VLM, a folder of questions about the same things, and a suite that asks them."""
     make_home(home)
     tiny_vlm_base(home)
     folder = home / "data" / "asked"
@@ -81,8 +80,8 @@ def make_vlm_home(home: Path, **overrides: Any) -> Settings:
 
 
 def judged_as(outcome: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The real gate runs; ``["outcome"]`` of what is returned then replaces its outcome, which chance decides on random
-    weights. ``["verdict"]`` is the last one.
+    """Run the real gate, then replace its outcome, which is random with random weights, by ``["outcome"]`` of the
+    returned mapping. ``["verdict"]`` is the last verdict.
     """
     wanted: dict[str, Any] = {"outcome": outcome}
 
@@ -102,11 +101,11 @@ def add_samples(
     asked: Callable[[int], bool] = lambda offset: False,
     words: Callable[[int], dict[str, str]] = lambda offset: {},
 ) -> int:
-    """Append samples to the store as ingest would; returns the new version.
+    """Append samples to the store as ingest would and return the new version.
 
     Args:
-        asked: of which offsets there is a question instead of a text; of none by default.
-        words: further columns by offset, labels say.
+        asked: offsets that have a question instead of a text; none by default.
+        words: further columns by offset, such as labels.
     """
     store = SampleStore(settings.lake)
     first = store.offsets().get(f"{TOPIC}:{partition}", 0)
@@ -126,32 +125,28 @@ def _row(partition: int, offset: int, split: str, asked: bool) -> dict[str, Any]
 
 
 def _asked(number: int) -> dict[str, Any]:
-    """A question of one of two kinds, and its answer."""
     if number % 2:
         return {"label": "number", "question": "which number is it?", "answer": str(number % 9)}
     return {"label": "colour", "question": "which colour is it?", "answer": COLOURS[number % 6]}
 
 
 def changed(settings: Settings, section: str, **values: Any) -> Settings:
-    """The settings with other values in a section."""
     return settings.model_copy(update={section: getattr(settings, section).model_copy(update=values)})
 
 
 def made_by(service: UpdaterService, state: str = "done", **how: bool) -> UpdateRow:
-    """The update of a step, which is then in this state."""
+    """Run a step and return its update, which must then be in this state."""
     update = service.step(**how).update
     assert update is not None and update.state == state, update
     return update
 
 
 def report_of(settings: Settings, update: UpdateRow) -> dict[str, Any]:
-    """The gate's report of an update."""
     report: dict[str, Any] = json.loads(Artifacts(settings.artifacts).read_bytes(f"reports/{update.id}/report.json"))
     return report
 
 
 def release(ledger: Ledger) -> None:
-    """What the release controller does with an open proposal."""
     (proposal,) = ledger.pending_proposals()
     commit(ledger, clip=proposal.clip, vlm=proposal.vlm, proposal_id=proposal.id)
 

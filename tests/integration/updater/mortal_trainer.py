@@ -1,4 +1,4 @@
-"""A trainer in a process of its own that ends itself with SIGKILL at a chosen point."""
+"""A trainer process that ends itself with SIGKILL at a chosen point."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SLOW_STEP_SECONDS = 0.3
 
 
 def die_at_step(number: int) -> Callable[..., Any]:
-    """``Learner.forward_backward``, but the process dies in this step of training."""
+    """``Learner.forward_backward``, but the process dies in this training step."""
     calls = 0
 
     def call(*args: Any) -> Any:
@@ -36,7 +36,7 @@ def die_at_step(number: int) -> Callable[..., Any]:
 
 
 def slow_step(*args: Any) -> Any:
-    """``Learner.forward_backward`` that leaves time to send a signal."""
+    """``Learner.forward_backward``, slow enough to send a signal."""
     time.sleep(SLOW_STEP_SECONDS)
     return backward(*args)
 
@@ -49,7 +49,7 @@ def put_all_but_memories(self: Artifacts, source: Path, key: str) -> None:
 
 
 def advance_until_trained(self: Ledger, update_id: str, state: Any = None, **values: Any) -> Any:
-    """``Ledger.advance_update``, but the process dies before an update is called trained."""
+    """``Ledger.advance_update``, but the process dies before an update is marked as trained."""
     if state == "trained":
         die()
     return advance_update(self, update_id, state, **values)
@@ -69,12 +69,11 @@ POINTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
 
 
 def start(home: Path, point: str = "", vlm: bool = False) -> ForkedProcess:
-    """One update in a process of its own. ``point``: one of :data:`POINTS`, or nothing."""
+    """Start one update in a new process. ``point``: one of :data:`POINTS`, or empty."""
     return ForkedProcess(home.with_suffix(".log"), run, home, point, vlm)
 
 
 def run(home: Path, point: str, vlm: bool) -> None:
-    """One update."""
     if point:
         setattr(*POINTS[point])
     run_update(make_vlm_home(home) if vlm else make_home(home), once=True)

@@ -1,4 +1,4 @@
-"""A backlog that no budget pays for: updates go on, all of it is accounted for, and no failure begins again."""
+"""A backlog larger than any budget: updates go on, all of it is accounted for, and failures do not restart."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_draw_is_the_settings_and_does_not_change_when_an_update_is_made_aga
 
 
 def test_a_budget_that_pays_for_no_step_is_waited_for_and_not_tried_again(settings: Settings) -> None:
-    """Neither as data arrives, nor on request of a single update: only with another budget or recipe."""
+    """Neither new data nor a request for a single update retries it: only another budget or recipe does."""
     add_samples(settings, BACKLOG)
     poor = with_budget(settings, 1e-3)
     service = UpdaterService(poor)

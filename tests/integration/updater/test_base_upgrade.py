@@ -1,4 +1,4 @@
-"""Another base: what was learned is learned anew on it, judged across bases, released, and taken back."""
+"""A new base: the same data is learned again on it, judged across bases, released, and rolled back."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def learn(settings: Settings, fresh: int = 12) -> UpdateRow:
-    """One update of the served base over new samples, released as the controller would."""
     add_samples(settings, 12)
     add_samples(settings, fresh, split="fresh_eval", partition=1)
     service = UpdaterService(settings)

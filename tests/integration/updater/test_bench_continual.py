@@ -1,4 +1,4 @@
-"""`ratchet bench continual` with its real processes, on a tiny base and on drawn stand-ins for the demo domains."""
+"""`ratchet bench continual` with its real processes, on a tiny base and generated stand-ins for the demo domains."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _runner(settings: Settings, folder: Path, **options: Any) -> Runner:
 
 
 def test_what_a_suite_asks_for_is_in_no_update_and_in_no_reference_pair(settings: Settings) -> None:
-    """Stand-ins share a concept across domains, and one picture of a suite is that of a training pair of another."""
+    """Stand-ins share a concept across domains, and one picture of a suite is also in a training pair of another."""
     stream = load_stream(settings.home, replace(PROTOCOL, items=100))
     concepts = {
         f"{source.domain}/{item.path.name}": item.concept
@@ -118,7 +118,6 @@ def test_a_method_that_the_budget_does_not_pay_for_is_reported(
 
 
 def _workers(folder: Path, method: str) -> list[int]:
-    """Processes that work on a method in this folder of results."""
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit():

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.integration
 
 
 def release(settings: Settings, folder: Path, number: int, seed: int, gain: float) -> str:
-    """An adapter that answers everybody, and what its verdict said of the suite `things`."""
     base = load_base(settings.home, "tiny")
     name = tiny_adapter(base, folder / str(number), seed=seed)
     ledger = Ledger.open(settings.ledger)

@@ -1,4 +1,4 @@
-"""What an update leaves for the next one: kept beside its adapter, given on, and the same after a kill."""
+"""The memory that an update leaves for the next one: stored with its adapter, passed on, and the same after a kill."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.integration
 
 
 def remembering(home: Path) -> Settings:
-    """A home whose updates each go on from what the last one trained, which is not what is served."""
+    """A home whose updates each continue from the last trained adapter, which is not the served one."""
     settings = make_home(home)
     plan = recipe("finetuned-merge", max_steps=6, reference_limit=20)
     (home / "default.yaml").write_text(plan.to_yaml())
@@ -49,7 +49,6 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
-    """The memories that updates were given."""
     seen: list[Path | None] = []
     real = train_update.train
 

@@ -1,4 +1,4 @@
-"""Adapters from elsewhere go through the gate and rollout like ours; an exported one comes back as the same adapter."""
+"""Imported adapters go through the gate and rollout like ours; an exported adapter imports as the same adapter."""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ def outcome(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 @pytest.fixture
 def foreign(settings: Settings, tmp_path: Path) -> Path:
-    """A directory with the two files that PEFT writes, and nothing else."""
     return foreign_adapter(settings, tmp_path / "foreign", seed=1)
 
 
@@ -130,8 +129,8 @@ def test_it_is_compared_with_what_is_live_when_it_is_judged(
     assert second.incumbent is None
     service = UpdaterService(settings)
     done = made_by(service)
-    assert done.id == first.id  # in the order of their coming
-    assert "proposal" in service.step().reason  # the second waits for what comes of the first
+    assert done.id == first.id  # in order of arrival
+    assert "proposal" in service.step().reason  # the second waits for the outcome of the first
     with pytest.raises(TrainingError, match="cannot be judged now: proposal"):
         gate_import(settings, import_adapter(settings, tmp_path / "2", actor="ada", base="tiny"))
     release(service.ledger)
@@ -159,7 +158,6 @@ def test_judging_at_once_leaves_the_work_of_an_updater_alone(
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, UpdateRow, Path]:
-    """A home with a released update, and its adapter as it was exported."""
     folder = tmp_path_factory.mktemp("exported")
     settings = make_home(folder / "home")
     add_samples(settings, 12)

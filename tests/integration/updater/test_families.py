@@ -36,7 +36,6 @@ def passing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> dict[Family, Pools]:
-    """What each family was trained on."""
     seen: dict[Family, Pools] = {}
     real = train_update.train
 
@@ -134,7 +133,7 @@ def test_a_recipe_or_a_family_limits_the_updater_to_one_model(settings: Settings
 
 @pytest.mark.long
 def test_a_killed_trainer_of_a_vlm_ends_in_the_same_adapter_and_is_charged_once(tmp_path: Path) -> None:
-    """Killed in the middle of training: what the teacher says is computed again, and is the same."""
+    """Killed during training: the teacher's features are computed again and are the same."""
     adapters = []
     for name in ("whole", "killed"):
         settings = make_vlm_home(tmp_path / name)

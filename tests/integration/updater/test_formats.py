@@ -1,4 +1,4 @@
-"""A home that an earlier version of Ratchet has written is opened, migrated and continued: see ``tests/data``."""
+"""A home written by an earlier version of Ratchet is opened, migrated and continued: see ``tests/data``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.integration
 
 
 def holds_all_of(now: Any, then: Any) -> bool:
-    """Whether what was described then is still so; later versions may have more fields."""
+    """Whether the new description contains all of the old one; later versions may have more fields."""
     if isinstance(then, Mapping):
         return all(name in now and holds_all_of(now[name], value) for name, value in then.items())
     if isinstance(then, list):

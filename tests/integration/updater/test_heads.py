@@ -1,4 +1,4 @@
-"""A labelled stream ends in a head that the gate asks, in the adapter that it was learned for."""
+"""A labelled stream yields a head that the gate evaluates, in the adapter that it was learned for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``kill -9`` of a real trainer process, at the places that matter; SIGTERM too."""
+"""``kill -9`` and SIGTERM of a real trainer process at critical points."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KILLED_AT = (
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> UpdateRow:
-    """The update that a trainer makes which nobody kills."""
+    """The update of a trainer that is not killed."""
     home = tmp_path_factory.mktemp("undisturbed") / "home"
     settings = filled(home)
     assert mortal_trainer.start(home).wait(SECONDS) == 0
@@ -48,7 +48,6 @@ def filled(home: Path) -> Settings:
 
 
 def only_update(settings: Settings) -> UpdateRow:
-    """The one update there is; it has one verdict once it is done."""
     ledger = Ledger.open(settings.ledger)
     (update,) = ledger.updates()
     assert len(ledger.verdicts()) == int(update.state == "done")

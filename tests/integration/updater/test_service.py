@@ -1,4 +1,4 @@
-"""The updater over a real store, ledger and gate: when it begins, on what, and what it leaves behind."""
+"""The updater over a real store, ledger and gate: when it begins, on which data, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_rejected_data_is_not_tried_again_by_itself_but_by_another_recipe_or_on_
 def test_data_counts_as_learned_once_its_adapter_is_live_and_no_more_after_a_rollback(
     settings: Settings, verdict: dict[str, str]
 ) -> None:
-    """What is learned is replayed in the next update; a recipe that remembers nothing leaves nothing else for it."""
+    """Learned data is replayed in the next update; a recipe without memory leaves nothing else for it."""
     add_samples(settings, 12)
     verdict["outcome"] = "passed"
     service = UpdaterService(settings)
@@ -100,7 +100,7 @@ def test_data_counts_as_learned_once_its_adapter_is_live_and_no_more_after_a_rol
 def test_an_update_that_libraries_break_off_fails_with_its_reason_after_three_attempts(
     settings: Settings, verdict: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each in a process of its own: nothing of an attempt is left but what the ledger has. A full disk is none."""
+    """Each attempt in its own process: only the ledger remains of it. A full disk does not count as an attempt."""
     add_samples(settings, 12)
     with monkeypatch.context() as full:
         full.setattr(service_module, "train_update", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
@@ -123,7 +123,7 @@ def test_an_update_that_libraries_break_off_fails_with_its_reason_after_three_at
 def test_a_process_that_dies_three_times_at_one_place_fails_the_update(
     settings: Settings, verdict: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed for memory, say: nothing runs after it. A stop that was asked for counts as nothing."""
+    """Such as an out-of-memory kill, after which no code runs. A requested stop does not count."""
     add_samples(settings, 12)
 
     class Died(BaseException):

@@ -1,4 +1,4 @@
-"""The shipped models score what the repository says they do, and the VLM looks at the picture."""
+"""The shipped models reach the scores that the repository states, and the VLM uses the picture."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_scores_of_the_clip_can_be_reproduced(tmp_path: Path) -> None:
 
 
 def test_the_scores_of_the_clip_are_worth_shipping() -> None:
-    """What the documentation promises: chance is 0.003 for recall@1 and 0.017 for recall@5."""
+    """The scores that the documentation promises; chance is 0.003 for recall@1 and 0.017 for recall@5."""
     scores = clip_scores.committed_scores()
 
     def mean(metric: str, domains: tuple[str, ...]) -> float:
@@ -50,7 +50,7 @@ def test_the_scores_of_the_clip_are_worth_shipping() -> None:
 
 
 SAMPLE = Path(__file__).with_name("vqa_base")
-"""Made by tests/support/question_sample.py."""
+"""Written by tests/support/question_sample.py."""
 
 
 @pytest.mark.integration

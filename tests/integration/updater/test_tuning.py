@@ -1,4 +1,4 @@
-"""A merge whose weight is searched for: on one half of the suites, judged by the other."""
+"""A merge weight tuned on one half of the suites and judged by the other."""
 
 from __future__ import annotations
 
@@ -50,7 +50,6 @@ def test_the_weight_is_chosen_on_one_half_and_judged_by_the_other(settings: Sett
 
 
 def _expected(settings: Settings, update: UpdateRow) -> float:
-    """The chosen adapter's score, from the ranks of each tuning half."""
     service = UpdaterService(settings)
     directory = service.artifacts.fetch(f"adapters/{update.adapter}")
     suites, fresh = update_suites(settings, service.store, update)
@@ -74,7 +73,6 @@ def test_a_suite_too_small_to_be_divided_is_left_to_the_gate(settings: Settings)
 
 
 def _asked(settings: Settings, version: int, data_from: dict[str, int]) -> tuple[dict[str, set[str]], set[str]]:
-    """Samples of each memory suite, and of the fresh ones, of an update that begins there."""
     now = datetime.now(UTC)
     update = UpdateRow(
         id="u", family="clip", state="trained", recipe={}, seed=0, store_version=version, data_from=data_from,

@@ -1,4 +1,4 @@
-"""Every test here talks to Apache Kafka."""
+"""Every test here needs Apache Kafka."""
 
 from __future__ import annotations
 

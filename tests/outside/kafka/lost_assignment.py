@@ -1,7 +1,7 @@
-"""Counts how often kafka-python alone never gets the assignment of a group that it has joined.
+"""Count how often kafka-python alone never gets the assignment of a group that it has joined.
 
 ``python -m tests.outside.kafka.lost_assignment [--tries 40] [--poll-ms 5] [--fixed]``: starts Apache Kafka. See
-``kafka_python_report.md`` beside this file.
+``kafka_python_report.md`` in this folder.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ WAIT_SECONDS = 12
 
 
 def assigned(address: str, topic: str, poll_ms: int, fixed: bool) -> bool:
-    """Whether a new group's only member gets its partitions.
-
-    Args:
-        fixed: with the change that the report proposes, which Ratchet makes for its own consumers.
+    """Whether a new group's only member gets its partitions. ``fixed``: with the change that the report proposes, which
+    Ratchet makes for its own consumers.
     """
     consumer = KafkaConsumer(
         bootstrap_servers=address, group_id=uuid.uuid4().hex, session_timeout_ms=6000, heartbeat_interval_ms=2000,
@@ -43,7 +41,6 @@ def assigned(address: str, topic: str, poll_ms: int, fixed: bool) -> bool:
 
 
 def main() -> None:
-    """Print how many starts got their partitions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tries", type=int, default=40)
     parser.add_argument("--poll-ms", type=int, default=5)

@@ -1,4 +1,4 @@
-"""A user who may do only what ACLs allow: the rights that docs/deployer.md names are enough, and none is too many."""
+"""A user with only the rights that docs/deployer.md names: they are enough, and each is needed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,6 @@ def kafka() -> Iterator[ApacheKafka]:
 
 
 def documented() -> list[list[ACL]]:
-    """What the page tells to run: for each line, which is about one resource, its ACLs."""
     found = []
     for line in re.findall(r"^acls (--operation .*)$", PAGE.read_text(), re.M):
         words = shlex.split(line)
@@ -63,7 +62,6 @@ def _acl(operation: str, pattern: ResourcePattern) -> ACL:
 
 @pytest.fixture
 def settings(kafka: ApacheKafka, tmp_path: Path) -> Iterator[Settings]:
-    """Of the documented topics and group, whose user has no right."""
     client = {"security_protocol": "SASL_PLAINTEXT", "sasl_mechanism": "PLAIN", "sasl_plain_username": USER,
               "sasl_plain_password": PASSWORD}  # fmt: skip
     own = {"bootstrap": kafka.sasl_address, "batch_seconds": 0.2, "client": client}
@@ -74,7 +72,6 @@ def settings(kafka: ApacheKafka, tmp_path: Path) -> Iterator[Settings]:
 
 
 def at(kafka: ApacheKafka, settings: Settings) -> Settings:
-    """The same topics, as somebody who may do everything."""
     own = settings.kafka.model_copy(update={"bootstrap": kafka.address, "client": {}})
     return settings.model_copy(update={"kafka": own})
 
@@ -88,7 +85,7 @@ def with_admin(kafka: ApacheKafka, call: str, acls: Iterable[Any]) -> None:
 
 
 def missing(settings: Settings) -> str:
-    """What doctor says of this user's rights; empty if they are enough."""
+    """Missing rights of this user according to doctor; empty if they are enough."""
     admin = Admin(settings.kafka, 30.0)
     try:
         check_rights(admin, [*ingest_rights(settings.kafka), *event_rights(settings.kafka)])

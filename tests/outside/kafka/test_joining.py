@@ -15,7 +15,7 @@ from tests.support.kafka import make_topics, reading
 pytestmark = [pytest.mark.integration, pytest.mark.kafka]
 AT_ONCE = 4
 WITHIN_SECONDS = 25.0
-"""Less than ingest itself waits before it joins again, so that a start that was not let in shows."""
+"""Less than ingest itself waits before it joins again, so that a failed join shows."""
 
 
 def seconds_to_join(broker: Broker, home: Path) -> float:
@@ -39,7 +39,7 @@ def test_every_start_is_let_into_the_group(broker: Broker, tmp_path: Path, start
 
 
 def test_a_join_that_polls_leave_half_done_is_completed(broker: Broker, tmp_path: Path) -> None:
-    """kafka-python alone forgets nine of ten; see ``kafka_python_report.md``."""
+    """kafka-python alone fails nine of ten times; see ``kafka_python_report.md``."""
     settings = broker.settings(tmp_path)
     make_topics(settings)
     assert all(assigned(broker.address, settings.kafka.topic, poll_ms=1, fixed=True) for _ in range(10))

@@ -1,4 +1,4 @@
-"""Offsets that no reader gets a record of, and offsets that are gone: lag and losses are what they really are."""
+"""Offsets without a readable record, and deleted offsets: lag and losses are reported correctly."""
 
 from __future__ import annotations
 
@@ -38,13 +38,11 @@ def store(settings: Settings) -> SampleStore:
 
 
 def position(settings: Settings, store: SampleStore) -> int:
-    """The next offset of the topic's partition, as the store has it."""
     return store.offsets()[f"{settings.kafka.topic}:0"]
 
 
 @contextmanager
 def read_until(settings: Settings, condition: Callable[[IngestStatus], bool], what: str) -> Iterator[Consumer]:
-    """An ingest that has reached a state, with no lag left; it runs on in the block."""
     with reading(settings) as ingest:
         wait_for(lambda: ingest.status.lag == 0 and condition(ingest.status), f"{what}, and a lag of 0")
         yield ingest
@@ -73,7 +71,6 @@ class Transactions:
 
 
 def delete_before(settings: Settings, offset: int) -> None:
-    """What retention does."""
     admin = AdminClient({"bootstrap.servers": settings.kafka.bootstrap})
     for done in admin.delete_records([ck.TopicPartition(settings.kafka.topic, 0, offset)]).values():
         assert done.result(20).low_watermark == offset
@@ -138,7 +135,7 @@ def test_what_compaction_removes_is_neither_lag_nor_lost(broker: Broker, tmp_pat
 def test_records_that_an_unclean_election_rewrites_after_they_were_stored_are_not_lost(
     apache_kafka: ApacheKafka, settings: Settings, store: SampleStore
 ) -> None:
-    """One node: its log is cut off while it is dead, as that of a replica that was behind and became the leader."""
+    """One node: its log is truncated while it is down, like that of a replica that was behind and became the leader."""
     produce(settings.kafka, [good(n) for n in range(6)])
     log = apache_kafka.data / f"{settings.kafka.topic}-0" / f"{0:020}.log"
     short = log.stat().st_size

@@ -1,4 +1,4 @@
-"""Topics that others made."""
+"""Topics that others have created."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A real Kubernetes of one node with KubeRay, and the chart in it: set up by the scripts in ``node/``, or found."""
+"""A real one-node Kubernetes with KubeRay, and the chart in it: set up by the scripts in ``node/``, or an
+existing one.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from tests.support.downloads import CACHE, SYSTEM_PATH, NotHere
 
 NAMESPACE, RELEASE, CLIENT = "ml", "ratchet", "client"
 USER: Final = ("--kube-as-user", "ann", "--kube-as-group", "system:authenticated")
-"""The administrator of the namespace, and of nothing else."""
+"""The administrator of only the namespace."""
 WORKERS: Final = "app.kubernetes.io/component=serving-worker"
 UPGRADE_SECONDS: Final = 900
 SCRIPTS: Final = Path(__file__).parent / "node"
@@ -32,7 +34,7 @@ PROGRAMS: Final = {
     "go": "Go (https://go.dev/dl)", "containerd": "containerd", "runc": "runc", "etcd": "etcd-server",
     "debootstrap": "debootstrap", "iptables": "iptables", "ipset": "ipset", "redis-server": "redis-server",
 }  # fmt: skip
-"""And the package of Debian that has each."""
+"""Programs, and the Debian package that has each."""
 _BUILT: Final = dict(re.findall(r"\b(kubernetes|kuberay|helm)=v?([\d.]+)", (SCRIPTS / "build.sh").read_text()))
 VERSIONS: Final = "{kubernetes} of one node, KubeRay {kuberay}, Helm {helm}".format(**_BUILT)
 
@@ -44,22 +46,19 @@ class Cluster:
         self.values = values
 
     def kubectl(self, *words: str, seconds: float = 120) -> str:
-        """Standard output. A command that fails fails the test."""
         return run("kubectl", "--namespace", NAMESPACE, *words, seconds=seconds).stdout
 
     def helm(self, verb: str, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """``install`` and ``upgrade`` of this checkout's chart, or another verb."""
+        """Run ``install`` or ``upgrade`` with this checkout's chart, or another verb."""
         chart = [str(CHART), "--values", str(self.values), "--timeout", "15m"] if verb in ("install", "upgrade") else []
         line = ["helm", verb, RELEASE, *chart, "--namespace", NAMESPACE, *USER, *words]
         return run(*line, seconds=UPGRADE_SECONDS, check=check)
 
     def upgrade(self, *settings: str) -> None:
-        """Return when the pods of the new version serve, and those of the version before are gone."""
         self.helm("upgrade", *(word for each in settings for word in ("--set", each)))
         self.replaced()
 
     def replaced(self) -> None:
-        """Return when the pods of the newest version serve, and those of the version before are gone."""
         self.helm("test", "--timeout", "15m")  # asks the workers of this version alone
         label = json.loads(self.kubectl("get", "service", f"{RELEASE}-this-version", "--output", "json"))
         version = label["spec"]["selector"]["ratchet/cluster"]
@@ -67,12 +66,10 @@ class Cluster:
         self.kubectl("wait", "pod", "--for=delete", "--selector", old, "--timeout=10m", seconds=UPGRADE_SECONDS)
 
     def pods(self, labels: str) -> list[dict[str, Any]]:
-        """Those with these labels."""
         found: list[dict[str, Any]] = json.loads(self.kubectl("get", "pods", "-l", labels, "--output", "json"))["items"]
         return found
 
     def ready(self, labels: str = WORKERS) -> list[str]:
-        """Names of the pods with these labels whose containers are all ready."""
         return [
             pod["metadata"]["name"]
             for pod in self.pods(labels)
@@ -80,18 +77,15 @@ class Cluster:
         ]
 
     def active(self) -> str:
-        """Name of the Ray cluster that clients reach."""
         path = "--output=jsonpath={.status.activeServiceStatus.rayClusterName}"
         return self.kubectl("get", "rayservice", RELEASE, path)
 
     def reaches(self, host: str, port: int) -> bool:
-        """Whether the pod of a client gets a connection."""
         done = self._in_client(f"import socket; socket.create_connection(('{host}', {port}), 5)")
         assert not done.returncode or "TimeoutError" in done.stderr or "refused" in done.stderr, done.stderr
         return done.returncode == 0
 
     def keys_in_redis(self) -> int:
-        """Of all Ray clusters whose head would come back."""
         (address,) = re.findall(r'redisAddress: "?([^"}]+)', self.values.read_text())
         connect = f"import socket; s = socket.create_connection({tuple(address.split(':'))})"
         done = self._in_client(f"{connect}; s.sendall(b'DBSIZE\\r\\n'); print(s.recv(99).decode())")
@@ -103,7 +97,9 @@ class Cluster:
 
     @contextmanager
     def load(self) -> Iterator[dict[str, Any]]:
-        """Requests meanwhile; after the block, the mapping has what :mod:`tests.outside.kubernetes.load` found."""
+        """Send requests during the block; after it, the mapping has the results of
+        :mod:`tests.outside.kubernetes.load`.
+        """
         console = f"deploy/{RELEASE}-console"
         key = self.kubectl("exec", console, "--", "env", "USER=outside", "ratchet", "keys", "create",
                            f"load-{time.time_ns()}", "--scope", "infer").strip()  # fmt: skip
@@ -125,11 +121,7 @@ class Cluster:
 
 @contextmanager
 def new_cluster() -> Iterator[Cluster]:
-    """A cluster that lasts as long as the block.
-
-    Raises:
-        NotHere: what it needs is missing on this machine.
-    """
+    """Set up a cluster for as long as the block. Raises NotHere if a requirement is missing on this machine."""
     if os.geteuid():
         raise NotHere("a node is made of namespaces, which takes root")
     path = f"{SYSTEM_PATH}:{os.environ['PATH']}"
@@ -151,10 +143,8 @@ def new_cluster() -> Iterator[Cluster]:
 
 
 def found_cluster(values: Path) -> Cluster:
-    """The cluster of ``KUBECONFIG``, where the chart was installed with these values.
-
-    Raises:
-        NotHere: it cannot be asked, or has no such release.
+    """Use the cluster of ``KUBECONFIG``, where the chart was installed with these values. Raises NotHere if it cannot
+    be reached, or has no such release.
     """
     missing = [program for program in ("kubectl", "helm") if not shutil.which(program)]
     if missing:
@@ -166,7 +156,7 @@ def found_cluster(values: Path) -> Cluster:
 
 
 def run(*words: str, seconds: float, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """A command with its output. If ``check`` is set, one that fails fails the test. Raises TimeoutExpired."""
+    """Run a command and capture its output. With ``check``, a failing command fails the test. Raises TimeoutExpired."""
     done = subprocess.run(words, capture_output=True, text=True, timeout=seconds)
     if check and done.returncode:
         pytest.fail(f"{' '.join(words)}: {done.stdout[-4000:]}{done.stderr[-4000:]}")

@@ -1,8 +1,8 @@
 """A cluster that has KubeRay, and the chart as release ``ratchet`` in the namespace ``ml``.
 
 It is set up on this machine (:mod:`tests.outside.kubernetes.cluster`), or is the one of ``KUBECONFIG`` if
-``OUTSIDE_VALUES`` names the values that the release was installed with; that one needs a pod ``client`` with Python,
-which may call the model server, and a user ann who may install. The tests change and reinstall the release.
+``OUTSIDE_VALUES`` names the values of its release; that one needs a pod ``client`` with Python, which may call the
+model server, and a user ann who may install. The tests change and reinstall the release.
 """
 
 from __future__ import annotations

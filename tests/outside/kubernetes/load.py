@@ -1,6 +1,6 @@
-"""Asks for an embedding four times a second, each on a new connection, until a file is there; prints what failed.
+"""Request an embedding four times a second, each on a new connection, until a file exists, and print the failures.
 
-Runs in a pod of the cluster, with Python's own library alone: ``python - HOST:PORT KEY FILE < load.py``.
+Runs in a pod of the cluster with the standard library alone: ``python - HOST:PORT KEY FILE < load.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BODY = json.dumps({"model": "clip", "input": ["a red dragon"]})
 
 
 def ask(host: str, key: str) -> str:
-    """What went wrong; empty if nothing did."""
+    """Send a request and return an error message; empty if it succeeded."""
     connection = http.client.HTTPConnection(host, timeout=20)
     try:
         headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}

@@ -17,7 +17,7 @@ RECOVERY_SECONDS = 600
 
 
 def allows_drains(cluster: Cluster, workers: list[int]) -> bool:
-    """Whether so many workers may be drained, within a minute; none where there is no budget."""
+    """Wait up to a minute for the number of workers that may be drained; none where there is no budget."""
 
     def allowed() -> list[int]:
         budgets = json.loads(cluster.kubectl("get", "poddisruptionbudgets", "--output", "json"))["items"]
@@ -32,7 +32,6 @@ Told = Callable[[str, dict[str, Any]], None]
 
 @pytest.fixture
 def told(capsys: pytest.CaptureFixture[str]) -> Told:
-    """Function that prints what the load found, and makes sure that nothing failed."""
 
     def tell(operation: str, found: dict[str, Any]) -> None:
         with capsys.disabled():

@@ -1,4 +1,4 @@
-"""Keycloak, started once, with a realm of its own for each test; and visitors who sign in through its form."""
+"""Keycloak, started once, with a realm for each test, and visitors who sign in through its form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from tests.support.downloads import started
 from tests.support.keycloak import Keycloak
 
 PASSWORD: Final = "pass-word"
-"""Of every user."""
 SECRET: Final = "client-secret"
 ANN: Final[Mapping[str, Any]] = {
     "username": "ann", "email": "ann@example.com", "emailVerified": True, "firstName": "Ann", "lastName": "Lee",
@@ -34,7 +33,7 @@ def keycloak() -> Iterator[Keycloak]:
 
 
 def mapper(name: str, kind: str, claim: str, **config: str) -> dict[str, Any]:
-    """One of a client's protocol mappers; what it says is in all tokens and in userinfo, unless ``config`` says not."""
+    """A protocol mapper of a client; its claims are in all tokens and in userinfo, unless ``config`` says otherwise."""
     where = {f"{place}.token.claim": "true" for place in ("id", "access", "userinfo")}
     return {
         "name": name, "protocol": "openid-connect", "protocolMapper": f"oidc-{kind}-mapper",
@@ -43,13 +42,12 @@ def mapper(name: str, kind: str, claim: str, **config: str) -> dict[str, Any]:
 
 
 def groups(full_path: str = "false", **config: str) -> dict[str, Any]:
-    """The mapper *Group Membership*."""
     return mapper("groups", "group-membership", "groups", **{"full.path": full_path, **config})
 
 
 @dataclass(frozen=True)
 class Realm:
-    """A realm of Keycloak that knows one user, ann, and the console as a client; and settings of that console."""
+    """A realm of Keycloak with the user ann and the console as a client, and settings of that console."""
 
     keycloak: Keycloak
     name: str
@@ -57,17 +55,15 @@ class Realm:
 
     @property
     def path(self) -> str:
-        """Below which the admin REST API has it."""
         return f"/{self.name}"
 
     def sessions(self) -> list[Any]:
-        """Ann's sessions, as Keycloak has them."""
         (user,) = self.keycloak.admin("GET", f"{self.path}/users")
         found: list[Any] = self.keycloak.admin("GET", f"{self.path}/users/{user['id']}/sessions")
         return found
 
     def leave_out_email_verified(self) -> None:
-        """Delete the mapper of the scope ``email``: as Entra ID, which does not have the claim."""
+        """Delete the mapper of the scope ``email``, as Entra ID lacks that claim."""
         scopes = self.keycloak.admin("GET", f"{self.path}/client-scopes")
         (email,) = (each for each in scopes if each["name"] == "email")
         (found,) = (each for each in email["protocolMappers"] if each["name"] == "email verified")
@@ -79,7 +75,7 @@ MakeRealm = Callable[..., Realm]
 
 @pytest.fixture
 def make_realm(keycloak: Keycloak, tmp_path: Path) -> MakeRealm:
-    """Function that makes a realm, and the settings of a console on loopback where pages need a key."""
+    """A function that makes a realm, and the settings of a console on loopback where pages need a key."""
 
     def make(
         rules: Mapping[str, Any], user: Mapping[str, Any] | None = None, mappers: Sequence[dict[str, Any]] = (),
@@ -106,7 +102,7 @@ def make_realm(keycloak: Keycloak, tmp_path: Path) -> MakeRealm:
 
 @pytest.fixture
 def visitor() -> Iterator[httpx.Client]:
-    """Follows redirects, and sends cookies as browsers do: on loopback also Secure ones without TLS."""
+    """Follows redirects and sends cookies as browsers do: on loopback also Secure ones without TLS."""
 
     def secure_enough(_: httpx.Response) -> None:
         for cookie in client.cookies.jar:
@@ -120,7 +116,6 @@ def visitor() -> Iterator[httpx.Client]:
 
 
 def sign_in(visitor: httpx.Client, console: str, name: str = "ann", next_page: str = "/") -> httpx.Response:
-    """From the console's link through Keycloak's form; what the console answers in the end."""
     form = visitor.get(f"{console}/sign-in/oidc", params={"next": next_page})
     assert form.is_success and 'id="kc-form-login"' in form.text, form.text
     action = html.unescape(re.findall(r'<form[^>]* action="([^"]+)"', form.text)[0])
@@ -128,7 +123,7 @@ def sign_in(visitor: httpx.Client, console: str, name: str = "ann", next_page: s
 
 
 def let_in_as(visitor: httpx.Client, console: str) -> str:
-    """What the console lets this visitor do: ``operator``, ``reader`` or ``nobody``."""
+    """The rights that the console gives this visitor: ``operator``, ``reader`` or ``nobody``."""
     seen = visitor.get(f"{console}/releases/hold")
     if seen.status_code == 200 and "/sign-in" not in seen.url.path:
         return "operator"
@@ -137,5 +132,4 @@ def let_in_as(visitor: httpx.Client, console: str) -> str:
 
 
 def csrf(page: httpx.Response) -> str:
-    """The token that forms of a page of the console carry."""
     return str(re.findall(r'"x-csrf-token": "([^"]+)"', page.text)[0])

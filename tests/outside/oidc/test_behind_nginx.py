@@ -1,4 +1,4 @@
-"""Signing in by Keycloak to a console behind an nginx that is set up as docs/operator.md says."""
+"""Signing in by Keycloak to a console behind an nginx that is set up as in docs/operator.md."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ LONG: Final = "/releases?a=" + "x" * (MAX_NEXT - 20)
 def test_somebody_signs_in_by_keycloak_under_a_path(
     make_realm: MakeRealm, visitor: httpx.Client, tmp_path: Path, number: int, next_page: str, known: bool
 ) -> None:
-    """nginx has room for 4 KB of headers of an answer. Where Keycloak's token does not go into them beside the page to
-    come back to, signing out of the console does not end Keycloak's session by itself.
+    """nginx allows 4 KB of response headers. If Keycloak's token does not fit into them together with the return page,
+    signing out of the console does not end Keycloak's session by itself.
     """
     many = [f"a-group-with-a-long-name-{each}" for each in range(number)]
     port = free_port()

@@ -1,4 +1,4 @@
-"""What is read without a key by way of an nginx on the machine of a server and a console that need none there."""
+"""Access without a key through an nginx on the machine of a server and a console that need none there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [
 SERVER_PAGES: Final = ("/v1/models", "/metrics")
 CONSOLE_PAGES: Final = ("/", "/releases", "/audit", "/quarantine", "/playground")
 FAR: Final = "set_real_ip_from 127.0.0.1; real_ip_header X-Client; "
-"""nginx takes the client's address from a header of the tests: without it, that is one of this machine."""
+"""nginx takes the client's address from a header of the tests; without it, the address is one of this machine."""
 OUTSIDER: Final = {"x-client": "198.51.100.7"}
 SETUPS: Final = ("as installed", "as documented")
 
@@ -47,7 +47,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 def location(setup: str, port: str, url: str) -> str:
-    """One of nginx that passes everything on to a server: bare, or with the lines of the documentation."""
     if setup == "as installed":
         return f"{FAR}location / {{ proxy_pass {url}; }}"
     real = int(url.rpartition(":")[2])

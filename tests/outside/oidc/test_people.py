@@ -1,4 +1,4 @@
-"""As what the console lets somebody in, of whom Keycloak says this and that."""
+"""The role that the console gives a user, depending on what Keycloak says of them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ NOT_VERIFIED: Final = "the provider does not say that it verified the address 'a
 
 @dataclass(frozen=True)
 class Case:
-    """What Keycloak is told about ann (by default her address is verified, and she is in ml-platform), what the console
-    is, and what comes of it: a role, or words of the page that turns her away.
+    """What Keycloak is told about ann (by default her address is verified and she is in ml-platform), the console's
+    settings, and the result: a role, or words of the page that turns her away.
     """
 
     rules: Mapping[str, Any]
@@ -96,7 +96,7 @@ def test_as_what_somebody_is_let_in(name: str, make_realm: MakeRealm, visitor: h
 def test_a_user_who_takes_the_address_of_an_operator_is_turned_away(
     make_realm: MakeRealm, visitor: httpx.Client
 ) -> None:
-    """Keycloak lets users change their address, and says then that it is not verified."""
+    """Keycloak lets users change their address, and then says that it is not verified."""
     roles = {"account": ["manage-account", "view-profile"]}
     realm = make_realm(NAMED, {"username": "eve", "email": "eve@example.com", "clientRoles": roles})
     issuer = realm.settings.console.oidc.issuer

@@ -23,7 +23,7 @@ NAMED = {"operators": ["ann@example.com"]}
 def test_a_browser_signs_in_and_out_again(
     make_realm: MakeRealm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between two sites, as `ratchet console` is run: with a file of settings, and the secret in the environment."""
+    """Between two sites, as `ratchet console` is run: with a settings file, and the secret in the environment."""
     realm = make_realm(NAMED)
     found = realm.settings.model_dump(mode="json", exclude_unset=True)
     del found["console"]["oidc"]["client_secret"]

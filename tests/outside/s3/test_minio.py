@@ -1,4 +1,4 @@
-"""MinIO: its rights, what it says when its disk is full, and what becomes of records while it is killed and hangs."""
+"""MinIO: its access rights, its error for a full disk, and the fate of records while it is killed and hangs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shared() -> Iterator[MinIO]:
 
 @pytest.fixture
 def minio(shared: MinIO) -> Iterator[MinIO]:
-    """Started once, with an empty bucket for all."""
+    """MinIO, started once, with an empty bucket for all tests."""
     S3FileSystem.clear_instance_cache()
     yield shared
     S3FileSystem.clear_instance_cache()
@@ -45,7 +45,6 @@ def minio(shared: MinIO) -> Iterator[MinIO]:
 
 @pytest.fixture
 def kafka(monkeypatch: pytest.MonkeyPatch) -> FakeKafka:
-    """A broker in this process, with as many records as there are."""
     broker = FakeKafka("t")
     install(broker, monkeypatch)
     return broker
@@ -58,13 +57,13 @@ def settings_of(home: Path) -> Settings:
 
 
 def store_state() -> str:
-    """What this process noted last of its store; nothing before it has used one."""
+    """The store state that this process noted last; none before it has used a store."""
     noted = current().get("store")
     return noted.state if noted else ""
 
 
 def states(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> dict[Dependency, DependencyState]:
-    """Of the two that are in MinIO, as ``ratchet doctor`` looks; the broker is not looked at."""
+    """States of the two stores in MinIO as seen by ``ratchet doctor``, without the broker."""
     monkeypatch.setattr(dependency_checks, "_broker", lambda settings: "answers")
     S3FileSystem.clear_instance_cache()
     found = look(settings, write=True)

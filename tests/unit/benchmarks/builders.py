@@ -1,5 +1,3 @@
-"""A stream of noise pictures for a tiny base."""
-
 from __future__ import annotations
 
 from dataclasses import replace
@@ -14,12 +12,10 @@ UPDATES = ("car", "boat")
 
 
 def labelled(tag: str, count: int) -> tuple[Pair, ...]:
-    """Pairs whose captions are their classes, too."""
     return tuple(replace(pair, label=pair.text) for pair in pairs(tag, count))
 
 
 def stream() -> Stream:
-    """Two updates, one of them with a classification suite, and two held-out suites."""
     return Stream(
         updates={name: pairs(name, 12) for name in UPDATES},
         reference=pairs("house", 8),

@@ -1,5 +1,3 @@
-"""The benchmarks measure what they say: small runs of the real thing, and figures from requests made up."""
-
 from __future__ import annotations
 
 import json
@@ -86,7 +84,7 @@ def test_without_a_reference_pool_there_is_nothing_to_step_on(tmp_path: Path) ->
 
 
 def test_requests_count_for_the_phase_in_which_they_were_due_and_only_if_they_were_answered(tmp_path: Path) -> None:
-    """A second each without, starting, with, and after them what is in none; twice."""
+    """One second each before, starting, with and after the faults, which count for no phase; twice."""
     phases = [
         Phase(0, 1, "without"), Phase(1, 2, "starting"), Phase(2, 3, "with", steps=4),
         Phase(4, 5, "without"), Phase(5, 6, "starting"), Phase(6, 7, "with", steps=2),

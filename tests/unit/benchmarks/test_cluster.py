@@ -1,5 +1,3 @@
-"""What the runner of the chart's pods makes of a manifest, without the pods."""
-
 from __future__ import annotations
 
 import os
@@ -21,8 +19,6 @@ from tests.support.chart import of_kind, pods, profile, render
 
 
 class PodStub:
-    """A pod that was asked for."""
-
     def __init__(self, name: str, template: Any) -> None:
         self.name, self.template = name, template
         self.is_alive = self.is_ready = True
@@ -45,7 +41,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def ray_words(pod: Any) -> list[str]:
-    """Of ``ray start``, as the container's shell gets them."""
+    """Arguments of ``ray start`` as the container's shell gets them."""
     container = pod.container("ray")
     assert container["command"] == ["/bin/bash", "-lc", "--"]
     limits, _, start = container["args"][0].partition("; ")

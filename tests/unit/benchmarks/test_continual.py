@@ -1,5 +1,3 @@
-"""Chains on a tiny base: equal budgets, and a killed one that ends like one that ran through."""
-
 from __future__ import annotations
 
 import json
@@ -44,7 +42,6 @@ METHODS = ("default", "locked-text")
 
 @pytest.fixture(scope="module", autouse=True)
 def untuned() -> Iterator[None]:
-    """Recipes as they are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "tried", dict)
         yield
@@ -57,7 +54,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
 
 @pytest.fixture(scope="module")
 def results(base: ClipBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two methods over two updates."""
     folder = tmp_path_factory.mktemp("results")
     for name in METHODS:
         _chain(base, folder, name).run(2)
@@ -99,7 +95,7 @@ def test_a_schedule_keeps_its_shares_of_the_steps_that_are_paid_for(base: ClipBa
 def test_a_schedule_is_made_for_the_steps_that_are_taken_also_with_texts_of_a_terms_own(
     base: ClipBase, tmp_path: Path
 ) -> None:
-    """Random strings are as many for a batch as for the whole update. This budget just pays for the third step."""
+    """There are as many random strings per batch as for the whole update. This budget just pays for the third step."""
     rich = replace(PROTOCOL, gflops=1.02)
     chain = clip_chain(base, stream(), rich, Unit("vr-lwf"), tmp_path)
     chain.run(1)

@@ -1,5 +1,3 @@
-"""Searches across versions, and the classifier that trains nothing, against what must come out."""
-
 from __future__ import annotations
 
 from dataclasses import replace

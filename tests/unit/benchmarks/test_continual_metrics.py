@@ -1,4 +1,4 @@
-"""The papers' figures on matrices whose answers are known by hand, intervals against plain loops, orders and seeds."""
+"""The papers' figures on matrices whose results are known by hand; intervals against plain loops."""
 
 from __future__ import annotations
 

@@ -1,5 +1,3 @@
-"""What a VLM is asked on a stream: of two pictures the same words, and other pictures than it learned from."""
-
 from __future__ import annotations
 
 from collections import Counter, defaultdict
@@ -52,7 +50,6 @@ def test_half_of_the_questions_ask_what_it_is_and_half_whether_it_is() -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two methods over two updates."""
     base = tiny_vlm_base(tmp_path_factory.mktemp("home"))
     folder = tmp_path_factory.mktemp("results")
 

@@ -1,5 +1,3 @@
-"""Embeddings next to other servers: the plan, inputs that no cache knows, the load, ratios, and peers' models."""
-
 from __future__ import annotations
 
 import asyncio
@@ -85,7 +83,7 @@ def test_bodies_are_what_the_servers_take(kind: Modality) -> None:
 
 @asynccontextmanager
 async def recording_server(refused: int = 0) -> AsyncIterator[tuple[str, list[dict[str, object]]]]:
-    """Answers 200 and ends each second connection; the first ``refused`` requests get 429. Yields URL and bodies."""
+    """Answer 200 and close each second connection; the first ``refused`` requests get 429. Yields URL and bodies."""
     bodies: list[dict[str, object]] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,5 +1,3 @@
-"""The gate's benchmark on made-up outcomes: draws keep the truth they promise, and counts are what they are called."""
-
 from __future__ import annotations
 
 from dataclasses import replace
@@ -28,7 +26,6 @@ def hits(share: float, views: int, seed: int) -> np.ndarray:
 
 
 def after(before: np.ndarray, lost: float, gained: float, seed: int) -> np.ndarray:
-    """``before`` with such shares of its hits lost and of its misses found."""
     chance = np.random.default_rng(seed).random(before.shape)
     return np.where(before > 0, chance >= lost, chance < gained).astype(float)
 
@@ -44,7 +41,7 @@ BASE = {suite.name: hits(0.45, len(suite.views), seed) for seed, suite in enumer
 
 
 def case(name: str, lost: float, gained: float = 0.25, kind: str = "kind", before: dict | None = None) -> Case:
-    """Loses such a share of all hits of the retention suites, and finds such a share of the new domain's misses."""
+    """Lose this share of all hits of the retention suites, and find this share of the new domain's misses."""
     given = before or BASE
     found = {s.name: after(given[s.name], lost, min(lost, 0.02) * 0.8, 10 + i) for i, s in enumerate((KNOWN, CLASSES))}
     found[NEW.name] = after(given[NEW.name], 0.02, gained, 20)
@@ -61,7 +58,7 @@ def test_truth_is_decided_by_all_items() -> None:
 
 
 def test_what_was_lost_earlier_is_seen_by_the_comparison_with_the_base_alone() -> None:
-    """The incumbent has lost 13 points already; the candidate leaves things as they are."""
+    """The incumbent has already lost 13 points; the candidate changes nothing."""
     incumbent = {name: after(found, 0.3, 0.0, 30) for name, found in BASE.items()}
     late = case("late", 0.01, before=incumbent)
     assert late.truth(RULE) == "harmful" and late.without_base().truth(RULE) == "good"
@@ -133,7 +130,7 @@ def test_at_the_margin_each_suite_in_turn_is_rarely_passed() -> None:
 
 
 def test_a_case_with_ranks_is_judged_by_them_and_has_the_truth_of_its_hits() -> None:
-    """As many hits, but every miss of the new domain is a near one now: recall@5 sees nothing of it."""
+    """As many hits, but every miss of the new domain is now a near one, which recall@5 does not see."""
 
     def ranks(outcomes: dict, near: int) -> dict:
         return {name: np.where(found > 0, 0, near if name == NEW.name else 60) for name, found in outcomes.items()}
@@ -160,7 +157,7 @@ def test_shares_carry_exact_intervals() -> None:
 
 
 def test_false_accepts_are_of_the_harmful_and_false_rejects_of_the_good() -> None:
-    """Verdicts fall on the suites' own draw, which may show something else than all items."""
+    """Verdicts use the suites' own draw, which may differ from all items."""
     cases = [GOOD_ONE, BAD_ONE, case("unlucky", 0.02), case("lucky", 0.9)]
     seen = [GOOD_ONE, BAD_ONE, replace(BAD_ONE, name="unlucky"), replace(GOOD_ONE, name="lucky")]
     found = counting.counted(counting.rows(cases, seen, RULE))
@@ -225,7 +222,7 @@ def test_redrawn_items_let_the_good_in_and_keep_the_bad_out() -> None:
 
 
 def test_scales_are_looked_for_between_the_base_and_a_bad_candidate() -> None:
-    """A loss that grows with the square of the scale, 30 points beyond a margin of 5 in the end."""
+    """A loss that grows with the square of the scale, up to 30 points beyond a margin of 5."""
     parents = parents_of(plans(40, 40), 4)
     assert [plan.kind for plan in parents] == ["naive", "forgotten", "poisoned", "naive"]
     found = {plan.scale: 0.35 * plan.scale**2 - 0.05 for plan in

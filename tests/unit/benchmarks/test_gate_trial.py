@@ -1,5 +1,3 @@
-"""What the gate's benchmark asks, and with which engine: galleries, kept boundaries, and lies about pictures."""
-
 from __future__ import annotations
 
 from dataclasses import replace
@@ -50,7 +48,6 @@ def base(home: Path) -> ClipBase:
 
 @pytest.fixture(scope="module")
 def late(base: ClipBase, home: Path) -> TrainResult:
-    """Trained in the last blocks alone."""
     return run(base, home / "late", recipe=recipe(image=LAST, text=LAST))
 
 
@@ -203,7 +200,7 @@ def test_half_of_a_change_is_half_of_it_in_every_layer(base: ClipBase, late: Tra
 def test_a_short_run_says_everything_and_trains_nothing_twice(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tiny models on forty pictures: what they say of the gate means nothing."""
+    """Tiny models on forty pictures: the figures mean nothing."""
     monkeypatch.setattr("benchmarks.gate.power.SIZES", (20,))
     wanted = [short("one"), replace(short("first-00"), kind="first"), replace(short("drift-00"), kind="drift")]
     rule = Rule.of(Gate(min_items=5))

@@ -1,5 +1,3 @@
-"""What `ratchet bench hostile` counts, and what its attackers send."""
-
 from __future__ import annotations
 
 import asyncio

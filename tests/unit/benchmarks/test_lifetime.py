@@ -1,5 +1,3 @@
-"""The simulated stream: moves have the true change that is asked for, and the gate's rules decide about them."""
-
 from __future__ import annotations
 
 import json
@@ -40,7 +38,6 @@ def ranks(seed: int, views: int) -> np.ndarray:
 
 
 def moved(before: np.ndarray, seed: int, up: float) -> np.ndarray:
-    """A fifth of the ranks are drawn anew, most of them for the better."""
     rng = np.random.default_rng(seed)
     other = np.where(rng.random(before.shape) < up, before // 2, 2 * before + 1)
     return np.where(rng.random(before.shape) < 0.2, other, before)
@@ -213,7 +210,7 @@ CHAINS = ROOT / "docs" / "benchmarks" / "lifetime" / "chains.tar.xz"
 
 
 def test_what_a_stream_forgets_is_what_committed_chains_of_the_default_recipe_forgot(tmp_path: Path) -> None:
-    """Of the default as it was until commit bf0544b."""
+    """Of the default recipe as it was until commit bf0544b."""
     shutil.unpack_archive(CHAINS, tmp_path)
     units = [Unit("default", order) for order in (0, 2)]
     for unit in units:
@@ -228,7 +225,9 @@ def test_what_a_stream_forgets_is_what_committed_chains_of_the_default_recipe_fo
 
 
 def test_how_much_of_it_differs_as_among_the_committed_candidates_of_the_gate() -> None:
-    """Of what their incumbents had learned: what is not proportional to the level, and not the items' deviation."""
+    """Of what their incumbents had learned: the part that is neither proportional to the level nor the items'
+    deviation.
+    """
     trials = dict(read_trials(ARCHIVE))
     domains = {name: domain for name, _, domain in good_plans()}
     levels, changes, noise = [], [], []
@@ -247,7 +246,7 @@ def test_how_much_of_it_differs_as_among_the_committed_candidates_of_the_gate() 
 
 
 def test_an_updater_whose_candidates_failed_can_still_release() -> None:
-    """Levels for losses that fall with each failure kept the sixth update of a stream, and all after it, out."""
+    """Levels for losses that fall with each failure blocked the sixth update of a stream and all after it."""
     schedule = Schedule(SETTINGS, waiting=True, candidates=30)
     look = schedule.plan().look(5000)
     assert look.level < 1e-4 and look.loss_level == pytest.approx(SETTINGS.alpha)

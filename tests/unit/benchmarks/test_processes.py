@@ -1,5 +1,3 @@
-"""Processes of a benchmark: they end with it, and what they hold is measured; the soak, which fails by that."""
-
 from __future__ import annotations
 
 import os
@@ -50,7 +48,7 @@ def test_a_worker_that_is_computing_ends_with_its_parent(tmp_path: Path) -> None
     assert worker.stdin is not None and worker.stdout is not None
     worker.stdin.write('{"number": 0}\n')
     worker.stdin.flush()
-    assert worker.stdout.readline() == '{"twice": 0}\n'  # and now it is at something that takes for ever
+    assert worker.stdout.readline() == '{"twice": 0}\n'  # and now it does something endless
     worker.stdin.close()  # as the death of the parent does
     assert worker.wait(30) == 0
 
@@ -60,7 +58,6 @@ POPEN = subprocess.Popen
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[Any]]:
-    """Processes that were started from now on: each says that it is ready, and then stays."""
     processes: list[subprocess.Popen[Any]] = []
 
     def start(command: list[str], **given: Any) -> subprocess.Popen[Any]:
@@ -108,7 +105,6 @@ sum(held[::4096]), print(flush=True), sys.stdin.read()
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., int]]:
-    """Starts a command that is up when it has written a line; its process id."""
     processes: list[subprocess.Popen[bytes]] = []
 
     def starts(*command: str) -> int:
@@ -133,7 +129,7 @@ def test_what_a_child_holds_is_seen_and_a_small_one_is_called_so(start: Callable
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_libraries_that_another_process_uses_too_are_no_memory(start: Callable[..., int], tmp_path: Path) -> None:
-    """The catalog had grown by 8%: tests that had the same libraries mapped had ended meanwhile."""
+    """The catalog seemed to have grown by 8% because tests that had mapped the same libraries had ended."""
     (tmp_path / "library").write_bytes(b"x" * (64 << 20))
     child = start(sys.executable, "-c", MAP.format(path=str(tmp_path / "library")))
     assert child_processes()[child].is_small
@@ -150,7 +146,7 @@ def test_growth_is_of_processes_that_lived_through_both_looks() -> None:
 
 
 def log_of(sizes: dict[int, list[int]]) -> MemoryLog:
-    """A snapshot each 20 s, sizes in MiB; 0 is a process that is not there."""
+    """A snapshot each 20 s, sizes in MiB; 0 for a missing process."""
     log = MemoryLog()
     for number in range(len(next(iter(sizes.values())))):
         there = {pid: row[number] << 20 for pid, row in sizes.items() if row[number]}

@@ -1,5 +1,3 @@
-"""`ratchet bench search`: its vectors, the exact answers, and the stand-in of the sample store."""
-
 from __future__ import annotations
 
 from pathlib import Path

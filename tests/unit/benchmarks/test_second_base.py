@@ -1,5 +1,3 @@
-"""A second base is trained, registered, and near its teacher."""
-
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,5 +1,3 @@
-"""What ``ratchet bench chaos --part serving`` is made of: a plan, an audit that finds failures, a relay that delays."""
-
 from __future__ import annotations
 
 import socket
@@ -103,7 +101,7 @@ def test_the_slowest_rollback_and_refusal_of_all_states_are_told_and_what_is_wro
 
 @pytest.fixture
 def echo() -> Iterator[int]:
-    """A server that sends everything back; its port."""
+    """An echo server; returns its port."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:

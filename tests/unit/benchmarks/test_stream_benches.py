@@ -1,5 +1,3 @@
-"""What the benchmarks of the stream are made of: inputs of the kind that they should be, an audit that finds faults."""
-
 from __future__ import annotations
 
 from collections import Counter

@@ -1,5 +1,3 @@
-"""What the swap benchmark changes, and in which order."""
-
 from __future__ import annotations
 
 from typing import Any
@@ -12,8 +10,6 @@ from ratchet_client import ServerError
 
 
 class RecordingClient:
-    """Notes calls."""
-
     def __init__(self) -> None:
         self.calls: list[str] = []
 
@@ -51,7 +47,7 @@ def test_a_rollback_that_is_refused_for_now_is_made_again() -> None:
 
 
 def test_a_request_is_inside_of_a_swap_by_when_it_was_sent_and_not_by_how_long_it_took() -> None:
-    """One request in a hundred takes a second, whatever happens; swaps of no length change that for none of them."""
+    """One request in a hundred takes a second at any time; with swaps of zero length, none of them is inside one."""
     samples = [CheckedSample(due=n / 100, seconds=1.0 if n % 100 == 0 else 0.01, release=1) for n in range(10_000)]
     rounds = by_swap(samples, [(n + 0.505, n + 0.505) for n in range(100)], reach=0.01)
     assert [len(inside) for inside, _ in rounds] == [1] * 100

@@ -1,5 +1,3 @@
-"""Rates and weights: each method has as many trials, and runs with what was chosen."""
-
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""The chart in every profile, with the least and with everything."""
+"""The chart in every profile, with the required values and with all options."""
 
 from __future__ import annotations
 

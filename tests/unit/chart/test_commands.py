@@ -1,5 +1,5 @@
-"""Every command of the chart, the compose file and the pages is one that its program takes; every probe asks what is
-there.
+"""Every command of the chart, the compose file and the pages is valid for its program; every probe asks for an existing
+path.
 """
 
 from __future__ import annotations
@@ -36,14 +36,13 @@ SECRETS = {
     "RATCHET_KAFKA__CLIENT": '{"security_protocol": "SASL_SSL"}',
     "RATCHET_KAFKA__SCHEMA_REGISTRY_AUTH": "user:password",
 }
-"""What the Secrets hold; others are any text."""
+"""Contents of Secrets that have a format; others are any text."""
 METRICS = {"/metrics"}
-"""What the exporters of ingest, maintenance, the updater and replicas have: :func:`core.metrics.listen`."""
+"""Paths of the exporters of ingest, maintenance, the updater and replicas: :func:`core.metrics.listen`."""
 
 
 @pytest.fixture(scope="module")
 def routes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """Paths that each process of the chart answers, by container."""
     console: FastAPI = build_console(Settings(home=tmp_path_factory.mktemp("console")))
     return {
         "console": {str(route.path) for route in console.routes if hasattr(route, "path")},
@@ -54,7 +53,7 @@ def routes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
 
 
 def test_ratchet_takes_every_command(objects: list[dict[str, Any]], tmp_path: Path) -> None:
-    """As its command line parses them, folders that have to exist included."""
+    """As its command line parses them, including folders that must exist."""
     seen = set()
     for component, _, container in containers(objects):
         if container["name"] == "ray":
@@ -83,7 +82,7 @@ def test_ray_start_takes_the_parameters_of_every_group(service: dict[str, Any]) 
 
 
 def test_every_container_has_settings_that_are_ratchets(objects: list[dict[str, Any]], tmp_path: Path) -> None:
-    """Its variables, and the mounted file where they name it."""
+    """Its variables, and the mounted file that they name."""
     file = tmp_path / "ratchet.yaml"
     file.write_text(settings_text(objects))
     for component, _, container in containers(objects):
@@ -139,7 +138,9 @@ OURS = [(name, line) for name, line in LINES if " -- " in line and "ratchet" in 
 
 
 def kubectl() -> argparse.ArgumentParser:
-    """What of ``kubectl exec`` the pages use: https://kubernetes.io/docs/reference/kubectl/generated/kubectl_exec."""
+    """The flags of ``kubectl exec`` on the pages:
+    https://kubernetes.io/docs/reference/kubectl/generated/kubectl_exec.
+    """
     parser = argparse.ArgumentParser("kubectl", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("-n", "--namespace", required=True)
     run = parser.add_subparsers(required=True).add_parser("exec")
@@ -149,14 +150,12 @@ def kubectl() -> argparse.ArgumentParser:
 
 
 def without_env(words: list[str]) -> list[str]:
-    """A command line without ``env NAME=VALUE ...`` before it."""
     if words[0] != "env":
         return words
     return [word for number, word in enumerate(words[1:]) if "=" not in word or "ratchet" in words[1 : number + 1]]
 
 
 def deployments() -> dict[str, Any]:
-    """Containers of the Deployments of a release that is named as on the pages."""
     found = of_kind(render(name="ratchet"), "Deployment")
     return {each["metadata"]["name"]: each["spec"]["template"]["spec"]["containers"] for each in found}
 

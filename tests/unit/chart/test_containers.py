@@ -1,4 +1,4 @@
-"""Dockerfile and compose.yaml: nothing here can run Docker, so they are linted and held against the code."""
+"""Dockerfile and compose.yaml: Docker is not available here, so they are linted and compared with the code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ def run(*command: str | Path) -> str:
 
 
 def stages() -> dict[str, str]:
-    """Text of each stage of the Dockerfile by its name."""
     found = re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM |\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL)
     return dict(found)
 
@@ -65,7 +64,7 @@ def test_the_image_has_every_package_and_only_extras_that_exist() -> None:
 
 @pytest.mark.parametrize(("flavour", "vlm"), [("cpu", "vlm-cpu"), ("gpu", "gpu")])
 def test_a_lock_has_a_version_and_digests_of_everything_that_the_project_names(flavour: str, vlm: str) -> None:
-    """`make lock` writes it; a requirement that was added or raised since fails here."""
+    """`make lock` writes it; fails here after a requirement was added or raised."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     client = tomllib.loads((ROOT / "client" / "pyproject.toml").read_text())["project"]
     extras = ("local", "postgres", "registry", "s3", "traces", vlm)
@@ -74,7 +73,7 @@ def test_a_lock_has_a_version_and_digests_of_everything_that_the_project_names(f
     for line in [*wanted, *client["dependencies"]]:
         requirement = Requirement(line)
         if requirement.name == client["name"]:
-            continue  # from this source, like what is locked for
+            continue  # built from this source
         version = lock[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version.partition("+")[0]), (
             f"{line}: {version} is locked, run `make lock`"
@@ -98,7 +97,6 @@ def test_both_images_have_the_same_versions_but_for_what_cuda_brings() -> None:
 
 
 def locked(flavour: str) -> dict[str, str]:
-    """Version by canonical name."""
     text = (ROOT / "locks" / f"{flavour}.txt").read_text()
     lines = re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==(\S+)", text, re.MULTILINE)
     return {canonicalize_name(name): version for name, version in lines}
@@ -142,7 +140,6 @@ def test_every_mounted_file_is_there() -> None:
 
 
 def settings() -> Settings:
-    """As a container loads them."""
     environment = {
         name: re.sub(r"\$\{(\w+):\?[^}]*\}", "secret", value)
         for name, value in COMPOSE["services"]["serve"]["environment"].items()

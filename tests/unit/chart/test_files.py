@@ -1,5 +1,3 @@
-"""What the chart has from elsewhere is what lies there."""
-
 from __future__ import annotations
 
 import json

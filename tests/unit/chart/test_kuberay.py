@@ -1,4 +1,4 @@
-"""KubeRay takes the RayService: its schemas and the rules of its own code, of the versions that the docs name.
+"""KubeRay accepts the RayService: its schemas and the rules of its own code, in the versions that the docs name.
 
 The rules are those of ``ray-operator/controllers/ray`` in ray-project/kuberay, read at the tags v1.5.0, v1.5.1, v1.6.2
 and v1.7.0: ``utils/validation.go`` (ValidateRayServiceMetadata, ValidateRayServiceSpec, ValidateRayClusterSpec),
@@ -39,9 +39,9 @@ from tests.support.chart import (
 
 VERSIONS = {"1.5.1": "RayService-1.5.1.json", "1.6.2": "RayService-1.6.2.json", "1.7": "RayService.json"}
 MAX_NAME = 53 - len("-xxxxx")
-"""MaxRayServiceNameLength: of a cluster's 53, less what KubeRay appends."""
+"""MaxRayServiceNameLength: a cluster's 53, less what KubeRay appends."""
 REFUSED = {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME", "RAY_enable_autoscaler_v2"}
-"""ValidateRayClusterSpec refuses a head with one of them, where GcsFaultToleranceOptions are to be used."""
+"""ValidateRayClusterSpec rejects a head with one of them together with GcsFaultToleranceOptions."""
 MANAGED = {
     "FQ_RAY_IP", "RAY_IP", "RAY_CLUSTER_NAME", "RAY_CLUSTER_NAMESPACE", "RAY_CLOUD_INSTANCE_ID", "RAY_NODE_TYPE_NAME",
     "KUBERAY_GEN_RAY_START_CMD", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_PORT",
@@ -60,7 +60,6 @@ def training() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def cluster(training: list[dict[str, Any]]) -> dict[str, Any]:
-    """The cluster that trains."""
     (found,) = of_kind(training, "RayCluster")
     return found
 
@@ -130,7 +129,7 @@ def test_the_head_has_the_ports_that_services_are_made_of(service: dict[str, Any
 def test_its_variables_are_those_that_ray_reads_and_none_that_kuberay_refuses_or_sets(
     service: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A proxy has as long to get ready, and a message as many bytes, as on one machine."""
+    """A proxy has as much time to get ready, and a message as many bytes, as on one machine."""
     environ: dict[str, str] = {}
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", environ)
@@ -153,7 +152,7 @@ def test_workers_have_both_bounds_also_where_nothing_scales_them(service: dict[s
 
 
 def test_ray_adds_workers_where_more_are_allowed() -> None:
-    """DefaultHeadPodTemplate puts the autoscaler next to the head, which has to be allowed to call Kubernetes."""
+    """DefaultHeadPodTemplate puts the autoscaler next to the head, which must have access to the Kubernetes API."""
     serve = {"encoder_replicas": 2, "encoder_max_replicas": 12}
     more = {"settings": {"serve": serve}, "serving": {"workers": {"replicas": 2, "maxReplicas": 6}}}
     objects = render(profile("cpu"), EVERYTHING, more)
@@ -203,8 +202,9 @@ def test_what_serve_changes_in_a_running_cluster_makes_no_new_one() -> None:
 
 
 def test_what_the_api_server_would_fill_in_is_said(service: dict[str, Any], cluster: dict[str, Any]) -> None:
-    """Defaults of KubeRay's definitions, in lists that are compared as a whole: Argo CD would see a difference, and who
-    applies the same objects again a conflict."""
+    """Defaults of KubeRay's definitions, in lists that are compared as a whole: Argo CD would see a difference, and
+    applying the same objects again would conflict.
+    """
     for owner in (service, cluster):
         _, *workers = groups = cluster_groups(owner)
         assert {group["numOfHosts"] for group in workers} == {1}
@@ -243,8 +243,9 @@ def test_a_token_is_of_the_ray_in_the_image_and_an_upgrade_is_one_of_kuberays(se
 
 
 def test_what_kuberay_would_add_to_a_pod_is_there_already(service: dict[str, Any]) -> None:
-    """It adds probes that call wget, which the image has not, and shared memory of the size of all memory, where there
-    is none; it puts ``ray start`` in the place of command and arguments."""
+    """It adds probes that call wget, which the image lacks, and shared memory of the size of all memory if there is
+    none; it replaces command and arguments by ``ray start``.
+    """
     units = {"Mi": 2**20, "Gi": 2**30}
     for group in cluster_groups(service):
         container, spec = ray_container(group), group["template"]["spec"]
@@ -283,7 +284,7 @@ def test_the_cluster_that_trains_has_no_worker_while_nothing_trains(
 
 
 def test_an_upgrade_replaces_the_pods_of_the_cluster_that_trains(cluster: dict[str, Any]) -> None:
-    """KubeRay changes no pod of a RayCluster otherwise: steps would go on with the code of the version before."""
+    """KubeRay changes no pod of a RayCluster otherwise: steps would continue with the old code."""
     assert cluster["spec"]["upgradeStrategy"] == {"type": "Recreate"}
     assert "1.6 to 1.7 for `updater.workers`" in DEPLOYER
 
@@ -311,7 +312,7 @@ def test_a_cluster_that_trains_needs_a_home_that_all_see() -> None:
 
 
 def test_what_the_clean_up_of_redis_mounts_and_runs_as_outlives_an_uninstall() -> None:
-    """buildRedisCleanupJob runs a pod like the head's when Helm has deleted everything that is not to be kept."""
+    """buildRedisCleanupJob runs a pod like the head's after Helm has deleted everything without a keep policy."""
 
     def kept(*layers: Any) -> set[tuple[str, str]]:
         return {

@@ -1,5 +1,3 @@
-"""How the objects of the chart fit together: selectors, secrets, open ports, scaling."""
-
 from __future__ import annotations
 
 from typing import Any
@@ -12,11 +10,10 @@ from tests.support.chart import EVERYTHING, NEEDED, merged, named, of_kind, pods
 
 Selector = dict[str, Any]
 Labels = dict[str, dict[str, str]]
-"""Of the pods of each component."""
 
 
 def selects(selector: Selector, labels: dict[str, str]) -> bool:
-    """What Kubernetes makes of a label selector (of the operators, ``In`` is the one used here)."""
+    """Evaluate a label selector (of the operators, ``In`` is the only one used here)."""
     for each in selector.get("matchExpressions", []):
         assert each["operator"] == "In"
         if labels.get(each["key"]) not in each["values"]:
@@ -106,8 +103,9 @@ def test_the_stores_of_all_pods_are_the_same(everything: list[dict[str, Any]]) -
 def test_migration_runs_before_install_and_upgrade_and_a_failure_says_so_within_a_minute(
     everything: list[dict[str, Any]],
 ) -> None:
-    """It needs nothing that is not there yet. Pauses of 10 and 20 s between three attempts of a few seconds; Helm 4
-    prints the log of the last one, and deletes hooks of releases that are gone never."""
+    """It needs nothing that is created later. Pauses of 10 and 20 s between three attempts of a few seconds; Helm 4
+    prints the log of the last one, and never deletes hooks of uninstalled releases.
+    """
     (job,) = of_kind(everything, "Job")
     annotations = job["metadata"]["annotations"]
     assert annotations["helm.sh/hook"] == "pre-install,pre-upgrade"
@@ -138,13 +136,11 @@ def test_migration_and_test_go_where_they_are_told_and_before_training_where_a_c
 
 
 def policies(objects: list[dict[str, Any]], component: str, labels: Labels) -> list[Any]:
-    """The specs of all policies that hold for a component."""
     found = [each["spec"] for each in of_kind(objects, "NetworkPolicy")]
     return [spec for spec in found if selects(spec["podSelector"], labels[component])]
 
 
 def rules(objects: list[dict[str, Any]], direction: str, component: str = "") -> list[Any]:
-    """The rules of all policies, or of those of one component."""
     labels = labels_of(objects)
     specs = [each["spec"] for each in of_kind(objects, "NetworkPolicy")]
     chosen = policies(objects, component, labels) if component else specs
@@ -152,7 +148,6 @@ def rules(objects: list[dict[str, Any]], direction: str, component: str = "") ->
 
 
 def outward(objects: list[dict[str, Any]], component: str) -> set[int]:
-    """Ports that a component may call outside of Ray."""
     found = rules(objects, "egress", component)
     assert all("ports" in rule or "podSelector" in rule["to"][0] for rule in found), "an opening without a port"
     return {port["port"] for rule in found for port in rule.get("ports", [])}
@@ -180,7 +175,7 @@ def test_every_pod_is_closed_both_ways_and_calls_only_what_is_named(
 
 @pytest.mark.parametrize("off", ["", "console", "updater"])
 def test_serving_lets_in_the_parts_that_call_it(off: str) -> None:
-    """With clients of another namespace only: the console, and the trainer, which reads how long requests take."""
+    """With clients of another namespace only: the console, and the trainer, which reads request latencies."""
     values = {"networkPolicy": {"ingress": {"clients": [{"namespaceSelector": {"matchLabels": {"a": "b"}}}]}}}
     objects = render(values, {off: {"enabled": False}} if off else {})
     found = {
@@ -270,7 +265,7 @@ def test_keda_scales_ingest_by_lag_up_to_the_partitions(everything: list[dict[st
 
 
 def test_who_administers_a_namespace_can_install_everything(everything: list[dict[str, Any]]) -> None:
-    """With Kubernetes' role ``admin`` and the editor roles of the operators; nothing belongs to the whole cluster."""
+    """With Kubernetes' role ``admin`` and the editor roles of the operators; no object is cluster-scoped."""
     admin = {
         "ConfigMap", "Service", "ServiceAccount", "Deployment", "Job", "Pod", "NetworkPolicy", "PodDisruptionBudget",
     }  # fmt: skip

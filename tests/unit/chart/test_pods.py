@@ -1,5 +1,3 @@
-"""What holds for every pod of the chart, in every profile."""
-
 from __future__ import annotations
 
 from typing import Any
@@ -17,7 +15,6 @@ WORKLOADS = {*SERVING, "ingest", "maintain", "updater", "console"}
 
 
 def ray_pods(objects: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The container of Ray in each kind of pod that serves."""
     return {component: pod["spec"]["containers"][0] for component, pod in pods(objects) if component in SERVING}
 
 

@@ -1,5 +1,3 @@
-"""What Helm makes of the chart is what Kubernetes and the operators take."""
-
 from __future__ import annotations
 
 import json
@@ -19,7 +17,6 @@ KUBERNETES = ("1.28", "1.32", "1.37")
 
 @cache
 def custom(kind: str) -> Draft202012Validator | None:
-    """The schema of a custom resource, from its operator's definition."""
     folder = ROOT / "tests" / "support" / "crds"
     if kind == "RayCluster":  # a RayService has one inside
         spec = json.loads((folder / "RayService.json").read_text())["properties"]["spec"]
@@ -37,7 +34,7 @@ def test_every_profile_passes_helms_lint(values: Any) -> None:
 
 @cache
 def check(text: str) -> None:
-    """Raise when an object is not valid. Most objects are the same in all profiles, and are looked at once."""
+    """Raise when an object is not valid. Most objects are the same in all profiles and are checked once."""
     found = json.loads(text)
     schema = custom(found["kind"])
     if schema is None:

@@ -1,5 +1,3 @@
-"""What the chart tells Ratchet and Ray Serve is what they take."""
-
 from __future__ import annotations
 
 import math
@@ -44,7 +42,6 @@ def serve_config(objects: list[dict[str, Any]]) -> ServeDeploySchema:
 
 
 def settings_of(objects: list[dict[str, Any]], folder: Path) -> Settings:
-    """As a pod loads them: the file of the ConfigMap, and the secrets from the environment."""
     file = folder / "mounted.yaml"
     file.write_text(settings_text(objects))
     return load_settings(
@@ -78,7 +75,6 @@ def test_a_pod_loads_the_settings_and_the_secrets_and_has_their_ports(tmp_path: 
 
 
 def deployments(application: Any) -> dict[str, Any]:
-    """Name and options of each deployment in the graph of an application."""
     bound = application._bound_deployment
     found = {bound.name: bound}
     for argument in bound.init_args:
@@ -130,7 +126,7 @@ def test_without_a_vlm_none_is_configured_or_built() -> None:
 def test_no_worker_has_more_replicas_than_its_share_and_new_code_finds_room(
     replicas: int, workers: int, most: int | None, surge: int | None
 ) -> None:
-    """Serve would fill the worker that is there first. Where all have their share, new code may want no further one."""
+    """Serve fills the first worker. Once all workers have their share, new code may fit without another worker."""
     values = {
         "serving": {"workers": {"replicas": workers, "resources": {"limits": {"cpu": 4}}}},
         "settings": {"serve": {"encoder_replicas": replicas, "ingress_replicas": 1, "ingress_max_replicas": replicas}},
@@ -143,7 +139,7 @@ def test_no_worker_has_more_replicas_than_its_share_and_new_code_finds_room(
 
 
 class Kind(NamedTuple):
-    """Replicas of one deployment, and what each of them reserves, in thousandths."""
+    """Replicas of one deployment, and the resources that each of them reserves, in thousandths."""
 
     replicas: int
     cpus: int
@@ -153,10 +149,10 @@ class Kind(NamedTuple):
 
 
 def stuck(kinds: tuple[Kind, ...], nodes: int, cpus: int, gpus: int) -> list[tuple[int, ...]] | None:
-    """A placement, node by node, from which a replica that is left fits nowhere; None if there is none.
+    """A placement, node by node, in which a remaining replica fits nowhere; None if there is none.
 
-    Ray puts each replica on any node that has room, in any order, so all placements that come from that are looked at.
-    Nodes are alike, so placements that differ in the order of nodes only are one.
+    Ray puts each replica on any node that has room, in any order, so all such placements are enumerated. Nodes are
+    alike, so placements that differ only in the order of nodes count as one.
     """
 
     def room(node: tuple[int, ...], which: int) -> bool:
@@ -189,7 +185,7 @@ def stuck(kinds: tuple[Kind, ...], nodes: int, cpus: int, gpus: int) -> list[tup
 
 
 def stuck_on_workers(objects: list[dict[str, Any]], folder: Path) -> list[tuple[int, ...]] | None:
-    """A placement of encoders, VLMs, ingresses and controllers on the workers that is stuck, if there is one."""
+    """A stuck placement of encoders, VLMs, ingresses and controllers on the workers, if there is one."""
     at = settings_of(objects, folder).serve
     group = cluster_groups(of_kind(objects, "RayService")[0])[1]
     resources = group["template"]["spec"]["containers"][0]["resources"]
@@ -216,11 +212,11 @@ def test_all_replicas_fit_on_the_workers_in_whatever_order_they_are_placed(name:
 
 
 NODE = {"cpu": 7.5, "memory": 29 * 2**30}
-"""What a node of 8 cores and 32 GiB leaves for pods, after its own processes."""
+"""Resources for pods on a node of 8 cores and 32 GiB, after its own processes."""
 
 
 def requested(template: dict[str, Any]) -> dict[str, float]:
-    """What Kubernetes reserves for a pod: the sum of its containers, or the most of what runs before them."""
+    """Kubernetes' reservation for a pod: the sum of its containers, or the maximum of its init containers."""
     first = [each["resources"]["requests"] for each in template["spec"].get("initContainers", [])]
     then = [each["resources"]["requests"] for each in template["spec"]["containers"]]
     return {

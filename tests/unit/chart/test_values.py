@@ -1,5 +1,3 @@
-"""A wrong value, or what the cluster lacks, stops the install and names itself."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -74,7 +72,6 @@ def test_what_every_installation_has_to_say_is_asked_for(missing: str) -> None:
 
 
 def paths(values: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Where the sections of values.yaml stand, and the last value of each."""
     for name, value in values.items():
         if isinstance(value, dict) or name == [*values][-1]:
             yield (*above, name)
@@ -83,7 +80,7 @@ def paths(values: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]
 
 
 def test_values_that_an_older_chart_did_not_have_are_missed_by_name() -> None:
-    """`helm upgrade --reuse-values` goes on with the defaults of the chart before, without what is new in this one."""
+    """`helm upgrade --reuse-values` keeps the defaults of the old chart, without new values of this one."""
     silent = set()
     for path in paths(yaml.safe_load((CHART / "values.yaml").read_text())):
         without: Any = None  # Helm removes what is null
@@ -140,7 +137,6 @@ def test_a_running_rayservice_is_upgraded() -> None:
 
 
 NAMESPACE = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default", "namespace": "ml"}}
-"""Every namespace has this one."""
 
 
 def secret(name: str, *keys: str) -> dict[str, Any]:
@@ -159,12 +155,12 @@ SECRETS = {
     "console.oidc": secret("ratchet-oidc", "client_secret"),
     "serving.gcsFaultTolerance": secret("redis", "password", "user"),
 }
-"""What the values of EVERYTHING name."""
+"""Objects that the values of EVERYTHING name."""
 
 
 @pytest.mark.parametrize("value", SECRETS)
 def test_an_install_does_not_wait_for_a_secret_that_is_not_there(value: str) -> None:
-    """The migration's pod would, for ten minutes and without a word."""
+    """The migration's pod would wait silently for ten minutes."""
     missing = SECRETS[value]
     name, key = missing["metadata"]["name"], next(iter(missing["data"]))
     others = [NAMESPACE, *(each for each in SECRETS.values() if each is not missing)]

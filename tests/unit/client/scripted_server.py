@@ -1,4 +1,4 @@
-"""A server that answers what it was told to, and both clients as one to call it."""
+"""A server with scripted answers, and both clients behind one interface to call it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ratchet_client import AsyncClient, Client
 
 @dataclass
 class ScriptedServer:
-    """Gives one answer after the other, and the last one for ever. ``None`` breaks the connection off."""
+    """Gives the answers in order, then repeats the last one. ``None`` drops the connection."""
 
     url: str = ""
     answers: list[tuple[int, dict[str, str], bytes] | None] = field(default_factory=list)
@@ -24,12 +24,10 @@ class ScriptedServer:
     """Method, path and body of each request."""
 
     def answer(self, status: int = 200, body: Any = None, **headers: str) -> None:
-        """Append an answer."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         self.answers.append((status, named, body if isinstance(body, bytes) else json.dumps(body).encode()))
 
     def fail(self, status: int, code: str, message: str = "no.", **headers: str) -> None:
-        """Append an error as the server writes it."""
         self.answer(status, {"error": {"message": message, "code": code, "type": "x", "param": None}}, **headers)
 
 
@@ -58,7 +56,7 @@ def scripted_server() -> Iterator[ScriptedServer]:
         do_POST = do_GET
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Say nothing."""
+            pass
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.url = f"http://127.0.0.1:{http.server_port}"
@@ -73,7 +71,7 @@ def scripted_server() -> Iterator[ScriptedServer]:
 
 
 def call(kind: str, url: str, method: str, *args: Any, options: dict[str, Any] | None = None, **named: Any) -> Any:
-    """Call a method of the ``sync`` or of the ``async`` client."""
+    """Call a method of the ``sync`` or the ``async`` client."""
     if kind == "sync":
         with Client(url, **(options or {})) as client:
             return getattr(client, method)(*args, **named)

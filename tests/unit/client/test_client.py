@@ -1,5 +1,3 @@
-"""Both clients send the same, read the same, and try again only what changes nothing."""
-
 from __future__ import annotations
 
 import base64
@@ -41,7 +39,6 @@ def server() -> Iterator[ScriptedServer]:
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long the clients would have waited between tries."""
     taken: list[float] = []
     pause_after = Retries.pause_after
 

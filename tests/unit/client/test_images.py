@@ -1,5 +1,3 @@
-"""Images from outside are decoded within bounds, and look as they were meant to."""
-
 from __future__ import annotations
 
 from typing import Any

@@ -1,5 +1,3 @@
-"""The package is small: what it exports, what it imports, and that both clients are one."""
-
 from __future__ import annotations
 
 import inspect
@@ -20,7 +18,6 @@ LOADED = "import json, sys; before = set(sys.modules); {}; print(json.dumps(sort
 
 
 def loaded_by(statement: str) -> set[str]:
-    """Top-level modules that a statement loads in a new process, without those of the standard library."""
     done = subprocess.run(
         [sys.executable, "-c", LOADED.format(statement)], capture_output=True, text=True, timeout=120, check=True
     )
@@ -64,7 +61,7 @@ def test_both_kinds_have_the_same_methods_with_the_same_arguments(one: type, oth
         return {name: list(inspect.signature(call).parameters.values()) for name, call in public.items()}
 
     expected = arguments(one)
-    expected.pop("send_checked", None)  # for what was checked in other processes
+    expected.pop("send_checked", None)  # the real imports were checked in other processes
     assert arguments(other) == expected
 
 

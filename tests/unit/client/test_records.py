@@ -1,5 +1,3 @@
-"""A sample is checked when it is made, and the field that is wrong is named."""
-
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError

@@ -1,5 +1,3 @@
-"""A home without a server, its ledger and its visitors."""
-
 from __future__ import annotations
 
 import html
@@ -20,7 +18,7 @@ PARTIAL = {"hx-request": "true", "hx-target": "dialog"}
 
 
 def settings(home: Path, **console: object) -> Settings:
-    """A home whose server and broker were not started: nothing answers at port 1."""
+    """A home whose server and broker are not running: nothing listens on port 1."""
     away = {"serve": {"port": 1}, "kafka": {"bootstrap": "127.0.0.1:1"}}
     return Settings(home=home, base={"vlm": ""}, console=console, **away)  # type: ignore[arg-type]
 
@@ -31,7 +29,6 @@ def visit(home: Path, base_url: str = LOCAL, **sections: object) -> TestClient:
 
 
 def from_afar(home: Path) -> TestClient:
-    """A visitor of a console that listens to the world."""
     return visit(home, FAR, console={"host": "0.0.0.0"})
 
 
@@ -41,14 +38,12 @@ def csrf(client: TestClient, page: str = "/sign-in") -> str:
 
 
 def signed_in(client: TestClient, key: str) -> str:
-    """Sign in; returns the token that forms now carry."""
     answer = client.post("/sign-in", data={"key": key, "csrf": csrf(client)})
     assert answer.status_code == 303, answer.text
     return csrf(client)
 
 
 def text(client: TestClient, page: str) -> str:
-    """A page as it is read."""
     answer = client.get(page)
     assert answer.status_code == 200, answer.text
     return " ".join(html.unescape(answer.text).split())
@@ -57,7 +52,6 @@ def text(client: TestClient, page: str) -> str:
 def release(
     ledger: Ledger, clip: str | None = None, vlm: str | None = None, share: float = 1.0, actor: str = "ana"
 ) -> None:
-    """The next release."""
     live = ledger.live()
     number = (live.number if live else 0) + 1
     ledger.commit_release(
@@ -67,7 +61,7 @@ def release(
 
 @pytest.fixture(scope="session", autouse=True)
 def _patience() -> Iterator[None]:
-    """A page waits for the store: its first call of the process imports Lance, which has taken more than 5 s here."""
+    """Let pages wait for the store: the first call of the process imports Lance, which has taken more than 5 s here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ops.console.data.PATIENCE_SECONDS", 120.0)
         yield
@@ -75,7 +69,6 @@ def _patience() -> Iterator[None]:
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys are read with each request."""
     monkeypatch.setattr("core.access.KEYS_SECONDS", 0.0)
     monkeypatch.setattr("core.access.NEW_KEY_SECONDS", 0.0)
 
@@ -100,6 +93,5 @@ def visitor(tmp_path: Path, ledger: Ledger) -> Iterator[TestClient]:
 
 @pytest.fixture
 def operator(visitor: TestClient, key: str) -> TestClient:
-    """A visitor who may act."""
     visitor.headers["x-csrf-token"] = signed_in(visitor, key)
     return visitor

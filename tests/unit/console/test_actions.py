@@ -1,7 +1,3 @@
-"""Forms of operators without a server or a broker: an action says what it will do before it does it, what it cannot do
-it does not offer, and nothing is lost when something is away.
-"""
-
 from __future__ import annotations
 
 import html
@@ -32,7 +28,7 @@ Sent = list[tuple[str, dict[str, Any]]]
 
 @pytest.fixture
 def released(ledger: Ledger) -> None:
-    """Release 1 serves the base, 2 an adapter to everybody; both adapters are known."""
+    """Release 1 serves the base, 2 an adapter to all callers; both adapters are known."""
     for name in ("clip-a", "clip-b"):
         ledger.register_adapter(name, "clip", "b" * 64, "i", "t", {})
     release(ledger)
@@ -44,7 +40,6 @@ after_release_2 = pytest.mark.usefixtures("released")
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
-    """What the console asks of a server that says yes to everything."""
     asked: Sent = []
     send = Client._call
 
@@ -306,7 +301,6 @@ def test_a_key_that_may_only_look_cannot_act(ledger: Ledger, visitor: TestClient
 
 
 def refuse(home: Path, *values: bytes) -> None:
-    """Quarantined records, as ingest would have stored them."""
     rows = [
         {**refusal(0, offset, value, "image_undecodable"), "source": f"<cam {offset}>"}
         for offset, value in enumerate(values)

@@ -1,5 +1,3 @@
-"""Facts are asked for once however many look, and trouble is told in words."""
-
 from __future__ import annotations
 
 import threading

@@ -1,5 +1,3 @@
-"""What is served, what came in, what it costs and what was deleted: as the ledger, the store and the server say."""
-
 from __future__ import annotations
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Signing in by an identity provider: a real one over HTTP, on the way there and back."""
+"""Signing in through an identity provider, over real HTTP."""
 
 from __future__ import annotations
 
@@ -47,19 +47,17 @@ def keys(home: Path) -> Ledger:
 
 
 def someone(issuer: str, name: str, **claims: Any) -> None:
-    """Make somebody known to the provider."""
     facts = {"email": f"{name}@example.com", "email_verified": True, **claims}
     httpx.put(f"{issuer}/users/{name}", json=facts).raise_for_status()
 
 
 def member(home: Path, issuer: str, **claims: Any) -> TestClient:
-    """A console, and ann, who is in a group that may look."""
     someone(issuer, "ann", groups=["team"], **claims)
     return console(home, issuer)
 
 
 def way_back(client: TestClient, issuer: str, name: str = "ann", next_page: str = "/") -> str:
-    """Go to the provider and sign in there; returns where it sends the browser."""
+    """Go to the provider and sign in there. Returns the URL that it redirects to."""
     away = client.get("/sign-in/oidc", params={"next": next_page})
     assert away.status_code == 302 and away.headers["location"].startswith(issuer)
     query = parse_qs(urlsplit(away.headers["location"]).query)
@@ -90,7 +88,7 @@ def test_a_member_of_a_group_may_look_and_one_of_the_operators_may_act(tmp_path:
 
 
 def test_signing_out_ends_the_key_and_the_session_of_the_provider(tmp_path: Path, issuer: str) -> None:
-    """By a page: a browser lets no form lead to another site."""
+    """Through a page: browsers allow no form that redirects to another site."""
     client = member(tmp_path, issuer)
     client.get(way_back(client, issuer))
     assert len(keys(tmp_path).api_keys()) == 1
@@ -125,7 +123,7 @@ def test_signing_out_does_what_it_can(tmp_path: Path, issuer: str, wrong: str, m
 def test_a_proxy_with_room_for_4_kb_of_headers_passes_each_answer_of_a_sign_in_on(
     tmp_path: Path, issuer: str, characters: int, next_page: str
 ) -> None:
-    """nginx's default; else it answers 502."""
+    """The default of nginx, which answers 502 otherwise."""
     client = member(tmp_path, issuer, note="x" * characters)
     away = client.get("/sign-in/oidc", params={"next": next_page})
     arrived = client.get(way_back(client, issuer, "ann", next_page))
@@ -221,7 +219,7 @@ def test_an_error_of_the_settings_does_not_ask_the_user_to_try_again(
 
 @pytest.fixture
 def thin_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A provider whose tokens say who somebody is, and whose userinfo says the rest."""
+    """A provider whose tokens only identify the user; the other claims are in userinfo."""
     whole = StarletteOAuth2App.parse_id_token
 
     async def thin(self: StarletteOAuth2App, *args: Any, **options: Any) -> dict[str, Any]:

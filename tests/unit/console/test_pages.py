@@ -1,5 +1,3 @@
-"""The console's pages over a real ledger and store, with no server: each shows what it can, and says what is away."""
-
 from __future__ import annotations
 
 import re

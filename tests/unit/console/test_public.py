@@ -1,5 +1,3 @@
-"""Public mode: read-only without a key, and nothing in it that could be a secret."""
-
 from __future__ import annotations
 
 import asyncio
@@ -44,7 +42,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def story(home: Path) -> Story:
-    """A ledger and a store with something in them that must not be shown."""
+    """A ledger and a store that contain things that must not be shown."""
     made = tell(settings(home), home / "made")
     ledger = Ledger.open(settings(home).ledger)
     ledger.register_adapter(made.adapter, "clip", "base", "i", "t", {})
@@ -174,7 +172,7 @@ def test_messages_of_errors_are_not_shown(home: Path, story: Story, monkeypatch:
 
 
 class Pages:
-    """Says how often it was asked, and with which key."""
+    """Records how often it was asked, and with which key."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []

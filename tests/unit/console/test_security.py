@@ -1,5 +1,3 @@
-"""Who gets in and what a session is worth, also behind a proxy: TLS that ends there, another name, and a path."""
-
 from __future__ import annotations
 
 from html.parser import HTMLParser
@@ -21,7 +19,7 @@ TLS = {"x-forwarded-proto": "https"}
 
 
 class Links(HTMLParser):
-    """Everything in a page that a browser asks for."""
+    """Everything in a page that a browser requests."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -114,7 +112,7 @@ def test_a_post_without_the_sessions_token_is_refused(tmp_path: Path, key: str) 
 def test_a_link_on_another_site_does_not_end_the_session(tmp_path: Path, key: str) -> None:
     client = visit(tmp_path)
     linked = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
-    answer = client.get("/releases", headers=linked)  # as it comes: without the Strict cookie
+    answer = client.get("/releases", headers=linked)  # as browsers send it: without the Strict cookie
     assert "set-cookie" not in answer.headers and 'http-equiv="refresh"' in answer.text
     signed_in(client, key)
     assert "<h1>Releases" in client.get("/releases", headers=linked).text

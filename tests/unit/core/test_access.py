@@ -1,5 +1,3 @@
-"""Who holds a token, what he may do, and what the audit log calls him."""
-
 from __future__ import annotations
 
 import threading
@@ -22,7 +20,7 @@ from tests.support.clock import Clock
 
 
 class AccessSetup:
-    """A ledger that can be away, and an access that reads it."""
+    """A ledger that can be unavailable, and an access that reads it."""
 
     def __init__(self, home: Path, **settings: Any) -> None:
         self.settings = Settings(home=home, **{"serve": {"operator_key": "bootstrap"}, **settings})
@@ -204,7 +202,6 @@ def test_use_is_noted_at_most_once_a_minute(setup: AccessSetup, monkeypatch: pyt
 
 
 NO_KEYS: Any = SimpleNamespace(api_keys=list, touch_keys=dict)
-"""A ledger without keys."""
 
 
 @pytest.mark.parametrize(

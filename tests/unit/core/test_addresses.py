@@ -1,5 +1,3 @@
-"""Addresses to listen on, and the URLs that lead there."""
-
 from __future__ import annotations
 
 import socket

@@ -1,5 +1,3 @@
-"""The words for the states of dependencies, and what errors of their clients become."""
-
 from __future__ import annotations
 
 import pickle

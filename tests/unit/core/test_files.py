@@ -1,5 +1,3 @@
-"""Files are replaced whole, or stay as they were."""
-
 from __future__ import annotations
 
 import stat

@@ -1,5 +1,3 @@
-"""What a process logs: JSON or text, levels, requests, and no secrets."""
-
 from __future__ import annotations
 
 import json

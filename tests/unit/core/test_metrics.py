@@ -1,5 +1,3 @@
-"""The metrics: how they are named, that each is recorded somewhere, and what each part exports."""
-
 from __future__ import annotations
 
 import ast
@@ -33,11 +31,11 @@ COUNTS = (
     "_proposals", "_distance", "_shift", "_release", "_waiting", "_versions",
     "_source", "_unservable", "_unjudged", "_failing", "_used", "_per_second", "_items",
 )  # fmt: skip
-"""Endings of gauges and histograms that have no unit: numbers of things, and numbers without a dimension."""
+"""Endings of gauges and histograms without a unit: counts, and dimensionless numbers."""
 
 
 def name_of(metric: MetricWrapperBase) -> str:
-    """As it is exported: the client takes `_total` off the name of a counter, and puts it on again."""
+    """The exported name: the client strips `_total` from the name of a counter and appends it again."""
     return str(metric._name) + ("_total" if isinstance(metric, Counter) else "")
 
 
@@ -75,7 +73,6 @@ def test_every_declared_metric_has_a_verb_and_every_verb_is_called_outside_of_te
 
 
 def exported(part: metrics.Process) -> dict[str, float]:
-    """Samples by name and labels."""
     return {
         sample.name + "".join(f" {key}={value}" for key, value in sorted(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(metrics.exposition(part).decode())

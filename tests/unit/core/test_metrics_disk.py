@@ -1,5 +1,3 @@
-"""A disk for metrics that is full ends no process, and what was measured meanwhile is exported when there is room."""
-
 from __future__ import annotations
 
 import errno

@@ -1,5 +1,3 @@
-"""Whatever ends a command or the process that started it, none of its processes goes on."""
-
 from __future__ import annotations
 
 import os
@@ -33,7 +31,7 @@ subprocess.Popen(sleep, start_new_session=True)
 print("runs", flush=True)
 time.sleep(600)
 """
-"""Ignores what it is asked, and so does its child, in a session of its own."""
+"""Ignores signals, and so does its child, in its own session."""
 LEAVES_A_CHILD = """
 import subprocess, sys
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
@@ -90,12 +88,11 @@ def main():
 if __name__ == "__main__":
     main()
 """
-"""As a command: it has parts, a pool that works, and a terminal."""
+"""Like a command: it has parts, a busy pool, and a terminal."""
 
 
 @pytest.fixture
 def marked() -> Iterator[dict[str, str]]:
-    """An environment that tells what was started below; nothing of it runs on."""
     variable = mark()
     yield {**os.environ, **variable, "PYTHONPATH": str(ROOT)}
     for process in left_running(variable):
@@ -103,7 +100,6 @@ def marked() -> Iterator[dict[str, str]]:
 
 
 def left(environ: dict[str, str]) -> list[str]:
-    """Command lines of what still runs."""
     found = []
     for process in left_running({VARIABLE: environ[VARIABLE]}):
         with suppress(Exception):
@@ -170,13 +166,13 @@ def to_the_group(parent: int) -> None:
 
 
 def twice(parent: int) -> None:
-    """As `make` does, which passes on what its child got as well."""
+    """As `make` does, which also forwards signals that its child got."""
     os.killpg(parent, signal.SIGTERM)
     os.kill(parent, signal.SIGTERM)
 
 
 def while_it_stops(parent: int) -> None:
-    """A second and a third one, and an impatient Ctrl-C."""
+    """A second and a third signal, and an impatient Ctrl-C."""
     os.kill(parent, signal.SIGTERM)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
         time.sleep(random.uniform(0, 0.4))
@@ -185,7 +181,7 @@ def while_it_stops(parent: int) -> None:
 
 
 def killed(parent: int) -> None:
-    """It cannot do anything about it."""
+    """SIGKILL, which it cannot handle."""
     os.kill(parent, signal.SIGKILL)
 
 
@@ -207,7 +203,7 @@ def test_parts_and_workers_end_with_what_started_them(
     parts = {"stubborn": STUBBORN, "obeys": OBEYS, "leaves": LEAVES_A_CHILD, "other": OBEYS}
     ours, theirs = pty.openpty()
     command = [sys.executable, str(script), str(tmp_path), repr(parts)]
-    if way is closed_terminal:  # below one that keeps to itself what the kernel tells it, as `make` does
+    if way is closed_terminal:  # below a process that does not forward signals of the kernel, as `make`
         command = ["bash", "-c", f"trap : HUP; {shlex.join(command)}; true"]
     parent = subprocess.Popen(
         command, env=marked, stdin=theirs, stdout=theirs,
@@ -215,7 +211,7 @@ def test_parts_and_workers_end_with_what_started_them(
     )  # fmt: skip
     os.close(theirs)
     assert b"begins" in os.read(ours, 100)
-    time.sleep(random.uniform(0, moment))  # wherever it is then: before, between and after the starts
+    time.sleep(random.uniform(0, moment))  # at any point: before, between and after the starts
     way(parent.pid)
     os.close(ours)
     assert parent.wait(SECONDS) is not None

@@ -1,5 +1,3 @@
-"""Settings say where each value came from, and name what is wrong; changing one leaves its file as it was."""
-
 from __future__ import annotations
 
 import stat

@@ -1,5 +1,3 @@
-"""A signal that asks a command to stop is heard once, and always."""
-
 from __future__ import annotations
 
 import signal
@@ -23,7 +21,6 @@ stop_on_signals()
 
 
 def run(script: str, **options: object) -> str:
-    """What a script says that begins as a command does."""
     done = subprocess.run(
         [sys.executable, "-c", BEGIN + script], cwd=ROOT, capture_output=True, text=True, timeout=120, **options
     )  # type: ignore[call-overload]
@@ -47,7 +44,7 @@ except Stopped as stopped:
     print(stopped)
 """,
     ),
-    # As while the main thread starts a process, and takes no signals: Python does not tell it of what others got.
+    # As while the main thread starts a process and takes no signals: Python does not forward those of other threads.
     "one that the kernel gives to another thread is heard while the main one waits": (
         "stopped\n",
         """
@@ -147,7 +144,7 @@ except Stopped as stopped:
     print(stopped, file=sys.stderr)
 print("what is said now is lost, and breaks nothing", flush=True)
 """
-    attend = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # these tests may be run by nohup themselves
+    attend = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, preexec_fn=attend
     )

@@ -1,5 +1,3 @@
-"""The supervisor restarts what dies, and leaves nothing behind."""
-
 from __future__ import annotations
 
 import sys

@@ -1,5 +1,3 @@
-"""Waiting ends with the condition, with the time, or with what is waited for."""
-
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -12,7 +10,6 @@ from tests.support.clock import Clock
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Time passes where it is waited for."""
     made = Clock()
     monkeypatch.setattr("core.waiting.time", SimpleNamespace(monotonic=made, sleep=made.sleep))
     return made

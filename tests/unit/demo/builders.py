@@ -1,5 +1,3 @@
-"""What a demo has come to, made up."""
-
 from __future__ import annotations
 
 from datetime import UTC, datetime
@@ -11,7 +9,6 @@ BEGAN = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
 
 def verdict(outcome: GateOutcome, retention: str, gain: str = "passed", after: float = 0.6) -> VerdictRow:
-    """Of a retention suite and a gain suite, each with its decision."""
     suite = {
         "role": "retention", "metric": "recall@5", "n": 200, "base": 0.5, "before": 0.5, "after": after,
         "ci": [0.02, 0.18], "margin": 0.05, "decision": retention,

@@ -1,5 +1,3 @@
-"""A domain is drawn once, whole or not at all, and the same each time; only what is asked for, several at once."""
-
 from __future__ import annotations
 
 import json

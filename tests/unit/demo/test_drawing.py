@@ -1,5 +1,3 @@
-"""Pictures of any kind become one kind, and nothing of the machine gets into them."""
-
 from __future__ import annotations
 
 from pathlib import Path

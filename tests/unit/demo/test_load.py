@@ -1,5 +1,3 @@
-"""The checked load: an answer of another release is found, whatever kind of request it is."""
-
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -45,7 +43,7 @@ def expected(settings: Settings) -> ExpectedVectors:
 def answer(
     settings: Settings, expected: ExpectedVectors, probe: Probe, release: int, stamped: int | None = None
 ) -> dict[str, Any]:
-    """What the generator writes when a server answers for ``release`` and says ``stamped``."""
+    """The generator's line for a server that answers with ``release`` and states ``stamped``."""
     names = {row.number: row.clip or "base" for row in Ledger.open(settings.ledger).releases()}
     vectors = expected.of(names[release])
     images, texts = vectors[:3], vectors[3:]
@@ -88,7 +86,7 @@ def test_each_kind_of_answer_is_taken_out_of_its_json() -> None:
     [("float32", 0.0018, "differs"), ("bfloat16", 0.0018, ""), ("bfloat16", 0.064, "differs")],
 )
 def test_rounding_of_half_precision_is_no_other_release(precision: Precision, apart: float, problem: str) -> None:
-    """0.0018 is the most that batching changed in ViT-B-32, 0.064 the least that random adapters did."""
+    """Batching changed ViT-B-32 by at most 0.0018, random adapters by at least 0.064."""
     check = AnswerCheck.__new__(AnswerCheck)
     check.vectors = SimpleNamespace(engine=SimpleNamespace(choice=EngineChoice("torch", precision)))  # type: ignore[assignment]
     assert check._apart("release 1", np.zeros((1, 4)), np.full((1, 4), apart)).count("differs") == bool(problem)

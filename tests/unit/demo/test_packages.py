@@ -1,5 +1,3 @@
-"""Archives from outside are read within bounds, and downloads say what is missing."""
-
 from __future__ import annotations
 
 import gzip
@@ -74,7 +72,7 @@ def test_a_cut_archive_is_damaged(tmp_path: Path, keep: float) -> None:
 
 
 def test_a_changed_byte_at_the_end_is_noticed(tmp_path: Path) -> None:
-    """The checksum stands behind everything that a reader needs."""
+    """The checksum comes after everything that a reader needs."""
     archive = tgz(tmp_path / "a.tgz", {"one": b"x"})
     whole = bytearray(archive.read_bytes())
     whole[-5] ^= 1
@@ -100,7 +98,7 @@ def deb(tmp_path: Path) -> Path:
     (tree / "DEBIAN" / "control").write_text(
         "Package: toy\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: toy\n"
     )
-    (tree / "DEBIAN").chmod(0o755)  # dpkg-deb takes nothing less, whatever the umask
+    (tree / "DEBIAN").chmod(0o755)  # dpkg-deb accepts nothing less, whatever the umask
     (tree / "usr").mkdir()
     (tree / "usr" / "a.txt").write_bytes(os.urandom(100_000))
     subprocess.run(
@@ -131,7 +129,7 @@ def program(folder: Path, name: str, script: str) -> None:
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A PATH of its own; scripts find sh and touch by full names."""
+    """A new PATH; scripts find sh and touch by full names."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     return tmp_path / "bin"
 

@@ -1,5 +1,3 @@
-"""Projections learn what features have in common, and nothing else depends on chance."""
-
 from __future__ import annotations
 
 from typing import Any
@@ -42,7 +40,7 @@ def test_pairs_never_seen_are_matched() -> None:
 
 
 def test_a_classifier_teaches_classes_of_which_no_picture_was_seen() -> None:
-    """Image features live in two unrelated halves; pairs show one half, the classifier knows the other."""
+    """Image features are in two unrelated halves; pairs show one half, the classifier knows the other."""
     made = torch.Generator().manual_seed(3)
     pairs, _ = _world(n=256)
     classes = torch.randn(10, 16, generator=made)

@@ -1,5 +1,3 @@
-"""Questions about the demo's pictures: nothing of a test is seen in training, and the words alone tell nothing."""
-
 from __future__ import annotations
 
 from collections import Counter, defaultdict
@@ -18,7 +16,7 @@ SHADES = ("red", "green", "blue", "black")
 
 
 def world() -> list[Picture]:
-    """Three hands draw things of four kinds, twelve sorts of each; every seventh concept is held out."""
+    """Three artists draw things of four kinds, twelve sorts of each; every seventh concept is held out."""
     pictures = []
     number = 0
     for kind, names in THINGS.items():
@@ -123,7 +121,6 @@ def test_the_words_fit_together() -> None:
 
 
 def drawing(*colours: str, paper: str = "white") -> Image.Image:
-    """Stripes of equal width on half of the canvas."""
     image = Image.new("RGB", (120, 120), paper)
     pen = ImageDraw.Draw(image)
     width = 60 // len(colours)

@@ -1,5 +1,3 @@
-"""The shipped base is what its packages and the committed asset say, and needs neither once it is made."""
-
 from __future__ import annotations
 
 from pathlib import Path

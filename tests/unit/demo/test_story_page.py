@@ -1,5 +1,3 @@
-"""The page that a demo leaves: one file, with everything in it."""
-
 from __future__ import annotations
 
 import re

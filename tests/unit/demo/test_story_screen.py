@@ -1,5 +1,3 @@
-"""What the demo shows while it runs."""
-
 from __future__ import annotations
 
 import io

@@ -1,5 +1,3 @@
-"""The demo waits as long as something moves, and says what stood still."""
-
 from __future__ import annotations
 
 import socket
@@ -22,14 +20,13 @@ from tests.support.clock import Clock
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Time passes where it is waited for."""
     made = Clock()
     monkeypatch.setattr("core.waiting.time", SimpleNamespace(monotonic=made, sleep=made.sleep))
     return made
 
 
 class Server:
-    """Embeds a picture a minute for a release that is being prepared, and does not always answer."""
+    """Embeds a picture a minute for a release that is being prepared, and sometimes fails to answer."""
 
     def __init__(self, clock: Clock, corpus: int = 60, stops_at: int = 1000) -> None:
         self.clock, self.began, self.corpus, self.stops_at = clock, clock.now, corpus, stops_at

@@ -1,5 +1,3 @@
-"""The demo's end: one JSON line with every figure, and an honest list of what was not as promised."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""What the shipped VLM is trained with: its shape, its tokens, its pictures, and that it learns."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -30,7 +28,7 @@ def parts() -> tuple[Any, Any]:
 
 
 def items(folder: Path, split: str = "train") -> list[FolderItem]:
-    """Red and blue squares in 24 places, each asked for its colour."""
+    """Red and blue squares in 24 places, with a question about the colour of each."""
     rows = []
     for number in range(24):
         colour = ("red", "blue")[number % 2]

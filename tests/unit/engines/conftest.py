@@ -10,11 +10,10 @@ from tests.support.tiny import tiny_base
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    """One tiny random base for all tests here; nothing changes it."""
     return tiny_base(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where a test puts an adapter."""
+    """An empty folder for an adapter."""
     return tmp_path / "adapter"

@@ -1,5 +1,3 @@
-"""Adapter directories are named by content, and whatever is wrong with one is refused by name."""
-
 from __future__ import annotations
 
 import json
@@ -138,7 +136,7 @@ def _add_layer(tensors: Tensors, config: Config) -> None:
 def test_what_is_named_by_its_content_and_does_not_fit_is_refused_by_name(
     base: ClipBase, folder: Path, change: Callable[[Tensors, Config], object], message: str
 ) -> None:
-    """As a bad trainer would write it: the name fits the content."""
+    """As a faulty trainer would write it: the name fits the content."""
     tiny_adapter(base, folder, seed=1)
     tensors, config = load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
     change(tensors, config)

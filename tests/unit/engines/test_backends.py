@@ -1,5 +1,3 @@
-"""Engines at half precision: near float32, one copy of the base, adapters whole."""
-
 from __future__ import annotations
 
 import sys

@@ -1,5 +1,3 @@
-"""Bases are self-contained, checked, and the same model that open_clip builds, with its pixels."""
-
 from __future__ import annotations
 
 import io
@@ -147,7 +145,6 @@ def test_other_threads_and_later_models_draw_theirs() -> None:
 
 
 def photo(width: int, height: int, kind: str = "JPEG", **options: object) -> bytes:
-    """Waves of several lengths, and an edge: neither flat nor noise."""
     y, x = np.mgrid[:height, :width].astype(np.float64)
     waves = [np.sin(x / 7 + y / 29), np.sin(y / 11), np.where(x > width / 3, 1.0, -1.0) * np.cos(y / 50)]
     buffer = io.BytesIO()

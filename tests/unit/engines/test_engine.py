@@ -1,5 +1,3 @@
-"""What the engine promises: one base, many adapters, the right vectors under threads."""
-
 from __future__ import annotations
 
 import gc
@@ -65,7 +63,7 @@ def test_spaces_are_the_same_on_a_processor_that_rounds_otherwise(
 
 
 def test_spaces_do_not_depend_on_how_a_product_is_written(engine: ClipEngine, folder: Path) -> None:
-    """A tower that an update leaves as it was keeps its space, whatever rank and scale the next adapter has."""
+    """A tower that an update leaves unchanged keeps its space, whatever rank and scale the next adapter has."""
     tiny_adapter(engine.base, folder, seed=1)
     files = read_adapter(folder)
     model, rank = engine.base.build_model(), files.config["r"]
@@ -127,7 +125,7 @@ def test_an_unloaded_adapter_is_gone_with_its_memory_and_can_come_back(engine: C
     spaces = engine.load(name, folder)
     golden = engine.golden(name)
     towers = weakref.ref(engine._residents[name].towers)
-    gc.disable()  # whose full rounds are minutes apart: hundreds of megabytes of a real base would wait for one
+    gc.disable()  # full collections are minutes apart: hundreds of megabytes of a real base would wait for one
     try:
         engine.unload(name)
         assert towers() is None

@@ -1,5 +1,3 @@
-"""Which engine runs: what is set, else what was measured to be faster and within noise; and what tuning adds."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -23,7 +21,6 @@ HALF = EngineChoice("torch", "bfloat16")
 
 @pytest.fixture
 def amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor that has half precision, and a base that is large enough for it."""
     monkeypatch.setattr(engine_choice, "SMALL_BYTES", 0)
     monkeypatch.setattr(engine_choice, "find_spec", lambda name: None)
     monkeypatch.setattr(engine_choice, "processor", lambda device: Processor("Xeon", amx=True, avx512_bf16=True))

@@ -1,5 +1,3 @@
-"""Heads against plain loops, their file, and the adapter that they belong to."""
-
 from __future__ import annotations
 
 import json
@@ -89,7 +87,7 @@ def test_a_head_is_a_part_of_its_adapter_whose_name_it_is_in(tmp_path: Path) -> 
     engine.load(plain, tmp_path / "plain")
     engine.load(name, tmp_path / "headed")
     assert engine.heads(plain) == engine.heads(None) == {} and list(engine.heads(name)) == ["things"]
-    assert engine.spaces(plain) == engine.spaces(name)  # nothing is embedded anew
+    assert engine.spaces(plain) == engine.spaces(name)  # nothing is embedded again
     other = {"things": random_head(base.dim + 1)}
     odd = write_adapter(tmp_path / "odd", files.tensors, files.config, base, other)
     with pytest.raises(AdapterError, match="dimensions"):

@@ -1,5 +1,3 @@
-"""Merged weights are those of PEFT on every kind of layer; and weights that an adapter replaces as a whole."""
-
 from __future__ import annotations
 
 import copy
@@ -134,7 +132,6 @@ def parameters(base: ClipBase) -> dict[str, torch.Tensor]:
 
 
 def write(base: ClipBase, folder: Path, *names: str, **more: torch.Tensor) -> tuple[str, dict[str, torch.Tensor]]:
-    """An adapter that replaces parameters by twice what they are."""
     own = parameters(base)
     new = {name: 2 * own[name] for name in names}
     tensors = {f"base_model.model.{name}": value for name, value in {**new, **more}.items()}

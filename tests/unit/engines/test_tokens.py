@@ -1,5 +1,3 @@
-"""The tokenizer of CLIP gives open_clip's ids, in bounded time and memory."""
-
 from __future__ import annotations
 
 import random
@@ -72,7 +70,7 @@ def test_options_that_are_not_served_are_named() -> None:
 
 
 class CountingRanks(dict[tuple[str, str], int]):
-    """Ranks that count how often they are asked."""
+    """Ranks that count their look-ups."""
 
     asked = 0
 

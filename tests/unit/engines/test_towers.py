@@ -1,5 +1,3 @@
-"""Towers give what open_clip's whole towers give: the last block for one token only, texts at the width they need."""
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -45,7 +43,7 @@ def own_texts(whole: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tokens of each row that the perceptron of a block was given, in the order of its calls."""
+    """Number of tokens per row that the MLP of a block was given, by call."""
     seen: list[int] = []
     whole: Callable[..., torch.Tensor] = nn.GELU.forward
 
@@ -111,7 +109,7 @@ def test_a_gelu_is_computed_with_the_layer_before_it(approximate: str) -> None:
 def test_packed_attention_of_one_token_is_that_token_of_all() -> None:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this processor has no bfloat16 in oneDNN")
-    assert can_pack(torch.bfloat16)  # where this torch has moved it, all half precision would be slow, silently
+    assert can_pack(torch.bfloat16)  # if torch has moved it, half precision would silently be slow
     whole = nn.MultiheadAttention(64, 2, batch_first=True).eval()
     linears = [(whole.in_proj_weight, whole.in_proj_bias), (whole.out_proj.weight, whole.out_proj.bias)]
     packed = PackedAttention(*(PackedLinear(pack(w.bfloat16()), b.bfloat16()) for w, b in linears), heads=2)

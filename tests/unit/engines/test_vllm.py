@@ -1,5 +1,3 @@
-"""What vLLM is started with, and its LoRA on a CPU: each row gets the delta of its own adapter, one without none."""
-
 from __future__ import annotations
 
 import pytest
@@ -61,7 +59,7 @@ class _Wrapper:
 
 
 def _added(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the extension adds for rows of these adapters, and what each row's own matrices add."""
+    """The extension's output for rows of these adapters, and the sum of each row's own matrices."""
     made = torch.Generator().manual_seed(0)
     x = torch.randn(len(ids), 5, generator=made)
     a = tuple(torch.randn(len(SLOTS), 1, 2, 5, generator=made) for _ in WIDTHS)

@@ -1,6 +1,6 @@
-"""VLM families by small random models: `base add` takes those that work, and says at once of others that they do not.
+"""VLM families by small random models: `base add` accepts those that work and rejects others.
 
-`ratchet bench families` goes on from here: updates, both engines and the gate.
+`ratchet bench families` tests the rest: updates, both engines and the gate.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def test_a_family_that_works_is_added_with_the_parts_that_adapters_may_change(
 
 
 def test_what_the_trainer_says_of_an_answer_is_compared_where_tokens_have_types(models: Path, tmp_path: Path) -> None:
-    """Qwen's processor gives each token a type, also to those of the answer."""
+    """Qwen's processor gives each token a type, including those of the answer."""
     base = add_vlm(tmp_path, "tried", model_of(models, "Qwen2-VL"))
     tiny_vlm_adapter(base, tmp_path / "adapter", seed=1)
     model = base.build_model()

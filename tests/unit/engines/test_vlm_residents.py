@@ -1,5 +1,3 @@
-"""Adapters come and go around their requests."""
-
 from __future__ import annotations
 
 import asyncio
@@ -11,7 +9,7 @@ from serving.engines.vlm.adapters import Residents
 
 
 class Shelf:
-    """Residents whose values are their names, and what was made and dropped."""
+    """Residents whose values are their names, with a record of what was made and dropped."""
 
     def __init__(self, most: int = 2) -> None:
         self.residents: Residents[str] = Residents(most)

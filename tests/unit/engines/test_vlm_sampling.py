@@ -1,5 +1,3 @@
-"""Sampling parameters: what is taken is taken as vLLM takes it, and whatever it is, a token comes of it."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""Which engine is opened, how vLLM is started, and what a broken installation says."""
-
 from __future__ import annotations
 
 import os

@@ -1,5 +1,3 @@
-"""What the model reads for a question, and the text of its answer, which comes out as it becomes certain."""
-
 from __future__ import annotations
 
 import random

@@ -1,5 +1,3 @@
-"""A batch that fails in transformers: the row that is the cause ends alone, and an engine that is broken ends."""
-
 from __future__ import annotations
 
 import asyncio
@@ -42,7 +40,7 @@ def shared(base: VlmBase) -> Any:
 
 @pytest.fixture
 def model(shared: Any) -> Iterator[Any]:
-    """The model; hooks of a test end with it."""
+    """The model; hooks of a test are removed after it."""
     hooks: list[Any] = []
     shared.hook = lambda hook: hooks.append(shared.register_forward_pre_hook(hook, with_kwargs=True))
     yield shared
@@ -75,7 +73,6 @@ async def test_the_time_of_the_last_pass_follows_tokens_and_scores(worker: Worke
 
 
 def poisoned(processor: Any) -> Callable[..., None]:
-    """A hook that fails when a prompt holds :data:`POISON`."""
     (token,) = processor.tokenizer(POISON, add_special_tokens=False)["input_ids"]
 
     def hook(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
@@ -90,7 +87,7 @@ def request(text: str, temperature: float = 0.0) -> GenerationRequest:
 
 
 def answers(worker: Worker, model: Any, requests: list[GenerationRequest]) -> list[list[Any]]:
-    """What each row is told, up to its end; they are queued before the worker can take the first one alone."""
+    """The complete output of each row; rows are queued before the worker can take the first one alone."""
     told: list[queue.Queue[Any]] = [queue.Queue() for _ in requests]
     with worker._changing:
         for one, out in zip(requests, told, strict=True):

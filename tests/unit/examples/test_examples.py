@@ -1,4 +1,4 @@
-"""Examples that need neither server nor broker do what they say; each one is on the page of examples."""
+"""Examples that need neither server nor broker run, and each one is on the page of examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small worlds for the gate's tests: generated images, folder datasets, sample rows, made-up outcomes."""
+"""Small inputs for the gate's tests: generated images, folder datasets, sample rows, made-up outcomes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,11 @@ from updater.gate.suites import MAX_ITEMS, Family, Suite
 
 
 class TableImages:
-    """Images of a table with the columns id and image."""
-
     def __init__(self, rows: pa.Table) -> None:
         self._rows = dict(zip(rows["id"].to_pylist(), rows["image"], strict=True))
 
     def expect(self, ids: Sequence[str]) -> None:
-        """All are here."""
+        pass
 
     def __call__(self, sample: str) -> bytes:
         image: bytes = self._rows[sample].as_py()
@@ -33,7 +31,7 @@ class TableImages:
 
 
 def fresh_suite(rows: pa.Table, domain: str = "", *, family: Family = "clip", limit: int = MAX_ITEMS) -> Suite:
-    """One gain suite over rows with their images; ``domain``: its rows alone."""
+    """One gain suite over rows with their images; ``domain``: only rows of it."""
     images = TableImages(rows)
     by_domain = sample_suites.items_by_domain(rows, family, images)
     items = by_domain.get(domain, []) if domain else [item for own in by_domain.values() for item in own]
@@ -41,7 +39,6 @@ def fresh_suite(rows: pa.Table, domain: str = "", *, family: Family = "clip", li
 
 
 def fresh_suites(rows: pa.Table, **how: Any) -> list[Suite]:
-    """The gain suites of rows with their images."""
     return sample_suites.fresh_suites(rows, TableImages(rows), **how)
 
 
@@ -54,7 +51,6 @@ def picture(seed: int, side: int = 32) -> bytes:
 
 
 def folder_dataset(directory: Path, count: int = 40, classes: int = 4, split: str = "") -> Path:
-    """A folder dataset of `count` pictures in `classes` classes."""
     directory.mkdir(parents=True)
     with (directory / "data.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -66,7 +62,6 @@ def folder_dataset(directory: Path, count: int = 40, classes: int = 4, split: st
 
 
 def sample_rows(count: int, domain: str = "fluent3d", texts: Sequence[str] | None = None) -> pa.Table:
-    """Rows as the sample store gives them (only the columns that matter here)."""
     return pa.table(
         {
             "id": [f"{domain}-{i}" for i in range(count)],
@@ -79,7 +74,6 @@ def sample_rows(count: int, domain: str = "fluent3d", texts: Sequence[str] | Non
 
 
 def question_rows(count: int, domain: str = "shop", images: int | None = None) -> pa.Table:
-    """Rows with questions and answers, about `images` different images in turn."""
     return pa.table(
         {
             "id": [f"{domain}-question-{i}" for i in range(count)],
@@ -116,7 +110,6 @@ def ranked(ranks: np.ndarray) -> Outcomes:
 
 
 def changed(hits: np.ndarray, lost: int, gained: int) -> np.ndarray:
-    """The same hits with `lost` of them turned into misses and `gained` misses turned into hits."""
     flat = hits.copy().reshape(-1)
     flat[np.flatnonzero(hits.reshape(-1) == 1)[:lost]] = 0
     flat[np.flatnonzero(hits.reshape(-1) == 0)[:gained]] = 1

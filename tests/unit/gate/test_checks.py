@@ -1,5 +1,3 @@
-"""Engineering checks: each passes what is healthy and catches the one thing it is for."""
-
 from __future__ import annotations
 
 import time

@@ -1,5 +1,3 @@
-"""What lets a candidate in and what keeps it out, on made-up outcomes."""
-
 from __future__ import annotations
 
 from dataclasses import replace
@@ -58,7 +56,9 @@ def test_only_a_candidate_that_kept_everything_and_learnt_something_passes(
 
 
 def test_a_loss_that_chance_makes_in_one_of_many_suites_is_undecided_and_not_a_failure() -> None:
-    """Nine worse and one better of a hundred: p = 0.011, shown at 3% alone, not as one of four with enough items."""
+    """Nine worse and one better of a hundred: p = 0.011, significant at 3% alone, but not as one of four large
+    suites.
+    """
     doubtful = scores("doubtful", hits(100, 0.5), changed(hits(100, 0.5), 9, 1))
     assert judge(doubtful)[0].decision == judge(doubtful, FEW, FEW, FEW)[0].decision == "failed"
     others = [scores(f"other{n}", hits(100, 0.5), changed(hits(100, 0.5), 6, 6)) for n in range(3)]
@@ -151,7 +151,6 @@ def test_false_accepts_stay_below_the_level() -> None:
 
 
 def asked_twice(before: np.ndarray, after: np.ndarray, role: str = "retention") -> Scores:
-    """A VQA suite whose questions come in pairs about one image."""
     suite = suite_over(before, "asked", role, "vqa")
     clusters = np.repeat(np.arange(len(before) // 2), 2)
     first = outcomes(before)
@@ -175,11 +174,9 @@ def test_min_items_counts_images_and_captions_and_not_their_items() -> None:
 
 
 FAR, NEAR = 40, 8
-"""Ranks beyond the fifth place."""
 
 
 def ranked_scores(name: str, before: np.ndarray, after: np.ndarray) -> Scores:
-    """A fresh retrieval suite in which each item has these ranks, asked either way."""
     first, second = (ranked(np.stack([ranks, ranks], axis=1)) for ranks in (before, after))
     return Scores(suite_over(first.hits, name, "gain", "retrieval"), first, first, second)
 
@@ -233,7 +230,7 @@ def test_a_gain_suite_with_few_items_counts_in_the_pool_as_much_as_it_has() -> N
 
 
 def test_every_retention_suite_is_tested_at_the_whole_level() -> None:
-    """All must pass, so a further suite makes nothing easier for a bad candidate, and costs a good one no level."""
+    """All must pass, so a further suite makes nothing easier for a bad candidate and costs a good one no level."""
     before = hits(300, 0.5)
     barely = scores("barely", before, changed(before, 10, 8))
     (alone,) = judge(barely)
@@ -259,7 +256,7 @@ def test_gains_and_losses_have_levels_of_their_own() -> None:
 
 
 def test_many_suites_without_change_do_not_make_a_rejection_likelier() -> None:
-    """Ten suites of items that disagree by a coin; at the level each, one run of four would be rejected."""
+    """Ten suites of items that disagree by a coin flip; at the level each, one run of four would be rejected."""
     rng = np.random.default_rng(5)
     runs, rejected, alone = 120, 0, 0
     for _ in range(runs):
@@ -291,7 +288,7 @@ def test_what_could_not_pass_for_lack_of_items_was_not_tested() -> None:
 
 
 def test_small_losses_to_the_best_release_do_not_add_up() -> None:
-    """The incumbent is four points below the best release and above the base; the candidate takes two more."""
+    """The incumbent is four points below the best release and above the base; the candidate loses two more."""
     best = hits(800, 0.6)
     incumbent, base = changed(best, 32, 0), changed(best, 100, 0)
     candidate = changed(incumbent, 16, 0)

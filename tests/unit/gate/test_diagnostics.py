@@ -1,5 +1,3 @@
-"""What is told next to a result: rare concepts, pairs that look alike to the base, shares of yes, shift of features."""
-
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -165,10 +163,10 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 class GivenVectors:
-    """A scorer whose models know every text, and see only part of what tells twins apart."""
+    """A scorer whose models know every text and see only part of what distinguishes twins."""
 
     def __init__(self, sight: dict[str | None, float], folder: Path | None = None) -> None:
-        """``sight``: by model, how much of the difference between twins it sees, from -1 (the wrong way) to 1."""
+        """``sight``: by model, the visible part of the difference between twins, from -1 (the wrong way) to 1."""
         self.sight, self.kept, self.embedded = sight, folder, 0
         words = np.random.default_rng(1).normal(size=(N, DIM))
         words[TWINS : 2 * TWINS] -= 0.5 * words[:TWINS]  # captions of twins say different things

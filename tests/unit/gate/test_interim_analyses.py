@@ -135,7 +135,7 @@ def test_looks_at_items_that_stay_the_same_are_tested_more_strictly_than_needed(
 
 
 def test_over_many_candidates_the_chance_of_a_false_accept_stays_below_alpha() -> None:
-    """Candidates without gain one after the other, looked at up to four times each; later ones have next to nothing."""
+    """Successive candidates without gain, each with up to four looks; later ones get almost no level."""
     rng = np.random.default_rng(9)
     slipped = np.zeros(1500, dtype=bool)
     for k in range(12):

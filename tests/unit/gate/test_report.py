@@ -1,5 +1,3 @@
-"""The report: complete, self-contained, safe with captions from outside, and without a byte of a sample."""
-
 from __future__ import annotations
 
 import base64
@@ -68,7 +66,6 @@ def verdict_of(*entries: Scores, **fields: Any) -> Verdict:
 
 @pytest.fixture(scope="module")
 def verdict() -> Verdict:
-    """A candidate that forgot and learned."""
     before = (np.random.default_rng(0).random((300, 2)) < 0.5).astype(float)
     worst = (Regression("a1", EVIL, "image to text", 2, 40, "a dog", EVIL, "data:image/jpeg;base64,AAAA"),)
     kept = scores("emoji_retrieval", before, changed(before, 60, 5))
@@ -215,7 +212,7 @@ def fresh(family: str) -> Suite:
 
 
 def lost(view: int) -> tuple[Outcomes, Outcomes]:
-    """All was right, and then all of one view is wrong: the last choice is the answer."""
+    """All correct before, then all of one view wrong: the last choice is the answer."""
     ids = np.array([item.id for item in fresh("clip").items()])
     ranks, answers = np.zeros((4, 2), np.int32), np.zeros((4, 2), np.int32)
     after_ranks, after_answers = ranks.copy(), answers.copy()

@@ -1,5 +1,3 @@
-"""Suites of held-out samples: the newest ones, those of what was learned, and the best release by each."""
-
 from __future__ import annotations
 
 import shutil
@@ -50,7 +48,6 @@ def rows(**domains: int) -> pa.Table:
 
 
 def memory(held: pa.Table, family: Family = "clip", units: int = 20, left: int | None = None) -> list[Suite]:
-    """The suites of rows, of which some are gone when they are read."""
     chosen = choose_memory(held.select(TABLE), family, units)
     return memory_suites(held.slice(0, left), chosen, family, units, TableImages(held))
 
@@ -225,7 +222,7 @@ def own_words(count: int, domain: str) -> pa.Table:
 def test_fresh_rows_become_gain_suites_by_domain_and_small_domains_one_together(
     domains: dict[str, int], min_items: int, expected: dict[str, int]
 ) -> None:
-    """A domain that becomes large enough for a suite of its own does not take the others' items away."""
+    """A domain that becomes large enough for its own suite does not take the others' items away."""
     rows = pa.concat_tables([own_words(count, domain) for domain, count in domains.items()])
     suites = fresh_suites(rows, min_items=min_items)
     assert {suite.name: suite.units() for suite in suites} == expected

@@ -1,5 +1,3 @@
-"""Ranks, and scores through the engine: right on cases with known answers, and from disk; across versions and bases."""
-
 from __future__ import annotations
 
 from pathlib import Path

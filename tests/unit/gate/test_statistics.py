@@ -1,4 +1,4 @@
-"""The statistics keep their promises: published values, identities, and error rates by enumeration and simulation."""
+"""The statistics against published values, identities, and error rates by enumeration and simulation."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_tango_uses_the_constrained_maximum_likelihood(gained: int, lost: int, n
 def test_tango_size_at_the_margin_is_at_most_its_level(n: int, level: float) -> None:
     """Exact probability of a false accept when the true loss equals the margin, by enumeration of all tables.
 
-    A score test is asymptotic: a tenth above its level is allowed for, and not reached at small levels.
+    A score test is asymptotic, so a tenth above its level is allowed; small levels do not reach it.
     """
     margin = 0.05
     for loss in (0.05001, 0.07, 0.1, 0.2, 0.4):
@@ -84,7 +84,7 @@ def test_mcnemar_is_the_exact_binomial_test() -> None:
 
 
 def _recall(rng: np.random.Generator, n: int, loss: float) -> tuple[np.ndarray, np.ndarray]:
-    """Two correlated views per item; after, each view is lost or gained with chances that differ by `loss`."""
+    """Two correlated views per item; afterwards each view is lost or gained with chances that differ by `loss`."""
     skill = rng.random((n, 1))
     before = (rng.random((n, 2)) < 0.2 + 0.6 * skill).astype(float)
     common = rng.random((n, 1)) < 0.5  # half of the changes hit both views of an item
@@ -98,7 +98,7 @@ def _recall(rng: np.random.Generator, n: int, loss: float) -> tuple[np.ndarray, 
 
 
 def at_most(shown: int, runs: int, level: float) -> bool:
-    """True if a test at this level may have shown so often what is not there: up to three standard errors above it."""
+    """Whether the count of false positives fits this level: at most three standard errors above it."""
     return shown / runs <= level + 3 * math.sqrt(level * (1 - level) / runs)
 
 
@@ -251,7 +251,6 @@ def test_images_with_many_questions_weigh_more_and_the_mean_is_over_questions() 
 
 
 def _by_caption(rng: np.random.Generator, captions: int, each: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Retrieval hits both ways without a gain: an update moves some captions, half of them for the better."""
     moved = rng.choice([-1, 0, 1], captions, p=[0.15, 0.7, 0.15])
     share = np.repeat(moved, each)[:, None]
     before = (rng.random((captions * each, 2)) < 0.5).astype(float)
@@ -261,7 +260,7 @@ def _by_caption(rng: np.random.Generator, captions: int, each: int) -> tuple[np.
 
 
 def test_ten_items_of_a_caption_are_not_ten_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At a nominal 3% a gain that is none is shown in one run of five where items are taken for independent."""
+    """At a nominal 3%, one run of five shows a false gain if items are treated as independent."""
     monkeypatch.setattr(statistics, "_draws", lambda level, tests: 1999)  # a tenth of what a verdict draws
     rng = np.random.default_rng(11)
     runs, level = 150, 0.03
@@ -305,7 +304,7 @@ def test_strata_together_show_a_gain_that_is_none_at_most_at_their_level() -> No
 
 
 def _retrieval(rng: np.random.Generator, n: int, drift: float) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks among 300 before and after, both ways of asking: right answers lie at different depths, and all move."""
+    """Ranks among 300 before and after, in both directions: correct answers are at different depths, and all move."""
     depth = rng.normal(1.2, 1.2, n)
     sides = []
     for shift in (0.0, drift):
@@ -332,7 +331,7 @@ def test_the_rank_statistic_keeps_its_level_and_shows_what_recall_does_not(n: in
 
 
 def test_drawing_counts_and_drawing_clusters_are_the_same_bootstrap() -> None:
-    """Values that differ by nothing that matters are drawn one by one, equal ones by their counts."""
+    """Values with a negligible difference are drawn one by one, equal ones by their counts."""
     rng = np.random.default_rng(15)
     change = rng.choice([-0.5, 0.0, 0.5], 200, p=[0.1, 0.75, 0.15])
     few, many = bootstrap(change), bootstrap(change + rng.normal(0.0, 1e-9, 200))

@@ -1,5 +1,3 @@
-"""Suites: YAML with errors that name the fix, stable draws and halves, and what an answer earns."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -269,7 +267,7 @@ def test_answers_are_compared_without_what_does_not_matter(answer: str, same: st
     ],
 )
 def test_an_answer_earns_by_its_metric(metric: str, answer: str, references: list[str], earned: float) -> None:
-    """Three people must agree, where there are as many; an answer of nothing is never right."""
+    """Three people must agree if there are as many; an empty answer is never correct."""
     assert grade(metric, answer, references) == pytest.approx(earned)
 
 

@@ -1,4 +1,4 @@
-"""The bases that tests train: nothing is written to them."""
+"""The base of these tests, which is never written to."""
 
 from __future__ import annotations
 
@@ -10,5 +10,4 @@ from tests.support.tiny import tiny_base
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    """A tiny CLIP."""
     return tiny_base(tmp_path_factory.mktemp("home"))

@@ -31,7 +31,6 @@ def factor(seed: int, rank: int = 2) -> LowRank:
 
 
 def values(delta: WeightDelta, name: str = "layer") -> list[float]:
-    """ΔW as one row of floats."""
     part = delta[name]
     dense = part.dense() if isinstance(part, LowRank) else part.value
     return [float(value) for value in dense.flatten()]
@@ -82,7 +81,7 @@ def _plain_ties(vectors: list[list[float]], weight: float) -> list[float]:
 @pytest.mark.parametrize("keep", [0.2, 0.5, 0.8])
 @pytest.mark.parametrize("name", ["layer", "bias"])
 def test_ties_of_updates_one_after_another_is_that_of_all_at_once(name: str, keep: float) -> None:
-    """What is served in between is merged, and written as a rank of its own: neither is in the next merge."""
+    """The merged adapter is served in between with its own rank: neither is in the next merge."""
     rule = Merge(rule="ties", weight=0.7, options={"keep": keep})
     served: WeightDelta = {}
     memory: dict[str, torch.Tensor] = {}
@@ -96,7 +95,7 @@ def test_ties_of_updates_one_after_another_is_that_of_all_at_once(name: str, kee
 
 
 def test_an_update_takes_nothing_from_weights_that_it_leaves_alone() -> None:
-    """Each merge used to trim what was served as well: a fifth was left of a fifth."""
+    """Each merge used to trim the served adapter too: a fifth was left of a fifth."""
     rule = Merge(rule="ties", weight=1.0, options={"keep": 0.5})
     known = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     new = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, -2.0, 3.0, -4.0], dtype=torch.float64)
@@ -175,7 +174,7 @@ WEIGHTS = (0.2, 0.6, 1.0)
 
 
 class Picky:
-    """Likes the adapter that it is asked for as number ``wanted``; keeps how long each one's ΔW was."""
+    """Prefers the ``wanted``-th adapter that it scores, and records the length of each one's ΔW."""
 
     passes = 7
 
@@ -209,8 +208,6 @@ def test_each_weight_is_scored_once_and_the_best_one_is_served(base: ClipBase, t
 
 
 class Same:
-    """Scores everything alike."""
-
     def __init__(self, passes: int) -> None:
         self.passes = passes
 

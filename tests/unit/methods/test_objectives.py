@@ -1,4 +1,4 @@
-"""The papers' objectives, each against a plain sum over floats, and the effect that it is for."""
+"""The papers' objectives, each against a plain sum over floats, and their intended effects."""
 
 from __future__ import annotations
 
@@ -46,7 +46,6 @@ from updater.recipes import Part, Term, load_recipe
 
 
 def with_texts(made: Features, name: str, count: int = 6, teacher: str = "incumbent") -> Features:
-    """The batch with texts of an objective's own, which are in every batch."""
     other = batch(list(range(count)), seed=50)
     texts = AuxiliaryTexts(other.image, {teacher: other.text.detach()}, torch.full((count,), -1), torch.arange(count))
     return replace(made, texts={name: texts})
@@ -219,7 +218,7 @@ def test_the_shipped_strength_of_mod_x_is_that_of_the_published_code() -> None:
 
 
 def test_off_diagonal_distillation_leaves_what_belongs_together_to_the_contrast() -> None:
-    """Two captions alike: all four of their pairs are positives, and a batch of one caption has nothing to keep."""
+    """Two equal captions: all four of their pairs are positives, and a batch of one caption has nothing to keep."""
     made = batch([0, 0, 1])
     positive = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
     old = made.teachers["incumbent"]
@@ -257,7 +256,7 @@ def test_topology_is_kept_when_all_is_turned_alike_and_one_row_has_none() -> Non
 
 
 def exchanged(row: list[float], right: list[int]) -> list[float]:
-    """The row with its largest value on the best of those that are right."""
+    """The row with its largest value moved to the best correct position."""
     top, best = max(range(len(row)), key=row.__getitem__), max(right, key=row.__getitem__)
     swapped = list(row)
     if top not in right:

@@ -1,4 +1,4 @@
-"""GaLore and regularizers against their steps written out, and what they save or hold in place."""
+"""GaLore and regularizers against their steps written out, and what they save or preserve."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_steps_are_adam_in_the_subspace_of_the_gradient(shape: tuple[int, ...]) 
     optimizer = made(parameter)
     expected = parameter.detach().double().flatten(1)
     tall = expected.shape[0] > expected.shape[1]
-    for step in range(5):  # the subspace is taken anew at step 3
+    for step in range(5):  # the subspace is recomputed at step 3
         parameter.grad = gradient(step, *shape)
         optimizer.step()
         g = gradient(step, *shape).double().flatten(1)
@@ -128,7 +128,7 @@ def test_the_fisher_diagonal_is_the_mean_of_squared_gradients_in_units_of_its_me
     with torch.no_grad():
         made["a"].copy_(torch.tensor([5.0, 1.0, 2.0]))
         made["b"].fill_(3.0)
-    # b never had a gradient, a[0] only zeros: they cost nothing however far they go.
+    # b never had a gradient, a[0] only zeros: they cost nothing at any distance.
     assert float(again(made)) == pytest.approx(0.5 * 1.5 * (fisher[1] * 1.0 + fisher[2] * 4.0))
 
 

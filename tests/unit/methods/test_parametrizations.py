@@ -28,7 +28,7 @@ Matrix = list[list[float]]
 def parametrization(
     name: str, weight: Tensor, rank: int = 2, alpha: float = 6.0, moved: bool = True, **options: Any
 ) -> Parametrization:
-    """A parametrization on a weight, its parameters moved from where they start unless told otherwise."""
+    """A parametrization on a weight, with parameters moved from their start by default."""
     layer = KINDS.find(name)(weight, rank, alpha, torch.Generator().manual_seed(1), **options)
     shift = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -59,7 +59,6 @@ def scaled_rows(factors: Matrix, rows: Matrix) -> Matrix:
 
 
 def plain(name: str, layer: Any, start: Matrix, rank: int, alpha: float) -> Matrix:
-    """W' as the paper has it."""
     of = {key: value.tolist() for key, value in layer.state_dict().items()}
     match name:
         case "dora":
@@ -180,7 +179,6 @@ TEXTS = ["a cat", "two dogs on the beach"]
 
 @pytest.fixture(scope="module")
 def starts(base: ClipBase, tmp_path_factory: pytest.TempPathFactory) -> dict[str, WeightDelta]:
-    """What an update may begin with: nothing, LoRA on every layer, or every parameter replaced."""
     folder = tmp_path_factory.mktemp("incumbents")
     tiny_adapter(base, folder / "lora", seed=1, scale=0.2)
     full = model_of(base, "full", {})
@@ -198,7 +196,7 @@ def model_of(base: ClipBase, kind: str, start: WeightDelta, seed: int = 0, **cha
 
 
 def move(model: WeightModel, size: float, seed: int = 3) -> None:
-    """As if it had learned something."""
+    """Change it as if it had learned something."""
     made = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters.values():
@@ -213,7 +211,6 @@ def outputs(model: nn.Module, base: ClipBase) -> Tensor:
 
 
 def in_training(model: WeightModel) -> dict[str, Tensor]:
-    """Every parameter of the base as the model uses it."""
     modules = dict(model.model.named_modules())
     found = {}
     for name in dict(model.frozen.build_model().named_parameters()):
@@ -327,7 +324,7 @@ def test_a_merge_of_factors_and_whole_weights_is_between_both(
 def test_lora_has_whole_weights_in_force_but_inside_base(
     base: ClipBase, starts: dict[str, WeightDelta], tmp_path: Path, whole: bool
 ) -> None:
-    """Also after a pass: PEFT then has made new parameters of attention."""
+    """Also after a pass, in which PEFT makes new parameters of attention."""
     layers = ["visual.transformer.resblocks.0.attn", "transformer.resblocks.1.mlp.c_fc"]
     start = starts["whole" if whole else "factors"]
     model = LoraModel(base, layers, RANK, 8.0, start, seed=0)
@@ -342,7 +339,7 @@ def test_lora_has_whole_weights_in_force_but_inside_base(
 
 
 def test_lora_goes_on_from_whole_weights_in_blocks_that_do_not_learn(base: ClipBase, tmp_path: Path) -> None:
-    """Their outputs are not the base's: the prefix that is computed once must not be taken from it."""
+    """Their outputs differ from the base's, so the prefix that is computed once must not come from the base."""
     first = run(base, tmp_path / "first", recipe=recipe("bit-fit", schedule={"kind": "cosine", "peak": 0.2}))
     still = recipe("naive", image={"blocks": 1}, text={"blocks": 1}, schedule={"peak": 1e-30, "constant": 1e-30})
     second = run(base, tmp_path / "second", recipe=still, incumbent=first.directory)

@@ -28,7 +28,6 @@ def taught(labels: list[int], seed: int = 0) -> Features:
 
 
 def kept(made: Features, labels: list[str], **options: Any) -> Prototypes:
-    """Prototypes of a batch's images."""
     found = Prototypes(["image"], **{"most": 9, "window": 9, "captions": False, **options})
     found.begin(labels)
     found.add(made, {"image": made.image})
@@ -110,7 +109,7 @@ def second_update(earlier: Features, captions: list[str], labels: list[str]) -> 
     first.begin(captions, labels)
     assert first(earlier).item() == 0
     first.stepped(earlier)
-    assert first(earlier).item() == 0  # nothing yet that an earlier update has left
+    assert first(earlier).item() == 0  # nothing left by an earlier update yet
     second.load_state(first.state())
     second.begin(captions, labels)
     return second
@@ -129,7 +128,7 @@ def test_prototype_relations_equal_the_plain_sum_as_prototypes_move() -> None:
 
 
 def test_prototypes_learn_to_lie_at_their_images_and_to_keep_their_relations() -> None:
-    """Those of earlier labels, too, of which no image comes again: they used to stay where they were."""
+    """Including those of earlier labels without new images, which used to stay where they were."""
     earlier, made = taught([0, 1, 0, 1]), taught([2, 2, 2], seed=1)
     objective = second_update(earlier, CAPTIONS, ["car", "tree", "house"])
     begun = made.image.detach()[0]
@@ -145,7 +144,7 @@ def test_prototypes_learn_to_lie_at_their_images_and_to_keep_their_relations() -
 
 @pytest.mark.parametrize(("name", "term"), [("prd", "prototype_relation"), ("two-teachers", "two_teacher_relations")])
 def test_the_term_lowers_in_training_what_it_measures(base: ClipBase, name: str, term: str) -> None:
-    """Two updates, the second on other data, in which the term is held once and hardly at all the other time."""
+    """Two updates, the second on other data, with the term strongly and then weakly weighted."""
 
     def drift(weight: float) -> float:
         terms = [{"name": "contrastive"}, {"name": term, "weight": weight}]

@@ -1,4 +1,4 @@
-"""The alerting rules speak of metrics that exist, and each has a page. What is true of all pages: `test_docs.py`."""
+"""The alerting rules refer to existing metrics, and each has a page. Rules for all pages are in `test_docs.py`."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ BUCKETS = {
 }
 RECORDED = {rule["record"] for rule in RULES if "record" in rule}
 ON_DEMAND = ("ratchet_http_requests_total", "ratchet_http_request_seconds")
-"""Counters with too many label values to begin at 0: for them one event more or less makes no difference."""
+"""Counters with too many label values to begin at 0: one event more or less makes no difference for them."""
 
 
 def queries() -> list[str]:
-    """Expressions of rules, queries in their texts, and queries on the pages."""
     texts = [str(value) for rule in RULES for value in (rule["expr"], *rule.get("annotations", {}).values())]
     return texts + [page.read_text() for page in PAGES.glob("*.md")]
 

@@ -1,5 +1,3 @@
-"""The garbage collector deletes what nothing needs, and nothing else."""
-
 from __future__ import annotations
 
 import json
@@ -30,7 +28,7 @@ from updater.adapters.recorded import fetch_recorded
 BASE = "b" * 64
 NOW = datetime.now(UTC) - timedelta(hours=1)
 on_sqlite = pytest.mark.parametrize("url", ["sqlite"], indirect=True)
-"""Of a test of a command, which opens the ledger that the settings name."""
+"""Time of a test of a command, which opens the ledger that the settings name."""
 
 
 class Installation:
@@ -43,7 +41,6 @@ class Installation:
         self.artifacts = Artifacts(self.settings.artifacts, home / "cached")
 
     def adapter(self, name: str, days: float, family: str = "clip", base: str = BASE) -> str:
-        """An adapter with carry-over that was last touched so many days ago."""
         source = self.settings.home / "made" / name
         source.mkdir(parents=True)
         (source / "adapter.safetensors").write_bytes(name.encode() * 10)
@@ -54,7 +51,6 @@ class Installation:
         return name
 
     def judged(self, name: str, days: float, outcome: str = "rejected", **summary: Any) -> str:
-        """An update with a verdict on an adapter, and a report."""
         self.begin(f"u-{name}", adapter=name)
         self.ledger.advance_update(f"u-{name}", "done")
         self.artifacts.write_bytes(f"reports/u-{name}/report.json", b"{}")
@@ -103,14 +99,13 @@ def made(tmp_path: Path, ledger: Ledger) -> Installation:
 
 @pytest.fixture(params=["folder", "memory"])
 def either(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Installation]:
-    """With a folder and with an object store."""
     ledger = Ledger.open(f"sqlite:///{tmp_path}/ledger.db")
     yield Installation(tmp_path, ledger, None if request.param == "folder" else f"memory://{tmp_path.name}")
     ledger.close()
 
 
 def released(made: Installation, count: int = 6) -> list[str]:
-    """So many releases, 200 days apart from each other, the last one now."""
+    """This many releases, 200 days apart, the last one now."""
     names = [made.adapter(f"clip-{number}", 200.0 * (count - number)) for number in range(1, count + 1)]
     for number, name in enumerate(names, 1):
         made.release(name, 200.0 * (count - number))

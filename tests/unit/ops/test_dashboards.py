@@ -1,5 +1,3 @@
-"""Every panel of the dashboards says what it is and asks for what exists."""
-
 from __future__ import annotations
 
 import re
@@ -13,7 +11,7 @@ from tests.support.dashboards import BOARDS, EXPRESSIONS, PANELS
 
 MARKS = [each["expr"] for board in BOARDS.values() for each in board["annotations"]["list"]]
 ASKED = sorted({*(each.expr for each in EXPRESSIONS), *MARKS})
-"""All expressions: of panels, and of the marks at releases."""
+"""All expressions: of panels, and of the annotations at releases."""
 
 
 def test_a_panel_says_what_it_shows_in_which_unit_and_of_which_source() -> None:

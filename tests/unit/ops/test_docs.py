@@ -1,4 +1,4 @@
-"""The pages say what is true: each command, setting, default, code, call and link in them exists."""
+"""Each command, setting, default, code, call and link on the pages exists."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ WORDS = set(re.findall(r"\w+", SOURCE))
 CALLS = set(re.findall(r"\"(/(?:v1|admin/v1|health)/[a-z_/]+?)/?[\"{]", SOURCE))
 WITH_MODEL = set(re.findall(r"\"(/[a-z0-9/]+/\{model\})\"", SOURCE))
 OF_OTHERS = {"load_inplace"}
-"""Words with an underscore that are another program's."""
+"""Words with an underscore that belong to other programs."""
 
 pages = pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
 
 
 def is_value(name: str) -> bool:
-    """Whether the chart has a value of this name; what lies below an empty mapping is the reader's own."""
+    """Whether the chart has a value of this name; keys below an empty mapping are free."""
     node: Any = VALUES
     for part in name.split("."):
         if not isinstance(node, dict) or (node and part not in node and part != "*"):
@@ -129,7 +129,7 @@ def test_each_call_exists(page: Page) -> None:
 def test_each_name_in_code_is_in_the_source(page: Page) -> None:
     for span in page.spans:
         if re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+", span) and span not in OF_OTHERS:
-            reasons = {span, span.replace("image_url_", "uri_", 1)}  # what records call uri_..., clients know so
+            reasons = {span, span.replace("image_url_", "uri_", 1)}  # the client's names of the records' uri_... codes
             assert reasons & WORDS or any(word.startswith(f"{span}_") for word in WORDS), span
 
 

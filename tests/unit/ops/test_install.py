@@ -1,5 +1,3 @@
-"""uv installs from where pip would: what pip was told is passed on."""
-
 from __future__ import annotations
 
 import functools
@@ -43,7 +41,6 @@ def stub_wheel(folder: Path, name: str, version: str) -> None:
 
 @contextmanager
 def serve_folder(folder: Path) -> Iterator[str]:
-    """Serve a folder over HTTP, as an index of the packages that its folders are named for."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(SimpleHTTPRequestHandler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -54,7 +51,6 @@ def serve_folder(folder: Path) -> Iterator[str]:
 
 
 def write_project(folder: Path) -> Path:
-    """A project that needs torch alone."""
     project = folder / "a project"
     (project / "package").mkdir(parents=True)
     (project / "package" / "__init__.py").touch()
@@ -68,7 +64,7 @@ def write_project(folder: Path) -> Path:
 
 
 def install(folder: Path, pip: dict[str, str]) -> tuple[str, str]:
-    """Run install.py for such a project in an environment of its own: what it prints, and torch's version then."""
+    """Run install.py for such a project in a new environment. Returns its output and the installed version of torch."""
     python = folder / "venv" / "bin" / "python"
     subprocess.run([UV, "venv", "-q", "--seed", python.parents[1]], check=True)
     subprocess.run([UV, "pip", "install", "-q", "--python", python, "uv>=0.13,<1"], check=True)
@@ -82,7 +78,7 @@ def install(folder: Path, pip: dict[str, str]) -> tuple[str, str]:
 
 
 def recording_uv(folder: Path) -> Path:
-    """A uv that writes down what it is told, and finds two packages of 1 and 2 MB."""
+    """A uv that records its arguments and finds two packages of 1 and 2 MB."""
     uv = folder / "uv"
     lock = "".join(
         f'[[packages]]\nname = "{name}"\nversion = "2.13.0"\nwheels = [{{ url = "http://x/x.whl", size = {size} }}]\n'

@@ -1,5 +1,3 @@
-"""API keys, re-submissions and the audit log keep their promises on SQLite and on PostgreSQL."""
-
 from __future__ import annotations
 
 import hashlib

@@ -1,5 +1,3 @@
-"""The contract of the layers leaves no module of core and ops out; parts without a model start without PyTorch."""
-
 from __future__ import annotations
 
 import re

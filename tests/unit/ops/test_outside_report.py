@@ -1,5 +1,3 @@
-"""The table of what ran against what: docs/support.md has a row of each peer, and a run replaces those of its own."""
-
 from __future__ import annotations
 
 import pytest

@@ -1,5 +1,3 @@
-"""A plan counts with what was measured, and its simulation agrees with it."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""A backup of an installation in use is one that a restore elsewhere brings back, and goes on from."""
-
 from __future__ import annotations
 
 import json
@@ -35,14 +33,14 @@ from tests.support.samples import TOPIC, put, refusal, sample
 from tests.unit.conftest import create_database
 
 on_sqlite = pytest.mark.parametrize("url", ["sqlite"], indirect=True)
-"""Of a test of files: whichever ledger it is, it is one more of them."""
+"""For tests of files: the ledger is just another file there."""
 WHEN = datetime(2026, 5, 1, 12, 30, 15, 123456, tzinfo=UTC)
 WEIGHTS = bytes(range(256)) * 40_000
 """Larger than what is copied in one piece."""
 
 
 def databases(url: str) -> Callable[[str], str]:
-    """Makes empty databases of the kind that ``url`` is of."""
+    """Makes empty databases of the kind of ``url``."""
 
     def make(name: str) -> str:
         if url.startswith("sqlite"):
@@ -60,7 +58,6 @@ def settings_of(home: Path, ledger: str, **values: Any) -> Settings:
 
 @pytest.fixture
 def settings(tmp_path: Path, url: str, ledger: Ledger) -> Settings:
-    """Two releases, an update that is pinned to an old version of the store, a verdict, a report, and a key."""
     made = settings_of(tmp_path / "old", url)
     artifacts, store = Artifacts(made.artifacts), SampleStore(made.lake)
     for name in ("clip-1", "clip-2"):
@@ -102,7 +99,6 @@ def elsewhere(tmp_path: Path, url: str) -> Settings:
 
 
 def rows(url: str) -> dict[str, Any]:
-    """All that a ledger says."""
     with closing(Ledger.open(url)) as opened:
         return {
             "live": opened.live(), "releases": opened.releases(), "updates": opened.updates(),
@@ -161,7 +157,7 @@ def test_after_a_restore_the_ledger_and_the_store_go_on(
 
 
 def test_a_ledger_restored_into_a_database_of_the_other_kind_is_the_same(settings: Settings, tmp_path: Path) -> None:
-    """The portable form of PostgreSQL's rows reaches SQLite; the file of SQLite does with another name."""
+    """The portable form of PostgreSQL's rows restores into SQLite; SQLite's file does under another name."""
     target = settings_of(tmp_path / "new", f"sqlite:///{tmp_path}/other.db")
     back_up(settings, str(tmp_path / "backup"), "ann")
     restore(target, str(tmp_path / "backup"), "bob")
@@ -235,11 +231,11 @@ def test_the_pin_of_a_backup_that_was_killed_is_let_go(settings: Settings, ledge
 
 
 class Killed(BaseException):
-    """The process ends here."""
+    """Stands for the end of the process."""
 
 
 class Mortal(Place):
-    """A place whose user is killed after some writes; shared by all that is opened meanwhile."""
+    """A store whose user is killed after this many writes, counted over all stores opened meanwhile."""
 
     left = 0
     lock = threading.Lock()

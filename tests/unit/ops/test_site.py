@@ -1,5 +1,3 @@
-"""The documentation site builds without a warning, fetches nothing, and has every command, setting and call."""
-
 from __future__ import annotations
 
 import re
@@ -25,7 +23,7 @@ from tests.support.pages import resolve
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built once. Raises SiteError for a warning: a link that leads nowhere, say."""
+    """The site, built once. Raises SiteError for a warning, such as a dead link."""
     config = collect(tmp_path_factory.mktemp("site") / "build")
     build(config)
     return config.parent / "site"

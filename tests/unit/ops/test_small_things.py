@@ -1,5 +1,3 @@
-"""Digests, errors, progress."""
-
 from __future__ import annotations
 
 import pickle

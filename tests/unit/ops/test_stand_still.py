@@ -1,5 +1,3 @@
-"""Also what a command started in a session of its own stands still, and goes on."""
-
 from __future__ import annotations
 
 import sys

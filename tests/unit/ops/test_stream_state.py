@@ -1,5 +1,3 @@
-"""What operators are told of the stream: from a real store, and from the metrics that the parts export."""
-
 from __future__ import annotations
 
 import json
@@ -33,7 +31,6 @@ LOST = {
 
 @pytest.fixture(scope="module")
 def ports() -> tuple[int, int]:
-    """Where this process exports the metrics of ingest and of maintenance."""
     found = free_port(), free_port()
     metrics.listen("ingest", found[0])
     metrics.listen("maintain", found[1])
@@ -64,7 +61,6 @@ def ledger(settings: Settings) -> Iterator[Ledger]:
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """The metrics of this process as they are when all is well."""
     yield
     metrics.ingest.waiting("")
     declared.MAINTAIN_LAST.clear()

@@ -25,7 +25,7 @@ OPERATOR = "bootstrap-key"
 
 @dataclass
 class Recorder:
-    """Operations and quarantine that remember who asked; ``failure`` is raised instead of an answer."""
+    """Operations and quarantine that record who asked; ``failure`` is raised instead of an answer."""
 
     actors: list[str] = field(default_factory=list)
     failure: Exception | None = None
@@ -51,8 +51,6 @@ class Recorder:
 
 
 class AuthApp:
-    """The application as the ingress builds it, around a ledger with keys."""
-
     def __init__(self, ledger: Ledger, home: Path, host: str = "0.0.0.0", **rules: Any) -> None:
         self.ledger = ledger
         self.settings = Settings(home=home, serve={"host": host, "operator_key": OPERATOR}, access=rules)
@@ -107,7 +105,6 @@ class Keys:
 
 
 def refusal(answer: httpx.Response, status: int, code: str) -> str:
-    """The message of an OpenAI error object."""
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert error["code"] == code

@@ -1,4 +1,4 @@
-"""A catalog on a real sample store and real tables, whose encoder is a script."""
+"""A catalog on a real sample store and real tables, with a scripted encoder."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Encoder:
 
 
 class World(Catalog):
-    """A server's catalog. Another one of the same folder is that of another server, or of the next start."""
+    """A server's catalog. A second one on the same folder is that of another server, or of a restart."""
 
     def __init__(self, folder: Path, encoder: Encoder | None = None) -> None:
         self.encoder = encoder or Encoder()
@@ -71,7 +71,6 @@ class World(Catalog):
         super().__init__(Tables(str(folder / "catalog"), folder / "index"), store, pixels, self.encoder)
 
     def put(self, start: int, count: int, **extra: Any) -> None:
-        """Samples from number ``start`` on, in the corpus."""
         self.corpus.put(rows(start, count, **extra), [Position("t", 0, extra.get("offset", start + count - 1) + 1)])
 
     def delete(self, where: str) -> int:
@@ -82,7 +81,6 @@ class World(Catalog):
             pass
 
     async def hold(self, *window: ReleaseSnapshot) -> None:
-        """Bring every sample into these spaces."""
         await self.adopt(window)
         await self.settle()
 
@@ -90,5 +88,4 @@ class World(Catalog):
         return [sample for batch in self.tables.id_batches(space) for sample in batch]
 
     async def texts(self, seed: int, k: int = 100, space: str = "aaaa", filters: Filters = ALL) -> list[str]:
-        """What is found by a query, the nearest first."""
         return [hit.text for hit in await self.search(space, vector(seed), k, filters)]

@@ -1,5 +1,3 @@
-"""Fixtures of the tests of serving: a sample store, adapters, and an app with the keys of a ledger for each module."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -22,14 +20,13 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine may read a ledger for longer than a server waits for it."""
+    """Allow slow ledger reads: a busy machine may take longer than a server waits."""
     monkeypatch.setattr("serving.http.auth.READ_SECONDS", 60.0)
     monkeypatch.setattr("serving.releases.rollback.ANSWER_SECONDS", 60.0)
 
 
 @pytest.fixture
 def closed(keys: Keys, tmp_path: Path) -> AuthApp:
-    """A server that other machines can reach."""
     return AuthApp(keys.ledger, tmp_path)
 
 

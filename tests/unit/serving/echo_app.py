@@ -15,7 +15,7 @@ from serving.http.request_bodies import RequestBodies, RequestLimits
 
 
 class EchoApp:
-    """Answers at once, or when ``go`` is set where ``waits``."""
+    """Answers at once or, with ``waits``, when ``go`` is set."""
 
     def __init__(self, waits: bool = False) -> None:
         self.waits = waits
@@ -36,7 +36,6 @@ class EchoApp:
 
 
 def limited(app: ASGIApp, proxies: Sequence[str] = (), **serve: Any) -> RequestLimits:
-    """Both middlewares, without authentication between them."""
     settings = Serve(**{"max_body_bytes": 4096, **serve})
     return RequestLimits(RequestBodies(app, settings), settings, proxies)
 
@@ -44,7 +43,6 @@ def limited(app: ASGIApp, proxies: Sequence[str] = (), **serve: Any) -> RequestL
 def client(
     app: ASGIApp | None = None, peer: str = "127.0.0.1", proxies: Sequence[str] = (), **serve: Any
 ) -> httpx.AsyncClient:
-    """A client of :func:`limited` at an address."""
     transport = httpx.ASGITransport(limited(app or EchoApp(), proxies, **serve), client=(peer, 1))
     return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
@@ -73,18 +71,14 @@ class RawRequest:
         self.sent.append(message)
 
     def send_body(self, data: bytes, more: bool = True) -> None:
-        """The next piece of the body."""
         self.messages.put_nowait({"type": "http.request", "body": data, "more_body": more})
 
     def hang_up(self) -> None:
-        """Close the connection."""
         self.messages.put_nowait({"type": "http.disconnect"})
 
     async def status(self) -> int:
-        """The status of the answer, when there is one."""
         await self.task
         return int(self.sent[0]["status"])
 
     def body(self) -> str:
-        """The answer."""
         return b"".join(message.get("body", b"") for message in self.sent).decode()

@@ -1,4 +1,4 @@
-"""A VLM engine in memory: it implements the protocol of engines, and answers with its adapter's name."""
+"""An in-memory VLM engine that implements the engine protocol and answers with its adapter's name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from serving.errors import EngineDead, InvalidRequest
 
 @dataclass
 class MemoryVlm:
-    """Holds at most ``most`` adapters. ``gate`` holds answers back; ``bad`` ones fail golden inputs."""
+    """Holds at most ``most`` adapters. ``gate`` delays answers; ``bad`` adapters fail golden inputs."""
 
     most: int = 4
     kind: Literal["vllm", "transformers"] = "transformers"
@@ -31,7 +31,7 @@ class MemoryVlm:
     passed_at: float = 0.0
 
     async def start(self) -> None:
-        """Nothing to load."""
+        pass
 
     async def load(self, name: str, directory: Path) -> None:
         if not (directory / "adapter_model.safetensors").is_file():

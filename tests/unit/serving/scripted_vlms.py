@@ -1,4 +1,4 @@
-"""The real HTTP application around a VLM that answers from a script."""
+"""The real HTTP application around a scripted VLM."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WINDOW = (ReleaseSnapshot(3, "clip-a", "i3", "t3", "vlm-b"), ReleaseSnapshot(2, 
 
 @dataclass
 class ScriptedVlms:
-    """Says ``words`` one by one; raises ``failure`` instead of the word at ``fails_at``; waits there if it hangs."""
+    """Says ``words`` one by one; raises ``failure`` instead of the word at ``fails_at``, or hangs there."""
 
     words: Sequence[str] = ("a ", "red ", "bus")
     finish: Finish = "stop"
@@ -81,7 +81,7 @@ class ScriptedVlms:
 
 
 class Words:
-    """Stands for a tokenizer: an id for each word."""
+    """Stands for a tokenizer: an ID for each word."""
 
     def rows(self, texts: list[str]) -> list[list[int]]:
         return [[len(word) for word in text.split()] for text in texts]
@@ -91,7 +91,7 @@ class Words:
 
 
 def app_state(vlms: ScriptedVlms | None, settings: Serve = SETTINGS) -> AppState:
-    """What the routes see; nothing but the VLM and the admission is used here."""
+    """State of the routes; only the VLM and the admission are used here."""
     admission = Admission()
     admission.adopt(WINDOW)
     unused = cast(Any, None)
@@ -106,36 +106,32 @@ def app_state(vlms: ScriptedVlms | None, settings: Serve = SETTINGS) -> AppState
 
 
 def app_of(at: AppState) -> FastAPI:
-    """The application as the ingress builds it."""
     return build_app(at)
 
 
 def client(at: AppState) -> httpx.AsyncClient:
-    """An HTTP client of the application, without a socket."""
     return httpx.AsyncClient(transport=httpx.ASGITransport(app_of(at)), base_url="http://localhost")
 
 
 def png(width: int = 6, height: int = 4, colour: tuple[int, int, int] = (200, 30, 30)) -> bytes:
-    """A picture of one colour."""
     buffer = io.BytesIO()
     Image.fromarray(np.full((height, width, 3), colour, np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def uri(data: bytes | None = None) -> str:
-    """A data URI."""
     return "data:image/png;base64," + base64.b64encode(png() if data is None else data).decode()
 
 
 def about_image(text: str = "what is this?", image: str | None = None) -> list[dict[str, Any]]:
-    """Messages of one question about one image."""
     shown = {"type": "image_url", "image_url": {"url": image or uri()}}
     return [{"role": "user", "content": [shown, {"type": "text", "text": text}]}]
 
 
 def skip(seconds: float) -> None:
-    """Let this much time pass at once for everything in this event loop, so that a deadline passes at a certain point
-    and not after a pause, in which a busy machine may not have come to that point."""
+    """Advance the time of everything in this event loop, so that a deadline passes at a defined point instead of after
+    a pause, in which a busy machine may not have reached that point.
+    """
     loop = asyncio.get_running_loop()
     now = loop.time
     loop.time = lambda: now() + seconds  # type: ignore[method-assign]
@@ -167,7 +163,6 @@ class Visitor:
         self.sent.append(message)
 
     def start(self) -> asyncio.Task[None]:
-        """Send the request."""
 
         async def run() -> None:
             await self.app(self.scope, self.receive, self.send)

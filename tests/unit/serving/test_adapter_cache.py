@@ -1,5 +1,3 @@
-"""Adapters on the node: a start without artifacts, damaged copies, and room."""
-
 from __future__ import annotations
 
 import shutil

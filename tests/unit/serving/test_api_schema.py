@@ -1,5 +1,3 @@
-"""The API's schema describes each route's answers and errors, and the committed file has it as it is."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""The application: its deployments and ingress, what a start says, and what is in flight when it ends."""
-
 from __future__ import annotations
 
 import asyncio
@@ -32,7 +30,7 @@ from tests.support.clock import Clock
 
 
 class Draining:
-    """Answers each call of ``drain`` with the next counts of two replicas, and with the last ones for ever."""
+    """Answers each call of ``drain`` with the next counts of two replicas, then repeats the last ones."""
 
     def __init__(self, *counts: list[dict[int, int]]) -> None:
         self.counts = list(counts)
@@ -215,7 +213,7 @@ FAILED = DeploymentStatus({}, failed=True, cause="OSError: no file")
 
 
 class ScriptedServer:
-    """Says for each model the next thing of its script, and the last one for ever."""
+    """Returns the next entry of each model's script, then repeats the last one."""
 
     url = "http://there"
 
@@ -238,7 +236,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Time passes where it is waited for."""
     made = Clock()
     monkeypatch.setattr("core.waiting.time", SimpleNamespace(monotonic=made, sleep=made.sleep))
     monkeypatch.setattr(start_progress, "LOOK_SECONDS", 1.0)

@@ -1,5 +1,3 @@
-"""Keys in the real application: who gets in, where, how often and under which name; also while the ledger is away."""
-
 from __future__ import annotations
 
 import asyncio
@@ -37,7 +35,6 @@ def away(*_: object) -> list[KeyRow]:
 
 @pytest.fixture
 def local(keys: Keys, tmp_path: Path) -> AuthApp:
-    """A server on loopback."""
     return AuthApp(keys.ledger, tmp_path, host="127.0.0.1")
 
 
@@ -172,7 +169,7 @@ async def test_a_ledger_that_hangs_holds_nobody_up_for_long(
             assert [answer.status_code for answer in answers] == [200] * 5
             assert (await closed.get("/v1/models", OPERATOR)).status_code == 200
             refused = await closed.get("/v1/models", new)
-            refusal(refused, 503, "unavailable")  # it is not told that it is wrong or was revoked
+            refusal(refused, 503, "unavailable")  # the answer does not say whether it is wrong or revoked
             assert refused.headers["retry-after"]
             for wrong in ("rk_cut", token[:-1] + ("0" if token[-1] != "0" else "1")):
                 refusal(await closed.get("/v1/models", wrong), 401, "invalid_api_key")
@@ -181,7 +178,7 @@ async def test_a_ledger_that_hangs_holds_nobody_up_for_long(
 
 
 async def test_a_silent_ledger_makes_no_known_key_that_is_in_use_wait(closed: AuthApp, keys: Keys) -> None:
-    """A key that waited for a reading would wait for half a minute here."""
+    """A key that waited for a read of the ledger would wait for half a minute here."""
     token = keys.of("infer")
     assert (await closed.get("/v1/models", token)).status_code == 200
     closed.slow = threading.Event()
@@ -330,7 +327,6 @@ class Node:
         return self.ledger.create_key(name, ["infer"], actor="t")[1]
 
     def copy(self, secret: str = "bootstrap") -> KeyCopy:
-        """The copy of a process that begins now."""
         return KeyCopy(self.file, self.artifacts, SecretStr(secret))
 
     def keep(self) -> None:

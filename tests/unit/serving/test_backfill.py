@@ -1,5 +1,3 @@
-"""A backfill: several chunks at once, as many as serving leaves room for; it survives kills, and has an estimate."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""Bodies of requests: what is taken, what is named as wrong, and what costs little to send and much to check."""
-
 from __future__ import annotations
 
 import json

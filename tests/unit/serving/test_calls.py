@@ -1,4 +1,4 @@
-"""Calls to replicas: bounds of time, what is tried again, and broadcasts that reach every one. The handle is Ray's."""
+"""Calls to replicas through Ray's real handle: timeouts, retries, and broadcasts that reach every replica."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ONE, LAST = TokenChunk("y", (1,), (-0.1,), 5, 1), TokenChunk("es", (2,), (-0.1,)
 
 
 class Response:
-    """What a handle returns: awaited, or read chunk by chunk. Exceptions in the script are raised."""
+    """Result of a handle: awaited, or read chunk by chunk. Exceptions in the script are raised."""
 
     def __init__(self, script: list[Any]) -> None:
         self.script = script
@@ -62,7 +62,7 @@ class Response:
 
 
 class Handle:
-    """Plays one script per call, and remembers the responses."""
+    """Plays one script per call, and records the responses."""
 
     def __init__(self, *scripts: list[Any]) -> None:
         self.scripts = list(scripts)
@@ -195,7 +195,7 @@ def refused(code: str) -> EncodeResult:
 
 
 class Rounds:
-    """A handle whose broadcasts return one list of results after the other; an exception is raised."""
+    """A handle whose broadcasts return the lists of results in order; an exception is raised."""
 
     def __init__(self, *rounds: Any) -> None:
         self.rounds = list(rounds)

@@ -1,5 +1,3 @@
-"""Tables, filters and the reconcile loop, on real tables and a real sample store."""
-
 from __future__ import annotations
 
 import asyncio
@@ -216,7 +214,7 @@ async def test_what_was_deleted_while_nobody_followed_leaves_tables_that_nobody_
     for space in ("aaaa", "bbbb"):
         assert len(second.stored(space)) == 59, space  # one image cannot be read
     assert holds(tmp_path / "catalog", b"recognisable words")
-    # It dies, too: the next one knows nothing of what was removed, and removes its bytes all the same.
+    # It dies, too: the next one does not know what was removed, and still removes the bytes.
     monkeypatch.setattr("serving.catalog.reconcile.EXPUNGE_SECONDS", 0.0)
     await World(tmp_path).hold(HERE)
     assert not holds(tmp_path / "catalog", b"recognisable words")
@@ -270,7 +268,7 @@ async def test_bytes_go_in_two_passes_and_a_failing_one_is_tried_again(
 
 
 async def test_two_samples_with_one_id_are_one_until_they_are_settled(catalog: World) -> None:
-    """Workers that share no index stored the same content at once."""
+    """Workers that share no index stored the same content at the same time."""
     [row] = rows(0, 1)
     catalog.corpus.put([row, {**row, "partition": 1}], [Position("t", 0, 1), Position("t", 1, 1)])
     await catalog.hold(HERE)

@@ -1,5 +1,3 @@
-"""The approximate index of a space, on real tables and real faiss: made, followed, measured, kept and bounded."""
-
 from __future__ import annotations
 
 import hashlib
@@ -101,7 +99,6 @@ def tables(tmp_path: Path) -> Tables:
 
 @pytest.fixture
 def restarted(tmp_path: Path) -> Callable[[], Tables]:
-    """The same tables as another process would have them."""
     return lambda: Tables(str(tmp_path / "lake"), tmp_path / "index")
 
 

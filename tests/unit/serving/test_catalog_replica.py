@@ -1,5 +1,3 @@
-"""What a catalog replica does between its looks at the ledger."""
-
 from __future__ import annotations
 
 import asyncio
@@ -24,7 +22,7 @@ from tests.unit.serving.catalog_world import ALL, HERE, THERE, World, vector
 
 
 class Ledger:
-    """Has one release, or is away."""
+    """Has one release, or is unavailable."""
 
     def __init__(self, window: tuple[ReleaseSnapshot, ...]) -> None:
         self.window = window
@@ -80,7 +78,7 @@ async def test_a_sample_that_ingest_accepted_is_indexed_though_a_request_may_not
         monkeypatch.setattr(catalog_replica, name, lambda *_: None)
 
     async def at_once() -> None:
-        """No CLIP is waited for."""
+        pass
 
     monkeypatch.setattr(catalog_replica, "wait_for_clip", at_once)
     base = SimpleNamespace(preprocess=Preprocess(size=16))

@@ -1,5 +1,3 @@
-"""Chat: what reaches the model, what comes back whole or streamed, what is refused, clients that leave or are slow."""
-
 from __future__ import annotations
 
 import asyncio
@@ -275,7 +273,6 @@ def body(**more: Any) -> dict[str, Any]:
 
 
 def visit(vlms: ScriptedVlms, **settings: Any) -> tuple[AppState, Visitor]:
-    """A request for a stream whose client can hang up."""
     at = app_state(vlms, SETTINGS.model_copy(update=settings))
     return at, Visitor(app_of(at), URL, json.dumps(body()).encode())
 

@@ -1,5 +1,3 @@
-"""Vectors of a CLIP's requests: their turns, the cache, and texts that are longer than the model reads."""
-
 from __future__ import annotations
 
 import asyncio
@@ -33,7 +31,7 @@ TEXT_CHANGED = ReleaseSnapshot(2, "clip-b", "image-1", "text-2")
 
 
 class Loader(ImageLoader):
-    """Remembers whose images were opened."""
+    """Records whose images were opened."""
 
     def __init__(self) -> None:
         super().__init__(Preprocess(size=16), SETTINGS)
@@ -56,8 +54,9 @@ class GatedEncoders:
 
 
 async def test_images_of_a_flood_wait_unopened_and_others_go_ahead_of_them() -> None:
-    """192 requests with 32 small pictures each were all opened and decoded at once, beside a model that needed both
-    cores: the image of another caller took 1.5 s."""
+    """192 requests with 32 small pictures each used to be opened and decoded all at once, next to a model that needed
+    both cores: the image of another caller took 1.5 s.
+    """
     loader, encoders = Loader(), GatedEncoders()
     vectors = ClipVectors(encoders, loader, None, SETTINGS)  # type: ignore[arg-type]
     pictures: list[ImageSource] = [("image", png(4, 4))] * 4
@@ -96,7 +95,7 @@ class Tokens:
 
 
 class Encoders:
-    """A vector says which adapter made it, and of what."""
+    """A vector encodes the adapter and the input."""
 
     def __init__(self) -> None:
         self.spaces = {None: ("image-1", "text-1"), "clip-b": ("image-1", "text-2")}

@@ -1,5 +1,3 @@
-"""An operator's call outlives the controller that carries it out."""
-
 from __future__ import annotations
 
 import asyncio
@@ -34,7 +32,7 @@ class Forever:
 
 
 def calls(*results: Any) -> ControllerCalls:
-    """Controllers that answer one after the other; an exception is one that dies."""
+    """Controllers that answer one after the other; an exception stands for one that dies."""
     left = list(results)
 
     async def change(command: Any = None) -> Any:

@@ -1,5 +1,3 @@
-"""One encoder's work on a tiny base: batches, loading on demand, what one bad request does to others."""
-
 from __future__ import annotations
 
 import asyncio
@@ -58,7 +56,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
 
 
 class Worker(EncoderWorker):
-    """An encoder with artifacts of its own."""
+    """An encoder with its own artifacts."""
 
     artifacts: Artifacts
 
@@ -67,13 +65,11 @@ class Worker(EncoderWorker):
         super().__init__(engine or ClipEngine(base), Artifacts(str(folder / "artifacts")), "r1")
 
     def stored(self, seed: int) -> str:
-        """The name of an adapter that the artifacts have."""
         name = tiny_adapter(self.engine.base, self.folder / str(seed), seed)
         self.artifacts.put_directory(self.folder / str(seed), f"adapters/{name}")
         return name
 
     async def encode_texts(self, *texts: str, adapter: str | None = None) -> list[EncodeResult]:
-        """Each text is a request of one batch."""
         return await self.encode_batch([EncodeRequest("text", ids(text), adapter, soon()) for text in texts or ("x",)])
 
 
@@ -241,7 +237,7 @@ async def test_background_work_gives_the_same_vectors(worker: Worker) -> None:
 
 
 class ThreadsSeen:
-    """Implements what a worker needs of an engine, and notes with how many threads each call may compute."""
+    """Implements what a worker needs of an engine, and records the allowed threads of each call."""
 
     def __init__(self, engine: ClipEngine) -> None:
         self._engine = engine
@@ -277,14 +273,12 @@ async def test_only_the_thread_of_the_passes_computes_with_several(base: ClipBas
 
 @pytest.fixture
 def patient_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests come and a load gives way for as long as the slowest machine takes to load."""
     for name in ("BUSY_SECONDS", "PACED_SECONDS"):
         monkeypatch.setattr(module, name, 600.0)
 
 
 @pytest.fixture
 def rests(patient_pace: None, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that paced threads would have slept."""
     slept: list[float] = []
     monkeypatch.setattr(priority, "time", SimpleNamespace(sleep=slept.append, thread_time=time.thread_time))
     return slept

@@ -1,4 +1,4 @@
-"""Batches of an encoder: one model version each, taking turns. The engine is a script."""
+"""Batches of an encoder, of one model version each, taking turns. The engine is scripted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_TEXTS = 4
 
 
 class Engine:
-    """Remembers batches; each one waits for ``go`` to be set, where a test closes it."""
+    """Records batches; each waits for ``go`` to be set, where a test closes it."""
 
     def __init__(self) -> None:
         self.batches: list[list[EncodeRequest]] = []
@@ -52,7 +52,7 @@ class Engine:
         return first
 
     async def behind_a_batch(self, *asked: dict[str, Any]) -> list[EncodeResult]:
-        """Results of requests that come one after the other while another batch runs, which is forgotten."""
+        """Results of requests that arrive one after the other while another batch, which is not returned, runs."""
         first = await self.busy()
         tasks = []
         for options in asked:
@@ -97,7 +97,7 @@ async def test_a_flood_of_one_caller_lets_another_wait_for_one_batch(engine: Eng
 
 
 async def test_while_others_ask_batches_are_short_and_large_requests_are_encoded_in_parts(engine: Engine) -> None:
-    """A batch of one caller's 16 images would take 140 ms, in which another one's image waits."""
+    """A batch of one caller's 16 images would take 140 ms, and another caller's image would wait for it."""
     engine.queue = FairBatches(engine.run, MAX_TEXTS, wait_seconds=0.0, turn_seconds=0.0)
     for _ in range(2):
         await engine.submit(STABLE, MAX_TEXTS, caller="flood")
@@ -213,7 +213,7 @@ async def test_after_a_batch_of_several_the_next_one_waits_to_fill(engine: Engin
     for _ in range(2):  # also the queue's task has had its turn
         await asyncio.sleep(0)
     assert len(engine.batches) == 2
-    await asyncio.gather(*tasks, engine.submit(STABLE))  # full: nobody waits any longer
+    await asyncio.gather(*tasks, engine.submit(STABLE))  # full: no request waits any longer
     assert len(engine.batches) == 3
 
 
@@ -226,7 +226,7 @@ async def test_requests_one_at_a_time_do_not_wait(engine: Engine) -> None:
 async def test_a_caller_whose_requests_wait_for_long_still_asks(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another one's next batch is short, though the requests that it meets came long ago."""
+    """Another caller's next batch is short, although the requests that it meets are old."""
     monkeypatch.setattr(fair_batches, "ASKS_SECONDS", 0.05)
     engine.queue = FairBatches(engine.run, MAX_TEXTS, wait_seconds=0.0, turn_seconds=0.0)
     first = await engine.busy()

@@ -1,5 +1,3 @@
-"""Room for the work of several callers, and images that are decoded in turns within a number of pixels."""
-
 from __future__ import annotations
 
 import asyncio
@@ -27,7 +25,7 @@ async def entered(room: FairRoom, caller: str, amount: int) -> asyncio.Task[int]
 
 @pytest.mark.parametrize("amount", [1, 30, 40, 60, 75, 100, 1000])
 async def test_a_caller_with_a_flood_leaves_room_for_another_whatever_its_requests_take(amount: int) -> None:
-    """Three requests of 32 images, or one picture of 40 million pixels, had taken all of it."""
+    """Three requests of 32 images, or one picture of 40 million pixels, used to take all of it."""
     room = FairRoom(100, 0.75)
     flood = [await entered(room, "flood", amount) for _ in range(200)]
     assert any(task.done() for task in flood)
@@ -62,7 +60,7 @@ async def test_what_a_request_took_is_given_back_and_all_get_in_by_turns() -> No
 
 
 class Gate:
-    """Work that waits until it is let through, and remembers its order."""
+    """Work that waits until it is admitted, and records its order."""
 
     def __init__(self) -> None:
         self.open = threading.Event()

@@ -1,5 +1,3 @@
-"""A replica that no broadcast reached: it reads the ledger, loads what is missing, and says when it lags behind."""
-
 from __future__ import annotations
 
 import asyncio
@@ -26,7 +24,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 @dataclass
 class Replica:
-    """Loads every adapter but those that are ``broken``."""
+    """Loads every adapter that is not ``broken``."""
 
     ledger: Ledger
     loaded: list[str | None] = field(default_factory=list)
@@ -71,7 +69,7 @@ async def test_a_replica_that_lags_for_too_long_is_unhealthy_unless_another_one_
     replica = Replica(ledger, broken={"a"})
     follower = replica.follower()
     await follower.step()
-    await follower.check()  # a lag that has just begun is none
+    await follower.check()  # a lag that has just begun does not count
     monkeypatch.setattr(module, "LAG_SECONDS", -1.0)
     with pytest.raises(RuntimeError, match="no memory"):
         await follower.check()

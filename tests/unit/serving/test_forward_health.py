@@ -1,5 +1,3 @@
-"""Forward passes that fail: in a row, once, or for ever."""
-
 from __future__ import annotations
 
 import asyncio
@@ -11,8 +9,6 @@ from serving.replicas.forward_health import ForwardHealth
 
 
 class Device:
-    """Counts the passes of health checks."""
-
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
         self.passes = 0

@@ -1,4 +1,4 @@
-"""The configuration that HAProxy gets, and what the real one does with it."""
+"""HAProxy's configuration, and how the real program behaves with it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def free_ports(count: int) -> list[int]:
 
 @dataclass
 class Front:
-    """HAProxy in front of an application that answers 200 and remembers the headers."""
+    """HAProxy in front of an application that answers 200 and records the headers."""
 
     port: int
     requests: list[str] = field(default_factory=list)
@@ -103,7 +103,6 @@ class Front:
                 writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
 
     async def send(self, data: bytes, source: str = "127.0.0.1") -> bytes:
-        """What comes back until the connection is closed, or an answer is complete."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, local_addr=(source, 0))
         try:
             writer.write(data)
@@ -116,7 +115,7 @@ class Front:
 async def front(
     folder: Path, gone: int = 0, header_ms: int = 10_000, probes_per_second: int = 50, **serve: object
 ) -> AsyncIterator[Front]:
-    """``gone``: replicas that refuse connections, before Serve's own proxy, which is all that there is without."""
+    """``gone``: replicas that refuse connections, before Serve's own proxy, which is otherwise the only backend."""
     assert BINARY is not None
     port, metrics, app, *nobody = free_ports(3 + gone)
     watched = "check observe layer4 error-limit 3 on-error mark-down"
@@ -161,7 +160,6 @@ async def test_headers_and_bodies_that_do_not_come_are_408_before_the_applicatio
 
 
 def error_of(answer: bytes) -> tuple[int, str]:
-    """Status and code of an answer that is an error object."""
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b"content-type: application/json" in head.lower()
     return int(head.split(b" ")[1]), str(json.loads(body)["error"]["code"])
@@ -241,7 +239,7 @@ async def test_earlier_hops_are_passed_on_for_trusted_proxies_only(
 
 
 async def test_what_another_proxy_forwards_is_known_as_such_behind_it(tmp_path: Path) -> None:
-    """nginx on this machine, as documented and as installed; its address is that of a caller on this machine."""
+    """nginx on this machine, as documented and as installed; its address is that of a local caller."""
     old = b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n"
     async with front(tmp_path) as server:
         for data in (get("/"), get("/", "X-Forwarded-For: 198.51.100.7"), old):
@@ -250,7 +248,6 @@ async def test_what_another_proxy_forwards_is_known_as_such_behind_it(tmp_path: 
 
 
 def scope_of(request: str) -> Scope:
-    """As an application gets it."""
     first, *lines = request.strip().split("\r\n")
     headers = [tuple(part.strip().encode() for part in line.lower().split(":", 1)) for line in lines]
     return {"type": "http", "http_version": first[-3:], "headers": headers, "client": ("127.0.0.1", 1)}

@@ -1,5 +1,3 @@
-"""An object store that hangs: searches end soon and then fail at once, and those that need no store go on."""
-
 from __future__ import annotations
 
 import threading

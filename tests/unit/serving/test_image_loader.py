@@ -1,5 +1,3 @@
-"""Images of a request to pixels: what they may cost together, and what a CLIP and a VLM get to see of them."""
-
 from __future__ import annotations
 
 import asyncio

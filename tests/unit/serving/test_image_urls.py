@@ -1,5 +1,3 @@
-"""Images by URL over the HTTP API: what is fetched, what is refused in which words, and for how long."""
-
 from __future__ import annotations
 
 import asyncio
@@ -40,13 +38,11 @@ def web() -> Iterator[WebServer]:
 
 
 def fetching(web: WebServer, **more: Any) -> Serve:
-    """Settings of a server that fetches from ``web``, called cdn.test."""
     settings = {"image_hosts": [f"cdn.test:{web.port}"], "image_networks": ["127.0.0.1/32"], "max_image_bytes": 32_768}
     return Serve(**{**SETTINGS.model_dump(), **settings, **more})
 
 
 def serving(settings: Serve, seconds: float = 60) -> tuple[AppState, ScriptedVlms]:
-    """An application whose fetcher finds every name on loopback."""
 
     async def loopback(host: str, port: int) -> Sequence[str]:
         return ["127.0.0.1"]

@@ -1,5 +1,3 @@
-"""What the controller exports of the live release: since when it is live, and what its adapters gained and forgot."""
-
 from __future__ import annotations
 
 import math

@@ -1,5 +1,3 @@
-"""What waits for a store in one part of the server keeps no other part from running."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""Probes, at one forward pass a second, and the list of releases while the ledger is slow or away."""
-
 from __future__ import annotations
 
 import asyncio
@@ -27,7 +25,7 @@ from tests.unit.serving.scripted_vlms import ScriptedVlms, app_state, client
 
 @dataclass
 class Models:
-    """Encoders and a catalog that fail as told, and count; and a tokenizer."""
+    """Encoders and a catalog that fail as told and count calls, and a tokenizer."""
 
     clip: Exception | None = None
     catalog: Exception | None = None
@@ -188,7 +186,7 @@ async def test_a_rollback_is_refused_at_once_while_the_ledger_hangs(
 
 
 class GrowingLedger:
-    """Has one release more at each reading. Waits while ``go`` is not set."""
+    """Has one more release at each read. Waits while ``go`` is not set."""
 
     def __init__(self) -> None:
         self.newest = 0

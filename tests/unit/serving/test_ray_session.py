@@ -1,5 +1,3 @@
-"""A Ray session: what a killed one leaves is found, Serve reads what it is told, and replicas freeze imports."""
-
 from __future__ import annotations
 
 import gc
@@ -24,7 +22,7 @@ UNTITLED = f"exec {shlex.quote(sys.executable)} -c 'import time; time.sleep(60)'
 
 
 def engine(log: Path, command: str) -> subprocess.Popen[bytes]:
-    """A process with a command line of vLLM's, and nothing but its output to tell whose it is."""
+    """A process with a command line of vLLM's, whose owner only its output tells."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
         made = subprocess.Popen(["bash", "-c", command], stdout=out, stderr=out, env={"PATH": "/usr/bin:/bin"})
@@ -83,7 +81,7 @@ def test_the_collector_looks_at_what_comes_later_alone() -> None:
 
 
 def test_garbage_that_comes_later_is_collected_by_itself() -> None:
-    """What a replica imported is no measure of how much garbage is worth a look: adapters leave some megabytes each."""
+    """The imports of a replica are no measure of the garbage worth collecting: adapters leave a few megabytes each."""
     gc.disable()  # to make these would collect them again and again
     imported: list[list[object]] = [[] for _ in range(400_000)]
     gc.enable()

@@ -1,5 +1,3 @@
-"""What became of a record, refused records sent again, and deletions, over HTTP."""
-
 from __future__ import annotations
 
 from dataclasses import replace
@@ -24,7 +22,6 @@ A = "a" * 64
 
 @pytest.fixture
 def auth_app(closed: AuthApp) -> AuthApp:
-    """A server over a store with a sample, a duplicate and a refusal."""
     base = {"topic": "t", "partition": 0, "ingested_at": datetime(2026, 1, 1, tzinfo=UTC)}
     rows = [
         {**base, "kind": "sample", "offset": 0, "id": A, "image": b"x", "split": "train"},
@@ -146,7 +143,6 @@ PATH = "/admin/v1/deletions"
 
 @pytest.fixture
 def server(closed: AuthApp) -> AuthApp:
-    """A server over a store with two samples and a refusal of one source, and another sample."""
     rows = [
         sample(0, 0, source="cam"),
         sample(0, 1, source="cam"),

@@ -1,5 +1,3 @@
-"""Bounds that hold for every request: bodies, slots, addresses and names."""
-
 from __future__ import annotations
 
 import asyncio
@@ -16,7 +14,6 @@ from tests.unit.serving.scripted_vlms import skip
 
 
 def ask(app: ASGIApp, *paths: str, peer: str = "127.0.0.1") -> list[RawRequest]:
-    """Requests without a body, on their way."""
     made = [RawRequest(app, path, peer, length=0) for path in paths]
     for request in made:
         request.send_body(b"", more=False)
@@ -24,7 +21,7 @@ def ask(app: ASGIApp, *paths: str, peer: str = "127.0.0.1") -> list[RawRequest]:
 
 
 async def settled() -> None:
-    """Let everything that can go on without time passing go on."""
+    """Let everything run that does not need time to pass."""
     for _ in range(20):
         await asyncio.sleep(0)
 

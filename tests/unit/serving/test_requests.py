@@ -1,5 +1,3 @@
-"""A request's id, its caller, HEAD, and what counts against the release that answers."""
-
 from __future__ import annotations
 
 import json
@@ -78,7 +76,7 @@ async def test_around_rays_middleware_there_is_still_one_id_and_it_is_the_sane_o
         await PlainTextResponse("ok")(scope, receive, send)
 
     async def rays(scope: Scope, receive: Receive, send: Send) -> None:
-        """As in ray.serve._private.http_util.RequestIdMiddleware: the client's id, unchecked, once more."""
+        """As in ray.serve._private.http_util.RequestIdMiddleware: adds the client's ID again, unchecked."""
         own = dict(scope["headers"])[b"x-request-id"]
 
         async def send_with_id(message: Message) -> None:

@@ -1,5 +1,3 @@
-"""Spans of requests: what they are part of, and that there are none where nobody wants them."""
-
 from __future__ import annotations
 
 import asyncio
@@ -55,7 +53,6 @@ def traced(trace_id: str = TRACE, sampled: bool = True) -> Iterator[None]:
 
 
 def ids(span: ReadableSpan) -> tuple[str, str]:
-    """Of its trace and of its parent."""
     assert span.parent is not None
     return trace.format_trace_id(span.context.trace_id), trace.format_span_id(span.parent.span_id)
 

@@ -1,5 +1,3 @@
-"""Two servers on one lake: their catalogs write the same tables, and neither takes anything from the other."""
-
 from __future__ import annotations
 
 import asyncio
@@ -24,7 +22,6 @@ ROWS = 3 * CHUNK_ROWS
 
 
 def _fill(folder: Path, barrier: Barrier) -> None:
-    """What one server does: it holds two spaces complete, beginning at the same moment as the other."""
 
     async def run() -> None:
         catalog = World(folder)

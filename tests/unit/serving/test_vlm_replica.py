@@ -1,5 +1,3 @@
-"""One VLM replica without Ray: adapters, their users, deadlines and refusals."""
-
 from __future__ import annotations
 
 import asyncio
@@ -34,7 +32,6 @@ SOON = 60.0
 
 
 async def ask(worker: VlmWorker, adapter: str | None, seconds: float = SOON) -> str:
-    """The text of an answer, or the code of a refusal."""
     answer = await worker.reply(ASK, adapter, seconds)
     return answer.text if isinstance(answer, GenerationResult) else answer.code
 
@@ -180,7 +177,7 @@ async def test_answers_that_fail_again_and_again_make_a_replica_unhealthy(
 
 @pytest.fixture
 async def busy(artifacts: Artifacts, engine: MemoryVlm, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[VlmWorker]:
-    """A replica whose only request gets no answer; passes that end are further apart than it may take."""
+    """A replica whose only request gets no answer; passes end further apart than allowed."""
     monkeypatch.setattr("serving.replicas.forward_health.PROBE_LIMIT_SECONDS", 0.01)
     monkeypatch.setattr("serving.replicas.vlm.STALL_SECONDS", 0.1)
     worker = VlmWorker(engine, artifacts, "r1", PLACES, batch=2, deadline_seconds=0.1)

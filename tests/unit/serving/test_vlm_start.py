@@ -1,5 +1,3 @@
-"""What is known of a VLM that starts: refused at once, with the reason, until it answers."""
-
 from __future__ import annotations
 
 import asyncio
@@ -29,7 +27,7 @@ STARTING = "the VLM is starting."
 
 
 class Serve:
-    """Says ``status`` of the VLM's deployment, and counts how often it is asked."""
+    """Reports ``status`` of the VLM's deployment, and counts calls."""
 
     def __init__(self, status: DeploymentStatus | None = None) -> None:
         self.status = status

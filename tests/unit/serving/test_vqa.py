@@ -1,5 +1,3 @@
-"""Questions about images: free answers, choices with probabilities, JSON and multipart."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,4 +1,4 @@
-"""What is measured on a catalog, on real tables: fragments and drift of the live space, and the statistics of drift."""
+"""Measurements of a catalog, on real tables: fragments and drift of the live space, and the statistics of drift."""
 
 from __future__ import annotations
 

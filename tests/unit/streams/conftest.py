@@ -1,5 +1,3 @@
-"""Fixtures of the tests of streams."""
-
 from __future__ import annotations
 
 import tarfile
@@ -37,7 +35,7 @@ def ledger(settings: Settings) -> Iterator[Ledger]:
 
 @pytest.fixture
 def kafka(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeKafka:
-    """A broker in memory, which every consumer reads; its parameter is the number of partitions."""
+    """An in-memory broker for every consumer; its parameter is the number of partitions."""
     broker = FakeKafka("t", getattr(request, "param", 1))
     install(broker, monkeypatch)
     monkeypatch.setattr(consumer, "BACKOFF_SECONDS", (0.02,))
@@ -51,7 +49,7 @@ Outage = Callable[..., threading.Event]
 
 @pytest.fixture
 def outage(monkeypatch: pytest.MonkeyPatch) -> Outage:
-    """Lets a method or function raise an error while the event that it returns is set, as it is at first."""
+    """Makes a method or function raise an error while the returned event is set, which it is at first."""
 
     def begin(owner: Any, name: str, error: Exception, of: Callable[..., bool] = lambda *_: True) -> threading.Event:
         away, real = threading.Event(), getattr(owner, name)
@@ -73,7 +71,7 @@ def img2dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders that img2dataset 1.47.0 wrote of four URLs of a local server, one of which answered 404, with
     ``--output_format`` webdataset, parquet and files (``--resize_mode no --image_size 32 --caption_col caption``).
 
-    It pins versions that Ratchet does not run with, so its output is kept rather than made here.
+    It pins versions that Ratchet does not run with, so its output is committed.
     """
     folder = tmp_path_factory.mktemp("img2dataset")
     with tarfile.open(Path(__file__).with_name("img2dataset.tar.xz")) as tar:

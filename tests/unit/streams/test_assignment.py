@@ -1,5 +1,3 @@
-"""Where a partition is read on is said by the store: logs are told apart by their ids."""
-
 from __future__ import annotations
 
 from typing import Any
@@ -22,7 +20,7 @@ LOGS = [ONE, Position("t", 1, 9, "id-1"), Position("t@1", 0, 2, "id-2")]
         ([ONE], "t", "id-2", 0, 0, Position("t@1", 0, 0, "id-2", 0)),  # a new one
         ([], "t", "id-1", 0, 3, Position("t", 0, 3, "id-1", 3)),
         ([ONE], "u", "id-1", 0, 0, Position("u", 0, 0, "id-1", 0)),
-        ([ONE], "t", "", 0, 0, ONE),  # what the broker does not tell is no reason to begin again
+        ([ONE], "t", "", 0, 0, ONE),  # missing information of the broker is not a reason to start over
         ([Position("t", 0, 7, "", 5)], "t", "id-1", 0, 0, ONE),
         (LOGS, "t", "id-2", 1, 0, Position("t@1", 1, 0, "id-2", 0)),  # partitions of one new log share its generation
         (LOGS, "t", "id-2", 5, 0, Position("t@1", 5, 0, "id-2", 0)),
@@ -47,7 +45,7 @@ def test_a_log_that_was_cut_short_is_a_new_generation_of_its_partition_from_the_
 
 
 class Seeks:
-    """Takes down what the assignment asks of a kafka-python consumer."""
+    """Records the calls of an assignment to a kafka-python consumer."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []

@@ -1,5 +1,3 @@
-"""A batch stores each of its records once, with the offsets behind them, and only under its own claim."""
-
 from __future__ import annotations
 
 import sqlite3
@@ -129,7 +127,7 @@ def test_a_valid_sample_that_the_table_cannot_hold_is_quarantined_and_its_neighb
 
 
 class NoCommit:
-    """A database whose disk is full when a transaction is to be kept."""
+    """A database whose disk is full at the commit of a transaction."""
 
     def __init__(self, database: sqlite3.Connection) -> None:
         self.database = database

@@ -1,5 +1,3 @@
-"""What is wrong with a broker is said in plain words, and soon."""
-
 from __future__ import annotations
 
 import socket
@@ -90,10 +88,10 @@ class Answers:
     """Answers as kafka-python's admin client."""
 
     def __init__(self, topics: dict[str, dict[str, Any]], groups: list[str] | None = None, ids: bool = True) -> None:
-        """``groups``: what the user may do with each; None: there is none. ``ids``: whether it may use any."""
+        """``groups``: the user's rights to each; None: it does not exist. ``ids``: whether it may use any."""
         self.topics, self.groups, self.ids = topics, groups, ids
         self.defaults: dict[str, str] | None = {}
-        """Values that nobody has set; None: this user may not see them."""
+        """Values left at their default; None: this user may not see them."""
 
     def describe_topics(self, names: list[str]) -> list[dict[str, Any]]:
         return [self.topics.get(name, topic(UnknownTopicOrPartitionError)) for name in names]
@@ -113,7 +111,7 @@ class Answers:
         raise (TransactionalIdNotFoundError if self.ids else TransactionalIdAuthorizationFailedError)(ids[0])
 
     def close(self) -> None:
-        """Nothing is open."""
+        pass
 
 
 def topic(

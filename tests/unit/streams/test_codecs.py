@@ -1,5 +1,3 @@
-"""Every encoding carries every sample; what is no sample is refused with its reason."""
-
 from __future__ import annotations
 
 import base64

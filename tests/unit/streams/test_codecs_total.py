@@ -1,5 +1,3 @@
-"""Whatever arrives, it ends as a sample or as a refusal with a known reason; nothing else is raised."""
-
 from __future__ import annotations
 
 import base64
@@ -59,7 +57,6 @@ def registry(server: Registry) -> Iterator[SchemaRegistry]:
 
 @pytest.fixture(scope="module")
 def confluent(server: Registry) -> list[bytes]:
-    """A good record of each kind in Confluent's wire format."""
     message = message_types()["Sample"](image=PNG, text="t", tags=["a"])
     message.boxes.add(x=1)
     avro = {"image": PNG, "text": "t", "tags": ["a"], "boxes": [{"x": 1.0}]}
@@ -68,7 +65,6 @@ def confluent(server: Registry) -> list[bytes]:
 
 
 def ends(value: bytes | None, headers: Pairs, registry: SchemaRegistry | None = None) -> None:
-    """Assert that it is a sample that can be written again, or a refusal that can be told."""
     glimpse(value, headers)
     try:
         sample = decode(value, headers, registry=registry)

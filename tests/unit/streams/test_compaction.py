@@ -1,5 +1,3 @@
-"""Files are merged in tiers, full ones are left alone, and nothing is lost beside workers that commit."""
-
 from __future__ import annotations
 
 import random
@@ -32,13 +30,11 @@ def commit_each(store: SampleStore, offsets: Iterable[int], size: int = 10, **fi
 
 
 def small(monkeypatch: pytest.MonkeyPatch, rows: int = 64) -> None:
-    """Full fragments have this many rows."""
     monkeypatch.setattr(maintenance, "FULL_ROWS", rows)
     monkeypatch.setattr(maintenance, "TIERS", (1 / 16, 1 / 4, 1.0))
 
 
 def data(store: SampleStore) -> set[str]:
-    """Data files of the newest version."""
     dataset = store.table.open()
     assert dataset is not None
     return {file.path for each in dataset.get_fragments() for file in each.data_files()}
@@ -159,7 +155,6 @@ def test_of_two_deletions_at_once_the_second_is_made_again(store: SampleStore, m
 
 
 def _referenced(store: SampleStore) -> set[str]:
-    """Data files of any version."""
     files = set()
     for version in store.versions():
         dataset = store.table.open(version)

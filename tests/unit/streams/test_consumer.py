@@ -1,5 +1,3 @@
-"""The consumer loses nothing and stores nothing twice, whatever happens to the log, the store, the disk or a record."""
-
 from __future__ import annotations
 
 import threading
@@ -51,7 +49,7 @@ def test_each_record_has_one_row_and_each_refusal_is_published_once(
 def test_offsets_without_a_record_are_neither_lag_nor_lost(
     settings: Settings, store: SampleStore, kafka: FakeKafka, hidden: int
 ) -> None:
-    """Markers of transactions, aborted records: nothing is read of them, and retention deletes them."""
+    """Transaction markers and aborted records: they are never read, and retention deletes them."""
     kafka.send(good(1), POISON)
     kafka.skip(hidden, epoch=1)
     with run(settings, 2) as consumer:

@@ -1,4 +1,6 @@
-"""The consumer waits for what is away, names it, and loses nothing; what kills its process is refused."""
+"""The consumer waits for unavailable dependencies, names them, and loses nothing; records that kill its process are
+refused.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,7 @@ def test_what_is_away_is_named_and_waited_for_and_nothing_is_lost(
 def test_a_store_that_hangs_is_told_while_the_consumer_waits_for_it(
     settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lance tries for minutes again, and the thread that reads the topic waits for it."""
+    """Lance retries for minutes, and the thread that reads the topic waits for it."""
     monkeypatch.setattr(ingest_report, "STORE_SECONDS", 0.2)
     hangs, answers = threading.Event(), threading.Event()
     real = SampleTable.open
@@ -133,7 +135,7 @@ def test_an_idle_ingest_tells_that_the_store_is_away(
 def test_one_that_is_asked_to_stop_while_the_store_takes_nothing_tries_no_more(
     settings: Settings, store: SampleStore, kafka: FakeKafka, outage: Outage, error: StoreUnavailable
 ) -> None:
-    """A try takes as long as Lance's own ones, and whoever stops a process kills it after a minute."""
+    """An attempt takes as long as Lance's own retries, and a process is killed a minute after it was asked to stop."""
     kafka.send(good(1), POISON)
     with run(settings, 2) as consumer:
         asked_to_stop: list[bool] = []
@@ -206,7 +208,7 @@ def test_a_registry_and_a_broker_that_are_away_at_once_do_not_end_it(
 def test_a_gap_waits_for_the_records_before_it(
     settings: Settings, store: SampleStore, kafka: FakeKafka, outage: Outage
 ) -> None:
-    """While the registry is away a record waits; what retention deletes behind it is not to be stored before it."""
+    """A record waits while the registry is down; a gap that retention makes behind it must not be stored before it."""
     away = outage(
         validators, "validate", RegistryUnavailable("the registry is away."), lambda received, _: received.offset == 0
     )
@@ -252,7 +254,7 @@ def test_one_that_lost_its_partition_publishes_what_waited_though_no_record_come
     assert kafka.names() == ["t:0:0"]
 
 
-# -- the duplicate index, which is built beside the loop ------------------------------------------------------------
+# -- the duplicate index, which is built in parallel with the loop --------------------------------------------------
 
 
 def test_the_group_is_joined_and_nothing_is_claimed_while_the_index_is_built(
@@ -314,7 +316,9 @@ def test_a_stop_does_not_wait_for_the_index_and_leaves_it_as_it_was(
 def test_a_record_at_which_the_process_died_three_times_is_refused_and_its_neighbours_are_stored(
     settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of those that were validated at the first death each is alone from then on, so that only one can die again."""
+    """Records that were being validated at the first death are validated alone from then on, so that only one can die
+    again.
+    """
     names = [("t", 0, number) for number in range(4)]
     die(settings.home / "ingest", "kill", *names)
     for _ in range(DEATHS - 1):

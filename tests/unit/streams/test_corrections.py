@@ -1,5 +1,3 @@
-"""A record that corrects a sample takes its place, once, and nothing older takes its place again."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -17,17 +15,15 @@ from tests.support.kafka import picture
 from tests.support.worker import Worker
 
 START = 1_767_225_600_000
-"""The first record is from then; the others came a second after each other."""
 
 
 class Sender(Worker):
-    """A worker whose records are pictures with keys, a second after each other."""
+    """A worker whose records are pictures with keys, a second apart."""
 
     def __init__(self, root: Path, partition: int = 0) -> None:
         super().__init__(root, partition, distance=-1, split=SplitRule(b"key", 0.5))
 
     def read(self, seed: int, key: str | None = "k", at: int | None = None, **fields: str) -> dict[str, Any]:
-        """The row of the next record."""
         headers = [(f"ratchet_{name}", value.encode()) for name, value in {"text": "a", **fields}.items()]
         time = START + 1000 * (self.reading.next if at is None else at)
         result = self.judged(picture(seed), headers, key.encode() if key else None, time)
@@ -36,14 +32,13 @@ class Sender(Worker):
         return result.row
 
     def delete(self, ledger: Ledger, key: str) -> None:
-        """Read a tombstone, and carry it out."""
         self.add(self.judged(None, key=key.encode()))
         self.commit()
         deletion.take_tombstones(self.store, ledger)
         deletion.remove(self.store, ledger, ledger.deletions(states=["requested"]))
 
     def deleted(self) -> list[str]:
-        """Ids that an index is to forget."""
+        """IDs that an index must forget."""
         return [row["id"] for row in self.store.select("kind = 'deleted' AND id IS NOT NULL", ["id"])]
 
     def samples(self, *names: str) -> list[tuple[Any, ...]]:
@@ -58,7 +53,6 @@ def worker(tmp_path: Path) -> Sender:
 
 @pytest.fixture(params=[True, False], ids=["in one batch", "in two"])
 def between(request: pytest.FixtureRequest, worker: Sender) -> Iterator[Any]:
-    """What is done between a record and its correction."""
     return lambda: None if request.param else worker.commit()
 
 

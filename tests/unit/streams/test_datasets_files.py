@@ -1,5 +1,3 @@
-"""Data sets of image files: folders, metadata and tar shards, as others write them."""
-
 from __future__ import annotations
 
 import gzip

@@ -1,5 +1,3 @@
-"""Parquet as Hugging Face and img2dataset write it; COCO captions and LLaVA as their own tools read them."""
-
 from __future__ import annotations
 
 import io

@@ -1,5 +1,3 @@
-"""A deletion takes out what its selector names and what came before it, whatever is killed in between."""
-
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
@@ -33,7 +31,6 @@ def ask(ledger: Ledger, **selector: str) -> Any:
 
 
 def left(store: SampleStore) -> list[tuple[int, int]]:
-    """Partition and offset of the samples and refusals that are there."""
     rows = store.select("kind IN ('sample', 'quarantine')", ["partition", "offset"])
     return sorted((row["partition"], row["offset"]) for row in rows)
 
@@ -172,7 +169,7 @@ def test_many_tombstones_cost_as_many_scans_as_one(
     assert len(scans) == 3 and store.version() == version + 1
     assert left(store) == [(0, n) for n in range(30, 40)]
     assert {(each.state, each.samples) for each in ledger.deletions()} == {("removed", 1)}
-    # Found again, though data files have been written again since.
+    # Found although data files have been rewritten since.
     put(store, [sample(1, 0, key=b"7", ingested_at=LONG_AGO - timedelta(1))], Position(TOPIC, 1, 1))
     ledger.deletions_rewritten([each.id for each in waiting], store.version())
     assert remove(store, ledger, ledger.deletions(states=["removed"])) == 1
@@ -185,7 +182,7 @@ def test_a_tombstone_by_key_or_by_id_deletes_what_came_before_it(store: SampleSt
     early, late = LONG_AGO - timedelta(seconds=1), LONG_AGO + timedelta(seconds=1)
     rows = [
         sample(0, 0, key=b"a", ingested_at=early),
-        sample(0, 1, key=b"a", ingested_at=late),  # decoded by another thread: its clock says later
+        sample(0, 1, key=b"a", ingested_at=late),  # decoded by another thread, whose clock is ahead
         sample(0, 2, key=b"b", ingested_at=late),
         tombstone(0, 3, key=b"a"),
         sample(0, 4, key=b"a", ingested_at=early),  # offsets decide, not clocks

@@ -1,5 +1,3 @@
-"""Repeated samples are found on disk, by content and by look; the index is no truth, and comes back from the store."""
-
 from __future__ import annotations
 
 import sqlite3
@@ -136,7 +134,7 @@ def test_a_lost_or_damaged_index_is_made_anew_from_the_store(tmp_path: Path, sto
         Path(f"{path}{suffix}").unlink(missing_ok=True)
     damage(path)
     with closing(DuplicateIndex(path, "store")) as index:
-        for _ in range(2):  # what shows only when it is used costs one try
+        for _ in range(2):  # damage that shows only on use costs one attempt
             try:
                 follow(index, store)
                 duplicate = index.find(stored_item(0, 7))
@@ -208,7 +206,7 @@ def test_a_full_disk_is_said_to_be_full_and_nothing_is_added(index: DuplicateInd
 
 
 def test_its_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
-    """Tens of thousands of samples, whose index is larger than its cache, within some megabytes of the process."""
+    """Tens of thousands of samples, whose index is larger than its cache, within a few megabytes of memory."""
     script = """
 import resource, sys
 from streams.ingest import duplicates
@@ -381,7 +379,7 @@ def test_a_double_that_was_deleted_meanwhile_is_no_double(workers: tuple[Worker,
 
 
 def test_what_was_merged_before_a_worker_looked_is_known_to_it(workers: tuple[Worker, Worker]) -> None:
-    """Maintenance moves rows; those that a worker has not seen are no less new to it."""
+    """Maintenance moves rows; rows that a worker has not seen are still new to it."""
     busy, idle = workers
     idle.take(9)
     idle.commit()

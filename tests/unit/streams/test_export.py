@@ -1,5 +1,3 @@
-"""What is exported is read again by the readers of data sets, sample by sample the same."""
-
 from __future__ import annotations
 
 from datetime import UTC, datetime

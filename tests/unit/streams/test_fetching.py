@@ -1,5 +1,3 @@
-"""A hostile web server gets nothing out of the fetcher but refusals, in bounded time and bytes."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""The folder dataset: what is read back is what was written, and what is wrong is named."""
-
 from __future__ import annotations
 
 import base64
@@ -15,7 +13,7 @@ from tests.support.pictures import png
 
 
 def read_items(path: Path) -> list[FolderItem]:
-    """All rows of a data set; raises what is wrong with the first one that is."""
+    """Read all rows of a data set; raises the first error."""
     items = []
     for row in read_dataset(path):
         if isinstance(row.content, RecordError):

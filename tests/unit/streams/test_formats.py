@@ -1,4 +1,4 @@
-"""A store that an earlier version of Ratchet has written is opened, migrated and continued: see ``tests/data``."""
+"""A store written by an earlier version of Ratchet is opened, migrated and continued: see ``tests/data``."""
 
 from __future__ import annotations
 
@@ -24,12 +24,10 @@ from tests.support.written_state import DATA, TOPIC, contents, unpack
 
 Written = tuple[SampleStore, dict[str, Any]]
 NEXT = {0: 29, 1: 30}
-"""Offset behind what was read of each partition."""
 
 
 @pytest.fixture(params=["0_1"])
 def written(request: pytest.FixtureRequest, tmp_path: Path) -> Written:
-    """The store, and what was in it when it was written."""
     folder = DATA / f"written_by_{request.param}"
     unpack(folder / "lake.tar.xz", tmp_path)
     return SampleStore(str(tmp_path / "lake")), json.loads((folder / "lake.json").read_text())
@@ -42,7 +40,6 @@ def format_of(store: SampleStore) -> str:
 
 
 def ingest(store: SampleStore, *records: Received) -> CommitResult:
-    """What an ingest with an index of its own makes of some records."""
     name, split_key = store.table.identity()
     writer = StoreWriter(store.table)
     known = store.positions().values()
@@ -76,7 +73,7 @@ def test_ingest_goes_on_where_the_earlier_version_stood(written: Written) -> Non
     three = {"text": "picture 3", "domain": "forms", "source": "urn:cam", "label": "l3", "concept": "c3"}
     outcome = ingest(
         store,
-        received(0, 29, picture(3, kind="PNG"), b"another key", **three),  # a duplicate of a sample of then
+        received(0, 29, picture(3, kind="PNG"), b"another key", **three),  # a duplicate of an old sample
         received(0, 30, picture(900), b"new", text="a new picture", domain="forms"),
         received(0, 31, picture(6, kind="PNG"), b"key-6", text="picture 6", source="urn:cam", label="corrected"),
         received(0, 32, picture(6, kind="PNG"), b"key-6", text="other words", label="l2", domain="streets"),

@@ -1,5 +1,3 @@
-"""Hostile images through the decoder that ingest and serving share, and through ingest itself."""
-
 from __future__ import annotations
 
 import numpy as np

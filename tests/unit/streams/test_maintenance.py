@@ -1,5 +1,3 @@
-"""One process at a time maintains the store: deletions come to their end, pins hold versions, gaps are told once."""
-
 from __future__ import annotations
 
 import threading
@@ -61,7 +59,6 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def change(maintainer: Maintainer, section: str, **values: Any) -> None:
-    """Other settings, as after a new start."""
     part = getattr(maintainer.settings, section).model_copy(update=values)
     maintainer.settings = maintainer.settings.model_copy(update={section: part})
 
@@ -158,7 +155,7 @@ def test_a_pin_of_a_version_from_after_the_deletion_is_left_alone(
 
 
 def test_the_pin_of_an_update_that_is_over_goes(maintainer: Maintainer, ledger: Ledger, store: SampleStore) -> None:
-    """Who finished it died before it did."""
+    """The updater that finished it died before it removed the pin."""
     for name in ("u-over", "u-running"):
         ledger.begin_update(
             name, family="clip", recipe={}, seed=0, store_version=store.version(), data_from={}, data_to={},
@@ -205,7 +202,6 @@ def test_a_gap_is_told_once_whoever_maintains(
 
 @contextmanager
 def running(maintainer: Maintainer) -> Iterator[None]:
-    """Runs again and again, on a thread."""
     stopping = threading.Event()
     thread = threading.Thread(target=maintainer.run, args=(stopping,))
     thread.start()
@@ -256,7 +252,7 @@ def test_a_ledger_whose_disk_is_full_is_an_outage_and_is_tried_again(
 
 
 class Disk:
-    """The ledger's, which is full until it is freed: SQLite may not make its file any larger."""
+    """The ledger's disk, full until it is freed: SQLite may not enlarge its file."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._engine = ledger.database.engine

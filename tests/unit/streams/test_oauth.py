@@ -1,5 +1,3 @@
-"""Tokens for SASL OAUTHBEARER: asked for once, renewed in time, and what is wrong names its setting."""
-
 from __future__ import annotations
 
 import base64
@@ -57,7 +55,7 @@ def server() -> Iterator[TokenServer]:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Say nothing."""
+            pass
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     tokens.url = f"http://127.0.0.1:{http.server_port}/token"
@@ -70,8 +68,6 @@ def server() -> Iterator[TokenServer]:
 
 
 class Clock:
-    """Time that passes when it is told to."""
-
     def __init__(self) -> None:
         self.now = 1000.0
 

@@ -1,5 +1,3 @@
-"""A picture looks like its copies, and not like others."""
-
 from __future__ import annotations
 
 import io
@@ -59,7 +57,6 @@ LOSSY: dict[str, Copy] = {
 
 
 def photographs(count: int) -> Iterator[Image.Image]:
-    """Different parts of a photograph, of all sizes and shapes."""
     random = np.random.default_rng(0)
     path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     whole = decode_image(path.read_bytes())
@@ -70,7 +67,6 @@ def photographs(count: int) -> Iterator[Image.Image]:
 
 
 def textures(count: int, side: int = 64) -> Iterator[Image.Image]:
-    """Smooth random pictures."""
     random = np.random.default_rng(1)
     for _ in range(count):
         noise = random.integers(0, 256, (5, 5, 3), np.uint8)
@@ -78,7 +74,7 @@ def textures(count: int, side: int = 64) -> Iterator[Image.Image]:
 
 
 def flags() -> Iterator[Image.Image]:
-    """Three pure stripes: what JPEG changes the most."""
+    """Three pure stripes, which JPEG changes the most."""
     for number in range(30):
         flag = np.zeros((3, 1, 3), np.uint8)
         for stripe in range(3):
@@ -149,7 +145,6 @@ RULES = [SplitRule(bytes([number]) * 32, 0.15) for number in range(12)]
 
 
 def invoice(number: int) -> Image.Image:
-    """One template, filled in."""
     drawn = random.Random(number)
     page = Image.new("RGB", (310, 438), "white")
     draw = ImageDraw.Draw(page)
@@ -162,7 +157,6 @@ def invoice(number: int) -> Image.Image:
 
 
 def scan(number: int) -> Image.Image:
-    """Two bright ovals on grey."""
     drawn = np.random.default_rng(number)
     y, x = np.mgrid[0:128, 0:128]
     ovals = [np.exp(-(((x - c - drawn.normal(0, 3)) / 22) ** 2 + ((y - 64) / 42) ** 2)) for c in (40, 88)]
@@ -171,7 +165,6 @@ def scan(number: int) -> Image.Image:
 
 
 def frame(number: int) -> Image.Image:
-    """What a fixed camera sees."""
     drawn = random.Random(number)
     scene = Image.fromarray(np.random.default_rng(5).integers(60, 180, (9, 16, 3), np.uint8)).resize((320, 180))
     for _ in range(drawn.randint(1, 3)):
@@ -181,12 +174,10 @@ def frame(number: int) -> Image.Image:
 
 
 def plain(number: int) -> Image.Image:
-    """One colour."""
     return Image.new("RGB", (16, 16), (number % 7 * 40, number // 7 * 5, 128))
 
 
 def texture(number: int) -> Image.Image:
-    """Unlike any other."""
     noise = np.random.default_rng(number).integers(0, 256, (5, 5, 3), np.uint8)
     return Image.fromarray(noise).resize((64, 64), Image.Resampling.BICUBIC)
 
@@ -208,7 +199,6 @@ def item(number: int, look: bytes, domain: str = "", asks: bool = False) -> Know
 
 
 def sides(rule: SplitRule, given: list[bytes], domain: str = "") -> list[bool]:
-    """Which of them are held out."""
     with closing(DuplicateIndex(":memory:", "store", -1, rule)) as index:
         return [index.add(item(number, look, domain)) == "fresh_eval" for number, look in enumerate(given)]
 

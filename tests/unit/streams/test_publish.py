@@ -1,5 +1,3 @@
-"""Publishing without a broker: what a dry run finds, what the exit status says, and what bounds hold."""
-
 from __future__ import annotations
 
 import base64

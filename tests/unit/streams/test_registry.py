@@ -1,5 +1,3 @@
-"""What Confluent's serializers write is read; a registry that is away is an outage, an unknown schema a refusal."""
-
 from __future__ import annotations
 
 import base64
@@ -291,7 +289,7 @@ def test_protobuf_fields_beside_the_image_are_bounded(server: Registry, registry
 
 
 class Clock:
-    """The registry's clock, which a test moves on."""
+    """The registry's clock, which a test moves."""
 
     now = 1000.0
 
@@ -309,7 +307,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def broken(server: Registry) -> Registry:
-    """It has a schema with which it does not answer."""
     add(server, {"title": "one"}, "JSON")
     server.broken = {1}
     return server
@@ -320,7 +317,7 @@ def read(registry: SchemaRegistry) -> str:
 
 
 def fail(registry: SchemaRegistry, clock: Clock, seconds: float) -> None:
-    """The consumer tries again and again, and it is an outage each time."""
+    """The consumer retries, and it is an outage each time."""
     tries = max(6, int(seconds / 100))
     for _ in range(tries):
         with pytest.raises(RegistryUnavailable):

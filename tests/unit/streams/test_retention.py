@@ -1,5 +1,3 @@
-"""Samples over a limit of age or of bytes go, but for a reservoir that is balanced over concepts."""
-
 from __future__ import annotations
 
 from collections import Counter
@@ -112,7 +110,7 @@ def _backwards(batches: Any) -> Any:
 
 
 def test_after_many_runs_the_reservoir_is_balanced_over_the_whole_past(store: SampleStore) -> None:
-    """Each run sees only what the runs before left: that must not favour what is there for long."""
+    """Each run sees only what earlier runs left, which must not favour old samples."""
     keep = rules(max_age_days=7, keep_samples=20)
     fill(store, range(200), days_old=30, concept="early")
     expire(store, keep, NOW)

@@ -1,5 +1,3 @@
-"""Readers of the store see samples, positions and counts of one version, however it was written."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence

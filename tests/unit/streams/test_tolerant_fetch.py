@@ -1,5 +1,3 @@
-"""What kafka-python cannot read is stepped over: each offset comes out once, as its record or as a ``Corrupt``."""
-
 from __future__ import annotations
 
 import asyncio
@@ -32,7 +30,6 @@ AbortedTransaction = FetchResponse.FetchableTopicResponse.PartitionData.AbortedT
 
 
 def built(codec: int, base: int, count: int = COUNT) -> bytearray:
-    """A batch as kafka-python's producer makes it."""
     builder = MemoryRecordsBuilder(2, codec, 1 << 24)
     for number in range(count):
         headers = [("ratchet_text", b"words " * 3), ("none", None)]
@@ -44,7 +41,6 @@ def built(codec: int, base: int, count: int = COUNT) -> bytearray:
 
 
 def log_of(*codecs: int) -> RecordLog:
-    """A log with a batch for each codec."""
     log = RecordLog(FIRST)
     for codec in codecs:
         log.append(built(codec, log.end), COUNT)
@@ -249,7 +245,6 @@ def test_a_compacted_batch_has_gaps_and_nothing_corrupt() -> None:
 
 
 def marker(producer: int, abort: bool) -> bytearray:
-    """A control batch that ends a transaction."""
     return RawBatch(
         [RawMessage(b"", struct.pack(">hh", 0, int(not abort)))], attributes=0x30, producer=producer
     ).encode()
@@ -388,7 +383,7 @@ def reader_of_epoch_3() -> LogReader:
 
 
 def validate(reader: LogReader, end_offset: int, end_epoch: int) -> None:
-    """What ``poll`` does about positions, with a leader that answers ``OffsetForLeaderEpoch`` so."""
+    """Validate positions as ``poll`` does, with this answer of the leader to ``OffsetForLeaderEpoch``."""
     result = Topic.EpochEndOffset(partition=0, error_code=0, leader_epoch=end_epoch, end_offset=end_offset)
     answer = OffsetForLeaderEpochResponse(topics=[Topic(topic=PARTITION.topic, partitions=[result])], version=3)
 

@@ -1,5 +1,3 @@
-"""Only what the operator listed is fetched."""
-
 from __future__ import annotations
 
 import asyncio
@@ -29,9 +27,8 @@ LOOPBACK = ["127.0.0.1/32"]
 
 
 def fetch(uri: str, allowed: Sequence[str], max_bytes: int = 1000, networks: Sequence[str] = LOOPBACK) -> bytes:
-    """What a fetcher with these limits gets."""
     limits = {**Ingest().model_dump(), "allowed_uris": allowed, "allowed_networks": networks}
-    limited = Ingest.model_construct(**{**limits, "max_image_bytes": max_bytes})  # smaller than is valid
+    limited = Ingest.model_construct(**{**limits, "max_image_bytes": max_bytes})  # too small to be valid
     with closing(UriFetcher(limited)) as fetcher:
         return fetcher.fetch(uri)
 
@@ -90,7 +87,6 @@ def web() -> Iterator[WebServer]:
 
 @pytest.fixture
 def make() -> Iterator[Make]:
-    """Makes fetchers that may fetch from this machine, and closes them."""
     with ExitStack() as stack:
 
         def build(*sites: WebServer, **bounds: Any) -> UriFetcher:
@@ -112,7 +108,7 @@ def refusal(fetcher: UriFetcher, uri: str) -> RecordError:
 
 
 def first(*answers: Answer) -> Callable[[socket.socket], None]:
-    """Answers with one after the other; the last one stays."""
+    """Answer with these in order; the last one repeats."""
     left = list(answers)
 
     def send(wire: socket.socket) -> None:
@@ -127,7 +123,7 @@ def hang_up(wire: socket.socket) -> None:
 
 
 def silent_until(event: threading.Event, arrived: threading.Event | None = None) -> Callable[[socket.socket], None]:
-    """No answer before the event; ``arrived`` is set when it is asked for."""
+    """No answer before the event; ``arrived`` is set by the request."""
 
     def wait_for_it(wire: socket.socket) -> None:
         if arrived is not None:
@@ -148,7 +144,7 @@ def test_as_many_as_the_setting_says_are_in_flight_on_one_thread(web: WebServer,
             with lock:
                 now += 1
                 most = max(most, now)
-            barrier.wait(LONG)  # passes when so many are in flight, or never
+            barrier.wait(LONG)  # passes only when this many are in flight
             with lock:
                 now -= 1
             threads.update(each.name for each in threading.enumerate() if each.name == "uris")
@@ -237,8 +233,6 @@ HOST = "cdn.test:80"
 
 
 class Clock:
-    """A clock that is set by hand."""
-
     now = 1000.0
 
     def monotonic(self) -> float:
@@ -275,7 +269,7 @@ async def test_the_window_of_a_host_grows_with_answers_and_is_one_after_a_failur
 
 
 async def most_at_once(limits: FetchLimits, fetches: int = 40) -> int:
-    """Seats that the host gets at once; then all of the fetches are answered."""
+    """Number of seats that the host gets at once; then all of the fetches are answered."""
     inside, leave = 0, asyncio.Event()
 
     async def hold() -> None:
@@ -330,7 +324,7 @@ def test_retry_after_is_a_number_or_a_date(text: str, seconds: float | None) -> 
 
 
 class Store(AsyncFileSystem):  # type: ignore[misc]
-    """A store of another kind, in memory. What fails is what its key says."""
+    """A store of another kind, in memory. A key names the failure of its read."""
 
     protocol = "gs"
     asked: list[str] = []  # noqa: RUF012

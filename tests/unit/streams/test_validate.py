@@ -1,5 +1,3 @@
-"""Whatever a record holds, it ends as a sample, a tombstone or a refusal, and each can be written to the store."""
-
 from __future__ import annotations
 
 import base64
@@ -34,7 +32,6 @@ def received(value: bytes | None, headers: Headers = (), offset: int = 0, **fiel
 
 
 def record(**fields: Any) -> bytes:
-    """A record in JSON; lone surrogates and what else JSON allows included."""
     image = base64.b64encode(fields.pop("picture", None) or picture(1)).decode()
     return json.dumps({"image": image, "text": "a boat", **fields}).encode()
 
@@ -178,7 +175,6 @@ def test_a_quarantined_record_can_be_sent_again_as_it_came() -> None:
 
 
 def wide_png(width: int, height: int) -> bytes:
-    """A PNG that claims a size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -227,7 +223,6 @@ HOSTILE: dict[str, Received] = {
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Each hostile record's row, and how it comes back from a real store."""
     store = SampleStore(str(tmp_path_factory.mktemp("lake")))
     results = [validate(each, RULES) for each in HOSTILE.values()]
     rows = [{**each.row, "split": "train"} if isinstance(each, Accepted) else each for each in results]

@@ -1,5 +1,3 @@
-"""Records are validated in processes: as here, in order, and whatever happens to the processes."""
-
 from __future__ import annotations
 
 import errno
@@ -44,7 +42,6 @@ class MortalProcesses(ProcessValidators):
     deaths = 0
 
     def submit(self, records: Sequence[Received]) -> Future[list[Accepted | StoreRow]]:
-        """As always; but the process that gets this record dies."""
         if not any(received.key == DEADLY for received in records):
             return super().submit(records)
         self.deaths += 1
@@ -61,7 +58,6 @@ def die_over(records: Sequence[Received]) -> list[Accepted | StoreRow]:
 
 @contextmanager
 def guarded(folder: Path, kind: type[ProcessValidators] = ProcessValidators, count: int = 1) -> Iterator[Any]:
-    """Processes that validate, and what counts their deaths."""
     with closing(CrashGuard(folder, count)) as guard:
         validators = kind(WORK, count, guard)
         try:
@@ -194,7 +190,6 @@ POISON, NEIGHBOUR = ("t", 0, 7), ("t", 0, 8)
 
 
 def die(folder: Path, how: str, *positions: tuple[str, int, int]) -> None:
-    """A process that dies while it validates these records at once."""
     child = os.fork()
     if child == 0:
         with ExitStack() as stack:

@@ -1,5 +1,3 @@
-"""Rows and positions are stored together, by the newest claim alone, and their files are written once."""
-
 from __future__ import annotations
 
 import os
@@ -39,7 +37,6 @@ def claim_of(writer: StoreWriter, partition: int = 0) -> Claim:
 
 
 def commit(writer: StoreWriter, rows: list[dict[str, Any]], *ends: tuple[Claim, int]) -> int:
-    """Store rows, and for each claim the offset behind them."""
     moves = []
     for claim, end in ends:
         own = [row for row in rows if row["partition"] == claim.position.partition]
@@ -89,7 +86,7 @@ def test_a_row_that_does_not_fit_the_table_leaves_nothing(store: SampleStore, wr
 
 
 def at_once(count: int, work: Callable[[int], T]) -> list[T]:
-    """What ``work`` gives for each number, all of which begin at the same moment."""
+    """Results of ``work`` for each number, all started at the same moment."""
     together = threading.Barrier(count)
 
     def begin(number: int) -> T:
@@ -125,7 +122,9 @@ Fails = Callable[..., list[bool]]
 
 @pytest.fixture
 def fails(monkeypatch: pytest.MonkeyPatch) -> Fails:
-    """Lets so many of Lance's commits raise an error, before they are made or ``after``; the list grows with each."""
+    """Makes this many of Lance's commits raise an error, before they are made or ``after``; the list grows with
+    each.
+    """
 
     def begin(error: Exception, times: int = 1000, after: bool = False) -> list[bool]:
         original, tries = lance.LanceDataset.commit, list[bool]()
@@ -169,7 +168,9 @@ def test_a_store_that_takes_no_commit_is_an_outage_after_which_the_claim_still_h
     store: SampleStore, writer: StoreWriter, fails: Fails, monkeypatch: pytest.MonkeyPatch,
     error: Exception, told: str, most: int,
 ) -> None:  # fmt: skip
-    """Each try may take seconds: a store that is away is asked twice, to find out whether the first was carried out."""
+    """Each attempt may take seconds: an unavailable store is asked twice, to find out whether the first was
+    executed.
+    """
     claim = claim_of(writer)
     monkeypatch.setattr(writer_module, "ATTEMPTS", 3)
     tries = fails(error, most)

@@ -33,7 +33,6 @@ LIMITS = Limits(gflops=1e6, seconds=120, threads=1, checkpoint_steps=2)
 
 
 def picture(number: int, side: int = 24) -> bytes:
-    """A PNG of noise, different for each number."""
     return png(np.random.default_rng(number).integers(0, 255, (side, side + 4, 3), dtype=np.uint8))
 
 
@@ -45,7 +44,6 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def pairs(tag: str, count: int) -> tuple[Pair, ...]:
-    """Pairs whose captions repeat every six."""
     return tuple(
         Pair(f"{tag}-{i}", f"a {COLOURS[i % 6]} {tag}", partial(picture, hash_of(tag) + i)) for i in range(count)
     )
@@ -61,7 +59,7 @@ def pools(new: int = 20, reference: int = 20, replay: int = 0) -> Pools:
 
 
 def recipe(name: str = "default", **changes: Any) -> Recipe:
-    """A shipped recipe made small: where it has new, reference and replayed pairs, three of each in a batch of nine."""
+    """A shipped recipe made small: if it has new, reference and replayed pairs, three of each in a batch of nine."""
     small: dict[str, Any] = {"max_steps": 5, "batch_size": 9, "rank": 4, "alpha": 8.0}
     values = load_recipe(name).model_dump(mode="json")
     if all(values["mixture"].values()):
@@ -70,7 +68,7 @@ def recipe(name: str = "default", **changes: Any) -> Recipe:
 
 
 class Small:
-    """Scores adapters for recipes that search their merge's weight: the smaller file is the better one."""
+    """Scores adapters for recipes that tune their merge weight: the smaller file is the better one."""
 
     passes = 1
 
@@ -88,7 +86,7 @@ def run(base: ClipBase | VlmBase, folder: Path, **options: Any) -> TrainResult:
 
 
 def resumed(train: Callable[..., TrainResult], question: int, least: int = 1) -> TrainResult:
-    """An update that is stopped at the so-manieth question of each attempt, ``least`` times at least, and goes on."""
+    """An update that is stopped at question ``n`` of each attempt, at least ``least`` times, and resumed."""
     stops = 0
     while True:
         asked = count(1)
@@ -103,7 +101,7 @@ def resumed(train: Callable[..., TrainResult], question: int, least: int = 1) ->
 
 
 def assert_served_as_trained(base: ClipBase, result: TrainResult) -> None:
-    """The engine gives the vectors of the trainer, which are not the base's."""
+    """The engine gives the vectors of the trainer, which differ from the base's."""
     engine = ClipEngine(base)
     engine.load(result.adapter, result.directory)
     pixels, words = np.stack([base.preprocess.pixels(picture(i)) for i in range(4)]), ["a red car", "a tree"]
@@ -113,7 +111,6 @@ def assert_served_as_trained(base: ClipBase, result: TrainResult) -> None:
 
 
 def batch(captions: list[int], parts: list[Part] | None = None, dim: int = 6, seed: int = 0) -> Features:
-    """Random unit features with gradients, and other random ones of three teachers."""
     made = torch.Generator().manual_seed(seed)
     image, text, *old = (F.normalize(torch.randn(len(captions), dim, generator=made), dim=1) for _ in range(8))
     names = ("base", "incumbent", "momentum")
@@ -129,13 +126,11 @@ def batch(captions: list[int], parts: list[Part] | None = None, dim: int = 6, se
 
 
 def total(terms: list[Term], made: Batch, family: Family = "clip") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The weighted sum over terms, and each one's own value."""
     found = objectives.values(objectives.build(terms, family), made)
     return torch.stack([t.weight * v for t, v in found]).sum(), {t.name: v for t, v in found}
 
 
 def questions(tag: str, count: int) -> tuple[Question, ...]:
-    """Questions of three lengths, with answers that repeat every six."""
     return tuple(
         Question(
             f"{tag}-{i}",
@@ -152,7 +147,6 @@ def question_pools(new: int = 20, reference: int = 20, replay: int = 0) -> Pools
 
 
 def learner_of(base: VlmBase, pools: Pools, start: WeightDelta | None = None, **changes: Any) -> VlmLearner:
-    """A learner of the default recipe over all examples of the pools, prepared."""
     learner = VlmLearner(base, recipe("vlm-default", **changes), start or {}, seed=0)
     learner.prepare(pools.examples, pools.parts)  # type: ignore[arg-type]
     return learner
@@ -161,7 +155,7 @@ def learner_of(base: VlmBase, pools: Pools, start: WeightDelta | None = None, **
 def clip_learner_of(
     base: ClipBase, name: str = "default", start: WeightDelta | None = None, **changes: Any
 ) -> ClipLearner:
-    """A learner of a recipe over 12 new, 8 reference and 8 replayed pairs, prepared."""
+    """A prepared learner of a recipe over 12 new, 8 reference and 8 replayed pairs."""
     learner, pool = ClipLearner(base, recipe(name, **changes), start or {}, seed=0), pools(12, 8, 8)
     learner.prepare(pool.examples, pool.parts)  # type: ignore[arg-type]
     return learner
@@ -170,7 +164,6 @@ def clip_learner_of(
 def answers(
     lengths: list[int], vocabulary: int = 7, k: int = 7, parts: list[Part] | None = None, seed: int = 0
 ) -> tuple[AnswerBatch, torch.Tensor]:
-    """Random student logits with gradients over answers of these lengths, and the logits of another teacher."""
     made = torch.Generator().manual_seed(seed)
     tokens = sum(lengths)
     student, teacher = (2 * torch.randn(tokens, vocabulary, generator=made) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The bases that tests train: nothing is written to them."""
+"""The bases of these tests, which are never written to."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from tests.support.tiny_vlm import tiny_vlm_base
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    """A tiny CLIP."""
     return tiny_base(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="session")
 def vlm(tmp_path_factory: pytest.TempPathFactory) -> VlmBase:
-    """A tiny VLM."""
     return tiny_vlm_base(tmp_path_factory.mktemp("home"))

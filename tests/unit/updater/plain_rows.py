@@ -1,4 +1,4 @@
-"""Distributions over rows with loops over Python's floats: what terms of the loss are compared with."""
+"""Distributions over rows with loops over Python's floats: a reference for terms of the loss."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cross_entropy(old: Rows, new: Rows) -> float:
 
 
 def kl(old: list[float], new: list[float]) -> float:
-    """KL(softmax(old) || softmax(new)); 0 of nothing."""
+    """KL(softmax(old) || softmax(new)); 0 for no rows."""
     return sum(p * math.log(p / q) for p, q in zip(softmax(old), softmax(new), strict=True))
 
 
@@ -46,7 +46,8 @@ def mean_kl(old: Rows, new: Rows) -> float:
 
 def contrast(scores: Rows, own: Sequence[int], keys: Sequence[int], extra: Rows | None = None) -> float:
     """Mean over rows that have positives of minus their mean log-share; a row's positives are the keys of its own
-    number, its negatives all others and ``extra``."""
+    number, its negatives all others and ``extra``.
+    """
     values = []
     for i, row in enumerate(scores):
         total = math.log(sum(math.exp(score) for score in (*row, *(extra[i] if extra else ()))))

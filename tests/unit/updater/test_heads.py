@@ -1,5 +1,3 @@
-"""What is fitted: classes are told apart, probabilities are as sure as they are right, strangers are none of them."""
-
 from __future__ import annotations
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""A DNS server for Services, as a pod: A records of ``<service>.<namespace>.svc.cluster.local``, nothing else."""
+"""A DNS server for Services, as a pod: only A records of ``<service>.<namespace>.svc.cluster.local``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ class Names:
         self._context = ssl.create_default_context(cafile=str(FOLDER / "ca.crt"))
 
     def follow(self) -> None:
-        """Ask every second, for ever."""
         while True:
             try:
                 self.addresses = self._asked()
@@ -79,7 +78,6 @@ def answer(query: bytes, names: dict[str, list[str]]) -> bytes:
 
 
 def main() -> None:
-    """Answer for ever."""
     names = Names()
     threading.Thread(target=names.follow, daemon=True).start()
     server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

@@ -20,12 +20,10 @@ ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 def digest(data: bytes) -> str:
-    """Of OCI."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 def packed(files: dict[str, bytes]) -> bytes:
-    """A tar file."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         for path, data in files.items():

@@ -1,5 +1,3 @@
-"""Artifacts are immutable, whole, and the same on a folder and on an object store."""
-
 from __future__ import annotations
 
 import json
@@ -31,7 +29,6 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bucket(tmp_path: Path) -> Artifacts:
-    """Artifacts in an object store."""
     return Artifacts(f"memory://{tmp_path.name}", cache=tmp_path / "cache")
 
 
@@ -83,11 +80,11 @@ def test_a_damaged_download_is_refused(bucket: Artifacts, source: Path) -> None:
 
 
 class _Crashed(BaseException):
-    """The process ends here."""
+    """Stands for the end of the process."""
 
 
 class _Mortal(ObjectStore):
-    """An object store whose client is killed after some calls that change it."""
+    """An object store whose client is killed after this many changing calls."""
 
     def __init__(self, store: ObjectStore, calls: int) -> None:
         super().__init__(store.filesystem)
@@ -142,7 +139,7 @@ def test_files_that_an_interrupted_upload_of_other_contents_has_left_are_no_part
 
 
 def killed_child(patch: pytest.MonkeyPatch, module: object, name: str, work: Callable[[], object]) -> None:
-    """Run something in a child process that ends itself, without any cleaning up, where it calls ``module.name``."""
+    """Run a function in a child process that exits without any clean-up where it calls ``module.name``."""
     child = os.fork()
     if child == 0:
         patch.setattr(module, name, lambda *_, **__: os._exit(9))

@@ -1,5 +1,3 @@
-"""Local copies of an object store's artifacts stay within their bound, and nothing that is in use goes."""
-
 from __future__ import annotations
 
 import os
@@ -53,7 +51,6 @@ def _ended() -> Iterator[None]:
 
 
 def released() -> None:
-    """As at the end of this process."""
     while cache._held:
         os.close(cache._held.popitem()[1])
 

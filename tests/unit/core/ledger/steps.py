@@ -1,4 +1,4 @@
-"""What processes do to a ledger, one after the other and at once."""
+"""Changes to a ledger by sequential and concurrent processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from core.ledger.database import alembic_config
 
 
 def race(*calls: Callable[[], object]) -> list[Any]:
-    """What each call of a thread returned or raised, in the order in which they ended."""
+    """The results or exceptions of each thread's call, in the order in which they ended."""
     barrier, results = threading.Barrier(len(calls)), []
 
     def run(call: Callable[[], object]) -> None:
@@ -34,13 +34,12 @@ def race(*calls: Callable[[], object]) -> list[Any]:
 
 
 def errors(results: list[Any]) -> list[str]:
-    """The kinds of errors among the outcomes of a race, sorted."""
     return sorted(type(each).__name__ for each in results if isinstance(each, Exception))
 
 
 @contextmanager
 def of_revision(url: str, revision: str, prepare: Callable[[Ledger], object] = lambda _: None) -> Iterator[Connection]:
-    """Bring the tables of a ledger back to an older revision; it is closed then."""
+    """Downgrade the tables of a ledger to an older revision; closes it."""
     with closing(Ledger.open(url)) as opened:
         prepare(opened)
         with opened.database._writing.connect() as connection, connection.begin():

@@ -1,5 +1,3 @@
-"""What the ledger knows of bases: which one each release has, upgrades, and releases that change it."""
-
 from __future__ import annotations
 
 from contextlib import closing

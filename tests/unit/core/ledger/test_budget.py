@@ -1,5 +1,3 @@
-"""The token bucket when clocks jump, when the updater starts again, and when two processes charge at once."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -25,7 +23,7 @@ FULL = CAPACITY / RATE
 
 @dataclass
 class Spender:
-    """Takes everything that there is, by a clock that may be wrong; knows how much time really passed."""
+    """Spends everything available by a clock that may be wrong; tracks the real time."""
 
     ledger: Ledger
     time: float = 0.0
@@ -50,7 +48,6 @@ class Spender:
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ledger]:
-    """One ledger for many examples."""
     opened = Ledger.open(f"sqlite:///{tmp_path_factory.mktemp('budget') / 'ledger.db'}")
     yield opened
     opened.close()

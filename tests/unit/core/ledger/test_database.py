@@ -1,5 +1,3 @@
-"""Connections and migrations of the ledger, on SQLite and on PostgreSQL."""
-
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor

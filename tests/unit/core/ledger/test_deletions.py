@@ -1,5 +1,3 @@
-"""The ledger knows of each deletion how far it is, and tells it once."""
-
 from __future__ import annotations
 
 from datetime import timedelta

@@ -1,5 +1,3 @@
-"""An event is in the ledger exactly when its fact is, and once; leases let one process at a time write."""
-
 from __future__ import annotations
 
 import threading
@@ -20,7 +18,6 @@ from tests.unit.core.ledger.steps import begin, race, release
 
 
 def events(ledger: Ledger) -> dict[str, dict[str, Any]]:
-    """Data of all events by id, oldest first."""
     return {row.event_id: row.data for row in reversed(ledger.events())}
 
 

@@ -1,7 +1,3 @@
-"""Releases and proposals in the ledger: one controller at a time changes what is live, an end of a proposal is final,
-and a hold is kept by the commit.
-"""
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -117,7 +113,6 @@ def test_hold_and_resume_leave_who_and_why(ledger: Ledger) -> None:
 
 @pytest.fixture
 def epochs(ledger: Ledger) -> tuple[int, int]:
-    """Of a controller whose lease ran out, and of the one that took over."""
     old, new = ledger.acquire_lease(CONTROLLER_LEASE, "a", 0), ledger.acquire_lease(CONTROLLER_LEASE, "b", 60)
     assert old is not None and new is not None
     return old, new
@@ -190,7 +185,7 @@ def test_an_update_that_was_prepared_before_a_hold_is_not_committed_after_it(led
 
 
 def test_what_the_guard_promotes_is_held_and_its_rollback_holds_nothing(ledger: Ledger) -> None:
-    """Unlike those of an operator."""
+    """Unlike promotions and rollbacks by an operator."""
     _commit(ledger, _propose(ledger, "rollback", "guard"))
     assert ledger.held() is None
     ledger.hold("bob", "incident")

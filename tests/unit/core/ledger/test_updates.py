@@ -1,5 +1,3 @@
-"""Adapters, updates and verdicts in the ledger."""
-
 from __future__ import annotations
 
 import pytest

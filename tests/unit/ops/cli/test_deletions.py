@@ -1,5 +1,3 @@
-"""`ratchet samples delete` says what it selects, asks, and follows; `deletions` shows receipts."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""``ratchet doctor`` finds what is missing on a machine, and tells a server that answers well from one that answers."""
-
 from __future__ import annotations
 
 import base64
@@ -27,7 +25,6 @@ GOOD = np.array([[1, 0], [1, 0], [0.6, 0.8]], np.float32)
 
 
 def checked(vectors: npt.NDArray[np.float32], home: Path) -> tuple[Result, list[str]]:
-    """What the command says of a server that answers so, and the first lines of what it was asked."""
     rows = [{"embedding": base64.b64encode(row.tobytes()).decode()} for row in vectors]
     with web_server() as server:
         server.pages = {

@@ -1,5 +1,3 @@
-"""``ratchet init`` checks model, broker and data, writes settings and suites, and says what these can show."""
-
 from __future__ import annotations
 
 import io
@@ -36,7 +34,7 @@ COLOURS = {"red_thing": (200, 20, 20), "green_thing": (20, 200, 20), "blue_thing
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """``ratchet`` in an empty folder that has a tiny registered base."""
+    """Run ``ratchet`` in an empty folder that has a tiny registered base."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     tiny_base(Path(".ratchet"))
@@ -51,7 +49,6 @@ def png(number: int, colour: tuple[int, int, int]) -> bytes:
 
 
 def class_folders(root: Path, each: int = 8) -> Path:
-    """A folder for each of three classes."""
     for number, (name, colour) in enumerate(COLOURS.items()):
         (root / name).mkdir(parents=True)
         for picture in range(each):
@@ -60,7 +57,6 @@ def class_folders(root: Path, each: int = 8) -> Path:
 
 
 def model_folder(path: Path) -> None:
-    """A tiny architecture in open_clip's format, without weights."""
     path.mkdir()
     config = {"model_cfg": CONFIG, "preprocess_cfg": {"size": 32}}
     (path / "open_clip_config.json").write_text(json.dumps(config))
@@ -159,7 +155,7 @@ def test_what_a_suite_can_show_is_what_the_gate_needs_turned_round(run: Run) -> 
     (suite,) = load_suites([Path("suites")], Path(".ratchet"))
     shown = suite_power(suite, gate)
     assert (shown.items, shown.units, shown.needed, shown.enough) == (90, 90, 39, True)
-    level = gate.alpha  # all candidates have it for their losses
+    level = gate.alpha  # all candidates have it, because of their losses
     for items in (39, 90, 2000):
         distance = smallest_difference(0.25, items, level)
         assert items_needed(0.25, distance + 1e-9, level) == items

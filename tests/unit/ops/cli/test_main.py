@@ -1,5 +1,3 @@
-"""The command line helps, and its errors name the fix."""
-
 from __future__ import annotations
 
 import json

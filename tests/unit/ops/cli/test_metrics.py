@@ -1,5 +1,3 @@
-"""`ratchet metrics`."""
-
 from __future__ import annotations
 
 import json

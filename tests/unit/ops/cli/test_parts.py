@@ -1,5 +1,3 @@
-"""Commands that run parts; what an operator does about an update; the bases that a first start needs."""
-
 from __future__ import annotations
 
 import sys

@@ -1,5 +1,3 @@
-"""Commands find the model server and its key in one way: from another pod as on the machine that serves."""
-
 from __future__ import annotations
 
 import json
@@ -30,7 +28,6 @@ ASKING = {
 
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
-    """A model server of another machine."""
     monkeypatch.setenv("USER", "ann")
     monkeypatch.delenv("LOGNAME", raising=False)
     with web_server() as server:
@@ -104,7 +101,7 @@ def test_an_address_that_is_no_url_is_refused_by_name(wrong: str) -> None:
 
 
 def test_only_who_starts_the_server_calls_it_where_it_listens() -> None:
-    """Any other command works in a pod of its own, so it goes by ``Settings.server``."""
+    """Any other command may run in its own pod, so it uses ``Settings.server``."""
     folder = ROOT / "ops" / "cli"
     users = {str(path.relative_to(folder)) for path in folder.rglob("*.py") if "serve.url" in path.read_text()}
     assert users == {"parts.py", "supervisor.py"}

@@ -1,5 +1,3 @@
-"""`ratchet samples`: what is stored is listed, shown, counted, exported and traced."""
-
 from __future__ import annotations
 
 import json

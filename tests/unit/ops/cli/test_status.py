@@ -1,5 +1,3 @@
-"""What `ratchet status` says of the catalog, of replicas, and of what the gate waits for."""
-
 from __future__ import annotations
 
 from typing import Any

@@ -1,5 +1,3 @@
-"""Fixtures of the release protocol: a real ledger, and a server whose replicas are plain objects."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -22,7 +20,6 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 @pytest.fixture
 async def server(ledger: Ledger) -> Server:
-    """After its first release, of the bases alone."""
     made = Server(ledger)
     await made.start()
     return made

@@ -1,4 +1,4 @@
-"""Replicas that are plain objects, and orders of an operator: the release protocol without Ray."""
+"""The release protocol without Ray: replicas that are plain objects, and an operator's commands."""
 
 from __future__ import annotations
 
@@ -25,16 +25,14 @@ from serving.releases.types import (
 
 @dataclass
 class PlainBroadcast:
-    """Two encoders and a VLM that can serve everything but what is named in ``broken``."""
+    """Two encoders and a VLM that can serve everything not named in ``broken``."""
 
     broken: dict[str, str] = field(default_factory=dict)
     never: set[str] = field(default_factory=set)
-    """Calls that never return, by name."""
     stuck: str = ""
     """The image space whose coverage takes until ``unstick``."""
     unstick: asyncio.Event = field(default_factory=asyncio.Event)
     gate: asyncio.Event | None = None
-    """Preparations end after this."""
     retire_gate: asyncio.Event | None = None
     spaces: dict[tuple[int, str | None], str] = field(default_factory=dict)
     flight: dict[int, int] = field(default_factory=dict)
@@ -125,7 +123,9 @@ class PlainBroadcast:
 
 
 class Server(ReleaseProtocol):
-    """The release protocol of one server over plain replicas, with an operator's orders; its window is two releases."""
+    """The release protocol of one server over plain replicas, with an operator's commands; its window is two
+    releases.
+    """
 
     broadcast: PlainBroadcast  # type: ignore[assignment]
 
@@ -140,18 +140,17 @@ class Server(ReleaseProtocol):
 
     @property
     def live(self) -> tuple[int, str | None, str | None]:
-        """Number, CLIP adapter and VLM adapter of the live release."""
         return self.live_row.number, self.live_row.clip, self.live_row.vlm
 
     def propose(self, family: Family = "clip", name: str = "a", other: str | None = None) -> int:
-        """An update that passed the gate; ``other``: what the other family had at that time."""
+        """An update that passed the gate; ``other``: the other family's adapter at that time."""
         clip, vlm = (name, other) if family == "clip" else (other, name)
         return self.ledger.propose(
             "update", family=family, clip=clip, vlm=vlm, actor="updater", reason="passed"
         ).id  # fmt: skip
 
     async def create(self, share: float = 1.0, expected: int | None = None, **adapters: str | None) -> ReleaseResult:
-        """Release what is named next to what is live. ``expected``: the release that the operator looked at."""
+        """Release these adapters on top of the live ones. ``expected``: the release that the operator looked at."""
         named: dict[Family, str | None] = {family: adapters[family] for family in FAMILIES if family in adapters}
         at = self.live[0] if expected is None else expected
         return await self.release(
@@ -163,6 +162,6 @@ class Server(ReleaseProtocol):
         return await self.promote(PromoteCommand(actor="me", reason="fine", expected_live=at))
 
     async def back(self, family: Family | None = None, to: int | None = None) -> ReleaseResult:
-        """Roll back; one that waits for what it must not wait for fails."""
+        """Roll back; fails if that waits for something it must not wait for."""
         command = RollbackCommand(actor="ann", reason="bad", expected_live=self.live[0], family=family, to=to)
         return await asyncio.wait_for(self.rollback(command), 5)

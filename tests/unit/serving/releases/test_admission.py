@@ -1,5 +1,3 @@
-"""Admission: the release that a request is stamped with, a canary's split, and until when a release counts as used."""
-
 from __future__ import annotations
 
 import hashlib
@@ -144,7 +142,7 @@ def test_requests_are_counted_by_the_release_that_answered_while_it_is_resident(
         raise ZeroDivisionError
     with counted.admit("clip@1"):
         counted.failed(1)  # a stream broke off, after its head was sent
-        counted.failed(7)  # of a release that has left: no one asks any more
+        counted.failed(7)  # of a retired release, which is never asked again
     assert counted.in_flight() == {}
     assert {n: (a.requests, a.failed) for n, a in counted.answered().items()} == {2: (2, 1), 1: (1, 1)}
     counted.adopt([snapshot(3, "newer"), snapshot(2, "new")])

@@ -1,5 +1,3 @@
-"""A live adapter whose files are gone: an older release is served, the same one everywhere, and the ledger says so."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -19,7 +17,7 @@ from tests.unit.serving.releases.plain_replicas import PlainBroadcast
 
 @dataclass
 class DamagedBroadcast(PlainBroadcast):
-    """Two encoders and a VLM that cannot load what is ``gone``; the second encoder has copies of what is ``cached``."""
+    """Two encoders and a VLM that cannot load ``gone`` adapters; the second encoder has copies of ``cached`` ones."""
 
     gone: set[str] = field(default_factory=set)
     cached: set[str] = field(default_factory=set)
@@ -55,7 +53,6 @@ def fallback(protocol: ReleaseProtocol) -> Fallback:
 
 
 def reader(ledger: Ledger, broadcast: DamagedBroadcast, replica: int = 1) -> ResidencyReader:
-    """An ingress whose calls reach one of the encoders first."""
 
     async def prepare(clip: str | None) -> Prepared:
         return broadcast.encoder(replica, clip)
@@ -72,7 +69,7 @@ async def test_what_no_replica_can_load_is_taken_back_with_the_reason(
     fallback: Fallback, protocol: ReleaseProtocol, broadcast: DamagedBroadcast, ledger: Ledger, gone: set[str],
     after: tuple[str | None, str],
 ) -> None:  # fmt: skip
-    await protocol.residency()  # what a controller that has started knows
+    await protocol.residency()  # the state of a started controller
     broadcast.gone = gone
     outcomes = []
     while (outcome := await fallback.step()) is not None:

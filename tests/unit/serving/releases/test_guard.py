@@ -1,5 +1,3 @@
-"""The guard's statistics: silent on noise, certain about each kind of breach."""
-
 from __future__ import annotations
 
 import numpy as np
@@ -44,7 +42,6 @@ class Life:
         self.seen.compared["clip"].add(counted)
 
     def until_broken(self) -> tuple[int, str] | None:
-        """The look at which a guardrail breaks, and which one."""
         for number in range(LOOKS):
             self.step()
             if bad := broken(look(SETTINGS, self.seen, INCUMBENT, number + 1)):

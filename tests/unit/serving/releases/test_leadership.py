@@ -1,5 +1,3 @@
-"""Two servers on one ledger: one controller carries proposals out, both roll back, and the second takes over."""
-
 from __future__ import annotations
 
 import asyncio
@@ -23,7 +21,6 @@ from tests.unit.serving.releases.plain_replicas import PlainBroadcast, Server
 
 @pytest.fixture
 async def two(ledger: Ledger) -> tuple[Server, Server, ControllerLease]:
-    """A server that has started and leads, another one next to it, and the lease of the first."""
     lease = ControllerLease(ledger)
     await lease.keep()
     leading, beside = Server(ledger, lease=lease), Server(ledger, lease=ControllerLease(ledger))
@@ -32,7 +29,7 @@ async def two(ledger: Ledger) -> tuple[Server, Server, ControllerLease]:
 
 
 async def ordered(server: Server, clip: str) -> asyncio.Task[ReleaseResult]:
-    """A release that was ordered, and that no one has carried out so far."""
+    """A release that was ordered and is not yet executed."""
     task = asyncio.create_task(server.create(clip=clip))
     await until(server.ledger.pending_proposals)
     return task

@@ -1,5 +1,3 @@
-"""A release of another base: servers that run go on with theirs, servers of that base answer with it."""
-
 from __future__ import annotations
 
 from pathlib import Path

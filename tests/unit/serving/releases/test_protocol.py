@@ -1,5 +1,3 @@
-"""The release protocol without Ray: proposals, their preparation and commit, two families, and what is retired."""
-
 from __future__ import annotations
 
 import asyncio
@@ -96,7 +94,7 @@ async def test_what_is_prepared_while_replicas_unload_others_is_announced(server
     assert server.broadcast.windows[-1] == [3, 2]
 
 
-@pytest.mark.parametrize("when", [2, 3])  # the first look asks what is in flight
+@pytest.mark.parametrize("when", [2, 3])  # the first look counts requests in flight
 async def test_what_is_committed_while_retire_looks_what_is_resident_stays_loaded(
     server: Server, monkeypatch: pytest.MonkeyPatch, when: int
 ) -> None:

@@ -1,5 +1,3 @@
-"""The source of the residency, while the ledger is there and while it is not."""
-
 from __future__ import annotations
 
 import shutil

@@ -1,7 +1,3 @@
-"""A rollback to what is resident waits for nothing: replicas, catalog, preparations and retirements that never end; and
-a rollback in the ledger alone.
-"""
-
 from __future__ import annotations
 
 import asyncio
@@ -24,7 +20,7 @@ from tests.support.waiting import until
 from tests.unit.serving.releases.plain_replicas import PlainBroadcast, Server
 
 ANSWER_SECONDS = rollback.ANSWER_SECONDS
-"""As it is outside of tests."""
+"""The value outside of tests."""
 
 
 @pytest.fixture

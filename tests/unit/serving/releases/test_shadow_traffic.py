@@ -1,5 +1,3 @@
-"""Comparisons on shadow traffic: what is compared or dropped, when two releases agree, and no client waits for it."""
-
 from __future__ import annotations
 
 import asyncio
@@ -34,7 +32,7 @@ from tests.support.waiting import until
 
 DIM = 16
 FIXED = [[1, token, 2] for token in range(100, 120)]
-"""Token ids of the texts that images are ranked against."""
+"""Token IDs of the texts that images are ranked against."""
 NOW = datetime.now(UTC)
 
 
@@ -49,7 +47,7 @@ def watch(clip: str | None = "new", vlm: str | None = None, until: float = math.
 
 
 class Models:
-    """Adapters that answer at once; those in ``broken`` answer something else, those in ``gone`` cannot be served."""
+    """Adapters that answer at once; ``broken`` ones answer something else, ``gone`` ones cannot be served."""
 
     def __init__(self, broken: Sequence[str] = (), gone: Sequence[str] = (), busy: bool = False) -> None:
         self.broken, self.gone, self.busy = broken, gone, busy
@@ -102,7 +100,7 @@ def seen(shadow_traffic: ShadowTraffic, family: Any = "clip") -> ComparisonCount
 
 
 async def send_texts(shadow_traffic: ShadowTraffic, count: int) -> None:
-    """As clients would: one after the other, no faster than they are compared."""
+    """One after the other, no faster than they are compared."""
     for number in range(count):
         before = seen(shadow_traffic).tried
         shadow_traffic.clip("text", [[number, 1]])
@@ -202,7 +200,6 @@ def unit(random: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def turned(random: np.random.Generator) -> np.ndarray:
-    """A rotation: another space, in which everything lies as before."""
     return np.linalg.qr(random.standard_normal((WIDE, WIDE)))[0].astype(np.float32)
 
 

@@ -1,5 +1,3 @@
-"""Canaries, shadows, promotions and the guard, without Ray."""
-
 from __future__ import annotations
 
 import time
@@ -31,14 +29,12 @@ async def server(ledger: Ledger) -> Server:
 
 
 def guard(server: Server, **compared: ComparisonCounts) -> Guard:
-    """A guard whose ingress saw this of the live release."""
     number, counts = server.live[0], compared
     server.broadcast.seen = [Observations(number, {number: RequestCounts(50)}, counts)]  # type: ignore[arg-type]
     return Guard(server, SETTINGS)
 
 
 def age(server: Server, seconds: float) -> None:
-    """Let every release be older than it is."""
     with server.ledger.database.write() as session:
         for row in session.query(t.ReleaseRow):
             row.created_at -= timedelta(seconds=seconds)
@@ -151,14 +147,14 @@ async def test_the_guard_takes_a_bad_release_back_once_and_says_why(server: Serv
     assert row.detail["compared"]["clip"]["inputs"] == 40
     assert [one["guardrail"] for one in row.detail["guardrails"] if one["broken"]] == ["agreement"]
     assert server.live_row.reason == row.detail["reason"]
-    assert await watching.step() is None  # a rollback is not guarded: nothing flaps
+    assert await watching.step() is None  # a rollback is not guarded, to avoid flapping
     assert watching.status() == {"state": "idle"}
     assert server.live[0] == 4
 
 
 async def test_the_guard_goes_back_from_a_canary_while_held_and_to_what_was_withdrawn_once(server: Server) -> None:
     server.ledger.withdraw(["a"], actor="guard", subject="release 9", reason="disagrees", evidence={})
-    await server.create(clip="a")  # an operator insisted
+    await server.create(clip="a")  # an operator forced it
     await server.create(0.1, clip="b")
     server.ledger.hold("me", "quiet")
     assert (await guard(server, clip=BAD).step()) is not None

@@ -1,5 +1,3 @@
-"""What an update starts from, and what is judged, is what was recorded."""
-
 from __future__ import annotations
 
 from pathlib import Path

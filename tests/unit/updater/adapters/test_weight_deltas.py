@@ -1,5 +1,3 @@
-"""Merging and compressing ΔW without forming it."""
-
 from __future__ import annotations
 
 import pytest

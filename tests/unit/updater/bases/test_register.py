@@ -1,5 +1,3 @@
-"""Any open_clip model and Hugging Face VLM becomes a base from safetensors, and from nothing that could run code."""
-
 from __future__ import annotations
 
 import copy
@@ -29,7 +27,6 @@ NAME = "ViT-tiny-test"
 
 @pytest.fixture
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tiny architecture that open_clip knows by name, and a file of random weights for it."""
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, NAME, copy.deepcopy(CONFIG))
     return _save(tmp_path / "model.safetensors", CONFIG)
 

@@ -1,4 +1,6 @@
-"""What a pass takes at most, by what others took: never below what it takes, and no update above its budget."""
+"""The upper bound of a pass, from the cost of earlier ones: never below the real cost, and no update exceeds its
+budget.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ def test_the_bound_is_above_every_polynomial_of_second_degree() -> None:
 
 
 class Counted:
-    """GFLOPs of every step that was taken, of what was prepared, and of passes after the last step."""
+    """GFLOPs of every step, of preparation, and of passes after the last step."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.steps: list[float] = []
@@ -79,7 +81,6 @@ class Counted:
         patch.setattr(Learner, "optimizer_step", updating)
 
     def spent(self, result: TrainResult) -> float:
-        """Memory-adjusted, by this count."""
         closing = self.waiting[: int(result.cost["closing"])]
         other = result.cost["prepare_gflops"] + result.cost["broken_off_gflops"]
         return float(sum(self.steps) + sum(closing) + other) * float(result.cost["memory_ratio"])
@@ -91,7 +92,6 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
 
 
 def asked(count: int, length: Callable[[int], float]) -> tuple[Question, ...]:
-    """Questions of these lengths by their numbers."""
     return tuple(
         Question(f"{i}", "which colour?" + " look again!" * int(length(i)), "red", partial(picture, i % 20))
         for i in range(count)
@@ -99,7 +99,6 @@ def asked(count: int, length: Callable[[int], float]) -> tuple[Question, ...]:
 
 
 def asked_by(chance: random.Random) -> tuple[Question, ...]:
-    """Questions of random lengths."""
     return asked(20, lambda _: min(30, chance.lognormvariate(1, 0.9)))
 
 
@@ -122,20 +121,19 @@ def test_long_questions_after_a_hundred_short_batches_stop_the_update_within_its
 
 
 class Pretended:
-    """A learner whose batches have random sizes, and take what a random polynomial says."""
+    """A learner whose batches have random sizes, with costs from a random polynomial."""
 
     def __init__(self, chance: random.Random) -> None:
         self.chance, self.prepared, self.closing = chance, 0.0, chance.choice([0, 0, 3, 8])
         self.coefficients = [chance.random() ** 3 for _ in range(6)]
         self.longest = chance.randint(2, 500)
         self.grows = chance.choice([0.0, 1e-4])
-        """By how much a term of the loss grows with each step, a queue say."""
+        """Growth of a term of the loss with each step, as with a queue."""
 
     def prepared_gflops(self) -> float:
         return self.prepared
 
     def batch(self, step: int) -> tuple[Size, float]:
-        """Its size, and what it takes."""
         rows = 8 - (self.chance.random() < 0.1)  # one of them cannot be prepared
         tokens, seen = self.chance.randint(1, self.longest), self.chance.choice([16.0, 64.0, 4096.0])
         head = self.chance.randint(8, 40)
@@ -156,7 +154,7 @@ class Pretended:
 
 
 def pretend(number: int) -> tuple[float, float, str]:
-    """Budget, what was spent of it, and how it ended. A pass that is broken off takes all that it may."""
+    """Budget, spending, and how it ended. An interrupted pass costs its maximum."""
     chance = random.Random(number)
     learner = Pretended(chance)
     cost, most = learner.cost(), chance.randint(1, 60)
@@ -178,7 +176,7 @@ def pretend(number: int) -> tuple[float, float, str]:
             break
         outcome = "whole"
         spending.stepped(size, taken)
-        if chance.random() < 0.2:  # killed, and begun again from the checkpoint
+        if chance.random() < 0.2:  # killed, and resumed from the checkpoint
             costs = Costs(spending.costs.to_json(), spending.costs.excess)
             spending = Spending(budget, cost, spending.steps, costs, learner.prepared_gflops)
     steps = spending.steps
@@ -199,7 +197,6 @@ def test_over_hundreds_of_random_draws_no_update_spends_more_than_its_budget() -
 def draw(
     base: VlmBase | ClipBase, folder: Path, taken: Counted, plan: Recipe, pool: Pools, gflops: float, n: int
 ) -> str:
-    """How an update ended that had so much."""
     taken.steps.clear()
     taken.waiting.clear()
     try:

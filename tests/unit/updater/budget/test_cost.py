@@ -1,4 +1,4 @@
-"""Memory-adjusted FLOPs against what can be counted by hand, and what updates spend against what they planned."""
+"""Memory-adjusted FLOPs against counts by hand, and the spending of updates against their plans."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_step_costs_what_its_layers_cost(base: ClipBase) -> None:
 
 
 def test_the_forward_pass_of_one_sample_is_counted_by_hand(base: ClipBase) -> None:
-    """Two towers of 2 blocks x 64: 17 image and 16 text tokens; 12 width² multiply-adds a token, attention beside."""
+    """Two towers of 2 blocks x 64: 17 image and 16 text tokens; 12 width² multiply-adds a token, plus attention."""
     cost = _cost(base)
     tokens = {"image": 17, "text": 16}
     layers = sum(2 * 2 * 12 * 64 * 64 * n for n in tokens.values())
@@ -113,7 +113,7 @@ def test_attention_keeps_its_inputs_and_its_output_whatever_the_kernel_adds() ->
 
 
 class _OnGpu(ClipLearner):
-    """A learner that says it is on a GPU, and computes on the CPU."""
+    """A learner that claims to be on a GPU, and computes on the CPU."""
 
     def ready(self, rows: Sequence[int]) -> None:
         device, self.model.device = self.model.device, torch.device("cpu")
@@ -143,7 +143,7 @@ def test_memory_is_counted_in_one_way_and_no_allocator_is_asked(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("blocks", [{}, {"blocks": 1}])
 def test_a_gpu_and_a_cpu_count_the_same(base: ClipBase, blocks: dict[str, int]) -> None:
-    """But for the mask of the text tower, which a GPU's attention keeps padded."""
+    """Except for the mask of the text tower, which a GPU's attention keeps padded."""
     cpu, gpu = (_measured(_learner(base, device=each, image=blocks, text=blocks)) for each in ("cpu", "cuda"))
     assert gpu.full_bytes == cpu.full_bytes
     assert gpu.peak_bytes == pytest.approx(cpu.peak_bytes, rel=0.01)
@@ -151,7 +151,6 @@ def test_a_gpu_and_a_cpu_count_the_same(base: ClipBase, blocks: dict[str, int]) 
 
 
 def _plan(**sizes: int) -> BatchPlan:
-    """Ten new rows and ten reference rows in a batch."""
     return BatchPlan({"new": 10, "reference": 10}, {"replay": 0, **sizes}, seed=0)
 
 
@@ -226,7 +225,6 @@ def test_a_later_step_costs_what_the_measured_one_did(base: ClipBase, name: str)
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, kind: type[AnyLearner], name: str) -> list[float]:
-    """GFLOPs of every call of a method of a learner, from now on."""
     real: Callable[..., Any] = getattr(kind, name)
     calls: list[float] = []
 

@@ -1,5 +1,3 @@
-"""The trainer computes less while serving is slower than before, and only then."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -43,7 +41,7 @@ class CountedServer:
 
 
 def begun(seconds: float = QUICK) -> CountedServer:
-    """After 300 requests that took so long, an update begins."""
+    """After 300 requests that took this long, an update begins."""
     server = CountedServer()
     server.serve(seconds)
     server.throttle.begin()

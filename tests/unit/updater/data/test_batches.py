@@ -1,5 +1,3 @@
-"""What steps visit, in which order, at what cost: shares of pools, epochs, views, templates, runs of one domain."""
-
 from __future__ import annotations
 
 from collections import Counter
@@ -39,7 +37,7 @@ def sizes() -> st.SearchStrategy[dict[Part, int]]:
 
 
 def wanted(mixture: Mixture, pools: dict[Part, int]) -> dict[Part, float]:
-    """The shares, those of empty pools given away: P and B inherit from each other, and D from both."""
+    """The shares, with those of empty pools given away: P and B inherit from each other, and D from both."""
     if pools["reference"] == 0 and pools["replay"] == 0:
         return {"new": 1.0, "reference": 0.0, "replay": 0.0}
     held = mixture.reference + mixture.replay
@@ -122,7 +120,6 @@ TEMPLATES = ["a photo of a {}", "a drawing of a {}", "{}"]
 
 
 def of_domains(names: str) -> tuple[Pair, ...]:
-    """Pairs whose domains are these letters, in order."""
     return tuple(replace(pair, domain=name) for pair, name in zip(pairs("car", len(names)), names, strict=True))
 
 
@@ -175,7 +172,7 @@ def test_each_pass_over_a_pool_takes_the_next_view() -> None:
 def test_a_view_is_a_part_of_the_image_and_always_the_same() -> None:
     shape = Preprocess(size=32)
     pair = pairs("car", 1)[0]
-    # A ramp tells where a part comes from: darker on the left and on top.
+    # A ramp shows where a crop is from: darker on the left and on top.
     image = ramp(120, 90)
     whole = view_pixels(shape, image, pair, Views(count=4))
     assert np.array_equal(whole, shape.pixels(image))
@@ -193,7 +190,6 @@ def test_a_view_is_a_part_of_the_image_and_always_the_same() -> None:
 
 
 def ramp(width: int, height: int) -> bytes:
-    """A PNG that grows brighter to the right (red) and downwards (green)."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[..., 0] = np.linspace(20, 230, width)[None]
     pixels[..., 1] = np.linspace(20, 230, height)[:, None]

@@ -1,5 +1,3 @@
-"""Draws from what is pending and what is earlier: order, parts, and words read only where they are wanted."""
-
 from __future__ import annotations
 
 from collections import Counter
@@ -74,7 +72,7 @@ def test_the_newest_come_first_where_that_is_set(store: SampleStore) -> None:
 
 
 def test_replay_is_drawn_from_all_that_is_earlier(store: SampleStore) -> None:
-    """Whether an update visited it or passed it over."""
+    """Whether or not an update visited it."""
     pool = drawn(store, p0=150, p1=200)
     assert set(texts(pool.new)) == {f"text 0 {offset}" for offset in range(150, 200)}
     replay = texts(pool.replay)
@@ -139,7 +137,6 @@ def test_what_lies_after_the_end_of_the_data_is_neither_new_nor_replayed(store: 
 
 
 def rows(**counts: int) -> list[str]:
-    """Ids of rows of some concepts, oldest first."""
     return [f"{concept}-{i}" for concept, count in counts.items() for i in range(count)]
 
 

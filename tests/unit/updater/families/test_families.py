@@ -1,5 +1,3 @@
-"""What settings say about each family: its recipe, its base, its reference pool."""
-
 from __future__ import annotations
 
 from collections import Counter
@@ -29,7 +27,6 @@ def settings(home: Path, **overrides: Any) -> Settings:
 
 
 def folder(path: Path, kinds: list[str]) -> Path:
-    """One question of each kind named, and beside each a picture with a text."""
     items = [
         FolderItem(Path(f"{i}.png"), text, label=kind, inline=picture(i), question=ask, answer=ask and str(i))
         for i, (kind, text, ask) in enumerate(
@@ -77,7 +74,7 @@ def test_the_reference_pool_of_a_vlm_is_what_asks_something(tmp_path: Path) -> N
 
 def test_without_one_the_shipped_vlm_brings_the_folders_that_it_was_trained_on(tmp_path: Path) -> None:
     shipped = settings(tmp_path, **{"base.vlm": SHIPPED_VLM})
-    assert reference_of(shipped, "vlm") == []  # not there yet
+    assert reference_of(shipped, "vlm") == []  # does not exist yet
     made = [folder(tmp_path / "data" / name, ["colour"]) for name in VLM_REFERENCE]
     assert made and reference_of(shipped, "vlm") == made
 

@@ -1,5 +1,3 @@
-"""A tower that starts at its boundary gives the same features, and learns at its own rate."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -52,11 +50,9 @@ def test_boundaries_of_texts_are_cut_or_padded_to_the_batch() -> None:
 
 
 def test_the_slow_tower_moves_less_and_the_other_one_as_before(base: ClipBase, tmp_path: Path) -> None:
-    """A tower with a rate of its own."""
     start = base.build_model().state_dict()
 
     def moved(rate: float) -> dict[str, float]:
-        """Length of the change of each tower."""
         folder = tmp_path / str(rate)
         made = run(base, folder, recipe=recipe("slow-tower", max_steps=3, image={"blocks": 3, "rate": rate}))
         squared = {"image": 0.0, "text": 0.0}

@@ -1,5 +1,3 @@
-"""What a VLM learns from a question: the same prompt as serving reads, answers alone, features computed once."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -30,14 +28,14 @@ def base(vlm: VlmBase) -> VlmBase:
 
 
 def _by_hand(base: VlmBase, model: torch.nn.Module, each: Question) -> tuple[torch.Tensor, list[int]]:
-    """Logits before each token of the known answer, one example on its own."""
+    """Logits before each token of the known answer, for one example alone."""
     tokenizer = base.processor().tokenizer
     answer = tokenizer(f"{each.answer}<end_of_utterance>", add_special_tokens=False)["input_ids"]
     return _at(base, model, each, answer), answer
 
 
 def test_it_reads_what_serving_reads_and_answers_are_all_it_is_asked_for(base: VlmBase) -> None:
-    """A batch of unequal lengths gives each row what it gets alone, at its answer and the end token."""
+    """A batch of unequal lengths gives each row the same result as alone, at its answer and the end token."""
     pools = question_pools(new=7, reference=0)
     learner = learner_of(base, pools)
     made = learner.batch([4, 0, 5])
@@ -64,7 +62,7 @@ def test_features_that_are_kept_and_pixels_that_are_not_give_the_same(base: VlmB
 
 
 def test_the_base_teaches_without_the_adapter_and_the_incumbent_with_it(base: VlmBase, tmp_path: Path) -> None:
-    """Also where the incumbent has changed the image tower, which is locked now: it sees on with its own eyes."""
+    """Even if the incumbent has changed the image tower, which is now locked: the incumbent keeps using its own."""
     tiny_vlm_adapter(base, tmp_path / "adapter", seed=1, parts=("image", "text"))
     start = read_delta(tmp_path / "adapter", base)
     pools = question_pools(new=3, reference=4)
@@ -134,7 +132,7 @@ def test_each_image_is_read_once(base: VlmBase) -> None:
     )
     for _ in range(3):
         learner.forward_backward(list(range(18)))
-    first = reads.pop("car-0")  # is looked at once more: whether what its image gives can be kept
+    first = reads.pop("car-0")  # checked once more: whether its image features can be kept
     assert first == 2 and len(reads) == 17 and set(reads.values()) == {1}
 
 
@@ -142,8 +140,9 @@ SDFT = [{"name": "self_distillation", "over": ["new"], "options": {"keep": 0.5}}
 
 
 def test_a_model_that_distils_itself_answers_and_its_teacher_has_read_the_answer(base: VlmBase) -> None:
-    """Its own answers are drawn anew from what it has become; what the teacher says of them is by hand what a slower
-    copy of the model says after the known answer."""
+    """Its answers are sampled again from its current weights; the teacher's logits match those that a slower copy of
+    the model gives after the known answer.
+    """
     pools = question_pools(new=5, reference=2)
     learner = learner_of(base, pools, objectives=SDFT)
     rows = [0, 3, 6, 2]

@@ -1,5 +1,3 @@
-"""Processors that cut an image into tiles, as those of SmolVLM and InternVL do: any picture is learned from."""
-
 from __future__ import annotations
 
 import json
@@ -38,7 +36,6 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def _cut_into_tiles(values: dict[str, Any], tiled: dict[str, Any]) -> int:
-    """Change the image processor, wherever it is written."""
     found = int(next(iter(tiled)) in values)
     if found:
         values.update(tiled)

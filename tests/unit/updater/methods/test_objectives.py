@@ -150,7 +150,7 @@ def test_self_distillation_is_the_divergence_of_the_student_from_the_teacher_at_
 
 @pytest.fixture(params=["clip", "vlm"])
 def learner(request: pytest.FixtureRequest, base: ClipBase, vlm: VlmBase, tmp_path: Path) -> Callable[..., AnyLearner]:
-    """Makes a learner of a family's default recipe, with an incumbent if asked to."""
+    """Makes a learner of a family's default recipe, with an incumbent if requested."""
 
     def made(start: bool = True) -> AnyLearner:
         if request.param == "clip":
@@ -163,14 +163,13 @@ def learner(request: pytest.FixtureRequest, base: ClipBase, vlm: VlmBase, tmp_pa
 
 
 def distillation(learner: AnyLearner, rows: list[int]) -> float:
-    """The distillation term over rows, unweighted."""
     values = objectives.values(learner.objectives, learner.batch(rows))
     (value,) = (float(value) for term, value in values if term.name.endswith("_distillation"))
     return value
 
 
 def test_an_update_begins_where_replayed_rows_want_to_stay(learner: Callable[..., AnyLearner]) -> None:
-    """A teacher is asked about the pools that are compared with it, and no other."""
+    """A teacher is asked only about the pools that are compared with it."""
     made = learner()
     assert distillation(made, REPLAY) == pytest.approx(0, abs=1e-6)
     assert distillation(made, REFERENCE) > 1e-3

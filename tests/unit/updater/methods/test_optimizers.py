@@ -1,5 +1,3 @@
-"""Learning rates, of which no phase knows how long the stream will be; and the mean of where the parameters passed."""
-
 from __future__ import annotations
 
 import itertools
@@ -106,7 +104,7 @@ def test_the_meta_schedule_never_raises_a_rate() -> None:
 
 
 def _walk(every: int, values: list[float]) -> float:
-    """What is handed over after a walk from 0 through these values."""
+    """The parameters handed over after a walk from 0 through these values."""
     parameters = {"w": nn.Parameter(torch.zeros(2))}
     average = Average(parameters, every)
     for value in values:

@@ -1,4 +1,4 @@
-"""Packages of others, as `pip install` leaves them."""
+"""Third-party packages, as `pip install` leaves them."""
 
 from __future__ import annotations
 

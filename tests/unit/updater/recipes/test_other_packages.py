@@ -1,5 +1,3 @@
-"""Methods and recipes of an installed package of somebody else, without a change of ours."""
-
 from __future__ import annotations
 
 import logging

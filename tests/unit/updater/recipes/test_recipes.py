@@ -1,5 +1,3 @@
-"""Recipes are plain YAML that is checked before anything is trained, and that is read back as the same one."""
-
 from __future__ import annotations
 
 import math
@@ -94,7 +92,7 @@ def test_an_unknown_objective_or_option_is_refused() -> None:
 
 
 def any_of(annotation: Any, bounds: tuple[Any, ...] = ()) -> st.SearchStrategy[Any]:
-    """Values of a field's type within the bounds that pydantic was told."""
+    """Values of a field's type within the bounds of its pydantic field."""
     parts = get_args(annotation)
     if get_origin(annotation) in (Union, UnionType):
         return st.one_of([any_of(part, () if part is NoneType else bounds) for part in parts])
@@ -119,7 +117,7 @@ def any_of(annotation: Any, bounds: tuple[Any, ...] = ()) -> st.SearchStrategy[A
 
 
 def model(kind: type[BaseModel]) -> st.SearchStrategy[BaseModel]:
-    """Valid models, of values for their fields; those that have a default are given or left out."""
+    """Valid models; fields that have a default are given or left out."""
     drawn = {name: any_of(field.annotation, tuple(field.metadata)) for name, field in kind.model_fields.items()}
     needed = {name for name, field in kind.model_fields.items() if field.is_required()}
 

@@ -1,5 +1,3 @@
-"""Every shipped CLIP recipe, and the example of docs/recipes.md, is trained twice in a row and served as trained."""
-
 from __future__ import annotations
 
 import re
@@ -25,9 +23,9 @@ from updater.step.learner import AnyLearner
 from updater.training.measure import measure
 
 RESUMED = frozenset({"codyra", "default", "ewc", "finetuned-merge", "galore", "si"})
-"""Stopped and resumed, too: one for each kind of state that a checkpoint holds."""
+"""Also stopped and resumed: one recipe for each kind of state in a checkpoint."""
 OFTEN = RESUMED | {"ema-merge", "locked-image", "naive", "replay", "wise-ft", "zscl"}
-"""What users are led to; the other recipes take as long again, and are left to `make long`."""
+"""The recommended recipes; the others take as long again and run only in `make long`."""
 CLIP = [
     pytest.param(name, marks=() if name in OFTEN else pytest.mark.long)
     for name in recipe_names()
@@ -56,7 +54,7 @@ def test_two_updates_in_a_row_change_what_may_change_and_are_served_as_trained(
 
 
 def _measured_once() -> Callable[..., Cost]:
-    """Measures updates of the same parts once; counting is more than half of the time of each."""
+    """Measure updates of the same parts once; counting is more than half of the time of each."""
     found: dict[frozenset[str], Cost] = {}
 
     def measured(learner: AnyLearner, *arguments: Any) -> Cost:
@@ -85,7 +83,6 @@ def test_methods_md_has_paper_ours_and_difference_of_each_recipe() -> None:
 
 @pytest.fixture
 def example(install: Install) -> Recipe:
-    """The recipe of the page's example, whose files are installed."""
     files, points = {}, ""
     for block in Page(PAGE).blocks:
         first, _, rest = block.text.partition("\n")

@@ -1,5 +1,3 @@
-"""What a switch to another base would release, and what it refuses."""
-
 from __future__ import annotations
 
 from pathlib import Path

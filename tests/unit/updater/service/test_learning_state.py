@@ -1,5 +1,3 @@
-"""What the updater exports of the ledger, also after a restart and of what other processes wrote."""
-
 from __future__ import annotations
 
 from pathlib import Path

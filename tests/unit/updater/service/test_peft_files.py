@@ -1,5 +1,3 @@
-"""PEFT directories from elsewhere: what is served is taken, everything else is refused by name."""
-
 from __future__ import annotations
 
 import json
@@ -42,7 +40,6 @@ def trained(base: ClipBase, folder: Path, **options: Any) -> nn.Module:
 
 
 def changed(folder: Path, tensors: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict, **config: Any) -> Path:
-    """The directory with other tensors, and with fields of the configuration set."""
     weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     save_file({key: value.contiguous() for key, value in tensors(load_file(weights)).items()}, weights)
     settings.write_text(json.dumps({**json.loads(settings.read_text()), **config}))

@@ -1,5 +1,3 @@
-"""The trainer gives way to serving."""
-
 from __future__ import annotations
 
 import subprocess

@@ -1,4 +1,4 @@
-"""Looks at candidates, over a real ledger and store: when updates begin, and when a candidate is asked again."""
+"""When updates begin and when a candidate gets another interim analysis, over a real ledger and store."""
 
 from __future__ import annotations
 
@@ -43,18 +43,16 @@ class Lab:
         self.recipe: Recipe = load_recipe("default")
 
     def set(self, section: str, **values: Any) -> None:
-        """Change some settings."""
         changed = getattr(self.settings, section).model_copy(update=values)
         self.settings: Settings = self.settings.model_copy(update={section: changed})
 
     def decide(self, kind: type[D], **how: bool) -> D:
-        """What the updater would do, of this kind."""
+        """The updater's decision, which must be of this kind."""
         decision = triggers.decide(self.settings, self.ledger, self.store, self.recipe, **how)
         assert isinstance(decision, kind), decision
         return decision
 
     def waits(self) -> str:
-        """The reason."""
         return self.decide(Waiting).reason
 
     def begins(self, **how: bool) -> Ready:
@@ -67,13 +65,11 @@ class Lab:
         return Learned.of(self.ledger, self.store, "clip")
 
     def kept(self, **changes: Any) -> Any:
-        """The candidate that would be asked again."""
         return triggers.kept_candidate(self.ledger, replace(self.learned(), **changes))
 
     def judged(
         self, name: str, outcome: GateOutcome = "inconclusive", fresh: int = 8, made: bool = True, **cost: Any
     ) -> None:
-        """An update that was trained and judged, with the look that the gate would have made."""
         add_samples(self.settings, 1)
         update = self.ledger.begin_update(
             name, family="clip", recipe=self.recipe.model_dump(mode="json"), seed=0, store_version=self.store.version(),
@@ -83,7 +79,6 @@ class Lab:
         self.record(update.id, outcome, fresh, made)
 
     def record(self, update_id: str, outcome: GateOutcome, fresh: int, made: bool = True) -> None:
-        """The verdict of an update."""
         update = self.ledger.update(update_id)
         plan = triggers.plan(self.settings.gate, self.ledger, "clip", update, halved=False)
         look = plan.look(fresh)
@@ -99,7 +94,6 @@ class Lab:
         self.ledger.advance_update(update_id, "done")
 
     def release(self, update_id: str) -> None:
-        """Put an update into service."""
         adapter = self.ledger.update(update_id).adapter
         proposal = self.ledger.propose("update", clip=adapter, vlm=None, actor="u", reason="r", update_id=update_id)
         live = self.ledger.live()

@@ -1,5 +1,3 @@
-"""Gradients: of micro-batches as of the whole batch, projected off each other, and without rows that conflict."""
-
 from __future__ import annotations
 
 from collections import Counter
@@ -27,7 +25,7 @@ COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200), 
 
 
 def plain_surgery(gradients: list[list[float]]) -> list[float]:
-    """Each gradient off those that it conflicts with, in order, and their sum."""
+    """Project each gradient off those that it conflicts with, in order, and return their sum."""
     whole = [0.0] * len(gradients[0])
     for i, gradient in enumerate(gradients):
         own = list(gradient)
@@ -62,7 +60,7 @@ def test_terms_that_agree_are_added_and_a_term_without_a_parameter_changes_nothi
 
 
 def test_agreement_is_that_of_the_gradients_of_a_map_after_each_tower() -> None:
-    """The reference gives every row a map of its own, and asks autograd."""
+    """The reference gives every row its own map, and asks autograd."""
     made = batch([0, 1, 0, 2, 3])
     maps = [torch.zeros(5, 6, 6, requires_grad=True) for _ in range(2)]
     mapped = [
@@ -83,7 +81,7 @@ def test_a_tower_that_is_locked_has_no_part_in_it() -> None:
 
 
 def test_no_row_is_left_out_where_none_conflicts() -> None:
-    """Rows come in pairs that are alike, and ask for the same."""
+    """Rows come in equal pairs and have the same gradient."""
     image, text = (torch.eye(4)[rows].requires_grad_() for rows in ([0, 0, 1, 1], [2, 2, 3, 3]))
     made = replace(batch([0, 0, 1, 1]), image=image, text=text)
     assert float(agreement(Contrastive()(made), made).min()) > 0
@@ -91,13 +89,12 @@ def test_no_row_is_left_out_where_none_conflicts() -> None:
 
 
 def coloured(colour: tuple[int, int, int], number: int) -> bytes:
-    """A PNG of one colour, with some noise."""
     noise = np.random.default_rng(number).integers(-40, 40, (24, 24, 3))
     return png(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8))
 
 
 def test_a_learner_leaves_wrong_captions_out_of_its_steps(base: ClipBase) -> None:
-    """6 of 24 new pairs carry the caption of another colour; 6 are left out of a step at most, by chance 1.5 wrong."""
+    """6 of 24 new pairs carry the caption of another colour; a step leaves out at most 6, by chance 1.5 wrong ones."""
     names = list(COLOURS)
     examples = []
     for row in range(48):

@@ -1,5 +1,3 @@
-"""Training in half precision: close to float32, kept by a resumed update, and told where it is not finite."""
-
 from __future__ import annotations
 
 from dataclasses import replace
@@ -28,7 +26,6 @@ FAST = Processor("Xeon", amx=True, avx512_bf16=True)
 
 
 def steps(made: Learner[Any], count: int) -> list[float]:
-    """Losses of some steps on the same rows."""
     losses = []
     for step in range(count):
         losses.append(made.forward_backward(ROWS)[0])

@@ -1,5 +1,3 @@
-"""Shards: made once, when they are asked for, and the same whoever asks."""
-
 from __future__ import annotations
 
 import os

@@ -1,5 +1,3 @@
-"""What an update leaves for the next one: through a file, and what the next one makes of it."""
-
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,5 +1,3 @@
-"""What an update prepares: the rows that its steps visit, once, on disk; and what it does without."""
-
 from __future__ import annotations
 
 from collections import Counter
@@ -32,7 +30,7 @@ LAST = {"image": {"blocks": 1}, "text": {"blocks": 1}}
 
 
 class Reads:
-    """Pools whose images are counted as they are read."""
+    """Pools that count reads of their images."""
 
     def __init__(self, new: int, reference: int) -> None:
         self.counts: Counter[str] = Counter()
@@ -51,7 +49,8 @@ class Reads:
 
 def test_only_rows_that_steps_visit_are_read_and_once(base: ClipBase, tmp_path: Path) -> None:
     """Three steps of 3 new rows of 300, and of 6 reference rows, the same ones each time. Four are measured as full
-    fine-tuning, two of them twice, and the rows of one step were read in advance when the first was measured."""
+    fine-tuning, two of them twice, and the rows of one step were read in advance when the first was measured.
+    """
     reads = Reads(300, 6)
     result = run(base, tmp_path, pools=reads.pools, recipe=recipe(max_steps=3))
     assert set(reads.counts) == {f"car-{i}" for i in range(9)} | {f"house-{i}" for i in range(6)}
@@ -81,7 +80,7 @@ def test_a_resumed_update_prepares_no_finished_shard_again_and_is_charged_the_sa
 
 
 def test_the_incumbent_teaches_what_it_said_of_whole_inputs_at_the_start(base: ClipBase, tmp_path: Path) -> None:
-    """Whenever it is asked, and though its teaching starts at a boundary."""
+    """At any time, even though its teaching starts at a boundary."""
     first, later = run(base, tmp_path, recipe=recipe("naive", max_steps=2, **LAST)), range(6, 12)
     start = read_delta(first.directory, base)
     moved, fresh = (ClipLearner(base, recipe("lwf", **LAST), start, seed=0) for _ in range(2))
@@ -138,7 +137,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> VlmBase:
 
 
 def broken() -> bytes:
-    """Bytes of no picture."""
+    """Bytes that are not a picture."""
     return b"\x89PNG\r\n\x1a\n and nothing more"
 
 
@@ -148,7 +147,6 @@ def narrow() -> bytes:
 
 
 def spoiled(rows: Container[int]) -> Pools:
-    """Sixteen pairs, some with a broken picture."""
     return Pools(tuple(replace(each, read=broken) if n in rows else each for n, each in enumerate(pairs("car", 16))))
 
 
@@ -180,7 +178,7 @@ def test_an_update_of_which_nothing_can_be_prepared_fails_with_the_reason(base: 
 
 @pytest.mark.parametrize("first", [0, 5])
 def test_a_picture_that_a_processor_refuses_is_left_out(qwen: VlmBase, tmp_path: Path, first: int) -> None:
-    """Also where it is the first one of all."""
+    """Even if it is the very first one."""
     good = questions("car", 12)
     bad = tuple(replace(each, read=narrow) if number == first else each for number, each in enumerate(good))
     result = run(qwen, tmp_path, recipe=recipe("vlm-naive", max_steps=3, batch_size=4), pools=Pools(bad))
@@ -189,7 +187,7 @@ def test_a_picture_that_a_processor_refuses_is_left_out(qwen: VlmBase, tmp_path:
 
 
 def large(size: int = DEFAULT_LIMITS.max_image_bytes + 1) -> bytes:
-    """A picture of so many bytes: what follows its end is nothing to any decoder."""
+    """A picture of this many bytes: decoders ignore what follows its end."""
     return picture(1).ljust(size, b"\0")
 
 

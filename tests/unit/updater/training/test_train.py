@@ -1,5 +1,3 @@
-"""One update on tiny bases of both families: what it writes and refuses, and that it gives the same again."""
-
 from __future__ import annotations
 
 import logging
@@ -40,7 +38,7 @@ from updater.training.result import TrainResult
 
 
 class Kind(NamedTuple):
-    """A family: what is trained by which recipe on what."""
+    """A family: its recipe and data."""
 
     base: ClipBase | VlmBase
     name: str
@@ -60,13 +58,11 @@ def kind(request: pytest.FixtureRequest, base: ClipBase, vlm: VlmBase) -> Kind:
 
 @pytest.fixture(scope="module")
 def first(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    """An update with all defaults."""
     return kind.train(tmp_path_factory.mktemp("first"))
 
 
 @pytest.fixture(scope="module")
 def first_clip(base: ClipBase, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    """The same, of a CLIP alone."""
     return run(base, tmp_path_factory.mktemp("first"))
 
 
@@ -91,7 +87,7 @@ def test_a_stopped_update_goes_on_and_ends_in_the_same_adapter(
 
 
 def test_an_update_goes_on_from_the_incumbent(kind: Kind, first: TrainResult, tmp_path: Path) -> None:
-    """With almost no learning the candidate is the incumbent again."""
+    """With almost no learning the candidate equals the incumbent."""
     still = {"peak": 1e-9, "constant": 1e-9, "final": 1e-9}
     second = kind.train(tmp_path / "second", incumbent=first.directory, recipe=kind.recipe(schedule=still))
     model = kind.base.build_model()
@@ -222,7 +218,7 @@ def test_training_lowers_the_loss_and_writes_an_adapter_of_the_language_model(vl
 
 
 def test_distillation_holds_the_reference_answers_where_they_were(vlm: VlmBase, tmp_path: Path) -> None:
-    """With the teacher's weight the divergence on reference questions ends far below where it ends without."""
+    """With the teacher's weight, the divergence on reference questions ends far below that without."""
     drift = {}
     for weight in (1e-6, 20.0):
         terms = [

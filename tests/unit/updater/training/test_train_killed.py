@@ -1,4 +1,6 @@
-"""``kill -9`` of training at every step, and while a checkpoint is written: what goes on ends in the same adapter."""
+"""``kill -9`` of training at every step, and while a checkpoint is written: the resumed run ends in the same
+adapter.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ BACKWARD, SAVE = Learner.forward_backward, checkpoint.save_file
 
 
 def train(base: ClipBase, folder: Path, last_backward: int, last_save: int) -> None:
-    """Train, but die in the backward pass after so many, or in the middle of the write after so many."""
+    """Train, but die in this backward pass, or in the middle of this write."""
     taken = saved = 0
 
     def backward(self: Learner[Any], *given: Any, **options: Any) -> Any:
@@ -48,7 +50,6 @@ def train(base: ClipBase, folder: Path, last_backward: int, last_save: int) -> N
 
 
 def ended(base: ClipBase, folder: Path, backward: int = -1, save: int = -1) -> tuple[int, Any]:
-    """The exit code of a process that trains, and what it made: adapter, losses, backward passes."""
     folder.mkdir(exist_ok=True)
     code = ForkedProcess(folder / "log", train, base, folder, backward, save).wait(300)
     result = folder / "result.json"

@@ -1,5 +1,3 @@
-"""Several processes that train one update: what they come to, when one is killed, and when they are to stop."""
-
 from __future__ import annotations
 
 import os
@@ -43,7 +41,7 @@ UPDATE = Learner.optimizer_step
 
 @pytest.fixture(scope="module", autouse=True)
 def taken_elsewhere() -> Iterator[pytest.MonkeyPatch]:
-    """No step is taken in this process, unless a test says so."""
+    """Fail if a step is taken in this process, unless a test allows it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Learner, "optimizer_step", lambda *_: pytest.fail("a step is taken here"))
         yield patch
@@ -74,7 +72,7 @@ def _in_team(rank: int, port: int, work: bytes) -> None:
 
 
 class MortalWorkers(ForkedWorkers):
-    """The second process is killed in its third step; then both are started again, as Ray Train does."""
+    """The second process is killed in its third step; then both are restarted, as Ray Train does."""
 
     def _fit(self, steps: Steps, work_dir: Path) -> None:
         mortal = partial(_mortal, work_dir.parent / "killed", steps)
