@@ -23,9 +23,8 @@ from core import metrics
 from core.errors import StoreError, StoreUnavailable
 from core.settings.streams import Kafka
 from streams.ingest.duplicates import CORRECTED, Duplicate, DuplicateIndex, KnownSample
-from streams.ingest.membership import PartitionReader
+from streams.ingest.membership import BATCH_BYTES, PartitionReader
 from streams.ingest.validate import BY_KEY, Accepted, StoreRow, quarantine_row
-from streams.kafka.ingest_clients import BATCH_BYTES
 from streams.store.conditions import IDS_PER_QUERY, hexadecimal, is_in, quoted
 from streams.store.rows import (
     CLAIM,
@@ -46,8 +45,6 @@ from streams.store.writer import StoreWriter
 log = logging.getLogger(__name__)
 Entry = tuple[PartitionReader, int, Accepted | StoreRow, int]
 """Partition reader; the first offset after the record; the sample, or the row of another outcome; bytes."""
-Watermark = Callable[[PartitionReader], int | None]
-"""Offset of a reader's first unpublished quarantined record, or None."""
 
 
 @dataclass
@@ -107,8 +104,9 @@ class Batch:
             self._entries = [entry for entry in self._entries if entry[0] not in lost]
             self._bytes = sum(size for *_, size in self._entries)
 
-    def commit(self, watermark: Watermark) -> CommitResult:
-        """Store all records in one commit, and empty the batch. Stores nothing and raises Superseded if another process
+    def commit(self, watermark: Callable[[PartitionReader], int | None]) -> CommitResult:
+        """Store all records in one commit, and empty the batch. ``watermark`` is the offset of a reader's first
+        unpublished quarantined record, or None. Stores nothing and raises Superseded if another process
         has claimed some of the partitions: try again without them (:meth:`drop`); or StoreUnavailable: try again."""
         ends = {reading: reading.behind(end) for reading, end, _, _ in self._entries}
         outcome = CommitResult(
@@ -181,7 +179,8 @@ class Batch:
             row["sent_at"],
         )  # fmt: skip
         same = next((each for each in targets if each["id"] == row["id"]), None)
-        newer = next((each for each in targets if is_newer(each, row)), None)
+        sent = row["sent_at"]  # that of rows from earlier versions is unknown
+        newer = next((each for each in targets if each["sent_at"] is not None and each["sent_at"] > sent), None)
         duplicate = None if same else self.index.find(sample)
         if newer is not None:
             duplicate = Duplicate("older", newer["id"])
@@ -304,11 +303,6 @@ class Corrections:
                     row = {**sample, **{name: row[name] for name in CLAIM}}
             settled.append(receipt or row)
         return settled
-
-
-def is_newer(stored: StoreRow, record: StoreRow) -> bool:
-    """True if a stored sample was sent after a record; False if its send time is unknown (earlier versions)."""
-    return bool(stored["sent_at"] is not None and stored["sent_at"] > record["sent_at"])
 
 
 def _sender(row: StoreRow) -> tuple[bytes | None, str]:

@@ -35,7 +35,10 @@ from streams.ingest.batch import Batch, CommitResult
 from streams.ingest.duplicates import DuplicateIndex
 from streams.ingest.ingest_report import IngestReport, IngestStatus, ThrottledLog
 from streams.ingest.membership import (
+    BATCH_BYTES,
+    POLL_RECORDS,
     POLL_SECONDS,
+    IngestClients,
     LogLost,
     Membership,
     PartitionReader,
@@ -43,12 +46,11 @@ from streams.ingest.membership import (
     start_position,
 )
 from streams.ingest.perceptual_hash import SplitRule
-from streams.ingest.quarantine import QuarantinePublisher
+from streams.ingest.quarantine import BACKOFF_SECONDS, QuarantinePublisher
 from streams.ingest.validate import Received, quarantine_row
 from streams.ingest.validators import ValidationPool, ValidationSetup, crashed, start_validators
 from streams.kafka import tolerant_fetch
 from streams.kafka.clients import check_rights, connection, ingest_rights
-from streams.kafka.ingest_clients import BATCH_BYTES, POLL_RECORDS, IngestClients
 from streams.store.rows import RecordPosition, gap_row, position_of
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
@@ -56,7 +58,7 @@ from streams.store.writer import StoreWriter
 log = logging.getLogger(__name__)
 #: On a stop: time for quarantined records to get into their topic. The next owner publishes the others.
 PUBLISH_SECONDS: Final = 5.0
-BACKOFF_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
+
 AWAY: Final = (BrokerError, StoreError, RegistryUnavailable, KafkaError, OSError)
 
 
@@ -129,12 +131,11 @@ class Consumer:
             self._report.stopped()
 
     def _finish(self) -> None:
-        if self._gives_up():
-            return
-        self._collect()
-        self._commit()
-        self._publisher.wait_until_published(PUBLISH_SECONDS)
-        self._mark_published()
+        if not self._gives_up():
+            self._collect()
+            self._commit()
+            self._publisher.wait_until_published(PUBLISH_SECONDS)
+            self._mark_published()
 
     def _gives_up(self) -> bool:
         """True if asked to stop while the store is unavailable: another attempt may take longer than the time left."""

@@ -1,5 +1,6 @@
-"""A consumer's group membership: its partitions, their start positions, and checks of their log. The store, not Kafka,
-decides where to continue in a partition. A log can be lost, truncated, or deleted before it was read."""
+"""A consumer's Kafka clients and group membership: its partitions, their start positions, and checks of their log. The
+store, not Kafka, decides where to continue in a partition. A log can be lost, truncated, or deleted before it was
+read."""
 
 from __future__ import annotations
 
@@ -10,21 +11,29 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from kafka import ConsumerRebalanceListener, OffsetAndMetadata, TopicPartition
+from kafka import ConsumerRebalanceListener, KafkaConsumer, OffsetAndMetadata, TopicPartition
 from kafka.errors import IllegalStateError, KafkaError
 
 from core import metrics
 from core.errors import BrokerError
 from core.settings.streams import Kafka
+from ratchet_client.broker import MAX_RECORD_BYTES, client_options
 from streams.kafka import tolerant_fetch
-from streams.kafka.clients import Admin
-from streams.kafka.ingest_clients import IngestClients
+from streams.kafka.clients import Admin, connection
+from streams.kafka.outbox import FencedSender
 from streams.kafka.tolerant_fetch import seek
 from streams.store.rows import Position, newest_of_topic, parse_stream, stream_name
 from streams.store.sample_store import SampleStore
 from streams.store.writer import Claim
 
 log = logging.getLogger(__name__)
+BATCH_BYTES: Final = 16 << 20
+"""Bytes of records per commit: large enough for efficient writes, small enough to be in memory three times."""
+POLL_RECORDS: Final = 256
+"""Records per poll: they wait in memory while earlier ones are validated and committed."""
+CONNECT_SECONDS: Final = 3.0
+SESSION_SECONDS: Final = 6.0
+"""Time until a killed process is noticed, and its partitions go to another."""
 POLL_SECONDS: Final = 0.25
 #: A member needs 3 s to join on the embedded broker, as does the first of a group on Apache Kafka.
 JOIN_SECONDS: Final = 6.0
@@ -165,6 +174,44 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
     def all(self) -> list[PartitionReader]:
         with self._lock:
             return [self._readings[number] for number in sorted(self._readings)]
+
+
+@dataclass
+class IngestClients:
+    kafka: Kafka
+
+    def admin(self) -> Admin:
+        return Admin(self.kafka, CONNECT_SECONDS)
+
+    def consumer(self) -> KafkaConsumer:
+        """A group member that skips unreadable records. Raises KafkaError, ConfigError."""
+        consumer = KafkaConsumer(**consumer_options(self.kafka))
+        tolerant_fetch.install(consumer, MAX_RECORD_BYTES)  # also checks the version of kafka-python
+        tolerant_fetch.complete_joins(consumer)
+        tolerant_fetch.make_no_topics(consumer)
+        return consumer
+
+    def sender(self, name: str, still_owner: Callable[[], bool]) -> FencedSender:
+        return FencedSender(self.kafka, name, still_owner)
+
+
+def consumer_options(kafka: Kafka) -> dict[str, Any]:
+    """Options of the consumer. ``kafka.client`` overrides all except the first four."""
+    bounds = {
+        "group_id": kafka.group,
+        "enable_auto_commit": False,
+        "auto_offset_reset": "none",  # the store has the position; Kafka must not guess
+        "isolation_level": "read_committed",
+        "bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000),
+        "session_timeout_ms": int(SESSION_SECONDS * 1000),
+        "heartbeat_interval_ms": int(SESSION_SECONDS * 1000 / 3),
+        "reconnect_backoff_max_ms": 1000,
+        "max_poll_records": POLL_RECORDS,
+        "fetch_max_bytes": BATCH_BYTES,
+        "max_partition_fetch_bytes": BATCH_BYTES // 2,
+        "receive_message_max_bytes": MAX_RECORD_BYTES + BATCH_BYTES,
+    }
+    return {**bounds, **client_options(connection(kafka), KafkaConsumer.DEFAULT_CONFIG)}
 
 
 class LogLost(BrokerError):

@@ -33,8 +33,7 @@ from core import metrics
 from core.dependencies import answered, noted
 from core.errors import BrokerError, Fenced, RecordTooLarge, StoreError
 from ratchet_client.encoding import Encoded, Headers
-from streams.ingest.membership import PartitionReader
-from streams.kafka.ingest_clients import IngestClients
+from streams.ingest.membership import IngestClients, PartitionReader
 from streams.kafka.outbox import Outbox, OutboxEntry
 from streams.store.rows import Position, RecordPosition, name_of, position_of
 from streams.store.sample_store import SampleStore
@@ -79,14 +78,8 @@ def original_position(record: Any) -> RecordPosition | None:
 
 def _headers(row: QuarantineRow) -> Headers:
     refused_at: datetime = row["ingested_at"]
-    ours = {
-        "reason": row["reason"],
-        "detail": row["detail"],
-        "topic": row["topic"],
-        "partition": str(row["partition"]),
-        "offset": str(row["offset"]),
-        "refused_at": refused_at.isoformat(),
-    }
+    ours = {name: str(row[name]) for name in ("reason", "detail", "topic", "partition", "offset")}
+    ours["refused_at"] = refused_at.isoformat()
     return [(f"ratchet_{name}", text.encode()) for name, text in ours.items()]
 
 

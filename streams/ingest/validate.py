@@ -83,8 +83,10 @@ def validate(record: Received, rules: Rules) -> Accepted | StoreRow:
     RegistryUnavailable in an outage."""
     now = datetime.now(UTC)
     try:
-        if record.value is None and (record.key or _named_id(record)):
-            return _tombstone(record, now)
+        named = _named_id(record) if record.value is None else None
+        if record.value is None and (record.key or named):
+            key = record_key(record.key)
+            return {"kind": "tombstone", **record.position, "id": named, "key": key, "ingested_at": now}
         sample = decode(
             record.value,
             record.headers,
@@ -114,7 +116,7 @@ def quarantine_row(record: Received, reason: str, detail: str, now: datetime | N
         **record.position,
         "reason": reason,
         "detail": detail.encode(errors="replace").decode()[:DETAIL_CHARS],
-        "source": _source(record),
+        "source": (_header(record, "ratchet_source", "ce_source") or "")[:256],
         "ingested_at": now or datetime.now(UTC),
         "key": record_key(record.key),
         "size": len(record.value or b""),
@@ -158,11 +160,6 @@ def _accept(sample: Sample, record: Received, rules: Rules, now: datetime) -> Ac
     return Accepted(row, record, replaces)
 
 
-def _tombstone(record: Received, now: datetime) -> StoreRow:
-    named = _named_id(record)
-    return {"kind": "tombstone", **record.position, "id": named, "key": record_key(record.key), "ingested_at": now}
-
-
 def _named_id(record: Received) -> str | None:
     text = _header(record, ID_HEADER)
     if text is None or _ID.fullmatch(text):
@@ -181,13 +178,7 @@ def _replaces(record: Received) -> str:
     )
 
 
-def _header(record: Received, wanted: str) -> str | None:
-    values = (value for name, value in record.headers if name.lower() == wanted and value is not None)
+def _header(record: Received, *wanted: str) -> str | None:
+    """The first header that has one of some names and a value."""
+    values = (value for name, value in record.headers if name.lower() in wanted and value is not None)
     return next((value.decode(errors="replace") for value in values), None)
-
-
-def _source(record: Received) -> str:
-    for name, value in record.headers:
-        if name.lower() in ("ratchet_source", "ce_source") and value is not None:
-            return value.decode(errors="replace")[:256]
-    return ""

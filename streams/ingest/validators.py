@@ -181,12 +181,9 @@ class ValidationSetup:
 
 def start_validators(work: ValidationSetup, processes: int, folder: Path) -> tuple[CrashGuard, Validators]:
     """Start ``processes`` validators; 0: threads of this process. Raises StoreUnavailable."""
-    if processes:
-        guard = CrashGuard(folder, processes * work.threads)
-        return guard, ProcessValidators(work, processes, guard)
-    threads = (os.cpu_count() or 1) + work.threads - 1
-    guard = CrashGuard(folder, threads)
-    return guard, ThreadValidators(work, threads, guard)
+    slots = processes * work.threads if processes else (os.cpu_count() or 1) + work.threads - 1
+    guard = CrashGuard(folder, slots)
+    return guard, ProcessValidators(work, processes, guard) if processes else ThreadValidators(work, slots, guard)
 
 
 class ProcessValidators:

@@ -277,26 +277,22 @@ def read_back(kafka: Kafka, topic: str, since: datetime) -> Iterator[Any]:
     :data:`READ_BACK_SECONDS`."""
     options = {"enable_auto_commit": False, "auto_offset_reset": "earliest", "isolation_level": "read_committed"}
     with reading_alone(kafka, f"reading topic {topic} back", **options) as consumer:
-        yield from _read(consumer, topic, since)
-
-
-def _read(consumer: Any, topic: str, since: datetime) -> Iterator[Any]:
-    partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()]
-    if not partitions:
-        return
-    consumer.assign(partitions)
-    ends = consumer.end_offsets(partitions)
-    since_ms = int((since.timestamp() - CLOCK_SKEW_SECONDS) * 1000)
-    for partition, start in consumer.offsets_for_times(dict.fromkeys(partitions, since_ms)).items():
-        consumer.seek(partition, start.offset if start else ends[partition])
-    quiet, deadline = 0, time.monotonic() + READ_BACK_SECONDS
-    while quiet < QUIET_POLLS or any(consumer.position(each) < ends[each] for each in partitions):
-        if time.monotonic() > deadline:
-            raise BrokerError(
-                f"topic {topic} could not be read back within {READ_BACK_SECONDS:.0f} s.",
-                "Is the broker overloaded? It is tried again.",
-            )
-        batches = consumer.poll(timeout_ms=POLL_MS)
-        quiet = 0 if batches else quiet + 1
-        for records in batches.values():
-            yield from records
+        partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()]
+        if not partitions:
+            return
+        consumer.assign(partitions)
+        ends = consumer.end_offsets(partitions)
+        since_ms = int((since.timestamp() - CLOCK_SKEW_SECONDS) * 1000)
+        for partition, start in consumer.offsets_for_times(dict.fromkeys(partitions, since_ms)).items():
+            consumer.seek(partition, start.offset if start else ends[partition])
+        quiet, deadline = 0, time.monotonic() + READ_BACK_SECONDS
+        while quiet < QUIET_POLLS or any(consumer.position(each) < ends[each] for each in partitions):
+            if time.monotonic() > deadline:
+                raise BrokerError(
+                    f"topic {topic} could not be read back within {READ_BACK_SECONDS:.0f} s.",
+                    "Is the broker overloaded? It is tried again.",
+                )
+            batches = consumer.poll(timeout_ms=POLL_MS)
+            quiet = 0 if batches else quiet + 1
+            for records in batches.values():
+                yield from records

@@ -15,7 +15,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import snappy
 import zstandard
@@ -54,15 +54,9 @@ class Corrupt:
     leader_epoch: int = -1
 
 
-class RecordHead(NamedTuple):
-    end: int
-    timestamp_delta: int
-    offset_delta: int
-    headers: int
-
-
-def record_head(buffer: bytearray, start: int) -> RecordHead:
-    """Read only the lengths of the record at ``start``. Raises ValueError or IndexError if there is none."""
+def record_head(buffer: bytearray, start: int) -> tuple[int, int, int, int]:
+    """End, time delta, offset delta and number of headers of the record at ``start``. Raises ValueError or IndexError
+    if there is none."""
     length, position = decode_varint(buffer, start)
     end = position + length
     if length < MIN_RECORD_BYTES - 1 or end > len(buffer):
@@ -74,7 +68,7 @@ def record_head(buffer: bytearray, start: int) -> RecordHead:
         size, position = decode_varint(buffer, position)
         position += max(0, size)
     headers, _ = decode_varint(buffer, position)
-    return RecordHead(end, timestamp_delta, offset_delta, headers)
+    return end, timestamp_delta, offset_delta, headers
 
 
 def most_records(size: int, compressed: bool, limit: int) -> int:
@@ -116,7 +110,31 @@ class DamagedBatch:
         return self._records
 
 
-class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
+class _Tolerant:
+    """What both formats share: a batch with a correct checksum, whose unreadable rest becomes corrupt records."""
+
+    compression_type: int
+
+    def __init__(self, view: memoryview, partition: TopicPartition, start: int, limit: int, *magic: int) -> None:
+        """``start``: the first offset wanted. ``limit``: largest expanded size of the records."""
+        super().__init__(view, *magic)  # type: ignore[call-arg]
+        self._source = view
+        self._partition = partition
+        self._from = start
+        self._limit = limit
+
+    def validate_crc(self) -> bool:
+        return True
+
+    def _rest(self, offsets: range, what: str, error: Exception, timestamp: int = -1) -> Iterator[CorruptRecord]:
+        first = max(offsets.start, self._from)
+        most = most_records(len(self._source), bool(self.compression_type), self._limit)
+        detail = f"{what} cannot be read: {(str(error) or type(error).__name__)[:200]}"
+        left = range(first, min(offsets.stop, first + most))
+        return corrupt_records(self._partition, left, detail, self._source, timestamp)
+
+
+class TolerantBatch(_Tolerant, DefaultRecordBatch):  # type: ignore[misc]
     """A batch of Kafka 0.11 or later (magic 2) with a correct checksum. A record with invalid UTF-8 in its header
     names, or with too many headers, is corrupt alone. After any other fault nothing that follows can be parsed, and
     each offset up to the batch's last is corrupt; but no more of them than the bytes can hold records: a producer could
@@ -125,14 +143,6 @@ class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
     _buffer: bytearray
     _pos: int
     _decompressed: bool
-
-    def __init__(self, view: memoryview, partition: TopicPartition, start: int, limit: int) -> None:
-        """``start``: the first offset wanted. ``limit``: largest expanded size of the records."""
-        super().__init__(view)
-        self._source = view
-        self._partition = partition
-        self._from = start
-        self._limit = limit
 
     @property
     def is_control_batch(self) -> bool:
@@ -152,9 +162,6 @@ class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
             self._pos = start
         return False
 
-    def validate_crc(self) -> bool:
-        return True
-
     def __iter__(self) -> Iterator[Any]:
         expected: int = self.base_offset
         last: int = self.last_offset
@@ -172,36 +179,30 @@ class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
         except MemoryError:
             raise  # a fault of this process, not of the data
         except Exception as error:  # includes whatever a codec's library raises
-            yield from self._rest(expected, error)
+            what = f"the batch of offsets {self.base_offset} to {last}"
+            yield from self._rest(range(expected, last + 1), what, error, self.max_timestamp)
 
     def _next_record(self, expected: int) -> Any:
         start = self._pos
-        head = record_head(self._buffer, start)
-        offset = self.base_offset + head.offset_delta
+        end, timestamp_delta, offset_delta, headers = record_head(self._buffer, start)
+        offset = self.base_offset + offset_delta
         if not expected <= offset <= self.last_offset or (self._complete and offset != expected):
             raise ValueError(f"a record of offset {offset} where {expected} is next, {self.last_offset} the last")
         try:
-            if head.headers > MAX_HEADERS:
-                raise UnicodeError(f"{head.headers} headers, more than {MAX_HEADERS}")
+            if headers > MAX_HEADERS:
+                raise UnicodeError(f"{headers} headers, more than {MAX_HEADERS}")
             return self._read_msg()
         except UnicodeError as error:
-            self._pos = head.end
-            raw = memoryview(self._buffer)[start : head.end]
+            self._pos = end
+            raw = memoryview(self._buffer)[start:end]
             detail = f"a header cannot be read: {error}"
-            timestamp = self.first_timestamp + head.timestamp_delta
+            timestamp = self.first_timestamp + timestamp_delta
             return next(corrupt_records(self._partition, range(offset, offset + 1), detail, raw, timestamp))
 
     @property
     def _complete(self) -> bool:
         """True if compaction removed no record, so that offsets are consecutive."""
         return bool(self.records_count == self.last_offset_delta + 1)
-
-    def _rest(self, expected: int, error: Exception) -> Iterator[CorruptRecord]:
-        first = max(expected, self._from)
-        most = most_records(len(self._source), bool(self.compression_type), self._limit)
-        offsets = range(first, min(self.last_offset + 1, first + most))
-        detail = f"the batch of offsets {self.base_offset} to {self.last_offset} cannot be read: {_message_of(error)}"
-        yield from corrupt_records(self._partition, offsets, detail, self._source, self.max_timestamp)
 
     def _maybe_uncompress(self) -> None:
         if not self._decompressed and self.compression_type:
@@ -211,18 +212,8 @@ class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
         self._decompressed = True
 
 
-class TolerantLegacyBatch(LegacyRecordBatch):  # type: ignore[misc]
+class TolerantLegacyBatch(_Tolerant, LegacyRecordBatch):  # type: ignore[misc]
     """A message (which may contain others) of magic 0 or 1, before Kafka 0.11, with a correct checksum."""
-
-    def __init__(self, view: memoryview, magic: int, partition: TopicPartition, start: int, limit: int) -> None:
-        super().__init__(view, magic)
-        self._source = view
-        self._partition = partition
-        self._from = start
-        self._limit = limit
-
-    def validate_crc(self) -> bool:
-        return True
 
     def __iter__(self) -> Iterator[Any]:
         expected = 0
@@ -235,11 +226,8 @@ class TolerantLegacyBatch(LegacyRecordBatch):  # type: ignore[misc]
         except MemoryError:
             raise
         except Exception as error:
-            first = max(expected, self._from)
-            most = most_records(len(self._source), bool(self.compression_type), self._limit)
-            offsets = range(first, min(self.base_offset + 1, first + most))
-            detail = f"the message set up to offset {self.base_offset} cannot be read: {_message_of(error)}"
-            yield from corrupt_records(self._partition, offsets, detail, self._source)
+            what = f"the message set up to offset {self.base_offset}"
+            yield from self._rest(range(expected, self.base_offset + 1), what, error)
 
     def _decompress(self, key_offset: int) -> bytearray:
         _, value = self._read_key_value(key_offset)
@@ -253,10 +241,6 @@ class TolerantLegacyBatch(LegacyRecordBatch):  # type: ignore[misc]
                 raise ValueError(f"a message of {size} bytes")
             start += 12 + size
         return messages
-
-
-def _message_of(error: Exception) -> str:
-    return (str(error) or type(error).__name__)[:200]
 
 
 GZIP, SNAPPY, LZ4, ZSTD = 1, 2, 3, 4

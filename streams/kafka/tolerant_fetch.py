@@ -44,6 +44,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import kafka
@@ -82,7 +83,7 @@ def install(consumer: KafkaConsumer, max_batch_bytes: int = MAX_BATCH_BYTES) -> 
             raise ConfigError(f"the consumer has a {name}.", "Decode what `poll` returns instead.")
     fetcher = consumer._fetcher
     fetcher.PartitionRecords = TolerantRecords
-    fetcher._parse_fetched_data = _Parser(fetcher, max_batch_bytes).parse
+    fetcher._parse_fetched_data = partial(_parse, fetcher, fetcher._parse_fetched_data, max_batch_bytes, Suspects())
 
 
 def complete_joins(consumer: KafkaConsumer) -> None:
@@ -139,27 +140,24 @@ class TolerantRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
         self.next_fetch_offset = max(self.next_fetch_offset, self.fetch_offset)
 
 
-class _Parser:
-    def __init__(self, fetcher: Fetcher, max_batch_bytes: int) -> None:
-        self._fetcher = fetcher
-        self._library: Callable[[CompletedFetch], TolerantRecords | None] = fetcher._parse_fetched_data
-        self._limit = max_batch_bytes
-        self._suspects = Suspects()
-
-    def parse(self, completed: CompletedFetch) -> TolerantRecords | None:
-        """Let kafka-python check the response, then give it batches that do not raise."""
-        response, partition = completed.partition_data, completed.topic_partition
-        data, response.records = response.records or b"", b""  # kafka-python would raise for a truncated batch
-        records = self._library(completed)
-        if records is not None:
-            state = self._fetcher._subscriptions.assignment[partition]
-            epoch = self._fetcher._manager.cluster.leader_epoch_for_partition(partition)
-            records.newest_epoch = -1 if epoch is None else epoch
-            records.leader_epoch = state.position.leader_epoch
-            records.batches = FetchedBatches(
-                data, partition, completed.fetched_offset, response.high_watermark, self._limit, self._suspects
-            )
-        return records
+def _parse(
+    fetcher: Fetcher,
+    library: Callable[[CompletedFetch], TolerantRecords | None],
+    limit: int,
+    suspects: Suspects,
+    completed: CompletedFetch,
+) -> TolerantRecords | None:
+    """Let kafka-python check the response, then give it batches that do not raise."""
+    response, partition = completed.partition_data, completed.topic_partition
+    data, response.records = response.records or b"", b""  # kafka-python would raise for a truncated batch
+    records = library(completed)
+    if records is not None:
+        epoch = fetcher._manager.cluster.leader_epoch_for_partition(partition)
+        records.newest_epoch = -1 if epoch is None else epoch
+        records.leader_epoch = fetcher._subscriptions.assignment[partition].position.leader_epoch
+        end = response.high_watermark
+        records.batches = FetchedBatches(data, partition, completed.fetched_offset, end, limit, suspects)
+    return records
 
 
 def truncations(error: LogTruncationError) -> dict[int, int | None]:
@@ -247,11 +245,8 @@ class Suspects:
 
     def put(self, partition: TopicPartition, position: int, views: Iterable[memoryview]) -> None:
         last_position, fetches, _ = self._seen.get(partition, (-1, 0, set()))
-        self._seen[partition] = (
-            position,
-            fetches + 1 if last_position == position else 1,
-            {zlib.crc32(each) for each in views},
-        )
+        count = fetches + 1 if last_position == position else 1
+        self._seen[partition] = position, count, {zlib.crc32(each) for each in views}
 
 
 class FetchedBatches:
@@ -316,7 +311,7 @@ class FetchedBatches:
                 raise Unreliable(f"its offsets {base} to {last} do not fit the log, which ends at {self.end}")
         magic = view[MAGIC_AT]
         if magic < 2:
-            return TolerantLegacyBatch(view, magic, self.partition, self.position, self.limit), last
+            return TolerantLegacyBatch(view, self.partition, self.position, self.limit, magic), last
         batch = TolerantBatch(view, self.partition, self.position, self.limit)
         if batch.unreadable_control:
             raise UnreadableMarker("it should end a transaction, and has no record that says which way")
@@ -347,14 +342,11 @@ class FetchedBatches:
         # After a lost marker, only a new fetch knows which of a producer's records were aborted.
         ends = written and HEADER.unpack_from(view)[PRODUCER] >= 0
         self._at += len(view)
-        self._stopped = ends or self._base_at(self._at) != offsets.stop
+        follows = self._frame(self._at)
+        self._stopped = ends or follows is None or struct.unpack_from(">q", follows) != (offsets.stop,)
         self.position = offsets.stop
         self._first = False
         return DamagedBatch(self.partition, offsets, detail, view)
-
-    def _base_at(self, start: int) -> int | None:
-        view = self._frame(start)
-        return None if view is None else int(struct.unpack_from(">q", view)[0])
 
     def _damage_behind(self, size: int) -> Iterator[memoryview]:
         """Damaged batches after ``size`` bytes, so that a single further fetch confirms all of them."""

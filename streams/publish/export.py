@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from core.errors import ConfigError
 from core.files import replacing
 from ratchet_client.images import sniff
-from streams.publish.folders import FolderItem, write_folder
+from streams.publish.folders import FolderItem, write_folder, writing
 from streams.store.rows import SAMPLE_SCHEMA
 from streams.store.sample_queries import SampleFilter, stream_samples
 from streams.store.sample_store import SampleStore
@@ -68,13 +68,9 @@ def export(
             count += 1
 
     write = {".parquet": _write_parquet, ".tar": _write_tar}.get(path.suffix.lower(), _write_folder)
-    try:
+    with writing(path, "Make room, or name another."):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, counted())
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be written: {error.strerror or error}.", "Make room, or name another."
-        ) from error
     return count
 
 
@@ -118,9 +114,8 @@ def _write_parquet(path: Path, rows: Iterator[SampleRow]) -> None:
         group: list[dict[str, Any]] = []
         size = 0
         for row in rows:
-            group.append(
-                {**{name: row[name] for name in _FIELDS}, "image": {"bytes": row["image"], "path": image_name(row)}}
-            )
+            image = {"bytes": row["image"], "path": image_name(row)}
+            group.append({**{name: row[name] for name in _FIELDS}, "image": image})
             size += len(row["image"])
             if size >= GROUP_BYTES or len(group) >= GROUP_ROWS:
                 writer.write_table(pa.Table.from_pylist(group, schema=_PARQUET))

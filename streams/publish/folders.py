@@ -31,13 +31,14 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, TextIO
 
-from core.errors import RecordError
+from core.errors import ConfigError, RecordError
 from core.files import replacing
 
 MAX_IMAGE_BYTES: Final = 64 * 2**20
@@ -129,12 +130,7 @@ def read_index(index: Path) -> Iterator[DatasetRow]:
     """Yield the rows of a `.csv` or `.jsonl` file with the columns of a folder dataset. Raises `RecordError` if there
     is no such table."""
     root, folder = index.parent.resolve(), index.parent
-    table = (
-        jsonl_rows(index)
-        if index.suffix.lower() in (".jsonl", ".ndjson")
-        else csv_rows(index, partial(_check_header, index=index))
-    )
-    for where, row in table:
+    for where, row in table_rows(index, partial(_check_header, index=index)):
         try:
             content = row if isinstance(row, RecordError) else _item(row, root, folder, where)
         except RecordError as error:
@@ -229,6 +225,15 @@ def _cell(item: FolderItem, name: str) -> str:
     return TAG_SEPARATOR.join(part.replace(TAG_SEPARATOR, ",") for part in value) if name in _LISTS else str(value)
 
 
+@contextmanager
+def writing(path: Path, fix: str) -> Iterator[None]:
+    """Turn an OSError into a ConfigError that says that ``path`` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}.", fix) from error
+
+
 def dataset_error(problem: str, fix: str) -> RecordError:
     """An error, with the reason ``dataset``, about a data set or one of its rows."""
     return RecordError("dataset", f"{problem}.", f"{fix[0].upper()}{fix[1:]}.")
@@ -251,6 +256,11 @@ class Where:
 
 
 TableRow = tuple[Where, Mapping[str, Any] | RecordError]
+JSON_LINES: Final = (".jsonl", ".ndjson")
+
+
+def table_rows(path: Path, check_header: Callable[[Sequence[str]], None]) -> Iterator[TableRow]:
+    return jsonl_rows(path) if path.suffix.lower() in JSON_LINES else csv_rows(path, check_header)
 
 
 def csv_rows(path: Path, check_header: Callable[[Sequence[str]], None]) -> Iterator[TableRow]:
@@ -272,7 +282,7 @@ def csv_rows(path: Path, check_header: Callable[[Sequence[str]], None]) -> Itera
         check_header(header)
         while True:
             line = reader.line_num
-            lines.begin_row()
+            lines.size = 0
             try:
                 row = next(reader)
             except StopIteration:
@@ -297,24 +307,22 @@ def _csv_problem(row: dict[str | Any, Any], where: Where) -> RecordError | None:
     return None
 
 
+@dataclass
 class _Lines:
-    def __init__(self, stream: TextIO, path: Path) -> None:
-        self._stream = stream
-        self._path = path
-        self._size = 0
-
-    def begin_row(self) -> None:
-        self._size = 0
+    stream: TextIO
+    path: Path
+    size: int = 0
+    """Characters of the current row so far."""
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._stream.readline(MAX_ROW_CHARS + 1 - self._size)
-        self._size += len(line)
-        if self._size > MAX_ROW_CHARS:
+        line = self.stream.readline(MAX_ROW_CHARS + 1 - self.size)
+        self.size += len(line)
+        if self.size > MAX_ROW_CHARS:
             raise dataset_error(
-                f"{self._path} has a row of more than {MAX_ROW_CHARS} characters",
+                f"{self.path} has a row of more than {MAX_ROW_CHARS} characters",
                 "shrink the image in it, or close the quote that was left open",
             )
         if not line:

@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
@@ -30,7 +30,7 @@ from ratchet_client.producer import Delivery, check_sample
 from ratchet_client.records import Sample, make_sample
 from streams.kafka.clients import Admin, connect_producer, producer_limits
 from streams.publish.datasets import choose, read_dataset
-from streams.publish.folders import DatasetRow, FolderItem
+from streams.publish.folders import DatasetRow, FolderItem, writing
 from streams.store.rows import newest_of_topic
 from streams.store.sample_store import SampleStore
 
@@ -42,9 +42,6 @@ SAVE_ROWS: Final = 256
 PAUSE_SECONDS: Final = 0.5
 MAX_EXAMPLES: Final = 5
 MAX_SHOWN_CHARS: Final = 300
-DELIVERED: Final = 0
-SOME_REFUSED: Final = 3
-ALL_REFUSED: Final = 4
 
 
 def publish(
@@ -115,16 +112,14 @@ def _skip(rows: Iterator[DatasetRow], progress: ProgressFile) -> int:
     return passed
 
 
+@dataclass
 class _Run:
-    def __init__(
-        self, settings: Settings, report: PublishReport, rejects: TextIO | None, source: str | None, skip_bad: bool
-    ) -> None:
-        self._settings = settings
-        self._report = report
-        self._rejects = rejects
-        self._source = source
-        self._skip_bad = skip_bad
-        self._lock = threading.Lock()
+    _settings: Settings
+    _report: PublishReport
+    _rejects: TextIO | None
+    _source: str | None
+    _skip_bad: bool
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def check(self, rows: Iterator[DatasetRow]) -> None:
         report, started = self._report, time.monotonic()
@@ -255,8 +250,8 @@ class PublishReport:
     def exit_status(self) -> int:
         """0: all delivered, or nothing left to deliver; 3: some rows were refused; 4: all were."""
         if not self.refused:
-            return DELIVERED
-        return SOME_REFUSED if self.delivered or self.before else ALL_REFUSED
+            return 0
+        return 3 if self.delivered or self.before else 4
 
     def progress(self, since: float) -> str:
         refused = f", {self.refused.total()} refused" if self.refused else ""
@@ -290,11 +285,8 @@ class PublishReport:
 def _open_rejects(path: Path | None, append: bool) -> Any:
     if path is None:
         return nullcontext()
-    try:
+    with writing(path, "Name another file with --rejects."):
         return path.open("a" if append else "w", encoding="utf-8", buffering=1)
-    except OSError as error:
-        problem = f"{path} cannot be written: {error.strerror or error}."
-        raise ConfigError(problem, "Name another file with --rejects.") from error
 
 
 class InFlight:
@@ -362,6 +354,9 @@ class Progress:
     """File and row of the last of these; a different one there means that the data set has changed."""
 
 
+_HOME_FIX: Final = "Make room, or set `home` to a folder that can be written."
+
+
 class ProgressFile:
     """The progress of one data set, format, split, topic and broker, written atomically. Not thread safe."""
 
@@ -394,20 +389,15 @@ class ProgressFile:
         if done - self._saved < every or done not in self._places:
             return
         content = {**asdict(self._empty), "done": done, "place": self._places[done]}
-        self._change(lambda: replace_file(self.file, json.dumps(content).encode()))
+        with writing(self.file, _HOME_FIX):
+            replace_file(self.file, json.dumps(content).encode())
         self._saved = done
         self._places = {number: place for number, place in self._places.items() if number >= done}
 
     def reset(self) -> None:
         self._saved = 0
-        self._change(lambda: self.file.unlink(missing_ok=True))
-
-    def _change(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except OSError as error:
-            problem = f"{self.file} cannot be written: {error.strerror or error}."
-            raise ConfigError(problem, "Make room, or set `home` to a folder that can be written.") from error
+        with writing(self.file, _HOME_FIX):
+            self.file.unlink(missing_ok=True)
 
 
 def wait_until_stored(settings: Settings, last: Mapping[int, int], seconds: float) -> None:

@@ -22,16 +22,13 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from core.errors import RecordError
 from ratchet_client.encoding import EVENT_TYPE, NO_SOURCE, PREFIX
 from ratchet_client.images import MAX_BYTES, sniff
 from ratchet_client.records import METADATA, SCHEMA, Sample, check_schema, make_sample
-
-if TYPE_CHECKING:
-    from streams.records.registry import SchemaRegistry
-
+from streams.records.registry import SchemaRegistry, json_object
 
 Fetch = Callable[[str], bytes]
 
@@ -76,8 +73,7 @@ def decode(
             f"the record has {len(value)} bytes; an image of {max_image_bytes} and its texts take less.",
             "Scale the image down.",
         )
-    record = _read_confluent(value, registry) if value[0] == 0 else _parse(value)
-    record = _open_connect(record)
+    record = _open_connect(_parse(value) if value[0] else _read_confluent(value, registry))
     if content_type.startswith(EVENT_TYPE) or "specversion" in record:
         attributes, record = _open_structured(record)
     return _make(_merge(attributes, record, ours), max_image_bytes, fetch)
@@ -185,17 +181,8 @@ def _open_connect(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse(value: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise RecordError(
-            "not_json",
-            f"the record is neither an image nor JSON: {str(error)[:120]}.",
-            "Send the bytes of a PNG, JPEG, WebP, GIF or BMP file, or a JSON object in UTF-8.",
-        ) from None
-    if not isinstance(record, dict):
-        raise RecordError("not_json", f"the record is a JSON {type(record).__name__}.", "Send a JSON object.")
-    return record
+    fix = "Send the bytes of a PNG, JPEG, WebP, GIF or BMP file, or a JSON object in UTF-8."
+    return json_object(value, "the record is neither an image nor JSON", fix)
 
 
 def _make(fields: dict[str, Any], max_image_bytes: int, fetch: Fetch | None) -> Sample:

@@ -18,7 +18,6 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 from core.errors import ConfigError, RecordError, RegistryUnavailable, SchemaUnavailable
@@ -38,10 +37,8 @@ FORGET_SECONDS: Final = 120.0
 """A failure after this time without one counts as the first: the consumer retries at least every ten seconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Refusal:
-    error: RecordError
-    until: float
+Refusal = tuple[RecordError, float]
+"""Why a schema cannot be used, and until when that counts."""
 
 
 class SchemaRegistry:
@@ -63,7 +60,7 @@ class SchemaRegistry:
                 "Install `ratchet-server[registry]`.",
             ) from None
         self.client = RegistryClient(url, auth, timeout_seconds=timeout_seconds)
-        self._decoders: dict[int, Decoder | _Refusal] = {}
+        self._decoders: dict[int, Decoder | Refusal] = {}
         self._failing: dict[int, tuple[float, float]] = {}
         self._away: tuple[RegistryUnavailable, float] | None = None
         self._making = threading.Lock()
@@ -88,32 +85,33 @@ class SchemaRegistry:
 
     def _decoder(self, number: int) -> Decoder:
         decoder = self._decoders.get(number)
-        if decoder is None or isinstance(decoder, _Refusal):
+        if decoder is None or isinstance(decoder, tuple):
             with self._making:  # one thread asks, the others use its result
                 decoder = self._decoders.get(number)
-                if decoder is None or (isinstance(decoder, _Refusal) and time.monotonic() > decoder.until):
+                if decoder is None or (isinstance(decoder, tuple) and time.monotonic() > decoder[1]):
                     if len(self._decoders) >= MAX_SCHEMAS:
                         self._decoders.clear()
                     decoder = self._decoders[number] = self._make(number)
-        if isinstance(decoder, _Refusal):
-            raise RecordError(decoder.error.reason, decoder.error.message, decoder.error.fix)
+        if isinstance(decoder, tuple):
+            error, _ = decoder
+            raise RecordError(error.reason, error.message, error.fix)
         return decoder
 
-    def _make(self, number: int) -> Decoder | _Refusal:
+    def _make(self, number: int) -> Decoder | Refusal:
         now = time.monotonic()
         if self._away is not None and now < self._away[1]:
             error = self._away[0]
             raise RegistryUnavailable(error.message, error.fix)
         try:
-            decoder: Decoder | _Refusal = make_decoder(self.client.by_id(number), self.client)
+            decoder: Decoder | Refusal = make_decoder(self.client.by_id(number), self.client)
         except RecordError as error:
-            decoder = _Refusal(error, now + REFUSED_SECONDS)
+            decoder = error, now + REFUSED_SECONDS
         except RegistryUnavailable as error:
             if not self._given_up(number, error, now):
                 self._away = (error, now + AWAY_SECONDS)
                 raise
             fix = "When the registry has it again, send the record once more (`ratchet quarantine resubmit`)."
-            decoder = _Refusal(RecordError("schema_unavailable", error.message, fix), now + REFUSED_SECONDS)
+            decoder = RecordError("schema_unavailable", error.message, fix), now + REFUSED_SECONDS
         else:
             self._failing.pop(number, None)
         return decoder
@@ -133,19 +131,18 @@ def make_decoder(schema: Schema, client: RegistryClient) -> Decoder:
     """The decoder for a schema. Raises RecordError ``schema`` if it, or an import, cannot be used; RegistryUnavailable
     if an import could not be fetched."""
     if schema.kind == "JSON":
-        return _read_json
+        return lambda value: json_object(value, "the value is no JSON", "Its schema in the registry says JSON.")
     from streams.records.registry_formats import avro_decoder, protobuf_decoder  # only with the extra
 
     return avro_decoder(schema, client) if schema.kind == "AVRO" else protobuf_decoder(schema, client)
 
 
-def _read_json(value: bytes) -> dict[str, Any]:
+def json_object(value: bytes, problem: str, fix: str) -> dict[str, Any]:
+    """Parse a JSON object. Raises RecordError ``not_json``; with ``problem`` and ``fix`` if it is no JSON at all."""
     try:
         record = json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise RecordError(
-            "not_json", f"the value is no JSON: {str(error)[:120]}.", "Its schema in the registry says JSON."
-        ) from None
+        raise RecordError("not_json", f"{problem}: {str(error)[:120]}.", fix) from None
     if not isinstance(record, dict):
         raise RecordError("not_json", f"the record is a JSON {type(record).__name__}.", "Send a JSON object.")
     return record

@@ -119,18 +119,18 @@ class _Cost:
             return 1 + min((size for size, _ in costs), default=0), 1 + max((nodes for _, nodes in costs), default=0)
         kind = node if isinstance(node, str) else node["type"]
         match kind:
-            case "null":
-                return 0, 1
+            case "null" | "float" | "double":
+                return {"null": 0, "float": 4, "double": 8}[kind], 1
             case "record" | "error":
-                return self._record(node)
+                self._open.add(node["name"])
+                costs = [self.of(field["type"]) for field in node["fields"]]
+                self._open.remove(node["name"])
+                return sum(size for size, _ in costs), 1 + sum(nodes for _, nodes in costs)
             case "fixed":
                 if not 0 <= int(node["size"]) < 2**31:
                     raise _misfit("the Avro schema has a fixed type of no valid size")
                 return int(node["size"]), 1
-            case "float":
-                return 4, 1
-            case "double":
-                return 8, 1
+
             case "array" | "map":
                 size, nodes = self.of(node["items" if kind == "array" else "values"])
                 if size == 0 and kind == "array":
@@ -140,12 +140,6 @@ class _Cost:
                 return (1, 1) if kind not in self.named else self.of(kind)
             case _:
                 return self.of(kind)  # {"type": {"type": ...}}
-
-    def _record(self, node: dict[str, Any]) -> tuple[int, int]:
-        self._open.add(node["name"])
-        costs = [self.of(field["type"]) for field in node["fields"]]
-        self._open.remove(node["name"])
-        return sum(size for size, _ in costs), 1 + sum(nodes for _, nodes in costs)
 
 
 def _misfit(what: str) -> RecordError:

@@ -63,11 +63,15 @@ class UriFetcher:
         self.limits, self.fetches, self.seconds = limits, fetches, seconds
         self._folders = [text for text in limits.allowed_uris if text.startswith("file:")]
         self._objects = [ObjectRule.parse(text) for text in limits.allowed_uris if is_object(text)]
-        self._hosts = [text for text in limits.allowed_uris if not text.startswith("file:") and not is_object(text)]
+        hosts = [text for text in limits.allowed_uris if not text.startswith("file:") and not is_object(text)]
         self._stall_seconds = seconds / 4  # leaves time for another attempt after one that hangs
         self._seats = FetchLimits(fetches, seconds)
         self._reader = _ObjectReader(limits.max_image_bytes, self._stall_seconds, fetches)
-        self._fetcher = self._http_fetcher() if self._hosts else None
+        rules = Rules(
+            hosts, limits.allowed_networks, limits.max_image_bytes, seconds, fetches, self._stall_seconds,
+            rules_setting="ingest.allowed_uris", networks_setting="ingest.allowed_networks",
+        )  # fmt: skip
+        self._fetcher = Fetcher(rules) if hosts else None
         self._lock = threading.Lock()
         self._closed = False
         self._running = ExitStack()
@@ -151,45 +155,17 @@ class UriFetcher:
             raise _not_allowed(uri)
         return place
 
-    def _http_fetcher(self) -> Fetcher:
-        limits = self.limits
-        return Fetcher(
-            Rules(
-                self._hosts, limits.allowed_networks, limits.max_image_bytes, self.seconds,
-                self.fetches, self._stall_seconds,
-                rules_setting="ingest.allowed_uris", networks_setting="ingest.allowed_networks",
-            )
-        )  # fmt: skip
-
 
 def _read_file(uri: str, folders: Sequence[str], max_bytes: int) -> bytes:
     """Read a regular file under one of ``folders``, also after symbolic links are followed. Raises RecordError:
     ``uri_not_allowed``, ``uri_unreachable`` or ``image_too_large``."""
     try:
-        if not any(_is_under(uri, folder) for folder in folders):
+        local = urlsplit(uri).netloc in ("", "localhost")
+        if not local or not any(_path(uri).is_relative_to(_path(folder)) for folder in folders):
             raise _not_allowed(uri)
-        return _read(_path(uri), max_bytes)
+        path = _path(uri)
     except ValueError:  # a malformed host or path
         raise _not_allowed(uri) from None
-
-
-def _not_allowed(uri: str) -> RecordError:
-    return RecordError(
-        "uri_not_allowed",
-        f"image_uri {uri[:200]!r} is under no allowed prefix.",
-        "Send the image in the record, or add its prefix to `ingest.allowed_uris`.",
-    )
-
-
-def _path(uri: str) -> Path:
-    return Path(unquote(urlsplit(uri).path)).resolve()
-
-
-def _is_under(uri: str, folder: str) -> bool:
-    return urlsplit(uri).netloc in ("", "localhost") and _path(uri).is_relative_to(_path(folder))
-
-
-def _read(path: Path, max_bytes: int) -> bytes:
     try:
         if not path.is_file():  # reading a device or a pipe would never end
             raise FileNotFoundError(path)
@@ -204,6 +180,18 @@ def _read(path: Path, max_bytes: int) -> bytes:
     return data
 
 
+def _not_allowed(uri: str) -> RecordError:
+    return RecordError(
+        "uri_not_allowed",
+        f"image_uri {uri[:200]!r} is under no allowed prefix.",
+        "Send the image in the record, or add its prefix to `ingest.allowed_uris`.",
+    )
+
+
+def _path(uri: str) -> Path:
+    return Path(unquote(urlsplit(uri).path)).resolve()
+
+
 _PACKAGES = {"s3": 'pip install "ratchet-server[s3]"', "gs": "pip install gcsfs"}
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)
 _PERMANENT_ERRNOS = (errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG)
@@ -211,17 +199,17 @@ _PERMANENT_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValid
 """Exceptions of botocore, which must not be imported for other stores."""
 
 
+@dataclass(eq=False)
 class _ObjectReader:
     """Reads whole objects of at most ``max_bytes``. For one event loop. ``stall_seconds`` is the longest time for a
     connection, or without a byte."""
 
-    def __init__(self, max_bytes: int, stall_seconds: float, connections: int) -> None:
-        self.max_bytes = max_bytes
-        self.stall_seconds = stall_seconds
-        self.connections = connections
-        self._stores: dict[str, Any] = {}
-        self._sessions: list[Any] = []
-        self._opening = asyncio.Lock()
+    max_bytes: int
+    stall_seconds: float
+    connections: int
+    _stores: dict[str, Any] = field(default_factory=dict)
+    _sessions: list[Any] = field(default_factory=list)
+    _opening: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def read(self, place: ObjectRule) -> bytes:
         """Read an object. Raises RecordError: ``uri_not_allowed`` (the scheme's package is not installed),

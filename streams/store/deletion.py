@@ -169,14 +169,9 @@ def _earlier(store: SampleStore, ids: Sequence[str], version: int) -> dict[str, 
 
 def as_json(row: DeletionRow) -> dict[str, Any]:
     times = {name: getattr(row, name) for name in ("requested_at", "removed_at", "held_at", "done_at", "remains_until")}
+    same = ("id", "state", "selector", "actor", "reason", "samples", "refusals")
     return {
-        "id": row.id,
-        "state": row.state,
-        "selector": row.selector,
-        "actor": row.actor,
-        "reason": row.reason,
-        "samples": row.samples,
-        "refusals": row.refusals,
+        **{name: getattr(row, name) for name in same},
         "adapters": {"learned": [], "may_have_replayed": [], **row.adapters},
         "first_update_without": row.update_id,
         "remains": row.remains,
@@ -325,12 +320,6 @@ class OldVersion:
     modified: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Remains:
-    words: str
-    until: datetime | None = None
-
-
 class OldVersions:
     """Noncurrent versions of all objects in a lake. Methods raise StoreUnavailable if the object store does not
     answer."""
@@ -361,8 +350,8 @@ class OldVersions:
                 break
         self._left = self._list() if old else []
 
-    def left(self, before: datetime) -> Remains | None:
-        """What :meth:`purge` left of files from before a time; None if nothing."""
+    def left(self, before: datetime) -> tuple[str, datetime | None] | None:
+        """What :meth:`purge` left of files from before a time, and until when; None if nothing."""
         left = sorted((each for each in self._left if each.modified < before), key=lambda each: each.modified)
         if not left:
             return None
@@ -370,10 +359,10 @@ class OldVersions:
         locks = [self._lock(each) for each in reversed(left[-ASKED:])]
         times = [each for each in locks if isinstance(each, datetime)]
         if "held" in locks:
-            return Remains(f"{count}: under a legal hold.")
+            return f"{count}: under a legal hold.", None
         if times:
-            return Remains(f"{count}: under object lock.", max(times))
-        return Remains(f"{count}: they could not be deleted. Allow s3:DeleteObjectVersion.")
+            return f"{count}: under object lock.", max(times)
+        return f"{count}: they could not be deleted. Allow s3:DeleteObjectVersion.", None
 
     def _list(self) -> list[OldVersion]:
         try:

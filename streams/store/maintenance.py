@@ -194,13 +194,15 @@ class Maintainer:
         if gaps == self._gaps:
             return
         for row in self.store.gaps(10_000):
-            position = name_of(position_of(row))
+            event = f"gap-{name_of(position_of(row))}"
+            if len(event) > 200:
+                event = f"{event[:180]}-{digest12(event.encode())}"
             data = {
                 "topic": row["topic"], "partition": row["partition"], "from": row["offset"], "to": row["until"],
                 "reason": row["reason"],
             }  # fmt: skip
             subject = f"{row['topic']}:{row['partition']}"
-            self.ledger.record_event("ratchet.gap.v1", _event_id(position), subject[:300], data)
+            self.ledger.record_event("ratchet.gap.v1", event, subject[:300], data)
         self._gaps = gaps
 
     def _prune_events(self) -> None:
@@ -269,8 +271,9 @@ class Maintainer:
         for each in ready:
             left = old.left(each.held_at or datetime.now(UTC))
             if left is not None:
-                self.ledger.deletion_held(each.id, left.words, left.until)
-                say(f"maintain: {each.id}: {left.words}")
+                words, until = left
+                self.ledger.deletion_held(each.id, words, until)
+                say(f"maintain: {each.id}: {words}")
                 continue
             self.ledger.deletion_done(each.id, old.unknown or None)
             say(f"maintain: {each.id} is done: {each.samples} samples and {each.refusals} refusals are gone")
@@ -286,11 +289,6 @@ class Maintainer:
         oldest = self.ledger.oldest_deletion()
         age = 0.0 if oldest is None else (datetime.now(UTC) - oldest.requested_at).total_seconds()
         metrics.maintain.deletions(self.ledger.count_deletions(states=["requested", "removed", "held"]), age)
-
-
-def _event_id(position: str) -> str:
-    name = f"gap-{position}"
-    return name if len(name) <= 200 else f"{name[:180]}-{digest12(name.encode())}"
 
 
 def run_maintain(settings: Settings, once: bool = False, collect: Callable[[], object] | None = None) -> None:

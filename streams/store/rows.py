@@ -193,17 +193,9 @@ class Position:
         return f"{self.stream}:{self.partition}"
 
     def row(self) -> dict[str, Any]:
-        return {
-            "kind": "position",
-            "topic": self.stream,
-            "partition": self.partition,
-            "offset": self.next,
-            "topic_id": self.topic_id,
-            "leader_epoch": self.leader_epoch,
-            "published": self.published,
-            "epoch": self.epoch,
-            "tally": json.dumps(self.tally, sort_keys=True),
-        }
+        same = ("partition", "topic_id", "leader_epoch", "published", "epoch")
+        named = {"topic": self.stream, "offset": self.next, "tally": json.dumps(self.tally, sort_keys=True)}
+        return {"kind": "position", **named, **{name: getattr(self, name) for name in same}}
 
     @classmethod
     def parse(cls, row: Mapping[str, Any]) -> Position:

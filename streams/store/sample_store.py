@@ -121,12 +121,8 @@ class SampleStore:
     ) -> int:
         """Number of samples: in a split, at or after the given offsets, with a text or a question. Needs no scan
         without ``after``; with it, only what may be after the offsets is read."""
-        dataset = self.table.open(version)
-        if dataset is None:
-            return 0
         if after:
-            with reading_store(self.url):
-                return int(dataset.count_rows(filter=self._where(dataset, split, after, having)))
+            return self.count_rows(self._where(version, split, after, having), version)
         tally = self.tally(version)
         splits = ("train", "fresh_eval") if split is None else (split,)
         return sum(tally[name if having is None else f"{name}/{having}"] for name in splits)
@@ -153,7 +149,7 @@ class SampleStore:
         if unknown := set(wanted) - set(SAMPLE_COLUMNS):
             raise StoreError(f"samples have no column {sorted(unknown)}.", f"Columns: {', '.join(SAMPLE_COLUMNS)}.")
         read = [*wanted, *(name for name in _ORDER if name not in wanted)]
-        where = self._where(self.table.open(version), split, after, having)
+        where = self._where(version, split, after, having)
         filters = [where] if ids is None else [f"({where}) AND {part}" for part in _id_filters(ids)]
         parts = [self._table(read, each, version) for each in filters or ["false"]]
         table = pa.concat_tables(parts)
@@ -170,10 +166,7 @@ class SampleStore:
     ) -> Iterator[pa.RecordBatch]:
         """Batches of sample columns with their ``_rowaddr``, in file order; chosen as by :meth:`scan`. Pass the
         addresses to :meth:`rows_at`, with the same version."""
-        dataset = self.table.open(version)
-        if dataset is None:
-            return
-        yield from self._batches(dataset, columns, self._where(dataset, split, after, having), BATCH_ROWS, True)
+        yield from self.batches(self._where(version, split, after, having), columns, version=version, addresses=True)
 
     def rows_at(
         self, addresses: Sequence[int], columns: Sequence[str], version: int | None = None
@@ -209,23 +202,24 @@ class SampleStore:
         with reading_store(self.url):
             return dataset.to_table(columns=list(columns), filter=where, **options)
 
-    def count_rows(self, where: str) -> int:
-        dataset = self.table.open()
+    def count_rows(self, where: str, version: int | None = None) -> int:
+        dataset = self.table.open(version)
         if dataset is None:
             return 0
         with reading_store(self.url):
             return int(dataset.count_rows(filter=where))
 
     def batches(
-        self, where: str, columns: Sequence[str], size: int = BATCH_ROWS, version: int | None = None
+        self,
+        where: str,
+        columns: Sequence[str],
+        size: int = BATCH_ROWS,
+        version: int | None = None,
+        addresses: bool = False,
     ) -> Iterator[pa.RecordBatch]:
         dataset = self.table.open(version)
-        if dataset is not None:
-            yield from self._batches(dataset, columns, where, size)
-
-    def _batches(
-        self, dataset: Any, columns: Sequence[str], where: str, size: int, addresses: bool = False
-    ) -> Iterator[pa.RecordBatch]:
+        if dataset is None:
+            return
         bounds = {"batch_size": size, "batch_readahead": 2, "fragment_readahead": 2, "io_buffer_size": IO_BUFFER_BYTES}
         batches = iter(dataset.to_batches(columns=list(columns), filter=where, with_row_address=addresses, **bounds))
         while True:
@@ -313,15 +307,17 @@ class SampleStore:
     def put(self, rows: Rows, ends: Iterable[Position]) -> int:
         return StoreWriter(self.table).put(rows, ends)
 
-    def _where(self, dataset: Any, split: str | None, after: Mapping[str, int] | None, having: Having | None) -> str:
+    def _where(
+        self, version: int | None, split: str | None, after: Mapping[str, int] | None, having: Having | None
+    ) -> str:
         clauses = ["kind = 'sample'"]
         if having is not None:
             clauses.append(f"{having} != ''")
         if split is not None:
             clauses.append(f"split = {quoted(split)}")
         if after:
-            known = {position.key for _, position in positions(dataset)} if dataset is not None else set()
-            ranges = {**dict.fromkeys(known, 0), **after}  # ranges, which the index on the offset can prune
+            # Ranges, which the index on the offset can prune.
+            ranges = {**dict.fromkeys(self.positions(version), 0), **after}
             parts = []
             for key, offset in sorted(ranges.items()):
                 stream, _, partition = key.rpartition(":")

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final
 
 import lance
@@ -148,12 +149,8 @@ class StoreWriter:
         unless that meets the condition too. Other reasons delete samples and quarantined records. The bytes stay in the
         data files until maintenance has rewritten those and removed the old versions.
         """
-        now = datetime.now(UTC)
         of, pass_on = (SENT, True) if reason == DELETION else (CONTENT, False)
-
-        def receipt(row: dict[str, Any], stays: bool) -> dict[str, Any]:
-            return deletion_row(row, reason, detail, now, stays)
-
+        receipt = partial(deletion_row, reason=reason, detail=detail, when=datetime.now(UTC))
         return self._swap(f"{of} AND ({where})", receipt, pass_on=pass_on)[0]
 
     def remove_rows(self, details: Mapping[RecordPosition, str]) -> list[dict[str, Any]]:
@@ -168,12 +165,12 @@ class StoreWriter:
     def settle_double(self, sample_id: str, position: RecordPosition) -> bool:
         """Turn a sample that is also stored at another position into a duplicate. False if it already is one."""
         where = f"kind = 'sample' AND id = {quoted(sample_id)} AND {at_offset(*position)}"
-        return bool(self._swap(where, lambda row, _: duplicate_row(row, "exact", sample_id))[0])
+        return bool(self._swap(where, lambda row, stays: duplicate_row(row, "exact", sample_id))[0])
 
     def _swap(
         self,
         where: str,
-        receipt: Callable[[dict[str, Any], bool], dict[str, Any]],
+        receipt: Callable[..., dict[str, Any]],
         new: Rows = (),
         moves: Sequence[tuple[Claim, Position]] = (),
         pass_on: bool = False,
@@ -183,7 +180,7 @@ class StoreWriter:
 
         Args:
             where: the condition, in Lance's SQL.
-            receipt: makes the replacement from a row and whether its content stays in the store.
+            receipt: makes the replacement from a row, and ``stays``: whether its content stays in the store.
             new, moves: as for :meth:`commit`.
             pass_on: pass a sample to a duplicate record that also sent it.
             kept: IDs of samples that stay stored in any case.
@@ -201,7 +198,7 @@ class StoreWriter:
             every = f"({where}) OR ({theirs})"
             changed = {number: dataset.get_fragment(number).delete(every) for number in sorted(parts)}
             stay = {sample["id"] for _, sample in passed} | set(kept)
-            receipts = [receipt(row, row["kind"] == "duplicate" or row["id"] in stay) for row in rows]
+            receipts = [receipt(row, stays=row["kind"] == "duplicate" or row["id"] in stay) for row in rows]
             receipts += [sample for _, sample in passed]
             fragment, root = next(each for each in positions(dataset) if each[1].key == ROOT.key)
             tally = Counter(root.tally)

@@ -132,7 +132,7 @@ def test_a_right_that_is_missing_holds_a_deletion_and_is_named(tmp_path: Path, s
         old = OldVersions(here.settings.lake)
         old.purge()
     left = old.left(datetime.now(UTC) + timedelta(minutes=1))
-    assert left is not None and "s3:DeleteObjectVersion" in left.words and left.until is None
+    assert left is not None and "s3:DeleteObjectVersion" in left[0] and left[1] is None
 
 
 def test_an_object_store_whose_versions_cannot_be_looked_for_is_named_in_the_receipt(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from core.errors import BrokerError, Fenced, RecordTooLarge
 from core.settings.streams import Kafka
 from ratchet_client.encoding import Encoded
 from ratchet_client.producer import Delivery
+from streams.ingest.membership import POLL_RECORDS, IngestClients
 from streams.kafka.clients import Topic
-from streams.kafka.ingest_clients import POLL_RECORDS, IngestClients
 
 
 @dataclass

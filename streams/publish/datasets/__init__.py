@@ -8,14 +8,14 @@ text files) and ``json_annotations`` (COCO, LLaVA). Ratchet's own are here: the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Final
 
 from ratchet_client.images import MAX_BYTES
 from streams.publish.datasets import imagefolder, json_annotations, parquet, shards
 from streams.publish.datasets.mapping import Format, Source
-from streams.publish.folders import INDEX, DatasetRow, dataset_error, read_index, select_split
+from streams.publish.folders import INDEX, JSON_LINES, DatasetRow, dataset_error, read_index, select_split
 
 
 def _read_index_file(source: Source) -> Iterator[DatasetRow]:
@@ -25,21 +25,15 @@ def _read_index_file(source: Source) -> Iterator[DatasetRow]:
     return read_index(index)
 
 
+def _is_file(suffixes: Collection[str]) -> Callable[[Path], bool]:
+    return lambda path: path.suffix.lower() in suffixes and path.is_file()
+
+
 FOLDER: Final = Format(
     "folder", "a folder of images with data.csv", lambda path: (path / INDEX).is_file(), _read_index_file
 )
-CSV: Final = Format(
-    "csv",
-    "a CSV file with the columns of data.csv",
-    lambda path: path.suffix.lower() == ".csv" and path.is_file(),
-    _read_index_file,
-)
-JSONL: Final = Format(
-    "jsonl",
-    "a JSON Lines file with the fields of data.csv",
-    lambda path: path.suffix.lower() in (".jsonl", ".ndjson") and path.is_file(),
-    _read_index_file,
-)
+CSV: Final = Format("csv", "a CSV file with the columns of data.csv", _is_file((".csv",)), _read_index_file)
+JSONL: Final = Format("jsonl", "a JSON Lines file with the fields of data.csv", _is_file(JSON_LINES), _read_index_file)
 FORMATS: Final[dict[str, Format]] = {
     each.name: each
     for each in (

@@ -29,7 +29,7 @@ from streams.publish.datasets.mapping import (
     split_of,
 )
 from streams.publish.datasets.shards import values_of
-from streams.publish.folders import DatasetRow, FolderItem, Where, csv_rows, dataset_error, inside, jsonl_rows
+from streams.publish.folders import DatasetRow, FolderItem, Where, dataset_error, inside, table_rows
 
 METADATA: Final = ("metadata.csv", "metadata.jsonl")
 FILE: Final = ("file_name", "file", "image")
@@ -82,7 +82,7 @@ def read_metadata(index: Path, source: Source, root: Path | None = None) -> Iter
             raise dataset_error(f"{index}, line 1: the columns are {list(header)[:40]}", fix)
 
     split = split_of(index.parent.name)
-    for where, row in jsonl_rows(index) if index.suffix.lower() in (".jsonl", ".ndjson") else csv_rows(index, check):
+    for where, row in table_rows(index, check):
         yield from rows_of(where, _metadata_items(row, folder, where, source.domain, split))
 
 

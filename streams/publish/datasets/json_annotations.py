@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
@@ -23,13 +24,13 @@ import ijson
 
 from core.errors import RecordError
 from streams.publish.datasets.mapping import Format, ImageRef, Source, items_of, rows_of, split_of
-from streams.publish.folders import DatasetRow, FolderItem, Where, dataset_error, inside, jsonl_rows
+from streams.publish.folders import JSON_LINES, DatasetRow, FolderItem, Where, dataset_error, inside, jsonl_rows
 
 _Shape = Literal["coco", "conversations", ""]
 _MAX_FILES: Final = 64
 _MAX_ROOTS: Final = 64
 _HEAD_BYTES: Final = 64 * 1024
-_LINES: Final = (".jsonl", ".ndjson")
+
 MAX_ELEMENT_BYTES: Final = 16 * 2**20
 """Longest element of an array, and longest text in skipped parts."""
 MAX_DEPTH: Final = 32
@@ -37,20 +38,18 @@ _OPEN: Final = ("start_map", "start_array")
 _CLOSE: Final = ("end_map", "end_array")
 
 
+@dataclass
 class _Bounded:
-    def __init__(self, path: Path, stream: BinaryIO) -> None:
-        self._path = path
-        self._stream = stream
-        self._since = 0
-
-    def reset(self) -> None:
-        self._since = 0
+    path: Path
+    stream: BinaryIO
+    size: int = 0
+    """Bytes read of the current element."""
 
     def read(self, size: int) -> bytes:
-        self._since += size
-        if self._since > MAX_ELEMENT_BYTES + size:
-            raise dataset_error(f"{self._path} has an element of more than {MAX_ELEMENT_BYTES} bytes", "take it out")
-        return self._stream.read(size)
+        self.size += size
+        if self.size > MAX_ELEMENT_BYTES + size:
+            raise dataset_error(f"{self.path} has an element of more than {MAX_ELEMENT_BYTES} bytes", "take it out")
+        return self.stream.read(size)
 
 
 def elements(path: Path, array: str = "") -> Iterator[Any]:
@@ -59,7 +58,7 @@ def elements(path: Path, array: str = "") -> Iterator[Any]:
     number = 0
     try:
         with path.open("rb") as stream:
-            for element in _elements(_Bounded(path, stream), path, array):
+            for element in _elements(_Bounded(path, stream), array):
                 number += 1
                 yield element
     except (ijson.JSONError, UnicodeDecodeError, ValueError) as error:
@@ -67,14 +66,14 @@ def elements(path: Path, array: str = "") -> Iterator[Any]:
         raise dataset_error(problem, "write it again, or copy it again") from error
 
 
-def _elements(file: _Bounded, path: Path, array: str) -> Iterator[Any]:
+def _elements(file: _Bounded, array: str) -> Iterator[Any]:
     depth, key = 0, ""  # `key`: the last top-level name
     inside = -1  # depth of the array's elements; -1 while it is not open
     builder: ijson.ObjectBuilder | None = None
     # Not `ijson.items`: it builds a path for each event, at a cost quadratic in the depth.
     for event, value in ijson.basic_parse(file, use_float=True):
         if builder is None:
-            file.reset()
+            file.size = 0
         depth -= event in _CLOSE
         if builder is not None:
             builder.event(event, value)
@@ -89,7 +88,7 @@ def _elements(file: _Bounded, path: Path, array: str) -> Iterator[Any]:
             inside = depth + 1
         depth += event in _OPEN
         if depth > MAX_DEPTH:
-            raise dataset_error(f"{path} is nested deeper than {MAX_DEPTH}", "flatten it")
+            raise dataset_error(f"{file.path} is nested deeper than {MAX_DEPTH}", "flatten it")
         if builder is not None and depth == inside:
             yield builder.value
             builder = None
@@ -193,24 +192,20 @@ def _read_llava(source: Source) -> Iterator[DatasetRow]:
         raise dataset_error(f"{source.path} has no JSON with conversations", "name the JSON file itself")
     for file in files:
         finder, split = _ImageFinder(file), split_of(file.stem)
-        rows = jsonl_rows(file) if file.suffix.lower() in _LINES else _numbered(file)
-        for where, row in rows:
+        lines = file.suffix.lower() in JSON_LINES
+        numbered = ((Where(file, f"element {number}"), row) for number, row in enumerate(elements(file), start=1))
+        for where, row in jsonl_rows(file) if lines else numbered:
             yield from rows_of(where, _turns(row, finder, where, source.domain, split))
 
 
 def _conversation_files(path: Path) -> list[Path]:
-    if path.suffix.lower() not in _LINES or not path.is_file():
+    if path.suffix.lower() not in JSON_LINES or not path.is_file():
         return _files_of_shape(path, "conversations")
     try:
         first = next((row for _, row in jsonl_rows(path)), None)
     except (RecordError, OSError):
         return []
     return [path] if isinstance(first, dict) and "conversations" in first else []
-
-
-def _numbered(file: Path) -> Iterator[tuple[Where, Any]]:
-    for number, row in enumerate(elements(file), start=1):
-        yield Where(file, f"element {number}"), row
 
 
 def _turns(row: Any, finder: _ImageFinder, where: Where, domain: str, split: str) -> Iterator[FolderItem]:

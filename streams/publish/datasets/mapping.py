@@ -136,27 +136,19 @@ def items_of(
         texts = [label.replace("_", " ")]
     if max(len(texts), len(pairs)) > MAX_SAMPLES:
         raise where.row_error(f"has more than {MAX_SAMPLES} texts or turns", "take the row apart")
-    shared = {
+    shared: dict[str, Any] = {
         "label": label,
         "concept": _metadata(values, "concept"),
         "split": _metadata(values, "split") or split,
         "domain": _metadata(values, "domain") or domain,
         "source": next((text for name in SOURCE if (text := _metadata(values, name))), ""),
         "time": _time(values, where),
+        "tags": _tags(values, where),
+        "inline": image.inline,
     }
-    tags = _tags(values, where)
     for text, pair in zip_longest(texts, pairs):
         question, answer, answers = pair or ("", "", ())
-        yield FolderItem(
-            image.path,
-            text or "",
-            **shared,
-            tags=tags,
-            question=question,
-            answer=answer,
-            answers=answers,
-            inline=image.inline,
-        )
+        yield FolderItem(image.path, text or "", **shared, question=question, answer=answer, answers=answers)
 
 
 Pair = tuple[str, str, tuple[str, ...]]

@@ -126,14 +126,12 @@ def _image(value: Any, column: str, where: Where, max_bytes: int) -> ImageRef:
 
 
 def _layout(schema: pa.Schema, file: Path) -> _Layout:
-    image = _image_column(schema)
+    image, names = _image_column(schema), ", ".join(schema.names[:40])
     if image is None:
-        names = ", ".join(schema.names[:40])
         raise dataset_error(f"{file} has no column of images; it has: {names}", "name the column with bytes 'image'")
     wanted = {*COLUMNS, *STATUS}
     columns = [name for name in schema.names if name != image and name.lower() in wanted]
     if not has_words(columns):
-        names = ", ".join(schema.names[:40])
         fix = "name a column text, caption or label, or two question and answer"
         raise dataset_error(f"{file} has no column of texts; it has: {names}", fix)
     label_names = {

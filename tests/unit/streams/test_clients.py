@@ -33,10 +33,9 @@ from core.errors import BrokerError, ConfigError
 from core.loading import load_settings
 from core.settings.streams import OWNED_OPTIONS, Kafka
 from ratchet_client.broker import client_options, explain
-from streams.ingest.membership import Assignment, LogLost, Membership
+from streams.ingest.membership import Assignment, LogLost, Membership, consumer_options
 from streams.kafka.broker import EmbeddedBroker
 from streams.kafka.clients import Admin, check_rights, connect_producer, connection, event_rights, ingest_rights
-from streams.kafka.ingest_clients import consumer_options
 
 
 def test_options_are_given_to_the_clients_that_know_them_in_their_type() -> None:
