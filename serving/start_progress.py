@@ -84,14 +84,11 @@ class StartProgress:
         for name, status in statuses.items():
             if name in self._ended:
                 continue
+            if status.failed and "clip" in self._waiting:
+                raise ConfigError(f"{name} cannot start: {status.cause}", "Look at the server's log.")
             if status.failed:
-                self._failed(name, status.cause)
+                say(f"[red]{name} cannot start[/red]: {status.cause}")
             if status.running or status.failed:
                 self._ended.add(name)
                 self._running += [name] if status.running else []
                 say(f"{name} {'runs' if status.running else 'failed'} after {self.seconds:.1f} s")
-
-    def _failed(self, name: str, cause: str) -> None:
-        if "clip" in self._waiting:
-            raise ConfigError(f"{name} cannot start: {cause}", "Look at the server's log.")
-        say(f"[red]{name} cannot start[/red]: {cause}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -56,11 +57,6 @@ REQUEST_ID = {
     "description": "Your id of this request. It comes back in the answer, and stands in the server's log.",
     "schema": {"type": "string", "pattern": f"^[{ALPHABET}]{{1,{MAX_CHARS}}}$", "minLength": 1, "maxLength": MAX_CHARS},
 }  # fmt: skip
-ANSWER_ID = {
-    "description": "The request's id: yours, or a new one where you sent none that fits.",
-    "schema": REQUEST_ID["schema"],
-}
-
 BEARER = HTTPBearer(auto_error=False, description="A key of `ratchet keys create`. Not needed on loopback to infer.")
 REFUSALS: dict[int | str, dict[str, Any]] = {
     401: {"model": errors.ErrorBody, "description": "No key, or one that is not valid."},
@@ -106,7 +102,8 @@ def _describe(app: FastAPI) -> None:
     """Add to the schema the headers of the middlewares: the request's ID, and an operator's name."""
     schema = app.openapi()
     schema["components"]["parameters"] = {HEADER: REQUEST_ID}
-    schema["components"]["headers"] = {HEADER: ANSWER_ID}
+    answer_id = "The request's id: yours, or a new one where you sent none that fits."
+    schema["components"]["headers"] = {HEADER: {"description": answer_id, "schema": REQUEST_ID["schema"]}}
     for path, calls in schema["paths"].items():
         for call in calls.values():
             actor = [ACTOR] if path.startswith("/admin/") else []
@@ -116,12 +113,12 @@ def _describe(app: FastAPI) -> None:
                 answer["headers"] = {HEADER: {"$ref": f"#/components/headers/{HEADER}"}}
 
 
+@dataclass
 class _HeadRequests:
     """Answers HEAD as GET without the body, with the headers of GET (``Content-Length`` too), as load balancers and
     monitors expect. Starlette does so for its own routes, not for FastAPI's."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def without_body(message: Message) -> None:

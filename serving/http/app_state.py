@@ -31,7 +31,6 @@ from serving.releases.types import ReleaseSnapshot
 
 CLIP: Family = "clip"
 VLM: Family = "vlm"
-_KEY_HEADER = "x-ratchet-key"
 
 
 @dataclass(frozen=True)
@@ -143,4 +142,4 @@ def routing_key(request: Request, user: str | None = None) -> str:
     caller: Principal | None = getattr(request.state, "principal", None)
     key = caller.key_id if caller is not None else None
     headers = request.headers
-    return key or headers.get(_KEY_HEADER) or user or headers.get("x-request-id") or uuid.uuid4().hex
+    return key or headers.get("x-ratchet-key") or user or headers.get("x-request-id") or uuid.uuid4().hex

@@ -161,18 +161,12 @@ def bearer(headers: Headers) -> str | None:
     return (token.strip() or None) if scheme.lower() == "bearer" else None
 
 
-def principal(request: Request) -> Principal:
-    """The caller of a request, for routes to which :func:`needs` gives a scope."""
-    caller: Any = request.state.principal
-    if not isinstance(caller, Principal):
-        raise ApiError(401, "this call needs a key.", code="invalid_api_key", headers=CHALLENGE)
-    return caller
-
-
 def operator(request: Request, *scopes: KeyScope) -> str:
     """The caller's name for the audit log. Raises ApiError: 403 without one of the scopes (default: ``operate``), 400
     with an ``x-ratchet-actor`` that cannot be recorded."""
-    caller = principal(request)
+    caller: Any = request.state.principal
+    if not isinstance(caller, Principal):
+        raise ApiError(401, "this call needs a key.", code="invalid_api_key", headers=CHALLENGE)
     scopes = scopes or ("operate",)
     if not caller.may(*scopes):  # the middleware checked it; this closes routes that it missed
         raise ApiError(403, f"this call needs the scope {_either(scopes)}.", code="insufficient_scope")
@@ -215,7 +209,7 @@ class KeyCopy:
 
     @classmethod
     def of(cls, settings: Settings) -> KeyCopy:
-        return cls(key_copy_path(settings.home), Artifacts(settings.artifacts), settings.operator_key())
+        return cls(settings.home / "serving" / "keys.json", Artifacts(settings.artifacts), settings.operator_key())
 
     def keep(self, rows: Iterable[KeyRow]) -> None:
         """Write the keys if they differ from those that this process wrote last."""
@@ -262,7 +256,3 @@ class KeyCopy:
     def _sign(self, keys: Any) -> str:
         text = json.dumps(keys, sort_keys=True, separators=(",", ":"))
         return hmac.new(self._secret.get_secret_value().encode(), text.encode(), "sha256").hexdigest()
-
-
-def key_copy_path(home: Path) -> Path:
-    return home / "serving" / "keys.json"

@@ -105,6 +105,13 @@ def in_range(value: datetime | None) -> datetime | None:
     return value
 
 
+def distinct(value: list[str] | None) -> list[str] | None:
+    """Reject repeated answers to choose from, which would share their probability."""
+    if value is not None and len(set(value)) < len(value):
+        raise ValueError("must differ from each other")
+    return value
+
+
 def is_empty(value: Any) -> bool:
     """True for null, an empty text, list or object, or an object of nulls."""
     if isinstance(value, dict):

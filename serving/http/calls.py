@@ -9,6 +9,8 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -40,11 +42,11 @@ STATUS_SECONDS: Final = 30.0
 STARTING: Final = "the VLM is starting"
 
 
+@dataclass
 class ControllerCalls:
     """Calls to the release controller. Raises the expected errors that it returns as values."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self.handle = handle
+    handle: DeploymentHandle
 
     async def change(self, command: LiveCommand) -> ReleaseResult:
         with metrics.operator.action(command.action):
@@ -102,25 +104,21 @@ class ControllerCalls:
         return await call_replica(call, Attempts(CONTROLLER_SECONDS, "release controller"))
 
 
+@dataclass
 class CatalogCalls:
     """Reads of the catalog, repeated when its replica is replaced."""
 
-    def __init__(self, handle: DeploymentHandle, timeout_seconds: float) -> None:
-        self.handle = handle
-        self.timeout_seconds = timeout_seconds
+    handle: DeploymentHandle
+    timeout_seconds: float
 
     async def search(self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters) -> list[Hit]:
         """The nearest samples. Raises StoreError, Unavailable."""
-        hits: list[Hit] | str = await self._call(lambda: self.handle.search.remote(space, vector, k, filters))
-        if isinstance(hits, str):
-            raise StoreError(hits)
+        hits: list[Hit] = await self._call(lambda: self.handle.search.remote(space, vector, k, filters))
         return hits
 
     async def image(self, sample_id: str) -> bytes | None:
         """An encoded image, or None. Raises StoreError, Unavailable."""
-        image: bytes | str | None = await self._call(lambda: self.handle.image.remote(sample_id))
-        if isinstance(image, str):
-            raise StoreError(image)
+        image: bytes | None = await self._call(lambda: self.handle.image.remote(sample_id))
         return image
 
     async def status(self) -> dict[str, Any]:
@@ -128,7 +126,10 @@ class CatalogCalls:
         return status
 
     async def _call(self, call: Callable[[], Any]) -> Any:
-        return await call_replica(call, Attempts(self.timeout_seconds, "catalog"), retry_full=True)
+        answer = await call_replica(call, Attempts(self.timeout_seconds, "catalog"), retry_full=True)
+        if isinstance(answer, str):  # why the store could not be read
+            raise StoreError(answer)
+        return answer
 
 
 class VlmCalls:
@@ -153,24 +154,21 @@ class VlmCalls:
         """The whole answer. ``deadline``: on the monotonic clock. Raises InvalidRequest, QueueFull, DeadlineExceeded,
         Unavailable."""
         with self._place():
-            attempts = _attempts(deadline)
-            call = lambda: self.handle.reply.remote(request, snapshot.vlm, attempts.left)  # noqa: E731
-            result: GenerationResult = await _ask(call, attempts, snapshot)
+            call = partial(self.handle.reply.remote, request)
+            result: GenerationResult = await _ask(call, snapshot, deadline)
             return result
 
     async def probe(self, snapshot: ReleaseSnapshot, deadline: float) -> None:
         """Have a replica generate a token, bypassing the queue. Raises as :meth:`reply`, QueueFull if it is busy."""
-        attempts = _attempts(deadline)
-        await _ask(lambda: self.handle.probe.remote(snapshot.vlm, attempts.left), attempts, snapshot)
+        await _ask(self.handle.probe.remote, snapshot, deadline)
 
     async def score(
         self, request: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float
     ) -> list[float]:
         """Log-probability of each choice as the whole answer. Raises as :meth:`reply`."""
         with self._place():
-            attempts = _attempts(deadline)
-            call = lambda: self.handle.score.remote(request, tuple(choices), snapshot.vlm, attempts.left)  # noqa: E731
-            scores: list[float] = await _ask(call, attempts, snapshot)
+            call = partial(self.handle.score.remote, request, tuple(choices))
+            scores: list[float] = await _ask(call, snapshot, deadline)
             return scores
 
     async def stream(
@@ -252,11 +250,14 @@ def _attempts(deadline: float) -> Attempts:
     return Attempts(deadline - time.monotonic(), "VLM", "Ask for fewer tokens, or try again later.")
 
 
-async def _ask(call: Callable[[], Any], attempts: Attempts, snapshot: ReleaseSnapshot) -> Any:
+async def _ask(call: Callable[[str | None, float], Any], snapshot: ReleaseSnapshot, deadline: float) -> Any:
+    """``call``: gets the adapter, and the seconds that are left."""
+    attempts = _attempts(deadline)
+
     def refusal(answer: Any) -> str | None:
         return answer.message if isinstance(answer, Refusal) and answer.code == "adapter" else None
 
-    return _value(await call_another(call, attempts, refusal), snapshot)
+    return _value(await call_another(lambda: call(snapshot.vlm, attempts.left), attempts, refusal), snapshot)
 
 
 def _value(answer: Any, snapshot: ReleaseSnapshot) -> Any:

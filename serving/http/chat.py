@@ -22,7 +22,7 @@ from serving.engines.vlm.generation import (
 )
 from serving.errors import Unavailable
 from serving.http.app_state import VLM, AppState, app_state, release_headers
-from serving.http.bodies import VLM_MODEL, ImageUrl, OpenAIBody, inline, is_empty, json_body, json_schema
+from serving.http.bodies import VLM_MODEL, Body, ImageUrl, OpenAIBody, inline, is_empty, json_body, json_schema
 from serving.http.chunks import ChatCompletion, ChatCompletionBody, ChatCompletionChunk, EventStream
 from serving.http.errors import ApiError, field_error
 from serving.http.request_bodies import caller_of, cancel_on_disconnect
@@ -73,10 +73,9 @@ UNSUPPORTED = {"audio", "prediction", "web_search_options", "moderation"}
 MESSAGE_FIELDS = {"name"}
 
 
-class ContentPart(OpenAIBody):
+class ContentPart(OpenAIBody, Body):
     """{"type": "text", "text": "..."} or {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}"""
 
-    model_config = ConfigDict(extra="forbid")
     type: Literal["text", "image_url"]
     text: str | None = None
     image_url: ImageUrl | None = None
@@ -164,10 +163,6 @@ class ChatRequest(OpenAIBody):
         name = (self.model_extra or {}).get("user")
         return name if isinstance(name, str) else None
 
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
 
 def refuse_unknown(body: ChatRequest) -> None:
     """Refuse fields that would change the answer (ApiError naming the field), and drop the others, which as Python
@@ -240,7 +235,8 @@ async def chat_completions(request: Request) -> Response:
             first = await anext(chunks, None)
         if first is None:
             raise Unavailable("the model gave no answer.", "Try again.")
-        events = chunk_events(first, chunks, ChatCompletion(snapshot, text_of, body.include_usage))
+        counted = body.stream_options is not None and body.stream_options.include_usage
+        events = chunk_events(first, chunks, ChatCompletion(snapshot, text_of, counted))
         held.push_async_callback(events.aclose)
         return EventStream(events, held.pop_all(), headers, deadline, lambda error: state.failed(snapshot, error))
 

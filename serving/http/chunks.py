@@ -121,11 +121,6 @@ def event(data: str, name: str = "") -> bytes:
     return f"event: {name}\ndata: {data}\n\n".encode() if name else f"data: {data}\n\n".encode()
 
 
-def failure(error: Exception) -> bytes:
-    """The event that ends a failed stream, with the usual error object."""
-    return event(dumps(errors.told(error).content), "error")
-
-
 class EventStream(Response):
     """Sends ``events`` as they come, with status 200; several may come at once, and an exception is sent as the last
     one. ``held`` is closed when the stream ends, however it ends. ``deadline``: on the monotonic clock. ``failed`` is
@@ -159,7 +154,7 @@ class EventStream(Response):
             return await anext(self.events, b"")
         except Exception as error:  # this ended the generator: the next item is empty
             self.failed(error)
-            return failure(error)
+            return event(dumps(errors.told(error).content), "error")
 
 
 def usage(prompt: int, completion: int) -> dict[str, int]:

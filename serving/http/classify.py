@@ -21,6 +21,7 @@ from serving.http.bodies import (
     Picture,
     ResponseBody,
     body_schemas,
+    distinct,
     json_response,
     read_body,
 )
@@ -37,7 +38,6 @@ class ClassifyRequest(Body):
     """Classification: which of these labels fits each image, or which class of a head that the release has learned."""
 
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={
             "examples": [
                 {"images": ["data:image/png;base64,iVBORw0KGgo..."], "labels": ["cat", "dog"],
@@ -69,20 +69,13 @@ class ClassifyRequest(Body):
             raise ValueError("multi_label and confidence are of a head")
         return self
 
-    @field_validator("labels")
-    @classmethod
-    def distinct(cls, value: list[str]) -> list[str]:
-        """Reject repeated labels, which would share their probability."""
-        if len(set(value)) < len(value):
-            raise ValueError("must differ from each other")
-        return value
+    _distinct = field_validator("labels")(distinct)
 
     @field_validator("templates")
     @classmethod
     def with_a_place(cls, value: list[str]) -> list[str]:
-        for template in value:
-            if template.count("{}") != 1:
-                raise ValueError("each template needs exactly one {} for the label")
+        if any(template.count("{}") != 1 for template in value):
+            raise ValueError("each template needs exactly one {} for the label")
         return value
 
 

@@ -32,7 +32,7 @@ class TrustedProxies:
 
     def client(self, peer: str, forwarded: Sequence[str]) -> str:
         """The last hop that is not a trusted proxy. ``forwarded``: values of ``X-Forwarded-For`` in header order."""
-        hops = [hop.strip() for line in forwarded for hop in line.split(",")][-MAX_HOPS:]
+        hops = _hops(forwarded)[-MAX_HOPS:]
         address = peer
         while hops and self.trusts(address):
             hop = hops.pop()
@@ -58,13 +58,15 @@ def came_from_here(scope: Scope) -> bool:
     proxy is loopback. nginx's default configuration names no client, but speaks HTTP/1.0 (before 1.29.7), which
     browsers do not. These headers can only take rights away from a client."""
     headers, peer = Headers(scope=scope), scope.get("client")
-    hops = [hop.strip() for line in headers.getlist("x-forwarded-for") for hop in line.split(",")]
-    far = any((ip := _parsed(hop)) is None or not ip.is_loopback for hop in hops)
+    if scope.get("http_version") == "1.0" or any(name in headers for name in PROXY_HEADERS):
+        return False
     address = _parsed(peer[0]) if peer else None
-    return not (
-        far or scope.get("http_version") == "1.0" or any(name in headers for name in PROXY_HEADERS)
-        or (address is not None and not address.is_loopback)
-    )  # fmt: skip
+    hops = map(_parsed, _hops(headers.getlist("x-forwarded-for")))
+    return (address is None or address.is_loopback) and all(ip is not None and ip.is_loopback for ip in hops)
+
+
+def _hops(forwarded: Sequence[str]) -> list[str]:
+    return [hop.strip() for line in forwarded for hop in line.split(",")]
 
 
 def came_by_tls(scope: Scope) -> bool:
@@ -82,17 +84,13 @@ def names_this_server(host: str | None, allowed: Sequence[str]) -> bool:
     """
     if not host:
         return True
-    name = _without_port(host.lower()).rstrip(".")
+    host = host.lower()
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    name = name.rstrip(".")
     if name == "localhost" or name in {each.lower() for each in allowed}:
         return True
     ip = _parsed(name)
     return ip is not None and ip.is_loopback
-
-
-def _without_port(host: str) -> str:
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0]
 
 
 def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -137,10 +135,7 @@ def address(scope: Scope) -> str:
     """The bucket of an anonymous request: its IPv4 address, or its /64 network, which one IPv6 host has. Behind a proxy
     that is not in ``serve.trusted_proxies`` all anonymous callers share one bucket."""
     client = scope.get("client")
-    try:
-        ip = ipaddress.ip_address(client[0] if client else "")
-    except ValueError:
-        return "address:unknown"
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is None:
+    ip = _parsed(client[0] if client else "")
+    if isinstance(ip, ipaddress.IPv6Address):
         return f"address:{ipaddress.ip_network((ip, 64), strict=False)}"
-    return f"address:{getattr(ip, 'ipv4_mapped', None) or ip}"
+    return f"address:{ip or 'unknown'}"

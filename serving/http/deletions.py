@@ -7,19 +7,18 @@ from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse
-from pydantic import ConfigDict, Field, StringConstraints, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from core.errors import SelectorError
 from core.ledger import DeletionState
 from serving.http.app_state import app_state
 from serving.http.auth import operator
-from serving.http.bodies import Body, Reason, ResponseBody, in_range, json_body, json_schema
+from serving.http.bodies import Body, Reason, ResponseBody, Source, in_range, json_body, json_schema
 from serving.http.errors import ApiError, missing
 
 router = APIRouter(tags=["Deletions"])
 MAX_ROWS: Final = 500
 DeletionId = Annotated[str, Path(max_length=300, json_schema_extra={"format": "deletion"})]
-Source = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
 
 
 class SampleSelector(Body):
@@ -46,7 +45,6 @@ class DeletionRequest(Body):
     """Samples and refused records to delete."""
 
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={"examples": [{"selector": {"source": "crawler-7"}, "reason": "consent withdrawn"}]},
     )
     selector: SampleSelector = Field(description="What is to be deleted.")

@@ -94,7 +94,6 @@ class EmbeddingsRequest(OpenAIBody, Body):
     """Texts, images (as data URIs or URLs), or both, to embed."""
 
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={
             "examples": [
                 {"model": "clip", "input": ["a photo of a cat", "a red circle"]},

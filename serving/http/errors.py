@@ -45,19 +45,17 @@ TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permis
 CODES = {404: "not_found", 405: "method_not_allowed"}
 """For errors of Starlette: an unknown route, a broken multipart body."""
 
-KNOWN: dict[type[RatchetError], tuple[int, str]] = {
-    ReleaseConflict: (409, "release_conflict"),
-    ReleaseError: (422, "release_failed"),
-    AlreadyResubmitted: (409, "already_resubmitted"),
-    LedgerUnavailable: (503, "ledger_unavailable"),
-    LedgerError: (409, "ledger"),
-    UnknownRecord: (404, "record_not_found"),
-    BrokerError: (503, "broker"),
-    StoreError: (503, "store"),
+KNOWN: dict[type[RatchetError], tuple[int, str, str | None]] = {
+    ReleaseConflict: (409, "release_conflict", None),
+    ReleaseError: (422, "release_failed", None),
+    AlreadyResubmitted: (409, "already_resubmitted", None),
+    LedgerUnavailable: (503, "ledger_unavailable", None),
+    LedgerError: (409, "ledger", None),
+    UnknownRecord: (404, "record_not_found", "place"),
+    BrokerError: (503, "broker", None),
+    StoreError: (503, "store", None),
 }
-"""Status and code of failures outside :mod:`serving.errors`, whose classes have their own."""
-PARAMS: dict[type[RatchetError], str] = {UnknownRecord: "place"}
-"""The wrong field, where the kind of failure determines it."""
+"""Status, code and wrong field of failures outside :mod:`serving.errors`, whose classes have their own."""
 
 
 class ErrorDetail(BaseModel):
@@ -109,12 +107,12 @@ def field_error(param: str, problem: str, code: str, status: int = 400) -> ApiEr
     return ApiError(status, f"{param}: {problem}", param=param, code=code)
 
 
-def from_validation(error: ValidationError, prefix: str = "") -> ApiError:
+def from_validation(error: ValidationError) -> ApiError:
     """The first problem of a body and its place."""
     first = error.errors(include_url=False, include_input=False)[0]
     parts = (str(part)[:SHOWN_CHARS] for part in first["loc"])  # keys of clients may have megabytes
     place = ".".join(part for part in parts if not part.startswith("<"))  # without the tags of a union
-    param = ".".join(part for part in (prefix, place) if part) or first.get("ctx", {}).get("param")
+    param = place or first.get("ctx", {}).get("param")
     code = "invalid_json" if first["type"] == "json_invalid" else "invalid_value"
     return ApiError(400, f"{param + ': ' if param else ''}{first['msg']}", param=param, code=code)
 
@@ -153,8 +151,8 @@ def described(error: Exception) -> Described:
     if isinstance(error, RatchetError):
         for kind in type(error).__mro__:
             if kind in KNOWN:
-                status, code = KNOWN[kind]
-                return Described(status, str(error), PARAMS.get(kind), code, _with_retry(status))
+                status, code, param = KNOWN[kind]
+                return Described(status, str(error), param, code, _with_retry(status))
         return Described(500, str(error), None, "internal")
     request = current()
     which = f" (request {request.request_id})" if request is not None and request.request_id else ""

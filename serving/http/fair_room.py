@@ -87,26 +87,23 @@ class SharedBudget:
         self.size = size
         self.caller_size = max(1, int(size * share)) if size else 0
         self.used = 0
-        self._by_caller: dict[str, int] = {}
+        self._by_caller: Counter[str] = Counter()
 
     def take(self, caller: str, amount: int) -> Refusal | None:
         """Take an amount, or return the limit that prevents it: the caller's, or that of all."""
-        held = self._by_caller.get(caller, 0)
         if self.used + amount > self.size:
             return "all"
-        if held + amount > self.caller_size:
+        if self._by_caller[caller] + amount > self.caller_size:
             return "caller"
         self.used += amount
-        self._by_caller[caller] = held + amount
+        self._by_caller[caller] += amount
         return None
 
     def give_back(self, caller: str, amount: int) -> None:
         self.used -= amount
-        left = self._by_caller.get(caller, 0) - amount
-        if left > 0:
-            self._by_caller[caller] = left
-        else:
-            self._by_caller.pop(caller, None)
+        self._by_caller[caller] -= amount
+        if self._by_caller[caller] <= 0:
+            del self._by_caller[caller]
 
 
 class DecodeQueue:

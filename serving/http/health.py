@@ -20,14 +20,12 @@ from core.request_context import detached
 from serving.errors import QueueFull, VlmStarting
 from serving.http.app_state import AppState, app_state, release_headers
 from serving.http.bodies import ResponseBody
-from serving.http.errors import RETRY_AFTER_SECONDS, ApiError, ErrorBody, ErrorDetail, answer, described
+from serving.http.errors import RESPONSES, RETRY_AFTER_SECONDS, ApiError, ErrorBody, ErrorDetail, answer, described
 from serving.own_threads import OwnThreads
 
 router = APIRouter(tags=["Health"])
 TEXT = {"type": "string"}
-REFUSED: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "The request is refused; `param` names the place."},
-}
+REFUSED: dict[int | str, dict[str, Any]] = {"4XX": RESPONSES["4XX"]}
 NOT_READY: dict[int | str, dict[str, Any]] = {
     **REFUSED,
     404: {"model": ErrorBody, "description": "No such model is served here."},
@@ -72,7 +70,7 @@ class HealthState(ResponseBody):
     """Every part is ready."""
 
     status: Literal["ok"]
-    parts: dict[Literal["clip", "vlm", "catalog"], PartHealth]
+    parts: dict[Component, PartHealth]
     dependencies: dict[Dependency, State]
 
 
@@ -108,7 +106,7 @@ async def ready(
     them restarts, the others answer. A full queue is no outage, and what is in service needs no dependency. A server
     that is ending is not ready.
     """
-    return await _ready(request, model)
+    return await ready_model(request, model)
 
 
 @router.get(
@@ -119,7 +117,16 @@ async def ready(
 )
 async def ready_model(request: Request, model: Component) -> JSONResponse:
     """`clip`, `vlm` or `catalog`; 404 where no VLM is served."""
-    return await _ready(request, model)
+    probes = _probes(request)
+    if model not in probes.parts():
+        return answer(ApiError(404, f"no {model} is served here.", param="model", code="no_vlm"))
+    if app_state(request).admission.closed:
+        return answer(ApiError(503, "the server is ending.", code="not_ready"))
+    state = await probes.part(model)
+    if not state.ready:
+        seconds = VlmStarting.retry_after if state.starting else RETRY_AFTER_SECONDS
+        return answer(ApiError(503, state.detail, code=state.code, headers={"Retry-After": str(seconds)}))
+    return _ok(request, {"status": "ready", "release": state.release, "dependencies": probes.dependencies()})
 
 
 @router.get(
@@ -131,7 +138,8 @@ async def ready_model(request: Request, model: Component) -> JSONResponse:
 async def whole(request: Request) -> JSONResponse:
     """For alerts, not for routing: 200 when every part is ready, 503 when one is not. Dependencies do not count."""
     probes = _probes(request)
-    states = await probes.all()
+    names = probes.parts()
+    states = dict(zip(names, await asyncio.gather(*map(probes.part, names)), strict=True))
     parts = {name: {"ready": state.ready, "detail": state.detail} for name, state in states.items()}
     details = {"parts": parts, "dependencies": probes.dependencies()}
     away = [name for name, state in states.items() if not state.ready]
@@ -139,19 +147,6 @@ async def whole(request: Request) -> JSONResponse:
         return JSONResponse({"status": "ok", **details})
     error = described(ApiError(503, f"not ready: {', '.join(away)}.", code="not_ready"))
     return JSONResponse({"status": "degraded", **details, **error.content}, 503)
-
-
-async def _ready(request: Request, model: Component) -> JSONResponse:
-    probes = _probes(request)
-    if model not in probes.parts():
-        return answer(ApiError(404, f"no {model} is served here.", param="model", code="no_vlm"))
-    if app_state(request).admission.closed:
-        return answer(ApiError(503, "the server is ending.", code="not_ready"))
-    state: ComponentState = await probes.part(model)
-    if not state.ready:
-        seconds = VlmStarting.retry_after if state.starting else RETRY_AFTER_SECONDS
-        return answer(ApiError(503, state.detail, code=state.code, headers={"Retry-After": str(seconds)}))
-    return _ok(request, {"status": "ready", "release": state.release, "dependencies": probes.dependencies()})
 
 
 def _ok(request: Request, body: dict[str, Any]) -> JSONResponse:
@@ -207,9 +202,9 @@ class Probes:
         }  # fmt: skip
         self._of_catalog: dict[str, State] = {}
         self._recent = {name: Recent(probe) for name, probe in self._probe.items()}
-        self.metrics_page = Recent(self._page, seconds=0.0)
+        thread = OwnThreads("metrics")
+        self.metrics_page = Recent(lambda: thread.run(metrics.exposition, "serve"), seconds=0.0)
         """The metrics of all serving processes; concurrent callers share a page."""
-        self._thread = OwnThreads("metrics")
 
     def parts(self) -> tuple[Component, ...]:
         return COMPONENTS if self._state.vlms is not None else ("clip", "catalog")
@@ -217,10 +212,6 @@ class Probes:
     async def part(self, name: Component) -> ComponentState:
         """State of one part, at most a second old."""
         return await self._recent[name].get()
-
-    async def all(self) -> dict[Component, ComponentState]:
-        names = self.parts()
-        return dict(zip(names, await asyncio.gather(*(self.part(name) for name in names)), strict=True))
 
     def dependencies(self) -> dict[str, State]:
         """Last noted state of the dependencies that this process and the catalog have used."""
@@ -232,9 +223,6 @@ class Probes:
             for name in self.parts():
                 metrics.http.up(name, (await self._probe[name]()).ready)
             await asyncio.sleep(WATCH_SECONDS)
-
-    async def _page(self) -> bytes:
-        return await self._thread.run(metrics.exposition, "serve")
 
     async def _passed(self, name: Literal["clip", "vlm"]) -> ComponentState:
         """Run a forward pass of a model under the live release."""

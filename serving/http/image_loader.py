@@ -212,12 +212,7 @@ def fetcher_of(bounds: Serve, seconds: float = FETCH_SECONDS) -> Fetcher | None:
     """The fetcher of images by URL; None if no host is listed."""
     if not bounds.image_hosts:
         return None
-    return Fetcher(
-        Rules(
-            bounds.image_hosts, bounds.image_networks, bounds.max_image_bytes, seconds,
-            FETCHES,
-        )
-    )  # fmt: skip
+    return Fetcher(Rules(bounds.image_hosts, bounds.image_networks, bounds.max_image_bytes, seconds, FETCHES))
 
 
 def fitted(image: Image.Image, max_pixels: int, longest: int = LONGEST_SIDE) -> npt.NDArray[np.uint8]:

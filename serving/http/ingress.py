@@ -53,7 +53,6 @@ FIRST_SECONDS = 20.0
 """Longest wait of a starting replica for the ledger and the encoders; then it starts, and refuses requests."""
 SHARED = ("queue", "decode_pixels", "cache_bytes")
 """Limits that the ingress processes divide among them."""
-_TOKENIZER_FILE = "tokenizer.json"
 _WORD_START = "\u2581"
 """SentencePiece's mark of a space before a word, which decoding a single token drops."""
 _KEPT_TEXTS = 65_536
@@ -210,7 +209,7 @@ def share_of(settings: Serve) -> Serve:
 def token_texts(model: Path | None) -> Callable[[int], str]:
     """A function from a VLM's token to its text, for log-probabilities; part of a character is U+FFFD. ``model``: a
     Hugging Face folder; without it or its ``tokenizer.json`` the text is ``token_id:7``."""
-    path = model / _TOKENIZER_FILE if model is not None else None
+    path = model / "tokenizer.json" if model is not None else None
     if path is None or not path.is_file():
         return "token_id:{}".format
     tokenizer = Tokenizer.from_file(str(path))

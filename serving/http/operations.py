@@ -37,20 +37,29 @@ READ_SECONDS = 1.0
 """Longest wait for a new value if an older one is known."""
 OPERATOR_THREADS = OwnThreads("operator", 4)
 """For reads of operator calls, which no other call can delay."""
-EXPECTED_LIVE = Field(None, ge=0, lt=2**63, description="Refuse (409) when another release is live.")
 CHANGES: dict[int | str, dict[str, Any]] = {
     409: {"model": ErrorBody, "description": "Another release became live meanwhile; or the ledger does not allow it."},
     422: {"model": ErrorBody, "description": "`release_failed`: a replica could not prepare it; what is live stays."},
 }
 
 
-class ReleaseRequest(Body):
+class ReasonRequest(Body):
+    """Why."""
+
+    reason: Reason
+
+
+class PromoteRequest(ReasonRequest):
+    """Let the canary or shadow that is live answer everybody."""
+
+    expected_live: int | None = Field(None, ge=0, lt=2**63, description="Refuse (409) when another release is live.")
+
+
+class ReleaseRequest(PromoteRequest):
     """Release adapters that the ledger knows. A family that is not named keeps what is live; null is the base alone."""
 
     clip: str | None = Field(None, max_length=200, description="CLIP adapter; null or `base`: the base alone.")
     vlm: str | None = Field(None, max_length=200, description="VLM adapter; null or `base`: the base alone.")
-    reason: Reason
-    expected_live: int | None = EXPECTED_LIVE
     share: float = Field(
         1.0,
         ge=0,
@@ -70,28 +79,13 @@ class ReleaseRequest(Body):
         return {f: None if name == BASE else name for f, name in named.items() if f in self.model_fields_set}
 
 
-class RollbackRequest(Body):
+class RollbackRequest(PromoteRequest):
     """Go back: to the newest release with another adapter, or to release `to`; one family's adapter, or both."""
 
-    reason: Reason
     to: int | None = Field(
         None, ge=1, lt=2**63, description="Number of the release to go back to; unset: the one before."
     )
     family: Family | None = Field(None, description="`clip` or `vlm`: the other one stays what is live.")
-    expected_live: int | None = EXPECTED_LIVE
-
-
-class PromoteRequest(Body):
-    """Let the canary or shadow that is live answer everybody."""
-
-    reason: Reason
-    expected_live: int | None = EXPECTED_LIVE
-
-
-class ReasonRequest(Body):
-    """Why."""
-
-    reason: Reason
 
 
 class ReleaseBody(ResponseBody):
@@ -246,8 +240,7 @@ async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_RE
     While the ledger does not answer, these are the releases that it named last.
     """
     state = app_state(request)
-    newest: LastReleases = request.app.state.releases
-    rows = await newest.get(limit)
+    rows: list[ReleaseRow] = await request.app.state.releases.get(limit)
     live, stable = state.admission.live, state.admission.stable
     resident = {snapshot.release: snapshot for snapshot in state.admission.window}
     data = [
@@ -277,10 +270,8 @@ async def release(request: Request) -> JSONResponse:
     adapters = body.adapters()
     if "vlm" in adapters:
         _needs_vlm(app_state(request), "vlm")
-    expected = live if body.expected_live is None else body.expected_live
-    return await _changed(request, ReleaseCommand(
-        adapters=adapters, actor=actor, reason=body.reason, expected_live=expected, share=body.share, force=body.force
-    ))  # fmt: skip
+    given = _decision(body, actor, live)
+    return await _changed(request, ReleaseCommand(adapters=adapters, share=body.share, force=body.force, **given))
 
 
 @router.post(
@@ -294,8 +285,7 @@ async def promote(request: Request) -> JSONResponse:
     """A plain release of what is live as a canary or a shadow."""
     actor, live = await _operator_and_live(request)
     body = await json_body(request, PromoteRequest)
-    expected = live if body.expected_live is None else body.expected_live
-    return await _changed(request, PromoteCommand(actor=actor, reason=body.reason, expected_live=expected))
+    return await _changed(request, PromoteCommand(**_decision(body, actor, live)))
 
 
 @router.post(
@@ -312,10 +302,7 @@ async def rollback(request: Request) -> JSONResponse:
     body = await json_body(request, RollbackRequest)
     if body.family == "vlm":
         _needs_vlm(app_state(request), "family")
-    expected = live if body.expected_live is None else body.expected_live
-    return await _changed(request, RollbackCommand(
-        actor=actor, reason=body.reason, expected_live=expected, to=body.to, family=body.family
-    ))  # fmt: skip
+    return await _changed(request, RollbackCommand(to=body.to, family=body.family, **_decision(body, actor, live)))
 
 
 @router.post(
@@ -326,10 +313,7 @@ async def rollback(request: Request) -> JSONResponse:
 )
 async def hold(request: Request) -> JSONResponse:
     """Update proposals stay pending until `resume`. Operators can still release and roll back."""
-    actor = operator(request)
-    body = await json_body(request, ReasonRequest)
-    await app_state(request).operations.hold(HoldCommand(actor=actor, reason=body.reason))
-    return JSONResponse({"held": True})
+    return await _held(request, HoldCommand)
 
 
 @router.post(
@@ -340,10 +324,7 @@ async def hold(request: Request) -> JSONResponse:
 )
 async def resume(request: Request) -> JSONResponse:
     """Waiting update proposals are released in their order."""
-    actor = operator(request)
-    body = await json_body(request, ReasonRequest)
-    await app_state(request).operations.hold(ResumeCommand(actor=actor, reason=body.reason))
-    return JSONResponse({"held": False})
+    return await _held(request, ResumeCommand)
 
 
 @router.get("/admin/v1/status", summary="Controller and catalog at a glance", response_model=StatusBody)
@@ -368,6 +349,18 @@ async def _operator_and_live(request: Request) -> tuple[str, int]:
     actor = operator(request)
     row = await OPERATOR_THREADS.run(app_state(request).ledger.live)
     return actor, row.number if row else 0
+
+
+def _decision(body: PromoteRequest, actor: str, live: int) -> dict[str, Any]:
+    expected = live if body.expected_live is None else body.expected_live
+    return {"actor": actor, "reason": body.reason, "expected_live": expected}
+
+
+async def _held(request: Request, command: type[HoldCommand | ResumeCommand]) -> JSONResponse:
+    actor = operator(request)
+    body = await json_body(request, ReasonRequest)
+    await app_state(request).operations.hold(command(actor=actor, reason=body.reason))
+    return JSONResponse({"held": command is HoldCommand})
 
 
 async def _changed(request: Request, command: LiveCommand) -> JSONResponse:

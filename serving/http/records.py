@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from core.errors import RecordError
 from core.ledger.rows import ResubmissionState
 from ratchet_client.records import REASONS
-from serving.http.app_state import AppState, app_state
+from serving.http.app_state import app_state
 from serving.http.auth import operator
 from serving.http.bodies import Body, Reason, ResponseBody, in_range, json_body, json_schema
 from serving.http.errors import ApiError, from_record, missing
@@ -112,7 +112,6 @@ class ResubmitRequest(Body):
     """A refused record to send again; or many, by a filter."""
 
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={
             "examples": [
                 {"place": "ratchet.samples:0:42", "reason": "the image is there now"},
@@ -242,27 +241,21 @@ async def resubmit(request: Request) -> JSONResponse:
 
     With a `filter`, those that were not sent before are, and the answer counts them.
     """
+    from streams.ingest.resubmit import QuarantineFilter
+
     actor = operator(request, "publish", "operate")
     body = await json_body(request, ResubmitRequest)
     state = app_state(request)
-    if body.filter is not None:
-        return await _resubmit_many(state, body.filter, actor, body)
+    if (chosen := body.filter) is not None:
+        _check_reason(chosen.reason, "filter.reason")
+        which = QuarantineFilter(chosen.reason, chosen.source, chosen.since, chosen.limit)
+        report = await state.quarantine.resubmit_many(which, actor=actor, reason=body.reason, dry_run=body.dry_run)
+        return JSONResponse({"object": "resubmission.report", **report})
     try:
         sent = await state.quarantine.resubmit(body.place or "", actor=actor, reason=body.reason, force=body.force)
     except RecordError as error:
         raise from_record(error, "place") from None
     return JSONResponse({"object": "resubmission", "place": body.place, **sent})
-
-
-async def _resubmit_many(
-    state: AppState, chosen: QuarantineSelection, actor: str, body: ResubmitRequest
-) -> JSONResponse:
-    from streams.ingest.resubmit import QuarantineFilter
-
-    _check_reason(chosen.reason, "filter.reason")
-    which = QuarantineFilter(chosen.reason, chosen.source, chosen.since, chosen.limit)
-    report = await state.quarantine.resubmit_many(which, actor=actor, reason=body.reason, dry_run=body.dry_run)
-    return JSONResponse({"object": "resubmission.report", **report})
 
 
 def _check_reason(reason: str | None, param: str) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -84,7 +85,7 @@ class RequestBodies:
         except ApiError as error:
             await errors.answer(error)(scope, receive, send)
         finally:
-            body.close()
+            self.bytes.give_back(caller, body.size)
 
     def _slots_of(self, path: str) -> SharedBudget:
         if path == ROLLBACK_ROUTE:
@@ -94,14 +95,14 @@ class RequestBodies:
         return self.operator_slots if path.startswith(OPERATOR_ROUTES) else self.slots
 
 
+@dataclass
 class _Body:
     """The body of one request while it arrives and as long as it is held."""
 
-    def __init__(self, settings: Serve, budget: SharedBudget, caller: str) -> None:
-        self.settings = settings
-        self.budget = budget
-        self.caller = caller
-        self.size = 0
+    settings: Serve
+    budget: SharedBudget
+    caller: str
+    size: int = 0
 
     async def read(self, receive: Receive) -> bytes:
         """Read all of it. Raises ApiError and ClientGone."""
@@ -116,9 +117,6 @@ class _Body:
                 chunks.append(chunk)
             if not message.get("more_body"):
                 return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-    def close(self) -> None:
-        self.budget.give_back(self.caller, self.size)
 
     async def _next(self, receive: Receive, began: float) -> Message:
         due = GRACE_SECONDS + self.size / BODY_BYTES_PER_SECOND
@@ -135,17 +133,12 @@ class _Body:
     def _count(self, size: int) -> None:
         if self.size + size > self.settings.max_body_bytes:
             raise too_large(self.settings.max_body_bytes)
-        refusal = self.budget.take(self.caller, size)
-        if refusal == "caller":
-            raise ApiError(
-                429, f"the bodies of your requests have more than {self.budget.caller_size} bytes together "
-                "(serve.body_budget_bytes, serve.caller_share).", code="overloaded", headers=CLOSE,
-            )  # fmt: skip
-        if refusal:
-            raise ApiError(
-                503, "the memory for request bodies is in use (serve.body_budget_bytes).", code="overloaded",
-                headers=CLOSE,
-            )  # fmt: skip
+        if refusal := self.budget.take(self.caller, size):
+            status, problem = 503, "the memory for request bodies is in use (serve.body_budget_bytes)."
+            if refusal == "caller":
+                status, most = 429, f"more than {self.budget.caller_size} bytes together"
+                problem = f"the bodies of your requests have {most} (serve.body_budget_bytes, serve.caller_share)."
+            raise ApiError(status, problem, code="overloaded", headers=CLOSE)
         self.size += size
 
 
@@ -162,14 +155,11 @@ def caller_of(scope: Scope) -> str:
 
 
 def _take_slot(slots: SharedBudget, caller: str) -> None:
-    refusal = slots.take(caller, 1)
-    if refusal == "caller":
-        raise ApiError(
-            429, f"you have {slots.caller_size} requests that are not answered yet; send this one again later.",
-            code="overloaded",
-        )  # fmt: skip
-    if refusal:
-        raise ApiError(429, "the queue is full; send the request again later.", code="overloaded")
+    if refusal := slots.take(caller, 1):
+        problem = "the queue is full; send the request again later."
+        if refusal == "caller":
+            problem = f"you have {slots.caller_size} requests that are not answered yet; send this one again later."
+        raise ApiError(429, problem, code="overloaded")
 
 
 def _replayed(data: bytes, receive: Receive) -> Receive:

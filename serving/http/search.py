@@ -45,7 +45,7 @@ class SearchRequest(Body):
     """Find accepted samples by a text or by an image."""
 
     model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"text": "a red dragon", "k": 5, "domain": ["pixel_ultica"]}]}
+        json_schema_extra={"examples": [{"text": "a red dragon", "k": 5, "domain": ["pixel_ultica"]}]}
     )
     text: str | None = Field(None, min_length=1, description="What to look for; or `image`.")
     image: Picture | None = Field(None, description="A data URI, or a URL; or `text`.")
@@ -111,15 +111,8 @@ async def search(request: Request) -> Response:
             source: str | bytes = uploads[0] if uploads else str(body.image)
             vectors = await state.vectors.of_images([("image", source)], snapshot, deadline, caller)
         hits = await state.index.search(snapshot.image_space, vectors.rows[0], body.k, filters)
-        data = [
-            {
-                "id": hit.id, "score": hit.score, "text": hit.text, "domain": hit.domain, "source": hit.source,
-                "time": hit.time.isoformat() if hit.time else None,
-            }
-            for hit in hits
-        ]  # fmt: skip
         return json_response(
-            {"object": "list", "model": f"clip@{snapshot.release}", "space": snapshot.image_space, "data": data},
+            {"object": "list", "model": f"clip@{snapshot.release}", "space": snapshot.image_space, "data": hits},
             release_headers(snapshot) | vectors.headers,
         )
 

@@ -13,6 +13,9 @@ from core.errors import StoreUnavailable
 from core.ledger import DeletionState, Ledger
 from core.settings import Settings
 from serving.own_threads import OwnThreads
+from streams.store.deletion import as_json, count_selected, request_deletion
+from streams.store.sample_queries import quarantine_counts, trace
+from streams.store.sample_store import SampleStore
 
 if TYPE_CHECKING:
     from streams.ingest.resubmit import QuarantineFilter
@@ -59,9 +62,6 @@ class QuarantineService:
 
     async def counts(self, reason: str | None, source: str | None) -> dict[str, dict[str, int]]:
         """Quarantined records by ``reason`` and by ``source``; the most frequent of each."""
-        from streams.store.sample_queries import quarantine_counts
-        from streams.store.sample_store import SampleStore
-
         tallies = await self._threads.run(quarantine_counts, SampleStore(self.settings.lake), reason, source)
         return {name: dict(values.top(SHOWN)) for name, values in tallies.items()}
 
@@ -96,8 +96,6 @@ class DeletionService:
 
     async def selected(self, selector: Mapping[str, str]) -> dict[str, int]:
         """Count ``samples`` and ``refusals``, one count at a time. Raises SelectorError, StoreUnavailable."""
-        from streams.store.deletion import count_selected
-        from streams.store.sample_store import SampleStore
 
         def count() -> dict[str, int]:
             return asdict(count_selected(SampleStore(self.settings.lake), selector))
@@ -106,21 +104,15 @@ class DeletionService:
 
     async def request(self, selector: Mapping[str, str], *, actor: str, reason: str) -> dict[str, Any]:
         """Request a deletion. Returns its receipt. Raises SelectorError."""
-        from streams.store.deletion import as_json, request_deletion
-
         with metrics.operator.action("delete"):
             row = await self._ledger_threads.run(request_deletion, self.ledger, selector, actor=actor, reason=reason)
         return as_json(row)
 
     async def newest(self, limit: int, state: DeletionState | None) -> list[dict[str, Any]]:
-        from streams.store.deletion import as_json
-
         rows = await self._ledger_threads.run(self.ledger.deletions, limit, [state] if state else [])
         return [as_json(row) for row in rows]
 
     async def one(self, deletion_id: str) -> dict[str, Any] | None:
-        from streams.store.deletion import as_json
-
         row = await self._ledger_threads.run(self.ledger.deletion, deletion_id)
         return None if row is None else as_json(row)
 
@@ -142,9 +134,6 @@ class ReceiptService:
         return await in_time(self._threads.run(self._read, sample_id), TRACE_SECONDS)
 
     def _read(self, query: Any) -> list[dict[str, Any]]:
-        from streams.store.sample_queries import trace
-        from streams.store.sample_store import SampleStore
-
         if self._store is None:
             self._store = SampleStore(self.settings.lake)
         return [receipt.as_json() for receipt in trace(self._store, query)]

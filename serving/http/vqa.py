@@ -13,7 +13,17 @@ from pydantic import ConfigDict, Field, StringConstraints, field_validator
 
 from serving.engines.vlm.generation import question
 from serving.http.app_state import VLM, app_state, release_headers
-from serving.http.bodies import VLM_MODEL, Body, ChatUsage, Name, Picture, ResponseBody, body_schemas, read_body
+from serving.http.bodies import (
+    VLM_MODEL,
+    Body,
+    ChatUsage,
+    Name,
+    Picture,
+    ResponseBody,
+    body_schemas,
+    distinct,
+    read_body,
+)
 from serving.http.chunks import usage
 from serving.http.errors import ApiError
 from serving.http.request_bodies import caller_of
@@ -26,7 +36,6 @@ class VqaRequest(Body):
     """One question about one image."""
 
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={
             "examples": [
                 {"image": "data:image/png;base64,iVBORw0KGgo...", "question": "what colour is the bus?"},
@@ -42,13 +51,7 @@ class VqaRequest(Body):
     )
     model: str = VLM_MODEL
 
-    @field_validator("choices")
-    @classmethod
-    def distinct(cls, value: list[str] | None) -> list[str] | None:
-        """Reject repeated choices, which would share their probability."""
-        if value is not None and len(set(value)) < len(value):
-            raise ValueError("must differ from each other")
-        return value
+    _distinct = field_validator("choices")(distinct)
 
 
 class Choice(ResponseBody):

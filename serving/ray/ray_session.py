@@ -295,12 +295,12 @@ def is_engine(pid: int, mark: bytes) -> bool:
 
 def free_range(count: int) -> int:
     """First of ``count`` neighbouring free ports below the ephemeral range, different per process."""
-    start = 20000 + (os.getpid() * count) % 10000
+    start = os.getpid() * count
     for offset in range(0, 10000, count):
-        first = 20000 + (start - 20000 + offset) % 10000
+        first = 20000 + (start + offset) % 10000
         if all(is_free("0.0.0.0", port) for port in (first, first + 1, first + 2, first + 3, first + 32)):  # noqa: S104  only probed
             return first
-    return start
+    return 20000 + start % 10000
 
 
 def is_free(host: str, port: int) -> bool:

@@ -43,7 +43,10 @@ def configure_replica_logging(settings: Settings, role: str) -> None:
     """Log to standard error as all other processes do. Call it first in a replica's constructor. Ray Serve 2.60 writes
     JSON to its files only, so its loggers pass records on to Ratchet's. An encoder's lines have the request ID of the
     ingress."""
-    configure_logging(settings, role, replica=_replica(), request_id=_request_id)
+    from ray.serve.context import _get_serve_request_context
+
+    request_id = lambda: str(_get_serve_request_context().request_id)  # noqa: E731
+    configure_logging(settings, role, replica=_replica(), request_id=request_id)
     take_over_rays_loggers()
 
 
@@ -64,12 +67,6 @@ def _replica() -> str:
         return str(serve.get_replica_context().replica_tag)
     except RayServeException:  # not in a deployment
         return ""
-
-
-def _request_id() -> str:
-    from ray.serve.context import _get_serve_request_context
-
-    return str(_get_serve_request_context().request_id)
 
 
 def freeze_gc() -> None:
