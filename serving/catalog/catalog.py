@@ -1,11 +1,12 @@
 """The catalog of one server: resident image spaces, searches, and the loops that maintain them. `reconcile` brings
-every sample into every resident space, `index_maintainer` builds the indexes, `claims` tells other servers on the same
-lake which tables are needed here."""
+every sample into every resident space, `index_maintainer` builds the indexes, and :class:`SpaceClaims` tells other
+servers on the same lake which tables are needed here."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import secrets
 import time
@@ -14,19 +15,18 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
+import fsspec
 import numpy as np
 import numpy.typing as npt
 
 from core.dependencies import current, noted
 from core.errors import RatchetError, StoreError, StoreUnavailable
 from core.settings.serving import Catalog as CatalogSettings
-from serving.catalog.claims import RENEW_SECONDS, SpaceClaims
 from serving.catalog.cross_version import search_across, usable
-from serving.catalog.embedding import Encode, Pixels
 from serving.catalog.index_maintainer import IndexMaintainer
 from serving.catalog.queries import Filters, Hit
 from serving.catalog.reconcile import Reconciler
-from serving.catalog.space_fill import SpaceFill
+from serving.catalog.space_fill import Encode, Pixels, SpaceFill
 from serving.catalog.tables import Tables
 from serving.releases.types import ReleaseSnapshot
 from streams.store.sample_store import SampleStore
@@ -43,6 +43,9 @@ READ_SECONDS: Final = 10.0
 """Longest read for a client: an exact search reads all vectors of a space, at most 100 MB before there is an index."""
 RETRY_SECONDS: Final = 5.0
 """Interval of trial reads while the store hangs."""
+RENEW_SECONDS: Final = 10.0
+CLAIM_SECONDS: Final = 60.0
+FOLDER: Final = "claims"
 
 
 class Catalog:
@@ -281,3 +284,64 @@ class _BoundedReads:
         return StoreUnavailable(
             f"the catalog's store does not answer within {READ_SECONDS:g} s.", "Send the request again later."
         )
+
+
+class SpaceClaims:
+    """Writes one claim and reads those of others. Use from one thread."""
+
+    def __init__(self, url: str, holder: str, now: Callable[[], float] = time.monotonic) -> None:
+        """``url``: the catalog's folder; ``holder``: hexadecimal digits unique to this process."""
+        self._files, root = fsspec.core.url_to_fs(url)
+        self._folder = f"{root}/{FOLDER}"
+        self._name = f"{holder}.json"
+        self._now = now
+        self._spaces: tuple[str, ...] = ()
+        self._count = 0
+        self._written = -RENEW_SECONDS
+        self._seen: dict[str, tuple[bytes, float]] = {}
+
+    def renew(self, spaces: Collection[str]) -> None:
+        """Claim exactly these spaces. Writes when they changed or a renewal is due."""
+        claimed = tuple(sorted(spaces))
+        if claimed == self._spaces and self._now() - self._written < RENEW_SECONDS:
+            return
+        self._files.makedirs(self._folder, exist_ok=True)
+        content = json.dumps({"spaces": claimed, "count": self._count + 1}).encode()
+        self._files.pipe_file(f"{self._folder}/{self._name}", content)
+        self._spaces, self._count, self._written = claimed, self._count + 1, self._now()
+
+    def claimed_by_others(self, spaces: Collection[str]) -> set[str]:
+        """Those of ``spaces`` that others claim. Removes expired claims; an unreadable one counts for all spaces."""
+        claimed: set[str] = set()
+        seen: dict[str, tuple[bytes, float]] = {}
+        for path in self._others():
+            try:
+                content = bytes(self._files.cat_file(path))
+            except FileNotFoundError:
+                continue
+            before, since = self._seen.get(path, (b"", 0.0))
+            seen[path] = content, since if before == content else self._now()
+            if self._now() - seen[path][1] > CLAIM_SECONDS:
+                self._remove(path)
+                continue
+            try:
+                claimed.update(map(str, json.loads(content)["spaces"]))
+            except (ValueError, KeyError, TypeError):  # being written, or damaged
+                claimed.update(spaces)
+        self._seen = seen
+        return claimed.intersection(spaces)
+
+    def close(self) -> None:
+        self._remove(f"{self._folder}/{self._name}")
+
+    def _others(self) -> list[str]:
+        self._files.invalidate_cache(self._folder)
+        try:
+            paths = map(str, self._files.ls(self._folder, detail=False))
+        except FileNotFoundError:
+            return []
+        return sorted(path for path in paths if path.endswith(".json") and path.rpartition("/")[2] != self._name)
+
+    def _remove(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._files.rm_file(path)
