@@ -26,7 +26,7 @@ from serving.catalog.cross_version import search_across, usable
 from serving.catalog.index_maintainer import IndexMaintainer
 from serving.catalog.queries import Filters, Hit
 from serving.catalog.reconcile import Reconciler
-from serving.catalog.space_fill import Encode, Pixels, SpaceFill
+from serving.catalog.space_fill import Encode, Pixels
 from serving.catalog.tables import Tables
 from serving.releases.types import ReleaseSnapshot
 from streams.store.sample_store import SampleStore
@@ -195,7 +195,9 @@ class Catalog:
 
     async def _wait_for(self, space: str, version: int) -> None:
         rows, since = -1, time.monotonic()
-        while not self._is_covered(fill := self.reconciler.fills[space], version):
+        while (fill := self.reconciler.fills[space]).complete < version or not self.maintainer.is_ready(
+            space, fill.coverage.rows
+        ):
             if fill.coverage.rows != rows or fill.complete >= version:
                 rows, since = fill.coverage.rows, time.monotonic()
             elif time.monotonic() - since > STALL_SECONDS:
@@ -207,9 +209,6 @@ class Catalog:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS), self.reconciler.changed:
                     await self.reconciler.changed.wait()
-
-    def _is_covered(self, fill: SpaceFill, version: int) -> bool:
-        return fill.complete >= version and self.maintainer.is_ready(fill.space, fill.coverage.rows)
 
     async def _drop_others(self, spare: Collection[str]) -> list[str]:
         stored = await self.reconciler.in_thread(self.tables.spaces)

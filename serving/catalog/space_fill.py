@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -310,8 +310,7 @@ class SpaceFill:
     async def _embed(self, embedder: Embedder, samples: list[str]) -> Embedded:
         present = await self._in_thread(self._tables.present, self.space, samples)  # another server's
         absent = [sample for sample in samples if sample not in present]
-        embedded = await embedder.embed(absent, self.clip)
-        return Embedded(embedded.rows, embedded.vectors, embedded.unreadable, frozenset(present))
+        return replace(await embedder.embed(absent, self.clip), present=frozenset(present))
 
     async def _store(self, finished: list[tuple[Numbers, Embedded]]) -> pa.Table | None:
         parts, vectors = [], []
@@ -334,12 +333,8 @@ class SpaceFill:
 
 def _with_text(rows: pa.Table) -> pa.Table:
     """Rows whose ``text`` falls back to question and answer."""
-    texts = [
-        text or " ".join(part for part in (question, answer) if part)
-        for text, question, answer in zip(
-            rows["text"].to_pylist(), rows["question"].to_pylist(), rows["answer"].to_pylist(), strict=True
-        )
-    ]
+    parts = rows.select(["text", "question", "answer"]).to_pylist()
+    texts = [row["text"] or " ".join(filter(None, (row["question"], row["answer"]))) for row in parts]
     return rows.set_column(rows.schema.get_field_index("text"), "text", pa.array(texts, pa.string()))
 
 

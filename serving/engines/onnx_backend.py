@@ -16,6 +16,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -108,27 +109,27 @@ class OnnxBackend:
         return session
 
 
+@dataclass
 class OnnxTowers:
-    def __init__(self, preprocess: Preprocess, sessions: Mapping[Tower, Any], rest: Towers | None) -> None:
-        """``rest``: runs the tower that has no session."""
-        self._preprocess = preprocess
-        self._sessions = sessions
-        self._rest = rest
+    preprocess: Preprocess
+    sessions: Mapping[Tower, Any]
+    rest: Towers | None
+    """Runs the tower that has no session."""
 
     def images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        if (session := self._sessions.get("image")) is None:
-            assert self._rest is not None
-            return self._rest.images(pixels)
+        if (session := self.sessions.get("image")) is None:
+            assert self.rest is not None
+            return self.rest.images(pixels)
         parts = [
-            session.run(None, {INPUT["image"]: self._preprocess.normalise(pixels[start : start + ROWS]).numpy()})[0]
+            session.run(None, {INPUT["image"]: self.preprocess.normalise(pixels[start : start + ROWS]).numpy()})[0]
             for start in range(0, len(pixels), ROWS)
         ]
         return np.concatenate(parts)
 
     def texts(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
-        if (session := self._sessions.get("text")) is None:
-            assert self._rest is not None
-            return self._rest.texts(ids)
+        if (session := self.sessions.get("text")) is None:
+            assert self.rest is not None
+            return self.rest.texts(ids)
         vectors: npt.NDArray[np.float32] = session.run(None, {INPUT["text"]: ids.numpy()})[0]
         return vectors
 

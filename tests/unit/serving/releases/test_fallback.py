@@ -72,7 +72,7 @@ async def test_what_no_replica_can_load_is_taken_back_with_the_reason(
     fallback: Fallback, protocol: ReleaseProtocol, broadcast: DamagedBroadcast, ledger: Ledger, gone: set[str],
     after: tuple[str | None, str],
 ) -> None:  # fmt: skip
-    await protocol.residency()  # what a controller that has started knows
+    await protocol.preparation.residency()  # what a controller that has started knows
     broadcast.gone = gone
     outcomes = []
     while (outcome := await fallback.step()) is not None:
