@@ -36,8 +36,6 @@ Result = TypeVar("Result")
 STALL_SECONDS: Final = 600.0
 """A release that waits for its image space fails when no row was added for this long."""
 LOOK_SECONDS: Final = 1.0
-IDLE_SECONDS: Final = 0.5
-INDEX_SECONDS: Final = 5.0
 SEARCH_THREADS: Final = 4
 READ_SECONDS: Final = 10.0
 """Longest read for a client: an exact search reads all vectors of a space, at most 100 MB before there is an index."""
@@ -187,8 +185,8 @@ class Catalog:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(repeat(self._claim, self._claim_changed, RENEW_SECONDS / 2))
-                tasks.create_task(repeat(self.reconciler.step, self.reconciler.woken, IDLE_SECONDS))
-                tasks.create_task(repeat(self.maintainer.step, self._index_changed, INDEX_SECONDS))
+                tasks.create_task(repeat(self.reconciler.step, self.reconciler.woken, seconds=0.5))
+                tasks.create_task(repeat(self.maintainer.step, self._index_changed, seconds=5.0))
         finally:
             for fill in self.reconciler.fills.values():
                 fill.cancel()

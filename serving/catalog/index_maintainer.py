@@ -48,8 +48,6 @@ EXACT: Final = 3 * NEIGHBOURS
 """Exact neighbours to find: more than compared, because of ties and of rows that change meanwhile."""
 SAME: Final = 1e-5
 """Scores that differ by less are equal: rows with equal vectors may come in any order."""
-RecallQuestion = tuple[Vectors, Filters, Sequence[Neighbours]]
-"""Queries [n, dim] under one condition, with the exact neighbours of each."""
 RETRY_SHARE: Final = 0.1
 """An index of insufficient recall is rebuilt when its table has changed by this share."""
 
@@ -68,6 +66,15 @@ class IndexStatus:
     """Memory limit at which it was built."""
     saved_at: float = float("-inf")
     last_error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RecallQuestion:
+    """Queries [n, dim] under one condition, with the exact neighbours of each."""
+
+    vectors: Vectors
+    filters: Filters
+    exact: Sequence[Neighbours]
 
 
 class IndexMaintainer:
@@ -233,16 +240,16 @@ class IndexMaintainer:
         few = stored[: RECALL_QUERIES // 2 if domain else 0]
         conditions = (queries, Filters()), (few, as_filters(domain=[domain]))
         plain, filtered = (
-            (vectors, filters, self.tables.nearest(space, vectors, EXACT, filters)) for vectors, filters in conditions
+            RecallQuestion(vectors, filters, self.tables.nearest(space, vectors, EXACT, filters))
+            for vectors, filters in conditions
         )
         return plain, filtered
 
     def _recall(self, space: str, index: MemoryIndex, question: RecallQuestion, effort: Effort, end: int) -> float:
         """Recall among rows at positions below ``end``; 1 if there is nothing to find."""
         recalls = []
-        vectors, filters, neighbours = question
-        for vector, exact in zip(vectors, neighbours, strict=True):
-            hits, _ = self.tables.search_index(space, index, effort, vector, NEIGHBOURS, filters)
+        for vector, exact in zip(question.vectors, question.exact, strict=True):
+            hits, _ = self.tables.search_index(space, index, effort, vector, NEIGHBOURS, question.filters)
             keys = keys_of(digests_of([hit.id for hit in hits]))
             with self.tables.indexes.of(space).writing:
                 old = index.columns.positions(keys) < end

@@ -45,10 +45,6 @@ a second costs little, a kill loses two seconds of work, and new rows are found 
 _COLUMNS: Final = ["id", "image", "domain", "source", "time", "ingested_at", "text", "question", "answer"]
 CHUNK_ROWS: Final = 32
 """Rows of one background call: 0.4 s of encoding at 12 ms an image, and 5 MB of pixels."""
-MOST_CHUNKS: Final = 16
-DECODING_THREADS: Final = 2
-DECODING_NICE: Final = 10
-"""Requests come first."""
 SLOWER: Final = 2.0
 """A chunk slower than the fastest one by this factor waits for requests or other chunks."""
 REMEMBERED: Final = 64
@@ -374,13 +370,11 @@ class Embedder:
     """Reads, decodes and encodes chunks. Use from one event loop."""
 
     def __init__(self, corpus: SampleStore, pixels: Pixels, encode: Encode) -> None:
-        self.pace = Pace(MOST_CHUNKS)
+        self.pace = Pace(most=16)
         self.encode = encode
         self._corpus = corpus
         self._pixels = pixels
-        self._threads = ThreadPoolExecutor(
-            DECODING_THREADS, "catalog-decode", initializer=nice_thread, initargs=(DECODING_NICE,)
-        )
+        self._threads = ThreadPoolExecutor(2, "catalog-decode", nice_thread, (10,))  # requests come first
 
     async def embed(self, samples: Sequence[str], clip: str | None) -> Embedded:
         """Embed samples under an adapter; deleted ones count as unreadable. Raises whatever ``encode`` raises."""

@@ -41,14 +41,10 @@ log = logging.getLogger("ratchet.engine")
 PLUGIN: Final = "OpenVINOPluginExecutionProvider"
 """Name under which OpenVINO's library is registered; its devices are called OpenVINOExecutionProvider."""
 HINTS: Final[dict[Precision, str]] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-WARNING_LEVEL: Final = 3
-"""Errors only: the runtime warns about every given initializer."""
 OPSET: Final = 17
 FORMAT: Final = 2
 """Version of the file; graphs of others are exported again."""
 INPUT: Final[dict[Tower, str]] = {"image": "pixels", "text": "ids"}
-WEIGHTS_FILE: Final = "weights"
-"""Location of weights in the graph. There is no such file: sessions are given them."""
 _one_at_a_time = threading.Lock()
 
 
@@ -91,7 +87,7 @@ class OnnxBackend:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
-        options.log_severity_level = WARNING_LEVEL
+        options.log_severity_level = 3  # errors only: the runtime warns about every given initializer
         options.intra_op_num_threads = self._threads
         if self._device is not None:
             hints = {"INFERENCE_PRECISION_HINT": HINTS[self._precision], "INFERENCE_NUM_THREADS": self._threads}
@@ -292,7 +288,7 @@ def _strip(proto: Any, names: Mapping[str, Any], onnx: Any) -> None:
         initializer.ClearField("float_data")
         initializer.data_location = onnx.TensorProto.EXTERNAL
         del initializer.external_data[:]
-        initializer.external_data.add(key="location", value=WEIGHTS_FILE)
+        initializer.external_data.add(key="location", value="weights")  # no such file: sessions are given them
     if missing:
         raise ConfigError(
             f"Exported to ONNX, the tower loses {len(missing)} weights, first {sorted(missing)[0]}.",

@@ -54,8 +54,6 @@ ROLLBACK_SECONDS: Final = 0.3
 the message, read the ledger every second or two, and are told again."""
 HEAL_ATTEMPTS: Final = 6
 HEAL_PAUSE_SECONDS: Final = 2.0
-ROLLBACK_THREADS: Final = 2
-"""For the ledger calls of rollbacks, apart from threads that may hang."""
 TAKEN_UP: Final[tuple[ProposalKind, ...]] = ("initial", "update")
 """Kinds for which no operator waits: after a failure of the ledger or the lease they are carried out later."""
 
@@ -94,7 +92,7 @@ class ReleaseProtocol:
         """Failed proposals whose end could not be written, with the reason."""
         self._planning: asyncio.Future[tuple[Adapters, TargetAdapters, bool]] | None = None
         self._healing: asyncio.Task[None] | None = None
-        self._threads = ThreadPoolExecutor(ROLLBACK_THREADS, "rollback")
+        self._threads = ThreadPoolExecutor(2, "rollback")  # apart from threads that may hang
 
     async def start(self) -> ReleaseResult | None:
         """Continue from the ledger: announce what is live, or make release 1 (the bases alone). Raises LeaseLost when
