@@ -1,11 +1,12 @@
 """The catalog of one server: resident image spaces, searches, and the loops that maintain them. `reconcile` brings
-every sample into every resident space, `index_maintainer` builds the indexes, `claims` tells other servers on the same
-lake which tables are needed here."""
+every sample into every resident space, `index_maintainer` builds the indexes, and :class:`SpaceClaims` tells other
+servers on the same lake which tables are needed here."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import secrets
 import time
@@ -14,19 +15,18 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
+import fsspec
 import numpy as np
 import numpy.typing as npt
 
 from core.dependencies import current, noted
 from core.errors import RatchetError, StoreError, StoreUnavailable
 from core.settings.serving import Catalog as CatalogSettings
-from serving.catalog.claims import RENEW_SECONDS, SpaceClaims
 from serving.catalog.cross_version import search_across, usable
-from serving.catalog.embedding import Encode, Pixels
 from serving.catalog.index_maintainer import IndexMaintainer
 from serving.catalog.queries import Filters, Hit
 from serving.catalog.reconcile import Reconciler
-from serving.catalog.space_fill import SpaceFill
+from serving.catalog.space_fill import Encode, Pixels
 from serving.catalog.tables import Tables
 from serving.releases.types import ReleaseSnapshot
 from streams.store.sample_store import SampleStore
@@ -36,13 +36,14 @@ Result = TypeVar("Result")
 STALL_SECONDS: Final = 600.0
 """A release that waits for its image space fails when no row was added for this long."""
 LOOK_SECONDS: Final = 1.0
-IDLE_SECONDS: Final = 0.5
-INDEX_SECONDS: Final = 5.0
 SEARCH_THREADS: Final = 4
 READ_SECONDS: Final = 10.0
 """Longest read for a client: an exact search reads all vectors of a space, at most 100 MB before there is an index."""
 RETRY_SECONDS: Final = 5.0
 """Interval of trial reads while the store hangs."""
+RENEW_SECONDS: Final = 10.0
+CLAIM_SECONDS: Final = 60.0
+FOLDER: Final = "claims"
 
 
 class Catalog:
@@ -184,15 +185,17 @@ class Catalog:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(repeat(self._claim, self._claim_changed, RENEW_SECONDS / 2))
-                tasks.create_task(repeat(self.reconciler.step, self.reconciler.woken, IDLE_SECONDS))
-                tasks.create_task(repeat(self.maintainer.step, self._index_changed, INDEX_SECONDS))
+                tasks.create_task(repeat(self.reconciler.step, self.reconciler.woken, seconds=0.5))
+                tasks.create_task(repeat(self.maintainer.step, self._index_changed, seconds=5.0))
         finally:
             for fill in self.reconciler.fills.values():
                 fill.cancel()
 
     async def _wait_for(self, space: str, version: int) -> None:
         rows, since = -1, time.monotonic()
-        while not self._is_covered(fill := self.reconciler.fills[space], version):
+        while (fill := self.reconciler.fills[space]).complete < version or not self.maintainer.is_ready(
+            space, fill.coverage.rows
+        ):
             if fill.coverage.rows != rows or fill.complete >= version:
                 rows, since = fill.coverage.rows, time.monotonic()
             elif time.monotonic() - since > STALL_SECONDS:
@@ -204,9 +207,6 @@ class Catalog:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS), self.reconciler.changed:
                     await self.reconciler.changed.wait()
-
-    def _is_covered(self, fill: SpaceFill, version: int) -> bool:
-        return fill.complete >= version and self.maintainer.is_ready(fill.space, fill.coverage.rows)
 
     async def _drop_others(self, spare: Collection[str]) -> list[str]:
         stored = await self.reconciler.in_thread(self.tables.spaces)
@@ -281,3 +281,64 @@ class _BoundedReads:
         return StoreUnavailable(
             f"the catalog's store does not answer within {READ_SECONDS:g} s.", "Send the request again later."
         )
+
+
+class SpaceClaims:
+    """Writes one claim and reads those of others. Use from one thread."""
+
+    def __init__(self, url: str, holder: str, now: Callable[[], float] = time.monotonic) -> None:
+        """``url``: the catalog's folder; ``holder``: hexadecimal digits unique to this process."""
+        self._files, root = fsspec.core.url_to_fs(url)
+        self._folder = f"{root}/{FOLDER}"
+        self._name = f"{holder}.json"
+        self._now = now
+        self._spaces: tuple[str, ...] = ()
+        self._count = 0
+        self._written = -RENEW_SECONDS
+        self._seen: dict[str, tuple[bytes, float]] = {}
+
+    def renew(self, spaces: Collection[str]) -> None:
+        """Claim exactly these spaces. Writes when they changed or a renewal is due."""
+        claimed = tuple(sorted(spaces))
+        if claimed == self._spaces and self._now() - self._written < RENEW_SECONDS:
+            return
+        self._files.makedirs(self._folder, exist_ok=True)
+        content = json.dumps({"spaces": claimed, "count": self._count + 1}).encode()
+        self._files.pipe_file(f"{self._folder}/{self._name}", content)
+        self._spaces, self._count, self._written = claimed, self._count + 1, self._now()
+
+    def claimed_by_others(self, spaces: Collection[str]) -> set[str]:
+        """Those of ``spaces`` that others claim. Removes expired claims; an unreadable one counts for all spaces."""
+        claimed: set[str] = set()
+        seen: dict[str, tuple[bytes, float]] = {}
+        for path in self._others():
+            try:
+                content = bytes(self._files.cat_file(path))
+            except FileNotFoundError:
+                continue
+            before, since = self._seen.get(path, (b"", 0.0))
+            seen[path] = content, since if before == content else self._now()
+            if self._now() - seen[path][1] > CLAIM_SECONDS:
+                self._remove(path)
+                continue
+            try:
+                claimed.update(map(str, json.loads(content)["spaces"]))
+            except (ValueError, KeyError, TypeError):  # being written, or damaged
+                claimed.update(spaces)
+        self._seen = seen
+        return claimed.intersection(spaces)
+
+    def close(self) -> None:
+        self._remove(f"{self._folder}/{self._name}")
+
+    def _others(self) -> list[str]:
+        self._files.invalidate_cache(self._folder)
+        try:
+            paths = map(str, self._files.ls(self._folder, detail=False))
+        except FileNotFoundError:
+            return []
+        return sorted(path for path in paths if path.endswith(".json") and path.rpartition("/")[2] != self._name)
+
+    def _remove(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._files.rm_file(path)

@@ -28,7 +28,6 @@ LEAST_PAIRS: Final = 3
 """Minimum rows with both vectors for the shift by their mean difference."""
 
 log = logging.getLogger("ratchet.catalog")
-_MOST_SPACES: Final = 64
 
 
 def search_across(
@@ -70,7 +69,7 @@ class CrossVersionVerdicts:
 
     def remember(self, window: Sequence[ReleaseSnapshot]) -> None:
         self._spaces.update({snapshot.clip: snapshot.image_space for snapshot in window})
-        for clip in list(self._spaces)[:-_MOST_SPACES]:
+        for clip in list(self._spaces)[:-64]:
             del self._spaces[clip]
 
     async def read(self, snapshots: Sequence[ReleaseSnapshot], complete: Collection[str]) -> dict[str, str]:

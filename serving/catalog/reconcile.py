@@ -15,8 +15,7 @@ import numpy as np
 
 from core import metrics
 from core.dependencies import answered
-from serving.catalog.embedding import Embedder, Encode, Pixels
-from serving.catalog.space_fill import CorpusIds, InThread, SpaceCoverage, SpaceFill
+from serving.catalog.space_fill import CorpusIds, Embedder, Encode, InThread, Pixels, SpaceCoverage, SpaceFill
 from serving.catalog.tables import Tables
 from serving.releases.types import ReleaseSnapshot
 from streams.store.sample_store import SampleStore

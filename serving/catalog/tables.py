@@ -34,7 +34,6 @@ OPENING_PAUSE: Final = 0.05
 """Seconds between tries: a table whose folder exists has two seconds to get its first version."""
 COMPACT_EVERY = 32
 """Merges between compactions. Each merge is a fragment, and scans of thousands of fragments are slow."""
-TARGET_ROWS: Final = 65_536
 PREFIX: Final = "clip_"
 SUFFIX: Final = ".lance"
 FRESHNESS: Final = timedelta(seconds=5)
@@ -100,7 +99,7 @@ class Tables:
         self._written(space)
         self.indexes.add(space, data)
         if self._merges[space] >= COMPACT_EVERY:
-            dataset.optimize.compact_files(target_rows_per_fragment=TARGET_ROWS)
+            dataset.optimize.compact_files(target_rows_per_fragment=65_536)
             self._merges[space] = 0
             self._written(space)
 

@@ -25,10 +25,10 @@ ROWS: Final = 64
 """Rows per forward pass: more is not faster on a CPU; bounds the memory of activations."""
 FEW: Final = 8
 """Images per pass of a convolutional tower on a CPU: activations stay in cache, 1.6 times as fast as 64."""
-FILLS: Final = (
-    "normal_", "uniform_", "trunc_normal_", "xavier_normal_", "xavier_uniform_", "kaiming_normal_", "kaiming_uniform_",
-)  # fmt: skip
-DRAWS: Final = {getattr(init, name) for name in FILLS} | {Tensor.normal_, Tensor.uniform_}
+DRAWS: Final = {
+    init.normal_, init.uniform_, init.trunc_normal_, init.xavier_normal_, init.xavier_uniform_, init.kaiming_normal_,
+    init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_,
+}  # fmt: skip
 """Functions that fill weights with random values and return them."""
 RANDOM: Final[dict[Callable[..., Any], Callable[..., Any]]] = {torch.randn: torch.empty, torch.rand: torch.empty}
 

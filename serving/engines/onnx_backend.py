@@ -16,6 +16,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -40,14 +41,10 @@ log = logging.getLogger("ratchet.engine")
 PLUGIN: Final = "OpenVINOPluginExecutionProvider"
 """Name under which OpenVINO's library is registered; its devices are called OpenVINOExecutionProvider."""
 HINTS: Final[dict[Precision, str]] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-WARNING_LEVEL: Final = 3
-"""Errors only: the runtime warns about every given initializer."""
 OPSET: Final = 17
 FORMAT: Final = 2
 """Version of the file; graphs of others are exported again."""
 INPUT: Final[dict[Tower, str]] = {"image": "pixels", "text": "ids"}
-WEIGHTS_FILE: Final = "weights"
-"""Location of weights in the graph. There is no such file: sessions are given them."""
 _one_at_a_time = threading.Lock()
 
 
@@ -90,7 +87,7 @@ class OnnxBackend:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
-        options.log_severity_level = WARNING_LEVEL
+        options.log_severity_level = 3  # errors only: the runtime warns about every given initializer
         options.intra_op_num_threads = self._threads
         if self._device is not None:
             hints = {"INFERENCE_PRECISION_HINT": HINTS[self._precision], "INFERENCE_NUM_THREADS": self._threads}
@@ -108,27 +105,27 @@ class OnnxBackend:
         return session
 
 
+@dataclass
 class OnnxTowers:
-    def __init__(self, preprocess: Preprocess, sessions: Mapping[Tower, Any], rest: Towers | None) -> None:
-        """``rest``: runs the tower that has no session."""
-        self._preprocess = preprocess
-        self._sessions = sessions
-        self._rest = rest
+    preprocess: Preprocess
+    sessions: Mapping[Tower, Any]
+    rest: Towers | None
+    """Runs the tower that has no session."""
 
     def images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        if (session := self._sessions.get("image")) is None:
-            assert self._rest is not None
-            return self._rest.images(pixels)
+        if (session := self.sessions.get("image")) is None:
+            assert self.rest is not None
+            return self.rest.images(pixels)
         parts = [
-            session.run(None, {INPUT["image"]: self._preprocess.normalise(pixels[start : start + ROWS]).numpy()})[0]
+            session.run(None, {INPUT["image"]: self.preprocess.normalise(pixels[start : start + ROWS]).numpy()})[0]
             for start in range(0, len(pixels), ROWS)
         ]
         return np.concatenate(parts)
 
     def texts(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
-        if (session := self._sessions.get("text")) is None:
-            assert self._rest is not None
-            return self._rest.texts(ids)
+        if (session := self.sessions.get("text")) is None:
+            assert self.rest is not None
+            return self.rest.texts(ids)
         vectors: npt.NDArray[np.float32] = session.run(None, {INPUT["text"]: ids.numpy()})[0]
         return vectors
 
@@ -291,7 +288,7 @@ def _strip(proto: Any, names: Mapping[str, Any], onnx: Any) -> None:
         initializer.ClearField("float_data")
         initializer.data_location = onnx.TensorProto.EXTERNAL
         del initializer.external_data[:]
-        initializer.external_data.add(key="location", value=WEIGHTS_FILE)
+        initializer.external_data.add(key="location", value="weights")  # no such file: sessions are given them
     if missing:
         raise ConfigError(
             f"Exported to ONNX, the tower loses {len(missing)} weights, first {sorted(missing)[0]}.",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final, Literal
 
@@ -109,22 +110,22 @@ class TorchTowers:
         return _array([self._texts(ids)])
 
 
+@dataclass
 class _Passes:
     """Forward passes of both towers. A separate object: bound methods stored on their own owner would form a reference
     cycle that keeps its weights until garbage collection."""
 
-    def __init__(self, backend: TorchBackend, module: nn.Module) -> None:
-        self._backend = backend
-        self.module = module
+    backend: TorchBackend
+    module: nn.Module
 
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
-        batch = self._backend.preprocess.normalise_tensor(pixels.to(self._backend.device)).to(self._backend.image_dtype)
-        if self._backend.channels_last:
+        batch = self.backend.preprocess.normalise_tensor(pixels.to(self.backend.device)).to(self.backend.image_dtype)
+        if self.backend.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last)
         return encode_image(self.module, batch).float()
 
     def texts(self, ids: torch.Tensor) -> torch.Tensor:
-        return encode_text(self.module, ids.to(self._backend.device)).float()
+        return encode_text(self.module, ids.to(self.backend.device)).float()
 
 
 class GraphedTower:

@@ -34,13 +34,13 @@ from serving.messages import EncodeResult, Modality
 from serving.own_threads import OwnThreads
 from serving.ray.deployment_status import read_statuses
 from serving.ray.ray_session import proxies
-from serving.ray.replica_process import close_replica_port, configure_replica_logging, freeze_gc
+from serving.ray.replica_process import begin_replica, freeze_gc, keep_running
 from serving.releases.admission import Admission
 from serving.releases.broadcast import APP, VLM
 from serving.releases.guard import Observations, find_guard_target
 from serving.releases.shadow_traffic import TEXTS, ShadowTraffic
 from serving.releases.types import ReleaseSnapshot
-from serving.replicas.follower import keep_running, residency_reader
+from serving.replicas.follower import residency_reader
 
 log = logging.getLogger("ratchet.ingress")
 SWITCH_SECONDS = 0.001
@@ -70,10 +70,8 @@ class Ingress:
         controller: DeploymentHandle,
         vlm: DeploymentHandle | None = None,
     ) -> None:
-        close_replica_port()
+        begin_replica(settings, "ingress")
         sys.setswitchinterval(SWITCH_SECONDS)
-        configure_replica_logging(settings, "ingress")
-        metrics.build.started("ingress")
         self.settings = settings
         self.ledger = Ledger.lazy(settings.ledger)
         self.residency_reader = residency_reader(settings, self.ledger, encoder, "ingress")
@@ -138,7 +136,7 @@ class Ingress:
 
     async def drain(self) -> dict[int, int]:
         """Admit no more requests; returns those in flight, by release."""
-        self.admission.close()
+        self.admission.closed = True
         return self.admission.in_flight()
 
     async def observations(self) -> Observations:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
+from core import metrics
 from core.logs import configure_logging
 from core.settings import Settings
 
@@ -14,6 +17,22 @@ NODE = "127.0.0.2"
 """Address of the private session's node: loopback, but not one that Ray replaces with the machine's own address."""
 SWITCH = "SERVE_REPLICAS_ON_LOOPBACK"
 """Without the prefix of Ratchet's settings: a command that inherits it would report an unknown setting."""
+
+
+def begin_replica(settings: Settings, role: str) -> None:
+    """Call it first in a deployment's constructor."""
+    close_replica_port()
+    configure_replica_logging(settings, role)
+    metrics.build.started(role)
+
+
+def keep_running(
+    tasks: dict[str, asyncio.Task[None]], work: Mapping[str, Callable[[], Coroutine[Any, Any, None]]]
+) -> None:
+    """Start what is not running, or has ended. ``tasks``: those that run, by name."""
+    for name, each in work.items():
+        if name not in tasks or tasks[name].done():
+            tasks[name] = asyncio.get_running_loop().create_task(each())
 
 
 def close_replica_port() -> None:

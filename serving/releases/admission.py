@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -28,16 +29,13 @@ class Admission:
         self.splits = False
         """True if a canary or a shadow is live, so that the caller matters."""
         self.closed = False
-        self._in_flight: dict[int, int] = {}
+        self._in_flight: Counter[int] = Counter()
         self._answered: dict[int, RequestCounts] = {}
 
     @property
     def live(self) -> ReleaseSnapshot | None:
         """The live release, as far as this replica knows."""
         return self.window[0] if self.window else None
-
-    def close(self) -> None:
-        self.closed = True
 
     def adopt(self, window: Sequence[ReleaseSnapshot]) -> int:
         """Take a newer window; an older one (a late message) changes nothing. Returns the live number."""
@@ -85,7 +83,7 @@ class Admission:
         snapshot = self.resolve(model, family, key)
         number = snapshot.release
         note(snapshot.shown(family), number)
-        self._in_flight[number] = self._in_flight.get(number, 0) + 1
+        self._in_flight[number] += 1
         self._record_in_flight()
         try:
             yield snapshot
@@ -94,10 +92,8 @@ class Admission:
                 self.failed(number)
             raise
         finally:
-            left = self._in_flight[number] - 1
-            if left:
-                self._in_flight[number] = left
-            else:
+            self._in_flight[number] -= 1
+            if not self._in_flight[number]:
                 del self._in_flight[number]
             self._record_in_flight()
             if (counted := self._answered.get(number)) is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from ray import serve
@@ -51,15 +53,12 @@ class Broadcast:
         self.vlm = vlm
         self._announced_vlms: tuple[str | None, ...] | None = None
         """None until the first announcement, which VLM replicas do not need: they start from the ledger."""
-        self._ingress: DeploymentHandle | None = None
         self._statuses = BoundedCall(lambda: read_statuses(APP), STATUS_SECONDS)
 
-    @property
+    @cached_property
     def ingress(self) -> DeploymentHandle:
         """The ingress depends on the controller, so its handle is looked up late."""
-        if self._ingress is None:
-            self._ingress = serve.get_deployment_handle(INGRESS, APP)
-        return self._ingress
+        return serve.get_deployment_handle(INGRESS, APP)
 
     @property
     def has_vlm(self) -> bool:
@@ -70,7 +69,9 @@ class Broadcast:
         return await call_every_replica(self.encoder, "prepare", clip, seconds=PREPARE_SECONDS)
 
     async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
-        return await call_every_replica(self._vlm, "prepare", vlm, seconds=PREPARE_SECONDS)
+        if self.vlm is None:
+            raise ReleaseError("no vision-language model is served here.", NO_VLM)
+        return await call_every_replica(self.vlm, "prepare", vlm, seconds=PREPARE_SECONDS)
 
     async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
         """Complete the image space in the catalog, or only request it; returns its rows. Raises ReleaseError."""
@@ -117,10 +118,9 @@ class Broadcast:
 
     async def in_flight(self) -> dict[int, int]:
         """Requests in flight by release, over all ingress replicas."""
-        total: dict[int, int] = {}
+        total: Counter[int] = Counter()
         for counts in await call_every_replica(self.ingress, "in_flight", seconds=ACKNOWLEDGE_SECONDS):
-            for number, count in counts.items():
-                total[number] = total.get(number, 0) + count
+            total.update(counts)
         return total
 
     async def retire_spaces(self, keep: Sequence[ReleaseSnapshot], epoch: int | None) -> None:
@@ -131,7 +131,7 @@ class Broadcast:
     async def retire(self, clips: Sequence[str | None], vlms: Sequence[str | None]) -> None:
         work = [call_every_replica(self.encoder, "retire", list(clips), seconds=RETIRE_SECONDS)]
         if self.vlm is not None:
-            work.append(self._retire_vlms(vlms))
+            work.append(_retire_vlms(self.vlm, vlms))
         await asyncio.gather(*work)
 
     async def replica_states(self) -> dict[str, dict[str, int]]:
@@ -157,15 +157,10 @@ class Broadcast:
         except ReleaseError:
             return []
 
-    async def _retire_vlms(self, vlms: Sequence[str | None]) -> list[Any]:
-        try:
-            return await call_every_replica(self._vlm, "retire", list(vlms), seconds=VLM_RETIRE_SECONDS)
-        except ReleaseError as error:
-            log.info("a VLM replica is not there to unload adapters: %s", error)
-            return []
 
-    @property
-    def _vlm(self) -> DeploymentHandle:
-        if self.vlm is None:
-            raise ReleaseError("no vision-language model is served here.", NO_VLM)
-        return self.vlm
+async def _retire_vlms(handle: DeploymentHandle, vlms: Sequence[str | None]) -> list[Any]:
+    try:
+        return await call_every_replica(handle, "retire", list(vlms), seconds=VLM_RETIRE_SECONDS)
+    except ReleaseError as error:
+        log.info("a VLM replica is not there to unload adapters: %s", error)
+        return []

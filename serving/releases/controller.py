@@ -18,7 +18,7 @@ from core import metrics
 from core.errors import LeaseLost, LedgerError, LedgerUnavailable, RatchetError, ReleaseError
 from core.ledger import Family, Ledger
 from core.settings import Settings
-from serving.ray.replica_process import close_replica_port, configure_replica_logging, freeze_gc
+from serving.ray.replica_process import begin_replica, freeze_gc, keep_running
 from serving.releases.auto_rollback import Fallback, Guard
 from serving.releases.broadcast import Broadcast
 from serving.releases.leadership import RENEW_SECONDS, ControllerLease, Lineage
@@ -54,9 +54,7 @@ class ReleaseController:
         catalog: DeploymentHandle,
         vlm: DeploymentHandle | None = None,
     ) -> None:
-        close_replica_port()
-        configure_replica_logging(settings, "controller")
-        metrics.build.started("controller")
+        begin_replica(settings, "controller")
         self.ledger = Ledger.lazy(settings.ledger)
         self.broadcast = Broadcast(encoder, catalog, vlm)
         rollout = settings.rollout
@@ -91,9 +89,7 @@ class ReleaseController:
             "guard": partial(self._watch, "guard", self.guard.step, GUARD_PAUSE_SECONDS),
             "fallback": partial(self._watch, "fallback", self.fallback.step),
         }  # fmt: skip
-        for name, work in loops.items():
-            if name not in self._loops or self._loops[name].done():
-                self._loops[name] = asyncio.get_running_loop().create_task(work())
+        keep_running(self._loops, loops)
 
     async def change(self, command: LiveCommand) -> ReleaseResult | RatchetError:
         """Carry out a release, promotion or rollback. Expected errors are returned, because a raised one means a dead
@@ -197,11 +193,10 @@ class ReleaseController:
 
     def _recorded(self, outcome: ReleaseResult) -> None:
         self._seen = max(self._seen, outcome.number)
-        kind = outcome.kind
-        metrics.release.decided(kind, "committed")
+        metrics.release.decided(outcome.kind, "committed")
         metrics.release.phase("prepare", outcome.prepare_seconds)
         metrics.release.phase("commit", outcome.commit_seconds)
-        if kind == "rollback":
+        if outcome.kind == "rollback":
             metrics.release.phase("rollback", outcome.prepare_seconds + outcome.commit_seconds)
         log.info("release %d is live: %s", outcome.number, outcome)
         self._to_retire.set()
@@ -283,14 +278,12 @@ class ReleaseController:
             except LeaseLost as error:
                 log.info("proposal: %s", error)
                 self._step_down_if(error)
-            except LedgerUnavailable as error:
-                log.warning("proposal: %s", error)
-                self._last_error = str(error)
             except RatchetError as error:
                 log.warning("proposal: %s", error)
                 self._last_error = str(error)
-                metrics.release.decided("update", "failed")
-                self._to_retire.set()
+                if not isinstance(error, LedgerUnavailable):
+                    metrics.release.decided("update", "failed")
+                    self._to_retire.set()
             except Exception as error:
                 log.exception("controller")
                 self._last_error = f"{type(error).__name__}: {error}"[:300]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from core.ledger import Ledger
@@ -163,9 +163,14 @@ def look(settings: Rollout, seen: Observations, incumbent: int, number: int) -> 
     evidence = [_errors(settings, seen, incumbent, level)]
     for family, compared in sorted(seen.compared.items()):
         if compared.timed:
-            evidence.append(_latency(settings, family, compared, level))
+            shown = f"{compared.slower} of {compared.timed} took more than {settings.max_latency_ratio:g} times as long"
+            evidence.append(_tested("latency", family, compared.slower, compared.timed, 0.5, level, shown))
         if compared.inputs:
-            evidence.append(_agreement(settings, family, compared, level))
+            least = settings.min_agreement if family == "clip" else settings.min_vlm_agreement
+            share = compared.agreed / compared.inputs
+            shown = f"{compared.agreed} of {compared.inputs} inputs agree ({share:.0%}), at least {least:.0%} must"
+            bad = compared.inputs - compared.agreed
+            evidence.append(_tested("agreement", family, bad, compared.inputs, 1 - least, level, shown))
     return evidence
 
 
@@ -175,9 +180,7 @@ def broken(evidence: Sequence[Evidence]) -> list[Evidence]:
 
 
 def _errors(settings: Rollout, seen: Observations, incumbent: int, level: float) -> Evidence:
-    ours, theirs = RequestCounts(), RequestCounts()
-    ours.add(seen.requests.get(seen.release, RequestCounts()))
-    theirs.add(seen.requests.get(incumbent, RequestCounts()))
+    ours, theirs = (replace(seen.requests.get(number, RequestCounts())) for number in (seen.release, incumbent))
     for compared in seen.compared.values():
         ours.add(RequestCounts(compared.tried, compared.failed))
         theirs.add(RequestCounts(compared.tried, compared.incumbent_failed))
@@ -188,21 +191,6 @@ def _errors(settings: Rollout, seen: Observations, incumbent: int, level: float)
     share = settings.max_error_ratio * ours.requests
     allowed = share / (share + theirs.requests)
     return _tested("errors", None, ours.failed, ours.failed + theirs.failed, allowed, level, shown)
-
-
-def _latency(settings: Rollout, family: Family, compared: ComparisonCounts, level: float) -> Evidence:
-    shown = f"{compared.slower} of {compared.timed} took more than {settings.max_latency_ratio:g} times as long"
-    return _tested("latency", family, compared.slower, compared.timed, 0.5, level, shown)
-
-
-def _agreement(settings: Rollout, family: Family, compared: ComparisonCounts, level: float) -> Evidence:
-    bad = compared.inputs - compared.agreed
-    least = settings.min_agreement if family == "clip" else settings.min_vlm_agreement
-    shown = (
-        f"{compared.agreed} of {compared.inputs} inputs agree ({compared.agreed / compared.inputs:.0%}), "
-        f"at least {least:.0%} must"
-    )
-    return _tested("agreement", family, bad, compared.inputs, 1 - least, level, shown)
 
 
 def _tested(

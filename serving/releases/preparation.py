@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Coroutine
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 from core.errors import ReleaseConflict, ReleaseError
 from core.ledger import Ledger
@@ -64,12 +63,11 @@ class Preparation:
     async def make_ready(self, target: TargetAdapters, live: ReleaseRow | None) -> None:
         """Prepare the families that change, at once. The first release waits for encoders only: VLM replicas start with
         their base, and the catalog embeds what there is. Raises ReleaseError when a replica cannot serve an adapter."""
-        jobs: list[Coroutine[Any, Any, None]] = []
+        tasks: list[asyncio.Task[None]] = []
         if live is None or target["clip"] != live.clip:
-            jobs.append(self._ready_clip(target["clip"], live))
+            tasks.append(asyncio.create_task(self._ready_clip(target["clip"], live)))
         if self.broadcast.has_vlm and target["vlm"] != (live.vlm if live else None):
-            jobs.append(self._ready_vlm(target["vlm"]))
-        tasks = [asyncio.ensure_future(job) for job in jobs]
+            tasks.append(asyncio.create_task(self._ready_vlm(target["vlm"])))
         try:
             await asyncio.gather(*tasks)
         finally:  # the first failure stops the other one

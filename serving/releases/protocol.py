@@ -54,8 +54,6 @@ ROLLBACK_SECONDS: Final = 0.3
 the message, read the ledger every second or two, and are told again."""
 HEAL_ATTEMPTS: Final = 6
 HEAL_PAUSE_SECONDS: Final = 2.0
-ROLLBACK_THREADS: Final = 2
-"""For the ledger calls of rollbacks, apart from threads that may hang."""
 TAKEN_UP: Final[tuple[ProposalKind, ...]] = ("initial", "update")
 """Kinds for which no operator waits: after a failure of the ledger or the lease they are carried out later."""
 
@@ -94,7 +92,7 @@ class ReleaseProtocol:
         """Failed proposals whose end could not be written, with the reason."""
         self._planning: asyncio.Future[tuple[Adapters, TargetAdapters, bool]] | None = None
         self._healing: asyncio.Task[None] | None = None
-        self._threads = ThreadPoolExecutor(ROLLBACK_THREADS, "rollback")
+        self._threads = ThreadPoolExecutor(2, "rollback")  # apart from threads that may hang
 
     async def start(self) -> ReleaseResult | None:
         """Continue from the ledger: announce what is live, or make release 1 (the bases alone). Raises LeaseLost when
@@ -116,7 +114,7 @@ class ReleaseProtocol:
     async def follow(self) -> None:
         """Bring this server's replicas to what is live in the ledger, whichever process committed it. Raises
         ReleaseError when a CLIP adapter that answers requests cannot be served."""
-        residency = await self.residency()
+        residency = await self.preparation.residency()
         await asyncio.gather(
             self._announce(residency, RELEASE_SECONDS),
             *(self.broadcast.cover(snapshot, wait=False) for snapshot in residency.indexed),
@@ -236,8 +234,12 @@ class ReleaseProtocol:
     async def _prepare(self, work: PreparingProposal) -> TargetAdapters:
         proposal = work.proposal
         live = await asyncio.to_thread(self.ledger.live)
-        if proposal.expected_live is not None:
-            _check_live(live, proposal.expected_live)
+        number = live.number if live else 0
+        if proposal.expected_live not in (None, number):
+            raise ReleaseConflict(
+                f"release {number} is live, not {proposal.expected_live}: somebody released first.",
+                "Look at `ratchet releases list` and decide again.",
+            )
         if proposal.family == "vlm" and not self.broadcast.has_vlm:
             raise ReleaseError("no vision-language model is served here.", NO_VLM)
         adapters = proposed_adapters(proposal)
@@ -246,7 +248,7 @@ class ReleaseProtocol:
             for name, why in withdrawn.items():
                 raise ReleaseError(f"{name} was withdrawn: {why}", "An operator can release it with --force.")
         await self._advance(proposal, "preparing")
-        work.number = live.number + 1 if live else 1
+        work.number = number + 1
         work.share = self._update_share if proposal.kind == "update" else proposal.share
         work.target = target_adapters(adapters, await asyncio.to_thread(self.ledger.stable))
         await self.preparation.make_ready(work.target, live)
@@ -306,7 +308,7 @@ class ReleaseProtocol:
     async def retire(self, patience_seconds: float = 60.0) -> None:
         """Unload what left the window once no request uses it. Adapters that are being prepared stay."""
         deadline = time.monotonic() + patience_seconds
-        while set(await self.broadcast.in_flight()) - {s.release for s in (await self.residency()).window}:
+        while set(await self.broadcast.in_flight()) - {s.release for s in (await self.preparation.residency()).window}:
             if time.monotonic() > deadline:
                 return  # a later release retires it; requests in flight bound the memory
             await asyncio.sleep(0.1)
@@ -324,7 +326,7 @@ class ReleaseProtocol:
         """The residency, and number and adapters of what is being prepared, read before and after the ledger: a commit
         meanwhile is in one of them."""
         before = self._preparing
-        residency = await self.residency()
+        residency = await self.preparation.residency()
         works = [work for work in (before, self._preparing) if work is not None]
         return residency, [(work.number, work.target) for work in works if work.target is not None]
 
@@ -377,9 +379,6 @@ class ReleaseProtocol:
             rows = self.preparation.read()
         return adapters, target, target["clip"] in rows.clips and target["vlm"] in rows.vlms
 
-    async def residency(self) -> Residency:
-        return await self.preparation.residency()
-
     async def known_residency(self) -> Residency:
         return await self.preparation.known_residency(await asyncio.to_thread(self.preparation.read))
 
@@ -430,13 +429,3 @@ class ReleaseProtocol:
 
     async def _in_thread(self, function: Callable[..., Result], *args: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
-
-
-def _check_live(live: ReleaseRow | None, expected: int) -> None:
-    """Raise ReleaseConflict if another release is live than expected."""
-    number = live.number if live else 0
-    if number != expected:
-        raise ReleaseConflict(
-            f"release {number} is live, not {expected}: somebody released first.",
-            "Look at `ratchet releases list` and decide again.",
-        )

@@ -135,12 +135,6 @@ Cause = Literal["", "adapter", "storage", "replica"]
 """Origin of an error: the adapter's files, a store that is away, or the replica itself."""
 
 
-def cause_of(error: Exception) -> Cause:
-    if isinstance(error, AdapterError):
-        return "adapter"
-    return "storage" if isinstance(error, (StoreError, LedgerUnavailable)) else "replica"
-
-
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A replica's answer to ``prepare``; ``error`` is empty if it can serve the adapter. Only encoders set spaces."""
@@ -155,7 +149,9 @@ class Prepared:
     @classmethod
     def failed(cls, replica: str, adapter: str | None, error: Exception) -> Prepared:
         reason = str(error) if isinstance(error, RatchetError) else f"{type(error).__name__}: {error}"[:500]
-        return cls(replica, adapter, error=reason, cause=cause_of(error))
+        away = isinstance(error, (StoreError, LedgerUnavailable))
+        cause: Cause = "adapter" if isinstance(error, AdapterError) else "storage" if away else "replica"
+        return cls(replica, adapter, error=reason, cause=cause)
 
     @property
     def unservable(self) -> bool:

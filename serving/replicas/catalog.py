@@ -21,10 +21,10 @@ from core.tracing import span
 from serving.catalog.cross_version import CrossVersionVerdicts, usable
 from serving.catalog.queries import Filters, Hit
 from serving.messages import EncodeResult
-from serving.ray.replica_process import close_replica_port, configure_replica_logging, freeze_gc
+from serving.ray.replica_process import begin_replica, freeze_gc, keep_running
 from serving.releases.leadership import spaces_of_bases
 from serving.releases.types import ReleaseSnapshot
-from serving.replicas.follower import keep_running, residency_reader, wait_for_clip
+from serving.replicas.follower import residency_reader, wait_for_clip
 
 if TYPE_CHECKING:
     from serving.catalog.catalog import Catalog
@@ -40,9 +40,7 @@ class CatalogReplica:
     """One replica in a server. Another server may have its own on the same tables."""
 
     async def __init__(self, settings: Settings, encoder: DeploymentHandle) -> None:  # type: ignore[misc]  # awaited
-        close_replica_port()
-        configure_replica_logging(settings, "catalog")
-        metrics.build.started("catalog")
+        begin_replica(settings, "catalog")
         await wait_for_clip()
         # Here and not above: Lance and faiss take two seconds to import.
         from serving.catalog.catalog import Catalog

@@ -16,7 +16,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ from serving.messages import (
     Modality,
     joined,
 )
-from serving.ray.replica_process import close_replica_port, configure_replica_logging, freeze_gc
+from serving.ray.replica_process import begin_replica, freeze_gc
 from serving.releases.residency import ResidencyRows, ResidencySource
 from serving.releases.types import BASE, Prepared
 from serving.replicas.adapter_cache import AdapterCache, AdapterFolders, adapters_path
@@ -198,10 +198,6 @@ class EncoderWorker:
                 return await loop.run_in_executor(self._yielding, self.prepare_now, clip)
         return await loop.run_in_executor(self._loading, self.prepare_now, clip)
 
-    def prepare_at_start(self, clips: Iterable[str | None]) -> list[Prepared]:
-        """:meth:`prepare` for several adapters, before any request."""
-        return list(self._compute.map(self.prepare_now, clips))
-
     def prepare_now(self, clip: str | None) -> Prepared:
         """:meth:`prepare` on the caller's thread."""
         if (known := self._held(clip)) is not None:
@@ -303,10 +299,8 @@ class Encoder(EncoderWorker):
     while the ledger is away, and with the newest loadable adapter if the live one's files are gone."""
 
     def __init__(self, settings: Settings) -> None:
-        close_replica_port()
         nice_process(MODEL_NICE)
-        configure_replica_logging(settings, "encoder")
-        metrics.build.started("encoder")
+        begin_replica(settings, "encoder")
         bound_kernel_caches()
         self.settings = settings
         ledger = Ledger.lazy(settings.ledger)
@@ -320,7 +314,7 @@ class Encoder(EncoderWorker):
         rows = source.newest()
         self._adapters.expect(source.adapters)
         needed = rows.needed("clip")
-        check_start(self.prepare_at_start(dict.fromkeys([*needed, *rows.clips])), needed)
+        check_start([*self._compute.map(self.prepare_now, dict.fromkeys([*needed, *rows.clips]))], needed)
         freeze_gc()
 
     def make_engine(self, settings: Settings) -> ClipEngine:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, Final, Literal
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, Literal
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -17,6 +17,7 @@ from core.ledger import Ledger
 from core.settings import Settings
 from serving.own_threads import OwnThreads
 from serving.ray.replica_calls import Attempts, call_every_replica, call_replica
+from serving.ray.replica_process import keep_running
 from serving.releases.broadcast import APP, INGRESS
 from serving.releases.residency import ResidencyRows, ResidencySource, resolve_residency
 from serving.releases.types import Prepared, Residency
@@ -31,15 +32,6 @@ UNSERVABLE_SECONDS: Final = 5.0
 CLIP_SECONDS: Final = 30.0
 """Longest wait for CLIP, which takes some ten seconds to load (a VLM: a minute of every core)."""
 LOOK_SECONDS: Final = 0.2
-
-
-def keep_running(
-    tasks: dict[str, asyncio.Task[None]], work: Mapping[str, Callable[[], Coroutine[Any, Any, None]]]
-) -> None:
-    """Start what is not running, or has ended. ``tasks``: those that run, by name."""
-    for name, each in work.items():
-        if name not in tasks or tasks[name].done():
-            tasks[name] = asyncio.get_running_loop().create_task(each())
 
 
 def check_start(prepared: Sequence[Prepared], needed: Sequence[str | None]) -> None:

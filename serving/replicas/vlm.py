@@ -30,7 +30,7 @@ from serving.engines.vlm.generation import PROBE, GenerationRequest, GenerationR
 from serving.engines.vlm.open import VlmEngine
 from serving.errors import EngineDead, InvalidRequest
 from serving.messages import VLM_NICE, Refusal
-from serving.ray.replica_process import close_replica_port, configure_replica_logging, freeze_gc
+from serving.ray.replica_process import begin_replica, freeze_gc
 from serving.releases.residency import ResidencyRows, ResidencySource
 from serving.releases.types import BASE, Prepared
 from serving.replicas.adapter_cache import AdapterCache, AdapterFolders, adapters_path
@@ -339,10 +339,8 @@ class VlmReplica(VlmWorker):
     are repeated without end, see :data:`serving.ray.ray_session.START_ATTEMPTS`."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
-        close_replica_port()
         nice_process(VLM_NICE)
-        configure_replica_logging(settings, "vlm")
-        metrics.build.started("vlm")
+        begin_replica(settings, "vlm")
         await wait_for_clip()
         try:
             await self._start(settings)

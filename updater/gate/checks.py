@@ -20,7 +20,7 @@ from torch import nn
 
 from serving.engines.lora import effective_weights
 from serving.engines.vlm.generation import GenerationRequest
-from serving.engines.vlm.hf_worker import score
+from serving.engines.vlm.hf_engine import score
 from serving.engines.vlm.vlm_base import VlmBase
 from updater.gate.suite_items import normalise, polarity
 from updater.gate.verdict import Check

@@ -121,12 +121,10 @@ def write_probe(directory: Path, shapes: Shapes, size: float, seed: int = 0) -> 
 
 
 def differ(some: Sequence[GenerationResult], others: Sequence[GenerationResult]) -> bool:
-    for one, other in zip(some, others, strict=True):
-        if one.tokens != other.tokens:
-            return True
-        if any(abs(a - b) > SAME for a, b in zip(one.logprobs, other.logprobs, strict=True)):
-            return True
-    return False
+    return any(
+        one.tokens != other.tokens or any(abs(a - b) > SAME for a, b in zip(one.logprobs, other.logprobs, strict=True))
+        for one, other in zip(some, others, strict=True)
+    )
 
 
 @dataclass(eq=False)

@@ -20,7 +20,6 @@ from serving.engines.vlm.vlm_base import VlmBase
 
 MIN_STEP_TOKENS = 2048
 """Minimum tokens per forward pass: enough for a full batch of prompts of small models."""
-GPU_MEMORY = 0.85
 INSTALL = (
     "in a clone `.venv/bin/python install.py local,vlm-cpu`, elsewhere "
     "`pip install --extra-index-url https://download.pytorch.org/whl/cpu 'ratchet-server[vlm-cpu]'`"
@@ -120,7 +119,7 @@ def _own_arguments(base: VlmBase, serve: Serve) -> dict[str, Any]:
     }
     if not current_platform.is_cpu():
         divided = {"tensor_parallel_size": serve.vlm_gpus}
-        return common | divided | {"dtype": "auto", "gpu_memory_utilization": GPU_MEMORY}
+        return common | divided | {"dtype": "auto", "gpu_memory_utilization": 0.85}
     return common | {
         "dtype": "float32",
         "enforce_eager": True,

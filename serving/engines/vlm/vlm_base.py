@@ -107,7 +107,7 @@ def save_vlm_base(
         for path in sorted(source.iterdir()):
             if path.is_file() and path.suffix in _KEPT:
                 shutil.copyfile(path, work / MODEL / path.name)
-        files = _file_digests(work / MODEL)
+        files = {path.name: digest_bytes(path.read_bytes()) for path in sorted((work / MODEL).iterdir())}
         staged = VlmBase(name, work, digest_json(files), str(config["architectures"][0]), {}, files, {})
         model = staged.build_model()
         bad = next((n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None)
@@ -185,7 +185,3 @@ def _check_family(name: str, model: nn.Module, processor: Any, targets: dict[str
         ) from error
     if not finite:
         raise BaseModelError(f"Base {name!r} answers with values that are not finite.", "Use another checkpoint.")
-
-
-def _file_digests(folder: Path) -> dict[str, str]:
-    return {path.name: digest_bytes(path.read_bytes()) for path in sorted(folder.iterdir()) if path.is_file()}

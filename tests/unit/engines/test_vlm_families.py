@@ -13,7 +13,7 @@ import pytest
 
 from core.errors import BaseModelError
 from serving.engines.vlm.generation import question
-from serving.engines.vlm.hf_worker import score
+from serving.engines.vlm.hf_engine import score
 from tests.support.tiny_vlm import tiny_vlm_adapter
 from tests.support.vlm_families import FAMILIES, write_family
 from updater.bases.register import add_vlm

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from core.errors import AdapterError
 from serving.engines.vlm.generation import SMALLEST, GenerationRequest, Message
-from serving.engines.vlm.hf_worker import BatchRow, _Choice
+from serving.engines.vlm.hf_engine import BatchRow, _Choice
 from serving.errors import InvalidRequest
 from serving.http.chat import ChatRequest
 
@@ -109,7 +109,7 @@ def test_a_low_temperature_is_raised_and_without_one_the_choice_is_greedy(
 
 def test_vllm_clamps_alike() -> None:
     pytest.importorskip("vllm")
-    from serving.engines.vlm.vllm_requests import sampling
+    from serving.engines.vlm.vllm_engine import sampling
 
     for parameters in fuzzed(300, 3):
         try:

@@ -15,8 +15,7 @@ from torch import nn
 from core.errors import AdapterError
 from core.settings.serving import Serve
 from serving.engines.vlm.generation import GenerationRequest, Message
-from serving.engines.vlm.hf_engine import TransformersEngine
-from serving.engines.vlm.hf_worker import BatchRow, Worker
+from serving.engines.vlm.hf_engine import BatchRow, TransformersEngine, Worker
 from serving.engines.vlm.prompts import end_token
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest

@@ -11,7 +11,7 @@ import torch
 
 from serving.engines.lora import effective_weights
 from serving.engines.vlm.generation import question
-from serving.engines.vlm.hf_worker import score
+from serving.engines.vlm.hf_engine import score
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from updater.gate.checks import (
     check_collapse,

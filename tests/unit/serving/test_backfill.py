@@ -11,9 +11,8 @@ import pytest
 from core.errors import LedgerUnavailable, StoreError
 from serving.catalog import catalog as catalog_module
 from serving.catalog.cross_version import CrossVersionVerdicts, rank_across
-from serving.catalog.embedding import CHUNK_ROWS, Pace
 from serving.catalog.queries import Hit
-from serving.catalog.space_fill import BackfillRate, CorpusIds, SpaceCoverage
+from serving.catalog.space_fill import CHUNK_ROWS, BackfillRate, CorpusIds, Pace, SpaceCoverage
 from tests.support.waiting import until
 from tests.unit.serving.catalog_world import HERE, THERE, Encoder, World, rows
 

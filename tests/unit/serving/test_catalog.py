@@ -10,8 +10,8 @@ import pytest
 
 from core.errors import StoreError
 from serving.catalog.catalog import repeat
-from serving.catalog.embedding import CHUNK_ROWS
 from serving.catalog.queries import Filters, as_filters
+from serving.catalog.space_fill import CHUNK_ROWS
 from serving.catalog.tables import Tables
 from streams.store.rows import Position
 from tests.support.disk import holds

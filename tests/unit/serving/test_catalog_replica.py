@@ -74,7 +74,7 @@ async def test_a_sample_that_ingest_accepted_is_indexed_though_a_request_may_not
     image = jpeg(40, 30)
     assert len(image) > settings.serve.max_image_bytes
     World(tmp_path).put(0, 1, image=image)
-    for name in ("close_replica_port", "configure_replica_logging", "freeze_gc"):
+    for name in ("begin_replica", "freeze_gc"):
         monkeypatch.setattr(catalog_replica, name, lambda *_: None)
 
     async def at_once() -> None:

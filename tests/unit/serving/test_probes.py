@@ -103,7 +103,7 @@ async def test_a_server_that_drains_is_not_ready_and_is_alive() -> None:
     state = state_of(Models(), ScriptedVlms())
     async with client(state) as http:
         assert (await http.get("/health/ready")).status_code == 200
-        state.admission.close()
+        state.admission.closed = True
         for name in ("ready", "ready/clip", "ready/vlm", "ready/catalog"):
             answer = await http.get(f"/health/{name}")
             assert refusal(answer, 503, "not_ready") == "the server is ending."

@@ -100,6 +100,6 @@ def test_garbage_that_comes_later_is_collected_by_itself() -> None:
 
 def test_every_replica_freezes_once_it_has_started() -> None:
     texts = {path.stem: path.read_text() for path in Path(serving.__file__).parent.rglob("*.py")}
-    replicas = {name for name, text in texts.items() if "        configure_replica_logging(" in text}
+    replicas = {name for name, text in texts.items() if "        begin_replica(" in text}
     assert replicas == {"catalog", "controller", "encoder", "ingress", "vlm"}
     assert [name for name in replicas if "        freeze_gc()\n" not in texts[name]] == []

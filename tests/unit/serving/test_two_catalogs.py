@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from core.errors import StoreError
-from serving.catalog.claims import CLAIM_SECONDS, SpaceClaims
-from serving.catalog.embedding import CHUNK_ROWS
+from serving.catalog.catalog import CLAIM_SECONDS, SpaceClaims
+from serving.catalog.space_fill import CHUNK_ROWS
 from serving.catalog.tables import Tables
 from tests.support.waiting import until
 from tests.unit.serving.catalog_world import ALL, HERE, THERE, World, vector

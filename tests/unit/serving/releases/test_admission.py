@@ -79,7 +79,7 @@ def test_an_unknown_model_or_one_of_the_other_family_is_told_what_is_resident(
 def test_a_server_that_ends_admits_nothing_and_lets_go_on_what_is_in_flight() -> None:
     admitted = admission(snapshot(1))
     with admitted.admit():
-        admitted.close()
+        admitted.closed = True
         with pytest.raises(Unavailable, match="is ending"), admitted.admit():
             pass
         assert admitted.in_flight() == {1: 1}

@@ -69,7 +69,7 @@ async def test_what_no_replica_can_load_is_taken_back_with_the_reason(
     fallback: Fallback, protocol: ReleaseProtocol, broadcast: DamagedBroadcast, ledger: Ledger, gone: set[str],
     after: tuple[str | None, str],
 ) -> None:  # fmt: skip
-    await protocol.residency()  # the state of a started controller
+    await protocol.preparation.residency()  # the state of a started controller
     broadcast.gone = gone
     outcomes = []
     while (outcome := await fallback.step()) is not None:

@@ -99,7 +99,7 @@ async def test_what_is_committed_while_retire_looks_what_is_resident_stays_loade
     server: Server, monkeypatch: pytest.MonkeyPatch, when: int
 ) -> None:
     slow = await covering(server)
-    residency, looks = server.residency, 0
+    residency, looks = server.preparation.residency, 0
 
     async def outdated() -> Residency:
         nonlocal looks
@@ -110,7 +110,7 @@ async def test_what_is_committed_while_retire_looks_what_is_resident_stays_loade
             await slow
         return found
 
-    monkeypatch.setattr(server, "residency", outdated)
+    monkeypatch.setattr(server.preparation, "residency", outdated)
     await server.retire()
     assert server.broadcast.kept == [[1, 2]]
     assert [set(loaded) for loaded in server.broadcast.loaded] == [{None, "b"}]
