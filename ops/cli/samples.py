@@ -20,7 +20,6 @@ from ops.cli.terminal import SINCE_HELP, AsJson, parse_since, show_facts, show_j
 
 if TYPE_CHECKING:
     from core.settings.streams import Ingest
-    from streams.store.sample_queries import SampleFilter
     from streams.store.sample_store import SampleStore
 
 app = typer.Typer(help="Look at samples, export or delete them; trace a record.", no_args_is_help=True)
@@ -31,8 +30,7 @@ SIDE: Final = 192
 MAX_VALUE_CHARS: Final = 2000
 
 
-SplitName = Literal["train", "fresh_eval"]
-InSplit = Annotated[SplitName | None, typer.Option("--split", help="Only samples of this split.")]
+InSplit = Annotated[Literal["train", "fresh_eval"] | None, typer.Option("--split", help="Only samples of this split.")]
 InDomain = Annotated[str | None, typer.Option("--domain", help="Only samples of this domain.")]
 OfSource = Annotated[str | None, typer.Option("--source", help="Only samples from this source.")]
 OfConcept = Annotated[str | None, typer.Option("--concept", help="Only samples of this concept.")]
@@ -92,9 +90,9 @@ def list_samples(
 
     Examples:  ratchet samples list --domain streets --text bus    |    ratchet samples list --since 1h --html new.html
     """
-    from streams.store.sample_queries import newest_samples, with_images
+    from streams.store.sample_queries import SampleFilter, newest_samples, with_images
 
-    store, which = _store(context), _filter(split, domain, source, concept, text, since)
+    store, which = _store(context), SampleFilter(split, domain, source, concept, text, parse_since(since))
     rows = newest_samples(store, which, limit if html is None else min(limit, MAX_CARDS))
     if html is not None:
         count = _write_page(html, "Samples", with_images(store, rows), ctx.of(context).settings.ingest)
@@ -188,9 +186,9 @@ def export(
     Examples:  ratchet samples export all.parquet    |    ratchet samples export streets/ --domain streets
     """
     from streams.publish.export import export as write
-    from streams.store.sample_queries import count_samples
+    from streams.store.sample_queries import SampleFilter, count_samples
 
-    store, which = _store(context), _filter(split, domain, source, concept, text, since)
+    store, which = _store(context), SampleFilter(split, domain, source, concept, text, parse_since(since))
     version = store.version()
     total = count_samples(store, which, version)
     count = write(store, path, which, version=version, follow=lambda rows: track(rows, "exporting", total))
@@ -211,15 +209,6 @@ def _store(context: typer.Context) -> SampleStore:
     from streams.store.sample_store import SampleStore
 
     return SampleStore(ctx.of(context).settings.lake)
-
-
-def _filter(
-    split: SplitName | None, domain: str | None, source: str | None, concept: str | None, text: str | None,
-    since: str | None,
-) -> SampleFilter:  # fmt: skip
-    from streams.store.sample_queries import SampleFilter
-
-    return SampleFilter(split, domain, source, concept, text, parse_since(since))
 
 
 def _one(store: SampleStore, sample_id: str) -> dict[str, Any]:
