@@ -22,13 +22,11 @@ from core.ledger.proposals import ProposalQueries
 from core.ledger.records import RecordQueries
 from core.ledger.releases import ReleaseQueries
 from core.ledger.rows import AdapterRow as AdapterRow
-from core.ledger.rows import AuditRow as AuditRow
 from core.ledger.rows import BaseUpgradeRow as BaseUpgradeRow
 from core.ledger.rows import DeletionRow as DeletionRow
 from core.ledger.rows import DeletionState as DeletionState
 from core.ledger.rows import EventRow as EventRow
 from core.ledger.rows import Family as Family
-from core.ledger.rows import GateOutcome as GateOutcome
 from core.ledger.rows import KeyRow as KeyRow
 from core.ledger.rows import ProposalRow as ProposalRow
 from core.ledger.rows import ReleaseRow as ReleaseRow
