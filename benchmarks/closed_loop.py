@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import heapq
 
-from ops.planning.capacity import REQUESTS, Outcome, outcome_of
-from ops.planning.measured import ServiceTimes
+from ops.planning.capacity import REQUESTS, Outcome, ServiceTimes, outcome_of
 
 
 def closed_loop(times: ServiceTimes, clients: int, encoders: int, max_batch: int, requests: int = REQUESTS) -> Outcome:

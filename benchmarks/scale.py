@@ -36,7 +36,7 @@ from core.ledger import Ledger
 from core.progress import say, step
 from core.settings import Settings
 from core.waiting import wait_until
-from ops.planning.measured import ServiceTimes
+from ops.planning.capacity import ServiceTimes
 from ratchet_client import Client
 from serving.app import application
 from serving.engines.clip import ClipEngine

@@ -22,13 +22,13 @@ import logging
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Literal, Protocol
+from typing import Literal
 
 from core.errors import AccessError, RatchetError
-from core.ledger.keys import PREFIX, RESERVED, SCOPES, digest_of, parse_token
+from core.ledger.keys import PREFIX, RESERVED, SCOPES, KeyQueries, digest_of, parse_token
 from core.ledger.rows import KeyRow, KeyScope
 from core.settings import Settings
 
@@ -44,14 +44,6 @@ MAX_ACTOR_CHARS = 100
 NEVER = float("-inf")
 ANONYMOUS: frozenset[KeyScope] = frozenset({"infer", "search"})
 _NO_KEY = digest_of("")
-
-
-class Keys(Protocol):
-    def api_keys(self) -> list[KeyRow]:
-        """Valid keys."""
-
-    def touch_keys(self, used: Mapping[str, datetime]) -> None:
-        """Record when keys were last used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +77,7 @@ class Access:
     """Identifies callers by token. Safe to use from several threads."""
 
     def __init__(
-        self, ledger: Keys, settings: Settings, clock: Callable[[], float] = time.monotonic,
+        self, ledger: KeyQueries, settings: Settings, clock: Callable[[], float] = time.monotonic,
         recall: Callable[[], Sequence[KeyRow]] = tuple, pause: Callable[[float], None] = time.sleep,
     ) -> None:  # fmt: skip
         """``recall``: returns a copy of the keys, for a start while the ledger is unreachable."""

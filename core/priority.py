@@ -9,9 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 _pace = threading.local()
 
@@ -71,11 +69,6 @@ def return_free_memory() -> None:
     """Return free heap pages to the system (glibc's malloc_trim(3); elsewhere no effect). Takes some milliseconds.
     Loading and unloading adapters fragments the heap: a process with three resident adapters held 25% more than it
     needed."""
-    trim = _trim()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-@cache
-def _trim() -> Any:
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -44,17 +44,13 @@ def say(message: str) -> None:
         shown = f"[dim]{time.strftime('%H:%M:%S', time.gmtime())}[/dim] {message}"
         _console.print(shown, highlight=False, soft_wrap=True)
     else:
-        text = _plain(message)
+        try:
+            text = Text.from_markup(message)
+        except MarkupError:  # brackets in external text
+            text = Text(message)
         styles = {str(span.style) for span in text.spans}
         level = logging.ERROR if "red" in styles else logging.WARNING if "yellow" in styles else logging.INFO
         log.log(level, "%s", text.plain)
-
-
-def _plain(message: str) -> Text:
-    try:
-        return Text.from_markup(message)
-    except MarkupError:  # brackets in external text
-        return Text(message)
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:

@@ -62,8 +62,8 @@ def record(name: str, began: float, ended: float, **attributes: Any) -> None:
     if _tracer is None or not _sampled():
         return
     offset = time.time() - time.monotonic()
-    one = _tracer.start_span(name, start_time=_nanoseconds(began + offset), attributes=attributes | _of_request())
-    one.end(_nanoseconds(ended + offset))
+    start, end = (int((moment + offset) * 1e9) for moment in (began, ended))
+    _tracer.start_span(name, start_time=start, attributes=attributes | _of_request()).end(end)
 
 
 def _sampled() -> bool:
@@ -79,7 +79,3 @@ def _of_request() -> dict[str, Any]:
         return {}
     fields = {"request_id": request.request_id, "release": request.release, "adapter": request.adapter}
     return {f"ratchet.{name}": value for name, value in fields.items() if value not in (None, "")}
-
-
-def _nanoseconds(seconds: float) -> int:
-    return int(seconds * 1e9)

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from typing import Final
 
@@ -51,9 +51,8 @@ def _state(check: Callable[[], str]) -> DependencyState:
 
 
 def _ledger(settings: Settings) -> str:
-    ledger = Ledger.open(settings.ledger)
-    live = ledger.live()
-    ledger.close()
+    with closing(Ledger.open(settings.ledger)) as ledger:
+        live = ledger.live()
     return f"live release: {live.number if live else 'none yet'}"
 
 
@@ -69,22 +68,16 @@ def _store(settings: Settings, write: bool) -> str:
 
 
 def _broker(settings: Settings) -> str:
-    admin = Admin(settings.kafka, CALL_SECONDS)
-    try:
+    with closing(Admin(settings.kafka, CALL_SECONDS)) as admin:
         check_rights(admin, [*ingest_rights(settings.kafka), *event_rights(settings.kafka)])
-    finally:
-        admin.close()
     return f"{settings.kafka.bootstrap} answers"
 
 
 def _registry(settings: Settings) -> str:
     auth = settings.kafka.schema_registry_auth
     client = RegistryClient(settings.kafka.schema_registry, None if auth is None else auth.get_secret_value())
-    try:
-        with suppress(RecordError):  # it answers, without such a schema
-            client.by_id(1)
-    finally:
-        client.close()
+    with closing(client), suppress(RecordError):  # it answers, without such a schema
+        client.by_id(1)
     return f"{settings.kafka.schema_registry} answers"
 
 

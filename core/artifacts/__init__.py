@@ -18,6 +18,7 @@ from core.artifacts.folder import directory_digest
 from core.artifacts.object_store import CALL_SECONDS, Bucket, ObjectStore, local_folder, open_filesystem
 from core.digests import digest12
 from core.errors import AdapterError
+from core.files import replace_file
 
 __all__ = ["Artifacts", "directory_digest"]
 
@@ -102,7 +103,7 @@ class Artifacts:
     def write_bytes(self, key: str, data: bytes) -> None:
         path = self._path(key)
         if self.local is not None:
-            folder.write_bytes(Path(path), data)
+            replace_file(Path(path), data, prefix=folder.STAGING)
         else:
             self._store.write(path, data)
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from core.digests import digest_bytes
 from core.errors import AdapterError
-from core.files import flush, replace_file
+from core.files import flush
 
 MARKER: Final = ".complete"
 MAX_FILES: Final = 100_000
@@ -107,10 +107,6 @@ def put_directory(source: Path, target: Path, key: str) -> None:
             shutil.rmtree(staging, ignore_errors=True)
     if directory_digest(target) != directory_digest(source):
         raise AdapterError(f"artifact {key!r} exists with other contents.", "A name is never reused.")
-
-
-def write_bytes(target: Path, data: bytes) -> None:
-    replace_file(target, data, prefix=STAGING)
 
 
 def delete(target: Path) -> None:

@@ -58,9 +58,6 @@ class ObjectStore:
         except FileNotFoundError:
             return False
 
-    def has_below(self, path: str) -> bool:
-        return bool(self.sizes(path))
-
     def sizes(self, path: str) -> dict[str, int]:
         prefix = self.filesystem._strip_protocol(path)
         try:
@@ -138,7 +135,11 @@ class Bucket:
             local = self._download(manifest, path, key, staging)
             if not local.has_all(target):  # and no other process has copied it meanwhile
                 shutil.rmtree(target, ignore_errors=True)  # incomplete, e.g. after a cleanup of temporary files
-                _rename(staging, target, local)
+                try:
+                    staging.rename(target)
+                except OSError:
+                    if not local.has_all(target):  # otherwise another process was faster
+                        raise
         self.cache.write_note(key, local.dump())
         self.cache.evict()
         return target
@@ -170,7 +171,7 @@ class Bucket:
             return None
 
     def _missing(self, path: str, key: str) -> AdapterError:
-        if self.store.has_below(path):
+        if self.store.sizes(path):
             return AdapterError(
                 f"the upload of artifact {key!r} was interrupted: it is incomplete.",
                 "Store it again; that completes it.",
@@ -179,11 +180,3 @@ class Bucket:
 
     def _damaged(self, key: str) -> AdapterError:
         return AdapterError(f"artifact {key!r} arrived damaged.", "Fetch it again; check the object store.")
-
-
-def _rename(staging: Path, target: Path, manifest: Manifest) -> None:
-    try:
-        staging.rename(target)
-    except OSError:
-        if not manifest.has_all(target):  # otherwise another process was faster
-            raise

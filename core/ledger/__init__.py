@@ -21,42 +21,19 @@ from core.ledger.leases import LeaseQueries
 from core.ledger.proposals import ProposalQueries
 from core.ledger.records import RecordQueries
 from core.ledger.releases import ReleaseQueries
-from core.ledger.rows import (
-    AdapterRow,
-    AuditRow,
-    BaseUpgradeRow,
-    DeletionRow,
-    DeletionState,
-    EventRow,
-    Family,
-    GateOutcome,
-    KeyRow,
-    ProposalRow,
-    ReleaseRow,
-    ResubmissionRow,
-    UpdateRow,
-    VerdictRow,
-    answers,
-)
-
-__all__ = [
-    "AdapterRow",
-    "AuditRow",
-    "BaseUpgradeRow",
-    "DeletionRow",
-    "DeletionState",
-    "EventRow",
-    "Family",
-    "GateOutcome",
-    "KeyRow",
-    "Ledger",
-    "ProposalRow",
-    "ReleaseRow",
-    "ResubmissionRow",
-    "UpdateRow",
-    "VerdictRow",
-    "answers",
-]
+from core.ledger.rows import AdapterRow as AdapterRow
+from core.ledger.rows import BaseUpgradeRow as BaseUpgradeRow
+from core.ledger.rows import DeletionRow as DeletionRow
+from core.ledger.rows import DeletionState as DeletionState
+from core.ledger.rows import EventRow as EventRow
+from core.ledger.rows import Family as Family
+from core.ledger.rows import KeyRow as KeyRow
+from core.ledger.rows import ProposalRow as ProposalRow
+from core.ledger.rows import ReleaseRow as ReleaseRow
+from core.ledger.rows import ResubmissionRow as ResubmissionRow
+from core.ledger.rows import UpdateRow as UpdateRow
+from core.ledger.rows import VerdictRow as VerdictRow
+from core.ledger.rows import answers as answers
 
 
 class Ledger(

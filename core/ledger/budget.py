@@ -49,8 +49,7 @@ class BudgetQueries(Queries):
         query = select(func.sum(ChargeRow.amount))
         if key is not None:
             query = query.where(ChargeRow.key == key)
-        with self.database.read() as session:
-            return session.scalar(query) or 0.0
+        return self._first(query) or 0.0
 
 
 def _refill(session: Session, now: float, rate: float, capacity: float) -> BucketRow:

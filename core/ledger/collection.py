@@ -90,12 +90,10 @@ class CollectionQueries(Queries):
         ]  # fmt: skip
 
     def released_bases(self) -> list[str | None]:
-        with self.database.read() as session:
-            return list(session.scalars(select(ReleaseRow.clip_base).distinct()))
+        return self._all(select(ReleaseRow.clip_base).distinct())
 
     def upgrade_bases(self) -> list[str]:
-        with self.database.read() as session:
-            return list(session.scalars(select(BaseUpgradeRow.new_base).distinct()))
+        return self._all(select(BaseUpgradeRow.new_base).distinct())
 
     def adapters_in_use(self) -> dict[str, str]:
         """Adapters of open proposals and unfinished updates, with the reason."""

@@ -190,11 +190,16 @@ def _migrate(database: Database) -> None:
     if revision == script.get_current_head() or (revision is not None and revision not in known):
         return
     with time_limit(MIGRATION_SECONDS), database._writing.connect() as connection, connection.begin():
-        if connection.dialect.name == "postgresql":
-            for bound in ("statement_timeout", "lock_timeout"):
-                connection.execute(text(f"set local {bound} = '{MIGRATION_SECONDS:.0f}s'"))
-            connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+        lock_migrations(connection)
         command.upgrade(alembic_config(connection), "head")
+
+
+def lock_migrations(connection: Connection) -> None:
+    """Wait for other migrations, and allow this transaction :data:`MIGRATION_SECONDS`. SQLite has one writer anyway."""
+    if connection.dialect.name == "postgresql":
+        for bound in ("statement_timeout", "lock_timeout"):
+            connection.execute(text(f"set local {bound} = '{MIGRATION_SECONDS:.0f}s'"))
+        connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
 
 
 class Queries:

@@ -57,9 +57,7 @@ class EventQueries(Queries):
         return self._all(query)
 
     def count_waiting_events(self) -> int:
-        query = select(func.count()).select_from(EventRow).where(EventRow.published.is_(False))
-        with self.database.read() as session:
-            return session.scalar(query) or 0
+        return self._first(select(func.count()).select_from(EventRow).where(EventRow.published.is_(False))) or 0
 
     def events(self, limit: int = 100) -> list[EventRow]:
         return self._all(select(EventRow).order_by(EventRow.id.desc()).limit(limit))
@@ -109,16 +107,10 @@ class EventQueries(Queries):
 
 def add_event(session: Session, type: EventType, event_id: str, subject: str, data: Mapping[str, Any]) -> bool:
     _check(type, event_id, subject, data)
-    values = {
-        "event_id": event_id,
-        "type": type,
-        "subject": subject,
-        "data": dict(data),
-        "time": utc_now(),
-        "published": False,
-    }
-    dialect = session.get_bind().dialect.name
-    statement = (postgresql if dialect == "postgresql" else sqlite).insert(EventRow).values(**values)
+    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
+    statement = dialect.insert(EventRow).values(
+        event_id=event_id, type=type, subject=subject, data=dict(data), time=utc_now(), published=False
+    )
     statement = statement.on_conflict_do_nothing(index_elements=[EventRow.event_id]).returning(EventRow.id)
     return session.scalars(statement).first() is not None
 

@@ -44,7 +44,9 @@ class KeyQueries(Queries):
             LedgerError: the name is taken or invalid, or a scope, the limit or the days are wrong.
         """
         chosen = _checked(name, scopes, requests_per_minute)
-        expires = None if days is None else _after(days)
+        if days is not None and not 0 < days <= MAX_DAYS:
+            raise LedgerError(f"a key cannot be valid for {days:g} days.", f"Give more than 0, at most {MAX_DAYS}.")
+        expires = None if days is None else utc_now() + timedelta(days=days)
         key_id, secret = secrets.token_hex(4), secrets.token_hex(32)
         row = KeyRow(
             id=key_id, name=name, scopes=list(chosen), digest=digest_of(secret), actor=actor,
@@ -116,9 +118,3 @@ def _checked(name: str, scopes: Sequence[str], requests_per_minute: int | None) 
     if requests_per_minute is not None and requests_per_minute < 0:
         raise LedgerError(f"{requests_per_minute} requests per minute is no limit.", "Give 1 or more, or 0 for none.")
     return tuple(scope for scope in SCOPES if scope in scopes)
-
-
-def _after(days: float) -> datetime:
-    if not 0 < days <= MAX_DAYS:
-        raise LedgerError(f"a key cannot be valid for {days:g} days.", f"Give more than 0, at most {MAX_DAYS}.")
-    return utc_now() + timedelta(days=days)

@@ -182,8 +182,7 @@ class LearningQueries(Queries):
             return row
 
     def update_of(self, adapter: str) -> UpdateRow | None:
-        query = select(UpdateRow).where(UpdateRow.adapter == adapter).order_by(UpdateRow.created_at.desc()).limit(1)
-        return self._first(query)
+        return self._first(select(UpdateRow).where(UpdateRow.adapter == adapter).order_by(UpdateRow.created_at.desc()))
 
     def update(self, update_id: str) -> UpdateRow:
         with self.database.read() as session:
@@ -196,9 +195,8 @@ class LearningQueries(Queries):
         return self._all(query)
 
     def is_finished(self, update_id: str) -> bool:
-        with self.database.read() as session:
-            row = session.get(UpdateRow, update_id)
-            return row is not None and row.state in FINISHED
+        row = self._get(UpdateRow, update_id)
+        return row is not None and row.state in FINISHED
 
     def unfinished_update(self, family: str) -> UpdateRow | None:
         """The oldest unfinished update: left by a killed trainer, or imported."""
@@ -233,8 +231,7 @@ class LearningQueries(Queries):
         return self._all(query.order_by(VerdictRow.id.desc()).limit(limit))
 
     def verdict_on(self, adapter: str) -> VerdictRow | None:
-        query = select(VerdictRow).where(VerdictRow.adapter == adapter).order_by(VerdictRow.id.desc()).limit(1)
-        return self._first(query)
+        return self._first(select(VerdictRow).where(VerdictRow.adapter == adapter).order_by(VerdictRow.id.desc()))
 
     def released_verdicts(self, family: str, base: str) -> list[VerdictRow]:
         """Verdicts on adapters of a base (digest) that were fully released, and neither withdrawn nor collected, newest
@@ -316,7 +313,6 @@ class LearningQueries(Queries):
             .where(UpdateRow.state == "done", VerdictRow.outcome == "passed", AdapterRow.withdrawn.is_(None))
             .where(UpdateRow.adapter.not_in(select(ReleaseRow.clip).where(ReleaseRow.clip.is_not(None))))
             .order_by(BaseUpgradeRow.created_at.desc())
-            .limit(1)
         )
         if new_base is not None:
             query = query.where(BaseUpgradeRow.new_base == new_base)

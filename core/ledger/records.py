@@ -104,10 +104,7 @@ class RecordQueries(Queries):
         return self._all(query)
 
     def deletion_ids(self, prefix: str) -> set[str]:
-        with self.database.read() as session:
-            return set(
-                session.scalars(select(DeletionRow.id).where(DeletionRow.id.startswith(prefix, autoescape=True)))
-            )
+        return set(self._all(select(DeletionRow.id).where(DeletionRow.id.startswith(prefix, autoescape=True))))
 
     def count_deletions(self, prefix: str = "", states: Sequence[DeletionState] = ()) -> int:
         query = select(func.count()).select_from(DeletionRow)
@@ -115,16 +112,14 @@ class RecordQueries(Queries):
             query = query.where(DeletionRow.id.startswith(prefix, autoescape=True))
         if states:
             query = query.where(DeletionRow.state.in_(states))
-        with self.database.read() as session:
-            return int(session.scalar(query) or 0)
+        return self._first(query) or 0
 
     def oldest_deletion(self) -> DeletionRow | None:
         """The longest-waiting deletion that is not done, if any. Deletions locked in the bucket until a known time are
         left out: an operator cannot help them."""
         until = DeletionRow.remains_until
         waiting = select(DeletionRow).where(DeletionRow.state != "done", or_(until.is_(None), until <= utc_now()))
-        query = waiting.order_by(DeletionRow.requested_at).limit(1)
-        return self._first(query)
+        return self._first(waiting.order_by(DeletionRow.requested_at))
 
     def begin_resubmission(self, place: str, *, actor: str, reason: str, force: bool = False) -> ResubmissionRow:
         """Claim the right to resubmit a quarantined record.

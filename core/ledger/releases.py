@@ -85,8 +85,9 @@ class ReleaseQueries(Queries):
             )  # fmt: skip
             row.attempt = attempt
             append_release(session, row, proposal)
-            if hold_after_rollback and proposal is not None and proposal.kind == "rollback":
-                _hold_after_rollback(session, row)
+            rolled_back = proposal is not None and proposal.kind == "rollback"
+            if hold_after_rollback and rolled_back and actor not in SYSTEM_ACTORS and _open_hold(session) is None:
+                _add_hold(session, actor, f"after the rollback of release {number - 1}: {reason}")
             return row
 
         try:
@@ -138,8 +139,7 @@ class ReleaseQueries(Queries):
         """True if an adapter (None: the base alone) was in a full release."""
         column = ReleaseRow.clip if family == "clip" else ReleaseRow.vlm
         query = select(ReleaseRow.number).where(ReleaseRow.share >= PLAIN, column.is_not_distinct_from(adapter))
-        with self.database.read() as session:
-            return session.scalars(query.limit(1)).first() is not None
+        return self._first(query) is not None
 
     def withdrawn(self, names: Sequence[str | None]) -> dict[str, str]:
         wanted = [name for name in names if name is not None]
@@ -241,16 +241,13 @@ class ReleaseQueries(Queries):
         """Image spaces of :meth:`newest_of_each_base`, which another base's servers search, or will after switching
         back. The ledger does not know the space of a base alone."""
         clips = [row.clip for row in self.newest_of_each_base() if row.clip is not None]
-        with self.database.read() as session:
-            return set(session.scalars(select(AdapterRow.image_space).where(AdapterRow.name.in_(clips))))
+        return set(self._all(select(AdapterRow.image_space).where(AdapterRow.name.in_(clips))))
 
     def hold(self, actor: str, reason: str) -> HoldRow:
         """Make update proposals wait until :meth:`resume`. A second hold keeps the first."""
-
-        def write(session: Session, _repeated: bool) -> HoldRow:
-            return _open_hold(session) or _add_hold(session, actor, reason)
-
-        return write_once(self.database, write, "the hold")
+        return write_once(
+            self.database, lambda session, _: _open_hold(session) or _add_hold(session, actor, reason), "the hold"
+        )
 
     def resume(self, actor: str, reason: str) -> None:
         """End a hold. Raises LedgerError if there is none."""
@@ -308,11 +305,6 @@ def append_release(session: Session, row: ReleaseRow, proposal: ProposalRow | No
     note(session, row.actor, "release", f"release {row.number}", detail)
     session.flush()
     tell_release(session, row, proposal, previous=row.number - 1 or None)
-
-
-def _hold_after_rollback(session: Session, row: ReleaseRow) -> None:
-    if row.actor not in SYSTEM_ACTORS and _open_hold(session) is None:
-        _add_hold(session, row.actor, f"after the rollback of release {row.number - 1}: {row.reason}")
 
 
 def _open_hold(session: Session) -> HoldRow | None:

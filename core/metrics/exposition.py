@@ -60,12 +60,8 @@ def belongs(name: str, part: Process) -> bool:
     if name in SHARED:
         return True
     if name.startswith("ratchet_"):
-        return _owner(name) == part
+        return part == next((each for each, starts in NAME_PREFIXES.items() if name.startswith(starts)), "serve")
     return part != "serve" or name.startswith("vllm:")
-
-
-def _owner(name: str) -> Process:
-    return next((part for part, beginnings in NAME_PREFIXES.items() if name.startswith(beginnings)), "serve")
 
 
 class _Own(Collector):

@@ -31,19 +31,15 @@ class http:
         d.HTTP_REQUESTS.labels(route, str(status)).inc()
         d.HTTP_SECONDS.labels(route).observe(seconds)
 
-    @staticmethod
-    def in_flight(change: int) -> None:
-        """``change`` is +1 or -1."""
-        d.HTTP_IN_FLIGHT.inc(change)
+    in_flight = d.HTTP_IN_FLIGHT.inc
+    """``change`` is +1 or -1."""
 
     @staticmethod
     def cache_lookups(kind: str, hits: int, misses: int) -> None:
         d.CACHE_LOOKUPS.labels(kind, "hit").inc(hits)
         d.CACHE_LOOKUPS.labels(kind, "miss").inc(misses)
 
-    @staticmethod
-    def cached(size: int) -> None:
-        d.CACHE_BYTES.set(size)
+    cached = d.CACHE_BYTES.set
 
     @staticmethod
     def refused(reason: str) -> None:
@@ -86,9 +82,7 @@ class vlm:
         d.VLM_TOKENS.labels("prompt").inc(prompt)
         d.VLM_TOKENS.labels("completion").inc(completion)
 
-    @staticmethod
-    def first_token(seconds: float) -> None:
-        d.VLM_FIRST.observe(seconds)
+    first_token = d.VLM_FIRST.observe
 
     @staticmethod
     def inside(running: int, waiting: int) -> None:
@@ -102,13 +96,8 @@ class catalog:
         d.CATALOG_ROWS.set(rows)
         d.CATALOG_COVERAGE.set(ratio)
 
-    @staticmethod
-    def searchable(seconds: float) -> None:
-        d.CATALOG_DELAY.observe(seconds)
-
-    @staticmethod
-    def fragments(count: int) -> None:
-        d.CATALOG_FRAGMENTS.set(count)
+    searchable = d.CATALOG_DELAY.observe
+    fragments = d.CATALOG_FRAGMENTS.set
 
     @staticmethod
     def backfill(missing: int, rows_per_second: float, seconds_left: float | None) -> None:
@@ -123,18 +112,10 @@ class catalog:
         d.CATALOG_INDEXED.set(rows)
         d.CATALOG_INDEX_USED.set(int(used))
 
-    @staticmethod
-    def index_memory(size: int) -> None:
-        d.CATALOG_INDEX_BYTES.set(size)
-
-    @staticmethod
-    def index_built(seconds: float) -> None:
-        d.CATALOG_INDEX_SECONDS.observe(seconds)
-
-    @staticmethod
-    def recall(ratio: float) -> None:
-        """Set the share of the true ten nearest rows that the index found, whether it is used or not."""
-        d.CATALOG_RECALL.set(ratio)
+    index_memory = d.CATALOG_INDEX_BYTES.set
+    index_built = d.CATALOG_INDEX_SECONDS.observe
+    recall = d.CATALOG_RECALL.set
+    """Set the share of the true ten nearest rows that the index found, whether it is used or not."""
 
 
 class drift:
@@ -149,10 +130,8 @@ class release:
     def live(part: str, number: int) -> None:
         d.RELEASE_LIVE.labels(part).set(number)
 
-    @staticmethod
-    def committed(timestamp: float) -> None:
-        """``timestamp``: seconds since 1970."""
-        d.RELEASE_COMMITTED.set(timestamp)
+    committed = d.RELEASE_COMMITTED.set
+    """``timestamp``: seconds since 1970."""
 
     @staticmethod
     def phase(phase: str, seconds: float) -> None:

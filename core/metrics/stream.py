@@ -39,9 +39,7 @@ class ingest:
         """Kind is ``exact``, ``perceptual``, or ``older`` than the record that corrected it."""
         d.INGEST_DUPLICATES.labels(kind).inc(count)
 
-    @staticmethod
-    def corrected(count: int) -> None:
-        d.INGEST_CORRECTED.inc(count)
+    corrected = d.INGEST_CORRECTED.inc
 
     @staticmethod
     def lag(partition: int, records: int) -> None:
@@ -56,26 +54,16 @@ class ingest:
     def lost(offsets: int, reason: str) -> None:
         d.INGEST_LOST.labels(reason).inc(offsets)
 
-    @staticmethod
-    def rewritten(offsets: int) -> None:
-        d.INGEST_REWRITTEN.inc(offsets)
+    rewritten = d.INGEST_REWRITTEN.inc
 
     @staticmethod
     def waiting(dependency: str) -> None:
         for each in WAITED_FOR:
             d.INGEST_WAITING.labels(each).set(int(each == dependency))
 
-    @staticmethod
-    def settled(count: int) -> None:
-        d.DOUBLES_SETTLED.inc(count)
-
-    @staticmethod
-    def committed(seconds: float) -> None:
-        d.INGEST_COMMIT.observe(seconds)
-
-    @staticmethod
-    def quarantine_failing(failing: bool) -> None:
-        d.INGEST_QUARANTINE_FAILING.set(int(failing))
+    settled = d.DOUBLES_SETTLED.inc
+    committed = d.INGEST_COMMIT.observe
+    quarantine_failing = d.INGEST_QUARANTINE_FAILING.set
 
     @staticmethod
     def store(split_rows: Mapping[str, int], size: int, fragments: int) -> None:
@@ -91,9 +79,7 @@ class events:
         """The label is the short type: ``release`` for ``ratchet.release.v1``."""
         d.EVENTS_PUBLISHED.labels(type.removeprefix("ratchet.").removesuffix(".v1")).inc(count)
 
-    @staticmethod
-    def waiting(count: int) -> None:
-        d.EVENTS_WAITING.set(count)
+    waiting = d.EVENTS_WAITING.set
 
 
 class maintain:
@@ -103,13 +89,8 @@ class maintain:
         d.MAINTAIN_LAST.labels(outcome).set_to_current_time()
         d.MAINTAIN_SECONDS.observe(seconds)
 
-    @staticmethod
-    def written(size: int) -> None:
-        d.MAINTAIN_WRITTEN.inc(size)
-
-    @staticmethod
-    def versions(count: int) -> None:
-        d.MAINTAIN_VERSIONS.set(count)
+    written = d.MAINTAIN_WRITTEN.inc
+    versions = d.MAINTAIN_VERSIONS.set
 
     @staticmethod
     def deleted(count: int, reason: Literal["retention", "deletion"]) -> None:

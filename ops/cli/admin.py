@@ -78,7 +78,7 @@ def collect(
 
     Examples:  ratchet admin gc --dry-run    |    ratchet --set gc.keep_days=30 admin gc
     """
-    from ops.collection.plan import largest_first
+    from ops.collection import largest_first
 
     with _collector(ctx.of(context).settings) as collector:
         plan = collector.plan() if dry_run else collector.run(ctx.person())
@@ -143,8 +143,7 @@ def plan(
     ratchet admin plan --stream 2e6 --image-kb 80    |
     ratchet bench encode --against none | tee encode.txt; ratchet admin plan --texts 1000 --measured encode.txt
     """
-    from ops.planning.capacity import Load, make_plan
-    from ops.planning.measured import built_in, machine_of
+    from ops.planning.capacity import Load, built_in, machine_of, make_plan
 
     figures = built_in()
     if measured is None and machine not in figures.machines:

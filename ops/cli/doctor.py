@@ -107,11 +107,11 @@ def fault_of(vectors: npt.NDArray[np.float32]) -> str:
 def examine(settings: Settings) -> list[Finding]:
     """Run all checks; an error of a check is a finding too."""
     findings = []
-    for check in _CHECKS:
+    for name, check in _CHECKS.items():
         try:
             findings.append(check(settings))
         except RatchetError as error:
-            findings.append(Finding("fail", check.__name__.strip("_").replace("_", " "), error.message, error.fix))
+            findings.append(Finding("fail", name, error.message, error.fix))
     return findings + _dependencies(settings)
 
 
@@ -165,14 +165,6 @@ def _crc32c(_: Settings) -> Finding:
     if importlib.util.find_spec("crc32c") is None:
         return Finding("fail", "crc32c", "missing: Kafka would do 54 records/s", "pip install 'kafka-python[crc32c]'")
     return Finding("ok", "crc32c", "the C implementation is installed")
-
-
-def _base(settings: Settings) -> Finding:
-    return _registered(settings, "base", settings.base.clip, "clip")
-
-
-def _vlm_base(settings: Settings) -> Finding:
-    return _registered(settings, "VLM base", settings.base.vlm, "vlm")
 
 
 def _registered(settings: Settings, what: str, name: str, family: Family) -> Finding:
@@ -254,7 +246,10 @@ import vllm
 print(vllm.__version__)
 """
 
-_CHECKS: tuple[Callable[[Settings], Finding], ...] = (
-    _compute, _memory, _disk, _shared_memory, _crc32c, _local_extra, _data_tools, _base, _vlm_base,
-    _suites, _vlm_engine,
-)  # fmt: skip
+_CHECKS: dict[str, Callable[[Settings], Finding]] = {
+    "compute": _compute, "memory": _memory, "disk": _disk, "shared memory": _shared_memory, "crc32c": _crc32c,
+    "local extra": _local_extra, "data tools": _data_tools,
+    "base": lambda settings: _registered(settings, "base", settings.base.clip, "clip"),
+    "vlm base": lambda settings: _registered(settings, "VLM base", settings.base.vlm, "vlm"),
+    "suites": _suites, "vlm engine": _vlm_engine,
+}  # fmt: skip

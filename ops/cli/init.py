@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -276,14 +277,12 @@ def _broker(settings: Settings, answers: InitAnswers, offline: bool) -> str:
         return f"{kafka.bootstrap}, which `ratchet up` starts"
     if offline:
         return f"{kafka.bootstrap}, not asked"
-    admin = Admin(kafka, connect_seconds=BROKER_SECONDS)
     try:
-        exists = admin.topic_id(kafka.topic) is not None
+        with closing(Admin(kafka, connect_seconds=BROKER_SECONDS)) as admin:
+            exists = admin.topic_id(kafka.topic) is not None
     except BrokerError as error:
         fix = "Correct it, or write the settings without asking it: --offline."
         raise ConfigError(f"--broker: {error.message}", fix) from error
-    finally:
-        admin.close()
     return f"{kafka.bootstrap} answers; topic {kafka.topic} " + ("is there" if exists else "will be made by ingest")
 
 

@@ -135,11 +135,11 @@ def screen(settings: Settings, parts: Supervisor | None = None) -> RenderableTyp
 def dependency_lines(dependencies: dict[str, dict[str, str]]) -> Text:
     well = [name for name, found in dependencies.items() if found["state"] == "ok"]
     lines = [Text(f"{', '.join(well)}: ok", "dim")] if well else []
-    for name, found in dependencies.items():
-        if found["state"] != "ok":
-            lines.append(
-                Text.assemble((f"{name}: {found['state']}. ", "bold red"), f"{found['detail']} {found['fix']}")
-            )
+    lines += [
+        Text.assemble((f"{name}: {found['state']}. ", "bold red"), f"{found['detail']} {found['fix']}")
+        for name, found in dependencies.items()
+        if found["state"] != "ok"
+    ]
     return Text("\n").join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +32,8 @@ def run_tune(shared: Context) -> None:
 
     settings = shared.settings
     base = load_base(settings.home, settings.base.clip)
-
-    def objection(choice: EngineChoice) -> str:
-        return _objection(settings, base, choice)
-
     with step(f"measuring {base.name} on this machine (one to two minutes)"):
-        tuning = tune(base, settings.home, say, objection)
+        tuning = tune(base, settings.home, say, partial(_objection, settings, base))
     workloads = [f"{kind}s/s, {count} at once" for kind, count in WORKLOADS]
     engines = (
         {

@@ -88,7 +88,7 @@ def _static(app: FastAPI) -> None:
 
     @app.get("/health/ready")
     def ready() -> Response:
-        app.state.data.live()
+        app.state.data.ledger.live()
         return Response("ok", media_type="text/plain")
 
     app.mount("/static", StaticFiles(directory=STATIC))

@@ -16,7 +16,7 @@ import pyarrow as pa
 from core.access import Access
 from core.artifacts import Artifacts
 from core.errors import RatchetError, RecordError, StoreUnavailable
-from core.ledger import Family, Ledger, ReleaseRow
+from core.ledger import Family, Ledger
 from core.settings import Settings
 from ops.stream_state import StreamState, stream_state
 from ratchet_client import Client, ServerError
@@ -174,9 +174,6 @@ class ConsoleData:
 
     def base_names(self) -> dict[str, str]:
         return self.cached("bases", lambda: names_by_digest(self.settings.home), seconds=60.0)
-
-    def live(self) -> ReleaseRow | None:
-        return self.ledger.live()
 
 
 def short_texts(rows: Sequence[dict[str, Any]], column: str = "text", most: int = 5, chars: int = 40) -> list[str]:

@@ -101,20 +101,18 @@ class TooLarge(HTTPException):
         super().__init__(413)
 
 
+@dataclass
 class SecurityMiddleware:
     """Refuses unknown hosts (on loopback), large bodies and too many requests; opens the session and adds headers. Pure
     ASGI, so that bodies are counted while they arrive. ``local``: the console listens on loopback. Then only its own
     names and ``names`` are answered, against DNS rebinding, and cookies need no TLS where none is used."""
 
-    def __init__(
-        self, app: ASGIApp, sessions: Sessions, max_body_bytes: int, local: bool, names: Sequence[str] = ()
-    ) -> None:
-        self.app = app
-        self.sessions = sessions
-        self.max_body_bytes = max_body_bytes
-        self.local = local
-        self.names = names
-        self.running = 0
+    app: ASGIApp
+    sessions: Sessions
+    max_body_bytes: int
+    local: bool
+    names: Sequence[str] = ()
+    running: int = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

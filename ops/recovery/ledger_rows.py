@@ -7,7 +7,7 @@ from __future__ import annotations
 import gzip
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from itertools import groupby, islice
@@ -21,8 +21,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, MetaData, Table, create_engine, func, insert, make_url, select, text
 
 from core.errors import LedgerError
-from core.ledger.database import MIGRATION_LOCK, alembic_config, open_database
-from core.ledger.time_limits import MIGRATION_SECONDS
+from core.ledger.database import alembic_config, lock_migrations, open_database
 
 SQLITE: Final = "ledger.db"
 LINES: Final = "ledger.jsonl.gz"
@@ -36,8 +35,7 @@ Row = tuple[str, dict[str, Any]]
 def write_ledger(url: str, folder: Path) -> tuple[Path, str]:
     """Write a consistent copy of a ledger in use; returns the file and its migration. Raises LedgerError when another
     version of Ratchet has migrated it, LedgerUnavailable."""
-    database = open_database(url, migrate=False)
-    try:
+    with closing(open_database(url, migrate=False)) as database:
         if database.engine.dialect.name == "sqlite":
             target = folder / SQLITE
             path = str(make_url(url).database)
@@ -53,8 +51,6 @@ def write_ledger(url: str, folder: Path) -> tuple[Path, str]:
                 for table, row in _rows(connection):
                     file.write(json.dumps([table, row], default=_text) + "\n")
         return target, revision
-    finally:
-        database.close()
 
 
 def load_ledger(file: Path, revision: str, url: str, audit: dict[str, Any]) -> int:
@@ -62,37 +58,31 @@ def load_ledger(file: Path, revision: str, url: str, audit: dict[str, Any]) -> i
     ``audit``: columns of a row added to the audit log. Raises LedgerError when the ledger is not empty, or this version
     of Ratchet does not know the migration."""
     _check_known(revision)
-    database = open_database(url, migrate=False, check=False)
-    try:
+    with closing(open_database(url, migrate=False, check=False)) as database:
         with database._writing.connect() as connection, connection.begin():
-            _lock(connection)
+            lock_migrations(connection)
             _migrate_to(connection, revision)
             tables = _tables(connection)
             _check_empty(connection, tables)
             count = 0
             with _read(file) as rows:
-                for table, values in _together(rows):
-                    connection.execute(insert(tables[table]), [_typed(tables[table], row) for row in values])
-                    count += len(values)
+                for table, group in groupby(rows, key=itemgetter(0)):
+                    while values := [_typed(tables[table], row) for _, row in islice(group, TOGETHER)]:
+                        connection.execute(insert(tables[table]), values)
+                        count += len(values)
             _continue_numbers(connection, tables)
             connection.execute(insert(tables["audit"]), [_typed(tables["audit"], audit)])
         open_database(url, migrate=True).close()
         return count
-    finally:
-        database.close()
 
 
 def is_empty(url: str) -> bool:
     """True if a ledger has no rows or no tables yet. Raises LedgerError."""
     if make_url(url).get_backend_name() == "sqlite" and not Path(str(make_url(url).database)).exists():
         return True
-    database = open_database(url, migrate=False, check=False)
-    try:
-        with database.read() as session:
-            connection = session.connection()
-            return not _filled(connection, _tables(connection))
-    finally:
-        database.close()
+    with closing(open_database(url, migrate=False, check=False)) as database, database.read() as session:
+        connection = session.connection()
+        return not _filled(connection, _tables(connection))
 
 
 def _revision(connection: Connection) -> str:
@@ -156,12 +146,6 @@ def _sqlite(file: Path) -> Iterator[Connection]:
         engine.dispose()
 
 
-def _together(rows: Iterable[Row]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    for table, group in groupby(rows, key=itemgetter(0)):
-        while some := [row for _, row in islice(group, TOGETHER)]:
-            yield table, some
-
-
 def _typed(table: Table, row: dict[str, Any]) -> dict[str, Any]:
     def typed(name: str, value: Any) -> Any:
         if isinstance(value, str) and table.c[name].type.python_type is datetime:
@@ -169,13 +153,6 @@ def _typed(table: Table, row: dict[str, Any]) -> dict[str, Any]:
         return _utc(value) if isinstance(value, datetime) else value
 
     return {name: typed(name, value) for name, value in row.items()}
-
-
-def _lock(connection: Connection) -> None:
-    if connection.dialect.name == "postgresql":
-        for bound in ("statement_timeout", "lock_timeout"):
-            connection.execute(text(f"set local {bound} = '{MIGRATION_SECONDS:.0f}s'"))
-        connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
 
 
 def _migrate_to(connection: Connection, revision: str) -> None:

@@ -48,7 +48,8 @@ def verdict(context: Reader, update_id: str) -> Response:
     if report is not None and context.public and not context.data.settings.console.public_samples:
         report = without_samples(report)
     elif report is not None:
-        report = with_samples(report, _samples(context, report), THUMBNAIL)
+        samples = context.data.samples({name for name in samples_of(report) if SAMPLE.fullmatch(name)})
+        report = with_samples(report, samples, THUMBNAIL)
     body = Markup(render_body(report)) if report is not None else None  # noqa: S704  (escaped by its own template)
     return context.page("verdict.html", f"Verdict on {update_id}", update=update, verdict=outcome, body=body)
 
@@ -64,10 +65,6 @@ def report_data(context: Reader, update_id: str) -> Response:
     return Response(
         _stored(context, update_id, JSON_NAME), media_type="application/json", headers={"content-disposition": name}
     )
-
-
-def _samples(context: RequestContext, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return context.data.samples({name for name in samples_of(report) if SAMPLE.fullmatch(name)})
 
 
 def _stored(context: RequestContext, update_id: str, name: str) -> bytes:

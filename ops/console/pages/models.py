@@ -21,7 +21,7 @@ router = APIRouter()
 @router.get("/models")
 def models(context: Reader) -> Response:
     data = context.data
-    status, live = data.status(), data.live()
+    status, live = data.status(), data.ledger.live()
     resident = [] if status is None else status["controller"]["resident"]
     return context.page(
         "models.html", "Models", models=served_models(status, live, data.settings), away=status is None, live=live,

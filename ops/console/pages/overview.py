@@ -37,7 +37,7 @@ def tour(context: Reader) -> Response:
 
 
 def facts(data: ConsoleData) -> dict[str, Any]:
-    status, live, stream = data.status(), data.live(), data.stream()
+    status, live, stream = data.status(), data.ledger.live(), data.stream()
     summaries = update_summaries(data.ledger, limit=20)
     return {
         "server": status,

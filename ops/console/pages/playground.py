@@ -110,7 +110,7 @@ class Side:
 @router.get("/compare")
 def compare(context: Reader) -> Response:
     resident = context.data.resident_releases(fresh=True)
-    live = context.data.live()
+    live = context.data.ledger.live()
     return context.page(
         "compare.html", "Compare", resident=sorted(resident.items(), reverse=True), live=live.number if live else 0,
         examples=context.data.examples(), labels=LABELS, question=QUESTION, away=context.data.status() is None,

@@ -23,7 +23,7 @@ Name = Annotated[str, Form(max_length=64)]
 
 @router.get("/releases")
 def releases(context: Reader, limit: Annotated[int, Query(ge=1, le=MOST)] = PAGE) -> Response:
-    ledger, live = context.data.ledger, context.data.live()
+    ledger, live = context.data.ledger, context.data.ledger.live()
     entries = timeline(ledger, context.data.resident_releases(), limit + 1)
     bases = clip_bases([entry.row for entry in entries], context.data.base_names(), context.data.settings.base.clip)
     return context.page(
@@ -78,7 +78,7 @@ def act(
         with context.client(ACTION_SECONDS) as client:
             made = _do(client, action, choice, reason, expected_live, meant)
     except Conflict as conflict:
-        live = context.data.live()
+        live = context.data.ledger.live()
         return context.dialog(
             "conflict.html", "Another operator was faster", 409, message=conflict.message, live=live,
             seen=expected_live, action=action, query=choice.query,

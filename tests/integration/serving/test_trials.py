@@ -12,7 +12,7 @@ import httpx
 import pytest
 from scipy.stats import binom
 
-from core.ledger import AuditRow
+from core.ledger.rows import AuditRow
 from demo.load.traffic import Traffic
 from ratchet_client import ServerError
 from tests.integration.serving.conftest import ROLLOUT

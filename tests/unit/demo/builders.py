@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from core.ledger import GateOutcome, VerdictRow
+from core.ledger.rows import GateOutcome, VerdictRow
 from demo.story.summary import Facts, Lesson
 
 BEGAN = datetime(2026, 1, 1, 12, tzinfo=UTC)

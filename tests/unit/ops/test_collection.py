@@ -18,8 +18,9 @@ from core.ledger import rows as t
 from core.ledger.collection import COLLECT_LEASE
 from core.metrics import declared
 from core.settings import Settings
+from ops import collection
 from ops.cli.admin import collect_garbage
-from ops.collection import CollectionPlan, Collector, collector
+from ops.collection import CollectionPlan, Collector
 from serving.releases.rollback import rollback_target
 from streams.store.maintenance import Maintainer
 from tests.support.command_line import ratchet
@@ -340,14 +341,14 @@ def test_a_release_in_the_middle_of_the_decision_makes_a_new_one(
 ) -> None:
     released(made)
     plans = iter([lambda: made.release("clip-2", 0), lambda: None])
-    whole = collector.make_plan
+    whole = collection.make_plan
 
     def interrupted(*arguments: Any) -> CollectionPlan:
         plan = whole(*arguments)
         next(plans)()
         return plan
 
-    monkeypatch.setattr(collector, "make_plan", interrupted)
+    monkeypatch.setattr(collection, "make_plan", interrupted)
     made.run()
     assert "clip-2" in made.stored()
     assert "clip-1" not in made.stored()

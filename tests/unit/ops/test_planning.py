@@ -11,8 +11,20 @@ from typer.testing import CliRunner
 from benchmarks.closed_loop import closed_loop
 from core.errors import ConfigError
 from ops.cli.main import app
-from ops.planning.capacity import MAX_BATCH, CapacityPlan, Load, encoders_for, make_plan, open_loop
-from ops.planning.measured import Cell, Machine, ServiceTimes, built_in, fit, machine_of
+from ops.planning.capacity import (
+    MAX_BATCH,
+    CapacityPlan,
+    Cell,
+    Load,
+    Machine,
+    ServiceTimes,
+    built_in,
+    encoders_for,
+    fit,
+    machine_of,
+    make_plan,
+    open_loop,
+)
 
 KNOWN = ServiceTimes(first=0.02, each=0.01, request=0.005)
 

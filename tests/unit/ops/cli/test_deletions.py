@@ -15,7 +15,7 @@ from core.errors import LedgerError, SelectorError
 from core.ledger import DeletionRow, Ledger
 from core.settings import Settings
 from ops.cli import context as ctx
-from ops.cli import deletions
+from ops.cli import samples
 from streams.store import maintenance
 from streams.store.maintenance import Maintainer
 from streams.store.rows import Position
@@ -101,7 +101,7 @@ def test_waiting_returns_with_the_receipt_when_no_file_has_it(
         polled.set()
         thread.join(30)
 
-    monkeypatch.setattr(deletions, "time", SimpleNamespace(sleep=next_poll))
+    monkeypatch.setattr(samples, "time", SimpleNamespace(sleep=next_poll))
 
     def maintain() -> None:
         assert polled.wait(30)
