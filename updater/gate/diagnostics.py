@@ -306,7 +306,7 @@ def told_apart(images: tuple[Vectors, Vectors], texts: tuple[Vectors, Vectors]) 
 
 
 def _pair_file(scorer: Scorer, suite: Suite, adapter: str | None, *what: object) -> Path | None:
-    folder = scorer.folder(suite)
+    folder = scorer.cache or suite.cache
     return folder and folder / "pairs" / f"{digest12(digest_json([*what, *scorer.key(suite, adapter)]))}.npz"
 
 

@@ -83,7 +83,7 @@ class Scorer:
 
     def score(self, suite: Suite, adapter: str | None, *, label: str = "") -> Outcomes:
         """Answers of one model (`None` is the base) to one suite. Raises GateError for an unreadable image."""
-        items, folder = suite.items(), self.folder(suite)
+        items, folder = suite.items(), self.cache or suite.cache
         own_ids = np.array([item.id for item in items], dtype=np.str_)
         shape = (len(items), len(suite.views))
 
@@ -201,9 +201,6 @@ class Scorer:
         to_text = own[:, None] == np.arange(len(unique))[None, :]
         to_image = own[:, None] == own[None, :]
         return [(similarity, to_text), (similarity.T[own], to_image)]
-
-    def folder(self, suite: Suite) -> Path | None:
-        return self.cache or suite.cache
 
     def key(self, suite: Suite, adapter: str | None) -> list[str]:
         spaces = self.engine.spaces(adapter)

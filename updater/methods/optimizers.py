@@ -82,7 +82,7 @@ def _rate(schedule: Schedule, step: int, steps: int, first: bool) -> float:
         return _cosine(schedule.peak, schedule.final, (step - warm + 1) / (steps - warm))
     rate = _endless(schedule, step, first)
     anneal, left = min(schedule.anneal_steps, steps), steps - step
-    if 0 < left <= anneal:
+    if anneal and left <= anneal:
         start = _endless(schedule, steps - anneal, first)
         rate = float(start * (schedule.final / start) ** ((anneal - left + 1) / anneal))
     return rate * min(1.0, (step + 1) / max(min(schedule.warmup_steps, steps // 4), 1))
