@@ -137,7 +137,7 @@ def list_recipes(as_json: AsJson = False) -> None:
 
     Example:  ratchet recipes list
     """
-    from updater.recipes.recipe import load_recipe, recipe_names
+    from updater.recipes import load_recipe, recipe_names
 
     found = (load_recipe(name) for name in recipe_names())
     rows = ({"recipe": each.name, "family": each.family, "description": each.description} for each in found)

@@ -81,9 +81,10 @@ class LoraModel(AdapterModel):
         self.device = torch.device(device)
         factors = {name: part for name, part in start.items() if isinstance(part, LowRank)}
         carried = {plain_name(name) for name in factors} - {"", *trained}
+        attention = {plain_name(name) for name in start if name.endswith(".base_layer.out_proj")}
         # MultiheadAttention is one target for PEFT, which reaches its out_proj by itself.
         self.targets = sorted(
-            {*trained, *(name.removesuffix(".out_proj") if _in_attention(name, start) else name for name in carried)}
+            {*trained, *(name.removesuffix(".out_proj") if name in attention else name for name in carried)}
         )
         pattern = "|".join(re.escape(name) for name in self.targets)
         self.config = LoraConfig(
@@ -95,10 +96,11 @@ class LoraModel(AdapterModel):
             torch.manual_seed(seed)
             injected = inject_adapter_in_model(self.config, model) if self.targets else model
         self.model = injected.eval().to(self.device)
-        self.layers: dict[str, nn.Module] = {
+        self.layers: dict[str, Any] = {
             name: module for name, module in self.model.named_modules() if "default" in getattr(module, "lora_A", {})
         }
-        learns = {name for name in self.layers if _belongs(plain_name(name), trained)}
+        plain = {name: plain_name(name) for name in self.layers}
+        learns = {name for name, own in plain.items() if {own, own.removesuffix(".out_proj")} & {*trained}}
         self.parameters: dict[str, nn.Parameter] = {}
         for name in sorted(self.layers):
             for side, layer in zip("AB", self._sides(name), strict=True):
@@ -110,16 +112,12 @@ class LoraModel(AdapterModel):
         self._attention = [
             (layer, layer.get_base_layer().in_proj_weight.detach().clone(),
              layer.get_base_layer().out_proj.get_base_layer().weight.detach().clone())
-            for layer in self._all()
+            for layer in self.layers.values()
             if isinstance(layer.get_base_layer(), nn.MultiheadAttention)
         ]  # fmt: skip
 
-    def _all(self) -> list[Any]:
-        return list(self.layers.values())
-
     def _sides(self, name: str) -> tuple[Any, Any]:
-        layer = cast(Any, self.layers[name])
-        return layer.lora_A["default"], layer.lora_B["default"]
+        return self.layers[name].lora_A["default"], self.layers[name].lora_B["default"]
 
     @torch.no_grad()
     def _start(self, start: Mapping[str, LowRank]) -> None:
@@ -154,14 +152,14 @@ class LoraModel(AdapterModel):
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        for layer in self._all():
+        for layer in self.layers.values():
             layer.enable_adapters(False)
         self._whole.use(False)
         try:
             yield
         finally:
             self._whole.use(True)
-            for layer in self._all():
+            for layer in self.layers.values():
                 layer.enable_adapters(True)
             # PEFT switches gradients on with the adapter; carried layers stay frozen.
             for name in self.layers:
@@ -207,11 +205,3 @@ def trainer_encoder(base: ClipBase, directory: Path) -> Callable[[NDArray[np.uin
         return images.numpy(), words.numpy()
 
     return encode
-
-
-def _in_attention(name: str, start: Mapping[str, Any]) -> bool:
-    return name.endswith(".out_proj") and f"{name.removesuffix('.out_proj')}.base_layer.out_proj" in start
-
-
-def _belongs(name: str, trained: Sequence[str]) -> bool:
-    return name in trained or (name.endswith(".out_proj") and name.removesuffix(".out_proj") in trained)

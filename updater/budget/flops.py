@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,12 +25,11 @@ class FlopCount(TorchDispatchMode):
         self.gflops = 0.0
         self._total, self._limit = 0, limit * 1e9
         self._formulas = {**flop_registry, **formulas}
-        self._composite: dict[Any, bool] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         formula = self._formulas.get(func.overloadpacket)
-        if formula is None and self._is_composite(func):  # composite that autograd did not decompose
+        if formula is None and _is_composite(func):  # composite that autograd did not decompose
             with self:
                 return func.decompose(*args, **kwargs)
         if formula is not None:
@@ -40,12 +40,10 @@ class FlopCount(TorchDispatchMode):
             self.gflops = self._total / 1e9
         return func(*args, **kwargs)
 
-    def _is_composite(self, func: Any) -> bool:
-        known = self._composite.get(func)
-        if known is None:
-            known = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-            self._composite[func] = known
-        return known
+
+@cache
+def _is_composite(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 def _shape_after(func: Any, args: Any, kwargs: Any) -> Any:

@@ -68,8 +68,7 @@ def _is_new(batch: pa.RecordBatch, data_from: Mapping[str, int]) -> np.ndarray:
     names = topics.dictionary.to_pylist()
     keys = [f"{names[int(place) // PARTITIONS]}:{int(place) % PARTITIONS}" for place in places]
     first = np.array([data_from.get(key, 0) for key in keys], np.int64)
-    result: np.ndarray = batch["offset"].to_numpy(zero_copy_only=False) >= first[which]
-    return result
+    return batch["offset"].to_numpy(zero_copy_only=False) >= first[which]
 
 
 class _Rows:
@@ -98,8 +97,7 @@ class _Rows:
             rows = rows[np.argsort(-self._column("time")[rows], kind="stable")]
         else:
             rows = rows[np.argsort(self._column("key")[rows], kind="stable")]
-        addresses: np.ndarray = self._column(ADDRESS)[rows]
-        return addresses
+        return self._column(ADDRESS)[rows]
 
     def replayed(self, recipe: Recipe) -> np.ndarray:
         if not self.pieces:
@@ -107,18 +105,15 @@ class _Rows:
         rows = self._by_place()
         keys, concepts = self._column("key")[rows], self._column("concept")[rows].tolist()
         chosen = reservoir_order(keys, concepts, recipe.replay_limit, recipe.replay_half_life, recipe.replay_balanced)
-        addresses: np.ndarray = self._column(ADDRESS)[rows[chosen]]
-        return addresses
+        return self._column(ADDRESS)[rows[chosen]]
 
     def _by_place(self) -> np.ndarray:
         rank = np.empty(len(self.topics), np.int64)
         rank[[self.topics[name] for name in sorted(self.topics)]] = np.arange(len(self.topics))
-        order: np.ndarray = np.lexsort((self._column("offset"), self._column("partition"), rank[self._column("topic")]))
-        return order
+        return np.lexsort((self._column("offset"), self._column("partition"), rank[self._column("topic")]))
 
     def _column(self, name: str) -> np.ndarray:
-        column: np.ndarray = np.concatenate([piece[name] for piece in self.pieces])
-        return column
+        return np.concatenate([piece[name] for piece in self.pieces])
 
 
 def _codes(names: Iterable[str], known: dict[str, int]) -> np.ndarray:
@@ -150,8 +145,7 @@ def reservoir_order(
     weights = np.fromiter((counts.get(concept, 1.0) for concept in concepts), np.float64, len(keys))
     # log(u^(1/w)) = log(u) / w = log(u) x count; log keeps tiny keys apart.
     logarithms = np.log((keys.astype(np.float64) + 0.5) / 2.0**64) * weights
-    order: np.ndarray = np.argsort(-logarithms, kind="stable")[:capacity]
-    return order
+    return np.argsort(-logarithms, kind="stable")[:capacity]
 
 
 def decayed_counts(concepts: Iterable[Hashable], half_life: float) -> dict[Hashable, float]:

@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from updater.recipes import Mixture, Part
-
-PARTS: tuple[Part, ...] = ("new", "reference", "replay")
+from updater.recipes import PARTS, Mixture, Part
 
 
 @dataclass(frozen=True)

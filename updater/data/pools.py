@@ -24,8 +24,8 @@ from core.settings.updates import Draw
 from streams.publish.folders import FolderItem, read_folder
 from streams.store.sample_store import SampleStore
 from updater.data.draw import draw_rows
-from updater.data.mixture import PARTS, shuffled
-from updater.recipes import Batches, Family, Part, Recipe, Views
+from updater.data.mixture import shuffled
+from updater.recipes import PARTS, Batches, Family, Part, Recipe, Views
 
 WORDS_ROWS = 1024
 IMAGE_ROWS = 48
@@ -80,8 +80,7 @@ class Pools:
     replay: Sequence[Example] = ()
 
     def of(self, part: Part) -> Sequence[Example]:
-        pools: dict[Part, Sequence[Example]] = {"new": self.new, "reference": self.reference, "replay": self.replay}
-        return pools[part]
+        return {"new": self.new, "reference": self.reference, "replay": self.replay}[part]
 
     def shuffled(self, seed: int) -> Pools:
         order = random.Random(seed)  # noqa: S311 - nothing is kept secret
@@ -170,12 +169,7 @@ class StoredExamples(Sequence[Example]):
             raise IndexError(number)
         place = number % len(self)
         row = self._words.row(place)
-
-        def read() -> bytes:
-            image: bytes = self._images.row(place)["image"]
-            return image
-
-        return _example(row["id"], row, read, self.family)
+        return _example(row["id"], row, lambda: self._images.row(place)["image"], self.family)
 
 
 class _Pages:

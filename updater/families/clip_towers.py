@@ -127,7 +127,7 @@ class TowerPass:
         self.model.restore()
         row = boundary[0]
         grown = length / len(row) if self.tower.which == "text" else 1.0
-        return int(row.numel() * row.element_size() * grown)
+        return int(row.nbytes * grown)
 
     def _resumed(self, boundary: Tensor, inputs: Tensor) -> Tensor:
         return self.tower.resume(boundary, inputs[:1] if self.tower.which == "image" else inputs)

@@ -87,8 +87,7 @@ class VlmLearner(Learner[Question]):
         if self.keeps_features is None and self.examples:
             self.keeps_features = False
             if self._takes_features:
-                features = self._see(self._first_images(), 1)
-                size = sum(each.numel() * each.element_size() for each in features)
+                size = sum(each.nbytes for each in self._see(self._first_images(), 1))
                 self.keeps_features = 0 < size <= self.precomputed.room
 
     def _first_images(self) -> Inputs:

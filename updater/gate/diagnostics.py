@@ -300,15 +300,13 @@ def told_apart(images: tuple[Vectors, Vectors], texts: tuple[Vectors, Vectors]) 
     (one, other), (own, others) = images, texts
 
     def cosine(left: Vectors, right: Vectors) -> NDArray[np.float64]:
-        product: NDArray[np.float64] = np.einsum("ij,ij->i", left, right, dtype=np.float64)
-        return product
+        return np.einsum("ij,ij->i", left, right, dtype=np.float64)
 
-    both: NDArray[np.bool_] = (cosine(one, own) > cosine(one, others)) & (cosine(other, others) > cosine(other, own))
-    return both
+    return (cosine(one, own) > cosine(one, others)) & (cosine(other, others) > cosine(other, own))
 
 
 def _pair_file(scorer: Scorer, suite: Suite, adapter: str | None, *what: object) -> Path | None:
-    folder = scorer.folder(suite)
+    folder = scorer.cache or suite.cache
     return folder and folder / "pairs" / f"{digest12(digest_json([*what, *scorer.key(suite, adapter)]))}.npz"
 
 

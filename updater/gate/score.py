@@ -83,7 +83,7 @@ class Scorer:
 
     def score(self, suite: Suite, adapter: str | None, *, label: str = "") -> Outcomes:
         """Answers of one model (`None` is the base) to one suite. Raises GateError for an unreadable image."""
-        items, folder = suite.items(), self.folder(suite)
+        items, folder = suite.items(), self.cache or suite.cache
         own_ids = np.array([item.id for item in items], dtype=np.str_)
         shape = (len(items), len(suite.views))
 
@@ -202,9 +202,6 @@ class Scorer:
         to_image = own[:, None] == own[None, :]
         return [(similarity, to_text), (similarity.T[own], to_image)]
 
-    def folder(self, suite: Suite) -> Path | None:
-        return self.cache or suite.cache
-
     def key(self, suite: Suite, adapter: str | None) -> list[str]:
         spaces = self.engine.spaces(adapter)
         head = self._head(suite, adapter)
@@ -220,8 +217,7 @@ def rank_of_best(similarity: NDArray[np.floating], right: NDArray[np.bool_]) -> 
     """Number of wrong answers that do not score below the best right one. Both arrays have shape [n, choices]. "Not
     below" rather than "above": a tie or a NaN on either side counts against the model."""
     best = np.where(right, similarity, -np.inf).max(axis=1, keepdims=True)
-    ranks: NDArray[np.int32] = (~(similarity < best) & ~right).sum(axis=1, dtype=np.int32)
-    return ranks
+    return (~(similarity < best) & ~right).sum(axis=1, dtype=np.int32)
 
 
 def kept(

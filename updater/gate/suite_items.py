@@ -101,13 +101,11 @@ def caption_clusters(items: Sequence[Item]) -> NDArray[np.int_]:
     texts = np.unique([item.text.casefold() for item in items], return_inverse=True)[1]
     images = np.unique([item.source for item in items], return_inverse=True)[1] + len(items)
     graph = coo_array((np.ones(len(items)), (texts, images)), shape=(2 * len(items), 2 * len(items)))
-    numbers: NDArray[np.int_] = connected_components(graph, directed=False)[1][texts]
-    return numbers
+    return connected_components(graph, directed=False)[1][texts]
 
 
 def image_clusters(items: Sequence[Item]) -> NDArray[np.int_]:
-    numbers: NDArray[np.int_] = np.unique([digest12(item.read()) for item in items], return_inverse=True)[1]
-    return numbers
+    return np.unique([digest12(item.read()) for item in items], return_inverse=True)[1]
 
 
 def without_lonely(items: Iterable[Item]) -> list[Item]:

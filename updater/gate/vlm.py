@@ -175,7 +175,9 @@ class VlmEvaluator:
 
     def _ask_all(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> list[GenerationResult]:
         replies: list[GenerationResult] = []
-        for some in self._portions(items):
+        size = max((math.prod(open_picture(item).size) * 3 for item in spread(items, 8)), default=1)
+        count = max(1, KEEP_PIXELS // max(size, 1))
+        for some in (items[start : start + count] for start in range(0, len(items), count)):
             asks = [self._ask(item, self._tokens(suite)) for item in some]
             self.question_count += len(asks)
             with _living(f"answering suite {suite.name}"):
@@ -184,14 +186,6 @@ class VlmEvaluator:
             self._remember(suite, some, adapter, texts)
             replies += own
         return replies
-
-    def _portions(self, items: Sequence[Item]) -> Iterator[list[Item]]:
-        if not items:
-            return
-        size = max(math.prod(open_picture(item).size) * 3 for item in spread(items, 8))
-        count = max(1, KEEP_PIXELS // max(size, 1))
-        for start in range(0, len(items), count):
-            yield list(items[start : start + count])
 
     def _ask(self, item: Item, max_tokens: int) -> GenerationRequest:
         return question(np.array(open_picture(item), dtype=np.uint8), item.text, max_tokens)

@@ -174,13 +174,17 @@ class AnswerBatch(Batch):
         place = torch.full((len(self.part),), -1, device=self.row.device)
         place[torch.tensor(rows, device=place.device)] = torch.arange(len(rows), device=place.device)
         index = (place[self.row] >= 0).nonzero().flatten()
+        own = self.own
+        if own is not None:
+            chosen = (place[own.row] >= 0).nonzero().flatten()
+            own = OwnAnswers(own.logits[chosen], own.teacher[chosen], place[own.row[chosen]])
         return type(self)(
             part=tuple(self.part[row] for row in rows),
             logits=self.logits[index],
             target=self.target[index],
             row=place[self.row[index]],
             teachers={name: teacher[index] for name, teacher in self.teachers.items()},
-            own=None if self.own is None else _own_of(self.own, place),
+            own=own,
         )
 
 
@@ -189,11 +193,6 @@ def mean_over_rows(values: Tensor, row: Tensor, rows: int) -> Tensor:
     tokens of all rows, ``row`` int [t] is their row."""
     sums = values.new_zeros(rows).index_add(0, row, values)
     return (sums / torch.bincount(row, minlength=rows)).mean()
-
-
-def _own_of(own: OwnAnswers, place: Tensor) -> OwnAnswers:
-    index = (place[own.row] >= 0).nonzero().flatten()
-    return OwnAnswers(own.logits[index], own.teacher[index], place[own.row[index]])
 
 
 def summarise(logits: Tensor, k: int) -> Teacher:

@@ -20,10 +20,9 @@ from typing import Any, Final, Protocol
 
 from torch import Tensor
 
-from core.errors import ConfigError
 from core.progress import say
 from updater.adapters.weight_deltas import WeightDelta, merge
-from updater.recipes import Merge, Recipe
+from updater.recipes import Merge
 from updater.recipes.plugin_registry import Methods
 
 NONE = "none"
@@ -118,15 +117,6 @@ class Searched:
             "search_gflops": self.passes * sample_gflops,
             "search_seconds": self.seconds,
         }
-
-
-def check_searchable(recipe: Recipe, scored: Scored | None) -> None:
-    """Raise ConfigError if a recipe searches without a scoring function."""
-    if recipe.merge.search and scored is None:
-        raise ConfigError(
-            f"recipe {recipe.name!r}: merge.search wants suites to score on, and there are none here.",
-            "Run it through the updater, or leave merge.search out: merge.weight is then used as it is.",
-        )
 
 
 def search(

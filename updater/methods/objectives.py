@@ -255,9 +255,8 @@ def build(terms: Sequence[Term], family: Family) -> list[tuple[Term, Objective[A
 
 
 def values(objectives: Sequence[tuple[Term, Objective[Any]]], batch: Batch) -> list[tuple[Term, Tensor]]:
-    weighted = []
-    for term, objective in objectives:
-        rows = batch.rows(term.over)
-        if term.weight > 0 and rows:
-            weighted.append((term, objective(batch.select(rows))))
-    return weighted
+    return [
+        (term, objective(batch.select(rows)))
+        for term, objective in objectives
+        if term.weight > 0 and (rows := batch.rows(term.over))
+    ]

@@ -49,7 +49,7 @@ def make(optimizer: Optimizer, groups: list[dict[str, Any]], weight_decay: float
 def state_bytes(optimizer: torch.optim.Optimizer, parameter: Tensor) -> int:
     """Bytes of an optimizer's state for a parameter: its own ``state_bytes``, or Adam's two moments."""
     own = getattr(optimizer, "state_bytes", None)
-    return int(own(parameter)) if own else 2 * parameter.numel() * parameter.element_size()
+    return int(own(parameter)) if own else 2 * parameter.nbytes
 
 
 def learning_rate(schedule: Schedule, step: int, steps: int, first: bool, update: int = 0) -> float:
@@ -76,28 +76,20 @@ def meta_factor(schedule: Schedule, update: int, steps: int) -> float:
 
 def _rate(schedule: Schedule, step: int, steps: int, first: bool) -> float:
     if schedule.kind == "cosine":
-        return _cosine(schedule, step, steps)
-    warm = min(schedule.warmup_steps, steps // 4)
-    return _annealed(schedule, step, steps, first) * min(1.0, (step + 1) / max(warm, 1))
-
-
-def _annealed(schedule: Schedule, step: int, steps: int, first: bool) -> float:
+        warm = min(schedule.warmup_steps, steps)
+        if step < warm:
+            return schedule.peak * (step + 1) / warm
+        return _cosine(schedule.peak, schedule.final, (step - warm + 1) / (steps - warm))
     rate = _endless(schedule, step, first)
-    anneal = min(schedule.anneal_steps, steps)
-    left = steps - step
-    if left > anneal or anneal == 0:
-        return rate
-    start = _endless(schedule, steps - anneal, first)
-    done = (anneal - left + 1) / anneal
-    return float(start * (schedule.final / start) ** done)
+    anneal, left = min(schedule.anneal_steps, steps), steps - step
+    if anneal and left <= anneal:
+        start = _endless(schedule, steps - anneal, first)
+        rate = float(start * (schedule.final / start) ** ((anneal - left + 1) / anneal))
+    return rate * min(1.0, (step + 1) / max(min(schedule.warmup_steps, steps // 4), 1))
 
 
-def _cosine(schedule: Schedule, step: int, steps: int) -> float:
-    warm = min(schedule.warmup_steps, steps)
-    if step < warm:
-        return schedule.peak * (step + 1) / warm
-    done = (step - warm + 1) / (steps - warm)
-    return schedule.final + (schedule.peak - schedule.final) * 0.5 * (1 + math.cos(math.pi * done))
+def _cosine(high: float, low: float, done: float) -> float:
+    return low + (high - low) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _endless(schedule: Schedule, step: int, first: bool) -> float:
@@ -110,8 +102,7 @@ def _endless(schedule: Schedule, step: int, first: bool) -> float:
     if step < warm:
         return schedule.peak
     if step < warm + cool:
-        done = (step - warm + 1) / cool
-        return schedule.constant + (schedule.peak - schedule.constant) * 0.5 * (1 + math.cos(math.pi * done))
+        return _cosine(schedule.peak, schedule.constant, (step - warm + 1) / cool)
     return schedule.constant
 
 

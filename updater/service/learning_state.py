@@ -77,16 +77,13 @@ def _state(settings: Settings, ledger: Ledger, store: SampleStore, family: Famil
     fresh = triggers.fresh_items(settings.gate, ledger, store, family, learned, halved=halved)
     looked_at = fresh.candidate.update if fresh.candidate else None
     plan = triggers.plan(settings.gate, ledger, family, looked_at, halved=halved)
-    return LearningState(fresh, plan, settings.gate.alpha, _lacks(settings, family, bool(learned.data_from)))
-
-
-def _lacks(settings: Settings, family: Family, learned: bool) -> str:
+    lacks = ""
     try:
-        check_suites(settings, family, learned=learned, read=False)
+        check_suites(settings, family, learned=bool(learned.data_from), read=False)
         check_reference(settings.updater.reference)
     except (GateError, ConfigError) as error:
-        return str(error)
-    return ""
+        lacks = str(error)
+    return LearningState(fresh, plan, settings.gate.alpha, lacks)
 
 
 def check_suites(settings: Settings, family: Family, *, learned: bool = False, read: bool = True) -> int:

@@ -142,7 +142,11 @@ def decide(
         return Waiting(unreleased)
     learned = Learned.of(ledger, store, family)
     version = learned.store_version
-    seen = learned.data_from if retry else _later(learned.data_from, _tried(learned.updates, recipe))
+    seen = learned.data_from
+    if not retry:
+        finished = (each for each in learned.updates if each.state in FINISHED)
+        tried = next((each.data_to for each in finished if each.recipe.get("name") == recipe.name), {})
+        seen = {place: max(seen.get(place, 0), tried.get(place, 0)) for place in {*seen, *tried}}
     count = store.count(version=version, split="train", after=seen, having=HAVING[family])
     fresh = fresh_items(settings.gate, ledger, store, family, learned, halved=bool(recipe.merge.search))
     metrics.update.new_samples(family, count)
@@ -190,15 +194,6 @@ def waits_for_release(ledger: Ledger, family: Family) -> str | None:
     if live is not None and not live.plain and stable is not None and live.adapter(family) != stable.adapter(family):
         return f"release {live.number} is on trial: an update begins from what comes of it"
     return None
-
-
-def _tried(updates: list[UpdateRow], recipe: Recipe) -> dict[str, int]:
-    finished = (u for u in updates if u.state in FINISHED)
-    return next((dict(u.data_to) for u in finished if u.recipe.get("name") == recipe.name), {})
-
-
-def _later(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
-    return {place: max(one.get(place, 0), other.get(place, 0)) for place in {*one, *other}}
 
 
 def _oldest_seconds(store: SampleStore, version: int, after: dict[str, int], having: Having) -> float:

@@ -120,7 +120,9 @@ class UpdaterService:
         waiting_log = ThrottledLog()
         while not self.stop():
             try:
-                self._remove_finished()
+                for folder in work_folders(self.settings.home):
+                    if self.ledger.is_finished(folder.name):
+                        shutil.rmtree(folder, ignore_errors=True)
                 export_budget(self.settings, self.ledger)
                 self._ledger_metrics.export(self.turns)
                 self._throttle.watch()
@@ -177,7 +179,6 @@ class UpdaterService:
             if update.state == "training" and self._data_is_gone(update):
                 return StepResult(self._abandon(update), "its data is not kept any more")
             say(f"{update.id} goes on ({update.state})")
-            self.store.pin(update.id, update.store_version)  # the process that began it may have died before pinning
         else:
             if waits := self._waits_for_base(family):
                 return StepResult(None, waits)
@@ -189,6 +190,8 @@ class UpdaterService:
             if isinstance(ready, Ready) and (lacks := self._lacks(recipe, ready)):
                 return StepResult(None, lacks)
             update = self._reevaluate(ready) if isinstance(ready, Reevaluate) else self._begin(recipe, ready)
+        # Again for one that goes on: the process that began it may have died before pinning, or it was abandoned.
+        self.store.pin(update.id, update.store_version)
         done = self._finish(update, family)
         return StepResult(done, done.error or done.state)
 
@@ -231,7 +234,6 @@ class UpdaterService:
             incumbent=learned.incumbent,
             cost={triggers.ONLY_LOOK: True} if ready.once else None,
         )
-        self.store.pin(update.id, update.store_version)  # again, where it was abandoned: the version is still there
         say(f"{update.id} begins: {ready.new_samples} new samples, {ready.fresh}, recipe {recipe.name}")
         if ready.fresh.items < ready.fresh.needed:
             wanted = f"a gain of {100 * self.settings.gate.detect:.3g} points"
@@ -255,7 +257,6 @@ class UpdaterService:
             adapter=last.adapter,
             cost={**last.cost, triggers.TRAINED_BY: triggers.split_id(last.id)[0]},
         )
-        self.store.pin(update.id, update.store_version)
         say(f"{update.id}: {update.adapter} is asked again, {due.fresh}")
         return update
 
@@ -349,7 +350,10 @@ class UpdaterService:
         """Record that this process begins; the entry is removed at the end, unless the process dies (SIGKILL, memory,
         power). Raises TrainingError if others have died at the same place. A process that gets further before it dies
         begins at another place."""
-        died, place = self.ledger.update(update.id).cost.get(BEGAN) or {"died": -1}, self._place(update)
+        work, checkpoint = self.work_dir(update), self.work_dir(update) / CHECKPOINT
+        saved = checkpoint.stat().st_mtime_ns if checkpoint.is_file() else 0
+        place = f"{update.state} {saved} {len(list((work / PREPARED).glob('*')))}"
+        died = self.ledger.update(update.id).cost.get(BEGAN) or {"died": -1}
         deaths = int(died["died"]) + 1 if died.get("place", place) == place else 0
         if deaths >= ATTEMPTS:
             raise TrainingError(
@@ -357,12 +361,6 @@ class UpdaterService:
                 "Look for `Out of memory` in the system's log; `ratchet trainer retry` tries it again.",
             )
         self.ledger.advance_update(update.id, cost={BEGAN: {"died": deaths, "place": place}})
-
-    def _place(self, update: UpdateRow) -> str:
-        work = self.work_dir(update)
-        checkpoint = work / CHECKPOINT
-        saved = checkpoint.stat().st_mtime_ns if checkpoint.is_file() else 0
-        return f"{update.state} {saved} {len(list((work / PREPARED).glob('*')))}"
 
     def _is_ended(self, update_id: str) -> bool:
         """True if an operator has ended an update, or a deletion waited too long for it; polled every ASK_SECONDS."""
@@ -389,12 +387,6 @@ class UpdaterService:
         shutil.rmtree(self.work_dir(update), ignore_errors=True)
         self.store.unpin(update.id)
         return self.ledger.advance_update(update.id, "abandoned", error=error)
-
-    def _remove_finished(self) -> None:
-        """Delete the work folders of finished updates. Raises LedgerUnavailable."""
-        for path in work_folders(self.settings.home):
-            if self.ledger.is_finished(path.name):
-                shutil.rmtree(path, ignore_errors=True)
 
     def work_dir(self, update: UpdateRow) -> Path:
         return self.settings.update_folders / update.id

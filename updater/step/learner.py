@@ -23,14 +23,13 @@ from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
 from updater.adapters import AdapterModel
 from updater.budget.bound import Size
-from updater.data.mixture import PARTS
 from updater.data.pools import Pair, Question
 from updater.methods import objectives, optimizers, regularizers
 from updater.methods.batches import Batch, Features
 from updater.methods.objectives import Objective
 from updater.methods.optimizers import Average, Momentum
 from updater.methods.regularizers import Regularizer
-from updater.recipes import Part, Recipe, Term
+from updater.recipes import PARTS, Part, Recipe, Term
 from updater.step.passes import (
     ALONE,
     CachedPasses,

@@ -153,7 +153,10 @@ class Shards:
                     part = file.get_slice(name)
                     result |= {row: part[row - first : row - first + 1][0] for row in own}
                 else:
-                    result |= {row: _one(file, f"{name}.{row - first}", keys) for row in own}
+                    for row in own:
+                        if (key := f"{name}.{row - first}") not in keys:
+                            raise KeyError(key)
+                        result[row] = file.get_tensor(key)
         return [result[row] for row in rows]
 
     def mean_gflops(self, rows: Sequence[int]) -> float:
@@ -228,22 +231,16 @@ class Shards:
     def _fetched(self, number: int) -> Fetched:
         ahead = self._ahead.pop(number, None)
         fetched = self.fetch(self.layout[number].rows) if ahead is None else ahead.result()
-        self._fetch_ahead(number + 1)
+        following = number + 1
+        in_group = following < len(self.layout) and self._group(following) == self._group(number)
+        if in_group and following not in self._ahead and not self._path(following).exists():
+            self._reader = self._reader or ThreadPoolExecutor(1, "shards")
+            self._ahead[following] = self._reader.submit(self.fetch, self.layout[following].rows)
         return fetched
-
-    def _fetch_ahead(self, number: int) -> None:
-        """Start reading inputs of the next shard in the same group, unless it exists."""
-        if number >= len(self.layout) or number in self._ahead or self._path(number).exists():
-            return
-        if self._group(number) != self._group(number - 1):
-            return
-        if self._reader is None:
-            self._reader = ThreadPoolExecutor(1, "shards")
-        self._ahead[number] = self._reader.submit(self.fetch, self.layout[number].rows)
 
     def _write(self, number: int, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         path = self._path(number)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        size = sum(tensor.nbytes for tensor in tensors.values())
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if free < size + RESERVE_BYTES:
@@ -271,10 +268,3 @@ def _packed(values: Values) -> dict[str, Tensor]:
         else:
             tensors |= {f"{name}.{place}": row.cpu().contiguous().clone() for place, row in enumerate(rows)}
     return tensors
-
-
-def _one(file: Any, key: str, keys: set[str]) -> Tensor:
-    if key not in keys:
-        raise KeyError(key)
-    tensor: Tensor = file.get_tensor(key)
-    return tensor

@@ -56,13 +56,13 @@ def measure(learner: AnyLearner, examples: Sequence[Example], batches: Sequence[
             counted_at(own)
     step = _mean_cost(costs, lengths)
     optimizer.zero_grad(set_to_none=True)
-    trained = sum(_bytes(p) + optimizers.state_bytes(optimizer, p) for p in learner.parameters.values())
-    twice = sum(_bytes(p) for kind in replaced for p in kind.parameters())
-    weights = sum(_bytes(p) for p in model.parameters()) - twice
+    trained = sum(p.nbytes + optimizers.state_bytes(optimizer, p) for p in learner.parameters.values())
+    twice = sum(p.nbytes for kind in replaced for p in kind.parameters())
+    weights = sum(p.nbytes for p in model.parameters()) - twice
     small, sample_gflops = _full(learner, examples[:SMALL])
     large, _ = _full(learner, (list(examples[:LARGE]) * LARGE)[:LARGE])
     plain = learner.base.build_model()
-    everything = sum(_bytes(p) for p in plain.parameters())
+    everything = sum(p.nbytes for p in plain.parameters())
     per_row = (large - small) / (LARGE - SMALL)
     return Cost(
         step_gflops=step,
@@ -93,10 +93,6 @@ def _full(learner: AnyLearner, examples: Sequence[Example]) -> tuple[float, floa
     with counted() as flops, peak_saved_bytes(model) as peak:
         learner.plain(model, examples)
     return peak(), flops.gflops / len(examples)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 class _SavedBytes:
@@ -164,16 +160,16 @@ def peak_saved_bytes(model: nn.Module, replaced: Sequence[nn.Module] = ()) -> It
     for parameter in model.parameters():  # layers save views of them: a linear layer its transpose
         saved_bytes.exclude(parameter)
     hooks = [kind.register_forward_hook(lambda _, __, weight: saved_bytes.exclude(weight)) for kind in replaced]
+
+    def unpack(saved: Tensor | _Saved) -> Tensor:
+        return saved.tensor if isinstance(saved, _Saved) else saved
+
     try:
-        with saved_tensors_hooks(saved_bytes.pack, _unpack), _AttentionExtras(saved_bytes):
+        with saved_tensors_hooks(saved_bytes.pack, unpack), _AttentionExtras(saved_bytes):
             yield lambda: float(saved_bytes.most)
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _unpack(saved: Tensor | _Saved) -> Tensor:
-    return saved.tensor if isinstance(saved, _Saved) else saved
 
 
 def _address(tensor: Tensor) -> int:

@@ -15,9 +15,9 @@ from core.digests import digest_json
 from core.errors import ConfigError, TrainingError
 from core.progress import say
 from updater.budget.cost import Cost
-from updater.data.mixture import PARTS, BatchPlan, plan_batches
+from updater.data.mixture import BatchPlan, plan_batches
 from updater.data.pools import Example, Pools, run_starts, visits
-from updater.recipes import Part, Recipe
+from updater.recipes import PARTS, Part, Recipe
 from updater.step.learner import AnyLearner, Precomputed
 from updater.step.passes import ONE_FILE_SYSTEM
 from updater.training.checkpoint import read_json, write_json

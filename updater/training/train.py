@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
+from core.errors import ConfigError
 from updater.data.pools import Pools
-from updater.methods.merging import Scored, check_searchable
+from updater.methods.merging import Scored
 from updater.recipes import Recipe
 from updater.step.learner import Base
 from updater.step.passes import Team
@@ -65,7 +66,11 @@ def train(
         DiskFull: there is no room for what is computed once per sample; completed work is kept.
         Stopped: see ``stop``.
     """
-    check_searchable(recipe, scored)
+    if recipe.merge.search and scored is None:
+        raise ConfigError(
+            f"recipe {recipe.name!r}: merge.search wants suites to score on, and there are none here.",
+            "Run it through the updater, or leave merge.search out: merge.weight is then used as it is.",
+        )
     job = Job(base, recipe, pools, incumbent, seed, limits, work_dir, carry_over, device)
     hooks = Hooks(stop, duty_cycle)
     with _reproducible(limits.threads):

@@ -21,12 +21,11 @@ from updater.adapters.weight_deltas import kept_share
 from updater.budget.bound import BudgetSpent, Costs
 from updater.budget.cost import Spending
 from updater.budget.flops import counted
-from updater.data.mixture import PARTS
 from updater.data.pools import Pools
 from updater.families import make_learner
 from updater.methods.merging import Scored, Searched, merged, remembered, search
 from updater.methods.optimizers import learning_rate
-from updater.recipes import Merge, Recipe
+from updater.recipes import PARTS, Merge, Recipe
 from updater.step.learner import Base
 from updater.step.passes import ALONE, Team, training_precision
 from updater.training.checkpoint import CarryOver, Progress, load_checkpoint, run_precision, save_checkpoint
@@ -99,13 +98,21 @@ class Trainer:
                 f" {100 * kept:.1f}% of what it learned (of the squared norm of its ΔW)"
             )
         plan, visits, progress = self.take_steps()
-        left_out = self._left_out(visits, progress.step)
+        unusable = learner.shards.left_out
+        left_out = {
+            visits.pools.examples[row].id: unusable[row] for row in visits.seen(progress.step) if row in unusable
+        }
         if not progress.losses:
             raise nothing_usable(left_out)
         if learner.average is not None:
             learner.average.apply(learner.parameters)
         trained = learner.model.delta()
-        _refuse_non_finite(trained, progress.step)
+        for name, part in trained.items():
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in part.tensors()):
+                raise TrainingError(
+                    f"after step {progress.step} the adapter of {name} is not finite; nothing was written.",
+                    "Lower schedule.peak in the recipe.",
+                )
 
         def gradients(number: int) -> None:
             if rows := learner.usable(visits.rows(number % progress.step)):
@@ -302,16 +309,3 @@ class Trainer:
     def _save(self, progress: Progress) -> None:
         if self.team.rank == 0:
             save_checkpoint(self.job.work_dir, self.learner.state(), progress)
-
-    def _left_out(self, visits: Visits, steps: int) -> dict[str, str]:
-        left_out = self.learner.shards.left_out
-        return {visits.pools.examples[row].id: left_out[row] for row in visits.seen(steps) if row in left_out}
-
-
-def _refuse_non_finite(delta: WeightDelta, step: int) -> None:
-    for name, part in delta.items():
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in part.tensors()):
-            raise TrainingError(
-                f"after step {step} the adapter of {name} is not finite; nothing was written.",
-                "Lower schedule.peak in the recipe.",
-            )
