@@ -31,9 +31,9 @@ LABELS = {
     "family": "clip, vlm",
     "for": "broker, store, registry: what ingest can wait for",
     "guardrail": "bounds that the guard watches, and `none` for a promotion",
-    "kind": "of a duplicate: exact, perceptual, older; of a batch: image, text; of an answer: reply, stream, score; of a "
-    "proposal: initial, update, rollback, release, promotion; of garbage: adapter, carry-over, report, work folder, score cache, "
-    "engine cache",
+    "kind": "of a duplicate: exact, perceptual, older; of a batch: image, text; of an answer: reply, stream, score; of "
+    "a proposal: initial, update, rollback, release, promotion; of garbage: adapter, carry-over, report, work folder, "
+    "score cache, engine cache",
     "model": "base, incumbent, candidate",
     "outcome": "of a verdict: kept, passed, rejected, inconclusive; of a proposal: committed, failed; of a run of "
     "maintenance: done, failed; of an action: done, refused; of an answer: ok, late, ask, adapter, gone, dead; of a "
