@@ -163,7 +163,8 @@ def _shrunk(residuals: Floats, classes: int) -> Floats:
     noise = float((squares**2).mean() - (sample**2).sum()) / count / dim
     share = 1.0 if away <= 0 else min(1.0, max(noise, 0.0) / away)
     unbiased = count / max(count - classes, 1)  # the means took as many degrees of freedom
-    return unbiased * ((1 - share) * sample + share * level * identity) + 1e-8 * identity
+    shrunk: Floats = unbiased * ((1 - share) * sample + share * level * identity) + 1e-8 * identity
+    return shrunk
 
 
 def _folds(y: npt.NDArray[np.int_]) -> npt.NDArray[np.int_]:

@@ -59,7 +59,7 @@ def _parts() -> Iterator[str]:
     for kind in _classes(serving.errors.__dict__, ServingError):
         yield f"| {kind.status} | `{kind.code}` | {_meaning(kind)} |"
     yield OTHERS
-    yield from (f"| {status} | `{code}` | {_meaning(kind)} |" for kind, (status, code) in KNOWN.items())
+    yield from (f"| {status} | `{code}` | {_meaning(kind)} |" for kind, (status, code, _) in KNOWN.items())
     yield CLASSES
     yield from (f"| {kind.__name__} | {_meaning(kind)} |" for kind in _classes(core.errors.__dict__, RatchetError))
     yield REFUSALS + ", ".join(f"`{reason}`" for reason in sorted(REASONS))

@@ -68,7 +68,8 @@ def _is_new(batch: pa.RecordBatch, data_from: Mapping[str, int]) -> np.ndarray:
     names = topics.dictionary.to_pylist()
     keys = [f"{names[int(place) // PARTITIONS]}:{int(place) % PARTITIONS}" for place in places]
     first = np.array([data_from.get(key, 0) for key in keys], np.int64)
-    return batch["offset"].to_numpy(zero_copy_only=False) >= first[which]
+    later: np.ndarray = batch["offset"].to_numpy(zero_copy_only=False) >= first[which]
+    return later
 
 
 class _Rows:

@@ -300,7 +300,8 @@ def told_apart(images: tuple[Vectors, Vectors], texts: tuple[Vectors, Vectors]) 
     (one, other), (own, others) = images, texts
 
     def cosine(left: Vectors, right: Vectors) -> NDArray[np.float64]:
-        return np.einsum("ij,ij->i", left, right, dtype=np.float64)
+        cosines: NDArray[np.float64] = np.einsum("ij,ij->i", left, right, dtype=np.float64)
+        return cosines
 
     return (cosine(one, own) > cosine(one, others)) & (cosine(other, others) > cosine(other, own))
 

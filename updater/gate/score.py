@@ -217,7 +217,8 @@ def rank_of_best(similarity: NDArray[np.floating], right: NDArray[np.bool_]) -> 
     """Number of wrong answers that do not score below the best right one. Both arrays have shape [n, choices]. "Not
     below" rather than "above": a tie or a NaN on either side counts against the model."""
     best = np.where(right, similarity, -np.inf).max(axis=1, keepdims=True)
-    return (~(similarity < best) & ~right).sum(axis=1, dtype=np.int32)
+    ranks: NDArray[np.int32] = (~(similarity < best) & ~right).sum(axis=1, dtype=np.int32)
+    return ranks
 
 
 def kept(

@@ -101,7 +101,8 @@ def caption_clusters(items: Sequence[Item]) -> NDArray[np.int_]:
     texts = np.unique([item.text.casefold() for item in items], return_inverse=True)[1]
     images = np.unique([item.source for item in items], return_inverse=True)[1] + len(items)
     graph = coo_array((np.ones(len(items)), (texts, images)), shape=(2 * len(items), 2 * len(items)))
-    return connected_components(graph, directed=False)[1][texts]
+    clusters: NDArray[np.int_] = connected_components(graph, directed=False)[1][texts]
+    return clusters
 
 
 def image_clusters(items: Sequence[Item]) -> NDArray[np.int_]:

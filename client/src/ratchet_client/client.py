@@ -46,7 +46,7 @@ class _Method(Generic[P, T]):
 
         @functools.wraps(self.make)
         def method(*args: P.args, **named: P.kwargs) -> Any:
-            return client._call(self.make(*args, **named))
+            return client._call(self.make(*args, **named))  # type: ignore[arg-type]
 
         @functools.wraps(self.make)
         async def coroutine(*args: P.args, **named: P.kwargs) -> Any:

@@ -167,13 +167,10 @@ class GivenVectors:
 
     def __init__(self, sight: dict[str | None, float], folder: Path | None = None) -> None:
         """``sight``: by model, the visible part of the difference between twins, from -1 (the wrong way) to 1."""
-        self.sight, self.kept, self.embedded = sight, folder, 0
+        self.sight, self.cache, self.embedded = sight, folder, 0
         words = np.random.default_rng(1).normal(size=(N, DIM))
         words[TWINS : 2 * TWINS] -= 0.5 * words[:TWINS]  # captions of twins say different things
         self.words = unit(words)
-
-    def folder(self, suite: Suite) -> Path | None:
-        return self.kept
 
     def key(self, suite: Suite, adapter: str | None) -> list[str]:
         return [suite.digest(), f"image {self.sight[adapter]}"]
