@@ -98,7 +98,8 @@ class _Rows:
             rows = rows[np.argsort(-self._column("time")[rows], kind="stable")]
         else:
             rows = rows[np.argsort(self._column("key")[rows], kind="stable")]
-        return self._column(ADDRESS)[rows]
+        drawn: np.ndarray = self._column(ADDRESS)[rows]
+        return drawn
 
     def replayed(self, recipe: Recipe) -> np.ndarray:
         if not self.pieces:
@@ -106,12 +107,14 @@ class _Rows:
         rows = self._by_place()
         keys, concepts = self._column("key")[rows], self._column("concept")[rows].tolist()
         chosen = reservoir_order(keys, concepts, recipe.replay_limit, recipe.replay_half_life, recipe.replay_balanced)
-        return self._column(ADDRESS)[rows[chosen]]
+        replayed: np.ndarray = self._column(ADDRESS)[rows[chosen]]
+        return replayed
 
     def _by_place(self) -> np.ndarray:
         rank = np.empty(len(self.topics), np.int64)
         rank[[self.topics[name] for name in sorted(self.topics)]] = np.arange(len(self.topics))
-        return np.lexsort((self._column("offset"), self._column("partition"), rank[self._column("topic")]))
+        order: np.ndarray = np.lexsort((self._column("offset"), self._column("partition"), rank[self._column("topic")]))
+        return order
 
     def _column(self, name: str) -> np.ndarray:
         return np.concatenate([piece[name] for piece in self.pieces])

@@ -46,11 +46,11 @@ class _Method(Generic[P, T]):
 
         @functools.wraps(self.make)
         def method(*args: P.args, **named: P.kwargs) -> Any:
-            return client._call(self.make(*args, **named))  # type: ignore[arg-type]
+            return client._call(self.make(*args, **named))
 
         @functools.wraps(self.make)
         async def coroutine(*args: P.args, **named: P.kwargs) -> Any:
-            return await client._call(self.make(*args, **named))
+            return await client._call(self.make(*args, **named))  # type: ignore[arg-type]
 
         return coroutine if isinstance(client, AsyncClient) else method
 
