@@ -1,18 +1,11 @@
-"""Callers and their rights, for the HTTP server and the console.
-
->>> access = Access(ledger, settings)
->>> access.identify("rk_0123abcd_...")
-Principal(name='ci-bot', scopes=frozenset({'infer'}), kind='key', key_id='0123abcd', requests_per_minute=600)
-
-Three kinds of callers:
+"""Callers and their rights, for the HTTP server and the console. Three kinds of callers:
 
     key          made with `ratchet keys create`; has the scopes it was given
     operator     the bootstrap key, ``settings.operator_key()``: every scope, so that the first key can be made
     anonymous    no key; may infer and search where the server is open (``access.require_keys``), nothing elsewhere
 
 Keys are reread from the ledger every :data:`KEYS_SECONDS`, which bounds the time until a revocation takes effect. While
-the ledger is unreachable, the keys read last stay valid until they expire, and a starting process uses a copy: serving
-survives an outage of the ledger.
+the ledger is unreachable, the keys read last stay valid until they expire, and a starting process uses a copy.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""State of Ratchet's dependencies, as shared by health, status, doctor, metrics, alerts and console.
-
->>> noted(StoreUnavailable("the bucket models does not exist.", state="refused"))
->>> current()["store"].state
-'refused'
-"""
+"""State of Ratchet's dependencies, as shared by health, status, doctor, metrics, alerts and console."""
 
 from __future__ import annotations
 

@@ -12,16 +12,9 @@ from pathlib import Path
 @contextmanager
 def replacing(path: Path, mode: int = 0o644, prefix: str = "", durable: bool = True) -> Iterator[Path]:
     """Yield a new file next to ``path``, with its suffix, which replaces ``path`` at the end. Creates missing folders.
-    After an error the old content stays, and the new file is removed.
-
-    >>> with replacing(path) as staging:
-    ...     np.savez(staging, rows=rows)
-
-    Args:
-        prefix: of the temporary name; default: a dot and its own name.
-        durable: flush to disk first. Without, a machine crash may leave the file damaged: only for large files that are
-            checked on reading, and can be recreated.
-    """
+    After an error the old content stays, and the new file is removed. ``prefix``: of the temporary name; default: a dot
+    and its own name. ``durable`` flushes to disk first. Without, a machine crash may leave the file damaged: only for
+    large files that are checked on reading, and can be recreated."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(suffix=path.suffix, prefix=prefix or f".{path.name}.", dir=path.parent)
     os.close(descriptor)

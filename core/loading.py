@@ -35,16 +35,10 @@ def load_settings(
     overrides: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Settings:
-    """Read and validate the settings, recording origins.
-
-    Args:
-        path: a YAML file; default: the one in ``RATCHET_CONFIG``, or ``ratchet.yaml`` in the working directory, if any.
-        overrides: values from flags, by dotted name (``{"serve.port": 9000}``).
-        environ: instead of ``os.environ``.
-
-    Raises:
-        ConfigError: names the wrong key or value, its origin and the fix.
-    """
+    """Read and validate the settings, recording origins. ``path`` is a YAML file; default: the one in
+    ``RATCHET_CONFIG``, or ``ratchet.yaml`` in the working directory, if any. ``overrides``: values from flags, by
+    dotted name (``{"serve.port": 9000}``). Raises ConfigError that names the wrong key or value, its origin and the
+    fix."""
     environ = os.environ if environ is None else environ
     named = environ.get(FILE_VARIABLE)
     origins: dict[str, str] = {}

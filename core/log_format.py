@@ -1,10 +1,4 @@
-"""Log formats: one JSON object per line, or a line of text for people, without secrets.
-
->>> {"time": "2026-11-28T00:54:24.123Z", "level": "WARNING", "logger": "ratchet.catalog", "message": "...",
-...  "role": "catalog", "pid": 71, "request_id": "5e0c...", "release": 12, "adapter": "clip-0123456789ab"}
-
-The same redaction applies to ``ratchet config show``.
-"""
+"""Log formats: one JSON object per line, or a line of text for people, without secrets."""
 
 from __future__ import annotations
 
@@ -36,21 +30,13 @@ _API_KEY = re.compile(r"\b(rk_[0-9A-Za-z]{1,16}_)[0-9A-Za-z]+")
 
 
 def redact_url(text: str) -> str:
-    """A URL without its password and secret query parameters.
-
-    >>> redact_url("postgresql://ann:hunter2@db/ratchet")
-    'postgresql://ann:**********@db/ratchet'
-    """
+    """A URL without its password and secret query parameters."""
     shown = _PASSWORD.sub(rf"\g<1>{STARS}@", text)
     return _PARAMETER.sub(rf"\g<1>{STARS}", shown)
 
 
 class Redactor:
-    """Removes secrets from text: given ones, and anything that looks like a key, password or token.
-
-    >>> Redactor(["correct-horse"]).redact("Authorization: Bearer rk_0a1b2c3d_ffff, then correct-horse")
-    'Authorization: Bearer **********, then **********'
-    """
+    """Removes secrets from text: given ones, and anything that looks like a key, password or token."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         """``secrets``: values never shown; those under 8 characters are ignored."""
@@ -65,12 +51,8 @@ class Redactor:
 
 
 class RecordFormatter(logging.Formatter):
-    """The base of both formats.
-
-    Args:
-        labels: on every line: ``role``, and ``replica`` for a replica.
-        request_id: this thread's request ID, used if :mod:`core.request_context` has none.
-    """
+    """The base of both formats. ``labels`` are on every line: ``role``, and ``replica`` for a replica. ``request_id``:
+    this thread's request ID, used if :mod:`core.request_context` has none."""
 
     def __init__(
         self, labels: Mapping[str, str], redactor: Redactor | None = None, request_id: Callable[[], str] = str
@@ -120,20 +102,12 @@ class TextFormatter(RecordFormatter):
 
 
 def timestamp(seconds: float) -> str:
-    """ISO 8601 in UTC, with milliseconds.
-
-    >>> timestamp(0.5)
-    '1970-01-01T00:00:00.500Z'
-    """
+    """ISO 8601 in UTC, with milliseconds: ``1970-01-01T00:00:00.500Z``."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def readable(line: str) -> str:
-    """A log line as text; lines that are not our JSON objects stay unchanged.
-
-    >>> readable('{"time": "1970-01-01T00:00:00.500Z", "level": "ERROR", "message": "the port is taken"}')
-    '1970-01-01T00:00:00.500Z ERROR the port is taken'
-    """
+    """A log line as text; lines that are not our JSON objects stay unchanged."""
     try:
         fields = json.loads(line)
         shown = f"{fields['time']} {fields['level']} {fields['message']}"

@@ -55,16 +55,10 @@ def configure_logging(
     settings: Settings | None = None, role: str = "ratchet", *, service: bool = True, replica: str = "",
     request_id: Callable[[], str] = str,
 ) -> None:  # fmt: skip
-    """Log to standard error as the settings say. Call it at process start; the last call wins. A root logger with
-    foreign handlers, as in a program that uses Ratchet as a library, stays unchanged.
-
-    Args:
-        settings: None: before they are read.
-        role: of this process: ``serve``, ``ingest``, ``encoder``, ...
-        service: True for a long-running process whose log is collected, False for an interactive command.
-        replica: which one of several, on every line.
-        request_id: see :class:`core.log_format.RecordFormatter`.
-    """
+    """Log to standard error as the settings say (None: before they are read). Call it at process start; the last call
+    wins. A root logger with foreign handlers, as in a program that uses Ratchet as a library, stays unchanged. ``role``
+    is the process's (``serve``, ``ingest``, ``encoder``, ...), ``replica`` which one of several. ``service``: a
+    long-running process whose log is collected, not an interactive command."""
     logs = settings.logs if settings is not None else Logs()
     labels = {"role": role} | ({"replica": replica} if replica else {})
     level = logging.getLevelNamesMapping()[logs.level.upper()]

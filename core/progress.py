@@ -54,10 +54,7 @@ def say(message: str) -> None:
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-    """Yield ``items`` while showing progress.
-
-    >>> for batch in track(batches, "embedding", total=len(batches)): ...
-    """
+    """Yield ``items`` while showing progress."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     if _on_terminal():
@@ -76,11 +73,7 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
 
 @contextmanager
 def meter(label: str) -> Iterator[Callable[[Callable[[], str]], None]]:
-    """Show progress of work of unknown length: yields a function that displays its text at intervals.
-
-    >>> with meter("publishing") as show:
-    ...     show(lambda: f"{rows} rows")
-    """
+    """Show progress of work of unknown length: yields a function that displays its argument's text at intervals."""
     terminal = _on_terminal()
     every = 0.2 if terminal else EVERY_SECONDS
     status = _console.status(f"{label} ...") if terminal else None

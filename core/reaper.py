@@ -28,12 +28,8 @@ ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def main(parent: int, seconds: float, command: list[str]) -> int:
-    """Run the command; returns its ``waitpid`` status.
-
-    Args:
-        parent: the process that started this one. When it is gone the command is asked to end.
-        seconds: time for the command to end after that.
-    """
+    """Run the command; returns its ``waitpid`` status. When the process ``parent``, which started this one, is gone,
+    the command is asked to end within ``seconds``."""
     reader = _receive_signals()
     if LINUX:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

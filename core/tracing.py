@@ -1,17 +1,7 @@
 """OpenTelemetry spans of requests: off unless Ray Serve was told to trace (``traces.endpoint``). Ray Serve accepts a
-client's W3C ``traceparent``, carries the trace through its handles, and makes a span of each replica call. Ratchet
-adds:
-
-    intake    the body is read                         (ingress)
-    inspect   images are fetched and checked           (ingress)
-    decode    images are decoded                       (ingress)
-    queue     a request waits for its batch            (encoder)
-    forward   its batch is computed                    (encoder)
-    search    the nearest samples                      (catalog)
-    engine    the answer is generated                  (VLM)
-
-OpenTelemetry (the extra ``traces``) is only imported when on.
-"""
+client's W3C ``traceparent``, carries the trace through its handles, and makes a span of each replica call. Ratchet adds
+``intake``, ``inspect`` and ``decode`` in the ingress, ``queue`` and ``forward`` in the encoder, ``search`` in the
+catalog and ``engine`` in the VLM. OpenTelemetry (the extra ``traces``) is only imported when on."""
 
 from __future__ import annotations
 
@@ -48,10 +38,7 @@ def switch_on(provider: TracerProvider | None = None) -> None:
 
 
 def span(name: str, **attributes: Any) -> AbstractContextManager[Any]:
-    """A span around a block, if tracing is on and sampled, with release, adapter and ID of the request.
-
-    >>> with span("search", k=10): ...
-    """
+    """A span around a block, if tracing is on and sampled, with release, adapter and ID of the request."""
     if _tracer is None or not _sampled():
         return _NOTHING
     return _tracer.start_as_current_span(name, attributes=attributes | _of_request())

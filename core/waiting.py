@@ -49,17 +49,13 @@ def wait_for_progress(
 ) -> None:
     """Poll until a condition is true, for as long as something moves.
 
-    >>> wait_for_progress(lambda: stored() >= 500, lambda: f"{stored()} of 500 records", tell=say)
-
     Args:
         progress: the progress as text. The clock restarts whenever it changes.
         work: a sign of activity, such as the CPU time of processes. It extends the wait to at most ``busy_seconds``: a
             hanging process may compute as well.
         tell: called with changed progress, at most every :data:`TELL_SECONDS`.
-        still_seconds: longest time without a change of either.
 
-    Raises:
-        StoodStill: nothing has changed for that long.
+    Raises StoodStill if neither has changed for ``still_seconds``.
     """
     began = moved = worked = told = looked = time.monotonic()
     last: object = None

@@ -1,10 +1,4 @@
-"""Artifacts (adapters, bases, gate reports) behind one URL: a folder, or any object store that fsspec knows.
-
->>> artifacts = Artifacts("s3://models/ratchet")
->>> artifacts.put_directory(Path("adapter"), "adapters/clip-0123456789ab")
->>> artifacts.fetch("adapters/clip-0123456789ab")
-PosixPath('/tmp/ratchet-artifacts-1000/.../adapters/clip-0123456789ab')
-"""
+"""Artifacts (adapters, bases, gate reports) behind one URL: a folder, or any object store that fsspec knows."""
 
 from __future__ import annotations
 
@@ -30,13 +24,9 @@ class Artifacts:
     def __init__(
         self, url: str, cache: Path | None = None, seconds: float = CALL_SECONDS, cache_bytes: int = CACHE_BYTES
     ) -> None:
-        """Open the artifacts of a folder, or of a URL that fsspec knows.
-
-        Args:
-            cache: folder for local copies of an object store's contents.
-            seconds: time limit of an object store call; transfers get more by their size.
-            cache_bytes: bound of that folder; unused entries are evicted, least recently used first.
-        """
+        """Open the artifacts of a folder, or of a URL that fsspec knows. ``cache``: folder for local copies of an
+        object store's contents, bounded by ``cache_bytes``; the least recently used are evicted. ``seconds``: time
+        limit of an object store call; transfers get more by their size."""
         self.filesystem, self.root = open_filesystem(url)
         self.local = local_folder(self.filesystem, self.root)
         default_cache = Path(tempfile.gettempdir()) / f"ratchet-artifacts-{os.getuid()}"

@@ -114,16 +114,8 @@ class CollectionQueries(Queries):
     def begin_collection(self, reasons: Mapping[str, str], *, live: int, epoch: int, actor: str) -> list[str]:
         """Mark adapters for deletion; proposals and releases can no longer name them. Returns those marked now or
         before whose files are to be deleted, without those that an open proposal or unfinished update needs by now.
-
-        Args:
-            reasons: by adapter, for the audit.
-            live: number of the live release at the decision; 0: none.
-            epoch: of the collector's lease.
-
-        Raises:
-            ReleaseConflict: something was released since.
-            LeaseLost: another collector, or a backup, took over.
-        """
+        ``reasons``: by adapter, for the audit. ``live``: number of the live release at the decision; 0: none. Raises
+        ReleaseConflict if something was released since; LeaseLost if another collector, or a backup, took over."""
         marked = []
         with self.database.write() as session:
             check_lease(session, COLLECT_LEASE, epoch)

@@ -233,17 +233,10 @@ def lock_releases(session: Session) -> None:
 
 
 def write_once(database: Database, transaction: Callable[[Session, bool], Result], subject: str) -> Result:
-    """Run a transaction exactly once, even if the response to its COMMIT is lost.
-
-    Args:
-        transaction: gets the session, under :func:`lock_releases`, and whether an earlier attempt may have been
-            committed. If so it returns what that attempt wrote, if found.
-        subject: what is written, for error messages.
-
-    Raises:
-        CommitUnknown: the database did not come back within :data:`LOOKUP_SECONDS`.
-        LedgerUnavailable: the database is unreachable, and nothing was written.
-    """
+    """Run a transaction exactly once, even if the response to its COMMIT is lost. ``transaction`` gets the session,
+    under :func:`lock_releases`, and whether an earlier attempt may have been committed; if so it returns what that
+    wrote, if found. Raises CommitUnknown if the database did not come back within :data:`LOOKUP_SECONDS`;
+    LedgerUnavailable if it is unreachable, and nothing was written."""
     deadline, repeated = 0.0, False
     while True:
         try:

@@ -1,9 +1,6 @@
-"""Queries of events and the audit log.
-
-Events are written in the transaction of their fact, and published later, once. Their ID is derived from the fact
-(``release-12``), so repeated writes add nothing. The publisher holds a lease, and marks events with its epoch; see
-:mod:`streams.kafka.events`. The audit log records who did what, to which subject, when; rows are only added.
-"""
+"""Queries of events and the audit log. Events are written in the transaction of their fact, and published later, once
+(:mod:`streams.kafka.events`). Their ID is derived from the fact (``release-12``), so repeated writes add nothing. The
+audit log records who did what, to which subject, when; rows are only added."""
 
 from __future__ import annotations
 
@@ -38,17 +35,9 @@ MAX_TEXT_CHARS = 4000
 
 class EventQueries(Queries):
     def record_event(self, type: EventType, event_id: str, subject: str, data: Mapping[str, Any]) -> bool:
-        """Record a standalone event. Returns False, without effect, if the ID exists.
-
-        Args:
-            type: one of :data:`EVENT_TYPES`' values.
-            event_id: derived from the fact; at most 200 characters.
-            subject: also the key of its Kafka record; at most 300 characters.
-            data: JSON, at most :data:`MAX_DATA_BYTES`.
-
-        Raises:
-            LedgerError: an argument is invalid.
-        """
+        """Record a standalone event. Returns False, without effect, if the ID exists. ``event_id`` is derived from the
+        fact, at most 200 characters; ``subject``, also the key of its Kafka record, at most 300; ``data`` is JSON of at
+        most :data:`MAX_DATA_BYTES`. Raises LedgerError if an argument is invalid."""
         with self.database.write() as session:
             return add_event(session, type, event_id, subject, data)
 
@@ -63,15 +52,8 @@ class EventQueries(Queries):
         return self._all(select(EventRow).order_by(EventRow.id.desc()).limit(limit))
 
     def mark_published(self, places: Mapping[int, tuple[int, int]], *, lease: str, epoch: int) -> None:
-        """Mark events as published.
-
-        Args:
-            places: partition and offset in the topic, by the events' ``id``.
-            lease: name of the publisher's lease, with its ``epoch``.
-
-        Raises:
-            LeaseLost: the lease is lost; nothing is marked.
-        """
+        """Mark events as published at ``places``: partition and offset in the topic, by the events' ``id``. Raises
+        LeaseLost, and marks nothing, if the publisher's lease is lost."""
         with self.database.write() as session:
             check_lease(session, lease, epoch)
             for row_id, (partition, offset) in sorted(places.items()):

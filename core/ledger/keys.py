@@ -36,12 +36,10 @@ class KeyQueries(Queries):
 
         Args:
             name: lower-case letters, digits and ``. _ @ -``; never used before, not even by a revoked key.
-            scopes: one or more of ``infer``, ``search``, ``publish`` and ``operate``; none includes another.
             requests_per_minute: None: ``access.requests_per_minute``, 0: no limit.
             days: until it expires; None: never.
 
-        Raises:
-            LedgerError: the name is taken or invalid, or a scope, the limit or the days are wrong.
+        Raises LedgerError if the name is taken, or an argument is invalid.
         """
         chosen = _checked(name, scopes, requests_per_minute)
         if days is not None and not 0 < days <= MAX_DAYS:

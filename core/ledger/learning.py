@@ -89,12 +89,8 @@ class LearningQueries(Queries):
         adapter: str | None = None,
         cost: dict[str, Any] | None = None,
     ) -> UpdateRow:
-        """Record the start of an update; the same ID again returns the existing row.
-
-        Args:
-            adapter: an adapter already in the ledger, from elsewhere or an earlier update, which only needs a verdict.
-            cost: earlier spending on it.
-        """
+        """Record the start of an update; the same ID again returns the existing row. ``adapter``: one in the ledger
+        already, from elsewhere or an earlier update, which only needs a verdict. ``cost``: earlier spending on it."""
         with self.database.write() as session:
             row = session.get(UpdateRow, update_id)
             if row is None:

@@ -28,14 +28,9 @@ class LeaseQueries(Queries):
     """Compare-and-set on one row per lease. Times are the database server's, if it has a clock."""
 
     def acquire_lease(self, name: str, holder: str, seconds: float) -> int | None:
-        """Take a free or expired lease. Returns its epoch, or None while another process holds it.
-
-        Args:
-            name: of the job, e.g. ``events``.
-            holder: unique to this process, also over time: host, process ID and a random part. The holder itself gets
-                its epoch again, with a new expiry.
-            seconds: until it expires, unless renewed.
-        """
+        """Take a free or expired lease for ``seconds``. Returns its epoch, or None while another process holds it.
+        ``holder`` is unique to this process, also over time: host, process ID and a random part. The holder itself gets
+        its epoch again, with a new expiry."""
         try:
             with self.database.write() as session:
                 now = database_time(session)

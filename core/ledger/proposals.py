@@ -38,15 +38,11 @@ class ProposalQueries(Queries):
 
         Args:
             family: which of ``clip`` and ``vlm`` is set; the other stays as it is live at commit.
-            share: of the requests, 0 to 1; see :attr:`ReleaseRow.share`.
             forced: an operator insists, though no gate passed it.
             epoch: of the controller's lease, if the controller proposes.
 
-        Raises:
-            ReleaseConflict: ``expected_live`` is no longer live.
-            LeaseLost: another controller took over.
-            LedgerError: the share is invalid.
-            AdapterCollected: an adapter's files were deleted.
+        Raises ReleaseConflict if ``expected_live`` is no longer live, LeaseLost if another controller took over,
+        LedgerError for an invalid share, and AdapterCollected if an adapter's files were deleted.
         """
         if not 0.0 <= share <= 1.0:
             raise LedgerError(f"a share of {share} is not between 0 and 1.", "0.1 is a tenth of the requests.")
@@ -90,16 +86,8 @@ class ProposalQueries(Queries):
         self, proposal_id: int, state: ProposalState, error: str | None = None, *, epoch: int | None = None
     ) -> ProposalRow:
         """Move a proposal on. Only :meth:`ReleaseQueries.commit_release` sets ``committed``. Final states do not
-        change: failing a failed proposal has no effect.
-
-        Args:
-            error: why it failed.
-            epoch: of the controller's lease.
-
-        Raises:
-            LeaseLost: another controller took over.
-            ReleaseConflict: it has ended.
-        """
+        change: failing a failed proposal has no effect. Raises LeaseLost if a controller with a newer lease than
+        ``epoch`` took over; ReleaseConflict if the proposal has ended."""
         if state == "committed":
             raise LedgerError("a proposal is committed with its release.", "Use commit_release.")
 

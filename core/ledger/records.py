@@ -122,15 +122,9 @@ class RecordQueries(Queries):
         return self._first(waiting.order_by(DeletionRow.requested_at))
 
     def begin_resubmission(self, place: str, *, actor: str, reason: str, force: bool = False) -> ResubmissionRow:
-        """Claim the right to resubmit a quarantined record.
-
-        Args:
-            place: ``topic:partition:offset`` where the record was quarantined.
-            force: also if it was sent before, or a process died between claim and sending.
-
-        Raises:
-            AlreadyResubmitted: it was claimed before, and ``force`` is not set.
-        """
+        """Claim the right to resubmit the record quarantined at ``place`` (``topic:partition:offset``). Raises
+        AlreadyResubmitted if it was claimed before, even by a process that died before sending; ``force`` claims it
+        again."""
         try:
             with self.database.write() as session:
                 row = session.get(ResubmissionRow, place, with_for_update=True)

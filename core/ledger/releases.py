@@ -51,13 +51,9 @@ class ReleaseQueries(Queries):
         epoch: int | None = None,
         hold_after_rollback: bool = False,
     ) -> ReleaseRow:
-        """Append a release and mark its proposal committed, in one transaction. If the response to COMMIT is lost, the
-        release is looked up; see :mod:`core.ledger.database`.
-
-        Args:
-            epoch: of the controller's lease.
-            hold_after_rollback: open a hold with an operator's rollback. The guard's rollbacks open none: it has
-                withdrawn the adapter, and the next update was evaluated without it.
+        """Append a release and mark its proposal committed, in one transaction; see
+        :func:`core.ledger.database.write_once`. ``hold_after_rollback`` opens a hold with an operator's rollback. The
+        guard's rollbacks open none: it has withdrawn the adapter, and the next update was evaluated without it.
 
         Raises:
             ReleaseConflict: the number is taken or is not the live number + 1, or the proposal has ended.
@@ -186,16 +182,9 @@ class ReleaseQueries(Queries):
         update_id: str | None = None,
     ) -> ReleaseRow:
         """Release an adapter of another base, with the live VLM adapter, in one transaction with its proposal, so that
-        no controller of the old base finds that open. Releases without a base are set to ``live_base``.
-
-        Args:
-            live: the expected live release, which must be full.
-            update_id: the upgrade that made the adapter.
-            rollback: return to an earlier release's adapter.
-
-        Raises:
-            ReleaseConflict: another release is live by now.
-        """
+        no controller of the old base finds that open. Releases without a base are set to ``live_base``. ``update_id``
+        is the upgrade that made the adapter; ``rollback`` returns to an earlier release's adapter. Raises
+        ReleaseConflict unless ``live`` is still the live release, and full."""
         attempt = secrets.token_hex(16)
 
         def write(session: Session, _repeated: bool) -> ReleaseRow:

@@ -1,10 +1,8 @@
 """Every metric that Ratchet exports: name, unit, help and labels. Names start with ``ratchet_`` and end with their base
 unit: seconds, bytes, flops, or ``_ratio`` for a share from 0 to 1; counters end with ``_total``. Labels have bounded
-sets of values, listed in :data:`LABELS`. Call sites use the functions of the other modules instead.
-
-A gauge's mode says how the values of serving's processes are combined: ``livesum`` sums those of living processes,
-``livemostrecent`` takes the last written, ``liveall`` keeps one per process (``pid``).
-"""
+sets of values, listed in :data:`LABELS`. A gauge's mode says how the values of serving's processes are combined:
+``livesum`` sums those of living processes, ``livemostrecent`` takes the last written, ``liveall`` keeps one per process
+(``pid``)."""
 
 from __future__ import annotations
 

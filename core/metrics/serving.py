@@ -174,10 +174,7 @@ class operator:
     @staticmethod
     @contextmanager
     def action(name: str) -> Iterator[None]:
-        """Count an action as done, or as refused if it raises a RatchetError.
-
-        >>> with metrics.operator.action("rollback"): ...
-        """
+        """Count an action as done, or as refused if it raises a RatchetError."""
         try:
             yield
         except RatchetError:

@@ -63,12 +63,7 @@ AWAY: Final = (BrokerError, StoreError, RegistryUnavailable, KafkaError, OSError
 
 
 class Consumer:
-    """Reads the topic until :meth:`stop`.
-
-    >>> consumer = Consumer(settings)
-    >>> threading.Thread(target=consumer.run).start()
-    >>> consumer.status.samples
-    """
+    """Reads the topic until :meth:`stop`. :meth:`run` blocks; ``status`` has its counts."""
 
     def __init__(
         self, settings: Settings, on_change: Callable[[IngestStatus], None] | None = None, processes: int = 0

@@ -1,10 +1,7 @@
 """The duplicate index: finds samples with the same content, or a similar image and the same words; also assigns the
-split.
-
-The index is a SQLite file per worker, filled from the store and never held in memory: some 200 bytes of disk per
+split. It is a SQLite file per worker, filled from the store and never held in memory: some 200 bytes of disk per
 sample. A lost, damaged or foreign file is rebuilt from the store. Images are similar if their perceptual hashes differ
-in at most ``distance`` bits and their colours hardly (:mod:`streams.ingest.perceptual_hash`).
-"""
+in at most ``distance`` bits and their colours hardly (:mod:`streams.ingest.perceptual_hash`)."""
 
 from __future__ import annotations
 
@@ -94,15 +91,9 @@ class DuplicateIndex:
     """Samples to compare with. Several processes may share a file; use each object from one thread."""
 
     def __init__(self, path: Path | str, store: str, distance: int = 0, split: SplitRule | None = None) -> None:
-        """Raises StoreUnavailable if the file cannot be written.
-
-        Args:
-            path: the file; ``:memory:`` for none.
-            store: name of the store that it follows.
-            distance: bits in which hashes of near duplicates may differ; 0: equal hashes only; :data:`OFF`: no
-                comparison.
-            split: by default nothing is held out.
-        """
+        """Open the file at ``path`` (``:memory:``: none), which follows the store named ``store``. ``distance``: bits
+        in which hashes of near duplicates may differ; 0: equal hashes only; :data:`OFF`: no comparison. By default
+        nothing is held out. Raises StoreUnavailable if the file cannot be written."""
         self.path = path
         self.distance = distance
         self._masks = masks(distance)

@@ -2,22 +2,20 @@
 
 An image is scaled once, to 32x32. Its **perceptual hash** is the signs of the 8x8 lowest DCT coefficients of its
 brightness, as in pHash (Zauner, "Implementation and benchmarking of perceptual image hash functions", 2010). A
-coefficient is positive only above a quarter of a grey level: in images with plain or symmetric parts many are zero, and
-noise would decide their signs. Its **colours** are the means of a 3x3 grid, because the hash ignores them: shirts in
-six colours have one hash, and so have all plain images. All arithmetic is on whole numbers (in float64, which holds
-them exactly), so that results are the same on every machine.
+coefficient is positive only above a quarter of a grey level: in plain or symmetric parts many are zero, and noise would
+decide their signs. Its **colours** are the means of a 3x3 grid, because the hash ignores them. All arithmetic is on
+whole numbers (in float64, which holds them exactly), so that results are the same on every machine.
 
 **Near duplicates** are found without comparing all pairs: a hash is cut into ``distance + 1`` bands, and two hashes
 that differ in fewer bits than there are bands agree in one of them (pigeonhole; Norouzi et al., Fast Exact Search in
 Hamming Space, 2012). A band's number is made of its bits and of the sample's words.
 
 **The split** keeps look-alikes together while they are few. A bucket is the images that agree in the coarse bits
-(:func:`buckets`); it takes the side of its first image until :data:`FEW` are in it. Beyond that, as with images of one
-form, camera or colour, finer bits decide. Images with one hash always have one side. New buckets are assigned so that
-each group of samples, those of one domain with a text or with a question, gets its share: by a keyed hash, unless the
-group is off by :data:`TOLERANCE` samples (a big stick design: Soares and Wu, "Some restricted randomization rules in
-sequential clinical trials", 1983). The state is in tables of the duplicate index, which are rebuilt from the store: the
-side of a stored sample is in its row. Names are keyed hashes, so the tables reveal nothing of an image.
+(:func:`buckets`); it takes the side of its first image until :data:`FEW` are in it. Beyond that finer bits decide.
+Images with one hash always have one side. New buckets are assigned so that each group of samples, those of one domain
+with a text or with a question, gets its share: by a keyed hash, unless the group is off by :data:`TOLERANCE` samples (a
+big stick design: Soares and Wu, "Some restricted randomization rules in sequential clinical trials", 1983). The state
+is in tables of the duplicate index. Names are keyed hashes, which reveal nothing of an image.
 """
 
 from __future__ import annotations
@@ -152,12 +150,8 @@ def bands_of(phash: int, words: int, masks: Sequence[int]) -> list[int]:
 
 
 def bands_of_all(looks: Sequence[bytes | None], words: npt.NDArray[Any], masks: Sequence[int]) -> Iterator[list[int]]:
-    """Yield each band's numbers for all hashes, as by :func:`bands_of`; arbitrary for None.
-
-    Args:
-        looks: each starts with the 8 bytes of its hash, big-endian.
-        words: [N], int64.
-    """
+    """Yield each band's numbers for all hashes, as by :func:`bands_of`; arbitrary for None. ``looks`` each start with
+    the 8 bytes of the hash, big-endian; ``words``: [N], int64."""
     phashes = np.frombuffer(b"".join((look or _NO_PHASH)[:8] for look in looks), ">u8").astype(np.uint64)
     for number, mask in enumerate(masks):
         with np.errstate(over="ignore"):

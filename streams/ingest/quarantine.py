@@ -1,16 +1,9 @@
-"""The quarantine topic: every quarantined record unchanged, with the reason and its position. A message has the
-original key, value and headers, so that a corrected record can be sent again, and also
-
-    ratchet_reason      one of ratchet_client.records.REASONS
-    ratchet_detail      the reason in words
-    ratchet_topic, ratchet_partition, ratchet_offset      position of the original (topic@n: n-th log of that name)
-    ratchet_refused_at  UTC, ISO 8601
-    ratchet_null_headers    a JSON list of the names of its headers without a value, which kafka-python does not write
-
-A record too large for the topic becomes a *claim check* without the original's key, value and headers, which stay in
-the sample store, with
-
-    ratchet_claim_check   the position for `ratchet samples show` and `GET /admin/v1/quarantine`
+"""The quarantine topic: every quarantined record unchanged, with its original key, value and headers, and the headers
+``ratchet_reason`` (one of ratchet_client.records.REASONS), ``ratchet_detail`` (in words), ``ratchet_topic``,
+``ratchet_partition`` and ``ratchet_offset`` (of the original; topic@n: n-th log of that name), ``ratchet_refused_at``
+(UTC, ISO 8601) and ``ratchet_null_headers``: a JSON list of the names of its headers without a value, which
+kafka-python does not write. A record too large for the topic becomes a *claim check* without the original's key, value
+and headers, which stay in the sample store at the position in ``ratchet_claim_check``.
 
 A thread publishes them, so that the topic never delays reading. Each is published once: its row is stored in its
 batch's commit, and :mod:`streams.kafka.outbox` finds what the topic lacks. Rows wait in memory up to a bound; beyond it

@@ -3,10 +3,8 @@
 A quarantined record is named by its *place*, the ``topic:partition:offset`` where it was quarantined. It is read from
 the sample store, and sent to the topic again with a header that names the place. The place is claimed in the ledger
 before and settled after: a second call is refused. A process that dies in between leaves the claim, and only ``force``
-sends again; ingest stores equal samples once. Records refused again return to quarantine.
-
-**Skipping** claims the partition like another worker, and moves its position in the commit that stores the gap. The
-next commit of a worker on the partition fails, and it continues from the new position.
+sends again. **Skipping** claims the partition like another worker, and moves its position in the commit that stores the
+gap. The next commit of a worker on the partition fails, and it continues from the new position.
 """
 
 from __future__ import annotations
@@ -94,13 +92,8 @@ def resubmit(
     settings: Settings, ledger: Ledger, place: str, *, actor: str, reason: str, force: bool = False
 ) -> Delivery:
     """Send a quarantined record to the topic again, and wait for the broker's acknowledgement. Leaves an audit row.
-
-    Raises:
-        UnknownRecord: there is no quarantined record at the place.
-        RecordError: the record has no value, so there is nothing to send.
-        AlreadyResubmitted: it was resubmitted before, and ``force`` is not set.
-        BrokerError: the broker did not take it; try again.
-    """
+    Raises UnknownRecord if none is at the place; RecordError if it has no value to send; AlreadyResubmitted if it was
+    resubmitted before, without ``force``; BrokerError if the broker did not take it: try again."""
     record = quarantined(settings, place)
     if not record.value:
         raise RecordError("empty", f"record {place} has no value.", "There is nothing to send again.")
@@ -204,18 +197,8 @@ def resubmit_many(
     on_progress: Callable[[ResubmitReport], None] = lambda report: None,
 ) -> ResubmitReport:
     """Resubmit quarantined records, each once with an audit row, and wait for the broker's acknowledgements. Records
-    quarantined meanwhile are not included.
-
-    Args:
-        dry_run: only count.
-        per_second: rate limit, so that ingest has room for other records.
-        on_progress: called after each record.
-
-    Raises:
-        BrokerError: the broker does not answer.
-        StoreUnavailable, LedgerError: the store or the ledger does not answer.
-
-    After an error, records already sent are not sent by the next call.
+    quarantined meanwhile are not included. ``per_second`` leaves ingest room for other records; ``dry_run`` only
+    counts. Raises BrokerError, StoreUnavailable or LedgerError; the next call does not send again what was sent before.
     """
     store = SampleStore(settings.lake)
     report = ResubmitReport(dry_run)
@@ -292,11 +275,8 @@ class Skipped:
 
 
 def skip(settings: Settings, ledger: Ledger, partition: str, to: int, *, actor: str, reason: str) -> Skipped:
-    """Continue a partition at offset ``to``, and record the offsets before it as a gap with the reason ``skipped``.
-
-    Args:
-        ledger: gets an audit row, before anything changes.
-        partition: ``topic:partition``.
+    """Continue a partition (``topic:partition``) at offset ``to``, and record the offsets before it as a gap with the
+    reason ``skipped``. The audit row comes first.
 
     Raises:
         RecordError: ``partition`` is malformed, or of another topic than ingest reads.

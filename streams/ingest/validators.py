@@ -359,12 +359,8 @@ class CrashGuard:
     """Counts the process deaths of each record. Thread safe."""
 
     def __init__(self, folder: Path, slots: int) -> None:
-        """Raises StoreUnavailable if the folder cannot be written.
-
-        Args:
-            folder: shared by this installation's consumers on this machine, which take over from each other.
-            slots: most records validated at once.
-        """
+        """Raises StoreUnavailable if the folder cannot be written. It is shared by this installation's consumers on
+        this machine, which take over from each other. ``slots``: most records validated at once."""
         self._counts_file = folder / "crashes.json"
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -24,11 +24,7 @@ STOP_SECONDS = 5.0
 
 
 class EmbeddedBroker:
-    """A Tansu process.
-
-    >>> with EmbeddedBroker("127.0.0.1:19092") as broker:
-    ...     broker.ensure_topics(["ratchet.samples"], partitions=2)
-    """
+    """A Tansu process."""
 
     def __init__(self, address: str = "", log: Path | None = None, advertised: str = "") -> None:
         """``address``: host:port to listen on; default: a free port of 127.0.0.1. ``log``: file for its output.

@@ -66,12 +66,7 @@ def transactional_id(kafka: Kafka) -> str:
 
 
 class EventPublisher:
-    """Publishes a ledger's events while it holds the lease ``events``. One thread at a time.
-
-    >>> publisher = EventPublisher(settings, ledger)
-    >>> publisher.publish_pending()
-    3
-    """
+    """Publishes a ledger's events while it holds the lease ``events``. One thread at a time."""
 
     def __init__(self, settings: Settings, ledger: Ledger, lease_seconds: float = LEASE_SECONDS) -> None:
         self.kafka = settings.kafka

@@ -1,18 +1,15 @@
 """Publishes each entry of an outbox to its topic exactly once, across crashes and pauses. The entries, and which of
-them are published, are stored elsewhere (events in the ledger, quarantined records in the sample store). The steps
-here:
+them are published, are stored elsewhere (events in the ledger, quarantined records in the sample store). The steps:
 
 1. open a :class:`FencedSender`: earlier senders can send no more;
 2. read the topic's tail back: it has everything that earlier senders sent;
-3. send what is missing, in one transaction.
+3. send what is missing, in one transaction. Any error starts again at 1.
 
-Any error starts again at 1. A lease is not needed for correctness, only to keep two processes from fencing one another
-all the time.
-
-Kafka's transactional producer fences: ``open`` registers a transactional ID, after which the broker rejects earlier
-senders with it, even a process that was paused (SIGSTOP) in the middle and resumes later. Two faults of the embedded
-broker (Tansu 0.6.0) matter here: records of an aborted transaction are visible to all consumers, and a commit with an
-outdated epoch closes the connection, which kafka-python retries for ever; so the commit has a time limit.
+Kafka's transactional producer fences: after ``open`` the broker rejects earlier senders with the same transactional ID,
+even a process that was paused (SIGSTOP) and resumes later. A lease only keeps two processes from fencing one another
+all the time. Two faults of the embedded broker (Tansu 0.6.0) matter here: records of an aborted transaction are visible
+to all consumers, and a commit with an outdated epoch closes the connection, which kafka-python retries for ever; so the
+commit has a time limit.
 """
 
 from __future__ import annotations
@@ -114,16 +111,9 @@ class Outbox:
 
 
 class FencedSender:
-    """Sends groups of records, each in one transaction. Not thread safe.
-
-    >>> sender = FencedSender(settings.kafka, "ratchet-events")
-    >>> sender.open()
-    >>> sender.send_all("ratchet.events", records)
-    [Delivery(topic='ratchet.events', partition=0, offset=17, sample_id='')]
-
-    Any error closes the sender, and leaves unknown whether the failed call's records are in the topic. After the next
-    ``open`` that can no longer change, so reading the topic back (``read_committed``) tells.
-    """
+    """Sends groups of records, each in one transaction. Not thread safe. Any error closes the sender, and leaves
+    unknown whether the failed call's records are in the topic. After the next ``open`` that can no longer change, so
+    reading the topic back (``read_committed``) tells."""
 
     def __init__(
         self,
@@ -155,13 +145,9 @@ class FencedSender:
             raise self._explain_open(error) from error
 
     def send_all(self, topic: str, records: Sequence[Encoded]) -> list[Delivery]:
-        """Send all records or none. Returns their places, in order.
-
-        Raises:
-            Fenced: a newer sender with the same ID was opened, or ``still_owner`` returned False.
-            RecordTooLarge: the broker rejects one of them for its size.
-            BrokerError: any other failure; the records may be in the topic or not.
-        """
+        """Send all records or none. Returns their places, in order. Raises Fenced if a newer sender with the same ID
+        was opened, or ``still_owner`` returned False; RecordTooLarge if the broker rejects one for its size;
+        BrokerError for any other failure: the records may be in the topic or not."""
         if not records:
             return []
         if self._client is None:

@@ -1,8 +1,6 @@
-"""Record batches of a Kafka log, parsed so that no bytes raise an exception.
-
-:mod:`streams.kafka.tolerant_fetch` finds the batches in a fetch and decides which can be trusted; the classes here read
-the records of one batch. Unreadable ones become records that carry a ``Corrupt`` in kafka-python's checksum field, so
-that they pass through its own code like any other.
+"""Record batches of a Kafka log, parsed so that no bytes raise an exception. Unreadable records carry a ``Corrupt`` in
+kafka-python's checksum field, so that they pass through its own code like any other.
+:mod:`streams.kafka.tolerant_fetch` finds the batches in a fetch and decides which can be trusted.
 
 kafka-python expands a compressed batch whole: 64 KiB of gzip can be 64 MiB of zeros. The decoders here use the
 incremental interface of the same libraries, and stop as soon as the output exceeds a limit.

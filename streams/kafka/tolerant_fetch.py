@@ -1,37 +1,24 @@
 """A KafkaConsumer whose ``poll`` skips what kafka-python cannot read, and reports it.
 
 kafka-python 3.0 raises out of ``poll``, and stays at its position, when a batch has a wrong checksum, an unknown format
-or a broken payload, or a record has a header name that is not UTF-8. After ``install``, ``poll`` returns a ``Corrupt``
-for each such offset, and moves past it.
+or a broken payload, or a record has a header name that is not UTF-8. After ``install(consumer)``, ``poll`` returns a
+``Corrupt`` for each such offset, and moves past it. Transactions, control batches, positions and metrics remain
+kafka-python's own code: it gets batches (:mod:`streams.kafka.record_batches`) that never raise, and whose unreadable
+records carry their ``Corrupt`` in the checksum field.
 
->>> consumer = KafkaConsumer(bootstrap_servers="127.0.0.1:19092", auto_offset_reset="none")  # doctest: +SKIP
->>> install(consumer)  # doctest: +SKIP
+**Finding the batches of a fetch.** A batch's checksum does not cover its offset and length, so those are trusted only
+if they agree with the fetch: with the requested position, the next batch, the end of the log. Otherwise the batch is
+fetched a second time before it counts as damaged: the bytes may have been damaged in transit. If what follows a damaged
+batch does not begin with its next offset, the rest of the fetch is dropped, and the next fetch starts behind the batch,
+at a boundary that the broker knows. The offsets of a damaged batch are those in its header if nothing contradicts them.
+Otherwise fewer are assumed, at least one: too few cost another fetch, too many would cost records.
 
-A fetcher makes ``self.PartitionRecords(...)`` in ``_parse_fetched_data``; both are replaced on the one fetcher.
-Transactions, control batches, positions and metrics remain kafka-python's own code: it gets batches
-(:mod:`streams.kafka.record_batches`) that never raise, and whose unreadable records carry their ``Corrupt`` in the
-checksum field.
-
-Finding the batches of a fetch
-------------------------------
-
-A batch's checksum does not cover its offset and length, so those are trusted only if they agree with the fetch: with
-the requested position, the next batch, the end of the log. Otherwise the batch is fetched a second time before it
-counts as damaged: the bytes may have been damaged in transit. If what follows a damaged batch does not begin with its
-next offset, the rest of the fetch is dropped, and the next fetch starts behind the batch, at a boundary that the broker
-knows.
-
-The offsets of a damaged batch are those in its header if nothing contradicts them. Otherwise fewer are assumed, at
-least one: too few cost another fetch, too many would cost records.
-
-Truncation (KIP-320), as kafka-python 3.0.12 does it
-----------------------------------------------------
-
-A position has the leader epoch of the record before it. When the cluster's epoch becomes newer, or a fetch (version 12)
-says that the logs diverge, the fetcher asks the leader in the background. If the log ends before the position and
-``auto_offset_reset`` is ``none``, a *later* ``poll`` raises ``LogTruncationError``, before it returns any record. Its
-``divergent_offsets`` has ``{TopicPartition: OffsetAndMetadata(end offset, "", end epoch) or None}``; None: the leader
-does not know the epoch, so the divergence point is unknown.
+**Truncation (KIP-320), as kafka-python 3.0.12 does it.** A position has the leader epoch of the record before it. When
+the cluster's epoch becomes newer, or a fetch (version 12) says that the logs diverge, the fetcher asks the leader in
+the background. If the log ends before the position and ``auto_offset_reset`` is ``none``, a *later* ``poll`` raises
+``LogTruncationError``, before it returns any record. Its ``divergent_offsets`` has ``{TopicPartition:
+OffsetAndMetadata(end offset, "", end epoch) or None}``; None: the leader does not know the epoch, so the divergence
+point is unknown.
 
 It is raised once; then the partition can be fetched again at the *old* position, and an older broker sends whatever
 replaced the lost records. So seek at once, with :func:`seek`: ``KafkaConsumer.seek`` takes no epoch, and a position

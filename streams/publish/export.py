@@ -44,18 +44,9 @@ def export(
     version: int | None = None,
     follow: Callable[[Iterable[SampleRow]], Iterator[SampleRow]] = iter,
 ) -> int:
-    """Write samples to ``path``: ``.parquet`` a Parquet file, ``.tar`` a shard, any other name a folder. Returns their
-    number.
-
-    Args:
-        path: must not exist, or be an empty folder.
-        version: of the store; default: the newest at the start.
-        follow: wraps the rows, to show progress.
-
-    Raises:
-        ConfigError: the path exists, or cannot be written.
-        StoreUnavailable: the store cannot be read now.
-    """
+    """Write samples to ``path``: ``.parquet`` a Parquet file, ``.tar`` a shard, any other name a folder, which may
+    exist if empty. Returns their number. ``version``: of the store; default: the newest at the start. Raises
+    ConfigError if the path exists, or cannot be written; StoreUnavailable if the store cannot be read now."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ConfigError(f"{path} is there already.", "Name a path that is not there yet.")
     count = 0

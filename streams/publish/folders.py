@@ -1,26 +1,16 @@
 """The folder dataset: a directory of images with a `data.csv`. `ratchet publish` sends it, gate suites score it, and
-the base and the reference pool are made from it. A minimal one:
-
-    data.csv                      photos/crane.jpg
-
-    file,text
-    photos/crane.jpg,a crowned crane
+the base and the reference pool are made from it.
 
 Columns, in any order: `file` and `text` are required; `label`, `concept`, `split`, `domain`, `source`, `time`, `tags`,
-`question`, `answer` and `answers` are optional; others are ignored.
-
-- `file` is a path inside the folder; it may not lead out of it, not even through a symbolic link.
-- `text` may be empty if `question` and `answer` are both given.
-- `split` names a part such as `train` or `test`. A row without one belongs to every split.
-- `domain` defaults to the folder's name; `time` is ISO 8601 (UTC without a zone); `tags` are separated by `;`.
-- `answers` are all correct answers, separated by `;`; defaults to `answer`.
+`question`, `answer` and `answers` are optional; others are ignored. `file` is a path inside the folder; it may not lead
+out of it, not even through a symbolic link. `text` may be empty if `question` and `answer` are both given. A row
+without `split` belongs to every split. `domain` defaults to the folder's name; `time` is ISO 8601 (UTC without a zone);
+`tags` are separated by `;`, as are `answers`, all correct ones, which default to `answer`.
 
 A single `.csv` or `.jsonl` file with the same fields is read too; its `image` field may hold the image itself (base64,
-or a `data:` URI) instead of `file`.
-
-Rows are read one by one in bounded memory. A bad row yields a `RecordError` that names the row, the field, the problem
-and the fix, and reading continues after it. A file without a table, or a JSON line beyond `MAX_ROW_CHARS`, raises: what
-follows cannot be parsed.
+or a `data:` URI) instead of `file`. Rows are read one by one in bounded memory. A bad row yields a `RecordError` that
+names the row, the field, the problem and the fix, and reading continues after it. A file without a table, or a JSON
+line beyond `MAX_ROW_CHARS`, raises: what follows cannot be parsed.
 """
 
 from __future__ import annotations

@@ -61,10 +61,7 @@ def publish(
     """Send the rows of a data set, and wait until the broker has acknowledged each.
 
     Args:
-        path: a file, a folder, or a pattern of shards.
-        format: a name of :data:`streams.publish.datasets.FORMATS`; None: detected.
-        split: only rows of this split, and those without one.
-        limit: at most this many rows in this run.
+        path, format, split: as for :func:`streams.publish.datasets.read_dataset`.
         source: for rows that name none.
         dry_run: read and check all rows without sending them; bad rows are counted.
         skip_bad: count invalid rows and continue, instead of raising the first one's error.

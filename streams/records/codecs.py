@@ -1,13 +1,11 @@
 """Decoding of records as Kafka carries them. The encoding is detected per record, so a topic may mix them: the four
 that :mod:`ratchet_client.encoding` writes, structured CloudEvents with the image in `data_base64` and fields in
-extension attributes, binary ones with the JSON record as value, and
-
-    Confluent            a zero byte, a schema ID and Avro, Protobuf or JSON (:mod:`streams.records.registry`)
-    Kafka Connect        {"schema": ..., "payload": <the record as JSON>}, as its JsonConverter writes it
+extension attributes, binary ones with the JSON record as value, Confluent's wire format
+(:mod:`streams.records.registry`), and Kafka Connect's ``{"schema": ..., "payload": <the record as JSON>}``, as its
+JsonConverter writes it.
 
 If a field occurs more than once, a ``ratchet_`` header overrides the record, and the record its event's attributes; of
 headers with one name, the last counts. A null means that the field is absent. Unknown fields go into ``extra``.
-
 CloudEvents 1.0 (https://github.com/cloudevents/spec, Kafka protocol binding 1.0) are not read with the official SDK
 (``cloudevents`` 2): on hostile input it raises many types of errors, and it adds an ``id`` and a ``time`` to events
 without one.
@@ -49,18 +47,10 @@ def decode(
     fetch: Fetch | None = None,
     registry: SchemaRegistry | None = None,
 ) -> Sample:
-    """Decode a record in any encoding. Any bytes yield a sample or one of the errors below.
-
-    Args:
-        headers: names are compared without case.
-        max_image_bytes: larger images are rejected before base64 decoding.
-        fetch: fetches an ``image_uri``; without it such records are errors.
-        registry: schemas of Confluent's wire format; without it such records are errors.
-
-    Raises:
-        RecordError: ``reason`` is one of :data:`ratchet_client.records.REASONS`.
-        RegistryUnavailable: the registry is unreachable; try the record again.
-    """
+    """Decode a record in any encoding; names of headers are compared without case. Images larger than
+    ``max_image_bytes`` are rejected before base64 decoding. Without ``fetch``, records with an ``image_uri`` are
+    errors; without ``registry``, those in Confluent's wire format. Any bytes yield a sample, or a RecordError whose
+    ``reason`` is one of :data:`ratchet_client.records.REASONS`, or RegistryUnavailable: try the record again."""
     if not value:
         raise RecordError("empty", "the record has no value.", "Send an image or a JSON object.")
     content_type, event, ours = _read_headers(headers)

@@ -5,9 +5,6 @@ resolved once, and every address is public or in an allowed network (:func:`is_a
 addresses, so that a second look-up cannot lead elsewhere. ``Host``, SNI and the certificate keep the name. Proxies and
 credentials from the environment are not used. Bytes are counted as they arrive, one deadline covers all hops, and
 compressed bodies are rejected.
-
->>> rules = Rules(places=["cdn.example.org"], networks=[], max_bytes=8 << 20, seconds=5.0)
->>> data = await Fetcher(rules).fetch("https://cdn.example.org/bus.png")
 """
 
 from __future__ import annotations
@@ -77,12 +74,8 @@ class ByteBudget:
 
 
 class Fetcher:
-    """Fetches within :class:`Rules`.
-
-    Args:
-        resolve: addresses of a host and port; default: the system's resolver.
-        trust: trusted certificates; default: those of the system and of certifi.
-    """
+    """Fetches within :class:`Rules`. ``resolve``: addresses of a host and port; default: the system's resolver.
+    ``trust``: trusted certificates; default: those of the system and of certifi."""
 
     def __init__(self, rules: Rules, resolve: Resolver | None = None, trust: ssl.SSLContext | None = None) -> None:
         self.rules = rules

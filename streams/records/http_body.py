@@ -16,12 +16,8 @@ class BodyTooLarge(ValueError):
 
 def bounded_body(response: httpx.Response, max_bytes: int, seconds: float) -> bytes:
     """Read the body of a streamed response. httpx's timeouts apply to single reads, so a server that drips would never
-    hit one.
-
-    Raises:
-        BodyTooLarge: it has more than ``max_bytes``.
-        httpx.HTTPError: it takes longer than ``seconds``, or breaks off.
-    """
+    hit one. Raises BodyTooLarge beyond ``max_bytes``; httpx.HTTPError if it takes longer than ``seconds``, or breaks
+    off."""
     deadline = time.monotonic() + seconds
     body = bytearray()
     for chunk in response.iter_raw():

@@ -1,12 +1,11 @@
-"""Records in Confluent's wire format: a zero byte, a schema ID (4 bytes, big-endian), then Avro, Protobuf or JSON.
+"""Records in Confluent's wire format: a zero byte, a schema ID (4 bytes, big-endian), then Avro, Protobuf or JSON, from
+any registry with Confluent's REST API.
 https://docs.confluent.io/platform/current/schema-registry/fundamentals/serdes-develop/index.html#wire-format
 
-Works with any registry that has Confluent's REST API: Confluent, Redpanda, Karapace, Apicurio (ccompat). Avro and
-Protobuf need the extra ``ratchet-server[registry]``. The official client is not used: it brings some twenty packages,
-and lets errors of many libraries through. JSON values are not validated against their JSON Schema:
-:mod:`ratchet_client.records` checks samples.
+The official client is not used: it brings some twenty packages, and lets errors of many libraries through. JSON values
+are not validated against their JSON Schema: :mod:`ratchet_client.records` checks samples.
 
-**Outage or quarantine.** A registry that does not answer, or answers with an error of its own, is an outage
+A registry that does not answer, or answers with an error of its own, is an outage
 (:class:`~core.errors.RegistryUnavailable`), and ingest waits. Unknown IDs, unusable schemas and values that do not fit
 them send the record to quarantine (reason ``schema``). If the registry answers but fails for one schema, ingest waits
 for :data:`DEADLINE_SECONDS`; then the reason is ``schema_unavailable``.
@@ -42,11 +41,7 @@ Refusal = tuple[RecordError, float]
 
 
 class SchemaRegistry:
-    """Reads records whose schemas a registry has. Thread safe.
-
-    >>> registry = SchemaRegistry.of(settings.kafka)
-    >>> sample = decode(record.value, record.headers, registry=registry)
-    """
+    """Reads records whose schemas a registry has. Thread safe."""
 
     def __init__(self, url: str, auth: str | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         """Sends no request before the first record. ``auth``: ``user:password``. Raises ConfigError if the extra

@@ -55,13 +55,8 @@ class RegistryClient:
         self._timeout_seconds = timeout_seconds
 
     def by_id(self, number: int) -> Schema:
-        """Fetch a schema by its ID.
-
-        Raises:
-            RecordError: ``schema``: it does not exist.
-            RegistryUnavailable: the registry is unreachable.
-            SchemaUnavailable: the registry answers, but not with this schema.
-        """
+        """Fetch a schema by its ID. Raises RecordError ``schema`` if it does not exist; RegistryUnavailable if the
+        registry is unreachable; SchemaUnavailable if the registry answers, but not with this schema."""
         path = f"/schemas/ids/{number}"
         if number > MAX_ID:
             raise _missing(path)

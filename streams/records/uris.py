@@ -1,13 +1,8 @@
-"""Images that a record references by URI, only from places that the operator listed.
-
-Entries of ``ingest.allowed_uris`` are folders (``file:///data/photos`` allows the files under it, also after symbolic
-links are followed), network locations and object store prefixes, the latter two as in :mod:`core.addresses`
-(``https://cdn.example.org/images/`` allows that path on that host and port). An empty list allows nothing.
-
-Objects are read through fsspec: ``s3://`` with s3fs, ``gs://`` with gcsfs, where installed, with the endpoint and
-credentials of the process. A record can read whatever those can within ``ingest.allowed_uris``: list prefixes, not
-buckets with other data in them.
-"""
+"""Images that a record references by URI, only from places that the operator listed in ``ingest.allowed_uris``: folders
+(``file:///data/photos`` allows the files under it, also after symbolic links are followed), network locations and
+object store prefixes, the latter two as in :mod:`core.addresses`. An empty list allows nothing. Objects are read
+through fsspec: ``s3://`` with s3fs, ``gs://`` with gcsfs, where installed, with the endpoint and credentials of the
+process. A record can read whatever those can within the list: list prefixes, not buckets with other data."""
 
 from __future__ import annotations
 
@@ -52,12 +47,7 @@ class UriFetcher:
     """Fetches images by URI for many threads, on its own event loop. Thread safe. Transient failures (timeouts, broken
     connections, 408, 425, 429, 5xx) are retried :data:`RETRIES` times, with growing pauses or those that the server
     asks for; ``seconds`` bounds one image from the start of its first attempt. Failing hosts do not delay others
-    (:class:`FetchLimits`). Memory: at most ``fetches`` times ``max_image_bytes``.
-
-    >>> fetcher = UriFetcher(settings.ingest)
-    >>> image = fetcher.fetch("https://cdn.example.org/images/bus.png")
-    >>> fetcher.close()
-    """
+    (:class:`FetchLimits`). Memory: at most ``fetches`` times ``max_image_bytes``."""
 
     def __init__(self, limits: Ingest, fetches: int = FETCHES, seconds: float = FETCH_SECONDS) -> None:
         self.limits, self.fetches, self.seconds = limits, fetches, seconds
@@ -78,12 +68,9 @@ class UriFetcher:
         self._portal: BlockingPortal | None = None
 
     def fetch(self, uri: str) -> bytes:
-        """Fetch the bytes of ``uri`` (file, http, https, s3 or gs). Blocks.
-
-        Raises:
-            RecordError: ``uri_not_allowed``, ``uri_unreachable``, ``image_too_large`` or ``image_format``.
-            asyncio.CancelledError: the fetcher was closed meanwhile. Not an ``Exception``: the record is not at fault.
-        """
+        """Fetch the bytes of ``uri`` (file, http, https, s3 or gs). Blocks. Raises RecordError: ``uri_not_allowed``,
+        ``uri_unreachable``, ``image_too_large`` or ``image_format``; asyncio.CancelledError if the fetcher was closed
+        meanwhile: not an ``Exception``, because the record is not at fault."""
         try:
             return self.submit(uri).result()
         except CancelledError:
@@ -301,12 +288,8 @@ class _Host:
 
 
 class FetchLimits:
-    """Slots for fetches, per host and in total. For one event loop.
-
-    Args:
-        seats: fetches in flight.
-        down_seconds: a host that has only failed for this long is down.
-    """
+    """Slots for fetches, per host and in total (``seats``). For one event loop. A host that has only failed for
+    ``down_seconds`` is down."""
 
     def __init__(self, seats: int, down_seconds: float) -> None:
         self.seats = seats

@@ -10,11 +10,9 @@ store. A *selector* names at least one of the following fields; all that it name
     until     topic:partition:offset: in this partition, offsets before it; in others, ``before`` applies
 
 Selectors select records. A sample that several records sent, with their own keys, stays while one of them is not
-selected: it passes to that record and takes over its metadata.
-
-A tombstone in the topic (a null value with the record's key, or with the header ``ratchet_id``) deletes what came
-before it. Its selector is a key or an ID, with the bounds that ingest gave it, so one scan finds the rows of a thousand
-tombstones and they are matched in memory.
+selected: it passes to that record and takes over its metadata. A tombstone in the topic (a null value with the record's
+key, or with the header ``ratchet_id``) deletes what came before it: its selector is a key or an ID, with the bounds
+that ingest gave it.
 
 Old object versions in a bucket with versioning are deleted where the bucket allows it; otherwise the deletion is
 ``held``, and the receipt says what remains and until when. Not deleted: the topic and the quarantine topic (their

@@ -1,9 +1,6 @@
-"""``ratchet maintain``: deletions, retention, compaction, indexes and cleanup of the sample store.
-
-Runs repeat: tombstones become deletions, deletions and retention remove rows, small data files are merged and indexed,
-old versions are removed, gaps are published as events, old published events leave the ledger, and garbage is collected
-(:mod:`ops.collection`, passed in because it is above this module). A lease in the ledger lets one process run at a
-time; others wait. Readers are never blocked, and a failed run is retried.
+"""``ratchet maintain``: deletions, retention, compaction, indexes and cleanup of the sample store, gaps as events,
+removal of old published events, and garbage collection (:mod:`ops.collection`, passed in because it is above this
+module). A lease in the ledger lets one process run at a time. Readers are never blocked, and a failed run is retried.
 
 **Compaction.** Fragments grow in tiers, as in a log-structured merge tree: small ones are merged when together they
 fill a medium one, those when they fill a large one, which is only rewritten for deletions. So each byte is rewritten at
@@ -75,11 +72,7 @@ class MaintenanceRun:
 
 
 class Maintainer:
-    """Maintains one sample store.
-
-    >>> Maintainer(settings).run_once()
-    MaintenanceRun(written=0, removed=0, ...)
-    """
+    """Maintains one sample store."""
 
     def __init__(
         self,

@@ -1,9 +1,5 @@
 """Queries on the sample store: samples by filter, counts by domain, source and concept, and receipts. They scan whole
-columns in bounded memory: for people, not for the path of a record.
-
->>> trace(store, ("ratchet.samples", 0, 42))
-[Receipt(stream='ratchet.samples', partition=0, offset=42, outcome='stored', ...)]
-"""
+columns in bounded memory: for people, not for the path of a record."""
 
 from __future__ import annotations
 
@@ -74,17 +70,11 @@ class Receipt:
 
 
 def trace(store: SampleStore, query: RecordPosition | str) -> list[Receipt]:
-    """The receipts of a record, by its position; or of a sample and all records that repeat it, by its ID.
-
-    A topic stands for all of its logs; ``topic@1`` is one of them. A position has at least one receipt, and more if it
-    was read before its log was cut off, its sample was deleted since, or the topic was recreated; the latest comes
-    first. An ID (64 hex digits, or at least the first eight) has at most :data:`MAX_RECEIPTS`, none if it is unknown;
-    quarantined records have no ID.
-
-    Raises:
-        RecordError: not a sample ID.
-        StoreUnavailable: the store cannot be read now.
-    """
+    """The receipts of a record, by its position; or of a sample and all records that repeat it, by its ID. A topic
+    stands for all of its logs; ``topic@1`` is one of them. A position has at least one receipt, and more if it was read
+    before its log was cut off, its sample was deleted since, or the topic was recreated; the latest comes first. An ID
+    (64 hex digits, or at least the first eight) has at most :data:`MAX_RECEIPTS`, none if it is unknown. Raises
+    RecordError if it is not a sample ID, StoreUnavailable if the store cannot be read now."""
     return _by_id(store, query) if isinstance(query, str) else _by_position(store, query)
 
 

@@ -136,15 +136,10 @@ class SampleStore:
         ids: Sequence[str] | None = None,
         having: Having | None = None,
     ) -> pa.Table:
-        """Samples in the order of (topic, partition, offset).
-
-        Args:
-            after: next offsets, as :meth:`offsets` returns them: earlier samples are left out. Partitions not named are
-                returned whole.
-            columns: of :data:`~streams.store.rows.SAMPLE_COLUMNS`; all by default, images included.
-            ids: only these; unknown ones are skipped.
-            having: only samples with a ``text`` (a CLIP learns from these) or a ``question`` (a VLM).
-        """
+        """Samples in the order of (topic, partition, offset). ``after`` leaves out samples before these next offsets,
+        as :meth:`offsets` returns them; partitions not named are returned whole. ``columns``: of
+        :data:`~streams.store.rows.SAMPLE_COLUMNS`; all by default, images included. ``ids``: only these; unknown ones
+        are skipped. ``having``: only samples with a ``text`` (a CLIP learns from these) or a ``question`` (a VLM)."""
         wanted = list(SAMPLE_COLUMNS if columns is None else columns)
         if unknown := set(wanted) - set(SAMPLE_COLUMNS):
             raise StoreError(f"samples have no column {sorted(unknown)}.", f"Columns: {', '.join(SAMPLE_COLUMNS)}.")

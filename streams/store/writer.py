@@ -106,17 +106,11 @@ class StoreWriter:
         replaced: Mapping[RecordPosition, dict[str, Any]] | None = None,
         base: Any = None,
     ) -> int:
-        """Store rows and the new positions of their partitions in one transaction. Returns the version.
-
-        Args:
-            replaced: positions of samples and duplicates to remove in the same transaction, each with its receipt.
-                Those already gone are skipped; a sample that another record also sent passes to that record.
-            base: the newest version, if the caller has just opened it.
-
-        Raises:
-            Superseded: a claim is not the newest; nothing was stored.
-            StoreUnavailable: nothing was stored; try again.
-        """
+        """Store rows and the new positions of their partitions in one transaction. Returns the version. ``replaced``
+        has positions of samples and duplicates to remove in the same transaction, each with its receipt. Those already
+        gone are skipped; a sample that another record also sent passes to that record. ``base``: the newest version, if
+        the caller has just opened it. Stores nothing and raises Superseded if a claim is not the newest, or
+        StoreUnavailable; then try again."""
         if not replaced:
             return self._commit(rows, moves, base)
         where = f"{SENT} AND ({at_positions(replaced)})"
@@ -143,12 +137,9 @@ class StoreWriter:
     def remove(self, where: str, reason: str, detail: str) -> list[dict[str, Any]]:
         """Delete the rows that meet a condition (in Lance's SQL), and leave a receipt for each, in one transaction.
         Returns their kind, position, id, split, source and time. Deletes nothing if it raises StoreUnavailable; then
-        try again.
-
-        With the reason :data:`DELETION` records are deleted: a sample passes to another record that also sent it,
-        unless that meets the condition too. Other reasons delete samples and quarantined records. The bytes stay in the
-        data files until maintenance has rewritten those and removed the old versions.
-        """
+        try again. With the reason :data:`DELETION` records are deleted: a sample passes to another record that also
+        sent it, unless that meets the condition too. Other reasons delete samples and quarantined records. The bytes
+        stay in the data files until maintenance has rewritten those and removed the old versions."""
         of, pass_on = (SENT, True) if reason == DELETION else (CONTENT, False)
         receipt = partial(deletion_row, reason=reason, detail=detail, when=datetime.now(UTC))
         return self._swap(f"{of} AND ({where})", receipt, pass_on=pass_on)[0]
@@ -176,15 +167,10 @@ class StoreWriter:
         pass_on: bool = False,
         kept: Collection[str] = (),
     ) -> tuple[list[dict[str, Any]], int]:
-        """Replace each row that meets a condition, and store new rows. Returns the replaced rows and the version.
-
-        Args:
-            where: the condition, in Lance's SQL.
-            receipt: makes the replacement from a row, and ``stays``: whether its content stays in the store.
-            new, moves: as for :meth:`commit`.
-            pass_on: pass a sample to a duplicate record that also sent it.
-            kept: IDs of samples that stay stored in any case.
-        """
+        """Replace each row that meets ``where`` (in Lance's SQL), and store new rows. Returns the replaced rows and the
+        version. ``receipt`` makes the replacement from a row, and ``stays``: whether its content stays in the store.
+        ``pass_on``: pass a sample to a duplicate record that also sent it. ``kept``: IDs of samples that stay stored in
+        any case."""
         for _ in range(ATTEMPTS):
             dataset = self.table.create()
             table = dataset.to_table(columns=_REMOVED, filter=where, with_row_address=True)

@@ -1,10 +1,6 @@
-"""Readers of common data sets: :func:`detect` finds the format, :func:`read_dataset` yields the rows.
-
-Formats are in ``shards`` (WebDataset, img2dataset), ``parquet`` (Hugging Face, img2dataset), ``imagefolder`` (also with
-text files) and ``json_annotations`` (COCO, LLaVA). Ratchet's own are here: the folder dataset
-(:mod:`streams.publish.folders`), and CSV and JSON Lines files with its columns. All yield
-:class:`~streams.publish.folders.DatasetRow` in constant memory.
-"""
+"""Readers of common data sets: :func:`detect` finds the format, :func:`read_dataset` yields the rows, in constant
+memory. Ratchet's own formats are here: the folder dataset (:mod:`streams.publish.folders`), and CSV and JSON Lines
+files with its columns."""
 
 from __future__ import annotations
 
@@ -61,17 +57,10 @@ def read_dataset(
     split: str | None = None,
     max_image_bytes: int = MAX_BYTES,
 ) -> Iterator[DatasetRow]:
-    """Yield the rows of a data set in a stable order, bad rows with their errors.
-
-    Args:
-        path: a file, a folder, or a pattern of shards (``shards/{000..010}.tar``).
-        format: a name of :data:`FORMATS`; None: detected.
-        split: only rows of this split, and those without one.
-        max_image_bytes: a larger image is an error of its row.
-
-    Raises:
-        RecordError: at once, if the path is not a data set; later, if it cannot be read further.
-    """
+    """Yield the rows of a data set in a stable order, bad rows with their errors. ``path``: a file, a folder, or a
+    pattern of shards (``shards/{000..010}.tar``). ``format``: a name of :data:`FORMATS`; None: detected. ``split``:
+    only its rows, and those without one. A larger image than ``max_image_bytes`` is an error of its row. Raises
+    RecordError at once if the path is not a data set; later, if it cannot be read further."""
     chosen = choose(path, format)
     source = Source(Path(path), max_image_bytes)
     return select_split(chosen.read(source), source.path, split)

@@ -1,11 +1,10 @@
 """Folders of images: with a ``metadata.csv`` or ``metadata.jsonl`` (Hugging Face's imagefolder), with a folder per
-class, or with a text file next to each image.
+class, or with a text file next to each image. Memory: the names in one folder.
 
 Metadata files are in the folder or its split folders (``train/metadata.csv``). Rows name their image in ``file_name``,
-relative to the metadata file; other columns are matched by name (:mod:`streams.publish.datasets.mapping`). Without
-metadata the class is the first folder (below ``train``, ``test``, ... if those are splits), as in torchvision's
-``ImageFolder``, and its name is also the text. Text files with the image's name (``0001.jpg``, ``0001.txt``,
-``0001.json``) are what img2dataset writes with ``output_format=files``. Memory: the names in one folder.
+relative to the metadata file. Without metadata the class is the first folder (below ``train``, ``test``, ... if those
+are splits), as in torchvision's ``ImageFolder``, and its name is also the text. Text files with the image's name
+(``0001.txt``, ``0001.json``) are what img2dataset writes with ``output_format=files``.
 """
 
 from __future__ import annotations

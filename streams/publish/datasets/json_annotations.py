@@ -1,14 +1,12 @@
 """Large JSON files next to their images: COCO captions and LLaVA conversations.
 
-**COCO captions**: a file of ``images`` and ``annotations``; each caption is a sample. Images are next to the file, in
-``images`` or in a folder such as ``train2017``; for a file in ``annotations``, next to that folder. In a folder with
-several such files, those whose names begin with ``captions`` are read.
+**COCO captions**: each caption is a sample. Images are next to the file, in ``images`` or in a folder such as
+``train2017``; for a file in ``annotations``, next to that folder. Of several such files, those whose names begin with
+``captions`` are read.
 
-**LLaVA**: an array, or JSON Lines, of ``{"image": ..., "conversations": [{"from", "value"}, ...]}``. Each question with
-its answer is a sample, without the ``<image>`` mark. Images are named relative to the file's folder, a subfolder, or
-``images``.
-
-Memory: one element of a file, and the image names (COCO).
+**LLaVA**: an array, or JSON Lines. Each question with its answer is a sample, without the ``<image>`` mark. Images are
+named relative to the file's folder, a subfolder, or ``images``. Memory: one element of a file, and the image names
+(COCO).
 """
 
 from __future__ import annotations

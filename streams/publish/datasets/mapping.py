@@ -1,11 +1,8 @@
 """Mapping of common column names to sample fields, for formats that prescribe none. Columns are matched by name,
 ignoring case. Each caption of a list, and each turn of a conversation, becomes a sample of the same image. A class name
-serves as the text if there is no other.
-
-Values that define the sample (texts, questions, answers, classes) must have the right type, or the row is bad. Other
-values (source, concept, domain, split, time, tags) are ignored if they do not fit: elsewhere these names mean other
-things.
-"""
+serves as the text if there is no other. Values that define the sample (texts, questions, answers, classes) must have
+the right type, or the row is bad. Other values (source, concept, domain, split, time, tags) are ignored if they do not
+fit: elsewhere these names mean other things."""
 
 from __future__ import annotations
 
@@ -112,16 +109,9 @@ def items_of(
     split: str = "",
     label_names: Mapping[str, Sequence[str]] | None = None,
 ) -> Iterator[FolderItem]:
-    """The samples of a row.
-
-    Args:
-        where: the row, for messages.
-        domain, split: defaults for the row.
-        label_names: class names in order, by column of class numbers.
-
-    Raises:
-        RecordError: names the wrong or missing field.
-    """
+    """The samples of a row. ``where`` names the row in messages; ``domain`` and ``split`` are its defaults;
+    ``label_names`` has class names in order, by column of class numbers. Raises RecordError that names the wrong or
+    missing field."""
     values = {name.lower(): value for name, value in row.items() if value is not None}
     label = _label(values, label_names or {}, where)
     texts = next((found for name in TEXT if (found := _strings(values, name, where))), [])

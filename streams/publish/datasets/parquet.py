@@ -1,12 +1,10 @@
-"""Parquet files with images: Hugging Face data sets, and img2dataset's ``output_format=parquet``.
+"""Parquet files with images: Hugging Face data sets, and img2dataset's ``output_format=parquet``. Memory: one batch of
+rows, some `BATCH_BYTES` by the file's own metadata, and the pages being decoded. Columns are read through a buffer, not
+a row group at once.
 
 The image column is the one declared in the schema's ``huggingface`` metadata, or one named ``image``, ``jpg``, ...; its
-values are bytes, or structs of ``bytes`` and ``path``. Other columns are matched by name
-(:mod:`streams.publish.datasets.mapping`); ``ClassLabel`` numbers become the names in the metadata. Rows that
-img2dataset could not download are bad rows.
-
-Memory: one batch of rows, some `BATCH_BYTES` by the file's own metadata, and the pages being decoded. Columns are read
-through a buffer, not a row group at once.
+values are bytes, or structs of ``bytes`` and ``path``. ``ClassLabel`` numbers become the names in the metadata. Rows
+that img2dataset could not download are bad rows.
 """
 
 from __future__ import annotations

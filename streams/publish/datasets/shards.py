@@ -1,12 +1,8 @@
 """WebDataset shards: tar files in which adjacent members with one name form a sample (``000.jpg``, ``000.txt``,
-``000.json``).
-
-Includes img2dataset's ``output_format=webdataset``; the parquet files next to its shards repeat the JSON members and
-are not needed. Read are an image (jpg, jpeg, png, webp, gif, bmp), ``txt``, ``cls`` and ``json`` (columns as in
+``000.json``). Read are an image (jpg, jpeg, png, webp, gif, bmp), ``txt``, ``cls`` and ``json`` (columns as in
 :mod:`streams.publish.datasets.mapping`). Other members are skipped unread, and nothing is unpickled. The class names of
 ``cls`` are the lines of ``classes.txt`` or ``classnames.txt`` next to the shards. Memory: one sample, at most an image
-and three texts.
-"""
+and three texts."""
 
 from __future__ import annotations
 
