@@ -1,13 +1,5 @@
-"""The Serve application: ingress -> encoders and VLM replicas, next to the catalog and the release controller.
-
->>> server = start(load_settings())      # returns when CLIP requests are answered
->>> server.wait_ready()                  # when the VLM answers, too, where one is served
->>> server.url
-'http://127.0.0.1:8000'
->>> server.stop()
-
-One machine runs it in a private Ray session; under KubeRay a RayService names :func:`build` (``serving.app:build``).
-"""
+"""The Serve application: ingress -> encoders and VLM replicas, next to the catalog and the release controller. One
+machine runs it in a private Ray session; under KubeRay a RayService names :func:`build` (``serving.app:build``)."""
 
 from __future__ import annotations
 
@@ -222,7 +214,6 @@ def _scale(least: int, most: int, busy: int) -> dict[str, Any]:
 
 
 def serves_vlm(settings: Settings) -> bool:
-    """True if the settings name a registered VLM base."""
     from serving.engines.clip_base import list_bases
 
     return settings.base.vlm in list_bases(settings.home, "vlm")
@@ -249,8 +240,7 @@ def start(settings: Settings) -> Server:
 
 def _migrate(settings: Settings) -> None:
     """Bring the ledger's schema up to date once, before many processes connect. Raises ConfigError when every release
-    has another base than the settings; LedgerUnavailable when the ledger is away and there is no copy of the residency
-    to start from."""
+    has another base than the settings; LedgerUnavailable without the ledger and without a copy of the residency."""
     try:
         with contextlib.closing(Ledger.open(settings.ledger)) as ledger:
             _check_base(settings, ledger)
@@ -304,7 +294,6 @@ def _start(settings: Settings, server: Server) -> None:
 
 
 def _tell_of_keys(settings: Settings) -> None:
-    """Print at the start that clients need a key, or that none is needed."""
     if settings.serve.on_loopback:
         return
     with contextlib.suppress(LedgerUnavailable), contextlib.closing(Ledger.lazy(settings.ledger)) as ledger:

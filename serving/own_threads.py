@@ -15,11 +15,7 @@ Result = TypeVar("Result")
 
 
 class OwnThreads:
-    """Like :func:`asyncio.to_thread`, but with a thread pool of its own. ``count``: concurrent calls; more wait.
-
-    >>> keys = OwnThreads("keys")
-    >>> await keys.run(ledger.api_keys)
-    """
+    """Like :func:`asyncio.to_thread`, but with a thread pool of its own. ``count``: concurrent calls; more wait."""
 
     def __init__(self, name: str, count: int = 1) -> None:
         self._pool = ThreadPoolExecutor(count, name)
@@ -34,11 +30,7 @@ class OwnThreads:
 
 class BoundedCall(Generic[Result]):
     """Calls a function that may hang, waiting for at most ``seconds``. While a call hangs no second one is started, so
-    an outage takes one thread, which does not delay the end of the process.
-
-    >>> BoundedCall(lambda: 7, seconds=5.0)()
-    7
-    """
+    an outage takes one thread, which does not delay the end of the process."""
 
     def __init__(self, function: Callable[[], Result], seconds: float) -> None:
         self._function = function

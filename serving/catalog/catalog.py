@@ -1,6 +1,4 @@
-"""The catalog of one server: resident image spaces, searches, and the loops that maintain them. `reconcile` brings
-every sample into every resident space, `index_maintainer` builds the indexes, and :class:`SpaceClaims` tells other
-servers on the same lake which tables are needed here."""
+"""The catalog of one server: resident image spaces, searches, and the loops that maintain them."""
 
 from __future__ import annotations
 
@@ -284,7 +282,7 @@ class _BoundedReads:
 
 
 class SpaceClaims:
-    """Writes one claim and reads those of others. Use from one thread."""
+    """Tells other servers on the same lake which tables are needed here. Use from one thread."""
 
     def __init__(self, url: str, holder: str, now: Callable[[], float] = time.monotonic) -> None:
         """``url``: the catalog's folder; ``holder``: hexadecimal digits unique to this process."""

@@ -146,7 +146,6 @@ class IndexMaintainer:
         return worked
 
     def _bring_up(self, space: str) -> bool:
-        """True if an index was loaded from disk."""
         indexes = self.tables.indexes
         if indexes.of(space).index is not None:
             indexes.follow(space)

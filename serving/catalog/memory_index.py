@@ -1,9 +1,7 @@
-"""The approximate in-memory index of one image space: faiss for vectors, :class:`RowColumns` for the rest.
-
-Vectors are partitioned around centroids. A product-quantized code of each row's residual (1/8 byte per dimension) finds
-candidates (Jégou et al. 2011; in the layout of André et al., "Quicker ADC", 2019, for 32 rows at a time), and a second
-code, the finest that fits into memory, ranks them. Positions are faiss's IDs.
-"""
+"""The approximate in-memory index of one image space: faiss for vectors, :class:`RowColumns` for the rest. Vectors are
+partitioned around centroids. A product-quantized code of each row's residual (1/8 byte per dimension) finds candidates
+(Jégou et al. 2011; in the layout of André et al., "Quicker ADC", 2019, for 32 rows at a time), and a second code, the
+finest that fits into memory, ranks them. Positions are faiss's IDs."""
 
 from __future__ import annotations
 

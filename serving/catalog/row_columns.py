@@ -1,11 +1,5 @@
-"""Rows of a catalog table as arrays by index position: ID digests, unit vectors, and the fields of hits.
-
-Sample IDs are SHA-256 digests in 64 hexadecimal digits; a key is the first 64 bits.
-
->>> digests = digests_of(["00" * 7 + "2a" + "00" * 24])
->>> digests.shape, keys_of(digests)
-((1, 32), array([42], dtype=uint64))
-"""
+"""Rows of a catalog table as arrays by index position: ID digests, unit vectors, and the fields of hits. Sample IDs are
+SHA-256 digests in 64 hexadecimal digits; a key is the first 64 bits."""
 
 from __future__ import annotations
 

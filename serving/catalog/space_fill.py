@@ -1,13 +1,5 @@
 """The backfill of one image space: missing samples, samples being embedded, and vectors to store. Several chunks are
-embedded at once over all encoder replicas, as fast as serving leaves room for.
-
-Corpus IDs take about 160 bytes each, plus one byte per space.
-
->>> ids = CorpusIds()
->>> ids.add(["00" * 32, "ff" * 32])
->>> ids.names(ids.numbers(["ff" * 32]))[0][:4]
-'ffff'
-"""
+embedded at once over all encoder replicas. Corpus IDs take about 160 bytes each, plus one byte per space."""
 
 from __future__ import annotations
 
@@ -345,8 +337,7 @@ class Embedded:
 
 class Pace:
     """The number of concurrent chunks, by additive increase and multiplicative decrease (Chiu and Jain 1989): one more
-    after each full set of chunks about as fast as the fastest, half as many after a much slower one. A busy server, or
-    more chunks than replicas, slows chunks down."""
+    after each full set of chunks about as fast as the fastest, half as many after a much slower one."""
 
     def __init__(self, most: int) -> None:
         self._most = most

@@ -1,9 +1,6 @@
-"""One Lance table per image space: id, vector, domain, source, time, text.
-
-Several catalogs may write one table (two servers on one lake). Lance does not enforce the primary key ``id`` on plain
-appends, but merges by it do, even against concurrent commits, so each row is there once. Searches are exact, or use the
-index in memory (:mod:`space_indexes`) once :mod:`index_maintainer` found its recall sufficient.
-"""
+"""One Lance table per image space: id, vector, domain, source, time, text. Two servers on one lake may write one table.
+Lance does not enforce the primary key ``id`` on plain appends, but merges by it do, even against concurrent commits.
+Searches are exact, or use the index in memory (:mod:`space_indexes`) once its recall is sufficient."""
 
 from __future__ import annotations
 

@@ -1,13 +1,9 @@
-"""Periodic measurements of the catalog: fragments and drift. The index maintainer measures recall.
-
-All data comes from the live space's table, so after a release both windows of the drift are in the new space, and after
-a restart they hold the same samples. Both statistics compare means and variances per dimension. They need some hundred
-vectors and no labels, and detect another domain, another camera or a broken producer, but not new words for the same
-pictures.
+"""Periodic measurements of the catalog: fragments and drift. All data comes from the live space's table, so after a
+release both windows of the drift are in the new space. Both statistics compare means and variances per dimension; they
+need some hundred vectors and no labels, and do not detect new words for the same pictures.
 
 - Squared Fréchet distance between normal distributions of diagonal covariance: |μ₁-μ₂|² + Σ (σ₁-σ₂)² (Dowson and
-  Landau 1982; on embeddings: Heusel et al. 2017). In units of the embedding, so comparable over time and between
-  windows of equal sizes.
+  Landau 1982; on embeddings: Heusel et al. 2017), in units of the embedding.
 - Mean shift: difference of means in standard errors (Welch 1947), root mean square over dimensions. Without drift its
   square is 1 on average, for any embedding.
 """

@@ -1,6 +1,4 @@
-"""Adapters: LoRA deltas in PEFT's file format, named by their content.
-
-An adapter directory is never rewritten and holds:
+"""Adapters: LoRA deltas in PEFT's file format, named by their content. A directory is never rewritten and holds:
 
     adapter_model.safetensors   PEFT's tensors: <module>.lora_A.weight [r, in], <module>.lora_B.weight [out, r];
                                 whole parameters where low rank does not apply (norms, biases, full weights)
@@ -9,8 +7,7 @@ An adapter directory is never rewritten and holds:
     heads.safetensors           optional classifiers over its image space, see serving.engines.heads
 
 The name is ``clip-`` or ``vlm-`` and 12 hex digits of SHA-256 over tensors, configuration, base digest and heads.
-Directories are untrusted: anything wrong raises :class:`core.errors.AdapterError`.
-"""
+Directories are untrusted: anything wrong raises :class:`core.errors.AdapterError`."""
 
 from __future__ import annotations
 

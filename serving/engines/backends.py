@@ -1,6 +1,5 @@
 """The interface of libraries that run CLIP towers, and this machine's precisions. A backend belongs to one base in one
-process; it makes towers for the base and each adapter and shares what the library allows. :mod:`torch_backend` and
-:mod:`onnx_backend` implement it; :mod:`engine_choice` chooses by measuring."""
+process; it makes towers for the base and each adapter and shares what the library allows."""
 
 from __future__ import annotations
 

@@ -1,11 +1,4 @@
-"""The CLIP engine: one base with any number of resident adapters. The gate and the server use this same class.
-
->>> engine = ClipEngine(load_base(".ratchet", "shipped"))
->>> engine.load("clip-0123456789ab", directory)
-Spaces(image='…', text='…')
->>> engine.encode_texts(["a red bus"], adapter="clip-0123456789ab").shape
-(1, 256)
-"""
+"""The CLIP engine: one base with any number of resident adapters. The gate and the server use this same class."""
 
 from __future__ import annotations
 

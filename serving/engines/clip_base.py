@@ -1,10 +1,9 @@
-"""Bases: frozen CLIP checkpoints, each a self-contained directory ``home/bases/<name>``.
+"""Bases: frozen CLIP checkpoints, each a self-contained directory ``home/bases/<name>``. Loading a base downloads
+nothing; ``updater.bases`` registers them.
 
     base.json           model configuration, preprocessing, tokenizer, digest of every tensor
     model.safetensors   weights and persistent buffers, float32
     text/               Hugging Face tokenizer and config files, for towers that need them
-
-Loading a base downloads nothing; ``updater.bases`` registers them.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 class Spaces:
     """IDs (12 hex digits) of the two embedding spaces of a base or adapter: vectors of equal IDs can be compared. An
     image space is the digest of the image tower's weights (with buffers), the adapter's changes to them, preprocessing
-    and dimension; a text space that of everything else behind a text vector. An adapter that leaves a tower unchanged
-    keeps that tower's space, so an unchanged image space means that the catalog needs no new embeddings."""
+    and dimension; a text space that of everything else behind a text vector. An unchanged tower keeps its space."""
 
     image: str
     text: str
@@ -145,8 +143,7 @@ def load_base(home: Path | str, name: str) -> ClipBase:
 
 
 def load_described(home: Path | str, name: str, kind: type[Base], **read: Callable[[Any], Any]) -> Base:
-    """Load a registered base of class ``kind``, whose fields are those of the description. ``read`` converts fields
-    that are not plain values. Raises :class:`BaseModelError` when the base is missing, damaged or of another family."""
+    """Load a registered base of class ``kind``. ``read``: converters of fields. Raises :class:`BaseModelError`."""
     described: Any = kind
     directory = base_directory(home, name)
     path = directory / DESCRIPTION

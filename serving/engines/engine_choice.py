@@ -1,10 +1,7 @@
-"""Chooses the engine and precision of a base: from the settings, or for ``auto`` by measuring.
-
-CPU flags are not enough: a processor with AVX512-BF16 but no AMX may multiply bfloat16 slower than float32. Candidates
-run the same inputs in turns; one that is clearly faster than torch in float32, with vectors within noise of it, is
-taken. Results are kept in ``home/engines`` by base, processor and versions, so that the gate and all encoders of a
-machine choose alike. Small bases are not measured and run with torch in float32.
-"""
+"""Chooses the engine and precision of a base: from the settings, or for ``auto`` by measuring, because CPU flags are
+not enough. Candidates run the same inputs in turns; one that is clearly faster than torch in float32, with vectors
+within noise of it, is taken. Results are kept in ``home/engines`` by base, processor and versions, so that the gate and
+all encoders of a machine choose alike. Small bases are not measured."""
 
 from __future__ import annotations
 

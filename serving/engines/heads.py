@@ -1,13 +1,7 @@
-"""Heads: classifiers over an adapter's image space, stored in its directory as ``heads.safetensors``.
-
-A head has the mean of each class and a shared covariance: linear discriminant analysis on frozen features, as in SLCA
-(Zhang et al. 2023) and RanPAC (McDonnell et al. 2023). It is only valid in its adapter's image space, so it is released
-and rolled back as part of that adapter.
-
->>> head = read_heads(directory)["garments"]
->>> head.classify(vectors).probabilities.shape
-(4, 10)
-"""
+"""Heads: classifiers over an adapter's image space, stored in its directory as ``heads.safetensors``. A head has the
+mean of each class and a shared covariance: linear discriminant analysis on frozen features, as in SLCA (Zhang et al.
+2023) and RanPAC (McDonnell et al. 2023). It is only valid in that space, so it is released and rolled back with its
+adapter."""
 
 from __future__ import annotations
 
@@ -97,11 +91,7 @@ class Head:
 
 def backed_off(labels: Sequence[str], probabilities: npt.ArrayLike, confidence: float) -> tuple[str | None, float]:
     """The most specific label, or level of hierarchical labels, with at least this probability, and its probability;
-    None if there is none.
-
-    >>> backed_off(["bird/crane", "bird/gull", "fish/cod"], [0.5, 0.4, 0.1], 0.8)
-    ('bird', 0.9)
-    """
+    None if there is none."""
     shares = np.asarray(probabilities, np.float64)
     best = labels[int(shares.argmax())].split(LEVEL)
     for depth in range(len(best), 0, -1):

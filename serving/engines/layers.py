@@ -1,13 +1,8 @@
-"""Model building blocks that run fast and share weights: shells, packed linear layers, convolution layouts.
-
-``torch.func.functional_call`` swaps tensors inside the module itself, so two threads with two adapters would see each
-other's weights. A *shell* is a separate module tree over shared tensors: it takes milliseconds to make, memory only for
-weights that differ, and is safe to use from any number of threads.
-
-Eager torch packs half-precision weights in every call, most of the work for one image of a ViT-B-32. Here linear layers
-and attention keep weights packed once in oneDNN's layout, as ``torch.compile`` does when it freezes a graph, but within
-milliseconds and with weights that adapters can share.
-"""
+"""Model building blocks that run fast and share weights. ``torch.func.functional_call`` swaps tensors inside the module
+itself, so two threads with two adapters would see each other's weights. A *shell* is a separate module tree over shared
+tensors: it takes milliseconds to make, memory only for weights that differ, and is safe to use from any number of
+threads. Eager torch packs half-precision weights in every call, most of the work for one image of a ViT-B-32. Here
+linear layers and attention keep weights packed once in oneDNN's layout, which adapters can share."""
 
 from __future__ import annotations
 
@@ -89,8 +84,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 class PackedLinear(nn.Module):
-    """``x W^T + b`` for inference, with an optional GELU. Tensors are plain attributes: opaque ones must not be
-    moved."""
+    """``x W^T + b`` for inference, with an optional GELU. Tensors are plain attributes: opaque ones cannot be moved."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, gelu: nn.GELU | None = None) -> None:
         """``weight``: from :func:`pack`; ``bias``: of the same precision; ``gelu``: the following GELU, fused."""

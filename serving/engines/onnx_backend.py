@@ -1,13 +1,10 @@
-"""Towers run by ONNX Runtime: OpenVINO's plugin or the default provider on a CPU, TensorRT or CUDA on a GPU.
-
-A tower's graph is exported once per base, without weights, into its home. Weights keep the parameters' names and are
-given to each session, so sessions of adapters differ only in these values. A session holds a compiled copy: adapters
-share the graph and the base's float32 tensors, not the compiled weights.
+"""Towers run by ONNX Runtime: OpenVINO's plugin or the default provider on a CPU, TensorRT or CUDA on a GPU. A tower's
+graph is exported once per base, without weights, into its home. Weights keep the parameters' names and are given to
+each session, which holds a compiled copy: adapters share the graph and the base's float32 tensors only.
 
 The exporter would merge equal weights and fold constants, so it gets random weights and folding is off. A graph that
 still lacks a weight of its tower (a batch norm folded into its convolution) cannot serve adapters. Torch runs towers
-without an ONNX form, in float32.
-"""
+without an ONNX form, in float32."""
 
 from __future__ import annotations
 

@@ -1,10 +1,7 @@
-"""Preprocessing: from a decoded image to the input of the image tower.
-
-Resizing yields ``uint8``, a quarter of float32 to pass between processes, and equals open_clip's own transform bit by
-bit for a decoded image. JPEGs are decoded at the smallest scale that is large enough (:meth:`Preprocess.needed`), which
-takes less than half the time and changes pixels slightly. ``ratchet_client.images`` decodes untrusted bytes. Importing
-open_clip would take seconds (transformers, torchvision), so this module does without.
-"""
+"""Preprocessing: from a decoded image to the input of the image tower. Resizing yields ``uint8``, a quarter of float32
+to pass between processes, and equals open_clip's own transform bit by bit for a decoded image. JPEGs are decoded at the
+smallest scale that is large enough (:meth:`Preprocess.needed`), which changes pixels slightly. Does not import
+open_clip, which would take seconds."""
 
 from __future__ import annotations
 

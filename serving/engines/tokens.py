@@ -1,13 +1,10 @@
-"""Texts to the same token IDs as open_clip's, without its padding where the tower allows.
-
-``base.json`` describes the tokenizer:
+"""Texts to the same token IDs as open_clip's, without padding where the tower allows. The tokenizer in ``base.json``:
 
     {"kind": "simple", "kwargs": {}}             CLIP's BPE, from the open_clip package
     {"kind": "hf", "directory": "text", "trim": true, "mode": null, "kwargs": {}}    files in the base directory
 
 Texts are cleaned first as in open_clip (:data:`CLEAN`). The ingress makes the IDs, so neither open_clip nor torch is
-imported: together they take seven seconds of a core.
-"""
+imported: together they take seven seconds of a core."""
 
 from __future__ import annotations
 
@@ -134,15 +131,9 @@ def vocabulary() -> Path:
 
 
 class BoundedTokenizer(Tokenizer):
-    """CLIP's byte-pair encoding in bounded time and memory, with the IDs of open_clip's ``SimpleTokenizer``. Thread
-    safe.
-
-    open_clip rebuilds a word for each merge (quadratic), encodes text beyond the context, and caches every word. Here
-    merges come from a heap, encoding stops at the context's end, and the cache is bounded.
-
-    >>> BoundedTokenizer(vocabulary(), context_length=8).rows(["a cat"])
-    [[49406, 320, 2368, 49407]]
-    """
+    """CLIP's byte-pair encoding with the IDs of open_clip's ``SimpleTokenizer``, which rebuilds a word for each merge
+    (quadratic), encodes text beyond the context, and caches every word. Here merges come from a heap, encoding stops at
+    the context's end, and the cache is bounded. Thread safe."""
 
     def __init__(self, vocabulary: Path, context_length: int, clean: str = "lower") -> None:
         """``vocabulary``: open_clip's merges file; ``clean``: a key of :data:`CLEAN`."""

@@ -1,9 +1,6 @@
-"""Towers run by torch, in float32 or half precision.
-
-The float32 model stays memory-mapped and adapters are merged into it. Base weights are converted once; adapters share
-those they do not change. On a CPU linear layers are packed for oneDNN (:mod:`layers`); convolutional image towers stay
-float32, since their layers gain nothing. On a GPU batches have fixed sizes and run from CUDA graphs.
-"""
+"""Towers run by torch, in float32 or half precision. The float32 model stays memory-mapped and adapters are merged into
+it. Base weights are converted once; adapters share those they do not change. On a CPU linear layers are packed for
+oneDNN (:mod:`layers`); convolutional image towers stay float32. On a GPU, CUDA graphs run batches of fixed sizes."""
 
 from __future__ import annotations
 

@@ -1,10 +1,7 @@
-"""Runs texts and images through the towers of a CLIP, skipping work that no vector depends on.
-
-In a causal text tower that pools the end token, padding does not affect the vector: 77 tokens of ViT-B-32 for a caption
-of 12 take four times as long as 16. Towers without a causal mask see their padding, so this is measured when a base is
-loaded. If one token is pooled, the last block needs keys and values of all tokens, but query, projection and MLP (10/12
-of its work) of that token only, which saves 7% of a 12-block tower.
-"""
+"""Runs texts and images through the towers of a CLIP, skipping work that no vector depends on. In a causal text tower
+that pools the end token, padding does not affect the vector. Towers without a causal mask see their padding, so this is
+measured when a base is loaded. If one token is pooled, the last block needs keys and values of all tokens, but query,
+projection and MLP of that token only, which saves 7% of a 12-block tower."""
 
 from __future__ import annotations
 

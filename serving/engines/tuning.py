@@ -1,5 +1,4 @@
-"""Measures how a base runs fastest on this machine, for ``ratchet doctor --tune``. Encoders are measured as concurrent
-processes: a single process shows little of what several gain together."""
+"""Measures how a base runs fastest on this machine, for ``ratchet doctor --tune``; encoders as concurrent processes."""
 
 from __future__ import annotations
 

@@ -189,14 +189,13 @@ def _either(scopes: tuple[KeyScope, ...]) -> str:
 
 
 class KeyCopy:
-    """A copy of the API keys, so that a server that starts while the ledger is away knows its clients.
+    """A signed copy of the API keys, so that a server that starts while the ledger is away knows its clients:
 
         {"format": 1, "hmac": "<of the rest>", "keys": [{"id": "0123abcd", "name": "ci-bot", "digest": "...", ...}]}
 
     It has only digests of the secrets; each node keeps one, and the artifacts have it for new nodes. It is signed with
     the operator key (HMAC-SHA-256), so write access to the artifacts is not enough to create a key. Failures are
-    logged. Use from one thread at a time.
-    """
+    logged. Use from one thread at a time."""
 
     def __init__(self, path: Path, artifacts: Artifacts, secret: SecretStr) -> None:
         """``path``: this node's copy. ``artifacts``: have another copy; may be away. ``secret``: the operator key."""

@@ -1,10 +1,7 @@
-"""Bodies of requests and answers: how they are read and checked, and schemas that routes share.
-
-A request is JSON, a form whose images are files, or one image with the other fields in the query. Answers are named as
-``response_model`` but returned as a ready ``Response``, without a second validation or copy; an integration test checks
-them. Pydantic's own parser reads and checks a data URI of 115 KB in 32 µs (orjson: 65 µs). orjson writes a numpy array
-of 512 float32 in 16 µs (standard library: 310 µs).
-"""
+"""Bodies of requests and answers: how they are read and checked, and schemas that routes share. A request is JSON, a
+form whose images are files, or one image with the other fields in the query. Answers are named as ``response_model``
+but returned as a ready ``Response``, without a second validation or copy; an integration test checks them. Pydantic
+parses a data URI in half of orjson's time; orjson writes a numpy array 20 times as fast as the standard library."""
 
 from __future__ import annotations
 
@@ -155,7 +152,6 @@ async def read_parts(request: Request, max_files: int) -> list[FormField] | None
 
 
 def fields_of(parts: Iterable[FormField], lists: set[str]) -> dict[str, Any]:
-    """The fields that are not files; those in ``lists`` as lists."""
     fields: dict[str, Any] = {}
     for name, value in parts:
         if isinstance(value, bytes):

@@ -23,8 +23,6 @@ class TrustedProxies:
 
     >>> TrustedProxies(["10.0.0.0/8"]).client("10.0.0.1", ["198.51.100.7, 192.0.2.1"])
     '192.0.2.1'
-    >>> TrustedProxies([]).client("203.0.113.9", ["192.0.2.1"])
-    '203.0.113.9'
     """
 
     def __init__(self, networks: Sequence[str]) -> None:
@@ -77,11 +75,7 @@ def came_by_tls(scope: Scope) -> bool:
 
 def names_this_server(host: str | None, allowed: Sequence[str]) -> bool:
     """True for a ``Host`` header of loopback or one of ``allowed``, or without one: browsers always send it. Protects
-    from DNS rebinding: a page whose name resolves to 127.0.0.1 still sends its own name.
-
-    >>> names_this_server("localhost:8000", []), names_this_server("evil.example:8000", [])
-    (True, False)
-    """
+    from DNS rebinding: a page whose name resolves to 127.0.0.1 still sends its own name."""
     if not host:
         return True
     host = host.lower()

@@ -1,7 +1,4 @@
-"""Errors as HTTP answers, all in the shape of the OpenAI API:
-
-{"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
-"""
+"""Errors as HTTP answers, all as in the OpenAI API: ``{"error": {"message", "type", "param", "code"}}``."""
 
 from __future__ import annotations
 

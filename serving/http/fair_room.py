@@ -74,14 +74,7 @@ class FairRoom:
 
 class SharedBudget:
     """Slots, bytes or pixels. Use from one event loop. ``share``: of ``size`` for one caller, so that others always
-    find some; at least 1.
-
-    >>> slots = SharedBudget(4, share=0.5)
-    >>> [slots.take("a", 1) for _ in range(3)]
-    [None, None, 'caller']
-    >>> slots.take("b", 3), slots.take("b", 2)
-    ('all', None)
-    """
+    find some; at least 1."""
 
     def __init__(self, size: int, share: float = 1.0) -> None:
         self.size = size
@@ -108,13 +101,9 @@ class SharedBudget:
 
 class DecodeQueue:
     """Runs work on images in threads, by turns of the callers, each with a ``share`` of the reserved ``pixels``. Use
-    from one event loop.
-
-    Small images have threads of their own with the models' priority: next to two of a higher one, a batch of images
-    took 1.0 s instead of 0.14 s. Large ones are decoded one at a time at a lower priority: 40 million pixels take about
-    a second and several hundred megabytes. Requests without room wait as encoded bytes: 200 requests with 32 small
-    pictures each are a gigabyte of pixels.
-    """
+    from one event loop. Small images have threads of their own with the models' priority: next to two of a higher one,
+    a batch of images took 1.0 s instead of 0.14 s. Large ones are decoded one at a time at a lower priority: 40 million
+    pixels take about a second and several hundred megabytes. Requests without room wait as encoded bytes."""
 
     def __init__(self, pixels: int, share: float) -> None:
         self._budget = SharedBudget(pixels, share)

@@ -225,7 +225,6 @@ class Probes:
             await asyncio.sleep(WATCH_SECONDS)
 
     async def _passed(self, name: Literal["clip", "vlm"]) -> ComponentState:
-        """Run a forward pass of a model under the live release."""
         state = self._state
         if state.admission.live is None:
             await state.refresh()

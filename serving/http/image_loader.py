@@ -1,6 +1,5 @@
 """Images from outside to pixels: data URIs, uploads and URLs, decoded within bounds in a thread pool. Headers of all
-images of a request are inspected before any is decoded. Pixels count against ``serve.decode_pixels`` until the model
-has answered."""
+images of a request are inspected before any is decoded."""
 
 from __future__ import annotations
 
@@ -226,8 +225,7 @@ def fitted(image: Image.Image, max_pixels: int, longest: int = LONGEST_SIDE) -> 
 
 
 def from_data_uri(uri: str, place: str, max_bytes: int) -> bytes:
-    """Bytes of ``data:image/...;base64,...``. Raises ApiError if it is not base64, or too large (checked before
-    decoding)."""
+    """Bytes of ``data:image/...;base64,...``. Raises ApiError if not base64, or too large (checked before decoding)."""
     head, comma, payload = uri.partition(",")
     if not comma or not head.lower().startswith("data:") or not head.lower().endswith(";base64"):
         raise field_error(place, "expected a data URI like data:image/png;base64,iVBORw0... or a URL.", "image_format")

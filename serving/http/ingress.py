@@ -192,11 +192,7 @@ class Ingress:
 
 def share_of(settings: Serve) -> Serve:
     """The limits of one ingress process: shared ones divided by ``ingress_replicas``, those of one request unchanged.
-    Processes beyond that number, added by autoscaling, have a share of their own.
-
-    >>> share_of(Serve(ingress_replicas=2, queue=256)).queue
-    128
-    """
+    Processes beyond that number, added by autoscaling, have a share of their own."""
     replicas = settings.ingress_replicas
     shares = {name: -(-getattr(settings, name) // replicas) for name in SHARED}
     # A single body must always find room.

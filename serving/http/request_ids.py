@@ -1,6 +1,5 @@
 """Gives each request an ID, the client's or a new one, which every answer has in ``x-request-id``. Pure ASGI,
-outermost. HAProxy, where it is in front, has set the ID by then (:mod:`serving.ray.haproxy`). Ray Serve passes it on to
-replicas."""
+outermost. HAProxy, where it is in front, has set it by then (:mod:`serving.ray.haproxy`)."""
 
 from __future__ import annotations
 

@@ -45,11 +45,7 @@ def read_statuses(app: str) -> dict[str, DeploymentStatus]:
 
 
 def cause_of(message: str) -> str:
-    """The exception that ended a replica's start, from Serve's message with its traceback.
-
-    >>> cause_of("A replica failed to start with exception. Retrying. Error:\\nTraceback\\n  File 1\\nOSError: no file")
-    'OSError: no file'
-    """
+    """The exception that ended a replica's start (``OSError: no file``), from Serve's message with its traceback."""
     _, separator, traceback = message.partition("Error:\n")
     if not separator:
         return ""

@@ -1,6 +1,5 @@
 """A private Ray session, isolated from other Rays on this machine, and the application in it. Ray Serve reads its
-switches from the environment at import: they are set before Ray is first imported, and inherited by all of Ray's
-processes."""
+switches at import, so they are set in the environment before Ray is first imported."""
 
 from __future__ import annotations
 
@@ -280,9 +279,8 @@ def _is_ours(pid: int, mark: bytes) -> bool:
 
 def is_engine(pid: int, mark: bytes) -> bool:
     """True if a replica of this session started this vLLM process. The log file that it inherits from the replica
-    always tells; command and environment do not, because vLLM overwrites them with its title, but not for the first
-    seconds, nor where an import changed the first variable of its environment (setproctitle then finds nothing to
-    overwrite)."""
+    always tells; command and environment do not, because vLLM overwrites them with its title, though not in the first
+    seconds, nor where setproctitle cannot."""
     process = Path(f"/proc/{pid}")
     try:
         command = (process / "cmdline").read_bytes()

@@ -37,12 +37,9 @@ def keep_running(
 
 def close_replica_port() -> None:
     """Keep this replica's gRPC server on loopback, if the session is private to one machine. Call in a deployment's
-    constructor.
-
-    Ray Serve 2.60 opens a server in each replica on every address, which unpickles what it gets: anyone who reaches the
-    port can run code. The address cannot be set, so the helper that binds it is replaced. With several nodes, close the
-    ports with a network policy, or use Ray's TLS (``RAY_USE_TLS=1``), which this leaves alone.
-    """
+    constructor. Ray Serve 2.60 opens it on every address, and it unpickles what it gets: anyone who reaches the port
+    can run code. The address cannot be set, so the helper that binds it is replaced. With several nodes, close the
+    ports with a network policy, or use Ray's TLS (``RAY_USE_TLS=1``), which this leaves alone."""
     if os.environ.get(SWITCH) != "1" or os.environ.get("RAY_USE_TLS") == "1":
         return
     from ray.serve._private import replica
@@ -90,8 +87,7 @@ def _replica() -> str:
 
 def freeze_gc() -> None:
     """Exempt all present objects from garbage collection; call it last in a replica's constructor. Going through some
-    600,000 objects of Torch, Ray and their imports stops all threads for 0.3 s or more, and loading an adapter can
-    trigger it."""
+    600,000 objects of Torch, Ray and their imports stops all threads for 0.3 s or more."""
     gc.collect()
     gc.freeze()
     gc.collect()  # of nothing: a full one is due when new objects exceed a quarter of those seen by the last one

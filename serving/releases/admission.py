@@ -130,10 +130,8 @@ class Admission:
 
 
 def canary_bucket(clip: str | None, vlm: str | None, key: str) -> float:
-    """The place of a caller in [0, 1): a canary with a share above it answers.
-
-    Hashing the caller's key and the canary's adapters (SHA-256) keeps a caller on one side while these adapters are
-    tried, makes every ingress agree, and lets a larger share only add callers. Other adapters draw other callers first.
-    """
+    """The place of a caller in [0, 1): a canary with a share above it answers. Hashing the caller's key and the
+    canary's adapters (SHA-256) keeps a caller on one side while these adapters are tried, makes every ingress agree,
+    and lets a larger share only add callers."""
     digest = hashlib.sha256(f"{clip}\n{vlm}\n{key}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:6]) / (1 << 48)

@@ -1,6 +1,5 @@
 """The release controller: a Ray shell around :class:`serving.releases.protocol.ReleaseProtocol`. Of several servers on
-one ledger, the controller with the lease carries proposals out and runs the guard; the others bring their own replicas
-to what is live, and roll back when asked to."""
+one ledger, only the controller with the lease carries proposals out and runs the guard; all can roll back."""
 
 from __future__ import annotations
 

@@ -1,14 +1,10 @@
 """The release protocol: propose, prepare, commit, announce, retire.
 
 A proposal sets a CLIP adapter, a VLM adapter, or both. What it does not set stays as it is live at the commit; during a
-canary or a shadow, as in the newest full release: any later release ends the trial, and only a promotion keeps it.
-
-What is live changes only with the ledger row of ``commit``. A failure before it changes nothing for clients; after it,
-any process may repeat the later steps.
-
-Proposals are prepared one at a time. A rollback to resident adapters needs no preparation and waits for none: it stops
-one, commits, and announces with a short time limit. Commits are serialized, so a stopped preparation cannot commit.
-"""
+canary or a shadow, as in the newest full release: any later release ends the trial, and only a promotion keeps it. What
+is live changes only with the ledger row of ``commit``: a failure before it changes nothing for clients, and after it
+any process may repeat the later steps. Proposals are prepared one at a time. A rollback to resident adapters needs no
+preparation, and stops one that runs. Commits are serialized, so a stopped preparation cannot commit."""
 
 from __future__ import annotations
 
@@ -71,12 +67,9 @@ class ReleaseProtocol:
         lease: ControllerLease | None = None,
         lineage: Lineage | None = None,
     ) -> None:
-        """Args:
-        update_share: of requests, for updates that passed the gate; see :attr:`ReleaseRow.share`.
-        lease: while another process holds it, this one only proposes; it may still roll back, since that commit checks
-            the live release. None: there is no other process.
-        lineage: this server's base. None: there is only one.
-        """
+        """``update_share``: of requests, for updates that passed the gate; see :attr:`ReleaseRow.share`. ``lease``:
+        while another process holds it, this one only proposes or rolls back; None: there is no other. ``lineage``: this
+        server's base; None: there is only one."""
         self.ledger = ledger
         self.broadcast = broadcast
         self.preparation = Preparation(ledger, broadcast, window, None if lineage is None else lineage.digest)
@@ -333,13 +326,9 @@ class ReleaseProtocol:
     async def rollback(self, command: RollbackCommand) -> ReleaseResult:
         """Release the adapters of an older release; adapters that are not resident any more are prepared first. Stops a
         proposal in preparation, which fails because it was judged against what is taken back; an update of the other
-        family waits.
-
-        Raises:
-            ReleaseError: there is nothing to roll back to.
-            ReleaseConflict: something else is live by now.
-            LedgerUnavailable: the ledger did not answer within :data:`serving.releases.rollback.ANSWER_SECONDS`.
-        """
+        family waits. Raises ReleaseError when there is nothing to roll back to, ReleaseConflict when something else is
+        live by now, LedgerUnavailable when the ledger did not answer within
+        :data:`serving.releases.rollback.ANSWER_SECONDS`."""
         began = time.perf_counter()
         async with AsyncExitStack() as committing:
             async with ledger_answers():

@@ -1,10 +1,7 @@
 """Residency: releases and adapters that stay loaded, read from the ledger or, while that is away, from the newest copy.
-
-A copy is a small file in the home of every node and in the artifacts:
+A copy is a small file in the home of every node and in the artifacts, with a digest of the canonical JSON of the rest:
 
     {"format": 1, "sha256": "<of the rest>", "residency": {"window": [...], ...}, "adapters": {"clip-...": "<digest>"}}
-
-The digest covers the canonical JSON of residency and adapters, so a truncated or changed file is not used.
 """
 
 from __future__ import annotations
@@ -168,12 +165,9 @@ class ResidencySource:
         digests: Callable[[], Mapping[str, str]] = dict,
         lineage: Lineage | None = None,
     ) -> None:
-        """Args:
-        path: this node's copy.
-        artifacts: have another copy; may be away, as the ledger may.
-        part: for the metrics.
-        digests: the full digests of adapters that this node knows.
-        lineage: releases of another base are left out, and copies of them are not used."""
+        """``path``: this node's copy. ``artifacts``: have another copy; may be away, as the ledger may. ``part``: for
+        the metrics. ``digests``: the full digests of adapters that this node knows. ``lineage``: releases of another
+        base are left out, and copies of them are not used."""
         self._lineage = lineage
         base = None if lineage is None else lineage.digest
         self._path = path

@@ -1,14 +1,10 @@
-"""Shadow traffic: the watched release and its incumbent both answer a sample of requests, and agreement is counted.
+"""Shadow traffic: the watched release and its incumbent both answer a sample of requests, and agreement is counted. One
+comparison runs at a time, at low priority, and then rests as long as it took. Inputs that find no place in the short
+queue are dropped, so a busy server compares less.
 
-One comparison runs at a time, at low priority, and then rests as long as it took. Inputs that find no place in the
-short queue are dropped, so a busy server compares less.
-
-CLIPs: vectors of two releases are not comparable, so each release ranks the same references by similarity to an item
-(images against texts, texts against images): an update that passed the gate keeps most of that order, a broken one does
-not. References are a few fixed texts and the newest inputs of clients.
-
-VLMs agree when greedy answers are equal, or the new one finds the incumbent's answer about as likely as it does.
-"""
+CLIPs: vectors of two releases are not comparable, so each release ranks the same references (a few fixed texts and the
+newest inputs of clients) by similarity to an item: images against texts, texts against images.
+VLMs agree when greedy answers are equal, or the new one finds the incumbent's answer about as likely as it does."""
 
 from __future__ import annotations
 

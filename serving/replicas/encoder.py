@@ -1,12 +1,9 @@
-"""Encoder replicas: requests in batches under named adapters, and one thread for all forward passes.
-
-:class:`EncoderWorker` is plain Python; :class:`Encoder` is the Ray deployment, which starts from the ledger and follows
-it. The engine uses several threads inside a pass, so two passes at once would only delay each other. Work that no
-client waits for (the catalog's) runs in small chunks between clients' batches.
+"""Encoder replicas: requests in batches under named adapters, and one thread for all forward passes. The engine uses
+several threads inside a pass, so two passes at once would only delay each other. Work that no client waits for (the
+catalog's) runs in small chunks between clients' batches.
 
 No other thread computes with several threads: OpenMP keeps a pool for each thread that ever did, and once they
-outnumber the cores, libgomp lets all sleep between two products. Waking them made a text of 16 ms take 32.
-"""
+outnumber the cores, libgomp lets all sleep between two products. Waking them made a text of 16 ms take 32."""
 
 from __future__ import annotations
 

@@ -1,9 +1,6 @@
-"""VLM replicas: resident adapters, the requests that use them, deadlines, and expected failures as values.
-
-:class:`VlmWorker` is plain Python; :class:`VlmReplica` is the Ray deployment, which starts from the ledger and follows
-it. The engine holds a fixed number of adapters: those of the resident releases, one that is being prepared, and one for
-late requests. An adapter is unloaded only when its last request has ended.
-"""
+"""VLM replicas: resident adapters, the requests that use them, deadlines, and expected failures as values. The engine
+holds a fixed number of adapters: those of the resident releases, one that is being prepared, and one for late requests.
+An adapter is unloaded only when its last request has ended."""
 
 from __future__ import annotations
 

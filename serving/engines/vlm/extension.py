@@ -1,10 +1,7 @@
 """Changes vLLM's workers on a CPU: LoRA by groups of rows. Loaded inside the worker process (``worker_extension_cls``).
-
 vLLM's CPU code copies both matrices for every row and uses the *last* slot for rows without an adapter (index -1). Here
-each slot is applied once, only to the rows that use it. And with an untied output layer, its LoRA code for that layer
-crashes the engine on requests for prompt log-probabilities, since it confuses rows of prompt and batch; no adapter here
-has that layer, so it is skipped.
-"""
+each slot is applied once, only to its rows. With an untied output layer, vLLM's LoRA code for that layer crashes the
+engine on requests for prompt log-probabilities; no adapter here has that layer, so it is skipped."""
 
 from __future__ import annotations
 

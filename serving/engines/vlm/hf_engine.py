@@ -1,8 +1,7 @@
-"""The VLM engine on transformers alone: for machines without vLLM, and as the baseline for vLLM. The base is
-held once; an adapter is a shell around it with its merged weights (:mod:`layers`). Waiting requests for one adapter are
-answered as one batch in a thread, token by token; other requests wait until it ends. A failed batch continues in
-halves, down to single rows. When a single row fails, a known good request shows whether the row or the engine is at
-fault; only that one ends."""
+"""The VLM engine on transformers alone: for machines without vLLM, and as the baseline for vLLM. An adapter is a shell
+around the base with its merged weights (:mod:`layers`). Waiting requests for one adapter are answered as one batch in a
+thread; others wait until it ends. A failed batch continues in halves, down to single rows. When a single row fails, a
+known good request shows whether the row or the engine is at fault; only that one ends."""
 
 from __future__ import annotations
 
@@ -219,8 +218,7 @@ class BatchRow:
                 self.chance.manual_seed(self.request.seed)
 
     def choose(self, logprobs: torch.Tensor) -> int:
-        """Choose the next token from log-probabilities [vocabulary]. Raises :class:`AdapterError` if they are not
-        finite."""
+        """Choose the next token from log-probabilities [vocabulary]. Raises :class:`AdapterError` if not finite."""
         if not math.isfinite(float(logprobs.max())):
             raise AdapterError(
                 "The model gives log-probabilities that are not finite.", "Do not release it; look at the training run."

@@ -1,9 +1,4 @@
-"""Opens VLM engines, for async code and for synchronous code (the gate, scripts, tests).
-
->>> with SyncVlm(open_engine(base, settings.serve)) as vlm:
-...     vlm.load("vlm-0123456789ab", directory)
-...     replies = vlm.replies(asks, "vlm-0123456789ab", label="candidate")
-"""
+"""Opens VLM engines, for async code and for synchronous code (the gate, scripts, tests)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""The VLM engine on vLLM: many adapters in one batch, the model in a separate process.
-
-These rules keep every answer that of its own adapter, where vLLM by itself would not:
+"""The VLM engine on vLLM: many adapters in one batch, the model in a separate process. These rules keep every answer
+that of its own adapter, where vLLM by itself would not:
 
 - a name is a digest of content and never changes: vLLM caches image features by name;
 - vLLM's integer IDs are never reused, and no adapter is loaded over another;
@@ -9,10 +8,8 @@ These rules keep every answer that of its own adapter, where vLLM by itself woul
 - an adapter is removed only after its last request;
 - requests for the base run under an adapter whose delta is zero.
 
-vLLM's own preprocessing (hash the image, call the processor, expand and search placeholders) takes several times as
-long as the processor alone. For models whose images are single runs of image tokens, the processor's output is passed
-on directly; :meth:`Prompts.check` compares both ways at start and falls back to vLLM's if they differ.
-"""
+vLLM's own preprocessing takes several times as long as the processor alone. For models whose images are single runs of
+image tokens, the processor's output is passed on directly, unless :meth:`Prompts.check` finds a difference at start."""
 
 from __future__ import annotations
 

@@ -137,9 +137,8 @@ def cache_folder(base: VlmBase) -> Path:
 @contextlib.contextmanager
 def child_environment(base: VlmBase, serve: Serve) -> Iterator[None]:
     """Set the environment that the engine's process inherits, and restore this process's afterwards. Caches are in
-    ``home``, which outlives a container, unless the operator set other folders. OMP_NUM_THREADS limits torch there.
-    VLLM_ENABLE_V1_MULTIPROCESSING=0, which AsyncLLM ignores, makes vLLM accept the "uni" executor on a CPU: the model
-    runs inside the engine's process instead of a further one."""
+    ``home`` unless the operator set other folders. VLLM_ENABLE_V1_MULTIPROCESSING=0, which AsyncLLM ignores, makes vLLM
+    accept the "uni" executor on a CPU: the model runs inside the engine's process instead of a further one."""
     values = {
         "OMP_NUM_THREADS": str(serve.vlm_threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

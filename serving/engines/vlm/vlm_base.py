@@ -1,9 +1,8 @@
-"""VLM bases: frozen Hugging Face checkpoints, each a self-contained directory ``home/bases/<name>``.
+"""VLM bases: frozen Hugging Face checkpoints, each a self-contained directory ``home/bases/<name>``. Loading a base
+downloads nothing; ``updater.bases`` registers them.
 
     base.json   family "vlm", digests of every file, layers that can carry LoRA
     model/      config, processor, tokenizer, chat template, safetensors weights, as written by ``save_pretrained``
-
-Loading a base downloads nothing; ``updater.bases`` registers them.
 """
 
 from __future__ import annotations
