@@ -105,14 +105,10 @@ def _features(
 
 
 def fit_head(features: npt.ArrayLike, labels: Sequence[str]) -> Head:
-    """Fit a head to unit features [n, dim] and their labels.
-
-    The covariance is shrunk towards a multiple of the identity (Ledoit and Wolf 2004). The scale of probabilities
-    minimises the cross entropy, and the threshold for "none of these" is a quantile of distances, both on folds that
-    the means and covariance did not use.
-
-    Raises ValueError with fewer than two classes, or a class of one image.
-    """
+    """Fit a head to unit features [n, dim] and their labels. The covariance is shrunk towards a multiple of the
+    identity (Ledoit and Wolf 2004). The scale of probabilities minimises the cross entropy, and the threshold for "none
+    of these" is a quantile of distances, both on folds that the means and covariance did not use. Raises ValueError
+    with fewer than two classes, or a class of one image."""
     x = np.asarray(features, np.float64)
     names = sorted(set(labels))
     if len(names) < 2:

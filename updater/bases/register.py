@@ -1,14 +1,5 @@
-"""Register open_clip models and Hugging Face VLMs as bases, and keep them in the artifacts for other machines.
-
-    add_base(home, "b16", "ViT-B-16", Path("b16.safetensors"))
-    add_base(home, "l14", "hf-hub:laion/CLIP-ViT-L-14-laion2B-s32B-b82K")
-    add_base(home, "mine", "local-dir:/models/mine")       open_clip_config.json + a .safetensors file
-    add_vlm(home, "smol", "hf-hub:HuggingFaceTB/SmolVLM-256M-Instruct")
-    push_base(home, "b16", Artifacts(settings.artifacts))
-    pull_base(home, "b16", settings.artifacts)                 in each pod, before it starts
-
-Only safetensors are read, and no code that comes with a model is run. A registered base needs no network.
-"""
+"""Register open_clip models and Hugging Face VLMs as bases, and keep them in the artifacts for other machines. Only
+safetensors are read, and no code that comes with a model is run. A registered base needs no network."""
 
 from __future__ import annotations
 
@@ -46,8 +37,9 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 def add_base(home: Path | str, name: str, model: str, weights: Path | None = None) -> ClipBase:
     """Register an open_clip model as base ``name`` and return it; registering the same content again is fine.
-    ``weights`` is a safetensors file of the whole model; required for built-in model names, otherwise it replaces the
-    weights of the hub or folder. Raises :class:`BaseModelError`."""
+    ``model``: a built-in name, ``hf-hub:OWNER/NAME``, or ``local-dir:PATH`` with open_clip_config.json and a
+    safetensors file. ``weights``: a safetensors file of the whole model; required for built-in names, otherwise it
+    replaces the weights of the hub or folder. Raises :class:`BaseModelError`."""
     if weights is not None:
         check_safetensors(Path(weights))
     with tempfile.TemporaryDirectory(prefix="ratchet-base-") as temporary:

@@ -3,10 +3,9 @@
 The FLOPs of a pass are a polynomial of its sizes with non-negative coefficients, of second degree in lengths
 (attention) and in counts (a loss that compares every row with every other). So a pass whose counts are at most c times,
 and lengths at most l times, those of a pass that took f, takes at most f c^2 l^2. Along a straight line from one size
-to a larger one in every dimension, such a polynomial is convex: it is below the chord.
-
-If that bound exceeds what is left, but smaller passes took less, a single process tries and aborts the pass before the
-operation that would exceed the budget. Several processes would wait for each other: they stop instead.
+to a larger one in every dimension, such a polynomial is convex: it is below the chord. If that bound exceeds what is
+left, but smaller passes took less, a single process tries and aborts the pass before the operation that would exceed
+the budget. Several processes would wait for each other: they stop instead.
 """
 
 from __future__ import annotations
@@ -68,13 +67,7 @@ class Size:
 
 
 class Costs:
-    """GFLOPs of passes of one kind, by their sizes.
-
-    >>> costs = Costs()
-    >>> costs.add(Size((8,), (20,)), 2.0)
-    >>> costs.most(Size((8,), (40,)))
-    8.08
-    """
+    """GFLOPs of passes of one kind, by their sizes."""
 
     def __init__(self, known: Sequence[Sequence[Any]] = (), excess: float = 1.0) -> None:
         self._known = {Size.from_json(size): float(gflops) for size, gflops in known}

@@ -90,17 +90,12 @@ class Cost:
 
 
 class Spending:
-    """GFLOPs of an update over all its attempts; guarantees that they never exceed its budget.
+    """GFLOPs of an update over all its attempts; guarantees that they never exceed its budget (memory-adjusted GFLOPs).
 
     Bounds the next pass from above (:mod:`updater.budget.bound`), with a reserve for the passes after the last step.
-
-    Args:
-        budget: memory-adjusted GFLOPs.
-        steps: GFLOPs of each step taken.
-        costs: of steps by their size.
-        prepared: GFLOPs of preparation so far, in all attempts.
-        alone: a single process computes, which can abort a pass; several stop before it.
-        repeats: steps of one size cost the same; otherwise the cost depends on the model's output.
+    ``steps``: GFLOPs of each step taken; ``costs``: of steps by their size; ``prepared``: of preparation so far, in all
+    attempts. ``alone``: a single process computes, which can abort a pass; several stop before it. ``repeats``: steps
+    of one size cost the same; otherwise the cost depends on the model's output.
     """
 
     def __init__(

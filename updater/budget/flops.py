@@ -56,13 +56,9 @@ def _shape_after(func: Any, args: Any, kwargs: Any) -> Any:
 
 @contextmanager
 def counted(limit: float = math.inf) -> Iterator[FlopCount]:
-    """Count FLOPs inside the context, with fixes to torch's counting.
-
-    It adds the formula of the CPU's attention kernel, switches off the fused inference layers (which have none), and
-    does not count the weight gradient of a depthwise convolution as one of all channels with all channels.
-
-    Raises BudgetSpent before the count exceeds ``limit`` (GFLOPs).
-    """
+    """Count FLOPs inside the context. Fixes torch's counting: it adds the formula of the CPU's attention kernel,
+    switches off the fused inference layers (which have none), and does not count the weight gradient of a depthwise
+    convolution as one of all channels with all channels. Raises BudgetSpent before ``limit`` GFLOPs are exceeded."""
     aten = torch.ops.aten
     formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,

@@ -3,10 +3,9 @@
 The server's latency counters are read between steps. A route is slow if its recent requests took, on average, more than
 a given ratio of their mean in the minutes before the update. The trainer's share of time is then halved, down to a
 minimum; while nothing is slow it grows by tenths (additive increase and multiplicative decrease, as in TCP). Only the
-time at which a step is computed depends on it, never the result.
-
-The mean is what a share of time can change: a trainer that computes a quarter of the time slows a quarter of the
-requests, which make up the p99. Single requests are protected by priority (``updater/service/process.py``).
+time at which a step is computed depends on it, never the result. The mean is what a share of time can change: a trainer
+that computes a quarter of the time slows a quarter of the requests, which make up the p99. Single requests are
+protected by priority (``updater/service/process.py``).
 """
 
 from __future__ import annotations
@@ -43,13 +42,7 @@ Latencies = Mapping[str, Took]
 
 
 class Throttle:
-    """Share of time in which the trainer may compute, between ``least`` and 1; call it between steps.
-
-    >>> throttle = Throttle(lambda: latencies(client), most_ratio=1.25, least=0.25)
-    >>> throttle.begin()
-    >>> throttle()
-    1.0
-    """
+    """Share of time in which the trainer may compute, between ``least`` and 1; call it between steps."""
 
     def __init__(
         self, read: Callable[[], Latencies | None], most_ratio: float, least: float,

@@ -1,10 +1,7 @@
 """Draws the rows of the sample store that an update may learn from, as ordered addresses without their contents.
-
 Pending rows (D) come in the order of the setting ``updater.draw``: ``uniform`` by a hash of seed and id, so that the
-first m rows are a sample of m; ``newest`` by the time at which they were stored. The budget decides later how many are
-visited. Earlier rows, including those that an update passed over, are drawn by the replay reservoir. Some 40 bytes per
-row are kept.
-"""
+first m rows are a sample of m; ``newest`` by the time at which they were stored. Earlier rows, including those that an
+update passed over, are drawn by the replay reservoir. Some 40 bytes per row are kept."""
 
 from __future__ import annotations
 
@@ -139,11 +136,7 @@ def reservoir_order(
     Weighted sampling without replacement (Efraimidis and Spirakis, A-Res): each row gets the key u^(1/w), and the
     largest keys are kept. u is a hash of seed and id, so the draw is a pure function of the rows and the seed; w = 1 /
     decayed count of the row's concept (MetaCLIP's balancing for a stream: a row counts half after ``half_life`` further
-    rows).
-
-    Args:
-        keys: :func:`draw_key` of each row, uint64 [n], oldest row first.
-        balanced: if false, all rows are equally likely.
+    rows). ``keys``: :func:`draw_key` of each row, uint64 [n], oldest first. ``balanced``: False ignores the counts.
     """
     counts = decayed_counts(concepts, half_life) if balanced else {}
     weights = np.fromiter((counts.get(concept, 1.0) for concept in concepts), np.float64, len(keys))

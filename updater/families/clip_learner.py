@@ -320,11 +320,7 @@ def view_pixels(preprocess: Preprocess, image: bytes, pair: Pair, views: Views) 
 
 
 def phrased(pair: Pair, templates: Sequence[str]) -> str:
-    """Caption to learn: short ones and those equal to the label are put into a template, a different one for each view.
-
-    >>> phrased(Pair("7", "red kite", read=bytes), ["a photo of a {}"])
-    'a photo of a red kite'
-    """
+    """Caption to learn: short ones and those equal to the label are put into a template, another for each view."""
     text = pair.text.strip()
     if not templates or not text or (text != pair.label and len(text.split()) > SHORT_WORDS):
         return pair.text

@@ -1,9 +1,6 @@
-"""The two towers of a CLIP as *prefix* and *suffix*: what no adapter touches is computed once per sample.
-
-With adapters in the last blocks only, the output of the blocks below (the *boundary*) is the same at every step. It is
-kept per sample; steps and autograd start there. A sample's numbers depend on the samples that pass the model with it:
-those of its shard, in fixed passes.
-"""
+"""The two towers of a CLIP as *prefix* and *suffix*. With adapters in the last blocks only, the output of the blocks
+below (the *boundary*) is the same at every step. It is kept per sample; steps and autograd start there. A sample's
+numbers depend on the samples that pass the model with it: those of its shard, in fixed passes."""
 
 from __future__ import annotations
 

@@ -79,11 +79,8 @@ def check_latency(
     clock: Callable[[], float] = time.process_time,
 ) -> Check:
     """Compare the fastest of `rounds` turns each, base and candidate in alternation; `ask` does the same work for both.
-
     Robust against a busy machine: a slow result is measured up to five times as long, and a difference of up to `grace`
-    seconds always passes. Processor time excludes time in which others have the processor. (It includes waiting for a
-    GPU: CUDA spins.)
-    """
+    seconds always passes. Processor time excludes time in which others have the processor, but includes GPU waits."""
     best: dict[str | None, float] = {}
 
     def fast() -> bool:

@@ -1,12 +1,9 @@
 """From outcomes to decisions: results per suite, the pooled gain, and one outcome for the candidate.
 
 Retention: non-inferiority per suite and reference (incumbent, base, best release so far), each test at the look's full
-level for losses; a suite's p is the largest of them (intersection-union: Berger, Technometrics 24, 1982).
-
-Gain: one test over all gain suites, stratified by suite and weighted by units; for retrieval on 1/log2(2 + rank). It
-counts only if a loss of the default margin is also excluded for the metric. Single suites only attribute the gain (Holm
-over them).
-
+level for losses; a suite's p is the largest of them (intersection-union: Berger, Technometrics 24, 1982). Gain: one
+test over all gain suites, stratified by suite and weighted by units; for retrieval on 1/log2(2 + rank). It counts only
+if a loss of the default margin is also excluded for the metric. Single suites only attribute the gain (Holm over them).
 Rejection: one suite that is significantly worse, by Holm over all suites and Bonferroni over a suite's references.
 Anything neither shown to stay inside the margin nor to be worse is *inconclusive*. Reasons: docs/how-it-works.md.
 """
@@ -73,13 +70,9 @@ class Findings:
 
 
 def decide(scores: Sequence[Scores], *, level: float, loss_level: float, margin: float, min_items: int) -> Findings:
-    """Compute one result per suite, in the order given, and the pooled gain.
-
-    Args:
-        level: of the tests for a gain. At 0 nothing can be shown, and intervals use LEAST_LEVEL.
-        loss_level: of the tests that exclude a loss, and of those that show one.
-        margin: for suites that name none.
-    """
+    """Compute one result per suite, in the order given, and the pooled gain. ``level``: of the tests for a gain; at 0
+    nothing can be shown, and intervals use LEAST_LEVEL. ``loss_level``: of the tests that exclude a loss, and of those
+    that show one. ``margin``: for suites that name none."""
     level, loss_level = max(level, LEAST_LEVEL), max(loss_level, LEAST_LEVEL)
     smallest = {"retention": loss_level, "gain": min(level, loss_level)}
     sides = [_Sides.of(s, margin, smallest[s.suite.role], MOST_REFERENCES * len(scores)) for s in scores]

@@ -1,10 +1,4 @@
-"""Diagnostics of one gate run, from its answers and features. They explain results and decide nothing.
-
-- :func:`measure_tail`: a suite's result by how often its concepts were seen in training.
-- :func:`pair_accuracy`: the share of image pairs, indistinguishable to the base, that a model tells apart.
-- :func:`feature_shift`: how far the features of each tower of a CLIP moved.
-- :func:`yes_share`: how often a VLM says yes.
-"""
+"""Diagnostics of one gate run, from its answers and features. They explain results and decide nothing."""
 
 from __future__ import annotations
 
@@ -132,11 +126,7 @@ def _bins(scores: Scores, places: NDArray[np.int_]) -> Iterable[TailBin]:
 
 
 def content_words(text: str) -> Words:
-    """Words of a text other than articles and prepositions; all words if nothing else is left.
-
-    >>> sorted(content_words("The flag of Côte_d'Ivoire"))
-    ['côte', 'd', 'flag', 'ivoire']
-    """
+    """Words of a text other than articles and prepositions; all words if nothing else is left."""
     words = frozenset(_WORD.findall(text.casefold()))
     return words - _STOP or words
 

@@ -44,15 +44,9 @@ def gate_command(
     out: Path | None = None,
 ) -> tuple[Verdict, Path]:
     """Judge an adapter by hand; nothing is recorded or released. Returns the verdict and the report's HTML file.
-
-    Args:
-        candidate: an adapter's name, or its directory.
-        incumbent: an adapter's name or directory, or "base"; by default the live one.
-        suites: YAML files or folders instead of the setting `gate.suites`.
-        out: folder of the report; by default `home/gate/<candidate>`.
-
-    Raises GateError, AdapterError, BaseModelError: the suites, the incumbent or the base cannot be used.
-    """
+    ``candidate``: an adapter's name, or its directory; ``incumbent``: the same, or "base"; by default the live one.
+    ``suites``: YAML files or folders instead of the setting `gate.suites`. ``out``: folder of the report; by default
+    `home/gate/<candidate>`. Raises GateError, AdapterError, BaseModelError."""
     artifacts = Artifacts(settings.artifacts)
     family = _family(candidate)
     base = _base(settings, family)

@@ -6,9 +6,8 @@ A look is one gate run whose tests were possible. Two rules bound the chance of 
   O'Brien-Fleming type, by the share of the needed independent items that a look has. Levels follow from the joint
   distribution of the looks by numerical integration (Armitage, McPherson and Rowe, JRSS A 132, 1969, 235-244), for
   independent increments; a suite with unchanged items is tested more strictly than needed (Slepian's inequality).
-- *Over the candidates* since the last release: the tests for a gain have shares that sum to alpha
-  (:func:`candidate_alpha`). A candidate takes its whole share with its first look and returns none of it, because the
-  number of later looks may depend on the answers.
+- *Over the candidates* since the last release: :func:`candidate_alpha`. A candidate takes its whole share with its
+  first look and returns none of it, because the number of later looks may depend on the answers.
 
 The tests that exclude a loss have the whole alpha for each candidate, shared over its looks only: the number of items
 in retention suites does not grow. Reasons: docs/how-it-works.md, "A verdict".
@@ -87,11 +86,9 @@ class AnalysisPlan:
 
 
 def candidate_alpha(alpha: float, candidates: int) -> float:
-    """Alpha that all looks at a candidate may spend on its gain, after `candidates` others since the last release.
-
-    The series alpha * 6 / (pi^2 (k+1)^2) sums to alpha over infinitely many candidates: the chance that one without a
-    gain passes before the next release stays below alpha. It starts at 0.61 alpha and falls slowly (alpha / 2^k would
-    leave nothing after ten).
+    """Alpha that all looks at a candidate may spend on its gain, after `candidates` others since the last release. The
+    series alpha * 6 / (pi^2 (k+1)^2) sums to alpha over infinitely many candidates, so the chance that one without a
+    gain passes before the next release stays below alpha. It falls slowly (alpha / 2^k would leave nothing after ten).
     """
     if candidates < 0:
         raise ValueError(f"candidates is {candidates}: it counts those that were looked at before")
@@ -106,15 +103,10 @@ def alpha_left(alpha: float, candidates: int) -> float:
 def needed_items(
     spread: float | None, *, detect: float, alpha: float, power: float = POWER, fewest: int = 1, most: int | None = None
 ) -> int:
-    """Items with which one look at `alpha` shows a true gain of `detect` with probability `power`.
-
-    Args:
-        spread: standard deviation of one item's difference; None: PRIOR_SPREAD. At least that of a gain of `detect`
-            without any loss is used, a variance of d (1 - d) in hits: earlier candidates may have changed less.
-        alpha: what the candidate may spend (:func:`candidate_alpha`).
-        fewest: minimum items of a test.
-        most: maximum items that the gate can ask.
-    """
+    """Items, from `fewest` to `most`, with which one look at `alpha` shows a true gain of `detect` with probability
+    `power`. ``alpha``: what the candidate may spend (:func:`candidate_alpha`). ``spread``: standard deviation of one
+    item's difference; None: PRIOR_SPREAD. At least that of a gain of `detect` without any loss is used, a variance of d
+    (1 - d) in hits: earlier candidates may have changed less."""
     least = math.sqrt(detect * (1.0 - detect) / RANK_EFFICIENCY)
     wanted = max(fewest, items_needed(max(PRIOR_SPREAD if spread is None else spread, least), detect, alpha, power))
     return wanted if most is None else min(wanted, max(most, fewest))

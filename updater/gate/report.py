@@ -148,12 +148,8 @@ def samples_of(report: Mapping[str, Any]) -> set[str]:
 
 
 def with_samples(report: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], picture: str) -> dict[str, Any]:
-    """A report with the texts and pictures of its samples.
-
-    Args:
-        rows: samples in the store by ID, with ``text``, ``question`` and ``answer``.
-        picture: URL of a sample's thumbnail, with ``{}`` for its ID.
-    """
+    """A report with the texts and pictures of its samples. ``rows``: samples in the store by ID, with ``text``,
+    ``question`` and ``answer``. ``picture``: URL of a sample's thumbnail, with ``{}`` for its ID."""
 
     def filled(shown: Mapping[str, Any]) -> dict[str, Any]:
         sample = shown["sample"]

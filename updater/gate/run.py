@@ -102,15 +102,14 @@ def run_gate(
     """Judge `candidate`. Candidate and incumbent are resident in the engine under their names.
 
     Args:
-        candidate: adapter name. If it is not resident (it would not load), the verdict says so.
+        candidate: if it is not resident (it would not load), the verdict says so.
         incumbent: adapter of the live release; None is the base alone.
         suites: retention suites, and gain suites of the user, all of the evaluator's family.
         fresh: gain suites from `fresh_eval`, see `fresh_suites`.
         plan: budget and history of the looks at this candidate; `AnalysisPlan.alone` for a single one.
         best: by retention suite the adapter of the best release so far, resident in the engine.
         counts: frequency of concepts in the candidate's training data; without them results are not split by it.
-        cost: shown in the report.
-        meta: shown in the report. `tuned_on`: suites that the recipe was tuned on, judged on their hidden half;
+        meta: for the report. `tuned_on`: suites that the recipe was tuned on, judged on their hidden half;
             `load_error`: why the candidate is not resident; `rank` and `bytes` of the adapter.
 
     Raises GateError: a suite cannot be read, or base or incumbent cannot be scored. A bad candidate never raises.

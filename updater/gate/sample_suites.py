@@ -1,10 +1,7 @@
-"""Suites from held-out (`fresh_eval`) rows of the sample store, and the best release so far by each suite.
-
-Gain suites use the newest rows. Once the update is released these become memory: retention suites, a bounded reservoir
-per domain drawn by a hash of the sample ID, so that a new row displaces at most one and a deleted one is gone. A
-candidate's heads have retention suites of labelled rows. IDs, domains and texts, which determine the items, are read at
-once; images only when needed.
-"""
+"""Suites from held-out (`fresh_eval`) rows of the sample store, and the best release so far by each suite. Gain suites
+use the newest rows. Once the update is released these become memory: retention suites, a bounded reservoir per domain
+drawn by a hash of the sample ID, so that a new row displaces at most one and a deleted one is gone. IDs, domains and
+texts, which determine the items, are read at once; images only when needed."""
 
 from __future__ import annotations
 
@@ -118,17 +115,11 @@ def fresh_suites(
     limit: int = MAX_ITEMS,
 ) -> list[Suite]:
     """One gain suite for each of the MOST_FRESH largest domains with at least `min_items` fresh captions (or images
-    with questions), and one over the rest if it has as many.
-
-    If no domain has enough, one suite over all rows; none without rows. So few rows are left out, and a further row
-    never lowers the number of items. Images are read only for the sampled items.
+    with questions), and one over the rest if it has as many. If no domain has enough, one suite over all rows.
 
     A CLIP is asked for retrieval both ways (items with the same text are hits of each other); a VLM answers the
-    questions. Rows without a text (or question) are left out.
-
-    Args:
-        rows: columns id, domain, concept and text, or question and answer.
-        limit: items of a suite.
+    questions. Rows without a text (or question) are left out. ``rows``: columns id, domain, concept and text, or
+    question and answer. ``limit``: items of a suite. A further row never lowers the number of items.
     """
     by_domain = items_by_domain(rows, family, images)
     suites: list[Suite] = []
@@ -178,15 +169,9 @@ def slug(name: str) -> str:
 
 
 def choose_memory(rows: pa.Table, family: Family, min_units: int) -> dict[str, list[str]]:
-    """Choose the sample IDs of each memory suite, by its name.
-
-    The largest domains with at least `min_units` samples form a suite each; all other samples form one together. The
-    choice does not depend on the order of rows.
-
-    Args:
-        rows: columns id and domain of all held-out samples of the data that was learned.
-        min_units: items that a suite must have; with fewer no suite can exclude a loss, and every update would wait.
-    """
+    """Choose the sample IDs of each memory suite, by its name; independent of the order of rows. The largest domains
+    with at least `min_units` samples form a suite each; all other samples form one together. With fewer items no suite
+    can exclude a loss, and every update would wait. ``rows``: columns id and domain of learned held-out samples."""
     by_name: dict[str, list[str]] = defaultdict(list)
     for name, domain in zip(rows["id"].to_pylist(), rows["domain"].to_pylist(), strict=True):
         by_name[slug(f"{PREFIX}.{domain}") if domain else PREFIX].append(name)
@@ -263,13 +248,9 @@ def best_by_suite(verdicts: Sequence[VerdictRow], suites: Sequence[str], incumbe
     Candidates are compared with it, so that small losses cannot add up.
 
     Scores are relative to the base because the items of a memory suite change as data are learned. The incumbent is
-    omitted, as it is a reference anyway. If there are more than MOST_RIVALS adapters, those best on most suites are
-    kept.
-
-    Args:
-        verdicts: released ones of one family and base, newest first.
-        suites: names of retention suites. A memory suite also stands for the fresh suite of its domain, by which the
-            domain was judged when it was new.
+    omitted, as it is a reference anyway. Of more than MOST_RIVALS adapters, those best on most suites are kept.
+    ``verdicts``: released ones of one family and base, newest first. ``suites``: names of retention suites. A memory
+    suite also stands for the fresh suite of its domain, by which the domain was judged when it was new.
     """
     best: dict[str, str] = {}
     for name in suites:

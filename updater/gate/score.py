@@ -1,9 +1,6 @@
-"""Scores a CLIP on a suite through the serving engine.
-
-Answers are ranks: of the true class among the classes, of the best matching text for an image, of the best matching
-image for a text. Rank 0 is right. Ties and non-finite scores count against the model: a collapsed model, for which
-everything is equally similar, must not look perfect. Answers are cached on disk, one small file per model and suite.
-"""
+"""Scores a CLIP on a suite through the serving engine. Answers are ranks: of the true class among the classes, of the
+best matching text for an image, of the best matching image for a text. Rank 0 is right. Ties and non-finite scores
+count against the model: a collapsed model, for which everything is equally similar, must not look perfect."""
 
 from __future__ import annotations
 

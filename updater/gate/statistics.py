@@ -1,6 +1,5 @@
-"""Paired tests, their intervals, and corrections for multiple tests.
-
-Every comparison is paired: the same items, before and after. There are two kinds of outcome.
+"""Paired tests, their intervals, and corrections for multiple tests. All tests are one-sided. `before` and `after` are
+means over the same items; a difference is `after - before`. There are two kinds of outcome:
 
 - *Accuracy*: one 0/1 per item. Non-inferiority uses Tango's score test for a paired difference of proportions
   (Statistics in Medicine 17, 1998, 891-908) and the interval that inverts it; superiority the exact McNemar test.
@@ -11,8 +10,6 @@ Every comparison is paired: the same items, before and after. There are two kind
 
 Ranks are tested on 1/log2(2 + rank), the gain of a single right answer in DCG (Jarvelin and Kekalainen, ACM TOIS 20,
 2002): few items cross the k-th place of recall@k, and 100 items say with it what 260 say of recall@5.
-
-All tests are one-sided. `before` and `after` are means over items; a difference is `after - before`.
 """
 
 from __future__ import annotations
@@ -159,15 +156,10 @@ def compare_clusters(
     seed: int = 0,
     graded: bool = False,
 ) -> Comparison:
-    """Compare two aligned outcome arrays of shape [n] or [n, views] in [0, 1].
-
-    Args:
-        clusters: [n]; items with the same number are resampled together. None: all items are independent.
-        level: of the later test; it determines the number of draws.
-        tests: how many may share that level (Holm, Bonferroni).
-        graded: outcomes are not hits and misses, but numbers that nearly every item changes (a rank statistic).
-
-    Raises ValueError: the arrays do not align.
+    """Compare two aligned outcome arrays of shape [n] or [n, views] in [0, 1]. ``clusters`` [n]: items with the same
+    number are resampled together; None: all items are independent. ``level``: of the later test; it determines the
+    number of draws. ``tests``: how many may share that level (Holm, Bonferroni). ``graded``: outcomes are not hits and
+    misses, but numbers that nearly every item changes (a rank statistic). Raises ValueError: the arrays do not align.
     """
     _check(before, after)
     first = before.reshape(len(before), -1)

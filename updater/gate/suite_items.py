@@ -1,9 +1,7 @@
-"""Items of suites: their sources, their selection, and grades of free-text answers.
-
-Answers are normalised as in the evaluation of VQA v2 (Antol et al., ICCV 2015; Goyal et al., CVPR 2017; rules at
+"""Items of suites: their sources, their selection, and grades of free-text answers. Answers and references are
+normalised as in the evaluation of VQA v2 (Antol et al., ICCV 2015; Goyal et al., CVPR 2017; rules at
 https://visualqa.org/evaluation.html): lower case, number words as digits, no articles, no punctuation except decimal
-points and apostrophes, contractions with their apostrophe. This applies to answers and references.
-"""
+points and apostrophes, contractions with their apostrophe."""
 
 from __future__ import annotations
 
@@ -154,23 +152,16 @@ def read_picture(item: Item, read: Callable[[OpenedImage], Result]) -> Result:
 
 
 def normalise(answer: str) -> str:
-    """Normalise an answer for comparison.
-
-    >>> normalise("The two red-brown dogs, dont you see?")
-    "2 red brown dogs don't you see"
-    """
+    """Normalise for comparison: "The two red-brown dogs, dont you see?" becomes "2 red brown dogs don't you see"."""
     text = _GROUPING.sub("", answer.lower().replace("’", "'"))
     words = _MARKS.sub(" ", _POINT.sub("", text)).split()
     return " ".join(_CONTRACTIONS.get(w, w) for w in (_NUMBERS.get(w, w) for w in words) if w not in _ARTICLES)
 
 
 def grade(metric: str, answer: str, references: Sequence[str]) -> float:
-    """Score of an answer, in [0, 1].
-
-    exact_match   1 if it equals a reference vqa_accuracy  with three references or more: a third for each that it
-    equals, at most 1; else as exact_match yes_no        1 if its first word is the "yes" or "no" of the (first)
-    reference
-    """
+    """Score of an answer, in [0, 1]. exact_match: 1 if it equals a reference. vqa_accuracy: with three references or
+    more, a third for each that it equals, at most 1; else as exact_match. yes_no: 1 if its first word is the "yes" or
+    "no" of the first reference."""
     if metric == "yes_no":
         answered = polarity(answer)
         return float(bool(answered) and answered == polarity(references[0]))

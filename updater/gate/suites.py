@@ -1,9 +1,7 @@
-"""Suites: the questions for a candidate, and the results it must show.
-
-A suite is a YAML file over a folder dataset (`streams.publish.folders`), or is made from `fresh_eval` rows of the
-sample store (`fresh`). `retention` suites must not lose; on `gain` suites an update may show that it learned. The task
-determines the model family: a CLIP classifies and retrieves, a VLM answers questions.
-"""
+"""Suites: the questions for a candidate, and the results it must show. A suite is a YAML file over a folder dataset
+(`streams.publish.folders`), or is made from `fresh_eval` rows of the sample store (`fresh`). `retention` suites must
+not lose; on `gain` suites an update may show that it learned. The task determines the model family: a CLIP classifies
+and retrieves, a VLM answers questions."""
 
 from __future__ import annotations
 
@@ -58,12 +56,7 @@ VIEWS: dict[Task, tuple[str, ...]] = {
 
 
 class Suite(BaseModel):
-    """One suite. Unknown keys in the YAML are errors.
-
-    >>> suite = load_suites([Path("my-suites")], home)[0]
-    >>> suite.half("hidden").items()[0].text
-    'flag of Angola'
-    """
+    """One suite. Unknown keys in the YAML are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

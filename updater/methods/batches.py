@@ -138,12 +138,10 @@ class OwnAnswers:
 
 @dataclass(frozen=True)
 class AnswerBatch(Batch):
-    """A VLM's logits at answers: all answer tokens of all rows one after another, including end tokens.
-
-    ``logits`` float32 [t, vocabulary] are the student's, before each token; ``target`` int [t] is the token and ``row``
-    int [t] its row. ``teachers`` are by name, ``base`` or ``incumbent``, and undefined for rows that no objective
-    compares. ``own`` is set if an objective needs it.
-    """
+    """A VLM's logits at answers: all answer tokens of all rows one after another, including end tokens. ``logits``
+    float32 [t, vocabulary] are the student's, before each token; ``target`` int [t] is the token and ``row`` int [t]
+    its row. ``teachers`` are by name, ``base`` or ``incumbent``, and undefined for rows that no objective compares.
+    ``own`` is set if an objective needs it."""
 
     logits: Tensor
     target: Tensor

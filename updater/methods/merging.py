@@ -1,12 +1,9 @@
 """Merges the trained delta with the served one, by a rule that the recipe names.
 
 A rule is a function ``(served, trained, start, weight, **options) -> delta`` over
-:class:`updater.adapters.WeightDelta`, all differences to the base; ranks may add up, the writer compresses them. A rule
-that depends on earlier updates is a class derived from :class:`RememberingRule`. The shipped recipes use
-:func:`linear`; packages can add rules.
-
-The weight may be searched as in WiSE-FT and PAINT: every weight is scored, the best one kept. The scoring function is
-passed in (``updater/service/gate_update.py``).
+:class:`updater.adapters.WeightDelta`, all differences to the base; ranks may add up, the writer compresses them. One
+that depends on earlier updates is a class derived from :class:`RememberingRule`. The weight may be searched as in
+WiSE-FT and PAINT: every weight is scored (the function is in ``updater/service/gate_update.py``), the best one kept.
 """
 
 from __future__ import annotations

@@ -115,15 +115,9 @@ class Contrastive(ClipObjective):
 
 
 class FeatureDistillation(ClipObjective):
-    """Mean squared distance on the unit sphere to the teacher's features, of images and texts.
-
-    Both towers are held: with only the image tower distilled, the texts could drift.
-
-    Args:
-        image, text: weights of the towers' parts.
-        replay: teacher of replayed rows, if it is another one. Held to the base, they would be pulled back to
-            their state before they were learned.
-    """
+    """Mean squared distance on the unit sphere to the teacher's features, of images and texts, weighted by ``image``
+    and ``text``. With only the image tower distilled, the texts could drift. ``replay``: teacher of replayed rows, if
+    it is another one. Held to the base, they would be pulled back to their state before they were learned."""
 
     def __init__(self, image: float = 1.0, text: float = 1.0, teacher: str = "base", replay: str | None = None) -> None:
         self.image = image
@@ -144,13 +138,9 @@ class ContrastiveDistillation(ClipObjective):
 
     ``L_img = T^2 CE(softmax(z0 / T), softmax(z / T))`` with ``z = scale image @ text.T`` of the student and ``z0`` of
     the teacher, row by row; ``L_txt`` is the same of ``z.T``. Both factors of ``z`` are the student's: with the
-    teacher's texts nothing would hold the text tower.
-
-    Args:
-        temperature: T; above 1, unlikely texts count more.
-        captions: number of distinct captions of the reference pool, evenly spread, that are added to the batch's own
-            texts in ``L_img`` as the teacher sees them (ZSCL compares each image with the frozen texts of the whole
-            reference).
+    teacher's texts nothing would hold the text tower. ``temperature``: T; above 1, unlikely texts count more.
+    ``captions``: number of distinct captions of the reference pool, evenly spread, that are added to the batch's own
+    texts in ``L_img`` as the teacher sees them (ZSCL compares each image with the frozen texts of the whole reference).
     """
 
     def __init__(self, temperature: float = 2.0, teacher: str = "base", captions: int = 0) -> None:
@@ -196,13 +186,10 @@ class AnswerLikelihood(VlmObjective):
 
 
 class TokenDistillation(VlmObjective):
-    """KL(teacher || student) over the next token, at each token of the known answer (Hinton et al. 2015, at T = 1).
-
-    The teacher is kept as its most probable tokens and one bucket for all others, compared with the student's others: a
-    lower bound of the whole KL, and equal to it if every token is kept.
-
-    ``teacher``, ``replay``: as in :class:`FeatureDistillation`.
-    """
+    """KL(teacher || student) over the next token, at each token of the known answer (Hinton et al. 2015, at T = 1). The
+    teacher is kept as its most probable tokens and one bucket for all others, compared with the student's others: a
+    lower bound of the whole KL, and equal to it if every token is kept. ``teacher``, ``replay``: as in
+    :class:`FeatureDistillation`."""
 
     def __init__(self, teacher: str = "base", replay: str | None = None) -> None:
         self.teacher: str = known_teacher(teacher)

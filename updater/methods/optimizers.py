@@ -1,19 +1,14 @@
-"""Optimizers, learning-rate schedules, and running means of parameters.
+"""Optimizers, learning-rate schedules, and running means of parameters. An optimizer is AdamW, or a plugin: a function
+``(groups, weight_decay, **options)`` that returns a ``torch.optim.Optimizer``. Its state must be tensors by parameter,
+so that a checkpoint can hold it without pickle.
 
-An optimizer is AdamW, or a plugin: a function ``(groups, weight_decay, **options)`` that returns a
-``torch.optim.Optimizer``. Its state must be tensors by parameter, so that a checkpoint can hold it without pickle.
-
-Schedules have no horizon by default, because a stream has no last step:
-
-*infinite* (Infinite LR): linear warm-up, cosine cool-down to a constant rate, and an exponential anneal only before a
-candidate is handed over. Updates that start from an incumbent skip the peak and its cool-down: they warm up to the
-constant rate. *rsqrt*: linear warm-up, then peak x sqrt(W / step), with the same anneal. *cosine*: linear warm-up, then
-down to ``final`` over the steps of each update, as is usual in papers; it has a horizon.
-
-Each update begins without optimizer moments, so that its first steps are as long as the rate allows whatever the
-gradient. So each warms up, for at most a quarter of its steps (except *cosine*) so that a short one still learns.
-
-A meta-schedule (FoMo-in-Flux) may lower the rates from update to update.
+Schedules have no horizon by default, because a stream has no last step. *infinite* (Infinite LR): linear warm-up,
+cosine cool-down to a constant rate, and an exponential anneal only before a candidate is handed over. Updates that
+start from an incumbent skip the peak and its cool-down: they warm up to the constant rate. *rsqrt*: linear warm-up,
+then peak x sqrt(W / step), with the same anneal. *cosine*: linear warm-up, then down to ``final`` over the steps of
+each update, as is usual in papers; it has a horizon. Each update begins without optimizer moments, so that its first
+steps are as long as the rate allows whatever the gradient. So each warms up, for at most a quarter of its steps (except
+*cosine*) so that a short one still learns. A meta-schedule (FoMo-in-Flux) may lower the rates from update to update.
 """
 
 from __future__ import annotations
@@ -53,21 +48,14 @@ def state_bytes(optimizer: torch.optim.Optimizer, parameter: Tensor) -> int:
 
 
 def learning_rate(schedule: Schedule, step: int, steps: int, first: bool, update: int = 0) -> float:
-    """Learning rate of ``step`` (from 0).
-
-    Args:
-        steps: steps of this update, for the final anneal.
-        first: whether the update starts from the base; later ones warm up to the constant phase.
-        update: number of earlier updates, for the meta-schedule.
-    """
+    """Learning rate of ``step`` (from 0) of ``steps`` in this update. ``first``: whether the update starts from the
+    base; later ones warm up to the constant phase. ``update``: number of earlier updates, for the meta-schedule."""
     return meta_factor(schedule, update, steps) * _rate(schedule, step, steps, first)
 
 
 def meta_factor(schedule: Schedule, update: int, steps: int) -> float:
-    """*rsqrt*: sqrt((k + 1) W / (k S + W)) after k updates of S steps, with W warm-up steps; 1 in the first update.
-
-    It falls to sqrt(W / S), and not to 0, so that an endless stream is still learned. It is 1 where W > S.
-    """
+    """*rsqrt*: sqrt((k + 1) W / (k S + W)) after k updates of S steps, with W warm-up steps; 1 in the first update, and
+    where W > S. It falls to sqrt(W / S), and not to 0, so that an endless stream is still learned."""
     warm = max(schedule.warmup_steps, 1)
     if schedule.updates == "constant" or warm >= steps:
         return 1.0

@@ -1,9 +1,5 @@
 """Recipes: how an update is trained, as YAML files found by name. A recipe is data: it names objectives, merge rules
-and so on, which are code.
-
->>> load_recipe("default").mixture.new
-0.34
-"""
+and so on, which are code."""
 
 from __future__ import annotations
 
@@ -110,13 +106,11 @@ class Schedule(Section):
 
 
 class Merge(Section):
-    """Merge of the incumbent's delta with the trained one, served after an update.
-
-    Rules are in ``updater/methods/merging.py`` or plugins; ``none`` serves the trained delta. ``start`` is where the
-    next update trains from: the served delta (EMA merge), the trained one (finetuned merge), or the base (zero-shot
-    merge). ``search`` lists weights to try: the one that scores best on the tuning half of the gate's suites replaces
-    ``weight``, and the gate then uses the hidden half.
-    """
+    """Merge of the incumbent's delta with the trained one, served after an update. Rules are in
+    ``updater/methods/merging.py`` or plugins; ``none`` serves the trained delta. ``start`` is where the next update
+    trains from: the served delta (EMA merge), the trained one (finetuned merge), or the base (zero-shot merge).
+    ``search`` lists weights to try: the one that scores best on the tuning half of the gate's suites replaces
+    ``weight``, and the gate then uses the hidden half."""
 
     rule: str = "linear"
     weight: float = Field(0.9, gt=0, le=1, description="Weight of the trained delta.")

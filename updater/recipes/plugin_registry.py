@@ -1,9 +1,7 @@
-"""Registry of methods and recipes from Ratchet and from installed packages.
-
-A package declares each method as an entry point, ``hinge = "my_methods.hinge:Hinge"``, in the group ``ratchet.`` plus
-the kind (objectives, regularizers, merging, optimizers, adapters). Packages with recipes (YAML files) are in the group
-``ratchet.recipes``. ``ratchet-methods`` is such a package.
-"""
+"""Registry of methods and recipes from Ratchet and from installed packages, such as ``ratchet-methods``. A package
+declares each method as an entry point, ``hinge = "my_methods.hinge:Hinge"``, in the group ``ratchet.`` plus the kind
+(objectives, regularizers, merging, optimizers, adapters). Packages with recipes (YAML files) are in the group
+``ratchet.recipes``."""
 
 from __future__ import annotations
 
@@ -22,14 +20,9 @@ T = TypeVar("T")
 
 
 class Methods(Generic[T]):
-    """The methods of one kind by name: Ratchet's own, and those of installed packages.
-
-    Args:
-        kind: names the group of entry points.
-        noun: names a method in errors.
-        own: Ratchet's, which packages cannot replace.
-        base: class that packages' methods derive from; without it any callable is accepted.
-    """
+    """The methods of one kind by name: Ratchet's ``own``, which cannot be replaced, and those of installed packages.
+    ``kind``: names the group of entry points; ``noun``: names a method in errors. ``base``: class that packages'
+    methods derive from; without it any callable is accepted."""
 
     def __init__(self, kind: str, noun: str, own: Mapping[str, T], base: type | None = None) -> None:
         self.group, self.noun, self.own, self.base = f"ratchet.{kind}", noun, own, base

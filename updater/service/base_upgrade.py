@@ -2,10 +2,8 @@
 
 An upgrade's data begin at the start and end where the live adapter's do. The updater trains, judges and stores it like
 any update, but does not propose it, because the running encoders have the old base: a switch releases it. Its adapter
-starts at zero, and nothing is distilled from the old model. Its cost is measured on one batch beforehand.
-
-Servers answer with the newest release of their base (``base.clip``): those of the old base continue unchanged, and
-those started with the new one use this release from their first request.
+starts at zero, and nothing is distilled from the old model. Servers answer with the newest release of their base
+(``base.clip``): those of the old base continue unchanged.
 """
 
 from __future__ import annotations
@@ -84,13 +82,9 @@ class UpgradePlan:
 
 def plan_upgrade(settings: Settings, name: str, gflops: float | None = None) -> UpgradePlan:
     """Plan an upgrade from the live base to the registered base ``name``, and measure its cost; nothing is recorded.
-
     Its data are those that the live adapter has learned, or the whole store if that is nothing. The recipe is that of
-    the settings, with enough steps to visit each sample once. One batch is measured on the new base, which takes about
-    as long as a step.
-
-    Args:
-        gflops: budget; by default that of a day.
+    the settings, with enough steps to visit each sample once. One batch is measured on the new base. ``gflops``:
+    budget; by default that of a day.
 
     Raises:
         BaseModelError: there is no such base, or it is the live one.
@@ -282,13 +276,9 @@ def plan_switch(settings: Settings, ledger: Ledger, name: str) -> Switch:
 
 
 def switch_base(settings: Settings, name: str, *, actor: str, reason: str) -> ReleaseRow:
-    """Load the base with its adapter here, check golden inputs as an encoder would, and release it.
-
-    Raises:
-        AdapterError: it cannot be loaded; nothing was released.
-        ReleaseConflict: something else was released meanwhile.
-        BaseModelError, ReleaseError: see :func:`plan_switch`.
-    """
+    """Load the base with its adapter here, check golden inputs as an encoder would, and release it. Raises
+    AdapterError: it cannot be loaded, nothing was released; ReleaseConflict: something else was released meanwhile;
+    BaseModelError, ReleaseError: see :func:`plan_switch`."""
     with closing(Ledger.open(settings.ledger)) as ledger:
         switch = plan_switch(settings, ledger, name)
         with step(f"loading base {name}"):

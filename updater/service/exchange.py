@@ -40,16 +40,9 @@ class Import:
 
 def import_adapter(settings: Settings, directory: Path, *, actor: str, base: str | None = None) -> Import:
     """Check a PEFT directory, store its adapter, and record an update in the state ``trained``. Idempotent.
-
-    Args:
-        directory: ``adapter_config.json`` and ``adapter_model.safetensors``; with ``ratchet.json`` if it was exported.
-        actor: who imports it, for the ledger.
-        base: name of the adapter's base; required without ``ratchet.json``.
-
-    Raises:
-        AdapterError: it does not fit; says what and why.
-        LedgerError, ArtifactsUnavailable: a store cannot be reached.
-    """
+    ``directory``: ``adapter_config.json`` and ``adapter_model.safetensors``; with ``ratchet.json`` if it was exported.
+    ``actor``: who imports it, for the ledger. ``base``: name of the adapter's base; required without ``ratchet.json``.
+    Raises AdapterError: it does not fit; LedgerError, ArtifactsUnavailable: a store cannot be reached."""
     family, frozen = _base_of(settings, directory, base)
     artifacts = Artifacts(settings.artifacts)
     with closing(Ledger.open(settings.ledger)) as ledger, tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,7 @@
-"""Checks PEFT directories against a base, and rewrites them as Ratchet's adapter directories.
-
-Each field of the configuration is either honoured or rejected, never ignored, so that the served model is what PEFT
-means. rsLoRA and ranks or alphas per layer are honoured: their scale goes into ``lora_B``, and smaller ranks are padded
-with zeros, so the stored adapter is plain LoRA of one rank. Names, shapes and sizes are checked in the file's header
-before any value is read.
-"""
+"""Checks PEFT directories against a base, and rewrites them as Ratchet's adapter directories. Each field of the
+configuration is either honoured or rejected, never ignored, so that the served model is what PEFT means. rsLoRA and
+ranks or alphas per layer are honoured: their scale goes into ``lora_B``, and smaller ranks are padded with zeros, so
+the stored adapter is plain LoRA of one rank."""
 
 from __future__ import annotations
 
@@ -84,15 +81,8 @@ def named(directory: Path) -> Named:
 
 
 def convert(directory: Path, base: ClipBase | VlmBase, max_rank: int, target: Path) -> str:
-    """Check a PEFT directory and write it as an adapter directory; returns the adapter's name.
-
-    Args:
-        directory: ``adapter_config.json`` and ``adapter_model.safetensors``.
-        max_rank: highest rank that is served.
-        target: the new directory.
-
-    Raises AdapterError: names the field, file or module that does not fit, and a fix.
-    """
+    """Check a PEFT directory and write it to the new directory ``target``; returns the adapter's name. ``max_rank``:
+    highest rank that is served. Raises AdapterError: names the field, file or module that does not fit, and a fix."""
     config = _checked_config(read_json(directory / CONFIG))
     shapes, parameters = _base_shapes(base)
     tensors = _read_tensors(directory / WEIGHTS, shapes, parameters, min(max_rank, MAX_RANK))

@@ -52,17 +52,10 @@ def train_update(
     ended: Callable[[], bool] = lambda: False,
 ) -> UpdateRow:
     """Train an update and record its adapter. Idempotent: it resumes from its checkpoint, and is charged once.
-
-    Args:
-        base: to train; for an upgrade, the new one.
-        work: folder of checkpoints, measured costs, and the adapter until it is in the artifacts.
-        ended: true once an operator has ended the update; checked between steps.
-
-    Raises:
-        BucketEmpty: the update waits for its budget.
-        Stopped: asked to stop, or ended; otherwise the update resumes from its checkpoint next time.
-        RatchetError: it cannot be trained.
-    """
+    ``base``: to train; for an upgrade, the new one. ``work``: folder of checkpoints, measured costs, and the adapter
+    until it is in the artifacts. ``ended``: true once an operator has ended the update; checked between steps. Raises
+    BucketEmpty: the update waits for its budget; Stopped: asked to stop, or ended; otherwise it resumes from its
+    checkpoint next time; RatchetError: it cannot be trained."""
     rate, capacity = triggers.bucket(settings)
     upgrade = ledger.base_upgrade(update.id)
     planned = upgrade.gflops if upgrade else triggers.planned_gflops(settings)

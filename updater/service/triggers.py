@@ -1,9 +1,7 @@
-"""Decides when an update begins and on which data, and when an inconclusive candidate is asked again.
-
-Such a candidate is kept until more fresh items have arrived. Each further look is recorded as an update that is already
-trained, like an import: same adapter, recipe and data, another version of the store. So nothing is lost or repeated
-when the updater is killed, and each look has its own verdict and report.
-"""
+"""Decides when an update begins and on which data, and when an inconclusive candidate is asked again. Such a candidate
+is kept until more fresh items have arrived. Each further look is recorded as an update that is already trained, like an
+import: same adapter, recipe and data, another version of the store. So nothing is lost or repeated when the updater is
+killed, and each look has its own verdict and report."""
 
 from __future__ import annotations
 
@@ -125,16 +123,12 @@ def decide(
 
     It learns the data that the live adapter has not learned: everything after the update that made it. The trigger
     counts only data after the last finished update of this recipe, so that rejected data is not tried forever. Only the
-    family's own proposals block it.
-
-    It waits for as many fresh items as the gate needs to show a gain of ``gate.detect``, but at most
-    ``updater.max_wait_seconds`` after the oldest new sample. While an inconclusive candidate is kept for its next look
-    nothing is trained, unless the stream brings new samples and no fresh ones. With ``updater.wait_for_items`` off it
-    waits for no items, and no candidate is kept.
-
-    Args:
-        now: begin with a single new sample, whatever the gate can detect, and instead of a kept candidate.
-        retry: also if this recipe has tried all of it before, or a budget did not pay for a step of it.
+    family's own proposals block it. It waits for as many fresh items as the gate needs to show a gain of
+    ``gate.detect``, but at most ``updater.max_wait_seconds`` after the oldest new sample. While an inconclusive
+    candidate is kept for its next look nothing is trained, unless the stream brings new samples and no fresh ones. With
+    ``updater.wait_for_items`` off it waits for no items, and no candidate is kept. ``now``: begin with a single new
+    sample, whatever the gate can detect, and instead of a kept candidate. ``retry``: also if this recipe has tried all
+    of it before, or a budget did not pay for a step of it.
     """
     family = recipe.family
     unreleased = waits_for_release(ledger, family)

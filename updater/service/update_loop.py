@@ -1,9 +1,7 @@
 """The updater: waits for data and budget, trains, gates, proposes. Every step can be repeated after a kill.
 
-training   charged once (by the update's ID); trains from its last checkpoint; writes the adapter and its carry-over
-           for the next update, then the ledger
-trained    the adapter is in the artifacts and in the ledger; the gate judges it. Imported adapters and inconclusive
-           candidates that are asked again begin here
+training   charged once; trains from its last checkpoint; writes adapter and carry-over, then the ledger
+trained    the gate judges the adapter; imported adapters and candidates that are asked again begin here
 gated      the verdict and its report are stored; an adapter that passed is proposed
 done       or failed, with the reason
 """
@@ -138,13 +136,11 @@ class UpdaterService:
             time.sleep(wait)
 
     def step(self, *, now: bool = False, retry: bool = False) -> StepResult:
-        """Finish the update that a killed trainer left, or begin one if it is due. See :func:`triggers.decide`.
-
+        """Finish the update that a killed trainer left, or begin one if it is due, see :func:`triggers.decide`.
         Families are asked in turn, until one has something to do.
 
         Raises:
-            RatchetError: storage, base or suites cannot be used; the update stays as it is and is resumed later. The
-                next turn is the other family's.
+            RatchetError: storage, base or suites cannot be used; the update resumes after the other family's turn.
             TrainingError: a library's error; it is retried, and fails after :data:`ATTEMPTS`.
             Stopped: asked to stop in training; the update resumes from its checkpoint next time.
         """

@@ -129,13 +129,8 @@ class Learner(ABC, Generic[E]):
         between: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         """Set the examples that steps refer to by number. What no step changes is computed once for each, in shards,
-        when a step first needs it.
-
-        Args:
-            parts: the pool of each.
-            precomputed: where shards are kept; by default in a temporary folder.
-            between: called after each shard (duty cycle, signals).
-        """
+        when a step first needs it. ``parts``: the pool of each. ``precomputed``: where shards are kept; by default in a
+        temporary folder. ``between``: called after each shard (duty cycle, signals)."""
         if precomputed is None:
             self._own_folder = tempfile.TemporaryDirectory(prefix="ratchet-shards-")
             precomputed = Precomputed(Path(self._own_folder.name))

@@ -1,13 +1,10 @@
 """Passes of the model over a batch: precision, micro-batches, sharing among processes, and conflicting gradients.
 
 Passes run in float32, or in mixed precision (Micikevicius et al. 2018) by torch's autocast where the processor
-multiplies bfloat16 fast: only products are in bfloat16. Weights, trained parameters, gradients and optimizer state stay
-float32, as do features, logits and losses. bfloat16 has float32's range, so losses need no scaling.
-
-Each process of a team has the whole model, and computes a part of every batch. A loss that compares every row with
-every other cannot be summed over parts of a batch, but it depends only on the model's outputs (:class:`CachedPasses`).
-So processes exchange these outputs, each computes the loss of the whole batch, and they exchange the gradients of the
-parameters.
+multiplies bfloat16 fast: only products are in bfloat16. Weights, trained parameters, gradients, optimizer state,
+features, logits and losses stay float32. bfloat16 has float32's range, so losses need no scaling. Each process of a
+team has the whole model, and computes a part of every batch. Processes exchange the model's outputs, each computes the
+loss of the whole batch, and they exchange the gradients of the parameters.
 """
 
 from __future__ import annotations
@@ -143,16 +140,14 @@ class _Pass:
 
 class CachedPasses:
     """Runs a model over rows in micro-batches of ``size`` with the gradient of the whole batch; 0 runs all of a
-    process's rows at once.
+    process's rows at once. The processes of a :class:`Team` divide a batch the same way: each runs its own rows, and
+    receives all outputs.
 
     GradCache (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"): a
     contrastive loss compares every row with every other, so it cannot be summed over micro-batches, but it depends only
     on the model's outputs. Outputs of all rows are computed without a graph; the loss gives the gradient of each
     output; then each micro-batch runs again with its graph and propagates these gradients. This costs one more forward
-    pass, and the memory of one micro-batch.
-
-    Several processes (:class:`Team`) divide a batch the same way: each runs its own rows, and receives the outputs of
-    all.
+    pass.
     """
 
     def __init__(self, size: int) -> None:

@@ -1,10 +1,7 @@
-"""Values computed once per example, stored in shards that are made when a step first needs one of their rows.
-
-A shard is a safetensors file with the values of a few consecutive examples, written atomically. Its contents depend on
-its examples and on the model at its start, never on the step, so a resumed update reads the same bits. Images are read
-and decoded for the next shard while the model computes. The cost of a shard is bounded beforehand
-(:mod:`updater.budget.bound`).
-"""
+"""Values computed once per example, stored in shards that are made when a step first needs one of their rows. A shard
+is a safetensors file with the values of a few consecutive examples, written atomically. Its contents depend on its
+examples and on the model at its start, never on the step, so a resumed update reads the same bits. The cost of a shard
+is bounded beforehand (:mod:`updater.budget.bound`)."""
 
 from __future__ import annotations
 
@@ -78,18 +75,12 @@ class Fetched:
 
 
 class Shards:
-    """The shards of some rows.
-
-    Args:
-        contents: identifies each row; a file made of other rows is made again.
-        fetch: reads inputs of rows (such as images) in a thread, for the next shard in advance.
-        compute: values of rows, from what was fetched; its FLOPs are counted.
-        size: determines the cost of computing them.
-        between: called after each shard that was made.
-        team: processes with the same folder; each makes some of the shards.
-        afford: called before shards are made, with their maximum and minimum GFLOPs. Returns the GFLOPs that they may
-            take, or raises.
-    """
+    """The shards of some rows. ``contents``: identifies each row; a file made of other rows is made again. ``fetch``:
+    reads inputs of rows (such as images) in a thread, for the next shard in advance. ``compute``: values of rows, from
+    what was fetched; its FLOPs are counted. ``size``: determines the cost of computing them. ``between``: called after
+    each shard that was made. ``team``: processes with the same folder; each makes some of the shards. ``afford``:
+    called before shards are made, with their maximum and minimum GFLOPs; returns the GFLOPs that they may take, or
+    raises."""
 
     def __init__(
         self,

@@ -69,13 +69,9 @@ class Planner:
     work_dir: Path
 
     def plan(self, run: str, between: Callable[[], None]) -> TrainingPlan:
-        """Measure a step, unless an earlier attempt did, and plan as many as the budget pays for.
-
-        Raises:
-            TrainingError: there is nothing new, or none of it can be prepared.
-            ConfigError: the work folder cannot hold the rows of one step.
-            StepUnaffordable: the budget does not pay for one.
-        """
+        """Measure a step, unless an earlier attempt did, and plan as many as the budget pays for. Raises TrainingError:
+        there is nothing new, or none of it can be prepared; ConfigError: the work folder cannot hold the rows of one
+        step; StepUnaffordable: the budget does not pay for one."""
         measured = self.visits(min(self.recipe.max_steps, MEASURED))
         counts = measured.batches.counts
         views = self.recipe.views.count

@@ -1,12 +1,6 @@
-"""Trains one update, deterministically: pinned data, recipe and seed in, an adapter directory out.
-
->>> result = train(base, load_recipe("default"), pools, None, seed=0, limits=limits, out_dir=a, work_dir=b)
->>> result.adapter
-'clip-0123456789ab'
-
-A killed run resumes from its last checkpoint in ``work_dir`` and yields the same adapter. See
-:class:`updater.training.trainer.Trainer` for the loop, :mod:`updater.training.plan` for the budget.
-"""
+"""Trains one update, deterministically: pinned data, recipe and seed in, an adapter directory out. A killed run resumes
+from its last checkpoint in ``work_dir`` and yields the same adapter. See :class:`updater.training.trainer.Trainer` for
+the loop, :mod:`updater.training.plan` for the budget."""
 
 from __future__ import annotations
 
@@ -48,15 +42,12 @@ def train(
 ) -> TrainResult:
     """Train one update.
 
-    Args:
-        incumbent: adapter directory to start from; None starts from the base.
-        carry_over: state from the update that made the incumbent, if any.
-        out_dir: the adapter is written to ``out_dir/<its name>``.
-        work_dir: keeps checkpoints and measured costs of this update.
-        scored: scores merged adapters, for recipes that search the merge weight.
-        stop: checked between steps; True ends in a checkpoint and :class:`Stopped`.
-        duty_cycle: polled between steps for the share of ``limits.duty_cycle`` that may currently be used.
-        workers: processes that take the steps instead of this one.
+    ``incumbent``: adapter directory to start from; None starts from the base. ``carry_over``: state from the update
+    that made it, if any. ``out_dir``: the adapter is written to ``out_dir/<its name>``. ``work_dir``: keeps checkpoints
+    and measured costs of this update. ``scored``: scores merged adapters, for recipes that search the merge weight.
+    ``stop``: checked between steps; True ends in a checkpoint and :class:`Stopped`. ``duty_cycle``: polled between
+    steps for the share of ``limits.duty_cycle`` that may currently be used. ``workers``: processes that take the steps
+    instead of this one.
 
     Raises:
         TrainingError: the loss is not finite, or nothing is new; nothing is written.
