@@ -19,7 +19,6 @@ from starlette.types import Receive, Scope, Send
 from core.errors import LedgerError
 from core.ledger import Ledger
 from ops.console.app import build_console
-from ops.console.data import ConsoleData
 from ops.console.pages.overview import problems
 from ops.console.public import MOST_SHARED, SHARED_SECONDS, SharedPages
 from ops.console.security import Session
@@ -155,11 +154,11 @@ def test_an_address_that_asks_too_often_is_told_when_to_come_back(
 
 
 def test_messages_of_errors_are_not_shown(home: Path, story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(_: ConsoleData) -> None:
+    def away(_: Ledger) -> None:
         raise LedgerError("postgres://db is away.", "Start /srv/db.")
 
     with public(home) as screen:
-        monkeypatch.setattr(ConsoleData, "live", away)
+        monkeypatch.setattr(Ledger, "live", away)
         answer = screen.get("/models")
     assert answer.status_code == 503 and "postgres" not in answer.text and "/srv/db" not in answer.text
     status = {
