@@ -156,7 +156,7 @@ def test_status_and_doctor_end_soon_and_name_a_store_that_hangs_or_is_away(
             "artifacts_url=s3://models/artifacts", f"kafka.bootstrap={address}",
         ]  # fmt: skip
         words = [word for flag in flags for word in ("--set", flag)]
-        monkeypatch.setattr(doctor, "_CHECKS", ())
+        monkeypatch.setattr(doctor, "_CHECKS", {})
         if not silent:  # on a busy machine a refusal, which is tried again, takes longer than a look waits
             monkeypatch.setattr(dependency_checks, "LOOK_SECONDS", MUCH_SECONDS)
             monkeypatch.setattr(dependency_checks, "CALL_SECONDS", 12.0)
