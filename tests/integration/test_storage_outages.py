@@ -24,6 +24,7 @@ from werkzeug.serving import make_server
 from core.artifacts import Artifacts
 from core.dependencies import Dependency
 from core.errors import ArtifactsUnavailable, StoreUnavailable
+from core.ledger import Ledger
 from core.settings import Settings
 from ops import dependency_checks
 from ops.cli import doctor
@@ -145,6 +146,7 @@ def test_versions_that_cannot_be_deleted_are_an_error(bucket: Bucket) -> None:
 def test_status_and_doctor_end_soon_and_name_a_store_that_hangs_or_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: bool, state: str
 ) -> None:
+    Ledger.open(Settings(home=tmp_path).ledger).close()  # its tables take seconds on a busy machine
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         if silent:
