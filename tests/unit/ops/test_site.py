@@ -92,7 +92,7 @@ def test_the_api_page_has_every_call(site: Path) -> None:
 
 def test_the_pages_of_errors_and_metrics_have_every_one(site: Path) -> None:
     errors = text(site, "reference/errors.html")
-    codes = {kind.code for kind in ServingError.__subclasses__()} | {code for _, code in KNOWN.values()}
+    codes = {kind.code for kind in ServingError.__subclasses__()} | {code for _, code, _ in KNOWN.values()}
     assert [name for name in (*codes, *REASONS, "LedgerUnavailable") if name not in errors] == []
     metrics = text(site, "reference/metrics.html")
     names = {re.sub(r"_(bucket|sum|count)$", "", name) for name in declared.names()}
