@@ -95,12 +95,12 @@ async def test_what_a_leader_prepares_for_long_is_waited_for(
     two: tuple[Server, Server, ControllerLease], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(leadership, "FOLLOW_SECONDS", 0.01)
-    monkeypatch.setattr(leadership, "STANDSTILL_SECONDS", 0.3)
+    monkeypatch.setattr(leadership, "STANDSTILL_SECONDS", 2.0)  # a busy machine stands still for most of a second
     leading, beside, lease = two
     leading.broadcast.gate = asyncio.Event()
     order = await ordered(beside, "a")
     step = asyncio.create_task(leading.step())
-    for _ in range(20):
+    for _ in range(50):
         await lease.keep()
         await asyncio.sleep(0.05)
     leading.broadcast.gate.set()
