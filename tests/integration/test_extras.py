@@ -25,7 +25,9 @@ OLDEST, *BETWEEN, NEWEST = extras.VERSIONS
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("version", [OLDEST, *(pytest.param(each, marks=pytest.mark.long) for each in BETWEEN), NEWEST])
+@pytest.mark.parametrize(
+    "version", [OLDEST, *(pytest.param(each, marks=pytest.mark.long) for each in (*BETWEEN, NEWEST))]
+)
 def test_each_extra_resolves_from_pypi_in_a_clone_and_from_the_wheel(version: str) -> None:
     assert extras.unresolved(extras.extras(), version) == {}
     names = [name for name in extras.extras() if name not in extras.IN_A_CLONE]

@@ -48,6 +48,7 @@ def test_every_place_states_the_same_version() -> None:
     assert len(stated["helm/ratchet/Chart.yaml"]) == 2
 
 
+@pytest.mark.long
 def test_a_release_is_built_from_its_commit_and_tagged(clone: Path) -> None:
     done = release(clone, "7.8.9")
     assert done.returncode == 0, done.stdout + done.stderr
