@@ -122,7 +122,7 @@ class SampleStore:
         """Number of samples: in a split, at or after the given offsets, with a text or a question. Needs no scan
         without ``after``; with it, only what may be after the offsets is read."""
         if after:
-            return self.count_rows(self._where(version, split, after, having), version)
+            return self.count_rows(*self._where(version, split, after, having))
         tally = self.tally(version)
         splits = ("train", "fresh_eval") if split is None else (split,)
         return sum(tally[name if having is None else f"{name}/{having}"] for name in splits)
@@ -144,7 +144,7 @@ class SampleStore:
         if unknown := set(wanted) - set(SAMPLE_COLUMNS):
             raise StoreError(f"samples have no column {sorted(unknown)}.", f"Columns: {', '.join(SAMPLE_COLUMNS)}.")
         read = [*wanted, *(name for name in _ORDER if name not in wanted)]
-        where = self._where(version, split, after, having)
+        where, version = self._where(version, split, after, having)
         filters = [where] if ids is None else [f"({where}) AND {part}" for part in _id_filters(ids)]
         parts = [self._table(read, each, version) for each in filters or ["false"]]
         table = pa.concat_tables(parts)
@@ -161,7 +161,8 @@ class SampleStore:
     ) -> Iterator[pa.RecordBatch]:
         """Batches of sample columns with their ``_rowaddr``, in file order; chosen as by :meth:`scan`. Pass the
         addresses to :meth:`rows_at`, with the same version."""
-        yield from self.batches(self._where(version, split, after, having), columns, version=version, addresses=True)
+        where, version = self._where(version, split, after, having)
+        yield from self.batches(where, columns, version=version, addresses=True)
 
     def rows_at(
         self, addresses: Sequence[int], columns: Sequence[str], version: int | None = None
@@ -304,7 +305,8 @@ class SampleStore:
 
     def _where(
         self, version: int | None, split: str | None, after: Mapping[str, int] | None, having: Having | None
-    ) -> str:
+    ) -> tuple[str, int | None]:
+        """The condition, and the version to read with it: the one whose partitions it names."""
         clauses = ["kind = 'sample'"]
         if having is not None:
             clauses.append(f"{having} != ''")
@@ -312,13 +314,14 @@ class SampleStore:
             clauses.append(f"split = {quoted(split)}")
         if after:
             # Ranges, which the index on the offset can prune.
+            version = self.version() if version is None else version
             ranges = {**dict.fromkeys(self.positions(version), 0), **after}
             parts = []
             for key, offset in sorted(ranges.items()):
                 stream, _, partition = key.rpartition(":")
                 parts.append(f"(topic = {quoted(stream)} AND partition = {int(partition)} AND offset >= {int(offset)})")
             clauses.append(f"({' OR '.join(parts)})")
-        return " AND ".join(clauses)
+        return " AND ".join(clauses), version
 
 
 def _id_filters(ids: Sequence[str]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,30 @@ def test_a_position_comes_back_whole(store: SampleStore) -> None:
     assert (position.next, position.topic_id, position.published, position.leader_epoch) == (10, "id-1", 9, 4)
     assert position.epoch == 1, "it was claimed once"
     assert position.tally["sample"] == position.tally["quarantine"] == 1
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda store, after: store.count(after=after),
+        lambda store, after: len(store.scan(after=after)),
+        lambda store, after: sum(map(len, store.addresses(["id"], after=after))),
+    ],
+    ids=["count", "scan", "addresses"],
+)
+def test_what_is_stored_while_samples_are_chosen_is_chosen_whole_or_not_at_all(
+    store: SampleStore, monkeypatch: pytest.MonkeyPatch, choose: Callable[[SampleStore, dict[str, int]], int]
+) -> None:
+    put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
+    read = store.positions
+
+    def stored_meanwhile(version: int | None = None) -> dict[str, Position]:
+        known = read(version)
+        put(store, [sample(0, 1), sample(1, 0)], Position(TOPIC, 0, 2), Position(TOPIC, 1, 1))
+        return known
+
+    monkeypatch.setattr(store, "positions", stored_meanwhile)
+    assert choose(store, {"samples:0": 0}) == 1
 
 
 def test_a_pinned_version_outlives_a_cleanup_and_an_unpinned_one_does_not(store: SampleStore) -> None:
