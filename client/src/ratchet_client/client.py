@@ -44,15 +44,19 @@ class _Method(Generic[P, T]):
         if client is None:
             return self.make  # `help` shows its arguments
 
+        if isinstance(client, AsyncClient):
+
+            @functools.wraps(self.make)
+            async def coroutine(*args: P.args, **named: P.kwargs) -> T:
+                return await client._call(self.make(*args, **named))
+
+            return coroutine
+
         @functools.wraps(self.make)
-        def method(*args: P.args, **named: P.kwargs) -> Any:
+        def method(*args: P.args, **named: P.kwargs) -> T:
             return client._call(self.make(*args, **named))
 
-        @functools.wraps(self.make)
-        async def coroutine(*args: P.args, **named: P.kwargs) -> Any:
-            return await client._call(self.make(*args, **named))  # type: ignore[arg-type]
-
-        return coroutine if isinstance(client, AsyncClient) else method
+        return method
 
 
 class _Calls:

@@ -54,6 +54,11 @@ def test_what_a_name_needs_is_loaded_with_it_and_nothing_else(names: str, needs:
     assert not loaded & ({*FORBIDDEN, "kafka", "PIL", "httpx"} - needs)
 
 
+def test_the_methods_of_the_async_client_are_coroutine_functions() -> None:
+    waiting, blocking = AsyncClient("http://nowhere"), Client("http://nowhere")
+    assert inspect.iscoroutinefunction(waiting.embed) and not inspect.iscoroutinefunction(blocking.embed)
+
+
 @pytest.mark.parametrize(("one", "other"), [(Client, AsyncClient), (Producer, AsyncProducer)])
 def test_both_kinds_have_the_same_methods_with_the_same_arguments(one: type, other: type) -> None:
     def arguments(kind: type) -> dict[str, list[inspect.Parameter]]:
