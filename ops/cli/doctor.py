@@ -170,8 +170,8 @@ def _crc32c(_: Settings) -> Finding:
 def _registered(settings: Settings, what: str, name: str, family: Family) -> Finding:
     from serving.engines.clip_base import base_directory, list_bases
 
-    if not name:
-        return Finding("ok", what, f"none (base.{family} is empty)")
+    if not name and family == "vlm":
+        return Finding("ok", what, "none (base.vlm is empty)")
     if name in list_bases(settings.home, family):
         return Finding("ok", what, str(base_directory(settings.home, name)))
     return Finding("warn", what, f"{name!r} is not registered", "ratchet base build (`up` does it too)")

@@ -69,7 +69,7 @@ class CrossVersionVerdicts:
 
     def remember(self, window: Sequence[ReleaseSnapshot]) -> None:
         self._spaces.update({snapshot.clip: snapshot.image_space for snapshot in window})
-        for clip in list(self._spaces)[:-64]:
+        for clip in list(self._spaces)[:-64]:  # more than the releases that can be resident
             del self._spaces[clip]
 
     async def read(self, snapshots: Sequence[ReleaseSnapshot], complete: Collection[str]) -> dict[str, str]:

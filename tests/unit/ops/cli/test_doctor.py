@@ -84,12 +84,15 @@ def settings(home: Path, **flags: Any) -> Settings:
 
 
 def findings(made: Settings) -> dict[str, Finding]:
-    return {finding.what: finding for finding in examine(made) if finding.what.startswith("VLM")}
+    return {finding.what: finding for finding in examine(made) if finding.what.startswith(("VLM", "base"))}
 
 
 def test_a_base_that_is_not_registered_is_named_with_its_fix(tmp_path: Path) -> None:
-    without = findings(settings(tmp_path, base__vlm=""))
-    assert {finding.state for finding in without.values()} == {"ok"}
+    without = {
+        what: finding.state for what, finding in findings(settings(tmp_path, base__vlm="", base__clip="")).items()
+    }
+    assert without.pop("base") == "warn", "there is no server without a CLIP"
+    assert set(without.values()) == {"ok"}
     found = findings(settings(tmp_path, serve__vlm_engine="transformers"))["VLM base"]
     assert (found.state, "shipped-vlm" in found.found, "base build" in found.fix) == ("warn", True, True)
     tiny_vlm_base(tmp_path)
