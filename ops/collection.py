@@ -40,6 +40,8 @@ MAX_SKEW: Final = timedelta(minutes=5)
 """A ledger entry this much ahead of the database's clock comes from a wrong clock."""
 UNKNOWN: Final = "the ledger does not know it"
 FRESH: Final = "fresh"
+REPORT_DAYS: Final = 365.0
+"""Gate reports of candidates that were never released stay for so long."""
 DAY: Final = 86_400.0
 LEASE_SECONDS: Final = 120.0
 TRIES: Final = 3
@@ -246,7 +248,7 @@ def _carry_over(known: _Known, name: str, adapter: tuple[bool, str] | None) -> t
 def _report(
     settings: Settings, known: _Known, update_id: str, adapters: Mapping[str, tuple[bool, str]]
 ) -> tuple[bool, str]:
-    update, days = known.judged.get(update_id), settings.gc.keep_report_days
+    update = known.judged.get(update_id)
     if update is None:
         return False, "the ledger has no verdict of it"
     use = known.uses.get(update.adapter)
@@ -255,7 +257,7 @@ def _report(
     if update.adapter in known.needed:
         return False, f"its adapter stays: {known.needed[update.adapter]}"
     age = known.age(update.judged_at)
-    if not days or age < days:
+    if age < REPORT_DAYS:
         return False, f"judged {age:.0f} days ago"
     return True, f"judged {age:.0f} days ago, never released"
 

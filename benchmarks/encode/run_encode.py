@@ -41,8 +41,8 @@ STOP_SECONDS: Final = 60.0
 WARM_SECONDS: Final = 2.0
 WARM_CONCURRENCY: Final = 8
 ADMISSION: Final[dict[str, Any]] = {
-    "queue": 4096, "deadline_seconds": 300.0, "caller_share": 1.0, "decode_pixels": 2_000_000_000,
-    "body_budget_bytes": 1024 * MIB, "max_body_bytes": 64 * MIB,
+    "queue": 4096, "deadline_seconds": 300.0, "caller_share": 1.0, "max_pixels": 500_000_000,
+    "max_image_bytes": 32 * MIB,
 }  # fmt: skip
 """Limits of admission, raised so that 128 clients of one address wait, as they do at peers, and are not refused."""
 

@@ -67,16 +67,11 @@ class Serve(Listener):
     max_batch: int = Field(16, ge=1, le=1024, description="Most images (or 4x texts) in one forward pass.")
     queue: int = Field(256, ge=1, description="Requests that may wait; more are answered 429.")
     deadline_seconds: float = Field(30.0, gt=0, description="A request older than this is answered 504.")
-    max_body_bytes: int = Field(16 * MIB, ge=1024, description="Largest request body.")
-    max_image_bytes: int = Field(8 * MIB, ge=1024, description="Largest encoded image.")
-    max_pixels: int = Field(40_000_000, ge=1, description="Largest decoded image, in pixels.")
-    decode_pixels: int = Field(
-        160_000_000,
-        ge=1,
-        description="Pixels of images that wait to be decoded or answered, over all requests; more are answered 429.",
+    max_image_bytes: int = Field(
+        8 * MIB, ge=1024, description="Largest encoded image. A body has twice as many bytes at most."
     )
-    body_budget_bytes: int = Field(
-        256 * MIB, ge=1024, description="Bytes of request bodies in memory, over all requests; more are answered 503."
+    max_pixels: int = Field(
+        40_000_000, ge=1, description="Largest decoded image, in pixels. Four times as many may wait to be decoded."
     )
     cache_bytes: int = Field(
         64 * MIB, ge=0, description="Memory for vectors of texts and images that were sent before; 0: none are kept."
@@ -84,7 +79,6 @@ class Serve(Listener):
     caller_share: float = Field(
         0.75, gt=0, le=1, description="Share of the slots, bytes and pixels that one key or address may hold."
     )
-    connections_per_address: int = Field(512, ge=1, description="Open connections of one address; more are closed.")
     idle_seconds: float = Field(60.0, gt=0, description="An open connection without a request is closed after this.")
     allowed_hosts: list[str] = Field(
         default_factory=list,
@@ -121,6 +115,21 @@ class Serve(Listener):
     vlm_memory_gib: float = Field(1.0, gt=0, description="Memory of vLLM's key-value cache on a CPU.")
     ray_metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port of Ray's own metrics; 0 is off.")
     operator_key: SecretStr | None = Field(None, description="Bearer key of operators; made at first use if unset.")
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Largest request body: base64 makes an image longer by a third."""
+        return 2 * self.max_image_bytes
+
+    @property
+    def body_budget_bytes(self) -> int:
+        """Request bodies in memory of one ingress process; 16 of the largest in all, and always one."""
+        return max(self.max_body_bytes, 16 * self.max_body_bytes // self.ingress_replicas)
+
+    @property
+    def decode_pixels(self) -> int:
+        """Pixels of images that wait to be decoded or answered in one ingress process; four of the largest in all."""
+        return -(-4 * self.max_pixels // self.ingress_replicas)
 
     @property
     def vlm_queue(self) -> int:
@@ -191,8 +200,6 @@ class Rollout(Section):
     hold_after_rollback: bool = Field(
         True, description="After an operator's rollback updates wait until an operator resumes them."
     )
-    max_error_ratio: float = Field(2.0, ge=1, description="Failed requests, as a multiple of the incumbent's share.")
-    max_latency_ratio: float = Field(2.0, ge=1, description="Time for the same input, as a multiple.")
     min_agreement: float = Field(0.7, ge=0, lt=1, description="Share of inputs on which both CLIPs must agree.")
     min_vlm_agreement: float = Field(
         0.2, ge=0, lt=1, description="The same of VLMs: an update may change most answers about what it learned."

@@ -135,7 +135,4 @@ class Collection(Section):
         description="Adapters stay for so long after their last use; caches on this machine too. Counted back from the "
         "newest entry of the ledger.",
     )
-    keep_report_days: float = Field(
-        365.0, ge=0, description="Gate reports of candidates that were never released stay for so long; 0: no limit."
-    )
     keep_adapters: list[str] = Field(default_factory=list, description="Names of adapters that always stay.")

@@ -124,8 +124,8 @@ class DecodeQueue:
         if refusal := self._budget.take(caller, held):
             whose = "your images" if refusal == "caller" else "images"
             raise ApiError(
-                429, f"{whose} that wait to be decoded or answered have too many pixels (serve.decode_pixels); send "
-                "the request again later.", code="overloaded",
+                429, f"{whose} that wait to be decoded or answered have too many pixels (four times "
+                "serve.max_pixels); send the request again later.", code="overloaded",
             )  # fmt: skip
 
         inside = 0

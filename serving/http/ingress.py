@@ -51,7 +51,7 @@ KEYS_SECONDS = 10.0
 """Between readings of the keys without requests, which bounds the age of their copies."""
 FIRST_SECONDS = 20.0
 """Longest wait of a starting replica for the ledger and the encoders; then it starts, and refuses requests."""
-SHARED = ("queue", "decode_pixels", "cache_bytes")
+SHARED = ("queue", "cache_bytes")
 """Limits that the ingress processes divide among them."""
 _WORD_START = "\u2581"
 """SentencePiece's mark of a space before a word, which decoding a single token drops."""
@@ -193,11 +193,7 @@ class Ingress:
 def share_of(settings: Serve) -> Serve:
     """The limits of one ingress process: shared ones divided by ``ingress_replicas``, those of one request unchanged.
     Processes beyond that number, added by autoscaling, have a share of their own."""
-    replicas = settings.ingress_replicas
-    shares = {name: -(-getattr(settings, name) // replicas) for name in SHARED}
-    # A single body must always find room.
-    bodies = max(settings.max_body_bytes, settings.body_budget_bytes // replicas)
-    return settings.model_copy(update={**shares, "body_budget_bytes": bodies})
+    return settings.model_copy(update={n: -(-getattr(settings, n) // settings.ingress_replicas) for n in SHARED})
 
 
 def token_texts(model: Path | None) -> Callable[[int], str]:

@@ -134,17 +134,20 @@ class _Body:
         if self.size + size > self.settings.max_body_bytes:
             raise too_large(self.settings.max_body_bytes)
         if refusal := self.budget.take(self.caller, size):
-            status, problem = 503, "the memory for request bodies is in use (serve.body_budget_bytes)."
+            status, problem = 503, "the memory for request bodies is in use (16 of the largest; serve.max_image_bytes)."
             if refusal == "caller":
                 status, most = 429, f"more than {self.budget.caller_size} bytes together"
-                problem = f"the bodies of your requests have {most} (serve.body_budget_bytes, serve.caller_share)."
+                problem = f"the bodies of your requests have {most} (serve.max_image_bytes, serve.caller_share)."
             raise ApiError(status, problem, code="overloaded", headers=CLOSE)
         self.size += size
 
 
 def too_large(limit: int) -> ApiError:
     return ApiError(
-        413, f"the body is larger than {limit} bytes (serve.max_body_bytes).", code="body_too_large", headers=CLOSE
+        413,
+        f"the body is larger than {limit} bytes (twice serve.max_image_bytes).",
+        code="body_too_large",
+        headers=CLOSE,
     )
 
 

@@ -56,6 +56,8 @@ CONNECTIONS = 4096
 HEADER_SECONDS = 10.0
 """Longest wait of HAProxy for the headers and the first 16 KB of a request; slow lines need a second or two."""
 PROBES_PER_SECOND = 50
+CONNECTIONS_PER_ADDRESS = 512
+"""Of 4,096; proxies in ``serve.trusted_proxies`` may have them all."""
 """Most calls of /health a second from one address, others get 429. Kubernetes probes a pod a few times a second."""
 ANSWER_GRACE_SECONDS = 10.0
 """Longest wait of HAProxy for more of an answer after the deadline, so that the application's own error comes first."""
@@ -164,7 +166,7 @@ def front_limits(server: Serve) -> dict[str, Any]:
         "header_ms": int(HEADER_SECONDS * 1000),
         "idle_ms": int(server.idle_seconds * 1000),
         "answer_ms": int((server.deadline_seconds + ANSWER_GRACE_SECONDS) * 1000),
-        "per_address": server.connections_per_address,
+        "per_address": CONNECTIONS_PER_ADDRESS,
         "probes_per_second": PROBES_PER_SECOND,
         "proxies": list(server.trusted_proxies),
     }

@@ -3,8 +3,8 @@ tests on the counts, so that noise does not cause a rollback.
 
 Each guardrail counts bad events, and bounds the probability of one:
 
-``errors``     the watched release's part of all failures; bound: its part of the requests, times the ratio
-``latency``    inputs that took longer than the ratio allows; bound: one half
+``errors``     the watched release's part of all failures; bound: its part of the requests, times :data:`FAILS`
+``latency``    inputs that took more than :data:`SLOWER` times as long; bound: one half
 ``agreement``  inputs on which it disagrees with the incumbent; bound: ``1 - min_agreement`` (``min_vlm_agreement``)
 
 Looks repeat, so look k spends 1/(k(k+1)) of :data:`FALSE_ALARM`, which sums to all of it. There is one look in each
@@ -31,6 +31,10 @@ FALSE_ALARM = 0.01
 TESTS = 5
 """Errors once, latency and agreement for each model."""
 LOOK_SECONDS = 2.0
+FAILS = 2.0
+"""Bound of the watched release's share of failed requests, as a multiple of its incumbent's."""
+SLOWER = 2.0
+"""An input that takes more than so many times as long as with the incumbent counts as slower."""
 Guardrail = Literal["errors", "latency", "agreement"]
 
 
@@ -88,7 +92,7 @@ class ComparisonCounts:
     agreed: int = 0
     timed: int = 0
     slower: int = 0
-    """Of ``timed``: slower than ``rollout.max_latency_ratio`` allows."""
+    """Of ``timed``: slower than SLOWER times."""
     tried: int = 0
     """Comparisons begun; one may have several inputs."""
     failed: int = 0
@@ -163,7 +167,7 @@ def look(settings: Rollout, seen: Observations, incumbent: int, number: int) -> 
     evidence = [_errors(settings, seen, incumbent, level)]
     for family, compared in sorted(seen.compared.items()):
         if compared.timed:
-            shown = f"{compared.slower} of {compared.timed} took more than {settings.max_latency_ratio:g} times as long"
+            shown = f"{compared.slower} of {compared.timed} took more than {SLOWER:g} times as long"
             evidence.append(_tested("latency", family, compared.slower, compared.timed, 0.5, level, shown))
         if compared.inputs:
             least = settings.min_agreement if family == "clip" else settings.min_vlm_agreement
@@ -188,7 +192,7 @@ def _errors(settings: Rollout, seen: Observations, incumbent: int, level: float)
         f"{ours.failed} of {ours.requests} requests failed, {theirs.failed} of {theirs.requests} of release {incumbent}"
     )
     theirs.add(FORGIVEN)
-    share = settings.max_error_ratio * ours.requests
+    share = FAILS * ours.requests
     allowed = share / (share + theirs.requests)
     return _tested("errors", None, ours.failed, ours.failed + theirs.failed, allowed, level, shown)
 

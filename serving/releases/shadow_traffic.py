@@ -30,7 +30,7 @@ from core.settings.serving import Rollout
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult
 from serving.errors import AdapterUnservable
 from serving.messages import EncodeResult, Modality
-from serving.releases.guard import ComparisonCounts, GuardTarget, Observations, RequestCounts
+from serving.releases.guard import SLOWER, ComparisonCounts, GuardTarget, Observations, RequestCounts
 from serving.releases.types import FAMILIES, ReleaseSnapshot
 
 log = logging.getLogger("ratchet.rollout")
@@ -264,7 +264,7 @@ class ShadowTraffic:
             metrics.rollout.compared(family, "failed")
             return None
         compared.timed += 1
-        compared.slower += took[rows[0].number] > self.settings.max_latency_ratio * took[rows[1].number]
+        compared.slower += took[rows[0].number] > SLOWER * took[rows[1].number]
         return answers[rows[0].number], answers[rows[1].number]
 
     def _count_agreement(self, watch: _Watch, family: Family, agreed: bool | None) -> None:

@@ -17,7 +17,7 @@ from ops.console.request_context import ErrorPage, Reader, RequestContext
 from updater.gate.report import HTML_NAME, JSON_NAME, render_body, samples_of, with_samples
 
 router = APIRouter()
-NO_REPORT = "It may be written in a moment; those of what was never released go after gc.keep_report_days."
+NO_REPORT = "It may be written in a moment; those of what was never released go after a year."
 UPDATE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 THUMBNAIL = "/samples/{}.png?size=96"
 REPORT_POLICY = (

@@ -74,7 +74,7 @@ class ServerFixture:
             serve = {"vlm_engine": vlm_engine, "vlm_max_rank": 8, "vlm_memory_gib": 0.25} | serve
         bases = {"clip": base.name, "vlm": vlm.name if vlm is not None else ""}
         config = home / "ratchet.yaml"
-        bounds = {"port": free_port(), "deadline_seconds": 20, "max_body_bytes": 2 << 20,
+        bounds = {"port": free_port(), "deadline_seconds": 20,
                   "max_image_bytes": 1 << 20, "max_pixels": 1_000_000, "encoder_replicas": 2, "encoder_threads": 1,
                   "cache_bytes": 0}  # fmt: skip  # tests repeat their inputs, and mean the encoders
         # Tests share a server: a rollback of one must not make the updates of the next one wait.

@@ -166,7 +166,8 @@ def test_what_all_requests_share_is_divided_and_what_one_may_have_is_not() -> No
         assert 0 <= 3 * getattr(share, name) - getattr(Serve(), name) < 3
     assert (share.max_body_bytes, share.deadline_seconds) == (16 * MIB, 30.0)
     assert share_of(Serve()) == Serve()
-    crowded = share_of(Serve(ingress_replicas=64, body_budget_bytes=64 * MIB))
+    assert (share.body_budget_bytes, share.decode_pixels) == (256 * MIB // 3, 53_333_334)
+    crowded = Serve(ingress_replicas=64)
     assert crowded.body_budget_bytes == crowded.max_body_bytes, "the largest body always finds room"
 
 

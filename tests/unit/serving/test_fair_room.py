@@ -135,7 +135,7 @@ async def test_pixels_that_wait_are_bounded_for_all_and_for_one() -> None:
             tasks.create_task(_hold(queue, caller, pixels, done))
         await asyncio.sleep(0)
         for caller, pixels, whose in (("a", 1, "your images"), ("c", 21, "images")):
-            with pytest.raises(ApiError, match=f"^429: {whose} that wait.*serve.decode_pixels"):
+            with pytest.raises(ApiError, match=f"^429: {whose} that wait.*serve.max_pixels"):
                 await _hold(queue, caller, pixels, done)
         done.set()
     assert queue.pixels == 0

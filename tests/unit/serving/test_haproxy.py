@@ -113,7 +113,12 @@ class Front:
 
 @contextlib.asynccontextmanager
 async def front(
-    folder: Path, gone: int = 0, header_ms: int = 10_000, probes_per_second: int = 50, **serve: object
+    folder: Path,
+    gone: int = 0,
+    header_ms: int = 10_000,
+    probes_per_second: int = 50,
+    per_address: int = 512,
+    **serve: object,
 ) -> AsyncIterator[Front]:
     """``gone``: replicas that refuse connections, before Serve's own proxy, which is otherwise the only backend."""
     assert BINARY is not None
@@ -126,7 +131,8 @@ async def front(
     made.listener = server = await asyncio.start_server(made.answer, "127.0.0.1", app)
     launcher = write_launcher(
         folder, BINARY,
-        front_limits(Serve(**serve)) | {"header_ms": header_ms, "probes_per_second": probes_per_second},
+        front_limits(Serve(**serve))
+        | {"header_ms": header_ms, "probes_per_second": probes_per_second, "per_address": per_address},
     )  # fmt: skip
     process = subprocess.Popen([launcher, "-db", "-f", config], stderr=subprocess.PIPE)
     try:
@@ -186,7 +192,7 @@ async def test_haproxy_answers_with_error_objects_of_its_own(tmp_path: Path) -> 
 
 
 async def test_an_address_has_a_bound_of_connections_and_the_others_have_theirs(tmp_path: Path) -> None:
-    async with front(tmp_path, connections_per_address=5) as server:
+    async with front(tmp_path, per_address=5) as server:
         open_ones = []
         with contextlib.suppress(ConnectionError):
             for _ in range(30):

@@ -71,7 +71,7 @@ async def test_more_images_than_a_request_may_have_are_refused_before_one_is_ope
 
 
 async def test_requests_over_the_pixels_that_may_wait_are_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = loader(decode_pixels=30_000)
+    images = loader(max_pixels=15_000, ingress_replicas=2)
     go, begun = threading.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -166,7 +166,7 @@ def test_transparency_of_a_large_image_is_resolved_as_that_of_its_parts(
 
 
 async def test_a_question_without_pictures_does_not_wait_for_those_with_some() -> None:
-    images = loader(decode_pixels=1000)
+    images = loader(max_pixels=250)
     async with images.queue.reserved("a", 750), asyncio.timeout(5), images.pictures((), "a") as pictures:
         assert pictures == ()
 
@@ -232,7 +232,7 @@ async def test_pictures_count_until_the_vlm_has_answered(path: str, body: dict[s
 
 
 async def test_a_large_picture_counts_as_large_as_it_is_kept() -> None:
-    bounds = Serve(max_pixels=1_000_000, decode_pixels=4_000_000)
+    bounds = Serve(max_pixels=1_000_000)
     image_loader = ImageLoader(Preprocess(size=16), bounds)
     pictures = [(f"messages.0.content.{number}", png(1000, 1000)) for number in range(2)]
     async with image_loader.pictures(pictures, "a") as made:

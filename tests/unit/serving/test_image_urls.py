@@ -113,10 +113,10 @@ async def test_each_refusal_has_its_code_and_its_place(web: WebServer) -> None:
 
 
 async def test_the_images_of_one_request_weigh_no_more_than_a_body(web: WebServer) -> None:
-    at, _ = serving(fetching(web, max_body_bytes=1024, max_image_bytes=1024))
+    at, _ = serving(fetching(web, max_image_bytes=1024))
     web.pages["/red.png"] = reply(RED + b"\0" * 600)
     async with client(at) as http:
-        parts = [{"type": "image_url", "image_url": {"url": address(web)}} for _ in range(2)]
+        parts = [{"type": "image_url", "image_url": {"url": address(web)}} for _ in range(4)]
         both = await http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": parts}]})
         one = await http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": parts[:1]}]})
     assert (both.status_code, both.json()["error"]["code"]) == (413, "image_too_large")

@@ -37,7 +37,7 @@ async def test_a_body_is_counted_with_and_without_a_length() -> None:
         streamed = await http.post("/", content=chunks())
         odd = await http.post("/", content=b"x", headers={"content-length": b"\xb2"})
     for answer in (declared, streamed, odd):
-        assert "serve.max_body_bytes" in refusal(answer, 413, "body_too_large")
+        assert "serve.max_image_bytes" in refusal(answer, 413, "body_too_large")
 
 
 async def test_a_compressed_body_is_refused_and_a_plain_one_that_says_so_is_not() -> None:
@@ -108,7 +108,7 @@ async def test_a_whole_body_has_a_time_limit_whatever_its_rate(clock: Clock, mon
 
 
 async def test_bodies_share_a_budget_that_is_given_back() -> None:
-    app = limited(EchoApp(), body_budget_bytes=4000, caller_share=0.5, max_body_bytes=4000)
+    app = limited(EchoApp(), ingress_replicas=16, caller_share=0.5, max_image_bytes=2000)
     first, second = RawRequest(app, peer="127.0.0.2"), RawRequest(app, peer="127.0.0.2")
     first.send_body(b"x" * 1500)
     await settled()
