@@ -27,7 +27,7 @@ from benchmarks.continual.plan import draw, plan
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.stream import Stream, Suite, load_stream, prepare
 from benchmarks.machine import machine
-from core.progress import say
+from core.progress import progress_log
 from core.settings import Settings
 from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.heads import Head
@@ -53,7 +53,7 @@ def run(settings: Settings, protocol: Protocol) -> dict[str, Any]:
     rows = {}
     with tempfile.TemporaryDirectory(prefix="ratchet-heads-") as folder:
         for suite in suites:
-            say(f"{suite.name}: {len(taught[suite.name])} labelled pairs")
+            progress_log.info(f"{suite.name}: {len(taught[suite.name])} labelled pairs")
             began = time.process_time()
             directory = _trained(base, stream, suite, protocol, Path(folder) / suite.name)
             trained = time.process_time() - began

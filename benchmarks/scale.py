@@ -33,7 +33,7 @@ from benchmarks.machine import machine
 from core.addresses import free_port
 from core.errors import ConfigError, RatchetError
 from core.ledger import Ledger
-from core.progress import say, step
+from core.progress import progress_log, step
 from core.settings import Settings
 from core.waiting import wait_until
 from ops.planning.capacity import ServiceTimes
@@ -107,7 +107,7 @@ def run(settings: Settings, nodes: int = NODES, seconds: float = 10.0) -> dict[s
                 deploy(application(ours, SleepingEncoder, **encoders), APP, ours.serve)
                 _wait_for(ours, count)
             rows.append({"nodes": count, **_measure(side, count, seconds)})
-            say(f"{count} encoder nodes: {rows[-1]['requests_per_second']} requests/s")
+            progress_log.info(f"{count} encoder nodes: {rows[-1]['requests_per_second']} requests/s")
     one = rows[0]["requests_per_second"]
     scales = {f"scale_{row['nodes']}": round(row["requests_per_second"] / one, 3) for row in rows[1:]}
     return {

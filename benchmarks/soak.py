@@ -25,7 +25,7 @@ from benchmarks.process_memory import ProcessMemory, child_processes
 from benchmarks.samples import fill_store, wait_until_searchable
 from benchmarks.serving.session_processes import session_pids
 from benchmarks.swap import CAPACITY_CONCURRENCY, Swaps, make_adapters, make_vlm_adapters, throughput
-from core.progress import say, step, track
+from core.progress import progress_log, step, track
 from core.settings import Settings
 from demo.load.traffic import Report, Traffic, percentile
 from ratchet_client import Client
@@ -211,5 +211,5 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     figures = run(settings, options.minutes, options.every, options.warm, options.share, options.base)
     show(figures)
     if wrong := violations(figures):
-        say(f"[red]{', '.join(wrong)}[/red]")
+        progress_log.error(f"{', '.join(wrong)}")
         raise SystemExit(1)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from core.log_format import readable
-from core.progress import say
+from core.progress import progress_log
 from core.reaper import descendants
 
 STOP_SECONDS = 40.0  # Serve drains its requests, ingest finishes its batch, the trainer writes a checkpoint
@@ -111,9 +111,8 @@ class ChildProcess:
         if self.process is not None and self.retry_at <= 0:
             wait = BACKOFF_SECONDS[min(self.restarts, len(BACKOFF_SECONDS) - 1)]
             self.retry_at = now + wait
-            say(
-                f"[yellow]{self.name} ended with status {self.process.returncode}[/yellow]; "
-                f"again in {wait:.0f} s ({self.log})"
+            progress_log.warning(
+                f"{self.name} ended with status {self.process.returncode}; again in {wait:.0f} s ({self.log})"
             )
             return
         self.restarts += 1
@@ -129,9 +128,9 @@ class ChildProcess:
         if self.process is None:
             return
         if stop_reaped(self.process, deadline - time.monotonic()):
-            say(f"{self.name} stopped")
+            progress_log.info(f"{self.name} stopped")
         else:
-            say(f"[yellow]{self.name} did not stop in time and is killed[/yellow]")
+            progress_log.warning(f"{self.name} did not stop in time and is killed")
         if self._file is not None:
             self._file.close()
             self._file = None

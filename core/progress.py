@@ -10,47 +10,50 @@ from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 from rich.console import Console
-from rich.errors import MarkupError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.text import Text
 
 from core.log_format import writes_json
 
-log = logging.getLogger("ratchet.progress")
 T = TypeVar("T")
+Receiver = Callable[[int, str], None]
+"""Called with the level and the text of each record."""
 EVERY_SECONDS = 5.0
+progress_log = logging.getLogger("ratchet.progress")
+"""Lines about long work. At a terminal they are shown with the time (UTC), elsewhere they are records of the log."""
 _console = Console(stderr=True)
-_receiver: Callable[[str], None] | None = None
+_receiver: Receiver | None = None
 
 
-def send_to(receiver: Callable[[str], None] | None) -> None:
-    """Send lines to ``receiver`` instead of standard error, as when it owns the screen, or is in another process. None:
-    undo. Terminal bars become lines too."""
+def send_to(receiver: Receiver | None) -> None:
+    """Send records to ``receiver`` alone, as when it owns the screen, or is in another process. None: undo. Terminal
+    bars become records too."""
     global _receiver
     _receiver = receiver
+
+
+def styled(level: int, text: str) -> Text:
+    """A record for a terminal: the time, and the text in the level's colour."""
+    style = "red" if level >= logging.ERROR else "yellow" if level >= logging.WARNING else ""
+    return Text.assemble((time.strftime("%H:%M:%S ", time.gmtime()), "dim"), (text, style))
 
 
 def _on_terminal() -> bool:
     return _receiver is None and sys.stderr.isatty() and not writes_json()
 
 
-def say(message: str) -> None:
-    """Write a line (Rich's markup) to standard error: with the time (UTC) at a terminal, elsewhere as a log record: red
-    as an error, yellow as a warning, other text as information."""
+def _left_to_the_log(record: logging.LogRecord) -> bool:
     if _receiver is not None:
-        _receiver(message)
+        _receiver(record.levelno, record.getMessage())
     elif _on_terminal():
-        shown = f"[dim]{time.strftime('%H:%M:%S', time.gmtime())}[/dim] {message}"
-        _console.print(shown, highlight=False, soft_wrap=True)
+        _console.print(styled(record.levelno, record.getMessage()), highlight=False, soft_wrap=True)
     else:
-        try:
-            text = Text.from_markup(message)
-        except MarkupError:  # brackets in external text
-            text = Text(message)
-        styles = {str(span.style) for span in text.spans}
-        level = logging.ERROR if "red" in styles else logging.WARNING if "yellow" in styles else logging.INFO
-        log.log(level, "%s", text.plain)
+        return True
+    return False
+
+
+progress_log.addFilter(_left_to_the_log)
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
@@ -68,7 +71,7 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
         now = time.monotonic()
         if now - last >= EVERY_SECONDS:
             last = now
-            say(f"{label}: {done}{f'/{total}' if total else ''} after {now - started:.0f} s")
+            progress_log.info(f"{label}: {done}{f'/{total}' if total else ''} after {now - started:.0f} s")
 
 
 @contextmanager
@@ -88,7 +91,7 @@ def meter(label: str) -> Iterator[Callable[[Callable[[], str]], None]]:
         if status is not None:
             status.update(f"{label}: {text()}")
         else:
-            say(f"{label}: {text()}")
+            progress_log.info(f"{label}: {text()}")
 
     with status or nullcontext():
         yield show
@@ -97,10 +100,10 @@ def meter(label: str) -> Iterator[Callable[[Callable[[], str]], None]]:
 @contextmanager
 def step(label: str) -> Iterator[None]:
     started = time.monotonic()
-    say(f"{label} ...")
+    progress_log.info(f"{label} ...")
     try:
         yield
     except BaseException:
-        say(f"{label}: [red]failed[/red] after {time.monotonic() - started:.1f} s")
+        progress_log.error(f"{label}: failed after {time.monotonic() - started:.1f} s")
         raise
-    say(f"{label}: done in {time.monotonic() - started:.1f} s")
+    progress_log.info(f"{label}: done in {time.monotonic() - started:.1f} s")

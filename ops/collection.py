@@ -25,7 +25,7 @@ from core.errors import LeaseLost, LedgerError, ReleaseConflict
 from core.ledger import Family, Ledger
 from core.ledger.collection import COLLECT_LEASE, AdapterUse, JudgedUpdate
 from core.ledger.leases import renewing
-from core.progress import say
+from core.progress import progress_log
 from core.settings import Settings
 from serving.engines.clip_base import names_by_digest
 from serving.releases.residency import read_residency
@@ -145,7 +145,7 @@ class Collector:
             except ReleaseConflict as error:
                 if attempt == TRIES - 1:
                     raise
-                say(f"gc: {error}")
+                progress_log.info(f"gc: {error}")
         raise AssertionError  # unreachable
 
     def _check(self, epoch: int) -> None:

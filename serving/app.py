@@ -24,7 +24,7 @@ from core.ledger import Ledger
 from core.ledger.rows import Family
 from core.loading import load_settings
 from core.logs import configure_logging, log_format
-from core.progress import say, step
+from core.progress import progress_log, step
 from core.settings import Settings
 from core.settings.serving import Serve
 from ratchet_client import Client
@@ -249,7 +249,7 @@ def _migrate(settings: Settings) -> None:
 
         source = ResidencySource.of(settings, Ledger.lazy(settings.ledger), "server")
         number = source.newest().window[0].number
-        say(f"[yellow]{error.message}[/yellow] starting with release {number}, the last known one ({source.source})")
+        progress_log.warning(f"{error.message} starting with release {number}, the last known one ({source.source})")
 
 
 def _check_base(settings: Settings, ledger: Ledger) -> None:
@@ -264,7 +264,7 @@ def _check_base(settings: Settings, ledger: Ledger) -> None:
             f"Set base.clip to the base of the live release, or learn on {lineage.name!r} what was learned: "
             f"`ratchet base upgrade {lineage.name}`, then `ratchet base switch {lineage.name}`.",
         )
-    say(f"[yellow]{lineage.why_not(live)}[/yellow]: the newest release of this base answers")
+    progress_log.warning(f"{lineage.why_not(live)}: the newest release of this base answers")
 
 
 def _start(settings: Settings, server: Server) -> None:
@@ -290,7 +290,9 @@ def _start(settings: Settings, server: Server) -> None:
         server.progress = StartProgress(Client(server.url, retries=0), models, lambda: read_statuses(APP), server.began)
         server.progress.wait_for("clip", lambda: processor_seconds(os.getpid()))
     if settings.base.vlm and not serves_vlm(settings):
-        say(f"no VLM is served: no base {settings.base.vlm!r} (`ratchet base build` makes the shipped one)")
+        progress_log.info(
+            f"no VLM is served: no base {settings.base.vlm!r} (`ratchet base build` makes the shipped one)"
+        )
 
 
 def _tell_of_keys(settings: Settings) -> None:
@@ -298,11 +300,13 @@ def _tell_of_keys(settings: Settings) -> None:
         return
     with contextlib.suppress(LedgerUnavailable), contextlib.closing(Ledger.lazy(settings.ledger)) as ledger:
         if Access(ledger, settings).open:
-            say(
-                f"[red]no key is needed to ask the models on {settings.serve.host}[/red] (access.require_keys is never)"
+            progress_log.error(
+                f"no key is needed to ask the models on {settings.serve.host} (access.require_keys is never)"
             )
         elif not any({"infer", "search"} & set(key.scopes) for key in ledger.api_keys()):
-            say("clients need a key, and there is none yet: `ratchet keys create NAME --scope infer --scope search`")
+            progress_log.info(
+                "clients need a key, and there is none yet: `ratchet keys create NAME --scope infer --scope search`"
+            )
 
 
 def serve_app(settings: Settings) -> None:

@@ -9,7 +9,7 @@ from typing import Final
 
 from core.errors import ConfigError
 from core.ledger.rows import Family
-from core.progress import say
+from core.progress import progress_log
 from core.waiting import StoodStill, wait_for_progress
 from ratchet_client import Client, ServerError
 from serving.ray.deployment_status import DeploymentStatus
@@ -50,9 +50,9 @@ class StartProgress:
             problem = self._client.why_not_ready(model)
             if not problem:
                 self._waiting.remove(model)
-                say(f"[green]{NAMES[model]} answers[/green] on {self._client.url} after {self.seconds:.1f} s")
+                progress_log.info(f"{NAMES[model]} answers on {self._client.url} after {self.seconds:.1f} s")
             elif problem != self._last_problems.get(model):
-                say(f"{NAMES[model]} after {self.seconds:.0f} s: {problem}")
+                progress_log.info(f"{NAMES[model]} after {self.seconds:.0f} s: {problem}")
                 self._last_problems[model] = problem
         return not self._waiting
 
@@ -87,8 +87,8 @@ class StartProgress:
             if status.failed and "clip" in self._waiting:
                 raise ConfigError(f"{name} cannot start: {status.cause}", "Look at the server's log.")
             if status.failed:
-                say(f"[red]{name} cannot start[/red]: {status.cause}")
+                progress_log.error(f"{name} cannot start: {status.cause}")
             if status.running or status.failed:
                 self._ended.add(name)
                 self._running += [name] if status.running else []
-                say(f"{name} {'runs' if status.running else 'failed'} after {self.seconds:.1f} s")
+                progress_log.info(f"{name} {'runs' if status.running else 'failed'} after {self.seconds:.1f} s")

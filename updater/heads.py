@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from core.progress import say, track
+from core.progress import progress_log, track
 from core.settings.updates import LearnedHead
 from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.clip import ClipEngine
@@ -71,13 +71,13 @@ def learn_heads(
         classes = sorted({label for label, _, _ in chosen})
         there = sum(len(rows) for label, rows in held[head.name].rows.items() if label in classes)
         if len(classes) < 2:
-            say(f"head {head.name}: fewer than two classes have {head.min_images} labelled samples")
+            progress_log.info(f"head {head.name}: fewer than two classes have {head.min_images} labelled samples")
         elif there < held_out:
-            say(f"head {head.name}: {there} labelled samples are held out, and the gate needs {held_out}")
+            progress_log.info(f"head {head.name}: {there} labelled samples are held out, and the gate needs {held_out}")
         else:
             features = _features(engine, name, store, version, [place for _, _, place in chosen], head.name)
             learned[head.name] = fit_head(features, [label for label, _, _ in chosen])
-            say(f"head {head.name}: {len(classes)} classes of {len(chosen)} samples")
+            progress_log.info(f"head {head.name}: {len(classes)} classes of {len(chosen)} samples")
     return learned
 
 

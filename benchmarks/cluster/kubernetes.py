@@ -17,7 +17,7 @@ from benchmarks.cluster.pod import Pod
 from benchmarks.cluster.ray_service import RayService
 from benchmarks.cluster.volumes import ConfigObjects, mount_points
 from core.errors import RatchetError
-from core.progress import say, step
+from core.progress import progress_log, step
 from core.waiting import wait_until
 from tests.support.chart import Object, of_kind, pods
 
@@ -119,7 +119,7 @@ class Kubernetes:
         self._deployed[name] = text, new
         if not wait_until(lambda: all(pod.is_ready for pod in new), START_SECONDS, pause=0.5):
             raise RatchetError(f"{name} is not ready after {START_SECONDS:.0f} s.", f"See {new[0].folder}.")
-        say(f"{name} is ready")
+        progress_log.info(f"{name} is ready")
 
     def _pod(self, name: str, template: Mapping[str, Any]) -> Pod:
         pod = Pod(

@@ -20,7 +20,7 @@ from benchmarks.cluster.image import USER, Image
 from benchmarks.cluster.network import Network
 from benchmarks.cluster.volumes import ConfigObjects, Volumes
 from core.errors import RatchetError
-from core.progress import say
+from core.progress import progress_log
 
 SECURITY: Final = {
     "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "privileged": False,
@@ -151,7 +151,7 @@ class Pod:
                     self._look(each)
         except RatchetError as error:
             self.problem = str(error)
-            say(f"[red]{self.name}: {error}[/red]")
+            progress_log.error(f"{self.name}: {error}")
 
     def _initialize(self, spec: Mapping[str, Any]) -> None:
         """Run an init container, which must succeed before the others start."""
@@ -207,7 +207,7 @@ class Pod:
         if self._end.is_set() or not self.is_alive:  # the pod ends, which is no container's fault
             return
         self.restarts.append(f"{self.name}/{spec['name']}: {reason}")
-        say(f"[yellow]{self.restarts[-1]}[/yellow]")
+        progress_log.warning(f"{self.restarts[-1]}")
 
     def _start(self, spec: Mapping[str, Any]) -> Container:
         if spec["securityContext"] != SECURITY or self.spec["securityContext"]["runAsUser"] != USER:

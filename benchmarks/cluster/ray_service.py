@@ -23,7 +23,7 @@ import yaml
 
 from benchmarks.cluster.pod import Pod
 from core.errors import RatchetError
-from core.progress import say
+from core.progress import progress_log
 from core.waiting import wait_until
 
 GCS_PORT: Final = 6379
@@ -187,7 +187,7 @@ class RayService:
         began = time.monotonic()
         if not wait_until(serves, START_SECONDS, pause=LOOK_SECONDS):
             raise RatchetError(f"{cluster.name} does not serve after {START_SECONDS:.0f} s.", "Look at its pods' logs.")
-        say(f"{cluster.name} serves after {time.monotonic() - began:.0f} s")
+        progress_log.info(f"{cluster.name} serves after {time.monotonic() - began:.0f} s")
 
 
 def compared_by_kuberay(spec: Mapping[str, Any]) -> dict[str, Any]:

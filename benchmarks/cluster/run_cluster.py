@@ -29,7 +29,7 @@ from benchmarks.cluster.stores import POSTGRES_HOST, S3_HOST, start_stores
 from benchmarks.command import bench_parser, show_figures
 from benchmarks.machine import machine
 from core.errors import ConfigError
-from core.progress import say, step
+from core.progress import progress_log, step
 from core.settings import Settings
 from tests.support.chart import merged, of_kind, profile, render_chart
 
@@ -74,7 +74,7 @@ def run(settings: Settings, folder: Path, values: Any, rate: float, upgrade: str
         installed = time.monotonic() - began
         with step("helm test"):
             (test,) = of_kind(objects, "Pod")
-            say(kubernetes.run(test["metadata"]["name"], test).strip().splitlines()[-1])
+            progress_log.info(kubernetes.run(test["metadata"]["name"], test).strip().splitlines()[-1])
         scenario = Scenario(kubernetes, ours, stores.operator_key, rate)
         scenario.publish()
         figures: dict[str, Any] = {"install_seconds": round(installed, 1), "samples": SAMPLES}

@@ -12,7 +12,7 @@ from benchmarks.samples import wait_until_searchable
 from benchmarks.swap import make_adapters, make_vlm_adapters
 from core.errors import RatchetError
 from core.ledger import Ledger
-from core.progress import say, step
+from core.progress import progress_log, step
 from core.settings import Settings
 from core.waiting import wait_until
 from demo.load.traffic import Report, Traffic
@@ -94,7 +94,7 @@ class Scenario:
             wait_until(lambda: ledger.proposals(1)[0].state == "preparing", STEP_SECONDS, pause=0.02)
             self.killed_at.append(time.time())
             lost.kill()
-            say(f"{lost.name} is lost; the release is {ledger.proposals(1)[0].state}")
+            progress_log.info(f"{lost.name} is lost; the release is {ledger.proposals(1)[0].state}")
 
         killer = threading.Thread(target=kill)
         killer.start()
@@ -119,7 +119,7 @@ class Scenario:
                     break
                 except RatchetError as error:
                     refusals.append(str(error)[-200:])
-                    say(f"[yellow]refused: {refusals[-1]}[/yellow]")
+                    progress_log.warning(f"refused: {refusals[-1]}")
                     if time.monotonic() > until:
                         raise
                     time.sleep(1)

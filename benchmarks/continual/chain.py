@@ -20,7 +20,7 @@ from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.provenance import provenance
 from benchmarks.continual.tuning import recipe_of
 from core.digests import digest_json
-from core.progress import say
+from core.progress import progress_log
 from updater.data.pools import mixed_seed
 from updater.recipes import Recipe
 from updater.step.learner import Base
@@ -89,7 +89,7 @@ class Chain:
         """Continue until ``updates`` are done. Raises Stopped, and what :func:`updater.training.train.train` raises."""
         rows = updates_done(self.results, self.recipe, self.unit)
         for number in range(len(rows), min(updates, len(self.order))):
-            say(f"{self.unit}: update {number + 1} of {updates}, {self.order[number]}")
+            progress_log.info(f"{self.unit}: update {number + 1} of {updates}, {self.order[number]}")
             rows.append(self._update(number, rows[-1] if rows else {}, stop))
 
     def _update(self, number: int, last: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from benchmarks.continual.stream import UPDATES, Stream, load_stream, prepare
 from benchmarks.continual.table import markdown
 from core.digests import digest12, digest_json
 from core.errors import ConfigError
-from core.progress import say
+from core.progress import progress_log
 from core.settings import Settings
 from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
@@ -172,7 +172,7 @@ def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) ->
 def _run(runner: Runner, wanted: Wanted) -> None:
     """Run every method once, then, if there is time, the best ones in all orders with all seeds."""
     if not runner.run([Unit(name) for name in wanted.methods]):
-        return say("the time is over; call again to go on")
+        return progress_log.info("the time is over; call again to go on")
     reference = read_reference(runner.results)
 
     def score(name: str) -> float | None:
@@ -186,7 +186,7 @@ def _run(runner: Runner, wanted: Wanted) -> None:
         Unit(name, order, seed) for seed in range(wanted.seeds) for order in range(wanted.orders) for name in chosen
     ]
     if not runner.run(more):
-        say("the time is over; call again to go on")
+        progress_log.info("the time is over; call again to go on")
     return None
 
 
@@ -197,7 +197,7 @@ def _write(outcome: dict[str, Any], folder: Path) -> None:
     (folder / "README.md").write_text(markdown(outcome) + _pictures(drawings))
     for name, drawing in drawings.items():
         (folder / name).write_text(drawing)
-    say(f"tables and plots are in {folder}")
+    progress_log.info(f"tables and plots are in {folder}")
 
 
 def _pictures(drawings: dict[str, str]) -> str:

@@ -16,7 +16,7 @@ from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.runner import Runner
 from benchmarks.continual.tuning import FILE, ORDER, UPDATES, Trial, choose, trials
 from core.errors import RatchetError
-from core.progress import say
+from core.progress import progress_log
 from updater.recipes import load_recipe
 
 NAIVE = "naive"
@@ -29,7 +29,7 @@ def tune(runner: Runner, methods: Sequence[str], file: Path = FILE) -> dict[str,
     runner = replace(runner, results=runner.results / "tuning", updates=UPDATES)
     units = [Unit(name, ORDER, trial=trial) for name in methods for trial in range(len(trials(load_recipe(name))))]
     if not runner.run(units):
-        say("the time is over; call again to go on")
+        progress_log.info("the time is over; call again to go on")
     complete = {name: done for name in methods if (done := _trials(runner, name))}
     title = f"GM and A_ZS on the tuning suites after {UPDATES} updates"
     table = Table("method", *("rate, weight" for _ in range(5)), title=title)

@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.continual.chain import Unit, updates_done
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.worker import FAILED
-from core.progress import say
+from core.progress import progress_log
 from updater.service.process import ENVIRONMENT
 from updater.training.checkpoint import read_json, write_json
 
@@ -98,7 +98,9 @@ class Runner:
             job.seen = done
             left = sum(self.updates - self.done(unit) for unit in (*waiting, *(each.unit for each in running)))
             each = (time.monotonic() - self._began) / self._finished
-            say(f"{job.unit}: {done} of {self.updates} updates; {left} updates left, about {_spoken(left * each)}")
+            progress_log.info(
+                f"{job.unit}: {done} of {self.updates} updates; {left} updates left, about {_spoken(left * each)}"
+            )
 
     def _end(self, job: Job) -> None:
         path = job.unit.folder(self.results) / FAILED
@@ -107,7 +109,7 @@ class Runner:
             reason = f"its process was killed by signal {-code}" if code < 0 else f"its process ended with {code}"
             write_json(path, {"reason": f"{reason}; see log.txt beside this file"})
         if path.is_file():
-            say(f"{job.unit} failed: {failure(self.results, job.unit)}")
+            progress_log.info(f"{job.unit} failed: {failure(self.results, job.unit)}")
 
     def _stop(self, running: Sequence[Job]) -> None:
         for job in running:

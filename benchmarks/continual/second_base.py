@@ -19,7 +19,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from core.progress import say, track
+from core.progress import progress_log, track
 from core.settings.serving import SHIPPED
 from demo.clip.shipped import DOMAINS
 from demo.clip.towers import load_pixels
@@ -132,7 +132,7 @@ def _train(
         optimizer.step()
         losses.append(float(loss.detach()))
     few = max(1, len(losses) // 20)
-    say(f"loss {np.mean(losses[:few]):.2f} -> {np.mean(losses[-few:]):.2f}")
+    progress_log.info(f"loss {np.mean(losses[:few]):.2f} -> {np.mean(losses[-few:]):.2f}")
 
 
 def _config(dim: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from benchmarks.serving.session_processes import kill, session_pids
 from benchmarks.stream.ratchet_process import RatchetProcess, write_settings
 from core.addresses import free_port
 from core.errors import BaseModelError, ConfigError
-from core.progress import say, step, track
+from core.progress import progress_log, step, track
 from core.settings import Settings
 from core.settings.section import MIB
 from ratchet_client import Client
@@ -62,7 +62,7 @@ def run(
         with tempfile.TemporaryDirectory(prefix="ratchet-bench-", ignore_cleanup_errors=True) as folder:
             measured.append(_model(settings, clip_base(settings, model), peers, grid, Path(folder)))
             rows += measured[-1].cells
-            say(f"{model}: {json.dumps(ratios(measured[-1].cells))}")
+            progress_log.info(f"{model}: {json.dumps(ratios(measured[-1].cells))}")
     first = measured[0]
     return {
         "model": models[0], **ratios(first.cells), "cpu_ms_per_request": cpu_ms_per_request(first.cells),
@@ -99,7 +99,7 @@ def _model(settings: Settings, base: ClipBase, peers: Sequence[str], grid: Grid,
         with step("comparing vectors"):
             cosines = check(server, others, base, unable)
         for whose, reason in unable.items():
-            say(f"not measured: {whose}: {reason}")
+            progress_log.info(f"not measured: {whose}: {reason}")
         rows, idle = measure([server, *others, raw], grid, base.name, lambda: session_pids(ours))
         about = {**raw.describe(), "least_cosines": cosines, "unable": unable, "ratchet_idle_cores": idle}
         return ModelFigures(rows, about)

@@ -25,7 +25,7 @@ from benchmarks.gate.redrawn import figures_of, redraw
 from benchmarks.gate.trial import Trial, Workshop, run_all
 from benchmarks.machine import machine
 from core.errors import ConfigError
-from core.progress import say, track
+from core.progress import progress_log, track
 from core.settings import Settings
 from updater.training.checkpoint import write_json
 
@@ -259,5 +259,5 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     given = Extent(options.candidates, options.candidates, options.parents, TRIES, options.deals, options.draws)
     extent = FAST if options.fast else given
     out = options.out or settings.home / "bench" / "gate"
-    say(f"{extent.bad} bad and {extent.good} good candidates; outcomes are kept in {out / 'outcomes'}")
+    progress_log.info(f"{extent.bad} bad and {extent.good} good candidates; outcomes are kept in {out / 'outcomes'}")
     show(run(settings, extent, out))

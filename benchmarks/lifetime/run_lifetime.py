@@ -24,7 +24,7 @@ from benchmarks.lifetime.world import FORGOTTEN, make_world
 from benchmarks.machine import machine
 from core.child_process import end_with_parent, kill_workers
 from core.errors import ConfigError
-from core.progress import say, track
+from core.progress import progress_log, track
 from core.settings import Settings
 from core.settings.updates import Gate
 from updater.training.checkpoint import write_json
@@ -171,7 +171,9 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
             f"Ask for 2 to {MOST_UPDATES} updates, 1 to 100 streams, and a share between 0 and 1.",
         )
     out = options.out or settings.home / "bench" / "lifetime"
-    say(f"{options.streams} streams of {options.updates} updates for each set of rules; results go to {out}")
+    progress_log.info(
+        f"{options.streams} streams of {options.updates} updates for each set of rules; results go to {out}"
+    )
     figures = run(
         settings, updates=options.updates, streams=options.streams, rules=RULES[:1] if options.only else RULES,
         forgotten=options.forgotten, outcomes=options.outcomes,

@@ -28,7 +28,7 @@ from benchmarks.serving.chaos_plan import STATES, State, plan, states_of
 from benchmarks.serving.chaos_states import Chaos
 from benchmarks.serving.operator import Operator
 from core.errors import ConfigError
-from core.progress import say, step
+from core.progress import progress_log, step
 from core.settings import Settings
 from demo.load.traffic import Traffic
 from tests.support.inputs import QUESTIONS
@@ -75,7 +75,7 @@ def run(
             report = load.report()
         audit(reports, report.samples)
         for text in report.problems:
-            say(f"[red]{text}[/red]")
+            progress_log.error(f"{text}")
         return {
             **totals(reports),
             "seconds": round(time.time() - began, 1),
@@ -133,5 +133,5 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
         figures = run(settings, options.seconds, states, options.seed, options.rate, engine, folder)
     show(figures)
     if wrong := violations(figures):
-        say(f"[red]{', '.join(wrong)}[/red]")
+        progress_log.error(f"{', '.join(wrong)}")
         raise SystemExit(1)

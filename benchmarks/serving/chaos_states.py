@@ -20,7 +20,7 @@ from benchmarks.serving.operator import Operator
 from benchmarks.serving.whole_server import WholeServer
 from benchmarks.stream.small_disk import SmallDisk
 from core.errors import RatchetError
-from core.progress import say
+from core.progress import progress_log
 from demo.load.traffic import Traffic
 from tests.support.commit_relay import Loss
 
@@ -68,7 +68,7 @@ class Chaos:
 
     def enter(self, phase: Phase) -> StateReport:
         report = StateReport(phase.state, began=time.time())
-        say(f"[yellow]{phase.state} for {phase.seconds:.0f} s[/yellow]")
+        progress_log.warning(f"{phase.state} for {phase.seconds:.0f} s")
         try:
             _ACTIONS[phase.state](self, phase.seconds, report)
         except Skipped as reason:
@@ -78,7 +78,7 @@ class Chaos:
         self._settle(report)
         report.ended = time.time()
         for problem in report.problems:
-            say(f"[red]{report.state}: {problem}[/red]")
+            progress_log.error(f"{report.state}: {problem}")
         return report
 
     def release(self, report: StateReport, clip: str | None = None) -> Future[bool]:

@@ -9,7 +9,7 @@ from typing import Final
 
 from benchmarks.serving.chaos_audit import Refusal, Rollback, StateReport
 from benchmarks.serving.whole_server import WholeServer
-from core.progress import say
+from core.progress import progress_log
 from ratchet_client import ServerError
 
 RELEASE_SECONDS: Final = 60.0
@@ -45,7 +45,7 @@ class Operator:
                     client.release(name, reason="chaos", force=True, timeout=RELEASE_SECONDS)
         except ServerError as error:
             report.releases_failed += 1
-            say(f"release in {report.state}: {error}")
+            progress_log.info(f"release in {report.state}: {error}")
             return False
         report.releases += 1
         return True
@@ -67,8 +67,8 @@ class Operator:
         distinct = tuple(dict.fromkeys(errors))
         report.rollbacks.append(Rollback(seconds, done, distinct))
         if not done or seconds > 1.0:
-            say(
-                f"[red]rollback in {report.state}: {seconds:.2f} s, {'done' if done else 'failed'} {distinct[:3]}[/red]"
+            progress_log.error(
+                f"rollback in {report.state}: {seconds:.2f} s, {'done' if done else 'failed'} {distinct[:3]}"
             )
 
     def refused(self, server: WholeServer, report: StateReport) -> None:

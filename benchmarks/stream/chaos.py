@@ -27,7 +27,7 @@ from benchmarks.stream.installation import Installation
 from benchmarks.stream.ratchet_process import RatchetProcess
 from benchmarks.stream.small_disk import SmallDisk
 from core.addresses import free_port
-from core.progress import say, step
+from core.progress import progress_log, step
 from core.settings import Settings
 from core.settings.streams import Maintain
 from core.waiting import wait_until
@@ -92,7 +92,7 @@ class ChaosRun:
             act(fault)
 
     def _break(self, fault: Fault) -> None:
-        say(f"[yellow]{fault}[/yellow]")
+        progress_log.warning(f"{fault}")
         self.counts[fault.kind] += 1
         if fault.kind == "cut":
             self.producer.pause()
@@ -121,7 +121,7 @@ class ChaosRun:
         for name, part in self.parts.items():
             if part.process is not None and not part.running:
                 self.unexpected += 1
-                say(f"[red]{name} ended by itself with {part.process.returncode}; see {part.log}[/red]")
+                progress_log.error(f"{name} ended by itself with {part.process.returncode}; see {part.log}")
                 part.start()
 
     def drain(self) -> bool:
@@ -149,7 +149,7 @@ def run(
     with ExitStack() as stack:
         disk = stack.enter_context(SmallDisk(folder / "home"))
         if not disk.mounted:
-            say("[yellow]no small disk can be mounted here (that takes root): the disk does not get full[/yellow]")
+            progress_log.warning("no small disk can be mounted here (that takes root): the disk does not get full")
         port = free_port()
         broker = stack.enter_context(EmbeddedBroker(advertised=f"127.0.0.1:{port}"))
         proxy = TcpRelay(port, broker.address)
@@ -181,7 +181,7 @@ def _play(running: ChaosRun, seconds: float, seed: int) -> dict[str, Any]:
     with step("looking for every record"):
         result = audit(installation.kafka.topic, producer.places, installation.store, quarantined(installation.kafka))
     for line in [*result.evidence, *watch.evidence]:
-        say(f"[red]{line}[/red]")
+        progress_log.error(f"{line}")
     return {
         "produced": len(producer.places),
         "bad": sum(record.kind == "bad" for record in producer.places.values()),

@@ -20,7 +20,7 @@ from benchmarks.stream.bare import run_bare
 from benchmarks.stream.installation import HELD_SESSION_SECONDS, Installation, produce
 from benchmarks.stream.jpegs import canvas, jpegs
 from benchmarks.stream.ratchet_process import wait_for
-from core.progress import say, step
+from core.progress import progress_log, step
 from core.settings import Settings
 from streams.kafka.broker import EmbeddedBroker
 
@@ -86,7 +86,9 @@ def measure(
                 two = _measure_workers(Installation(settings, folder / "two", address, _held()), 2, images)
                 result.two.append(two)
                 rates = (records / getattr(result, who)[-1]["seconds"] for who in WHO)
-                say("records/s: fetched {:.0f}, decoded {:.0f}, one worker {:.0f}, two {:.0f}".format(*rates))
+                progress_log.info(
+                    "records/s: fetched {:.0f}, decoded {:.0f}, one worker {:.0f}, two {:.0f}".format(*rates)
+                )
         results.append(result)
     return results
 
@@ -117,5 +119,5 @@ def _measure_workers(installation: Installation, count: int, images: Sequence[by
         wait_for(lambda: not any(lag for worker in workers for lag in worker.lags().values()), "a lag of 0", 30)
         samples = installation.store.tally()["sample"]
         if samples != len(images):
-            say(f"[red]{len(images)} records, but {samples} samples[/red]")
+            progress_log.error(f"{len(images)} records, but {samples} samples")
         return figures

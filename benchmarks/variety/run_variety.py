@@ -25,7 +25,7 @@ from benchmarks.machine import machine
 from benchmarks.variety.kinds import KINDS, samples
 from benchmarks.variety.updates import MODELS
 from core.errors import ConfigError, StoreUnavailable
-from core.progress import say, step
+from core.progress import progress_log, step
 from core.settings import Settings
 from ratchet_client import Limits, Producer
 from ratchet_client.producer import Delivery
@@ -125,7 +125,7 @@ def learn(name: str, lake: str, kinds: Sequence[str]) -> list[dict[str, Any]]:
             found.append({"kind": left[len(rows)], "stuck": True, "problem": ended})
     for each in found:
         if "problem" in each:
-            say(f"[red]{name}, {each['kind']}: {each['problem']}[/red]")
+            progress_log.error(f"{name}, {each['kind']}: {each['problem']}")
     return found
 
 

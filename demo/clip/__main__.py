@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from core.progress import say
+from core.progress import progress_log
 from demo.clip.scores import SCORES, score_base
 from demo.clip.shipped import ASSETS, build_base, export_projections
 
@@ -14,10 +14,10 @@ from demo.clip.shipped import ASSETS, build_base, export_projections
 def main(home: Path, train: bool) -> None:
     base = build_base(home, retrain=train)
     if train:
-        say(f"wrote {export_projections(base)}")
+        progress_log.info(f"wrote {export_projections(base)}")
     scores = {"base": base.digest, "domains": score_base(home)}
     (ASSETS / SCORES).write_text(json.dumps(scores, indent=1) + "\n")
-    say(f"wrote {ASSETS / SCORES}")
+    progress_log.info(f"wrote {ASSETS / SCORES}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from core.progress import say
+from core.progress import progress_log
 from core.settings.serving import SHIPPED
 from demo.clip.shipped import ASSETS, DOMAINS
 from demo.data import prepare_domain
@@ -45,7 +45,7 @@ def score_base(
         folder = prepare_domain(domain, Path(home))
         result[domain] = _score(Scorer(engine), domain, folder)  # a scorer caches vectors, so one per domain
         shown = ", ".join(f"{key} {value:.3g}" for key, value in result[domain].items())
-        say(f"{domain}: {shown}")
+        progress_log.info(f"{domain}: {shown}")
     return result
 
 

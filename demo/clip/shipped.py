@@ -13,7 +13,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from core.errors import BaseModelError
-from core.progress import say, step
+from core.progress import progress_log, step
 from core.settings.serving import SHIPPED
 from demo.clip import towers
 from demo.clip.projections import Classes, Pairs, ProjectionRecipe, train_projections
@@ -92,7 +92,7 @@ def train_on_demo_data(
 ) -> dict[str, torch.Tensor]:
     """Projections trained on the demo domains, rounded to float16 like the committed ones."""
     items = [item for name in DOMAINS for item in read_folder(prepare_domain(name, home), "train")]
-    say(f"training projections on {len(items)} pairs of {', '.join(DOMAINS)}")
+    progress_log.info(f"training projections on {len(items)} pairs of {', '.join(DOMAINS)}")
     texts = sorted({item.text for item in items})
     row = {text: i for i, text in enumerate(texts)}
     tokenize = make_tokenizer(towers.TOKENIZER, work, towers.CONTEXT)
@@ -104,7 +104,9 @@ def train_on_demo_data(
     names = text_features(model, _imagenet_names(), tokenize, "names of ImageNet classes")
     classes = Classes(towers.imagenet_head(), names.reshape(2, -1, names.shape[1]).mean(dim=0))
     trained = train_projections(pairs, classes, recipe)
-    say(f"loss {trained.losses[0]:.2f} -> {trained.losses[-1]:.2f}, scale {float(trained.logit_scale.exp()):.1f}")
+    progress_log.info(
+        f"loss {trained.losses[0]:.2f} -> {trained.losses[-1]:.2f}, scale {float(trained.logit_scale.exp()):.1f}"
+    )
     values = (trained.image, trained.text, trained.logit_scale)
     return {name: value.half() for name, value in zip(towers.PROJECTIONS, values, strict=True)}
 

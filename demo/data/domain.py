@@ -19,7 +19,7 @@ from typing import Any, Final
 from PIL import Image
 
 from core.digests import share_of
-from core.progress import say, track
+from core.progress import progress_log, track
 from demo.data.packages import Package, lock
 from demo.data.render import Unfit, encode, on_canvas
 from streams.publish.folders import INDEX, FolderItem, write_folder
@@ -152,7 +152,7 @@ def _write(info: DomainInfo, archives: list[Path], folder: Path, split: str | No
     write_folder(folder, rows)
     left_out = ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
     shown = ", ".join(f"{counts[name]} {name}" for name in ("train", "test") if split in (None, name))
-    say(f"{info.name}: {shown}" + (f"; left out: {left_out}" * bool(left_out)))
+    progress_log.info(f"{info.name}: {shown}" + (f"; left out: {left_out}" * bool(left_out)))
 
 
 def _split_of(draft: Draft) -> str:

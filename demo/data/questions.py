@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from core.errors import ConfigError
-from core.progress import say, track
+from core.progress import progress_log, track
 from demo.data.domain import RECEIPT, current
 from demo.data.domains import DOMAINS, prepare_domain
 from demo.data.packages import lock
@@ -162,7 +162,7 @@ def _write(info: QuestionsInfo, questions: Iterable[Question], folder: Path) -> 
     (folder / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
     write_folder(folder, rows)
     shown = ", ".join(f"{number} {what}" for what, number in receipt["rows"].items())  # type: ignore[attr-defined]
-    say(f"{info.name}: {shown}")
+    progress_log.info(f"{info.name}: {shown}")
 
 
 def _place(source: Path, target: Path) -> None:

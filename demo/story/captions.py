@@ -6,9 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from rich.markup import escape
-
-from core.progress import say, step, track
+from core.progress import progress_log, step, track
 from demo.story.stage import SOME_ANSWERS_SECONDS, Stage
 from demo.story.summary import Lesson
 from ratchet_client import Client
@@ -66,13 +64,13 @@ def stream(stage: Stage, began: float) -> tuple[float, float]:
     with step("waiting for the first search that finds something"):
         stage.until(lambda: bool(stage.client.search(text=text)), "the first search", stage.embedded, pause=0.1)
     first = time.monotonic() - began
-    say(f"“{escape(text)}” found pictures {first:.1f} s after the start")
+    progress_log.info(f"“{text}” found pictures {first:.1f} s after the start")
     counts = [stage.store.count(split=split, having="text") for split in ("train", "fresh_eval")]
-    say(f"{counts[0]} to train on, {counts[1]} kept for the gate")
+    progress_log.info(f"{counts[0]} to train on, {counts[1]} kept for the gate")
     with step("embedding them for search"):
         stage.until(lambda: stage.client.status()["catalog"]["coverage"] >= 1.0, "the catalog", stage.embedded)
     seconds = _event_to_searchable(stage)
-    say(f"one more image could be found {seconds:.1f} s after it was published")
+    progress_log.info(f"one more image could be found {seconds:.1f} s after it was published")
     return first, seconds
 
 
@@ -127,7 +125,7 @@ def _compare(stage: Stage, queries: list[str]) -> Comparison:
         f"{better} better, {worse} worse; right image first {tops[0]} → {tops[1]} times. "
         f"Shown: the {BETTER} largest gains and the {WORSE} largest losses."
     )
-    say(title)
+    progress_log.info(title)
     ordered = sorted(changes, key=lambda change: change.gain)
     return Comparison(title, (*reversed(ordered[-BETTER:]), *reversed(ordered[:WORSE])))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from core.progress import say, track
+from core.progress import progress_log, track
 from core.settings import Settings
 from demo.story.stage import Stage
 from demo.story.summary import Lesson
@@ -45,7 +45,7 @@ class AnswerComparison:
 def stream(stage: Stage) -> None:
     stage.stream(DOMAIN)
     counts = [stage.store.count(split=split, having="question") for split in ("train", "fresh_eval")]
-    say(f"{counts[0]} questions to train on, {counts[1]} kept for the gate")
+    progress_log.info(f"{counts[0]} questions to train on, {counts[1]} kept for the gate")
 
 
 def learn(stage: Stage) -> tuple[Lesson, AnswerComparison]:
@@ -83,7 +83,7 @@ def _compare(stage: Stage) -> AnswerComparison:
         f"{len(answered)} held-out questions: right {right[0]} → {right[1]} times. "
         f"Shown: {BETTER} answers that became right and {WORSE} that became wrong (fewer if there are fewer)."
     )
-    say(title)
+    progress_log.info(title)
     shown = [each for each in answered if each.change > 0][:BETTER] + [each for each in answered if each.change < 0][
         :WORSE
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -14,16 +15,14 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
-from rich.errors import MarkupError
 from rich.live import Live
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from core import progress
 from core.child_process import reaped, stop_reaped
 from core.errors import RatchetError
+from core.progress import progress_log, send_to, styled
 
 LINES = 10
 LEAST_LINES = 3
@@ -145,7 +144,7 @@ class Screen:
 
     >>> with Screen(StoryProgress(plan), {"console": "http://127.0.0.1:8001"}) as screen:
     ...     with screen.chapter("start"):
-    ...         say("starting Ray ...")
+    ...         progress_log.info("starting Ray ...")
     """
 
     def __init__(self, story: StoryProgress, links: dict[str, str], console: Console | None = None) -> None:
@@ -162,36 +161,32 @@ class Screen:
                 refresh_per_second=REFRESHES_PER_SECOND,
             )  # fmt: skip
             self._live.start()
-            progress.send_to(self.add)
+            send_to(self.add)
         else:
             for name, url in self.links.items():
-                progress.say(f"{name}: {url}")
+                progress_log.info(f"{name}: {url}")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._live is None:
             return
-        progress.send_to(None)
+        send_to(None)
         self._live.stop()
         self._live = None
         if kind is not None:  # the screen is gone, and with it what led to the error
             for line in self._lines:
                 self._console.print(line, highlight=False)
 
-    def add(self, line: str) -> None:
-        """Add a line of output (Rich markup)."""
-        try:
-            text = Text.from_markup(line)
-        except MarkupError:  # brackets of an untrusted text
-            text = Text(line)
-        self._lines.append(Text.assemble((time.strftime("%H:%M:%S ", time.gmtime()), "dim"), text))
+    def add(self, level: int, text: str) -> None:
+        """Add a line of output."""
+        self._lines.append(styled(level, text))
 
     @contextmanager
     def chapter(self, name: str) -> Iterator[None]:
         with self.story.chapter(name) as chapter:
             if self._live is None:
                 self._console.rule(f"[bold]{self.story.number(chapter)}  {chapter.title}", align="left")
-                progress.say(chapter.why)
+                progress_log.info(chapter.why)
             yield
 
     def run(self, command: Sequence[str]) -> None:
@@ -202,8 +197,8 @@ class Screen:
         }  # fmt: skip
         process = subprocess.Popen(reaped(command), stdin=subprocess.DEVNULL, start_new_session=True, **shown)
         try:
-            for line in process.stdout or ():
-                self.add(escape(_HEAD.sub("", line.rstrip())))
+            for output in process.stdout or ():
+                self.add(logging.INFO, _HEAD.sub("", output.rstrip()))
             status = process.wait()
         except BaseException:
             stop_reaped(process, STOP_SECONDS)

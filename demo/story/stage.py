@@ -11,7 +11,7 @@ from typing import Any
 from core.errors import RatchetError
 from core.ledger import Ledger, ProposalRow, VerdictRow
 from core.ledger.rows import Family
-from core.progress import say, step
+from core.progress import progress_log, step
 from core.settings import Settings
 from core.waiting import StoodStill, wait_for_progress
 from demo.story.screen import Screen
@@ -43,7 +43,7 @@ class Stage:
     def stream(self, domain: str) -> None:
         """Publish a domain's training split through Kafka, and wait until ingest has stored it."""
         report = publish(self.settings, self.settings.home / "data" / domain, split="train", source="demo")
-        say(str(report))
+        progress_log.info(str(report))
         self.published += report.delivered
 
         def stored() -> int:
@@ -75,7 +75,11 @@ class Stage:
 
         try:
             wait_for_progress(
-                holds, how_far, work=self.parts.work, tell=lambda text: say(f"{what}: {text}"), pause=pause
+                holds,
+                how_far,
+                work=self.parts.work,
+                tell=lambda text: progress_log.info(f"{what}: {text}"),
+                pause=pause,
             )
         except StoodStill as error:
             logs = self.settings.home / "logs"
@@ -91,7 +95,7 @@ class Stage:
         self.screen.run(self.context.command("trainer", "--once", "--recipe", recipe, "--retry"))
         verdict = self.ledger.verdicts(1)[0]
         why = f", caught by {', '.join(verdict.summary['caught_by'])}" if verdict.summary["caught_by"] else ""
-        say(f"the gate says: [bold]{verdict.outcome}[/bold]{why}")
+        progress_log.info(f"the gate says: {verdict.outcome}{why}")
         return verdict
 
     def await_release(self, family: Family, verdict: VerdictRow) -> dict[str, float]:
@@ -113,12 +117,14 @@ class Stage:
         seconds = time.monotonic() - began
         if not check(back["number"]) or self._newest()[other] != kept:
             raise RatchetError(f"release {back['number']} does not serve what it should.", "The server's log says why.")
-        say(f"release {back['number']} (the old {family.upper()}) was served everywhere after {seconds * 1000:.0f} ms")
+        progress_log.info(
+            f"release {back['number']} (the old {family.upper()}) was served everywhere after {seconds * 1000:.0f} ms"
+        )
         time.sleep(SOME_ANSWERS_SECONDS)
         why = "the demo wants the better model back"
         release = self.client.release
         forward = release(clip=adapter, reason=why) if family == "clip" else release(vlm=adapter, reason=why)
-        say(f"release {forward['number']} ({adapter}) is live again")
+        progress_log.info(f"release {forward['number']} ({adapter}) is live again")
         if self.settings.rollout.hold_after_rollback:
             self.client.resume("the demo has seen the old model")
         time.sleep(SOME_ANSWERS_SECONDS)

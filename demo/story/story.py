@@ -9,12 +9,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import yaml
-from rich.markup import escape
 
 from core.addresses import listens
 from core.errors import RatchetError
 from core.ledger import Ledger
-from core.progress import say, step
+from core.progress import progress_log, step
 from core.settings import Settings
 from core.settings.serving import SHIPPED_VLM
 from core.stop_signals import Stopped, undisturbed
@@ -59,11 +58,13 @@ def tell(folder: Path, keep: bool, with_vlm: bool = False) -> None:
 def _tell(context: Context, screen: Screen, keep: bool) -> Facts:
     settings, story = context.settings, screen.story
     if not settings.base.vlm:
-        say(
+        progress_log.info(
             "CLIP's story; `ratchet demo --with-vlm` tells that of the vision-language model as well, in 5 minutes more"
         )
     elif not vllm_start.installed():
-        say(f"without vLLM transformers serves the VLM, which is slower; to install it: {escape(vllm_start.INSTALL)}")
+        progress_log.info(
+            f"without vLLM transformers serves the VLM, which is slower; to install it: {vllm_start.INSTALL}"
+        )
     wanted = _data(settings)
     with ExitStack() as running:
         with screen.chapter("start"):
@@ -101,9 +102,9 @@ def _tell(context: Context, screen: Screen, keep: bool) -> Facts:
             stage.ledger.releases()[::-1],
             {suite.name: suite.description for suite in load_suites([], settings.home)},
         )  # fmt: skip
-        say(f"the story with pictures: {write_page(content, client.sample_image, Path(facts.page))}")
+        progress_log.info(f"the story with pictures: {write_page(content, client.sample_image, Path(facts.page))}")
         if keep:
-            say(f"still serving on {settings.serve.url}; Ctrl-C ends it")
+            progress_log.info(f"still serving on {settings.serve.url}; Ctrl-C ends it")
             _stay(parts)
     return facts
 
@@ -187,4 +188,4 @@ def _stay(parts: Supervisor) -> None:
             parts.restart_dead()
             time.sleep(1)
     except Stopped:
-        say("stopping")
+        progress_log.info("stopping")

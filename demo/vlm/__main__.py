@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from core.progress import say
+from core.progress import progress_log
 from demo.vlm.scores import SCORES, score_vlm
 from demo.vlm.shipped import ASSETS, MODEL, build_vlm
 
@@ -17,10 +17,10 @@ def main(home: Path, train: bool) -> None:
     if train:
         shutil.rmtree(MODEL, ignore_errors=True)
         shutil.copytree(base.model, MODEL)
-        say(f"wrote {MODEL}")
+        progress_log.info(f"wrote {MODEL}")
     scores = {"base": base.digest, "kinds": score_vlm(base)}
     (ASSETS / SCORES).write_text(json.dumps(scores, indent=1) + "\n")
-    say(f"wrote {ASSETS / SCORES}")
+    progress_log.info(f"wrote {ASSETS / SCORES}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from core.progress import say, track
+from core.progress import progress_log, track
 from demo.vlm.model import SIDE
 from demo.vlm.pictures import read_pictures, recolour, seen, shade, warp
 from demo.vlm.recipe import Optimizer, VlmRecipe, half_precision
@@ -58,7 +58,7 @@ def _round(model: Any, pictures: _Pictures, how: VlmRecipe, number: int) -> floa
         optimizer.step(loss)
         losses.append(float(loss.detach()))
         if len(losses) % 50 == 0:
-            say(f"step {len(losses)}: loss {sum(losses[-50:]) / 50:.3f}")
+            progress_log.info(f"step {len(losses)}: loss {sum(losses[-50:]) / 50:.3f}")
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
 

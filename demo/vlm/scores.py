@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.progress import say, track
+from core.progress import progress_log, track
 from demo.data import prepare_questions
 from demo.vlm.shipped import ASSETS, TRAINED_ON
 from ratchet_client.images import open_accepted
@@ -51,7 +51,7 @@ def score_vlm(
             "blind": max(accuracy(items, blank), accuracy(items, guesses)),
             "items": len(items),
         }
-        say(f"{name} {kind}: " + ", ".join(f"{key} {value:.3g}" for key, value in result[kind].items()))
+        progress_log.info(f"{name} {kind}: " + ", ".join(f"{key} {value:.3g}" for key, value in result[kind].items()))
     return result
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from core.errors import BaseModelError
-from core.progress import say, step
+from core.progress import progress_log, step
 from core.settings.serving import SHIPPED_VLM
 from demo.data import prepare_questions
 from demo.vlm.model import make_model, make_processor, make_tokenizer, write_model
@@ -61,11 +61,11 @@ def train_vlm(home: Path, folder: Path, how: VlmRecipe) -> Path:
             tokenizer = make_tokenizer(_texts(items))
             processor, model = make_processor(tokenizer), make_model(tokenizer)
             size = sum(p.numel() for p in model.parameters())
-            say(f"training a VLM of {size / 1e6:.1f} million parameters on {len(items)} questions")
+            progress_log.info(f"training a VLM of {size / 1e6:.1f} million parameters on {len(items)} questions")
             with step("warming up the vision tower"):
-                say(f"tower loss {warm_up(model, tower_items(home, items), how):.3f}")
+                progress_log.info(f"tower loss {warm_up(model, tower_items(home, items), how):.3f}")
             with step("learning to answer"):
-                say(f"answer loss {learn(model, processor, items, how):.3f}")
+                progress_log.info(f"answer loss {learn(model, processor, items, how):.3f}")
     finally:
         torch.set_num_threads(before)
     return write_model(model, processor, folder)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from core.progress import say, track
+from core.progress import progress_log, track
 from demo.clip import towers
 from demo.data import prepare_domain
 from demo.vlm.model import JOINED, VISION
@@ -85,7 +85,7 @@ def warm_up(model: Any, items: Sequence[FolderItem], how: VlmRecipe) -> float:
         optimizer.step(loss)
         losses.append(float(loss.detach()))
         if len(losses) % 50 == 0:
-            say(f"tower step {len(losses)}: loss {sum(losses[-50:]) / 50:.3f}")
+            progress_log.info(f"tower step {len(losses)}: loss {sum(losses[-50:]) / 50:.3f}")
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
 

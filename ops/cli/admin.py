@@ -17,7 +17,7 @@ from sqlalchemy import make_url
 from core.artifacts import Artifacts
 from core.errors import ConfigError, RatchetError
 from core.ledger import Ledger
-from core.progress import say
+from core.progress import progress_log
 from core.settings import Settings
 from ops.cli import context as ctx
 from ops.cli.terminal import AsJson, show_json, show_rows
@@ -45,7 +45,7 @@ def backup(context: typer.Context, url: Url) -> None:
     from ops.recovery import back_up
 
     report = back_up(ctx.of(context).settings, url, ctx.person())
-    say(f"backup: {report.files:,} files, {decimal(report.size)}, release {report.release}")
+    progress_log.info(f"backup: {report.files:,} files, {decimal(report.size)}, release {report.release}")
     typer.echo(json.dumps(asdict(report)))
 
 
@@ -60,7 +60,7 @@ def restore(context: typer.Context, url: Url) -> None:
     from ops.recovery import restore as run
 
     report = run(ctx.of(context).settings, url, ctx.person())
-    say(f"restore: {report.files:,} files, {decimal(report.size)}; release {report.release} is live")
+    progress_log.info(f"restore: {report.files:,} files, {decimal(report.size)}; release {report.release} is live")
     typer.echo(json.dumps(asdict(report)))
 
 
@@ -99,7 +99,7 @@ def collect_garbage(settings: Settings) -> None:
         plan = collector.run()
     if plan is not None and plan.items:
         counts = ", ".join(f"{count} of {kind}" for kind, count in plan.summary()["goes"].items())
-        say(f"maintain: collected {decimal(plan.freed)}: {counts}")
+        progress_log.info(f"maintain: collected {decimal(plan.freed)}: {counts}")
 
 
 @contextmanager

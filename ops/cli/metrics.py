@@ -13,7 +13,7 @@ import typer
 
 from core import metrics
 from core.errors import ConfigError
-from core.progress import say
+from core.progress import progress_log
 from core.settings import Settings
 from ops.alerts import Target, as_yaml, prometheus_config, rule_groups
 from ops.cli import context as ctx
@@ -104,5 +104,5 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: done.set())
     metrics.listen("serve", port, host, folder)
-    say(f"metrics of the replicas on http://{host}:{port}/metrics")
+    progress_log.info(f"metrics of the replicas on http://{host}:{port}/metrics")
     done.wait()

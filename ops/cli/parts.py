@@ -13,7 +13,7 @@ from rich.live import Live
 
 from core.errors import ConfigError, RatchetError
 from core.ledger.rows import Family
-from core.progress import say, step
+from core.progress import progress_log, step
 from core.settings import Settings
 from core.stop_signals import Stopped, stop_on_signals
 from ops.cli import context as ctx
@@ -51,11 +51,13 @@ def up(
                 if "serve" in names:
                     progress = parts.wait_until_ready("clip")
             settings = shared.settings
-            say(f"serving on {settings.serve.url} (docs at /docs)")
+            progress_log.info(f"serving on {settings.serve.url} (docs at /docs)")
             if not is_tuned(settings):
-                say("`ratchet doctor --tune` finds the fastest engine for this machine, in a minute or two")
+                progress_log.info(
+                    "`ratchet doctor --tune` finds the fastest engine for this machine, in a minute or two"
+                )
             if "console" in names:
-                say(f"console on {settings.console.url}")
+                progress_log.info(f"console on {settings.console.url}")
             console = Console()
             if not console.is_terminal:
                 while True:
@@ -69,7 +71,7 @@ def up(
                     live.update(screen(settings, parts), refresh=True)
                     time.sleep(1)
     except Stopped:
-        say("stopped")
+        progress_log.info("stopped")
 
 
 def make_ready(settings: Settings) -> None:

@@ -8,7 +8,7 @@ import typer
 
 from core.errors import ReleaseError
 from core.ledger import Family, Ledger, ProposalRow, answers
-from core.progress import say
+from core.progress import progress_log
 from ops.cli import context as ctx
 from ops.cli.context import ServerOption, operator_client
 from ops.cli.terminal import AsJson, ExpectedLive, Reason, facts_text, show_facts, show_json, show_rows
@@ -146,7 +146,7 @@ def rollback(
         with operator_client(settings) as client:
             _tell(client.rollback(reason, to=to, expected_live=expected_live, family=family))
     if settings.rollout.hold_after_rollback:
-        say("updates wait until `ratchet releases resume`")
+        progress_log.info("updates wait until `ratchet releases resume`")
 
 
 @app.command()

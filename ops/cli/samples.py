@@ -15,7 +15,7 @@ import typer
 
 from core.errors import ConfigError, LedgerError, RecordError, UnknownRecord
 from core.ledger import DeletionRow, Ledger
-from core.progress import meter, say, track
+from core.progress import meter, progress_log, track
 from ops.cli import context as ctx
 from ops.cli.terminal import SINCE_HELP, AsJson, facts_text, parse_since, show_facts, show_json, show_rows
 
@@ -301,10 +301,10 @@ def _follow(ledger: Ledger, deletion_id: str) -> DeletionRow:
         while (row := _deletion(ledger, deletion_id)).state not in ("held", "done"):
             if row.state != state:
                 state = row.state
-                say(f"{row.id}: {DELETION_STATES[state]}")
+                progress_log.info(f"{row.id}: {DELETION_STATES[state]}")
             if not (warned or _is_maintained(ledger)):
                 warned = True
-                say("nothing maintains the store now: start `ratchet maintain`")
+                progress_log.info("nothing maintains the store now: start `ratchet maintain`")
             progress(lambda shown=DELETION_STATES[state]: shown)  # type: ignore[misc]
             time.sleep(POLL_SECONDS)
     return row

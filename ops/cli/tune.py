@@ -11,7 +11,7 @@ import typer
 
 from core.errors import RatchetError
 from core.loading import FILE, FILE_VARIABLE, update_section
-from core.progress import say, step
+from core.progress import progress_log, step
 from core.settings import Settings
 from ops.cli.context import Context
 from ops.cli.terminal import show_rows
@@ -33,7 +33,7 @@ def run_tune(shared: Context) -> None:
     settings = shared.settings
     base = load_base(settings.home, settings.base.clip)
     with step(f"measuring {base.name} on this machine (one to two minutes)"):
-        tuning = tune(base, settings.home, say, partial(_objection, settings, base))
+        tuning = tune(base, settings.home, progress_log.info, partial(_objection, settings, base))
     workloads = [f"{kind}s/s, {count} at once" for kind, count in WORKLOADS]
     engines = (
         {
@@ -71,7 +71,9 @@ def _objection(settings: Settings, base: ClipBase, choice: EngineChoice) -> str:
     except RatchetError as error:
         return f"the gate's suites could not be asked: {error.message}"
     for row in scores:
-        say(f"{row.suite}: {row.float32:.3f} in float32, {row.served:.3f} with {choice}, noise {row.noise:.3f}")
+        progress_log.info(
+            f"{row.suite}: {row.float32:.3f} in float32, {row.served:.3f} with {choice}, noise {row.noise:.3f}"
+        )
     worse = [row.suite for row in scores if not row.within_noise]
     return f"other scores than float32 on {', '.join(worse)}" if worse else ""
 

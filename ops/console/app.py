@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from core.dependencies import dependency_of
 from core.errors import Outage, RatchetError
-from core.progress import say
+from core.progress import progress_log
 from core.settings import Settings
 from ops.console.data import ConsoleData
 from ops.console.pages import (
@@ -155,7 +155,7 @@ def _trouble(request: Request, status: int, title: str, message: str, fix: str) 
 
 def run_console(settings: Settings) -> None:
     console = settings.console
-    say(f"console on http://{console.host}:{console.port}")
+    progress_log.info(f"console on http://{console.host}:{console.port}")
     uvicorn.run(  # no log_config: the logging setup is the same as in other processes
         build_console(settings), host=console.host, port=console.port, log_config=None, log_level="warning",
         server_header=False, timeout_graceful_shutdown=STOP_SECONDS, limit_concurrency=256,

@@ -25,7 +25,7 @@ from core.errors import ConfigError, LeaseLost, LedgerError, StoreUnavailable
 from core.ledger import Ledger
 from core.ledger.collection import COLLECT_LEASE
 from core.ledger.leases import renewing
-from core.progress import say, track
+from core.progress import progress_log, track
 from core.settings import Settings
 from ops.recovery.ledger_rows import write_ledger
 from ops.recovery.place import Place, copy, file_digest
@@ -127,7 +127,7 @@ def _copy_all(settings: Settings, ledger: Ledger, target: Place, folder: Path) -
     path, revision = write_ledger(settings.ledger, folder)
     target.put(path, path.name)
     rows = File(path.name, path.stat().st_size, file_digest(path))
-    say(f"backup: the ledger, {rows.bytes:,} bytes")
+    progress_log.info(f"backup: the ledger, {rows.bytes:,} bytes")
     with _pinned(SampleStore(settings.lake), name) as version:
         artifacts, lake = Place(settings.artifacts), Place(settings.lake)
         files = _copy_files(artifacts, _artifact_files(artifacts), target, "artifacts")
@@ -250,7 +250,11 @@ def _never_changes(name: str) -> bool:
 
 def _warn(settings: Settings, files: list[File], missing: tuple[str, ...]) -> None:
     if missing:
-        say(f"backup: the ledger names {len(missing)} adapters that the artifacts lack: {', '.join(missing[:10])}")
+        progress_log.info(
+            f"backup: the ledger names {len(missing)} adapters that the artifacts lack: {', '.join(missing[:10])}"
+        )
     pushed = {file.name.split("/")[2] for file in files if file.name.startswith("artifacts/bases/")}
     for name in sorted({settings.base.clip, settings.base.vlm} - {"", *pushed}):
-        say(f"backup: base {name!r} is in neither the artifacts nor this backup: `ratchet base push {name}` first")
+        progress_log.info(
+            f"backup: base {name!r} is in neither the artifacts nor this backup: `ratchet base push {name}` first"
+        )

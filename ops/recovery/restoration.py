@@ -17,7 +17,7 @@ from core.artifacts import Artifacts
 from core.digests import digest_bytes
 from core.errors import ConfigError
 from core.ledger import Ledger
-from core.progress import say, track
+from core.progress import progress_log, track
 from core.settings import Settings
 from ops.recovery.backup import AT_ONCE, DIRECTORIES, FILES, SUMMARY, File, Report
 from ops.recovery.ledger_rows import is_empty, load_ledger
@@ -129,7 +129,7 @@ def _restore_ledger(source: Place, report: Report, settings: Settings, actor: st
     }  # fmt: skip
     with _checked(source, report.ledger) as path:
         rows = load_ledger(path, report.revision, settings.ledger, row)
-    say(f"restore: the ledger, {rows:,} rows")
+    progress_log.info(f"restore: the ledger, {rows:,} rows")
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from kafka.errors import KafkaError, LogTruncationError, OffsetOutOfRangeError
 
 from core import metrics
 from core.errors import BrokerError, RatchetError, RegistryUnavailable, StoreError, Superseded
-from core.progress import say
+from core.progress import progress_log
 from core.settings import Settings
 from ratchet_client.broker import explain
 from streams.ingest.batch import Batch, CommitResult
@@ -114,7 +114,7 @@ class Consumer:
                         self._mark_published()
                     self._finish()
                 except LogLost as error:
-                    say(f"ingest: [yellow]{error}[/yellow]")
+                    progress_log.warning(f"ingest: {error}")
                 except AWAY as error:
                     failures = 0 if self.status.commits > commits else failures
                     self._wait(error, failures)
@@ -469,5 +469,5 @@ def run_ingest(settings: Settings) -> None:
         signal.signal(number, lambda number, frame: consumer.stop())
     metrics.build.started("ingest")
     metrics.listen("ingest", settings.ingest.metrics_port, settings.metrics_host)
-    say(f"ingest: {settings.kafka.topic} at {settings.kafka.bootstrap} -> {consumer.store.url}")
+    progress_log.info(f"ingest: {settings.kafka.topic} at {settings.kafka.bootstrap} -> {consumer.store.url}")
     consumer.run()

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 from core import metrics
 from core.dependencies import Dependency, answered, noted
 from core.errors import BrokerError, RatchetError, StoreError, StoreUnavailable
-from core.progress import say
+from core.progress import progress_log
 from streams.ingest.batch import CommitResult
 from streams.store.sample_store import SampleStore
 from streams.store.writer import Claim
@@ -87,7 +87,7 @@ class IngestReport:
     def away(self, error: RatchetError, seconds: float) -> Dependency:
         """Report an outage that is retried in ``seconds``. Returns the dependency."""
         dependency = self._wait_for(error)
-        say(f"ingest: [yellow]{error}[/yellow] Trying again in {seconds:g} s.")
+        progress_log.warning(f"ingest: {error} Trying again in {seconds:g} s.")
         return dependency
 
     def committed(self, outcome: CommitResult, lag: int | None, seconds: float) -> None:
@@ -117,15 +117,15 @@ class IngestReport:
             count = row["until"] - row["offset"]
             metrics.ingest.lost(count, row["reason"])
             self._change(gap_offsets=self.status.gap_offsets + count)
-            say(f"ingest: [red]{row['topic']}:{row['partition']}: {row['detail']} (from {row['offset']})[/red]")
+            progress_log.error(f"ingest: {row['topic']}:{row['partition']}: {row['detail']} (from {row['offset']})")
 
     def rewritten(self, claim: Claim, count: int) -> None:
         """Report a truncated log, read on under a new claim; ``count`` of its offsets were stored before."""
         metrics.ingest.rewritten(count)
         self._change(rewritten_offsets=self.status.rewritten_offsets + count)
-        say(
-            f"ingest: [yellow]the log was cut off, as after an unclean leader election: {count} offsets were rewritten"
-            f" after they were stored; reading on as {claim.key} from {claim.position.next}[/yellow]"
+        progress_log.warning(
+            f"ingest: the log was cut off, as after an unclean leader election: {count} offsets were rewritten"
+            f" after they were stored; reading on as {claim.key} from {claim.position.next}"
         )
 
     def stopped(self) -> None:
@@ -157,13 +157,13 @@ class IngestReport:
             if not self._ending.is_set() and str(error) != self._store_problem:
                 self._store_problem = str(error)
                 self._wait_for(error)
-                say(f"ingest: [yellow]{error}[/yellow]")
+                progress_log.warning(f"ingest: {error}")
 
     def _store_answers(self) -> None:
         with self._lock:
             if self._store_problem:
                 self._store_problem = ""
-                say("ingest: the store answers again")
+                progress_log.info("ingest: the store answers again")
             elif self.status.waiting_for == "store":
                 return  # readable, but perhaps not writable
             answered(["store"])
@@ -195,7 +195,7 @@ class ThrottledLog:
             return
         self._last, self._logged_at = status, now
         lost = f", {status.gap_offsets} offsets lost" if status.gap_offsets else ""
-        say(
+        progress_log.info(
             f"ingest: {status.state}; {status.samples} samples, {status.duplicates} duplicates,"
             f" {status.quarantined} quarantined{lost}, lag {'unknown' if status.lag is None else status.lag}"
         )

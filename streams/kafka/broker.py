@@ -13,7 +13,7 @@ from pathlib import Path
 
 from core.addresses import free_port, listens
 from core.errors import BrokerError
-from core.progress import say
+from core.progress import progress_log
 from core.settings import Settings
 from core.settings.streams import Kafka
 from core.waiting import wait_until
@@ -95,7 +95,7 @@ def run_broker(settings: Settings) -> None:
     with EmbeddedBroker(kafka.bootstrap.split(",")[0], settings.home / "logs" / "tansu.log") as broker:
         broker.ensure_topics([kafka.topic], kafka.partitions)
         broker.ensure_topics([kafka.quarantine_topic])
-        say(f"broker: listening on {broker.address}; it keeps everything in memory only")
+        progress_log.info(f"broker: listening on {broker.address}; it keeps everything in memory only")
         while not stop.wait(0.5):
             if not broker.running:
                 raise BrokerError("the embedded broker ended by itself.", f"See {broker.log}.")

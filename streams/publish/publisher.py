@@ -23,7 +23,7 @@ from typing import Any, Final, TextIO
 
 from core.errors import BrokerError, ConfigError, RatchetError, RecordError, StoreUnavailable
 from core.files import replace_file
-from core.progress import meter, say
+from core.progress import meter, progress_log
 from core.settings import Settings
 from ratchet_client.encoding import Encoding
 from ratchet_client.producer import Delivery, check_sample
@@ -159,7 +159,7 @@ class _Run:
             with suppress(BrokerError):  # report the original error, not its consequences
                 producer.flush()
                 in_flight.wait_empty(1.0)
-            say(f"ended early: {report.progress(started)}; --resume goes on behind them")
+            progress_log.info(f"ended early: {report.progress(started)}; --resume goes on behind them")
             raise
         finally:
             producer.close()

@@ -34,7 +34,7 @@ from core.errors import ConfigError, LedgerUnavailable, RatchetError, StoreUnava
 from core.ledger import DeletionRow, DeletionState, Ledger
 from core.ledger.collection import COLLECT_LEASE
 from core.ledger.leases import renewing
-from core.progress import say
+from core.progress import progress_log
 from core.settings import Settings
 from streams.kafka.events import EventPublisher
 from streams.store import deletion, retention
@@ -119,7 +119,7 @@ class Maintainer:
             except RatchetError as error:
                 if str(error) != last_error:
                     last_error = str(error)
-                    say(f"maintain: [yellow]{error}[/yellow]")
+                    progress_log.warning(f"maintain: {error}")
             except Exception:
                 log.exception("maintenance")
             stopping.wait(self.settings.maintain.seconds)
@@ -169,7 +169,7 @@ class Maintainer:
             try:
                 removed += deletion.remove(self.store, self.ledger, [each])
             except ConfigError as error:  # requested by another version of Ratchet; must not block the others
-                say(f"maintain: {each.id} cannot be carried out: {error}")
+                progress_log.info(f"maintain: {each.id} cannot be carried out: {error}")
         metrics.maintain.deleted(removed, "deletion")
         return removed
 
@@ -221,7 +221,7 @@ class Maintainer:
         versions = [each.version or 0 for each in pending if each.removed_at is not None and each.removed_at < late]
         for name, version in self.store.pins().items():
             if versions and version < max(versions):
-                say(f"maintain: {name} is pinned to samples that were deleted; it has to begin again")
+                progress_log.info(f"maintain: {name} is pinned to samples that were deleted; it has to begin again")
                 self._let_go(name)
 
     def _drop_pins(self) -> None:
@@ -266,10 +266,12 @@ class Maintainer:
             if left is not None:
                 words, until = left
                 self.ledger.deletion_held(each.id, words, until)
-                say(f"maintain: {each.id}: {words}")
+                progress_log.info(f"maintain: {each.id}: {words}")
                 continue
             self.ledger.deletion_done(each.id, old.unknown or None)
-            say(f"maintain: {each.id} is done: {each.samples} samples and {each.refusals} refusals are gone")
+            progress_log.info(
+                f"maintain: {each.id} is done: {each.samples} samples and {each.refusals} refusals are gone"
+            )
 
     def _unlocked(self) -> list[DeletionRow]:
         now = datetime.now(UTC)
@@ -287,7 +289,7 @@ class Maintainer:
 def run_maintain(settings: Settings, once: bool = False, collect: Callable[[], object] | None = None) -> None:
     if once:
         with closing(Maintainer(settings, collect=collect)) as maintainer:
-            say(f"maintain: {maintainer.run_once()}")
+            progress_log.info(f"maintain: {maintainer.run_once()}")
         return
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -297,7 +299,7 @@ def run_maintain(settings: Settings, once: bool = False, collect: Callable[[], o
     if (ledger := wait_for_ledger(settings, stopping)) is None:
         return
     with closing(Maintainer(settings, ledger, collect=collect)) as maintainer:
-        say(f"maintain: {maintainer.store.url}, every {settings.maintain.seconds:g} s")
+        progress_log.info(f"maintain: {maintainer.store.url}, every {settings.maintain.seconds:g} s")
         maintainer.run(stopping)
 
 
@@ -311,7 +313,7 @@ def wait_for_ledger(settings: Settings, stopping: threading.Event) -> Ledger | N
         except LedgerUnavailable as error:
             if str(error) != last_error:
                 last_error = str(error)
-                say(f"maintain waits: [yellow]{error}[/yellow]")
+                progress_log.warning(f"maintain waits: {error}")
             stopping.wait(settings.maintain.seconds)
     return None
 

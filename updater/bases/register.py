@@ -21,7 +21,7 @@ from torch import nn
 
 from core.artifacts import Artifacts, directory_digest
 from core.errors import BaseModelError
-from core.progress import say, step
+from core.progress import progress_log, step
 from serving.engines.clip_base import TEXT_FILES, ClipBase, base_directory, construct, list_bases, save_base
 from serving.engines.preprocess import Preprocess
 from serving.engines.vlm.vlm_base import VlmBase, save_vlm_base
@@ -125,7 +125,7 @@ def _published_preprocess(model: str) -> dict[str, Any]:
         return {}
     chosen: dict[str, Any] = json.loads(published.most_common(1)[0][0])
     if len(published) > 1:
-        say(
+        progress_log.info(
             f"checkpoints of {model} have {len(published)} different preprocessings; taking mean {chosen['mean']}, "
             f"{chosen['resize_mode']}. If yours differs, register it as hf-hub:NAME or local-dir:FOLDER."
         )

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from core.progress import say
+from core.progress import progress_log
 from ratchet_client import Client, ServerError
 
 POLL_SECONDS = 5.0
@@ -122,7 +122,7 @@ class Throttle:
     def _set(self, share: float, why: str) -> None:
         bounded = min(1.0, max(self.least, share))
         if bounded != self.share:
-            say(f"the trainer takes {bounded:.0%} of its time: {why}")
+            progress_log.info(f"the trainer takes {bounded:.0%} of its time: {why}")
         self.share = bounded
 
 

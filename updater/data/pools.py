@@ -19,7 +19,7 @@ import numpy as np
 
 from core.digests import digest12, digest_bytes
 from core.errors import ConfigError
-from core.progress import say
+from core.progress import progress_log
 from core.settings.updates import Draw
 from streams.publish.folders import FolderItem, read_folder
 from streams.store.sample_store import SampleStore
@@ -212,7 +212,7 @@ def _reference(folders: Sequence[Path], limit: int, seed: int, family: Family) -
     if family == "vlm":
         drawn = _in_turn(drawn)
     if len(drawn) > limit:
-        say(f"reference pool: {limit} of {len(drawn)} examples")
+        progress_log.info(f"reference pool: {limit} of {len(drawn)} examples")
     return tuple(
         _example(
             f"reference-{key.hex()[:32]}",

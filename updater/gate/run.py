@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from core.errors import AdapterError, GateError, RatchetError
-from core.progress import say
+from core.progress import progress_log
 from core.settings import Settings
 from core.settings.updates import Gate as GateSettings
 from serving.engines.clip import ClipEngine
@@ -160,7 +160,7 @@ def run_gate(
         cross_version=crossing,
         diagnostics=diagnose(evaluator, scores, incumbent, candidate, counts),
     )
-    say(f"gate: {candidate} {outcome} in {verdict.seconds:.0f} s: {reasons[0]}")
+    progress_log.info(f"gate: {candidate} {outcome} in {verdict.seconds:.0f} s: {reasons[0]}")
     return verdict
 
 
@@ -176,7 +176,7 @@ def _suites(
     """Results, checks of the answers, and the answers of all suites; no answers if the candidate failed."""
     scores: list[Scores] = []
     for number, suite in enumerate(suites, start=1):
-        say(f"gate: suite {number}/{len(suites)} {suite.name} ({len(suite.items())} items)")
+        progress_log.info(f"gate: suite {number}/{len(suites)} {suite.name} ({len(suite.items())} items)")
         try:
             base = evaluator.score(suite, None, label=f"{suite.name}, base")
             before = base if incumbent is None else evaluator.score(suite, incumbent, label=f"{suite.name}, incumbent")

@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 
 from torch import Tensor
 
-from core.progress import say
+from core.progress import progress_log
 from updater.adapters.weight_deltas import WeightDelta, merge
 from updater.recipes import Merge
 from updater.recipes.plugin_registry import Methods
@@ -137,6 +137,6 @@ def search(
         between()
     best = max(merge.search, key=lambda weight: scores[weight])
     listed = ", ".join(f"{weight:g}: {100 * score:.1f}" for weight, score in scores.items())
-    say(f"merged with weight {best:g}, the best of {listed}")
+    progress_log.info(f"merged with weight {best:g}, the best of {listed}")
     chosen = merge.model_copy(update={"weight": best})
     return Searched(chosen, scores, time.monotonic() - began, len(scores) * scored.passes)

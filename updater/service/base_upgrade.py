@@ -20,7 +20,7 @@ from core.artifacts import Artifacts
 from core.digests import digest12, digest_json
 from core.errors import BaseModelError, ConfigError, ReleaseError, TrainingError
 from core.ledger import Ledger, ReleaseRow, UpdateRow, VerdictRow
-from core.progress import say, step
+from core.progress import progress_log, step
 from core.settings import Settings
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, digest_of, list_bases, load_base
@@ -208,7 +208,7 @@ def finish_upgrade(settings: Settings, update_id: str) -> tuple[UpdateRow, Verdi
                     if outcome.update is None:
                         raise TrainingError(f"{update_id} waits: {outcome.reason}.", "Run the command again later.")
             if not ledger.is_finished(update_id):
-                say(f"{update_id} stops; it goes on from its checkpoint next time")
+                progress_log.info(f"{update_id} stops; it goes on from its checkpoint next time")
         return ledger.update(update_id), ledger.verdict_of(update_id)
 
 

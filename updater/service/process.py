@@ -15,7 +15,7 @@ from types import FrameType
 
 from core.errors import TrainingError
 from core.priority import nice_process, nice_session
-from core.progress import say
+from core.progress import progress_log
 
 QUIET_SECONDS = 60.0
 ENVIRONMENT = {
@@ -64,7 +64,7 @@ def only_one(home: Path, *, wait: bool = True) -> Iterator[None]:
         except BlockingIOError:
             if not wait:
                 raise UpdaterBusy(f"an updater works in {home}.", "It takes up what is recorded by itself.") from None
-            say(f"another updater works in {home}; waiting for it to end")
+            progress_log.info(f"another updater works in {home}; waiting for it to end")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -115,5 +115,5 @@ class ThrottledLog:
     def say(self, reason: str) -> None:
         kind = re.sub(r"\d[\d.,]*", "", reason)
         if kind != self._last_kind or time.monotonic() - self._last_time > QUIET_SECONDS:
-            say(f"updater waits: {reason}")
+            progress_log.info(f"updater waits: {reason}")
             self._last_kind, self._last_time = kind, time.monotonic()

@@ -12,7 +12,7 @@ from core import metrics
 from core.artifacts import Artifacts, directory_digest
 from core.errors import BudgetError
 from core.ledger import Ledger, UpdateRow
-from core.progress import say
+from core.progress import progress_log
 from core.settings import Settings
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
@@ -127,13 +127,13 @@ def train_update(
     metrics.update.visited(recipe.family, result.visited, result.pending - result.visited)
     metrics.update.left_out(recipe.family, len(result.left_out))
     stopped = "budget" if result.budget_spent else "time" if result.truncated else ""
-    say(
+    progress_log.info(
         f"{update.id}: trained {result.adapter}, {result.steps} steps in {result.seconds:.0f} s"
         + (f" (stopped at step {result.steps} of {result.planned_steps}: {stopped})" if stopped else "")
         + f", {result.visited} of {result.pending} pending samples visited"
     )
     for name, why in sorted(result.left_out.items()):
-        say(f"{update.id}: sample {name} is left out: {why}")
+        progress_log.info(f"{update.id}: sample {name} is left out: {why}")
     cost = {**cost_of(result), "draw": settings.updater.draw}
     return ledger.advance_update(update.id, "trained", adapter=result.adapter, cost=cost)
 

@@ -34,7 +34,7 @@ from core.errors import (
 )
 from core.ledger import BaseUpgradeRow, Ledger, UpdateRow
 from core.ledger.learning import BEGAN, FINISHED
-from core.progress import say
+from core.progress import progress_log
 from core.settings import Settings
 from ratchet_client import Client
 from serving.engines.clip_base import ClipBase, need_base, shown
@@ -174,7 +174,7 @@ class UpdaterService:
                 return StepResult(None, waits)
             if update.state == "training" and self._data_is_gone(update):
                 return StepResult(self._abandon(update), "its data is not kept any more")
-            say(f"{update.id} goes on ({update.state})")
+            progress_log.info(f"{update.id} goes on ({update.state})")
         else:
             if waits := self._waits_for_base(family):
                 return StepResult(None, waits)
@@ -230,13 +230,15 @@ class UpdaterService:
             incumbent=learned.incumbent,
             cost={triggers.ONLY_LOOK: True} if ready.once else None,
         )
-        say(f"{update.id} begins: {ready.new_samples} new samples, {ready.fresh}, recipe {recipe.name}")
+        progress_log.info(f"{update.id} begins: {ready.new_samples} new samples, {ready.fresh}, recipe {recipe.name}")
         if ready.fresh.items < ready.fresh.needed:
             wanted = f"a gain of {100 * self.settings.gate.detect:.3g} points"
             then = "" if ready.once else ": then it asks again when more fresh items are there"
-            say(f"{update.id}: the gate may not be able to show {wanted}{then}")
+            progress_log.info(f"{update.id}: the gate may not be able to show {wanted}{then}")
         for deletion in self.ledger.list_deletions_in(update.id, update.store_version):
-            say(f"{update.id} is the first without {deletion.samples} samples of {deletion.id} ({deletion.reason})")
+            progress_log.info(
+                f"{update.id} is the first without {deletion.samples} samples of {deletion.id} ({deletion.reason})"
+            )
         return update
 
     def _reevaluate(self, due: Reevaluate) -> UpdateRow:
@@ -253,7 +255,7 @@ class UpdaterService:
             adapter=last.adapter,
             cost={**last.cost, triggers.TRAINED_BY: triggers.split_id(last.id)[0]},
         )
-        say(f"{update.id}: {update.adapter} is asked again, {due.fresh}")
+        progress_log.info(f"{update.id}: {update.adapter} is asked again, {due.fresh}")
         return update
 
     def _finish(self, update: UpdateRow, family: Family) -> UpdateRow:
@@ -286,7 +288,7 @@ class UpdaterService:
             update = self.ledger.update(update.id)
             if update.state not in FINISHED:
                 return self._abandon(update)
-            say(f"{update.id} ends: {update.error}")
+            progress_log.info(f"{update.id} ends: {update.error}")
         except Exception as error:  # of a library or for memory: may be transient, so it is retried
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull(f"{update.id} waits: {error}.", "Free space there; the update goes on then.") from error
@@ -304,12 +306,12 @@ class UpdaterService:
     def _propose(self, update: UpdateRow, family: Family) -> UpdateRow:
         verdict = self.ledger.verdict_of(update.id)
         for name, why in self.ledger.withdrawn([update.adapter]).items():
-            say(f"{update.id} made {name} again, which was withdrawn: {why}")
+            progress_log.info(f"{update.id} made {name} again, which was withdrawn: {why}")
             return self.ledger.advance_update(update.id, "failed", error=f"{name} was withdrawn: {why}")
         if (upgrade := self.ledger.base_upgrade(update.id)) is not None:
             outcome = verdict.outcome if verdict else "not judged"
             passed = f"; release it with `ratchet base switch {upgrade.new_name}`" if outcome == "passed" else ""
-            say(f"{update.id} to the base {upgrade.new_name!r}: {outcome}{passed}")
+            progress_log.info(f"{update.id} to the base {upgrade.new_name!r}: {outcome}{passed}")
         elif verdict is not None and verdict.outcome == "passed":
             proposal = self.ledger.propose(
                 "update",
@@ -320,11 +322,11 @@ class UpdaterService:
                 reason=f"{update.id} passed the gate (recipe {update.recipe['name']})",
                 update_id=update.id,
             )
-            say(f"{update.id} passed and is proposal {proposal.id}")
+            progress_log.info(f"{update.id} passed and is proposal {proposal.id}")
         return self.ledger.advance_update(update.id, "done")
 
     def _fail(self, update: UpdateRow, family: Family, error: RatchetError) -> UpdateRow:
-        say(f"{update.id} failed: {error}")
+        progress_log.info(f"{update.id} failed: {error}")
         cost: dict[str, Any] = {}
         if isinstance(error, StepUnaffordable) and self.ledger.base_upgrade(update.id) is None:
             self.ledger.settle(update.id, 0.0, capacity=triggers.bucket(self.settings)[1])  # no step was taken
@@ -378,7 +380,7 @@ class UpdaterService:
 
     def _abandon(self, update: UpdateRow) -> UpdateRow:
         error = f"version {update.store_version} of the sample store is not kept any more"
-        say(f"{update.id} is abandoned: {error}")
+        progress_log.info(f"{update.id} is abandoned: {error}")
         metrics.update.finished(update.family, "abandoned")
         shutil.rmtree(self.work_dir(update), ignore_errors=True)
         self.store.unpin(update.id)
@@ -430,7 +432,7 @@ def run_update(
                 return None
             outcome = service.step(now=True, retry=retry)
         except Stopped:
-            say("updater stops; the update goes on from its checkpoint next time")
+            progress_log.info("updater stops; the update goes on from its checkpoint next time")
             return None
     if outcome.update is None:
         raise TrainingError(f"no update was trained: {outcome.reason}.", "Publish new samples, or use --retry.")

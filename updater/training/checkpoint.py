@@ -18,7 +18,7 @@ from torch import Tensor
 from core.digests import digest_tensors
 from core.errors import DiskFull, TrainingError
 from core.files import replace_file, replacing
-from core.progress import say
+from core.progress import progress_log
 from updater.adapters import Dense, LowRank, WeightDelta
 from updater.recipes import TrainPrecision
 
@@ -71,7 +71,7 @@ def load_checkpoint(directory: Path, run: str) -> tuple[dict[str, Tensor], Progr
                 return None
             return {key: file.get_tensor(key) for key in file.keys()}, progress  # noqa: SIM118 - no iterator
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        say(f"checkpoint {path} cannot be read ({error}); the update starts again")
+        progress_log.info(f"checkpoint {path} cannot be read ({error}); the update starts again")
         return None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from core.digests import digest_json
 from core.errors import ConfigError, TrainingError
-from core.progress import say
+from core.progress import progress_log
 from updater.budget.cost import Cost
 from updater.data.mixture import BatchPlan, plan_batches
 from updater.data.pools import Example, Pools, run_starts, visits
@@ -122,7 +122,9 @@ class Planner:
         rows = self._usable(batches, examples)
         cost = measure(self.learner, [examples[row] for row in rows], [rows, *batches[1:]])
         write_json(path, {"run": run, "cost": cost.to_json()})
-        say(f"a step: {cost.step_gflops:.1f} GFLOPs at {cost.memory_ratio:.2f} of full fine-tuning's memory")
+        progress_log.info(
+            f"a step: {cost.step_gflops:.1f} GFLOPs at {cost.memory_ratio:.2f} of full fine-tuning's memory"
+        )
         return cost
 
     def _usable(self, batches: Sequence[list[int]], examples: Sequence[Example]) -> list[int]:

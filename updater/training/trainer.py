@@ -15,7 +15,7 @@ import torch
 from core import metrics
 from core.digests import digest_json
 from core.errors import TrainingError
-from core.progress import say, track
+from core.progress import progress_log, track
 from updater.adapters import LoraModel, WeightDelta, read_delta
 from updater.adapters.weight_deltas import kept_share
 from updater.budget.bound import BudgetSpent, Costs
@@ -93,7 +93,7 @@ class Trainer:
         # Share of the incumbent's ΔW that the recipe's rank can hold.
         kept = kept_share(self.served, self.recipe.rank) if isinstance(learner.model, LoraModel) else 1.0
         if kept < 1:
-            say(
+            progress_log.info(
                 f"the incumbent's rank is above the {self.recipe.rank} of recipe {self.recipe.name!r}, which holds"
                 f" {100 * kept:.1f}% of what it learned (of the squared norm of its ΔW)"
             )
@@ -174,7 +174,9 @@ class Trainer:
                 if step == 0:
                     needed = cost.adjusted(spent.needed)
                     raise cost.unaffordable(self.limits.gflops, visits.batches, needed) from spent
-                say(f"training stops at step {step} of {progress.steps}: the next one would exceed the budget")
+                progress_log.info(
+                    f"training stops at step {step} of {progress.steps}: the next one would exceed the budget"
+                )
                 self.learner.model.restore()
                 prepared = self.learner.prepared_gflops()
                 progress = replace(progress, budget_spent=True, prepared=prepared, broken_off=spent.broken_off)
@@ -190,7 +192,9 @@ class Trainer:
             )  # fmt: skip
             self.progress = progress
             if late:
-                say(f"training stops after {seconds:.0f} s at step {step + 1} of {progress.steps} (wall-clock bound)")
+                progress_log.info(
+                    f"training stops after {seconds:.0f} s at step {step + 1} of {progress.steps} (wall-clock bound)"
+                )
                 self._save(progress)
                 break
             if (step + 1) % self.limits.checkpoint_steps == 0 or step + 1 == progress.steps:
@@ -264,7 +268,7 @@ class Trainer:
         if checkpoint is not None and checkpoint[1].steps == plan.steps:
             self.learner.load_state(checkpoint[0])
             progress = checkpoint[1]
-            say(f"training goes on at step {progress.step} of {plan.steps}")
+            progress_log.info(f"training goes on at step {progress.step} of {plan.steps}")
             unknown = progress.step - len(progress.gflops)  # those of an older version
             progress = replace(progress, gflops=[plan.cost.step_gflops] * unknown + progress.gflops)
         self.learner.ready(visits.seen(progress.step))  # all are there; those of an earlier attempt are counted, too

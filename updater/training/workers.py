@@ -20,7 +20,7 @@ import torch
 
 from core.errors import RatchetError, TrainingError
 from core.files import replacing
-from core.progress import say
+from core.progress import progress_log
 from core.settings import Settings
 from updater.step.passes import Team, TorchTeam
 from updater.training.checkpoint import read_json, write_json
@@ -118,7 +118,7 @@ class Workers:
             control.write(patience < math.inf, duty_cycle())
             fitting.join(LOOK_SECONDS)
             if time.monotonic() - reported > REPORT_SECONDS and (line := control.reported()):
-                say(f"training: {line}")
+                progress_log.info(f"training: {line}")
                 reported = time.monotonic()
         if failures:
             raise failures[0]
@@ -140,13 +140,15 @@ class Workers:
             ray.init(log_to_driver=False, configure_logging=False, **options)
         try:
             for attempt in range(1, ATTEMPTS + 1):
-                say(f"training in {self.count} processes" + (f", attempt {attempt}" if attempt > 1 else ""))
+                progress_log.info(
+                    f"training in {self.count} processes" + (f", attempt {attempt}" if attempt > 1 else "")
+                )
                 try:
                     self._trainer(steps, work_dir).fit()
                 except TrainingFailedError as error:
                     if (cause := _raised_by_worker(error)) is not None:
                         raise cause from error
-                    say(f"a training process ended: {str(error).splitlines()[-1][:200]}")
+                    progress_log.info(f"a training process ended: {str(error).splitlines()[-1][:200]}")
                 else:
                     return
         finally:

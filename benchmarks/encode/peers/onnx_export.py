@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from benchmarks.encode.peers.hf_clip import write_tokenizer
 from core.errors import BaseModelError
-from core.progress import say
+from core.progress import progress_log
 from serving.engines.clip_base import ClipBase
 
 OPSET: Final = 17
@@ -50,7 +50,9 @@ def export_onnx(base: ClipBase, folder: Path) -> Path:
         if not (folder / "image.onnx").is_file():
             raise
         (folder / "text.onnx").unlink(missing_ok=True)
-        say(f"the text tower of {base.name} cannot be exported: {type(error).__name__}: {str(error)[:200]}")
+        progress_log.info(
+            f"the text tower of {base.name} cannot be exported: {type(error).__name__}: {str(error)[:200]}"
+        )
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
     _write_tokenizer(base, folder)

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import pytest
 
-from core.progress import say
+from core.progress import progress_log
 from tests.support.chart import CHART
 from tests.support.downloads import CACHE, SYSTEM_PATH, NotHere
 
@@ -135,7 +135,7 @@ def new_cluster() -> Iterator[Cluster]:
             patch.setenv(name, environ[name])
         try:
             for script in STEPS:
-                say(f"kubernetes: {script}")
+                progress_log.info(f"kubernetes: {script}")
                 run("bash", str(SCRIPTS / script), seconds=STEP_SECONDS)
             yield Cluster(folder / "run" / "values.yaml")
         finally:

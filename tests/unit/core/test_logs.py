@@ -21,7 +21,7 @@ from core.settings import Settings
 PROGRAM = """
 import logging, sys
 from core.logs import configure_logging
-from core.progress import say, step, track
+from core.progress import progress_log, step, track
 from core.settings import Settings
 configure_logging()
 settings = Settings(logs=dict(part.split("=") for part in sys.argv[1:]))
@@ -33,9 +33,9 @@ logging.getLogger("streams.ingest.consumer").debug("details")
 logging.getLogger("httpx").info("GET https://elsewhere")
 for port in range(50):
     logging.getLogger("kafka.net.manager").error("Connection failed: port %d", port)
-say("a [bold]long[/bold] line " + "and more " * 30 + "end")
-say("[yellow]slow[/yellow] [x")
-say("[red]broken[/red]")
+progress_log.info("a [long] line " + "and more " * 30 + "end")
+progress_log.warning("slow [x")
+progress_log.error("broken")
 """
 
 
@@ -52,7 +52,7 @@ def test_where_no_terminal_is_each_record_is_one_line_of_json_with_date_level_lo
     records = [json.loads(line) for line in run()]
     assert [(each["level"], each["message"][:16]) for each in records] == [
         ("WARNING", "the store is awa"), ("INFO", "a fine day"), ("ERROR", "Connection faile"),
-        ("INFO", "a long line and "), ("WARNING", "slow [x"), ("ERROR", "broken"),
+        ("INFO", "a [long] line an"), ("WARNING", "slow [x"), ("ERROR", "broken"),
     ]  # fmt: skip
     assert records[3]["message"].endswith("end")
     first = records[0]

@@ -6,8 +6,8 @@ import sys
 import pytest
 from rich.console import Console
 
-from core import progress
 from core.errors import RatchetError
+from core.progress import progress_log
 from demo.story.screen import Screen, StoryProgress, plan_chapters
 
 LINKS = {"console": "http://127.0.0.1:8001"}
@@ -31,7 +31,7 @@ def test_a_terminal_has_all_chapters_the_current_one_with_its_reason_and_the_con
     with each:
         assert LINKS["console"] in shown(each)
         with each.chapter("start"):
-            progress.say("starting [bold]Ray[/bold] ...")
+            progress_log.info("starting Ray ...")
             text = shown(each)
             for chapter in each.story.plan:
                 assert chapter.title[:60] in text
@@ -65,7 +65,7 @@ def test_a_text_with_brackets_and_a_small_terminal_do_not_break_the_screen() -> 
     each = Screen(StoryProgress(plan_chapters("fluent3d")), LINKS, console)
     with each, each.chapter("stream"):
         for number in range(40):
-            progress.say(f"“[/red] {number}” found pictures " + "and more " * 20)
+            progress_log.info(f"“[/red] {number}” found pictures " + "and more " * 20)
         lines = shown(each).splitlines()
     assert "39” found pictures" in "\n".join(lines)
     assert len(lines) <= 24
@@ -77,7 +77,7 @@ def test_a_child_that_fails_ends_the_story_and_its_last_words_are_left_on_the_te
     with pytest.raises(RatchetError, match="ended with status 3"), each, each.chapter("naive"):
         each.run([sys.executable, "-c", "print('out of memory'); raise SystemExit(3)"])
     assert not terminal or "out of memory" in out.getvalue().rpartition("\x1b[?1049l")[2]
-    progress.say("to standard error again")
+    progress_log.info("to standard error again")
 
 
 def test_the_vlm_has_chapters_only_where_it_has_a_part() -> None:
