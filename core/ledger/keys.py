@@ -114,5 +114,5 @@ def _checked(name: str, scopes: Sequence[str], requests_per_minute: int | None) 
         what = f"scope {wrong[0]!r} is not known." if wrong else f"key {name!r} has no scope."
         raise LedgerError(what, f"Scopes are {', '.join(SCOPES)}.")
     if requests_per_minute is not None and requests_per_minute < 0:
-        raise LedgerError(f"{requests_per_minute} requests per minute is no limit.", "Give 1 or more, or 0 for none.")
+        raise LedgerError(f"{requests_per_minute} requests per minute is not a limit.", "Give 1 or more, or 0: none.")
     return tuple(scope for scope in SCOPES if scope in scopes)

@@ -272,7 +272,7 @@ DRIFT_FRECHET = _latest(
 )
 DRIFT_SHIFT = _latest(
     "ratchet_drift_mean_shift",
-    "Shift of the newest embeddings' mean in standard errors, root mean square over dimensions; 1 is no drift.",
+    "Shift of the newest embeddings' mean in standard errors, root mean square over dimensions; 1 means no drift.",
     ["space"],
 )
 

@@ -19,19 +19,21 @@ from core.settings.watching import Logs, Traces, Watch
 class Settings(Section):
     """All settings. ``origins`` maps each dotted name to the place its value came from."""
 
-    home: Path = Field(Path(".ratchet"), description="Folder of the embedded defaults.")
-    ledger_url: str | None = Field(None, description="SQLAlchemy URL; SQLite in home when unset.")
+    home: Path = Field(Path(".ratchet"), description="Local folder, for everything that has no URL of its own.")
+    ledger_url: str | None = Field(None, description="SQLAlchemy URL of the ledger; default: SQLite in home.")
     artifacts_url: str | None = Field(
-        None, description="fsspec URL of adapters and reports; a folder in home when unset."
+        None, description="fsspec URL of adapters and reports; default: a folder in home."
     )
-    lake_url: str | None = Field(None, description="Folder or object store URL of the Lance datasets.")
+    lake_url: str | None = Field(
+        None, description="Folder or object store URL of the Lance datasets; default: a folder in home."
+    )
     server_url: str | None = Field(
         None,
         pattern=r"^https?://[^/\s]+",
-        description="URL at which console, updater and command line call the model server; by default its own.",
+        description="URL of the model server for all other parts; default: serve.host and serve.port.",
     )  # fmt: skip
     metrics_host: str = Field(
-        "127.0.0.1", description="Address of the metrics ports of ingest, maintenance and the updater."
+        "127.0.0.1", description="Address on which ingest, maintenance and the updater serve metrics."
     )
     base: BaseModels = Field(default_factory=BaseModels)
     kafka: Kafka = Field(default_factory=Kafka)

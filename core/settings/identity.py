@@ -13,10 +13,10 @@ class OAuth(Section):
     """Bearer tokens for SASL OAUTHBEARER: from a token endpoint (client credentials), or from a file."""
 
     token_url: str = Field("", description="Token endpoint of the identity provider (client-credentials grant).")
-    client_id: str = Field("", description="Client id for the token endpoint.")
+    client_id: str = Field("", description="Client ID for the token endpoint.")
     client_secret: SecretStr | None = Field(None, description="Client secret for the token endpoint.")
-    scope: str = Field("", description="Scope that the token is asked for; empty: the provider's default.")
-    token_file: Path | None = Field(None, description="File with a token, read again for each connection.")
+    scope: str = Field("", description="Scope to request; empty: the provider's default.")
+    token_file: Path | None = Field(None, description="File with a token; read for each connection.")
     extensions: dict[str, str] = Field(default_factory=dict, description="SASL extensions sent with the token.")
 
     @property
@@ -38,27 +38,25 @@ class OAuth(Section):
 class Oidc(Section):
     """Sign-in to the console by an OpenID Connect provider, next to API keys."""
 
-    issuer: str = Field(
-        "", description="URL of the provider, as it names itself (https://id.example.com); empty: none."
-    )
-    client_id: str = Field("", description="Client id that the provider gave to the console.")
-    client_secret: SecretStr | None = Field(None, description="Client secret; none for a public client (PKCE).")
+    issuer: str = Field("", description="Issuer URL of the provider, e.g. https://id.example.com; empty: no sign-in.")
+    client_id: str = Field("", description="Client ID of the console.")
+    client_secret: SecretStr | None = Field(None, description="Client secret; leave unset for a public client (PKCE).")
     console_url: str = Field(
         "",
-        description="URL under which browsers reach the console, for the way back: + /sign-in/oidc/done.",
+        description="URL of the console in a browser; the redirect URL is this plus /sign-in/oidc/done.",
     )
-    scope: str = Field("openid email profile", description="Scopes that the provider is asked for.")
-    name_claim: str = Field("email", description="Claim that names a person in the audit log.")
-    groups_claim: str = Field("groups", description="Claim with the groups of a person.")
+    scope: str = Field("openid email profile", description="Scopes to request.")
+    name_claim: str = Field("email", description="Claim with the user name for the audit log.")
+    groups_claim: str = Field("groups", description="Claim with the groups of a user.")
     trust_emails: bool = Field(
         False,
-        description="Accept addresses without email_verified: true. Only where users cannot choose them (Entra ID).",
+        description="Accept email addresses without email_verified. Safe only if users cannot choose theirs.",
     )
     readers: list[str] = Field(
-        default_factory=list, description="People who may read and try models; '*': everyone who can sign in."
+        default_factory=list, description="Users who may read and try models; '*': everyone who can sign in."
     )
-    reader_groups: list[str] = Field(default_factory=list, description="Groups whose members may do the same.")
-    operators: list[str] = Field(default_factory=list, description="People who may also act as operators.")
+    reader_groups: list[str] = Field(default_factory=list, description="Groups whose members are readers.")
+    operators: list[str] = Field(default_factory=list, description="Users who are operators.")
     operator_groups: list[str] = Field(default_factory=list, description="Groups whose members are operators.")
 
     @property

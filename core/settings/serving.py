@@ -19,7 +19,7 @@ class BaseModels(Section):
     """The frozen checkpoints that are served."""
 
     clip: str = Field(SHIPPED, description="Name of a registered CLIP base (`ratchet base list`).")
-    vlm: str = Field(SHIPPED_VLM, description="Name of a registered VLM base; empty: no VLM is served.")
+    vlm: str = Field(SHIPPED_VLM, description="Name of a registered VLM base; empty: serve no VLM.")
 
 
 class Listener(Section):
@@ -44,77 +44,84 @@ class Serve(Listener):
     port: int = Field(8000, ge=1, le=65535, description="HTTP port.")
     engine: Literal["auto", "torch", "onnx"] = Field(
         "auto",
-        description="What runs the CLIP; auto: torch, or ONNX Runtime where installed and measured to be faster.",
+        description="Engine of the CLIP; auto: ONNX Runtime if it is installed and measures faster, else torch.",
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of the CLIP's matrix products; auto: half where it measures faster and stays within noise."
+        "auto",
+        description="Precision of the CLIP's matrix products; auto: half if that is faster and equal within noise.",
     )
     encoder_replicas: int = Field(1, ge=1, le=256, description="Encoder processes.")
     encoder_max_replicas: int = Field(
-        0, ge=0, le=4096, description="As many of them at most, by load; 0: always encoder_replicas."
+        0, ge=0, le=4096, description="Maximum replicas when autoscaling; 0: always encoder_replicas."
     )
-    encoder_threads: int = Field(0, ge=0, le=256, description="CPU threads of each encoder; 0: they share the cores.")
+    encoder_threads: int = Field(
+        0, ge=0, le=256, description="CPU threads of each encoder; 0: divide the cores among them."
+    )
     ingress_replicas: int = Field(
         1,
         ge=1,
         le=64,
-        description="Processes that answer HTTP. From two on one that ends is not missed, nor is a release "
-        "controller: there are two of them as well.",
+        description="HTTP server processes. With two or more, one may fail; there are then two release "
+        "controllers as well.",
     )
     ingress_max_replicas: int = Field(
-        0, ge=0, le=256, description="As many of them at most, by load; 0: always ingress_replicas."
+        0, ge=0, le=256, description="Maximum processes when autoscaling; 0: always ingress_replicas."
     )
-    max_batch: int = Field(16, ge=1, le=1024, description="Most images (or 4x texts) in one forward pass.")
-    queue: int = Field(256, ge=1, description="Requests that may wait; more are answered 429.")
-    deadline_seconds: float = Field(30.0, gt=0, description="A request older than this is answered 504.")
+    max_batch: int = Field(
+        16, ge=1, le=1024, description="Maximum images (or four times as many texts) in one forward pass."
+    )
+    queue: int = Field(256, ge=1, description="Maximum waiting requests; more get 429.")
+    deadline_seconds: float = Field(30.0, gt=0, description="Time limit of a request; after it, 504.")
     max_image_bytes: int = Field(
-        8 * MIB, ge=1024, description="Largest encoded image. A body has twice as many bytes at most."
+        8 * MIB, ge=1024, description="Maximum size of an encoded image. The limit of a request body is twice this."
     )
     max_pixels: int = Field(
-        40_000_000, ge=1, description="Largest decoded image, in pixels. Four times as many may wait to be decoded."
+        40_000_000,
+        ge=1,
+        description="Maximum size of an image. The limit of all images that wait for decoding is four times this.",
     )
-    cache_bytes: int = Field(
-        64 * MIB, ge=0, description="Memory for vectors of texts and images that were sent before; 0: none are kept."
-    )
+    cache_bytes: int = Field(64 * MIB, ge=0, description="Memory for cached vectors of texts and images; 0: no cache.")
     caller_share: float = Field(
-        0.75, gt=0, le=1, description="Share of the slots, bytes and pixels that one key or address may hold."
+        0.75, gt=0, le=1, description="Maximum share of the slots, bytes and pixels for one key or address."
     )
-    idle_seconds: float = Field(60.0, gt=0, description="An open connection without a request is closed after this.")
+    idle_seconds: float = Field(60.0, gt=0, description="Idle connections are closed after this.")
     allowed_hosts: list[str] = Field(
         default_factory=list,
-        description="Further names in the Host header; on loopback others are refused (DNS rebinding).",
+        description="Additional names accepted in the Host header of a server on loopback (DNS rebinding).",
     )
     trusted_proxies: list[NetworkRule] = Field(
-        default_factory=list, description="Networks of proxies whose X-Forwarded-For is believed."
+        default_factory=list, description="Networks of proxies whose X-Forwarded-For is trusted."
     )
     image_hosts: list[HostRule] = Field(
-        default_factory=list, description="Hosts that images are fetched from by URL; empty: none are fetched."
+        default_factory=list, description="Hosts from which image URLs are fetched; empty: none."
     )
     image_networks: list[NetworkRule] = Field(
-        default_factory=list, description="Networks that image URLs may lead to although they are not public."
+        default_factory=list, description="Private networks that image URLs may resolve to."
     )
-    rollback_window: int = Field(2, ge=2, le=16, description="Releases kept resident, the live one included.")
+    rollback_window: int = Field(2, ge=2, le=16, description="Number of releases in memory, including the live one.")
     vlm_engine: Literal["auto", "vllm", "transformers"] = Field(
-        "auto", description="What runs the VLM; auto takes vLLM where it is installed."
+        "auto", description="Engine of the VLM; auto: vLLM if it is installed, else transformers."
     )
     vlm_replicas: int = Field(1, ge=1, le=64, description="VLM processes.")
     vlm_max_replicas: int = Field(
-        0, ge=0, le=4096, description="As many of them at most, by load; 0: always vlm_replicas."
+        0, ge=0, le=4096, description="Maximum replicas when autoscaling; 0: always vlm_replicas."
     )
     vlm_threads: int = Field(1, ge=1, le=256, description="CPU threads of each VLM engine.")
-    vlm_context: int = Field(256, ge=32, le=131_072, description="Most tokens of a request, answer and image included.")
-    vlm_max_tokens: int = Field(128, ge=1, le=32_768, description="Longest answer, in tokens.")
-    vlm_batch: int = Field(16, ge=1, le=1024, description="Requests that the VLM answers side by side.")
-    vlm_max_rank: Literal[8, 16, 32, 64, 128, 256] = Field(16, description="Largest LoRA rank that the VLM serves.")
-    vlm_gpus: int = Field(
-        1, ge=1, le=64, description="GPUs that one VLM replica is divided over (tensor parallel); none on a CPU."
+    vlm_context: int = Field(
+        256, ge=32, le=131_072, description="Maximum tokens of a request, including images and answer."
     )
+    vlm_max_tokens: int = Field(128, ge=1, le=32_768, description="Maximum tokens of an answer.")
+    vlm_batch: int = Field(16, ge=1, le=1024, description="Maximum requests that a VLM replica answers concurrently.")
+    vlm_max_rank: Literal[8, 16, 32, 64, 128, 256] = Field(16, description="Maximum LoRA rank of VLM adapters.")
+    vlm_gpus: int = Field(1, ge=1, le=64, description="GPUs per VLM replica (tensor parallel); ignored on a CPU.")
     vlm_arguments: dict[str, bool | int | float | str] = Field(
-        default_factory=dict, description="Further engine arguments of vLLM, by their names in AsyncEngineArgs."
+        default_factory=dict, description="Additional arguments for vLLM's AsyncEngineArgs."
     )
-    vlm_memory_gib: float = Field(1.0, gt=0, description="Memory of vLLM's key-value cache on a CPU.")
-    ray_metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port of Ray's own metrics; 0 is off.")
-    operator_key: SecretStr | None = Field(None, description="Bearer key of operators; made at first use if unset.")
+    vlm_memory_gib: float = Field(1.0, gt=0, description="Memory for vLLM's key-value cache on a CPU.")
+    ray_metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port of Ray's own metrics; 0: off.")
+    operator_key: SecretStr | None = Field(
+        None, description="Bearer key of operators; default: generated on first use, in home/operator.key."
+    )
 
     @property
     def max_body_bytes(self) -> int:
@@ -143,14 +150,14 @@ class AccessRules(Section):
 
     require_keys: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Whether /v1 needs a key with the scope infer or search; auto: not on this machine, on loopback.",
+        description="Require a key with scope infer or search for /v1; auto: unless the server is on loopback.",
     )
     metrics: Literal["auto", "open", "key"] = Field(
-        "auto", description="Whether /metrics needs a key of any scope; auto: not on loopback where /v1 needs none."
+        "auto", description="Require a key of any scope for /metrics; auto: unless /v1 is open and on loopback."
     )
-    requests_per_minute: int = Field(0, ge=0, description="Limit of each key that has none of its own; 0 is none.")
+    requests_per_minute: int = Field(0, ge=0, description="Rate limit of keys without their own; 0: none.")
     anonymous_per_minute: int = Field(
-        600, ge=0, description="Limit of each address that calls without a key from elsewhere; 0 is none."
+        600, ge=0, description="Rate limit of each remote address without a key; 0: none."
     )
 
 
@@ -158,29 +165,27 @@ class Catalog(Section):
     """Embedding and search of the catalog."""
 
     min_recall: float = Field(
-        0.9, gt=0, lt=1, description="An index that finds less of the true ten nearest rows is not used."
+        0.9, gt=0, lt=1, description="Minimum recall@10 of a search index; below it, searches are exact."
     )
     cache_gib: float = Field(
-        2.0, gt=0, description="Memory for the indexes of all image spaces; vectors are coded so that it suffices."
+        2.0, gt=0, description="Memory for the search indexes of all image spaces; vectors are compressed to fit."
     )
 
 
 class Console(Listener):
     """The web page for operators and visitors."""
 
-    host: str = Field("127.0.0.1", description="Address to listen on; on loopback visitors may look without a key.")
+    host: str = Field("127.0.0.1", description="Address to listen on. On loopback, reading needs no key.")
     port: int = Field(8001, ge=1, le=65535, description="HTTP port.")
     path_prefix: str = Field(
-        "", pattern=r"^(/[A-Za-z0-9._~-]+)*$", description="Path under which a proxy serves the console, as /ratchet."
+        "", pattern=r"^(/[A-Za-z0-9._~-]+)*$", description="Path prefix behind a proxy, e.g. /ratchet."
     )
-    session_hours: float = Field(12.0, gt=0, le=24 * 30, description="A sign-in ends after this long.")
+    session_hours: float = Field(12.0, gt=0, le=24 * 30, description="Lifetime of a sign-in.")
     public: bool = Field(
         False,
-        description="Read-only without a key, for a team's screen: no sign-in, no forms, nothing of people or samples.",
+        description="Read-only without sign-in, e.g. for a team's screen: no forms, people or samples.",
     )
-    public_samples: bool = Field(
-        False, description="In public mode also show pictures and texts of samples that a verdict names."
-    )
+    public_samples: bool = Field(False, description="Show pictures and texts of a verdict's samples in public mode.")
     oidc: Oidc = Field(default_factory=Oidc)
 
 
@@ -188,19 +193,19 @@ class Rollout(Section):
     """Rollout of updates, and the guard's limits on a release compared with its incumbent."""
 
     mode: Literal["direct", "canary", "shadow"] = Field(
-        "direct", description="How updates go live: at once, for a share of the requests first, or only compared first."
+        "direct", description="How updates go live: directly, after a canary, or after a shadow comparison."
     )
-    share: float = Field(0.1, gt=0, lt=1, description="Share of requests that a canary answers.")
-    observe_seconds: float = Field(600.0, ge=0, description="A canary or shadow of an update is promoted after this.")
-    min_comparisons: int = Field(100, ge=1, description="Inputs that both sides must have answered before that.")
-    guard_seconds: float = Field(600.0, ge=0, description="How long a plain release is watched; 0: not at all.")
+    share: float = Field(0.1, gt=0, lt=1, description="Share of requests for a canary.")
+    observe_seconds: float = Field(600.0, ge=0, description="Duration of a canary or shadow before promotion.")
+    min_comparisons: int = Field(100, ge=1, description="Minimum compared inputs before promotion.")
+    guard_seconds: float = Field(600.0, ge=0, description="How long the guard watches a full release; 0: off.")
     compare_share: float = Field(
-        0.1, ge=0, le=1, description="Share of watched requests whose input the other side answers too, unseen."
+        0.1, ge=0, le=1, description="Share of watched requests that the other release answers as well, for comparison."
     )
     hold_after_rollback: bool = Field(
-        True, description="After an operator's rollback updates wait until an operator resumes them."
+        True, description="After an operator's rollback, hold updates until an operator resumes them."
     )
-    min_agreement: float = Field(0.7, ge=0, lt=1, description="Share of inputs on which both CLIPs must agree.")
+    min_agreement: float = Field(0.7, ge=0, lt=1, description="Minimum share of inputs on which both CLIPs agree.")
     min_vlm_agreement: float = Field(
-        0.2, ge=0, lt=1, description="The same of VLMs: an update may change most answers about what it learned."
+        0.2, ge=0, lt=1, description="The same for VLMs, whose updates may change most answers about what they learned."
     )

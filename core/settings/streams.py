@@ -22,7 +22,7 @@ OWNED_OPTIONS: Final[Mapping[str, str]] = {
     "enable_idempotence": "a retry must not send a record twice",
     "fetch_max_bytes": "it follows from the bytes of one commit",
     "group_id": "set `kafka.group`",
-    "isolation_level": "records of aborted transactions are no samples",
+    "isolation_level": "records of aborted transactions do not count",
     "key_deserializer": "records are decoded by ingest",
     "key_serializer": "records are encoded by Ratchet",
     "max_partition_fetch_bytes": "it follows from the bytes of one commit",
@@ -40,15 +40,15 @@ class Kafka(Section):
 
     bootstrap: str = Field("127.0.0.1:19092", description="host:port of one or more brokers, comma separated.")
     topic: str = Field(TOPIC, description="Topic that producers write to.")
-    quarantine_topic: str = Field("ratchet.quarantine", description="Topic for records that were refused.")
-    events_topic: str = Field("ratchet.events", description="Topic that tells of releases and more; empty is off.")
+    quarantine_topic: str = Field("ratchet.quarantine", description="Topic for quarantined records.")
+    events_topic: str = Field("ratchet.events", description="Topic for events, such as releases; empty: off.")
     events_source: str = Field(
-        "urn:ratchet", min_length=1, max_length=200, description="CloudEvents `source`: names this installation."
+        "urn:ratchet", min_length=1, max_length=200, description="CloudEvents `source` of this installation."
     )
     group: str = Field("ratchet-ingest", description="Consumer group of ingest.")
-    partitions: int = Field(2, ge=1, le=1024, description="Partitions when Ratchet creates the topic.")
-    batch_records: int = Field(512, ge=1, le=100_000, description="Most records in one commit.")
-    batch_seconds: float = Field(2.0, gt=0, description="Longest wait before a smaller batch is committed.")
+    partitions: int = Field(2, ge=1, le=1024, description="Partitions of the topic, if Ratchet creates it.")
+    batch_records: int = Field(512, ge=1, le=100_000, description="Maximum records per commit.")
+    batch_seconds: float = Field(2.0, gt=0, description="Maximum time before a smaller batch is committed.")
     client: dict[str, str] = Field(default_factory=dict, description="Extra kafka-python options (SASL, TLS).")
     oauth: OAuth = Field(default_factory=OAuth)
     schema_registry: str = Field("", description="URL of a Confluent-compatible schema registry; empty: none.")
@@ -75,48 +75,50 @@ class Kafka(Section):
 class Ingest(Section):
     """Requirements for records, and the ingest process."""
 
-    max_image_bytes: int = Field(DEFAULT_LIMITS.max_image_bytes, ge=1024, description="Largest encoded image.")
-    max_pixels: int = Field(DEFAULT_LIMITS.max_pixels, ge=1, description="Largest decoded image, in pixels.")
-    min_side: int = Field(DEFAULT_LIMITS.min_side, ge=1, description="Shortest side of an image, in pixels.")
-    fresh_eval_share: float = Field(0.15, ge=0, lt=1, description="Share kept out of training for the gate.")
+    max_image_bytes: int = Field(
+        DEFAULT_LIMITS.max_image_bytes, ge=1024, description="Maximum size of an encoded image."
+    )
+    max_pixels: int = Field(DEFAULT_LIMITS.max_pixels, ge=1, description="Maximum size of an image, in pixels.")
+    min_side: int = Field(DEFAULT_LIMITS.min_side, ge=1, description="Minimum side of an image, in pixels.")
+    fresh_eval_share: float = Field(
+        0.15, ge=0, lt=1, description="Share of samples that are held out of training, for the gate."
+    )
     near_duplicate_distance: int = Field(
         -1,
         ge=-1,
         le=16,
-        description="Perceptual hash bits in which near duplicates may differ; -1: none are looked for.",
+        description="Maximum differing bits in the perceptual hashes of near duplicates; -1: do not detect them.",
     )
     split_key: SecretStr | None = Field(
-        None, description="Key of the split into train and fresh_eval; made with the store if unset."
+        None, description="Secret of the split into train and fresh_eval; default: generated with the store."
     )
-    processes: int = Field(0, ge=0, le=256, description="Processes that validate records; 0: one for each core.")
-    allowed_uris: list[UriRule] = Field(default_factory=list, description="Prefixes of image URIs that are fetched.")
+    processes: int = Field(0, ge=0, le=256, description="Validation processes; 0: one per core.")
+    allowed_uris: list[UriRule] = Field(default_factory=list, description="Prefixes of image URIs that may be fetched.")
     allowed_networks: list[NetworkRule] = Field(
-        default_factory=list, description="Networks that URIs may lead to although they are not public."
+        default_factory=list, description="Private networks that URIs may resolve to."
     )
-    metrics_port: int = Field(9464, ge=0, le=65535, description="Prometheus port of ingest; 0 is off.")
+    metrics_port: int = Field(9464, ge=0, le=65535, description="Prometheus port of ingest; 0: off.")
 
 
 class Maintain(Section):
     """Maintenance of the sample store: compaction, deletions and events (`ratchet maintain`)."""
 
-    seconds: float = Field(30.0, gt=0, le=86_400, description="How often maintenance looks for something to do.")
-    metrics_port: int = Field(9466, ge=0, le=65535, description="Prometheus port of maintenance; 0 is off.")
+    seconds: float = Field(30.0, gt=0, le=86_400, description="Interval between maintenance runs.")
+    metrics_port: int = Field(9466, ge=0, le=65535, description="Prometheus port of maintenance; 0: off.")
     keep_seconds: float = Field(
-        3600.0, ge=0, description="How long versions of the sample store are kept that no update is pinned to."
+        3600.0, ge=0, description="Lifetime of sample store versions, except those that an update is pinned to."
     )
 
 
 class Retention(Section):
     """Retention of samples and quarantined records. Without limits they are kept until they are deleted."""
 
-    max_age_days: float = Field(
-        0, ge=0, description="Samples and refused records older than this are removed; 0: no limit."
-    )
+    max_age_days: float = Field(0, ge=0, description="Maximum age of samples and quarantined records; 0: no limit.")
     max_bytes: int = Field(
-        0, ge=0, description="The oldest samples and refused records over this many bytes go; 0: no limit."
+        0, ge=0, description="Maximum size of samples and quarantined records, the oldest go first; 0: no limit."
     )
     keep_samples: int = Field(
-        50_000, ge=0, description="Of the samples over a limit so many stay, balanced over concepts, to be replayed."
+        50_000, ge=0, description="Samples over a limit that are kept for replay, balanced over concepts."
     )
 
 
@@ -124,15 +126,15 @@ class Collection(Section):
     """Garbage collection of adapters, carry-overs, gate reports and caches: `ratchet admin gc`, and maintenance."""
 
     hours: float = Field(
-        24.0, ge=0, description="How often maintenance collects garbage; 0: only `ratchet admin gc` does."
+        24.0, ge=0, description="Interval of automatic garbage collection; 0: only by `ratchet admin gc`."
     )
     keep_releases: int = Field(
-        20, ge=2, le=10_000, description="Newest releases of each base whose adapters stay, whatever their age."
+        20, ge=2, le=10_000, description="Newest releases of each base whose adapters are kept regardless of age."
     )
     keep_days: float = Field(
         90.0,
         ge=1,
-        description="Adapters stay for so long after their last use; caches on this machine too. Counted back from the "
-        "newest entry of the ledger.",
+        description="Adapters and local caches are kept for this long after their last use, counted back "
+        "from the newest entry of the ledger.",
     )
-    keep_adapters: list[str] = Field(default_factory=list, description="Names of adapters that always stay.")
+    keep_adapters: list[str] = Field(default_factory=list, description="Adapters to keep forever.")

@@ -81,7 +81,7 @@ class Report:
                 raise ValueError(f"its format is {values['format']}, not {FORMAT}")
             return cls(**values | {"ledger": File(**values["ledger"]), "missing": tuple(values["missing"])})
         except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"this is no backup that this version can read: {error}.", "Name another one.") from None
+            raise ConfigError(f"this version cannot read the backup: {error}.", "Name another one.") from None
 
 
 def back_up(settings: Settings, url: str, actor: str) -> Report:

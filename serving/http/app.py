@@ -48,19 +48,19 @@ client.chat.completions.create(model="vlm", messages=[{"role": "user", "content"
 A server that other machines can reach needs a key: `Authorization: Bearer rk_...` (`ratchet keys create`).
 """
 ACTOR = {
-    "name": "x-ratchet-actor", "in": "header", "required": False, "description": "Who decides; goes into the audit.",
+    "name": "x-ratchet-actor", "in": "header", "required": False, "description": "Actor, for the audit log.",
     "schema": {"type": "string", "minLength": 1, "maxLength": MAX_ACTOR_CHARS},
 }  # fmt: skip
 
 REQUEST_ID = {
     "name": HEADER, "in": "header", "required": False,
-    "description": "Your id of this request. It comes back in the answer, and stands in the server's log.",
+    "description": "Your ID of the request. It is in the response and in the server's log.",
     "schema": {"type": "string", "pattern": f"^[{ALPHABET}]{{1,{MAX_CHARS}}}$", "minLength": 1, "maxLength": MAX_CHARS},
 }  # fmt: skip
-BEARER = HTTPBearer(auto_error=False, description="A key of `ratchet keys create`. Not needed on loopback to infer.")
+BEARER = HTTPBearer(auto_error=False, description="A key from `ratchet keys create`. Inference on loopback needs none.")
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    401: {"model": errors.ErrorBody, "description": "No key, or one that is not valid."},
-    403: {"model": errors.ErrorBody, "description": "The key has not the scope that this call needs."},
+    401: {"model": errors.ErrorBody, "description": "The key is missing or invalid."},
+    403: {"model": errors.ErrorBody, "description": "The key lacks the scope that this call needs."},
 }
 
 
@@ -102,7 +102,7 @@ def _describe(app: FastAPI) -> None:
     """Add to the schema the headers of the middlewares: the request's ID, and an operator's name."""
     schema = app.openapi()
     schema["components"]["parameters"] = {HEADER: REQUEST_ID}
-    answer_id = "The request's id: yours, or a new one where you sent none that fits."
+    answer_id = "The request's ID: yours if it is valid, else a new one."
     schema["components"]["headers"] = {HEADER: {"description": answer_id, "schema": REQUEST_ID["schema"]}}
     for path, calls in schema["paths"].items():
         for call in calls.values():

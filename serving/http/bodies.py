@@ -31,7 +31,7 @@ FormField = tuple[str, str | bytes]
 Reason = Annotated[
     str,
     StringConstraints(min_length=1, max_length=1000, strip_whitespace=True),
-    Field(description="Why; goes into the audit log."),
+    Field(description="Reason, for the audit log."),
 ]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Source = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
@@ -71,7 +71,7 @@ class OpenAIBody(BaseModel):
 class ImageUrl(OpenAIBody, Body):
     """OpenAI's way to send an image."""
 
-    url: Picture = Field(description="data:image/png;base64,... or a URL, where the server fetches them.")
+    url: Picture = Field(description="data:image/png;base64,... or a URL, if the server fetches them.")
     detail: str | None = None
 
 

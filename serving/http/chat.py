@@ -105,14 +105,14 @@ class ChatMessage(OpenAIBody):
 
 
 class StreamOptions(OpenAIBody):
-    """What a stream carries next to the text."""
+    """Options of a stream."""
 
     model_config = ConfigDict(extra="ignore")
-    include_usage: bool = Field(False, description="One more chunk before [DONE], with the tokens.")
+    include_usage: bool = Field(False, description="Send one more chunk before [DONE], with the token counts.")
 
 
 class ChatRequest(OpenAIBody):
-    """A conversation to go on with; images as data URIs, or as URLs."""
+    """A conversation to continue. Images are data URIs or URLs."""
 
     model_config = ConfigDict(
         extra="allow",
@@ -139,18 +139,20 @@ class ChatRequest(OpenAIBody):
         min_length=1, max_length=MAX_MESSAGES, description="The conversation so far, the oldest message first."
     )
     model: str = VLM_MODEL
-    max_tokens: int | None = Field(None, ge=1, description="Longest answer; at most, and by default, the server's own.")
+    max_tokens: int | None = Field(
+        None, ge=1, description="Maximum tokens of the answer; default and maximum: the server's."
+    )
     max_completion_tokens: int | None = Field(None, ge=1, description="OpenAI's newer name of max_tokens.")
     temperature: Temperature | None = Field(
-        None, description="0, the default, always takes the likeliest token. Between 0 and 0.01 is 0.01."
+        None, description="0 (default): always the most likely token. Values between 0 and 0.01 count as 0.01."
     )
-    top_p: TopP | None = Field(None, description="Sample from the likeliest tokens with this share.")
+    top_p: TopP | None = Field(None, description="Sample from the most likely tokens with this total probability.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Makes sampling repeatable.")
     stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=4)] | None = Field(
-        None, description="One text or up to four that end the answer; they are not part of it."
+        None, description="Up to four texts that end the answer, and are not included in it."
     )
-    stream: bool | None = Field(None, description="Send the answer piece by piece, as server-sent events.")
-    stream_options: StreamOptions | None = Field(None, description="With `stream`: what the stream carries besides.")
+    stream: bool | None = Field(None, description="Stream the answer as server-sent events.")
+    stream_options: StreamOptions | None = Field(None, description="Options for `stream`.")
     logprobs: bool | None = Field(None, description="Return each token's natural log-probability.")
 
     @property

@@ -81,7 +81,7 @@ class ChatCompletionBody(ResponseBody):
 
 
 class Delta(ResponseBody):
-    """What a chunk adds: the role in the first, text in the others, nothing in the last."""
+    """What a chunk adds: the first the role, the last nothing, the others text."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None

@@ -49,14 +49,19 @@ class ClassifyRequest(Body):
         },
     )  # fmt: skip
     images: Annotated[list[Picture], FailFast()] = Field(min_length=1, description="Data URIs, or URLs.")
-    labels: Annotated[list[Name], FailFast()] = Field([], min_length=1, description="What it may be.")
+    labels: Annotated[list[Name], FailFast()] = Field([], min_length=1, description="Possible labels.")
     templates: Annotated[list[Name], FailFast()] = Field(
         ["{}"], min_length=1, max_length=100, description="Texts with `{}` for the label."
     )
-    head: str = Field("", min_length=1, max_length=64, description="A head of the release, in place of labels.")
-    multi_label: bool = Field(False, description="With a head: all classes that have the probability `confidence`.")
+    head: str = Field("", min_length=1, max_length=64, description="A head of the release, instead of labels.")
+    multi_label: bool = Field(
+        False, description="With a head: return all classes with at least the probability `confidence`."
+    )
     confidence: float | None = Field(
-        None, ge=0, le=1, description="With a head: a label needs this probability; else a level above it, or none."
+        None,
+        ge=0,
+        le=1,
+        description="With a head: minimum probability of a label; below it, the answer is a higher level, or null.",
     )
     truncate: bool = TRUNCATE
     model: str = MODEL
@@ -83,11 +88,11 @@ class Classification(ResponseBody):
     """One image's labels."""
 
     label: str | None
-    """The likeliest; of a head null where it is none of its classes, or where no level of a label is sure enough."""
+    """The most likely label; with a head null if none of its classes fits, or none reaches `confidence`."""
     probabilities: dict[str, float | None]
     """From 0 to 1 by label; they add up to 1, but for several labels: then each stands alone."""
     labels: list[str] | None = None
-    """With several labels: those that are likelier than not, the likeliest first."""
+    """With several labels: those with a probability above one half, most likely first."""
     distance: float | None = None
     """Of a head: how far the image is from the nearest class; above 1 it is none of them."""
 

@@ -22,13 +22,13 @@ DeletionId = Annotated[str, Path(max_length=300, json_schema_extra={"format": "d
 
 
 class SampleSelector(Body):
-    """What is to be deleted. All that is named has to hold, and one field other than `before` is named."""
+    """Conditions, all of which must hold. At least one other than `before` is required."""
 
     id: str | None = Field(None, min_length=1, max_length=64, description="A sample's id, 64 hex digits.")
-    source: Source | None = Field(None, description="As producers state it; also of refused records.")
-    domain: Source | None = Field(None, description="As producers state it.")
-    concept: Source | None = Field(None, description="What is depicted, as producers state it.")
-    label: Source | None = Field(None, description="The class, as producers state it.")
+    source: Source | None = Field(None, description="As set by the producer; also applies to quarantined records.")
+    domain: Source | None = Field(None, description="As set by the producer.")
+    concept: Source | None = Field(None, description="Concept, as set by the producer.")
+    label: Source | None = Field(None, description="Label, as set by the producer.")
     key: str | None = Field(None, min_length=1, max_length=4096, description="The record's key, in hex.")
     record: str | None = Field(None, min_length=1, max_length=300, description="`topic:partition:offset`.")
     before: datetime | None = Field(None, description="Only what was ingested before this time, UTC.")
@@ -42,23 +42,23 @@ class SampleSelector(Body):
 
 
 class DeletionRequest(Body):
-    """Samples and refused records to delete."""
+    """Samples and quarantined records to delete."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"selector": {"source": "crawler-7"}, "reason": "consent withdrawn"}]},
     )
     selector: SampleSelector = Field(description="What is to be deleted.")
     reason: Reason
-    dry_run: bool = Field(False, description="Say how much is selected now, and delete nothing.")
+    dry_run: bool = Field(False, description="Count what is selected, and delete nothing.")
 
 
 class LearnedFrom(ResponseBody):
-    """The adapters whose weights a deletion does not reach."""
+    """Adapters that were trained on deleted samples."""
 
     learned: list[str]
-    """Trained on some of it."""
+    """Trained on some of the samples."""
     may_have_replayed: list[str]
-    """Trained later, with replay of what was there."""
+    """Trained later, possibly with replay of the samples."""
 
 
 class DeletionBody(ResponseBody):
@@ -95,7 +95,7 @@ class DeletionList(ResponseBody):
 
 
 class SelectionBody(ResponseBody):
-    """How much a selector selects now."""
+    """Number of selected samples and records."""
 
     object: Literal["deletion.selection"]
     samples: int
@@ -103,14 +103,14 @@ class SelectionBody(ResponseBody):
 
 
 REQUESTED: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"model": SelectionBody, "description": "With `dry_run`: how much is selected now."},
+    200: {"model": SelectionBody, "description": "With `dry_run`: what is selected."},
     202: {"description": "It is requested; maintenance carries it out."},
 }
 
 
 @router.post(
     "/admin/v1/deletions",
-    summary="Delete samples and refused records",
+    summary="Delete samples and quarantined records",
     status_code=202,
     response_model=DeletionBody,
     responses=REQUESTED,
@@ -140,9 +140,9 @@ async def request_deletion(request: Request) -> JSONResponse:
 async def deletions(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 50,
-    state: Annotated[DeletionState | None, Query(description="Only those in this state.")] = None,
+    state: Annotated[DeletionState | None, Query(description="Filter by state.")] = None,
 ) -> JSONResponse:
-    """How far each is, what it took out, and which adapters had learned from it."""
+    """Progress of each, what it removed, and which adapters were trained on it."""
     operator(request)
     receipts = await app_state(request).deletions.newest(limit, state)
     return JSONResponse({"object": "list", "data": [{"object": "deletion", **each} for each in receipts]})
@@ -155,7 +155,7 @@ async def deletions(
     responses=missing("`deletion_not_found`: there is no such deletion."),
 )
 async def deletion(request: Request, deletion_id: DeletionId) -> JSONResponse:
-    """Its receipt. One that a tombstone asked for is called `tombstone topic:partition:offset`."""
+    """Its receipt. Deletions by tombstones are named `tombstone topic:partition:offset`."""
     operator(request)
     receipt = await app_state(request).deletions.one(deletion_id)
     if receipt is None:

@@ -104,10 +104,10 @@ class EmbeddingsRequest(OpenAIBody, Body):
     input: Annotated[list[Item], FailFast()] = Field(description="A text, an image object, or a list of them.")
     model: str = MODEL
     encoding_format: Literal["float", "base64"] = Field("float", description="base64 is little-endian float32.")
-    dimensions: int | None = Field(None, description="Only the model's own dimension is taken.")
+    dimensions: int | None = Field(None, description="Must be the model's own dimension.")
     truncate: bool = TRUNCATE
     user: str | None = Field(
-        None, max_length=200, description="Who asks: while a canary is live, one user is always answered by one side."
+        None, max_length=200, description="The user: during a canary, each user is always answered by the same release."
     )
 
     @field_validator("input", mode="before", json_schema_input_type=Item | list[Item])

@@ -59,7 +59,7 @@ class ErrorDetail(BaseModel):
     """What went wrong, where, and its stable code."""
 
     model_config = ConfigDict(extra="forbid")
-    message: str = Field(min_length=1, description="What happened, and what to do.")
+    message: str = Field(min_length=1, description="Problem and fix.")
     type: str = Field(description="Kind of error, as OpenAI names it: `invalid_request_error`, `rate_limit_error`, ...")
     param: str | None = Field(description="The field that is wrong, as a path: `messages.0.content.1`.")
     code: str = Field(min_length=1, description="Stable name of the error, for programs.")
@@ -73,10 +73,13 @@ class ErrorBody(BaseModel):
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "The request is refused; `param` names the place."},
-    408: {"model": ErrorBody, "description": "The body came too slowly."},
-    429: {"model": ErrorBody, "description": "The queue, or your share of it, is full: come back after `Retry-After`."},
-    503: {"model": ErrorBody, "description": "Starting, no replica answered, or no room for bodies: try again."},
+    "4XX": {"model": ErrorBody, "description": "The request is invalid; `param` names the field."},
+    408: {"model": ErrorBody, "description": "The body arrived too slowly."},
+    429: {"model": ErrorBody, "description": "The queue, or your share of it, is full: try again after `Retry-After`."},
+    503: {
+        "model": ErrorBody,
+        "description": "The server is starting, no replica answered, or memory for bodies is full: try again.",
+    },
     504: {"model": ErrorBody, "description": "The deadline passed before the answer was ready."},
 }
 """Answers of every route other than its result. No 500 is intended."""

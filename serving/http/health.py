@@ -29,7 +29,7 @@ REFUSED: dict[int | str, dict[str, Any]] = {"4XX": RESPONSES["4XX"]}
 NOT_READY: dict[int | str, dict[str, Any]] = {
     **REFUSED,
     404: {"model": ErrorBody, "description": "No such model is served here."},
-    503: {"model": ErrorBody, "description": "It does not answer; the message says why."},
+    503: {"model": ErrorBody, "description": "It does not answer; the message has the reason."},
 }
 log = logging.getLogger("ratchet.http")
 Component = Literal["clip", "vlm", "catalog"]
@@ -83,7 +83,9 @@ class DegradedState(ResponseBody):
     error: ErrorDetail
 
 
-@router.get("/health/live", summary="Runs a forward pass of every model", response_model=Alive, responses=NOT_READY)
+@router.get(
+    "/health/live", summary="Liveness: runs a forward pass of every model", response_model=Alive, responses=NOT_READY
+)
 async def live(request: Request) -> JSONResponse:
     """200 when a text went through an encoder and a VLM under the live release; 503 otherwise. A VLM that answers
     other requests, and makes progress, is alive. One that has not come up yet does not count: what it waits for, a
@@ -98,20 +100,20 @@ async def live(request: Request) -> JSONResponse:
     return _ok(request, {"status": "ok", "release": states["clip"].release, "seconds": round(seconds, 4)})
 
 
-@router.get("/health/ready", summary="Whether this node answers requests", response_model=Ready, responses=NOT_READY)
+@router.get("/health/ready", summary="Readiness", response_model=Ready, responses=NOT_READY)
 async def ready(
-    request: Request, model: Annotated[Component, Query(description="Which model; by default CLIP.")] = "clip"
+    request: Request, model: Annotated[Component, Query(description="The model; default: CLIP.")] = "clip"
 ) -> JSONResponse:
     """200 when a release is live and a text went through an encoder. The VLM and the catalog do not count: while one of
-    them restarts, the others answer. A full queue is no outage, and what is in service needs no dependency. A server
-    that is ending is not ready.
+    them restarts, the others answer. Neither do full queues, the ledger, or the stores. A server that shuts down is
+    not ready.
     """
     return await ready_model(request, model)
 
 
 @router.get(
     "/health/ready/{model}",
-    summary="Whether this node answers requests to a model",
+    summary="Readiness of a model",
     response_model=Ready,
     responses=NOT_READY,
 )
@@ -131,7 +133,7 @@ async def ready_model(request: Request, model: Component) -> JSONResponse:
 
 @router.get(
     "/health/state",
-    summary="Every part at a glance",
+    summary="Status of every part",
     response_model=HealthState,
     responses={**REFUSED, 503: {"model": DegradedState, "description": "A part is not ready."}},
 )

@@ -38,25 +38,25 @@ READ_SECONDS = 1.0
 OPERATOR_THREADS = OwnThreads("operator", 4)
 """For reads of operator calls, which no other call can delay."""
 CHANGES: dict[int | str, dict[str, Any]] = {
-    409: {"model": ErrorBody, "description": "Another release became live meanwhile; or the ledger does not allow it."},
+    409: {"model": ErrorBody, "description": "Another release went live meanwhile, or the ledger does not allow it."},
     422: {"model": ErrorBody, "description": "`release_failed`: a replica could not prepare it; what is live stays."},
 }
 
 
 class ReasonRequest(Body):
-    """Why."""
+    """Reason, for the audit log."""
 
     reason: Reason
 
 
 class PromoteRequest(ReasonRequest):
-    """Let the canary or shadow that is live answer everybody."""
+    """Promote the live canary or shadow to all requests."""
 
-    expected_live: int | None = Field(None, ge=0, lt=2**63, description="Refuse (409) when another release is live.")
+    expected_live: int | None = Field(None, ge=0, lt=2**63, description="Fail with 409 if another release is live.")
 
 
 class ReleaseRequest(PromoteRequest):
-    """Release adapters that the ledger knows. A family that is not named keeps what is live; null is the base alone."""
+    """Release adapters from the ledger. A family that is not named keeps its live adapter; null: the base alone."""
 
     clip: str | None = Field(None, max_length=200, description="CLIP adapter; null or `base`: the base alone.")
     vlm: str | None = Field(None, max_length=200, description="VLM adapter; null or `base`: the base alone.")
@@ -66,7 +66,7 @@ class ReleaseRequest(PromoteRequest):
         le=1,
         description="Of the requests: 1 all, 0.1 a canary for a tenth, 0 a shadow that answers no client.",
     )
-    force: bool = Field(False, description="Also adapters that no gate passed and that were never live.")
+    force: bool = Field(False, description="Allow adapters that passed no gate and were never live.")
 
     @model_validator(mode="after")
     def names_one(self) -> ReleaseRequest:
@@ -82,10 +82,8 @@ class ReleaseRequest(PromoteRequest):
 class RollbackRequest(PromoteRequest):
     """Go back: to the newest release with another adapter, or to release `to`; one family's adapter, or both."""
 
-    to: int | None = Field(
-        None, ge=1, lt=2**63, description="Number of the release to go back to; unset: the one before."
-    )
-    family: Family | None = Field(None, description="`clip` or `vlm`: the other one stays what is live.")
+    to: int | None = Field(None, ge=1, lt=2**63, description="Release to go back to; default: the previous one.")
+    family: Family | None = Field(None, description="`clip` or `vlm`: roll back only this one.")
 
 
 class ReleaseBody(ResponseBody):
@@ -125,7 +123,7 @@ class ReleaseList(ResponseBody):
 
 
 class ReleaseOutcome(ResponseBody):
-    """A release that is live now, and what it took."""
+    """The new live release, and timings."""
 
     object: Literal["release"]
     number: int
@@ -148,13 +146,13 @@ class ReleaseOutcome(ResponseBody):
 
 
 class HoldState(ResponseBody):
-    """Whether proposals of the updater wait."""
+    """True if updates are on hold."""
 
     held: bool
 
 
 class Hold(ResponseBody):
-    """Who holds updates back, and why."""
+    """Actor and reason of the hold."""
 
     actor: str
     reason: str
@@ -178,7 +176,7 @@ class ControllerStatus(ResponseBody):
 
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
     started: bool
-    """Whether the live release has been prepared on every replica since this controller started."""
+    """True if every replica has prepared the live release since this controller started."""
     epoch: int | None
     """Of its lease; null: another controller leads."""
     held: Hold | None
@@ -232,7 +230,7 @@ class StatusBody(ResponseBody):
     """Why no VLM engine has started yet; empty: one has, or none is configured."""
 
 
-@router.get("/v1/releases", summary="What was live, and is", response_model=ReleaseList)
+@router.get("/v1/releases", summary="List releases", response_model=ReleaseList)
 async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_RELEASES)] = SHOWN_RELEASES) -> Response:
     """Newest first, with actor and reason. A `resident` one can be addressed as `clip@number` and `vlm@number`.
 
@@ -264,7 +262,7 @@ async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_RE
     openapi_extra=json_schema(ReleaseRequest),
 )
 async def release(request: Request) -> JSONResponse:
-    """Prepares what changes on every replica, for CLIP brings the catalog up to date; returns when all serve it."""
+    """Prepares it on every replica, with the catalog for a CLIP, and returns when all replicas serve it."""
     actor, live = await _operator_and_live(request)
     body = await json_body(request, ReleaseRequest)
     adapters = body.adapters()
@@ -282,7 +280,7 @@ async def release(request: Request) -> JSONResponse:
     openapi_extra=json_schema(PromoteRequest),
 )
 async def promote(request: Request) -> JSONResponse:
-    """A plain release of what is live as a canary or a shadow."""
+    """Makes the live canary or shadow a full release."""
     actor, live = await _operator_and_live(request)
     body = await json_body(request, PromoteRequest)
     return await _changed(request, PromoteCommand(**_decision(body, actor, live)))
@@ -296,7 +294,7 @@ async def promote(request: Request) -> JSONResponse:
     openapi_extra=json_schema(RollbackRequest),
 )
 async def rollback(request: Request) -> JSONResponse:
-    """A new release with adapters of an older one; under a second when they are resident."""
+    """Creates a new release with the adapters of an older one; takes less than a second if they are resident."""
     async with ledger_answers():
         actor, live = await _operator_and_live(request)
     body = await json_body(request, RollbackRequest)
@@ -307,7 +305,7 @@ async def rollback(request: Request) -> JSONResponse:
 
 @router.post(
     "/admin/v1/hold",
-    summary="Hold updates back",
+    summary="Hold updates",
     response_model=HoldState,
     openapi_extra=json_schema(ReasonRequest),
 )
@@ -318,7 +316,7 @@ async def hold(request: Request) -> JSONResponse:
 
 @router.post(
     "/admin/v1/resume",
-    summary="Let updates through again",
+    summary="Resume updates",
     response_model=HoldState,
     openapi_extra=json_schema(ReasonRequest),
 )
@@ -327,7 +325,7 @@ async def resume(request: Request) -> JSONResponse:
     return await _held(request, ResumeCommand)
 
 
-@router.get("/admin/v1/status", summary="Controller and catalog at a glance", response_model=StatusBody)
+@router.get("/admin/v1/status", summary="Status of controller and catalog", response_model=StatusBody)
 async def status(request: Request) -> JSONResponse:
     """Resident releases, requests in flight, replicas, engine and precision of encoders and VLMs (and why no VLM has
     started yet), coverage of the catalog, what is on hold.

@@ -29,12 +29,12 @@ MAX_ROWS = 500
 
 
 class ReceiptBody(ResponseBody):
-    """What became of one record. What has no value is left out."""
+    """Outcome of one record. Fields without a value are omitted."""
 
     position: str
     """`topic:partition:offset`"""
     stream: str
-    """The topic, with its generation if it was made anew (`topic@1`)."""
+    """The topic, with its generation if it was created again (`topic@1`)."""
     partition: int
     offset: int
     outcome: RecordOutcome
@@ -60,14 +60,14 @@ class ReceiptList(ResponseBody):
 @router.get(
     "/v1/records/{topic}/{partition}/{offset}",
     tags=["Records"],
-    summary="What became of a record, by its position",
+    summary="Receipt of a record, by position",
     response_model=ReceiptList,
-    responses=missing("`not_read_yet`: ingest has not come so far."),
+    responses=missing("`not_read_yet`: ingest has not reached it."),
 )
 async def record(request: Request, topic: Topic, partition: Partition, offset: Offset) -> JSONResponse:
     """Stored, a duplicate of which sample, refused and why, deleted, or lost. Needs the scope `publish` or `operate`.
 
-    There is more than one receipt where more happened: a sample that was deleted since, a topic that was made anew.
+    There is more than one receipt where more happened: a sample that was deleted since, a topic that was created again.
     """
     operator(request, "publish", "operate")
     receipts = await app_state(request).receipts.of_position(topic, partition, offset)
@@ -81,7 +81,7 @@ async def record(request: Request, topic: Topic, partition: Partition, offset: O
 @router.get(
     "/v1/records",
     tags=["Records"],
-    summary="What became of the records of a sample, by its id",
+    summary="Receipts of a sample's records, by ID",
     response_model=ReceiptList,
     responses=missing("`record_not_found`: no record has this id; refused records have none."),
 )
@@ -98,18 +98,18 @@ async def records(request: Request, id: SampleId) -> JSONResponse:
 
 
 class QuarantineSelection(Body):
-    """Which refused records, the oldest first. Without any field: all."""
+    """Quarantined records to send, oldest first; without any field: all."""
 
-    reason: str | None = Field(None, max_length=40, description="Only those refused for it.")
-    source: str | None = Field(None, max_length=256, description="Only those of this source; empty: of none known.")
-    since: datetime | None = Field(None, description="Refused at or after this time, UTC.")
+    reason: str | None = Field(None, max_length=40, description="Filter by reason.")
+    source: str | None = Field(None, max_length=256, description="Filter by source; empty: unknown.")
+    since: datetime | None = Field(None, description="Quarantined at or after this time (UTC).")
     limit: int = Field(100, ge=1, le=500, description="At most so many, of those that were not sent again before.")
 
     _in_range = field_validator("since")(in_range)
 
 
 class ResubmitRequest(Body):
-    """A refused record to send again; or many, by a filter."""
+    """A quarantined record to send again, or many, by a filter."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -124,8 +124,8 @@ class ResubmitRequest(Body):
     )
     filter: QuarantineSelection | None = Field(None, description="Which records; or `place`.")
     reason: Reason
-    force: bool = Field(False, description="With `place`: also when it was sent again before.")
-    dry_run: bool = Field(False, description="With `filter`: say how many, and send none.")
+    force: bool = Field(False, description="With `place`: even if it was sent again before.")
+    dry_run: bool = Field(False, description="With `filter`: count only.")
 
     @model_validator(mode="after")
     def names_one(self) -> ResubmitRequest:
@@ -137,7 +137,7 @@ class ResubmitRequest(Body):
 
 
 class ResubmissionBody(ResponseBody):
-    """The last time that a refused record was sent again."""
+    """Last time that a quarantined record was sent again."""
 
     place: str
     state: ResubmissionState
@@ -148,7 +148,7 @@ class ResubmissionBody(ResponseBody):
 
 
 class QuarantinedRecordBody(ResponseBody):
-    """A refused record, without its bytes."""
+    """A quarantined record, without its bytes."""
 
     place: str
     """`topic:partition:offset`"""
@@ -156,20 +156,20 @@ class QuarantinedRecordBody(ResponseBody):
     """A code; see the guide for producers."""
     detail: str
     source: str
-    """Who sent it, as its headers say; empty: they do not."""
+    """Source, from its headers; empty: unknown."""
     refused_at: datetime
     resubmission: ResubmissionBody | None
 
 
 class QuarantineCounts(ResponseBody):
-    """Refused records, the most frequent first."""
+    """Quarantined records by count, highest first."""
 
     reason: dict[str, int]
     source: dict[str, int]
 
 
 class QuarantineList(ResponseBody):
-    """Refused records, newest first."""
+    """Quarantined records, newest first."""
 
     object: Literal["list"]
     data: list[QuarantinedRecordBody]
@@ -182,26 +182,26 @@ class Resubmission(ResponseBody):
 
     object: Literal["resubmission"]
     place: str
-    """Of the refused record."""
+    """Of the quarantined record."""
     topic: str
     partition: int
     offset: int
 
 
 class ResubmissionReport(ResponseBody):
-    """What became of the records that a filter chose."""
+    """Outcome of the records that matched a filter."""
 
     object: Literal["resubmission.report"]
     dry_run: bool
     chosen: int
-    """They pass the filter, and were not sent again before."""
+    """Matching records that were not sent again before."""
     sent: int
     before: int
-    """They pass the filter, and were sent again before."""
+    """Matching records that were sent again before."""
     empty: int
-    """They have no value: there is nothing to send."""
+    """Records without a value, which cannot be sent."""
     failed: int
-    """The broker did not take them; they may be tried again."""
+    """Records that the broker rejected; they may be tried again."""
     errors: list[str]
     """The first few reasons of these."""
 
@@ -209,7 +209,7 @@ class ResubmissionReport(ResponseBody):
 @router.get(
     "/admin/v1/quarantine",
     tags=["Quarantine"],
-    summary="Refused records, newest first",
+    summary="Quarantined records, newest first",
     response_model=QuarantineList,
 )
 async def quarantine(
@@ -232,12 +232,12 @@ async def quarantine(
 @router.post(
     "/admin/v1/quarantine/resubmit",
     tags=["Quarantine"],
-    summary="Send refused records again",
+    summary="Send quarantined records again",
     response_model=Resubmission | ResubmissionReport,
     openapi_extra=json_schema(ResubmitRequest),
 )
 async def resubmit(request: Request) -> JSONResponse:
-    """Sends a record as it came, once: again is 409 unless forced. Needs the scope `publish` or `operate`.
+    """Sends a record unchanged, once; a second time is 409 unless forced. Needs the scope `publish` or `operate`.
 
     With a `filter`, those that were not sent before are, and the answer counts them.
     """

@@ -47,13 +47,13 @@ class SearchRequest(Body):
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"text": "a red dragon", "k": 5, "domain": ["pixel_ultica"]}]}
     )
-    text: str | None = Field(None, min_length=1, description="What to look for; or `image`.")
+    text: str | None = Field(None, min_length=1, description="Text to search for; or `image`.")
     image: Picture | None = Field(None, description="A data URI, or a URL; or `text`.")
-    k: int = Field(10, ge=1, le=100, description="How many hits.")
-    domain: Annotated[list[Name], FailFast()] = Field([], max_length=50, description="Only these domains.")
-    source: Annotated[list[Source], FailFast()] = Field([], max_length=50, description="Only these sources.")
-    since: datetime | None = Field(None, description="Sample time, UTC, included.")
-    until: datetime | None = Field(None, description="Sample time, UTC, not included.")
+    k: int = Field(10, ge=1, le=100, description="Maximum number of hits.")
+    domain: Annotated[list[Name], FailFast()] = Field([], max_length=50, description="Filter by domain.")
+    source: Annotated[list[Source], FailFast()] = Field([], max_length=50, description="Filter by source.")
+    since: datetime | None = Field(None, description="Earliest sample time (UTC), inclusive.")
+    until: datetime | None = Field(None, description="Latest sample time (UTC), exclusive.")
     truncate: bool = TRUNCATE
     model: str = MODEL
 
@@ -131,7 +131,7 @@ async def sample_image(
     ],
     size: Annotated[int, Query(ge=16, le=1024, description="Longest side, pixels.")] = 256,
 ) -> Response:
-    """Drawn again, so that no byte of what a producer sent reaches a browser."""
+    """Re-encoded, so that no byte from a producer reaches a browser."""
     state = app_state(request)
     data = await state.index.image(sample_id) if SAMPLE_ID.fullmatch(sample_id) else None
     if data is None:

@@ -45,9 +45,9 @@ class VqaRequest(Body):
         },
     )  # fmt: skip
     image: Picture = Field(description="A data URI, or a URL.")
-    question: str = Field(min_length=1, description="What to ask.")
+    question: str = Field(min_length=1, description="The question.")
     choices: Annotated[list[_Choice], Field(fail_fast=True)] | None = Field(
-        None, min_length=2, max_length=16, description="The answers to choose from; unset: the model's own words."
+        None, min_length=2, max_length=16, description="Answers to choose from; unset: a free answer."
     )
     model: str = VLM_MODEL
 
@@ -55,7 +55,7 @@ class VqaRequest(Body):
 
 
 class Choice(ResponseBody):
-    """A given answer and how likely it is."""
+    """A given answer and its probability."""
 
     text: str
     probability: float
@@ -68,9 +68,9 @@ class VqaAnswer(ResponseBody):
     object: Literal["vqa"]
     answer: str
     choices: list[Choice]
-    """In the order of the request; empty where it gave none."""
+    """In the order of the request; empty without choices."""
     usage: ChatUsage | None
-    """Null where the request gave choices: they are scored, not generated."""
+    """Null if the request has choices, which are scored, not generated."""
     model: str
     """`vlm@` and the number of the release."""
     release: int
@@ -85,7 +85,7 @@ class VqaAnswer(ResponseBody):
     openapi_extra=body_schemas(VqaRequest, "image"),
 )
 async def vqa(request: Request) -> JSONResponse:
-    """A short answer, always the likeliest. With `choices`: the likeliest of them, and the probability of each.
+    """A short, deterministic answer. With `choices`: the most likely of them, and the probability of each.
 
     As multipart: `image` is a file; `choices` are repeated fields or one JSON list. The image by itself may be the
     body, with the other fields in the query.

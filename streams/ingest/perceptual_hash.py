@@ -93,7 +93,7 @@ class PerceptualHash:
     def parse(cls, data: bytes) -> PerceptualHash:
         """The inverse of :attr:`data`. Raises ValueError."""
         if len(data) != HASH_BYTES:
-            raise ValueError(f"{data[:100]!r} is no look: it has not {HASH_BYTES} bytes")
+            raise ValueError(f"{data[:100]!r} is not a perceptual hash: it lacks {HASH_BYTES} bytes")
         return cls(int.from_bytes(data[:8], "big"), data[8:])
 
 

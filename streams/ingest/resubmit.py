@@ -81,7 +81,7 @@ def quarantined(settings: Settings, place: str) -> Encoded:
     try:
         position = read_position(place)
     except RecordError:
-        raise UnknownRecord(f"{place[:300]!r} is no place.", "A place reads topic:partition:offset.") from None
+        raise UnknownRecord(f"{place[:300]!r} is not a place.", "A place reads topic:partition:offset.") from None
     row = SampleStore(settings.lake).quarantined_record(*position)
     if row is None:
         raise UnknownRecord(f"no record was refused at {place[:300]}.", "See `GET /admin/v1/quarantine` for places.")
@@ -147,7 +147,7 @@ class QuarantineFilter:
 
     def __post_init__(self) -> None:
         if self.reason is not None and self.reason not in REASONS:
-            raise ConfigError(f"{self.reason[:80]!r} is no reason.", f"Reasons: {', '.join(sorted(REASONS))}.")
+            raise ConfigError(f"{self.reason[:80]!r} is not a reason.", f"Reasons: {', '.join(sorted(REASONS))}.")
         if not 1 <= self.limit <= MAX_LIMIT:
             raise ConfigError(f"a limit of {self.limit} records is out of bounds.", f"Give 1 to {MAX_LIMIT}.")
 
@@ -285,7 +285,7 @@ def skip(settings: Settings, ledger: Ledger, partition: str, to: int, *, actor: 
     """
     match = _PARTITION.fullmatch(partition)
     if match is None:
-        raise RecordError("position", f"{partition[:300]!r} is no partition.", "It reads topic:partition.")
+        raise RecordError("position", f"{partition[:300]!r} is not a partition.", "It reads topic:partition.")
     if match[1] != settings.kafka.topic:
         reads = f"ingest reads the topic {settings.kafka.topic}, not {match[1]}."
         raise RecordError("position", reads, "See `kafka.topic`.")

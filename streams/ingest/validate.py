@@ -164,7 +164,7 @@ def _named_id(record: Received) -> str | None:
     text = _header(record, ID_HEADER)
     if text is None or _ID.fullmatch(text):
         return text
-    raise RecordError("headers", f"header {ID_HEADER} is no sample id.", "It has 64 hex digits, in lower case.")
+    raise RecordError("headers", f"header {ID_HEADER} is not a sample id.", "It has 64 hex digits, in lower case.")
 
 
 def _replaces(record: Received) -> str:

@@ -120,5 +120,5 @@ def _binary() -> str:
 
 def _listens(address: str) -> bool:
     if not address.rpartition(":")[2].isdigit():
-        raise BrokerError(f"{address!r} is no host:port.", "Set `kafka.bootstrap`, e.g. 127.0.0.1:19092.")
+        raise BrokerError(f"{address!r} is not host:port.", "Set `kafka.bootstrap`, e.g. 127.0.0.1:19092.")
     return listens(address, 0.3)

@@ -369,7 +369,7 @@ class ProgressFile:
         try:
             progress = Progress(**json.loads(self.file.read_bytes()))
             if not isinstance(progress.done, int) or progress.done < 0:
-                raise ValueError("done is no count")
+                raise ValueError("done is not a count")
         except FileNotFoundError:
             return self._empty
         except (OSError, ValueError, TypeError) as error:

@@ -269,7 +269,7 @@ def _parse_digest(text: object) -> tuple[str, str]:
     if form is None or not form.fullmatch(digits):
         raise RecordError(
             "schema",
-            f"`image_digest` {str(text)[:80]!r} is no digest that is known.",
+            f"`image_digest` {str(text)[:80]!r} is not a known digest.",
             "Give sha256:<64 hex digits> or sha512:<128 hex digits> of the encoded image.",
         )
     return algorithm, digits

@@ -136,7 +136,7 @@ class Fetcher:
             raise self._not_allowed(f"{shown(str(came_from))} redirects from https to {url.scheme[:20] or 'nothing'}.")
         path = url.raw_path.decode("ascii").partition("?")[0]
         if not any(place.covers(url.scheme, host, port, path) for place in self.places):
-            raise self._not_allowed(f"{shown(str(url))} is no address that images are fetched from.")
+            raise self._not_allowed(f"{shown(str(url))} is not an address that images may be fetched from.")
         return url
 
     async def _hop(self, url: httpx.URL, budget: ByteBudget) -> bytes | str:

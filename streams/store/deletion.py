@@ -211,7 +211,7 @@ def _clause(name: str, value: str) -> str:
     match name:
         case "id":
             if not _ID.fullmatch(value):
-                raise SelectorError("id", "`id` of the deletion is no sample id.", "It has 64 hex digits.")
+                raise SelectorError("id", "`id` of the deletion is not a sample id.", "It has 64 hex digits.")
             return f"id = {quoted(value)}"
         case "key":
             if not _HEX.fullmatch(value):
@@ -245,7 +245,7 @@ def _position(field: str, value: str) -> RecordPosition:
     if not topic or not (0 <= partition < _NUMBERS[0] and 0 <= offset < _NUMBERS[1]):
         raise SelectorError(
             field,
-            f"`{field}` of the deletion, {value[:300]!r}, is no record.",
+            f"`{field}` of the deletion, {value[:300]!r}, is not a record.",
             "A record reads topic:partition:offset.",
         )
     return topic, partition, offset
@@ -257,7 +257,7 @@ def _time(value: str) -> datetime:
         return (time if time.tzinfo else time.replace(tzinfo=UTC)).astimezone(UTC)
     except (ValueError, OverflowError):
         raise SelectorError(
-            "before", f"`before` of the deletion, {value[:80]!r}, is no time.", "Write 2026-01-31."
+            "before", f"`before` of the deletion, {value[:80]!r}, is not a time.", "Write 2026-01-31."
         ) from None
 
 

@@ -153,7 +153,7 @@ def parse_position(name: str) -> RecordPosition:
 def read_position(text: str) -> RecordPosition:
     match = _POSITION.fullmatch(text)
     if match is None:
-        raise RecordError("position", f"{text[:300]!r} is no position of a record.", "It reads topic:partition:offset.")
+        raise RecordError("position", f"{text[:300]!r} is not a record's position.", "It reads topic:partition:offset.")
     return match[1], int(match[2]), int(match[3])
 
 

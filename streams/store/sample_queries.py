@@ -82,7 +82,7 @@ def id_condition(text: str) -> str:
     """Condition on rows whose ID is, or begins with, ``text``: a range, so that the index on the ID serves it. Raises
     RecordError if it is not part of an ID."""
     if not _ID.fullmatch(text):
-        raise RecordError("id", f"{text[:80]!r} is no id of a sample.", "It has 64 hex digits; the first 8 are enough.")
+        raise RecordError("id", f"{text[:80]!r} is not a sample id.", "It has 64 hex digits; the first 8 are enough.")
     return f"id = {quoted(text)}" if len(text) == 64 else f"id >= {quoted(text)} AND id < {quoted(text + 'g')}"
 
 

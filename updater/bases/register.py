@@ -76,7 +76,7 @@ def check_safetensors(path: Path) -> None:
             file.keys()
     except (SafetensorError, OSError) as error:
         raise BaseModelError(
-            f"{path} is no safetensors file ({error}). Pickle files can run code and are not read.",
+            f"{path} is not a safetensors file ({error}). Pickle files can run code and are not read.",
             "Convert it where you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), "
             "'model.safetensors').",
         ) from error
@@ -167,7 +167,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise ValueError(f"model_cfg has no {sorted(missing)[0]}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BaseModelError(
-            f"{path} is no open_clip configuration: {error!r}.", "Use a model that open_clip published."
+            f"{path} is not an open_clip configuration: {error!r}.", "Use a model that open_clip published."
         ) from error
     return value
 

@@ -93,7 +93,7 @@ def plan_upgrade(settings: Settings, name: str, gflops: float | None = None) -> 
         BudgetError: the budget does not pay for one step.
     """
     if gflops is not None and not (math.isfinite(gflops) and gflops > 0):
-        raise ConfigError(f"--budget {gflops} is no budget.", "Give MAF-GFLOPs above 0, e.g. --budget 200000.")
+        raise ConfigError(f"--budget {gflops} is not a budget.", "Give MAF-GFLOPs above 0, e.g. --budget 200000.")
     old, new = load_base(settings.home, settings.base.clip), _registered(settings, name)
     if new.digest == old.digest:
         raise BaseModelError(f"base {name!r} is the one that is live ({digest12(old.digest)}).", "Name another one.")

@@ -120,7 +120,7 @@ def gate_import(settings: Settings, imported: Import) -> tuple[UpdateRow, Verdic
 
 def _base_of(settings: Settings, directory: Path, name: str | None) -> tuple[Family, Base]:
     if not directory.is_dir():
-        raise AdapterError(f"{directory} is no directory.", "Name the directory that PEFT's `save_pretrained` wrote.")
+        raise AdapterError(f"{directory} is not a directory.", "Name the one that PEFT's `save_pretrained` wrote.")
     about = named(directory)
     names: dict[Family, str] = {"clip": settings.base.clip, "vlm": settings.base.vlm}
     listed = f"base.clip is {names['clip']!r}, base.vlm is {names['vlm']!r}."

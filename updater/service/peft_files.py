@@ -75,7 +75,7 @@ def named(directory: Path) -> Named:
     wrong = [field for field, value in fields.items() if not isinstance(value, str)]
     if wrong:
         raise AdapterError(
-            f"{directory / ABOUT}: {wrong[0]} is no text.", "Export it again, or remove the file and give --base."
+            f"{directory / ABOUT}: {wrong[0]} is not text.", "Export it again, or remove the file and give --base."
         )
     return Named(**fields)
 
@@ -118,7 +118,7 @@ def _checked_config(config: dict[str, Any]) -> dict[str, Any]:
         )
     rank = plain["r"]
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise AdapterError(f"adapter_config.json: r is {str(rank)[:40]!r}, which is no rank.", _AGAIN)
+        raise AdapterError(f"adapter_config.json: r is {str(rank)[:40]!r}, which is not a rank.", _AGAIN)
     if not isinstance(plain["use_rslora"], bool):
         raise AdapterError("adapter_config.json: use_rslora is neither true nor false.", _AGAIN)
     return plain
@@ -162,7 +162,7 @@ def _read_tensors(path: Path, layers: Shapes, parameters: Shapes, max_rank: int)
                 _check_shape(key, side, tuple(header.get_shape()), weight, max_rank)
             tensors = {_peft_name(key): file.get_tensor(key) for key in keys}
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{path} is no safetensors file, or was cut short: {error}.", _AGAIN) from error
+        raise AdapterError(f"{path} is not a safetensors file, or was cut short: {error}.", _AGAIN) from error
     for key, tensor in tensors.items():
         if not is_finite(tensor):
             raise AdapterError(

@@ -62,7 +62,7 @@ def needed(context: Reader, picture: Annotated[bytes | None, Depends(chosen)]) -
 def readable(context: RequestContext, picture: bytes) -> bytes:
     """The picture itself. Raises ErrorPage when it cannot be decoded."""
     if context.data.draw(picture, 64) is None:
-        raise ErrorPage(400, "This is no picture that can be read", "", "Use a whole PNG, JPEG, WebP, GIF or BMP file.")
+        raise ErrorPage(400, "This picture cannot be read", "", "Use a whole PNG, JPEG, WebP, GIF or BMP file.")
     return picture
 
 

@@ -48,7 +48,7 @@ def detect(path: Path | str) -> Format:
         if candidate.matches(source):
             return candidate
     known = "; ".join(f"{each.name} ({each.holds})" for each in FORMATS.values())
-    raise dataset_error(f"{source} is no data set that is known", f"name one of: {known}")
+    raise dataset_error(f"{source} is not a known data set", f"name one of: {known}")
 
 
 def read_dataset(
@@ -70,7 +70,7 @@ def choose(path: Path | str, name: str | None) -> Format:
     if name is None:
         return detect(path)
     if name not in FORMATS:
-        raise dataset_error(f"{name!r} is no format of data sets", f"name one of: {', '.join(FORMATS)}")
+        raise dataset_error(f"{name!r} is not a known format", f"name one of: {', '.join(FORMATS)}")
     _check_exists(Path(path))
     return FORMATS[name]
 

@@ -165,7 +165,7 @@ def _caption(
     annotation: Any, names: dict[str, Any], finder: _ImageFinder, where: Where, domain: str, split: str
 ) -> Iterator[FolderItem]:
     if not isinstance(annotation, dict):
-        raise where.row_error("is no object", "write {image_id, caption}")
+        raise where.row_error("is not an object", "write {image_id, caption}")
     caption = annotation.get("caption")
     if not isinstance(caption, str) or not caption.strip():
         raise where.error("caption", "there is none", "name the captions file; boxes and key points have no texts")

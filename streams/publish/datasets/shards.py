@@ -71,7 +71,7 @@ def _choices(brace: str, path: Path) -> list[str]:
         return brace[1:-1].split(",")
     first, last = numbers.groups()
     if not 0 <= int(last) - int(first) < MAX_SHARDS:
-        raise dataset_error(f"{brace} in {path} is no range", f"write the lower number first, of at most {MAX_SHARDS}")
+        raise dataset_error(f"{brace} in {path} is not a range", f"write the lower number first, {MAX_SHARDS} at most")
     return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
 
 

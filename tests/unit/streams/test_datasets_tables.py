@@ -186,7 +186,7 @@ def test_of_several_coco_files_the_captions_are_read(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"annotations": [{"image_id": 7, "caption": "x"}]}, "field 'image_id': 7 is none of the images"),
-        ({"annotations": ["x"]}, "annotation 1: is no object"),
+        ({"annotations": ["x"]}, "annotation 1: is not an object"),
         (
             {"images": [{"id": 7, "file_name": "none.jpg"}], "annotations": [{"image_id": 7, "caption": "x"}]},
             "not exist",
