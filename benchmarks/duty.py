@@ -157,7 +157,7 @@ def _interval(quiet: Sequence[Sequence[float]], busy: Sequence[Sequence[float]])
 
 
 def show(figures: dict[str, Any]) -> None:
-    table = Table("", *KINDS, title="Requests beside a trainer, seconds")
+    table = Table("", *KINDS, title="Requests while a trainer runs, seconds")
     for share in SHARES:
         name = f"p{share * 100:.0f}"
         table.add_row(name, *(str(figures[f"{name}_{kind}"]) for kind in KINDS))

@@ -13,7 +13,7 @@ SMALL_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class ProcessMemory:
-    """What one process holds, in bytes: its own pages, and its part of those that it shares with others in memory.
+    """Memory of one process, in bytes: its own pages, and its part of those that it shares with others in memory.
 
     Pages of files (programs and libraries) are left out, because the kernel can drop and reread them, and because a
     process's part of them shrinks while any other process uses the same libraries.

@@ -248,7 +248,7 @@ def _interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, fl
 
 
 def show(figures: dict[str, Any]) -> None:
-    title = f"Recipe {figures['recipe']!r} beside open_clip ({figures['model']}, batch {figures['batch']})"
+    title = f"Recipe {figures['recipe']!r} and open_clip ({figures['model']}, batch {figures['batch']})"
     table = Table("a step of", "precision", "s", "recipe / it", "95%", title=title)
     for precision in PRECISIONS:
         for side in SIDES:

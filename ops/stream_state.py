@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SCRAPE_SECONDS: Final = 1.0
 GAPS: Final = 5
 RECENT: Final = timedelta(days=1)
-"""How long a loss is reported as a problem, and how long a deletion may take."""
+"""Time for which a loss is reported as a problem, and that a deletion may take."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ class Running:
     restart_at: float | None = None
 
     def is_ready(self) -> bool:
-        """Whether its readiness probe passed last; without one, whether it runs."""
+        """True if its last readiness probe passed, or, without one, if it runs."""
         if self.container.status is not None:
             return False
         return self.probes["readinessProbe"].passed or "readinessProbe" not in self.spec

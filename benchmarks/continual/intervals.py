@@ -29,7 +29,7 @@ class Interval:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval excludes zero."""
+        """True if the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
     def plain(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class Draws:
         return np.mean(chosen, axis=0) if chosen else np.zeros_like(next(iter(self.scores.values())))
 
     def differences(self, figure: str, name: str, other: str, without: str = "") -> Floats:
-        """How many points higher ``name`` scores than ``other``, [draws + 1]."""
+        """Points that ``name`` scores above ``other``, [draws + 1]."""
         values = self.of(figure, without)
         return 100 * (values[:, self.names.index(name)] - values[:, self.names.index(other)])
 

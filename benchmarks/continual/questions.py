@@ -44,7 +44,7 @@ class Source:
     """Share of its concepts that its suite asks about, in addition to those of its test split."""
 
     def answer(self, item: FolderItem) -> str:
-        """What a picture shows; empty if that is ambiguous."""
+        """Subject of a picture; empty if ambiguous."""
         return basic_name(item.text, "") if self.name == ICONS else item.label
 
     def tests(self, item: FolderItem) -> bool:
@@ -72,7 +72,7 @@ class Asked:
 
     @property
     def metric(self) -> str:
-        """How it is graded, see :func:`updater.gate.suite_items.grade`."""
+        """Its grading, see :func:`updater.gate.suite_items.grade`."""
         return "yes_no" if self.answers[0] in ("yes", "no") else "exact_match"
 
 

@@ -41,7 +41,7 @@ def repeated(courses: Sequence[Course], reference: Reference, standard: Sequence
 
 
 def beside(ours: Sequence[Course], others: Sequence[Course], reference: Reference) -> Interval | None:
-    """How much higher the GM is than others' over shared chains; None without any.
+    """Difference of the GM from others' over shared chains; None without any.
 
     Items are resampled, with the mean over the shared chains for each of them.
     """

@@ -259,7 +259,7 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser.add_argument("--tune", action="store_true", help="choose rates and weights first: five trials a method")
     parser.add_argument("--report", action="store_true", help="only tables and plots of what is there")
     parser.add_argument("--again", action="store_true", help="throw away what is there of these methods first")
-    parser.add_argument("--out", type=Path, help="folder for tables and plots (beside the results)")
+    parser.add_argument("--out", type=Path, help="folder for tables and plots (default: that of the results)")
     parser.add_argument(
         "--fast", action="store_true", help=f"{', '.join(FAST)} over {FAST_UPDATES} updates: 10 minutes"
     )

@@ -107,7 +107,7 @@ class Runner:
         if job.process.returncode and not path.is_file():
             code = job.process.returncode
             reason = f"its process was killed by signal {-code}" if code < 0 else f"its process ended with {code}"
-            write_json(path, {"reason": f"{reason}; see log.txt beside this file"})
+            write_json(path, {"reason": f"{reason}; see log.txt in this folder"})
         if path.is_file():
             progress_log.info(f"{job.unit} failed: {failure(self.results, job.unit)}")
 

@@ -58,9 +58,9 @@ class Source:
     """Share of its concepts that its suite asks for, in addition to those of its test split, if that has few
     pictures."""
     shared: bool = False
-    """Whether its classes are in training and in the suite."""
+    """True if its classes are in training and in the suite."""
     named: bool = False
-    """Whether its labels, or its texts if it has none, are in the label set of all domains."""
+    """True if its labels, or its texts if it has none, are in the label set of all domains."""
 
 
 UPDATES = (
@@ -138,7 +138,7 @@ def load_stream(home: Path, protocol: Protocol) -> Stream:
     concepts = {item.concept for source in ALL if not source.shared for item in of_suite[source.name]}
 
     def rest(source: Source, tuning: bool) -> list[FolderItem]:
-        """What no suite asks for: the part for tuning, or the part for training."""
+        """Pictures that no suite asks for: the part for tuning, or the part for training."""
         return [
             item
             for item in rows(source.domain)

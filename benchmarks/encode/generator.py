@@ -28,7 +28,7 @@ _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Order:
-    """What to send, where and for how long."""
+    """Requests, target and duration."""
 
     url: str
     template: BodyTemplate

@@ -102,7 +102,7 @@ class Judged:
     outcome: GateOutcome
     results: tuple[SuiteResult, ...]
     gained: bool
-    """Whether a gain was shown, over all gain suites."""
+    """True if a gain was shown, over all gain suites."""
 
     @property
     def retained(self) -> bool:

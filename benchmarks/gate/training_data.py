@@ -56,7 +56,7 @@ def _others(given: Sequence[Pair]) -> list[str]:
 
 
 def reserved(row: FolderItem) -> bool:
-    """Whether a row of a training split is excluded from training: half of the concepts, by their hash."""
+    """True if a row of a training split is excluded from training: half of the concepts, by their hash."""
     return int(digest_json(["reserved", row.concept or row.text or row.path.name])[:8], 16) % 2 == 1
 
 

@@ -160,7 +160,7 @@ class Stream:
         return candidate
 
     def _is_harmful(self, model: Model) -> bool:
-        """Whether a static suite is truly below incumbent or base by more than its margin."""
+        """True if a static suite is truly below incumbent or base by more than its margin."""
         return any(
             max(domain.score(self.live.model), domain.score(self.world.base)) - domain.score(model)
             > (domain.suite.margin or self.settings.margin)

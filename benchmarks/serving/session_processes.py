@@ -44,7 +44,7 @@ def kill(pids: Iterable[int]) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process still has its files and sockets; a zombie has none."""
+    """True if a process still has its files and sockets; a zombie has none."""
     try:
         return (Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:

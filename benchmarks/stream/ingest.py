@@ -73,7 +73,7 @@ def run(settings: Settings, sizes: Sizes = FULL, bootstrap: str = "") -> dict[st
         growths = growth.measure(settings, home / "growth", sizes.stores, sizes.commits)
         writes = []
         for number, (rows, commit_rows, commits, size) in enumerate(sizes.writes):
-            with step(f"maintenance beside commits of {commit_rows} rows"):
+            with step(f"maintenance during commits of {commit_rows} rows"):
                 writes.append(amplification.measure(home / f"writes-{number}", rows, commit_rows, commits, size))
     return figures_of(rates, growths, writes) | {"machine": machine()}
 

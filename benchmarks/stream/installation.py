@@ -45,7 +45,7 @@ class Installation:
         self.store = SampleStore(self.settings.lake)
         self.config = write_settings(self.settings, home / "settings.json")
         self.apart = False
-        """Whether each worker has its own home, and so its own duplicate index, as on different machines."""
+        """True if each worker has its own home, and so its own duplicate index, as on different machines."""
         ensure_topics(self.kafka, [self.kafka.topic], self.kafka.partitions)
         ensure_topics(self.kafka, [self.kafka.quarantine_topic])
 

@@ -48,7 +48,7 @@ class RatchetProcess:
 
     @property
     def running(self) -> bool:
-        """Whether its process lives (a stopped one does)."""
+        """True if its process lives (a stopped one does)."""
         return self.process is not None and self.process.poll() is None
 
     def start(self) -> None:

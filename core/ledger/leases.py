@@ -76,7 +76,7 @@ def check_lease(session: Session, name: str, epoch: int) -> None:
     row = session.get(LeaseRow, name, with_for_update=True)
     if row is None or row.epoch != epoch:
         raise LeaseLost(
-            f"the lease {name!r} with epoch {epoch} was lost to {row.holder if row and row.holder else 'nobody yet'}.",
+            f"the lease {name!r} with epoch {epoch} was lost to {row.holder if row and row.holder else 'no one yet'}.",
             "Nothing needs to be done: the process that took over goes on with the job.",
         )
 

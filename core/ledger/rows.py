@@ -349,5 +349,5 @@ class DeletionRow(Base, kw_only=True):
     """Time when no file of the store had it any more, but the bucket still did."""
     done_at: Mapped[datetime | None] = mapped_column(default=None)
     remains: Mapped[str | None] = mapped_column(Text, default=None)
-    """What remains in the bucket, or why that is unknown."""
+    """Remains in the bucket, or why they are unknown."""
     remains_until: Mapped[datetime | None] = mapped_column(default=None)

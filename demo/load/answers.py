@@ -113,7 +113,7 @@ class AnswerCheck:
             self.answers.prepare([r["a"] for r in rows if r["c"] == 200 and self.probes[r["p"]].family == "vlm"])
 
     def difference(self, row: dict[str, Any]) -> str:
-        """How an answer differs from that of its release; empty if it does not."""
+        """The difference of an answer from that of its release; empty if none."""
         probe, stamped = self.probes[row["p"]], f"release {row['r']} ({row['a']})"
         if self.adapters.get((probe.family, row["r"])) != row["a"]:
             return f"{stamped} is stamped with an adapter that it does not have"

@@ -81,7 +81,7 @@ def collect(folder: Path) -> Path:
 
 
 def build(config: Path) -> str:
-    """Make the site beside its configuration, in ``site``.
+    """Make the site next to its configuration, in ``site``.
 
     Returns:
         What Zensical printed.
@@ -136,7 +136,7 @@ def relinked(text: str, name: str) -> str:
 
 
 def main() -> None:
-    """Write ``docs/openapi.json`` anew, and the site."""
+    """Write ``docs/openapi.json`` and the site."""
     api_reference.FILE.write_text(json.dumps(openapi(), indent=1, ensure_ascii=False) + "\n")
     try:
         build(collect(OUT))

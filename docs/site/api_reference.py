@@ -17,7 +17,7 @@ every answer has one: [request ids](../client.md#request-ids).
 """
 ERRORS = """## Errors
 
-Every call may answer one of these besides its own; each has the [error object](#errorbody) as its body. 429 and 503
+Every call may also return one of these; each has the [error object](#errorbody) as its body. 429 and 503
 carry `Retry-After` (seconds).
 """
 

@@ -81,7 +81,7 @@ class ChatCompletionBody(ResponseBody):
 
 
 class Delta(ResponseBody):
-    """What a chunk adds: the first the role, the last nothing, the others text."""
+    """Content of a chunk: the first the role, the last nothing, the others text."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None

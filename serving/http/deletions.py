@@ -82,7 +82,7 @@ class DeletionBody(ResponseBody):
     held_at: datetime | None
     done_at: datetime | None
     remains: str | None
-    """What the bucket still has of it, or why that is not known; null: nothing."""
+    """Remains in the bucket, or why they are unknown; null: nothing."""
     remains_until: datetime | None
     """When object lock ends for what remains; null: not known, or nothing remains."""
 

@@ -174,7 +174,7 @@ class ModelBody(ResponseBody):
 
 
 class ModelList(ResponseBody):
-    """What is live first, then the other resident releases."""
+    """The live release first, then the other resident ones."""
 
     object: Literal["list"]
     data: list[ModelBody]

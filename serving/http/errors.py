@@ -56,7 +56,7 @@ KNOWN: dict[type[RatchetError], tuple[int, str, str | None]] = {
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong, where, and its stable code."""
+    """The problem, its place, and its stable code."""
 
     model_config = ConfigDict(extra="forbid")
     message: str = Field(min_length=1, description="Problem and fix.")

@@ -60,7 +60,7 @@ class Ready(ResponseBody):
 
 
 class PartHealth(ResponseBody):
-    """Whether a part answers."""
+    """State of a part."""
 
     ready: bool
     detail: str

@@ -104,7 +104,7 @@ class ReleaseBody(ResponseBody):
     """Digest of the base of `clip`; null as long as no other base was ever live."""
     live: bool
     resident: bool
-    """Whether requests may name it (`clip@number`, `vlm@number`)."""
+    """True if requests may name it (`clip@number`, `vlm@number`)."""
     image_space: str | None
     """Digest of its image embedding space; null where it is not resident."""
     text_space: str | None
@@ -183,7 +183,7 @@ class ControllerStatus(ResponseBody):
     resident: list[ResidentRelease]
     """Newest first."""
     rollout: dict[str, Any]
-    """What the guard of canaries and shadows saw at its last look; `state` is always there."""
+    """Last measurement of the guard of canaries and shadows; `state` is always there."""
     replicas: dict[str, dict[str, int]]
     """Replicas by deployment and by the state that Ray Serve gives them."""
     vlm: list[dict[str, Any]]

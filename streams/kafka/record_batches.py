@@ -109,7 +109,7 @@ class DamagedBatch:
 
 
 class _Tolerant:
-    """What both formats share: a batch with a correct checksum, whose unreadable rest becomes corrupt records."""
+    """Base of both formats: a batch with a correct checksum, whose unreadable rest becomes corrupt records."""
 
     compression_type: int
 

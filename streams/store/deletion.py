@@ -349,7 +349,7 @@ class OldVersions:
         self._left = self._list() if old else []
 
     def left(self, before: datetime) -> tuple[str, datetime | None] | None:
-        """What :meth:`purge` left of files from before a time, and until when; None if nothing."""
+        """Remains after :meth:`purge` of files from before a time, and until when; None if nothing."""
         left = sorted((each for each in self._left if each.modified < before), key=lambda each: each.modified)
         if not left:
             return None

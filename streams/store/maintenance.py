@@ -270,7 +270,7 @@ class Maintainer:
                 continue
             self.ledger.deletion_done(each.id, old.unknown or None)
             progress_log.info(
-                f"maintain: {each.id} is done: {each.samples} samples and {each.refusals} refusals are gone"
+                f"maintain: {each.id} is done: {each.samples} samples and {each.refusals} quarantined records are gone"
             )
 
     def _unlocked(self) -> list[DeletionRow]:

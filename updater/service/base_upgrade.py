@@ -72,7 +72,7 @@ class UpgradePlan:
             *((what, f"{before} -> {after}") for what, (before, after) in facts.items() if before != after),
             ("incumbent", self.incumbent or f"{old.name} alone"),
             ("recipe", self.recipe.name),
-            ("to learn anew", f"{self.samples:,} samples"),
+            ("to learn again", f"{self.samples:,} samples"),
             ("visited within the budget", f"{visited:,} samples, {training.steps:,} steps"),
             ("budget", f"{training.gflops:,.0f} of {self.gflops:,.0f} MAF-GFLOPs"),
             ("time of training", f"about {training.seconds / 60:,.0f} minutes here, at full duty"),
@@ -110,7 +110,7 @@ def plan_upgrade(settings: Settings, name: str, gflops: float | None = None) -> 
     samples = everything - pending
     if samples < 1:
         raise TrainingError(
-            "the store has no training sample with a text that could be learned anew.",
+            "the store has no training sample with a text that could be learned again.",
             f"With nothing learned there is nothing to replay: set base.clip={name} and start with a new home.",
         )
     recipe = family_recipe(settings, "clip")

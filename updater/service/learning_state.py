@@ -34,7 +34,7 @@ class LearningState:
     alpha: float
     """``gate.alpha``: for the gains of all candidates until the next release, and for the losses of each."""
     lacks: str = ""
-    """What is missing to judge an update; none begins until it is empty."""
+    """Missing items to judge an update; none begins until it is empty."""
 
     @property
     def spent(self) -> float:

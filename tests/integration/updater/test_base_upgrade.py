@@ -62,7 +62,7 @@ def test_what_was_learned_is_learned_anew_released_learned_on_from_and_taken_bac
 
     plan = plan_upgrade(settings, "wide")
     told = dict(plan.rows())
-    assert told["dimension"] == "32 -> 48" and told["to learn anew"] == "12 samples"
+    assert told["dimension"] == "32 -> 48" and told["to learn again"] == "12 samples"
     assert plan.training.steps > 0 and plan.training.visited == 12
     update = upgraded(settings)
     assert (update.state, update.data_from, update.data_to) == ("done", {}, first.data_to)
