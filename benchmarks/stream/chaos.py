@@ -125,7 +125,8 @@ class ChaosRun:
                 part.start()
 
     def drain(self) -> bool:
-        """Wait until all records are stored and quarantined ones are published; False on timeout."""
+        """Wait until all records are stored, quarantined ones are published, and every process has started (one that is
+        starting ends by SIGTERM itself, not well); False on timeout."""
         last: dict[int, int] = {}
         for partition, offset in self.producer.places:
             last[partition] = max(last.get(partition, 0), offset + 1)
@@ -134,7 +135,7 @@ class ChaosRun:
             self._revive()
             positions = self.installation.store.positions().values()
             done = {each.partition for each in positions if each.published >= last.get(each.partition, 0)}
-            return done >= last.keys()
+            return done >= last.keys() and all(part.metrics() for part in self.parts.values())
 
         return wait_until(is_drained, DRAIN_SECONDS, pause=0.5)
 
