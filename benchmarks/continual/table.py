@@ -17,7 +17,7 @@ Points against zero-shot after the last update: of the adaptation suites by what
 suites of domains that the reference pool does not contain."""
 TUNED = """\
 Geometric mean of each trial on the tuning suites, and A_ZS there against the base, in an order of its own that no other
-table reports. A trial is a factor on the rates of a method and one on the weights of its terms beside the first. Bold:
+table reports. A trial is a factor on the rates of a method and one on the weights of its terms after the first. Bold:
 that with which the method runs above: the best one, and of the default the best one whose loss of A_ZS is not clear of
 zero. Methods that are not here run at the rates and weights of their papers."""
 LEAD = """\
@@ -35,7 +35,7 @@ MTIL: score before a suite's own update (Transfer), over all updates (Avg), at t
 learned, on earlier ones, on later ones."""
 CROSSING = """\
 Points of text-to-image recall that new queries gain or lose. In the index of the version before, mean over updates: as
-it is; with a backward map (Procrustes, fitted on a quarter of its images); with the map and half of it embedded anew.
+it is; with a backward map (Procrustes, fitted on a quarter of its images); with the map and half of it embedded again.
 At the end and against the base: in the base's index, without a map and with one, and in a new index."""
 COST = """\
 All updates of one chain, on one core. Peak memory is counted: weights, gradients, moments and kept activations."""
