@@ -70,33 +70,26 @@ def test_each_breach_is_caught_within_thirty_seconds(breach: dict[str, float], g
         assert (found[1], found[0] <= 15) == (guardrail, True), seed
 
 
-def test_a_vlm_may_change_most_answers_about_what_it_learned_but_not_all() -> None:
-    def agreeing(agreed: int) -> Observations:
-        return Observations(LIVE, {}, {"vlm": ComparisonCounts(80, agreed)})
-
-    assert not evidence(agreeing(32), "agreement").broken
-    assert evidence(agreeing(0), "agreement").broken
-
-
 def evidence(seen: Observations, guardrail: str, number: int = 6) -> Evidence:
     (found,) = [one for one in look(SETTINGS, seen, INCUMBENT, number) if one.guardrail == guardrail]
     return found
 
 
-def test_without_observations_nothing_is_broken() -> None:
-    assert broken(look(SETTINGS, Observations(LIVE), INCUMBENT, 1)) == []
-    assert broken(look(SETTINGS, Observations(LIVE, {}, {"vlm": ComparisonCounts()}), INCUMBENT, 500_000)) == []
+def test_a_guardrail_allows_what_its_bound_and_the_incumbent_allow() -> None:
+    def errs(requests: dict[int, RequestCounts]) -> bool:
+        return evidence(Observations(LIVE, requests), "errors").broken
 
+    def disagrees(agreed: int) -> bool:
+        return evidence(Observations(LIVE, {}, {"vlm": ComparisonCounts(80, agreed)}), "agreement").broken
 
-def test_an_incumbent_that_answered_nothing_yet_is_not_held_to_be_perfect() -> None:
-    assert not evidence(Observations(LIVE, {LIVE: RequestCounts(1000, 15)}), "errors").broken
-    assert evidence(Observations(LIVE, {LIVE: RequestCounts(60, 60)}), "errors").broken
-
-
-def test_an_incumbent_that_fails_as_often_excuses_the_release() -> None:
+    assert not disagrees(32) and disagrees(0), "a VLM may change most answers about what it learned, but not all"
+    assert not errs({LIVE: RequestCounts(1000, 15)}), "an incumbent that answered nothing yet is not held to be perfect"
+    assert errs({LIVE: RequestCounts(60, 60)})
     outage = {LIVE: RequestCounts(400, 200), INCUMBENT: RequestCounts(4000, 2000)}
-    assert not evidence(Observations(LIVE, outage), "errors").broken
-    assert evidence(Observations(LIVE, {**outage, INCUMBENT: RequestCounts(4000, 20)}), "errors").broken
+    assert not errs(outage), "an incumbent that fails as often excuses the release"
+    assert errs(outage | {INCUMBENT: RequestCounts(4000, 20)})
+    assert broken(look(SETTINGS, Observations(LIVE), INCUMBENT, 1)) == [], "nothing was seen"
+    assert broken(look(SETTINGS, Observations(LIVE, {}, {"vlm": ComparisonCounts()}), INCUMBENT, 500_000)) == []
 
 
 def test_failures_in_comparisons_count_for_a_shadow_that_answers_nobody() -> None:

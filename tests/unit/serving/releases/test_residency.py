@@ -11,12 +11,7 @@ from core.dependencies import current
 from core.errors import LedgerUnavailable, ReleaseError
 from core.ledger import Ledger
 from serving.releases import residency as module
-from serving.releases.residency import (
-    KEY,
-    MAX_BYTES,
-    ResidencySource,
-    decode_copy,
-)
+from serving.releases.residency import KEY, MAX_BYTES, ResidencySource, decode_copy
 
 
 class Node:
@@ -49,9 +44,9 @@ def node(tmp_path: Path) -> Node:
     return Node(tmp_path)
 
 
-def test_the_state_of_the_ledger_is_noted(node: Node) -> None:
-    with pytest.raises(LedgerUnavailable):
-        node.source().read()
+def test_without_a_copy_the_outage_is_an_error_with_its_fix_and_the_state_of_the_ledger(node: Node) -> None:
+    with pytest.raises(LedgerUnavailable, match="Bring the ledger back"):
+        node.source().newest()
     assert current()["ledger"].state == "away"
     node.source(node.ledger).read()
     assert current()["ledger"].state == "ok"
@@ -96,32 +91,23 @@ def test_while_the_ledger_is_away_a_start_takes_the_newest_whole_copy_of_node_an
     assert newest() == ([2, 1], "file")
 
 
-def test_without_a_copy_the_outage_is_an_error_with_its_fix(node: Node) -> None:
-    with pytest.raises(LedgerUnavailable, match="Bring the ledger back"):
-        node.source().newest()
-
-
-def test_when_the_ledger_is_back_it_is_what_counts(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ledger_that_hangs_takes_one_thread_and_a_bounded_time_and_counts_again_when_it_is_back(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
     node.keep()
-    source = node.source(node.ledger)
     node.release(3, "clip-b")
-    with monkeypatch.context() as away:
-        away.setattr(node.ledger, "releases", lambda limit: 1 / 0)
-        away.setattr(source, "_read_ledger", lambda: (_ for _ in ()).throw(TimeoutError("no answer")))
-        assert (source.newest().window[0].number, source.source) == (2, "file")
-    assert (source.newest().window[0].number, source.source) == (3, "ledger")
-
-
-def test_a_ledger_that_hangs_takes_one_thread_and_a_bounded_time(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LEDGER_SECONDS", 0.02)
-    release, before = threading.Event(), threading.active_count()
-    monkeypatch.setattr(node.ledger, "releases", lambda limit, base: release.wait() and [])
+    let_go, before, releases = threading.Event(), threading.active_count(), node.ledger.releases
+    monkeypatch.setattr(node.ledger, "releases", lambda *which: let_go.wait() and releases(*which))
     source = node.source(node.ledger)
     for _ in range(5):
         with pytest.raises(LedgerUnavailable, match="does not answer"):
             source.read()
     assert threading.active_count() <= before + 1
-    release.set()
+    assert (source.newest().window[0].number, source.source) == (2, "file")
+    let_go.set()
+    source._read_ledger._seconds = 60.0
+    assert (source.newest().window[0].number, source.source) == (3, "ledger")
 
 
 def test_copies_follow_what_is_live_and_one_that_was_overwritten_does_not_stay(

@@ -117,7 +117,9 @@ async def test_a_release_that_says_the_same_agrees_and_a_broken_one_hardly_ever(
     assert shadow_traffic.observations({}).release == 2
 
 
-async def test_the_same_input_again_is_no_new_evidence(comparer_of: Any) -> None:
+async def test_inputs_that_were_compared_are_no_new_evidence_and_of_a_large_request_only_some_are(
+    comparer_of: Any,
+) -> None:
     models = Models()
     shadow_traffic = comparer_of(models, watch())
     await send_texts(shadow_traffic, 1)
@@ -126,13 +128,8 @@ async def test_the_same_input_again_is_no_new_evidence(comparer_of: Any) -> None
     shadow_traffic.clip("text", [[7, 7]])
     await until(lambda: seen(shadow_traffic).inputs == 2)
     assert len([adapter for adapter, _ in models.asked if adapter == "new"]) == 3  # the fixed texts, and two inputs
-
-
-async def test_of_a_large_request_only_some_items_are_compared(comparer_of: Any) -> None:
-    models = Models()
-    shadow_traffic = comparer_of(models, watch())
     shadow_traffic.clip("image", np.random.default_rng(0).integers(0, 255, (30, 8, 8, 3), np.uint8))
-    await until(lambda: seen(shadow_traffic).inputs == ITEMS)
+    await until(lambda: seen(shadow_traffic).inputs == 2 + ITEMS)
     assert models.asked[-1][1] == ITEMS
 
 
@@ -159,23 +156,19 @@ async def test_what_finds_no_place_is_dropped_at_once(comparer_of: Any) -> None:
     assert 1000 - WAITING - 1 <= seen(shadow_traffic).dropped <= 1000 - WAITING
 
 
-async def test_a_family_that_the_release_leaves_alone_is_not_compared(comparer_of: Any) -> None:
-    models = Models()
+@pytest.mark.parametrize(("broken", "agreed"), [((), 3), (("v",), 0)])
+async def test_vlms_agree_by_their_greedy_answers_and_a_family_that_is_left_alone_is_not_compared(
+    comparer_of: Any, broken: Sequence[str], agreed: int
+) -> None:
+    models = Models(broken=broken)
     shadow_traffic = comparer_of(models, watch(clip=None, vlm="v"))
     shadow_traffic.clip("text", [[9]])
-    shadow_traffic.vlm(question(np.zeros((4, 4, 3), np.uint8), "colour?"))
-    await until(lambda: seen(shadow_traffic, "vlm").inputs == 1)
-    assert set(shadow_traffic.observations({}).compared) == {"vlm"}
-    assert {adapter for adapter, _ in models.asked} == {"v", None}
-
-
-@pytest.mark.parametrize(("broken", "agreed"), [((), 3), (("v",), 0)])
-async def test_vlms_agree_by_their_greedy_answers(comparer_of: Any, broken: Sequence[str], agreed: int) -> None:
-    shadow_traffic = comparer_of(Models(broken=broken), watch(clip=None, vlm="v"))
     for number in range(3):
         shadow_traffic.vlm(question(np.full((4, 4, 3), number, np.uint8), "colour?", max_tokens=100))
     await until(lambda: seen(shadow_traffic, "vlm").inputs == 3)
     assert seen(shadow_traffic, "vlm").agreed == agreed
+    assert set(shadow_traffic.observations({}).compared) == {"vlm"}
+    assert {adapter for adapter, _ in models.asked} == {"v", None}
 
 
 async def test_the_next_release_is_compared_from_nothing_and_the_end_of_the_watch_ends_it(comparer_of: Any) -> None:
@@ -199,14 +192,21 @@ def unit(random: np.random.Generator, *shape: int) -> np.ndarray:
     return made / np.linalg.norm(made, axis=-1, keepdims=True)
 
 
-def turned(random: np.random.Generator) -> np.ndarray:
-    return np.linalg.qr(random.standard_normal((WIDE, WIDE)))[0].astype(np.float32)
-
-
-def test_a_space_that_is_only_turned_agrees_wholly() -> None:
+def test_a_space_that_is_only_turned_agrees_wholly_and_a_collapsed_one_never() -> None:
     random = np.random.default_rng(0)
-    one, references, turn = unit(random, WIDE), unit(random, MANY, WIDE), turned(random)
+    one, references = unit(random, WIDE), unit(random, MANY, WIDE)
+    turn = np.linalg.qr(random.standard_normal((WIDE, WIDE)))[0].astype(np.float32)
     assert order(one, list(references), one @ turn, list(references @ turn)) == pytest.approx(1.0)
+    same = np.tile(one, (MANY, 1))
+    assert order(one, list(same), unit(random, WIDE), list(references)) < 0.5
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_a_vector_that_says_nothing_never_agrees(value: float) -> None:
+    random = np.random.default_rng(2)
+    references = list(unit(random, MANY, WIDE))
+    with np.errstate(invalid="ignore"):
+        assert order(np.full(WIDE, value, np.float32), references, unit(random, WIDE), references) == 0.0
 
 
 def test_another_model_disagrees_about_nearly_everything() -> None:
@@ -215,20 +215,6 @@ def test_another_model_disagrees_about_nearly_everything() -> None:
     neighbours.fix(unit(random, len(TEXTS), WIDE), unit(random, len(TEXTS), WIDE))
     found = [neighbours.judge("image", unit(random, WIDE), unit(random, WIDE)) for _ in range(200)]
     assert sum(map(bool, found)) <= 4
-
-
-@pytest.mark.parametrize("broken", [np.zeros(WIDE), np.full(WIDE, np.nan), np.full(WIDE, np.inf)])
-def test_a_vector_that_says_nothing_never_agrees(broken: np.ndarray) -> None:
-    random = np.random.default_rng(2)
-    references = list(unit(random, MANY, WIDE))
-    with np.errstate(invalid="ignore"):
-        assert order(broken.astype(np.float32), references, unit(random, WIDE), references) == 0.0
-
-
-def test_a_collapsed_model_never_agrees() -> None:
-    random = np.random.default_rng(3)
-    same = np.tile(unit(random, WIDE), (MANY, 1))
-    assert order(same[0], list(same), unit(random, WIDE), list(unit(random, MANY, WIDE))) < 0.5
 
 
 def test_texts_are_ranked_against_images_once_there_are_enough() -> None:
