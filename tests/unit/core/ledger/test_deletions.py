@@ -27,7 +27,7 @@ def found(ledger: Ledger, name: str = "d1") -> DeletionRow:
     return row
 
 
-def test_a_request_is_recorded_once_with_who_and_why(ledger: Ledger) -> None:
+def test_a_request_is_recorded_once_and_goes_from_requested_to_removed_to_done_and_not_back(ledger: Ledger) -> None:
     first = ask(ledger)
     assert (first.state, first.selector, first.actor, first.reason) == ("requested", SELECTOR, "ann", "asked to")
     assert (first.samples, first.version, first.removed_at, first.done_at) == (0, None, None, None)
@@ -36,36 +36,26 @@ def test_a_request_is_recorded_once_with_who_and_why(ledger: Ledger) -> None:
     assert (row.actor, row.action, row.subject) == ("ann", "delete", "deletion d1")
     assert row.detail == {"reason": "asked to", "selector": SELECTOR}
     assert ledger.deletion("d2") is None
-
-
-def test_it_goes_from_requested_to_removed_to_done_and_not_back(ledger: Ledger) -> None:
-    ask(ledger)
     removed(ledger)
-    row = found(ledger)
-    assert (row.state, row.samples, row.refusals, row.removed_version) == ("removed", 2, 1, 7)
-    assert row.adapters["learned"] == ["clip-a"] and row.removed_at is not None and row.version is None
+    then = found(ledger)
+    assert (then.state, then.samples, then.refusals, then.removed_version) == ("removed", 2, 1, 7)
+    assert then.adapters["learned"] == ["clip-a"] and then.removed_at is not None and then.version is None
     ledger.deletions_rewritten(["d1", "unknown"], 9)
     ledger.deletions_rewritten(["d1"], 12)
     assert found(ledger).version == 9, "the first version that has it no more"
+    ledger.deletion_reopened("d1")
+    assert found(ledger).version is None, "what is found later has to be written out again"
+    removed(ledger, samples=3, version=13)
+    again = found(ledger)
+    assert (again.samples, again.removed_version, again.removed_at) == (3, 13, then.removed_at)
+    ledger.deletions_rewritten(["d1"], 14)
     ledger.deletion_done("d1")
-    row = found(ledger)
-    assert (row.state, row.version) == ("done", 9) and row.done_at is not None
+    done = found(ledger)
+    assert (done.state, done.version) == ("done", 14) and done.done_at is not None
     removed(ledger, samples=5)
     ledger.deletion_reopened("d1")
     ledger.deletions_rewritten(["d1"], 20)
-    assert found(ledger) == row
-
-
-def test_what_is_found_later_counts_and_has_to_be_written_out_again(ledger: Ledger) -> None:
-    ask(ledger)
-    removed(ledger, samples=2, version=7)
-    first = found(ledger).removed_at
-    ledger.deletions_rewritten(["d1"], 8)
-    ledger.deletion_reopened("d1")
-    assert found(ledger).version is None
-    removed(ledger, samples=3, version=11)
-    row = found(ledger)
-    assert (row.samples, row.removed_version, row.version, row.removed_at) == (3, 11, None, first)
+    assert found(ledger) == done
 
 
 def test_its_end_is_an_audit_row_and_an_event_and_both_once(ledger: Ledger) -> None:
@@ -81,19 +71,15 @@ def test_its_end_is_an_audit_row_and_an_event_and_both_once(ledger: Ledger) -> N
     assert event.data == expected
     assert [(row.actor, row.action, row.detail) for row in ledger.audit_rows(1)] == [("maintain", "deleted", expected)]
     assert len(ledger.audit_rows()) == 2
-    [line] = [
-        each for each in Page(ROOT / "docs" / "events.md").prose.splitlines() if "`ratchet.deletion.v1`" in each[:30]
-    ]
+    lines = Page(ROOT / "docs" / "events.md").prose.splitlines()
+    [line] = [each for each in lines if "`ratchet.deletion.v1`" in each[:30]]
     assert all(f"`{name}`" in line for name in event.data)
-
-
-def test_deletions_with_long_names_have_events_of_their_own(ledger: Ledger) -> None:
-    for offset in range(3):
+    for offset in range(3):  # names of which an event's ID holds only a part
         name = f"tombstone {'t' * 249}:0:{offset}"
         ask(ledger, name)
         removed(ledger, name)
         ledger.deletion_done(name)
-    assert len({event.event_id for event in ledger.events()}) == 3
+    assert len({each.event_id for each in ledger.events()}) == 4
 
 
 def test_an_update_lists_what_was_carried_out_before_its_version_and_each_is_listed_once(ledger: Ledger) -> None:
