@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 from core import child_process
-from core.child_process import reaped, stop_reaped
+from core.child_process import ChildProcess, reaped, stop_reaped, tail
 from core.waiting import wait_until
+from ops.cli.context import Context
+from ops.cli.supervisor import Supervisor
 from tests.support.leftovers import VARIABLE, left_running, mark, take_terminal
 
 SECONDS = 60.0
@@ -116,18 +118,15 @@ def test_what_a_command_leaves_behind_ends_with_it_and_its_status_is_passed_on(m
     process = subprocess.Popen(reaped([sys.executable, "-c", LEAVES_A_CHILD]), env=marked)
     assert process.wait(SECONDS) == 3
     assert not left(marked)
+    done = subprocess.run(reaped(["/nowhere/at-all"]), capture_output=True, text=True)
+    assert done.returncode == 127 and "/nowhere/at-all: No such file" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGINT])
 def test_a_command_that_a_signal_ended_is_seen_as_that(number: signal.Signals) -> None:
-    command = [sys.executable, "-c", f"import os, signal; signal.signal({number}, signal.SIG_DFL) if {number} not in "
-               f"(9, 19) else None; os.kill(os.getpid(), {number})"]  # fmt: skip
+    default = "" if number == signal.SIGKILL else f"signal.signal({number}, signal.SIG_DFL); "
+    command = [sys.executable, "-c", f"import os, signal; {default}os.kill(os.getpid(), {number})"]
     assert subprocess.Popen(reaped(command)).wait(SECONDS) == -number
-
-
-def test_a_command_that_cannot_be_started_says_so() -> None:
-    done = subprocess.run(reaped(["/nowhere/at-all"]), capture_output=True, text=True)
-    assert done.returncode == 127 and "/nowhere/at-all: No such file" in done.stderr
 
 
 @linux
@@ -160,50 +159,32 @@ def test_a_command_ends_in_order_when_the_process_that_started_it_is_killed(
     assert ended.read_text() == "in order"
 
 
-def to_the_group(parent: int) -> None:
-    """As `timeout` does."""
-    os.killpg(parent, signal.SIGTERM)
-
-
-def twice(parent: int) -> None:
-    """As `make` does, which also forwards signals that its child got."""
-    os.killpg(parent, signal.SIGTERM)
-    os.kill(parent, signal.SIGTERM)
-
-
-def while_it_stops(parent: int) -> None:
-    """A second and a third signal, and an impatient Ctrl-C."""
-    os.kill(parent, signal.SIGTERM)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
-        time.sleep(random.uniform(0, 0.4))
-        with suppress(ProcessLookupError):
-            os.killpg(parent, number)
-
-
-def killed(parent: int) -> None:
-    """SIGKILL, which it cannot handle."""
-    os.kill(parent, signal.SIGKILL)
-
-
-def closed_terminal(parent: int) -> None:
-    """The terminal is closed by the test itself."""
-
-
-WAYS: list[Callable[[int], None]] = [to_the_group, twice, while_it_stops, killed, closed_terminal]
+Signal = tuple[Callable[[int, int], None], signal.Signals, float]
+"""Whom it is sent to, and the longest pause before it."""
+ENDS: dict[str, list[Signal]] = {
+    "to the group, as by timeout": [(os.killpg, signal.SIGTERM, 0)],
+    "twice, as by make, which forwards it": [(os.killpg, signal.SIGTERM, 0), (os.kill, signal.SIGTERM, 0)],
+    "while it stops, and an impatient Ctrl-C": [
+        (os.kill, signal.SIGTERM, 0), (os.killpg, signal.SIGINT, 0.4), (os.killpg, signal.SIGTERM, 0.4),
+        (os.killpg, signal.SIGINT, 0.4),
+    ],
+    "killed, which it cannot handle": [(os.kill, signal.SIGKILL, 0)],
+    "closed terminal": [],
+}  # fmt: skip
 
 
 @linux
 @pytest.mark.parametrize("moment", [2.0, pytest.param(0.2, marks=pytest.mark.long)], ids=str)
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("end", ENDS)
 def test_parts_and_workers_end_with_what_started_them(
-    way: Callable[[int], None], moment: float, marked: dict[str, str], tmp_path: Path
+    end: str, moment: float, marked: dict[str, str], tmp_path: Path
 ) -> None:
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
     parts = {"stubborn": STUBBORN, "obeys": OBEYS, "leaves": LEAVES_A_CHILD, "other": OBEYS}
     ours, theirs = pty.openpty()
     command = [sys.executable, str(script), str(tmp_path), repr(parts)]
-    if way is closed_terminal:  # below a process that does not forward signals of the kernel, as `make`
+    if not ENDS[end]:  # below a process that does not forward signals of the kernel, as `make`
         command = ["bash", "-c", f"trap : HUP; {shlex.join(command)}; true"]
     parent = subprocess.Popen(
         command, env=marked, stdin=theirs, stdout=theirs,
@@ -212,10 +193,34 @@ def test_parts_and_workers_end_with_what_started_them(
     os.close(theirs)
     assert b"begins" in os.read(ours, 100)
     time.sleep(random.uniform(0, moment))  # at any point: before, between and after the starts
-    way(parent.pid)
+    for send, number, pause in ENDS[end]:
+        time.sleep(random.uniform(0, pause))
+        with suppress(ProcessLookupError):
+            send(parent.pid, number)
     os.close(ours)
     assert parent.wait(SECONDS) is not None
     nothing_left(marked)
+
+
+def test_a_part_that_dies_is_started_again_after_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child_process, "BACKOFF_SECONDS", (0.2,))
+    command = [sys.executable, "-c", "print('hello', flush=True); raise SystemExit(3)"]
+    part = ChildProcess("part", command, tmp_path / "log")
+    part.start()
+    assert wait_until(lambda: not part.running, SECONDS, pause=0.02)
+    part.restart_dead(time.monotonic())
+    assert part.restarts == 0
+    assert wait_until(lambda: part.restart_dead(time.monotonic()) or part.restarts == 1, SECONDS, pause=0.02)
+    part.stop(time.monotonic() + 5)
+    assert not part.running
+    assert tail(part.log).count("hello") >= 1
+
+
+def test_up_starts_the_console_last_and_can_leave_it_out(tmp_path: Path) -> None:
+    context, names = Context(None, [f"home={tmp_path}", "kafka.bootstrap=127.0.0.1:1"]), list(Supervisor.ORDER)
+    parts = Supervisor(context, names).parts
+    assert [(part.name, part.command[-1]) for part in parts[-3:]][::2] == [("maintain",) * 2, ("console",) * 2]
+    assert "console" not in [part.name for part in Supervisor(context, names[:-1]).parts]
 
 
 @pytest.fixture(autouse=True)
