@@ -50,9 +50,7 @@ def setup(tmp_path: Path) -> Iterator[AccessSetup]:
     made.ledger.close()
 
 
-def test_a_key_is_its_holder_with_its_scopes_and_its_limit_and_keys_are_not_read_again_for_every_request(
-    setup: AccessSetup,
-) -> None:
+def test_a_key_is_its_holder_with_scopes_and_limit_and_keys_are_read_once(setup: AccessSetup) -> None:
     own, common, free = setup.key("own", "infer", "operate", limit=60), setup.key("common"), setup.key("free", limit=0)
     found = setup.access.identify(own)
     assert found is not None

@@ -140,9 +140,7 @@ def test_one_that_does_not_end_when_asked_is_killed_with_all_it_started(marked: 
 
 
 @linux
-def test_a_command_ends_in_order_when_the_process_that_started_it_is_killed(
-    marked: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_command_ends_in_order_when_what_started_it_is_killed(marked: dict[str, str], tmp_path: Path) -> None:
     ended, script = tmp_path / "ended", tmp_path / "parent.py"
     script.write_text(
         "import subprocess, sys, time\nfrom core.child_process import reaped\n"
@@ -176,7 +174,7 @@ ENDS: dict[str, list[Signal]] = {
 @linux
 @pytest.mark.parametrize("moment", [2.0, pytest.param(0.2, marks=pytest.mark.long)], ids=str)
 @pytest.mark.parametrize("end", ENDS)
-def test_parts_and_workers_end_with_what_started_them(
+def test_parts_and_workers_end_with_their_parent(
     end: str, moment: float, marked: dict[str, str], tmp_path: Path
 ) -> None:
     script = tmp_path / "parent.py"

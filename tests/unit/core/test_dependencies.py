@@ -39,7 +39,7 @@ XML = (
         (LedgerUnavailable("m", "f"), "ledger", "away"),
     ],
 )
-def test_an_error_tells_of_one_dependency_until_that_answers(
+def test_an_error_is_of_one_dependency_until_that_answers(
     error: RatchetError, name: Dependency, state: OutageState
 ) -> None:
     assert noted(pickle.loads(pickle.dumps(error))) == name
@@ -90,7 +90,7 @@ def test_an_error_of_a_record_or_a_sender_or_one_that_is_no_outage_changes_no_st
         (TimeoutError(), "slow", "it does not answer in time"),
     ],
 )  # fmt: skip
-def test_errors_of_storage_become_a_state_and_a_cause_of_one_line(
+def test_an_error_of_storage_becomes_a_state_and_one_line(
     error: Exception, state: OutageState, cause: str | None
 ) -> None:
     told = storage_state(error)

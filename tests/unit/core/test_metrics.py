@@ -244,7 +244,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return state
 
 
-def test_values_wait_in_memory_while_there_is_no_room_for_a_file_and_what_is_in_it_stays_exported(
+def test_values_wait_in_memory_while_the_disk_is_full_and_the_file_stays_exported(
     tmp_path: Path, full: list[bool]
 ) -> None:
     path, long = tmp_path / "counter_1.db", "b" * (1 << 17)

@@ -43,7 +43,7 @@ def artifacts(request: pytest.FixtureRequest, tmp_path: Path) -> Artifacts:
     return Artifacts(url, cache=tmp_path / "cache")
 
 
-def test_a_directory_comes_back_as_it_was_and_its_key_is_never_used_for_other_contents(
+def test_a_directory_comes_back_as_it_was_and_its_key_is_never_reused(
     artifacts: Artifacts, tmp_path: Path, source: Path
 ) -> None:
     for name, read in (("adapters/none", artifacts.fetch), ("reports/none.json", artifacts.read_bytes)):
@@ -69,7 +69,7 @@ def test_a_key_may_not_leave_the_folder(artifacts: Artifacts, key: str) -> None:
         artifacts.write_bytes(key, b"x")
 
 
-def test_a_damaged_download_is_refused_and_a_copy_that_was_checked_once_needs_no_object_store(
+def test_a_damaged_download_is_refused_and_a_checked_copy_needs_no_object_store(
     bucket: Artifacts, source: Path
 ) -> None:
     bucket.put_directory(source, "adapters/clip-1")
@@ -123,7 +123,7 @@ def _killed_after(artifacts: Artifacts, calls: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("writes", range(3))
-def test_an_upload_that_a_crash_ends_anywhere_is_not_read_and_can_be_repeated(
+def test_an_upload_that_a_crash_ends_is_not_read_and_can_be_repeated(
     bucket: Artifacts, source: Path, writes: int
 ) -> None:
     with _killed_after(bucket, writes):
@@ -135,7 +135,7 @@ def test_an_upload_that_a_crash_ends_anywhere_is_not_read_and_can_be_repeated(
     assert directory_digest(bucket.fetch("adapters/clip-1")) == directory_digest(source)
 
 
-def test_what_an_interrupted_upload_of_other_contents_has_left_is_no_part_of_the_next_and_old_uploads_are_read(
+def test_leftovers_of_an_upload_are_no_part_of_the_next_and_old_formats_are_read(
     bucket: Artifacts, source: Path
 ) -> None:
     bucket.write_bytes("memories/clip-1/left.bin", b"left")
@@ -219,7 +219,7 @@ def test_what_is_deleted_is_gone_and_may_be_stored_again(artifacts: Artifacts, s
 
 
 @pytest.mark.parametrize("deletions", range(3))
-def test_a_directory_that_is_half_deleted_is_never_seen_as_complete(
+def test_a_directory_that_is_half_deleted_is_not_seen_as_complete(
     bucket: Artifacts, source: Path, deletions: int
 ) -> None:
     bucket.put_directory(source, "adapters/clip-1")
@@ -272,9 +272,7 @@ def released() -> None:
         os.close(cache._held.popitem()[1])
 
 
-def test_what_was_not_used_for_longest_goes_first_and_what_a_process_fetched_last_not_under_it(
-    tmp_path: Path, stored: str
-) -> None:
+def test_what_was_not_used_for_longest_is_evicted_but_not_what_was_just_fetched(tmp_path: Path, stored: str) -> None:
     artifacts = Artifacts(stored, tmp_path / "cache", cache_bytes=3 * SIZE)
     fetched(artifacts, 0, 1, 2)
     artifacts.fetch(key(0))  # used again

@@ -72,7 +72,7 @@ LOOK = settings(
 
 @LOOK
 @given(STEPS)
-def test_a_clock_that_goes_back_mints_nothing_and_blocks_no_longer_than_a_full_refill(
+def test_a_clock_that_goes_back_mints_nothing_and_does_not_block_for_long(
     kept: Ledger, steps: list[tuple[float, float]]
 ) -> None:
     spender = emptied(kept)

@@ -21,9 +21,7 @@ def events(ledger: Ledger) -> dict[str, dict[str, Any]]:
     return {row.event_id: row.data for row in reversed(ledger.events())}
 
 
-def test_the_way_of_an_update_into_service_and_back_is_told_step_by_step_with_the_fields_of_the_page(
-    ledger: Ledger,
-) -> None:
+def test_the_way_of_an_update_into_service_and_back_is_told_with_the_fields_of_the_page(ledger: Ledger) -> None:
     ledger.register_adapter("clip-a", "clip", "base", "space-i", "space-t", {})
     begin(ledger)
     ledger.advance_update("u1", "trained", adapter="clip-a")
@@ -173,9 +171,7 @@ def test_a_lease_is_not_taken_while_a_write_under_it_goes_on(ledger: Ledger) -> 
     assert taken == [epoch + 1] and ledger.count_waiting_events() == 0
 
 
-def test_events_that_were_published_long_ago_are_removed_and_those_of_gaps_and_those_that_wait_stay(
-    ledger: Ledger,
-) -> None:
+def test_events_published_long_ago_are_removed_and_gaps_and_what_waits_stay(ledger: Ledger) -> None:
     for name, kind in (("old", "release"), ("waits", "release"), ("new", "release"), ("lost", "gap")):
         ledger.record_event(EVENT_TYPES[kind], name, name, {})
     epoch = ledger.acquire_lease("events", "me", 60)

@@ -28,21 +28,14 @@ from serving.engines.preprocess import Preprocess, ResizeMode
 from tests.support.tiny import CONFIG, tiny_base
 
 
-def test_a_base_survives_a_move_of_its_directory(base: ClipBase, tmp_path: Path) -> None:
+def test_a_base_survives_a_move_and_other_content_under_its_name_is_refused(base: ClipBase, tmp_path: Path) -> None:
     shutil.copytree(base.directory, tmp_path / "bases" / "copy")
     moved = load_base(tmp_path, "copy")
-    assert moved.digest == base.digest
-    assert moved.spaces == base.spaces
-    assert list_bases(tmp_path) == ["copy"]
-
-
-def test_another_content_under_a_used_name_is_refused(base: ClipBase, tmp_path: Path) -> None:
-    tiny_base(tmp_path, "x", seed=0)
-    model = open_clip.model.CLIP(**CONFIG)
+    assert (moved.digest, moved.spaces) == (base.digest, base.spaces)
     with pytest.raises(BaseModelError, match="other content"):
-        save_base(tmp_path, "x", model, CONFIG, Preprocess(size=32), {"kind": "simple", "kwargs": {}})
-    assert load_base(tmp_path, "x").digest == base.digest
-    assert list_bases(tmp_path) == ["x"]
+        save_base(tmp_path, "copy", open_clip.model.CLIP(**CONFIG), CONFIG, Preprocess(size=32), {"kind": "simple"})
+    assert load_base(tmp_path, "copy").digest == base.digest
+    assert list_bases(tmp_path) == ["copy"]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +48,7 @@ def test_another_content_under_a_used_name_is_refused(base: ClipBase, tmp_path: 
         (shutil.rmtree, "ratchet base build"),
     ],
 )
-def test_a_damaged_base_is_refused_by_what_is_wrong(
+def test_a_damaged_base_is_refused_with_the_reason(
     tmp_path: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     base = tiny_base(tmp_path)
@@ -106,31 +99,23 @@ def test_preprocessing_survives_json() -> None:
 
 
 def test_a_space_is_weights_preprocessing_and_dimension(base: ClipBase) -> None:
-    def spaces(**changes: Any) -> tuple[str, str]:
+    def changed(**changes: Any) -> tuple[bool, bool]:
         found = replace(base, **changes).spaces
-        return found.image, found.text
+        return found.image != base.spaces.image, found.text != base.spaces.text
 
-    image, text = spaces()
-    moved = spaces(preprocess=Preprocess(size=33))
-    assert moved[0] != image
-    assert moved[1] == text
-    assert spaces(context_length=8)[0] == image
-    assert spaces(context_length=8)[1] != text
-    both = spaces(dim=33)
-    assert both[0] != image
-    assert both[1] != text
-    # Logit scale scales logits, no vectors.
-    assert spaces(tensors=base.tensors | {"logit_scale": "0" * 64}) == (image, text)
+    assert changed(preprocess=Preprocess(size=33)) == (True, False)
+    assert changed(context_length=8) == (False, True)
+    assert changed(dim=33) == (True, True)
+    assert changed(tensors=base.tensors | {"logit_scale": "0" * 64}) == (False, False), "it scales logits, no vectors"
 
 
 def test_a_model_whose_weights_are_loaded_draws_no_random_ones(base: ClipBase) -> None:
     state = torch.get_rng_state()
     first, second = base.build_model(), base.build_model()
     assert torch.equal(torch.get_rng_state(), state)
-    for (name, one), (_, other) in zip(first.named_parameters(), second.named_parameters(), strict=True):
-        assert torch.equal(one, other), name
-    for (name, one), (_, other) in zip(first.named_buffers(), second.named_buffers(), strict=True):
-        assert torch.equal(one, other), name
+    for values in (nn.Module.named_parameters, nn.Module.named_buffers):
+        for (name, one), (_, other) in zip(values(first), values(second), strict=True):
+            assert torch.equal(one, other), name
 
 
 def test_other_threads_and_later_models_draw_theirs() -> None:
@@ -165,9 +150,15 @@ def test_a_jpeg_keeps_at_least_the_size_that_is_needed(size: tuple[int, int], de
     assert scaled(Preprocess(size=224), photo(*size)).size == decoded
 
 
-def test_other_formats_are_decoded_whole() -> None:
+def test_cmyk_and_grey_jpegs_are_scaled_too_and_other_formats_decoded_whole() -> None:
     for kind in ("PNG", "WEBP", "BMP", "GIF"):
         assert scaled(Preprocess(size=16), photo(160, 120, kind)).size == (160, 120)
+    for mode in ("CMYK", "L"):
+        buffer = io.BytesIO()
+        with Image.open(io.BytesIO(photo(320, 240))) as image:
+            image.convert(mode).save(buffer, "JPEG")
+        decoded = scaled(Preprocess(size=64), buffer.getvalue())
+        assert (decoded.mode, decoded.size) == ("RGB", (160, 120))
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
@@ -187,12 +178,3 @@ def test_a_turned_jpeg_is_upright_at_any_scale() -> None:
     assert scaled(preprocess, data).size == (80, 160)
     turned = preprocess.pixels(decode_image(data)).astype(int)
     assert np.abs(preprocess.pixels(data).astype(int) - turned).mean() < 2
-
-
-def test_a_cmyk_jpeg_and_a_grey_one_are_scaled_too() -> None:
-    for mode in ("CMYK", "L"):
-        buffer = io.BytesIO()
-        with Image.open(io.BytesIO(photo(320, 240))) as image:
-            image.convert(mode).save(buffer, "JPEG")
-        decoded = scaled(Preprocess(size=64), buffer.getvalue())
-        assert (decoded.mode, decoded.size) == ("RGB", (160, 120))

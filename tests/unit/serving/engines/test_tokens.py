@@ -58,10 +58,15 @@ def test_merges_follow_the_rounds_of_the_reference_whatever_the_order_of_ranks(w
     assert merge((*word[:-1], word[-1] + "</w>"), ranks) == expected
 
 
-def test_it_knows_which_texts_it_cut() -> None:
+def test_it_knows_which_texts_it_cut_and_does_not_encode_what_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["", "a cat", "word " * (CONTEXT - 2), "word " * (CONTEXT - 1), "word " * 60, "x" * 5000]
     cut = [OURS.cuts(text, row) for text, row in zip(texts, OURS.rows(texts), strict=True)]
     assert cut == [False, False, False, True, True, True]
+    words: list[str] = []
+    tokenizer = BoundedTokenizer(vocabulary(), 8)
+    monkeypatch.setattr(tokenizer, "bpe", lambda word: words.append(word) or f"{word}</w>")
+    assert [len(row) for row in tokenizer.rows(["cat " * 500])] == [8]
+    assert len(words) == 6
 
 
 def test_options_that_are_not_served_are_named() -> None:
@@ -87,14 +92,6 @@ def test_the_work_for_a_word_grows_with_its_length_and_not_with_its_square(alpha
     assert ranks.asked < 6 * len(word)
 
 
-def test_what_is_cut_off_is_not_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    words: list[str] = []
-    tokenizer = BoundedTokenizer(vocabulary(), 8)
-    monkeypatch.setattr(tokenizer, "bpe", lambda word: words.append(word) or f"{word}</w>")
-    assert [len(row) for row in tokenizer.rows(["cat " * 500])] == [8]
-    assert len(words) == 6
-
-
 def test_the_cache_is_bounded_in_words_and_in_their_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "CACHED_WORDS", 10)
     tokenizer = BoundedTokenizer(vocabulary(), CONTEXT)
@@ -111,9 +108,8 @@ def test_a_pad_token_that_texts_have_too_is_counted_where_a_text_has_it(tmp_path
     plain = Tokenizer(models.WordLevel({"<end>": 0, "a": 1, "cat": 2, "?": 3}, unk_token="?"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     plain.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)])
-    PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>", pad_token="<end>").save_pretrained(
-        tmp_path / "text"
-    )
+    saved = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>", pad_token="<end>")
+    saved.save_pretrained(tmp_path / "text")
     kwargs = {"strip_sep_token": False} if mode else {}
     config = {"kind": "hf", "directory": "text", "trim": False, "mode": None, "kwargs": kwargs}
     tokenizer = make_tokenizer(config, tmp_path, 6)

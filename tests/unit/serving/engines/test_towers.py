@@ -23,20 +23,22 @@ IDS = torch.tensor([[49406, 7, 8, 49407, 0, 0], [49406, 49407, 0, 0, 0, 0], [494
 END = {"eos_id": 49407}
 
 
+def config_of(vision: Changes | None = None, text: Changes | None = None) -> Changes:
+    own: dict[str, Any] = CONFIG
+    return own | {"vision_cfg": own["vision_cfg"] | (vision or {}), "text_cfg": own["text_cfg"] | (text or {})}
+
+
 def model(vision: Changes | None = None, text: Changes | None = None, kind: Any = open_clip.model.CLIP) -> nn.Module:
-    config: dict[str, Any] = {**CONFIG}
-    config["vision_cfg"] = {**config["vision_cfg"], **(vision or {})}
-    config["text_cfg"] = {**config["text_cfg"], **(text or {})}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made: nn.Module = kind(**config).eval()
+        made: nn.Module = kind(**config_of(vision, text)).eval()
         for block in (module for module in made.modules() if hasattr(module, "gamma")):
             nn.init.normal_(block.gamma)
     return made
 
 
 def own_texts(whole: Any, ids: torch.Tensor) -> torch.Tensor:
-    padded = torch.zeros(len(ids), CONFIG["text_cfg"]["context_length"], dtype=torch.long)  # type: ignore[index]
+    padded = torch.zeros(len(ids), config_of()["text_cfg"]["context_length"], dtype=torch.long)
     padded[:, : ids.shape[1]] = ids
     return torch.as_tensor(whole.encode_text(padded))
 
@@ -126,18 +128,10 @@ def test_packed_attention_of_one_token_is_that_token_of_all() -> None:
 TEXTS = ["a", "a photo of a cat", "seven words of a middling long text", "word " * 60]
 
 
-def custom(home: Path, **text_cfg: object) -> ClipBase:
-    """A base with open_clip's separate text tower, as SigLIP and CLIPA have it."""
-    config = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], **text_cfg}, "custom_text": True}  # type: ignore[dict-item]
-    torch.manual_seed(0)
-    model = open_clip.model.CustomTextCLIP(**{key: value for key, value in config.items() if key != "custom_text"})
-    return save_base(home, "custom", model, config, Preprocess(size=32), {"kind": "simple", "kwargs": {}})
-
-
-def at_full_length(engine: ClipEngine, adapter: str | None) -> np.ndarray:
+def assert_as_at_full_length(engine: ClipEngine, adapter: str | None = None) -> None:
     with torch.inference_mode():
-        vectors = engine.model(adapter).encode_text(engine.tokenizer(TEXTS), normalize=True)  # type: ignore[operator]
-    return np.asarray(vectors)
+        whole = engine.model(adapter).encode_text(engine.tokenizer(TEXTS), normalize=True)  # type: ignore[operator]
+    np.testing.assert_allclose(engine.encode_texts(TEXTS, adapter), np.asarray(whole), atol=1e-5)
 
 
 def test_short_and_long_texts_of_a_causal_tower_have_the_vectors_of_full_length(base: ClipBase, folder: Path) -> None:
@@ -145,19 +139,21 @@ def test_short_and_long_texts_of_a_causal_tower_have_the_vectors_of_full_length(
     name = tiny_adapter(base, folder, seed=1)
     engine.load(name, folder)
     for adapter in (None, name):
-        np.testing.assert_allclose(engine.encode_texts(TEXTS, adapter), at_full_length(engine, adapter), atol=1e-5)
+        assert_as_at_full_length(engine, adapter)
 
 
 @pytest.mark.parametrize(
-    ("text_cfg", "trims"),
+    ("text", "trims"),
     [({}, True), ({"no_causal_mask": True, "pool_type": "last"}, False), ({"no_causal_mask": True}, False)],
 )
-def test_a_tower_that_sees_its_padding_gets_full_length(
-    tmp_path: Path, text_cfg: dict[str, object], trims: bool
-) -> None:
-    engine = ClipEngine(custom(tmp_path, **text_cfg), device="cpu")
+def test_a_tower_that_sees_its_padding_gets_full_length(tmp_path: Path, text: Changes, trims: bool) -> None:
+    """A separate text tower, as SigLIP and CLIPA have it."""
+    own = model(text=text, kind=open_clip.model.CustomTextCLIP)
+    config = config_of(text=text) | {"custom_text": True}
+    base = save_base(tmp_path, "custom", own, config, Preprocess(size=32), {"kind": "simple", "kwargs": {}})
+    engine = ClipEngine(base, device="cpu")
     assert engine.widths.trims is trims
-    np.testing.assert_allclose(engine.encode_texts(TEXTS), at_full_length(engine, None), atol=1e-5)
+    assert_as_at_full_length(engine)
 
 
 @pytest.mark.parametrize(

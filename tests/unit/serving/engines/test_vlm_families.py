@@ -33,9 +33,7 @@ def model_of(models: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_that_works_is_added_with_the_parts_that_adapters_may_change(
-    name: str, models: Path, tmp_path: Path
-) -> None:
+def test_a_family_that_works_is_added_with_the_parts_of_adapters(name: str, models: Path, tmp_path: Path) -> None:
     base = add_vlm(tmp_path, "tried", model_of(models, name))
     assert {"image", "text"} <= base.lora_targets.keys()
     names = [module for module, _ in base.build_model().named_modules()]
@@ -66,9 +64,7 @@ def test_a_model_that_cannot_be_shown_a_picture_is_refused_at_once(models: Path,
     assert not (tmp_path / "home" / "bases" / "blind").exists()
 
 
-def test_a_model_whose_layers_are_called_otherwise_is_refused_at_once(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_of_other_layer_names_is_refused(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.engines.vlm.vlm_base._TARGETS", ("nothing",))
     with pytest.raises(BaseModelError, match="no layer of a language model"):
         add_vlm(tmp_path, "odd", model_of(models, "LLaVA"))

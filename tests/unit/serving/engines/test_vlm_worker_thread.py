@@ -4,7 +4,6 @@ import asyncio
 import gc
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,21 +55,6 @@ def worker(base: VlmBase) -> Iterator[Worker]:
     worker.join()
 
 
-async def test_the_time_of_the_last_pass_follows_tokens_and_scores(worker: Worker, model: Any) -> None:
-    passes: list[float] = []
-    model.hook(lambda *_: passes.append(worker.passed_at))
-    row = BatchRow(GenerationRequest((Message("user", ("red?",)),)), TOKENS, lambda _: None)
-    began = time.monotonic()
-    worker.put(model, row)
-    async with asyncio.timeout(60):
-        while not row.done:
-            await asyncio.sleep(0.01)
-    assert len(row.tokens) < 2 or passes[-1] > began
-    before = worker.passed_at
-    await worker.score(model, row.request, ["a"])
-    assert worker.passed_at > max(before, began)
-
-
 def poisoned(processor: Any) -> Callable[..., None]:
     (token,) = processor.tokenizer(POISON, add_special_tokens=False)["input_ids"]
 
@@ -104,9 +88,7 @@ def tokens(items: list[Any]) -> list[int]:
     return [token for token, _, _ in items]
 
 
-def test_the_row_that_makes_a_batch_fail_fails_alone_and_the_others_are_answered(
-    worker: Worker, model: Any, base: VlmBase
-) -> None:
+async def test_what_fails_fails_alone_and_the_others_are_answered(worker: Worker, model: Any, base: VlmBase) -> None:
     alone = [tokens(answers(worker, model, [request(text)])[0]) for text in PROMPTS]
     model.hook(poisoned(base.processor()))
     asked = [*map(request, PROMPTS[:2]), request(f"red {POISON}?"), *map(request, PROMPTS[2:])]
@@ -115,28 +97,28 @@ def test_the_row_that_makes_a_batch_fail_fails_alone_and_the_others_are_answered
     assert isinstance(failure, InvalidRequest) and "out of range" in failure.message
     assert [tokens(items) for items in results] == alone
     assert worker.last_error == ""
+    before = worker.passed_at
+    with pytest.raises(InvalidRequest, match="out of range"):
+        await worker.score(model, request(f"red {POISON}?"), ["yes", "no"])
+    assert len(await worker.score(model, request("red?"), ["yes", "no"])) == 2
+    assert worker.passed_at > before
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_batch_that_fails_on_its_way_goes_on_where_it_was(worker: Worker, model: Any, temperature: float) -> None:
     asked = [request(text, temperature) for text in PROMPTS]
     whole = answers(worker, model, asked)
-    calls = iter(range(100))
+    calls, passes = iter(range(100)), list[float]()
 
     def third_fails(*_: Any) -> None:
+        passes.append(worker.passed_at)
         if next(calls) == 2:
             raise RuntimeError("out of memory")
 
     model.hook(third_fails)
     assert [tokens(items) for items in answers(worker, model, asked)] == [tokens(items) for items in whole]
     assert next(calls) > TOKENS
-
-
-async def test_a_scoring_that_fails_fails_alone(worker: Worker, model: Any, base: VlmBase) -> None:
-    model.hook(poisoned(base.processor()))
-    with pytest.raises(InvalidRequest, match="out of range"):
-        await worker.score(model, request(f"red {POISON}?"), ["yes", "no"])
-    assert len(await worker.score(model, request("red?"), ["yes", "no"])) == 2
+    assert sorted(passes) == passes and passes[-1] > passes[0], "the time of the last pass follows tokens"
 
 
 def test_a_model_that_cannot_answer_a_good_request_either_ends_the_engine(worker: Worker, model: Any) -> None:
@@ -192,9 +174,7 @@ async def test_requests_whose_callers_went_away_leave_the_queue(base: VlmBase) -
         await engine.close()
 
 
-async def test_a_scoring_whose_caller_went_away_is_not_computed_and_lets_go_of_its_images(
-    worker: Worker, model: Any
-) -> None:
+async def test_a_scoring_whose_caller_went_away_is_not_computed_or_held(worker: Worker, model: Any) -> None:
     busy, go, passes = threading.Event(), threading.Event(), list[None]()
 
     def stand_still(*_: Any) -> None:

@@ -54,9 +54,7 @@ async def test_what_no_replica_can_load_is_taken_back_with_the_reason(
     assert fallback.problem == ""
 
 
-async def test_until_the_ledger_can_be_written_the_fallback_is_served_and_said(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_until_the_ledger_is_back_the_fallback_is_served(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.ledger.commit_release(5, clip="c", vlm="w", actor="t", reason="r", proposal_id=None)
     server.broadcast.gone = {"c"}
     fallback = Fallback(server)

@@ -116,7 +116,7 @@ async def test_what_a_leader_prepares_for_long_is_waited_for(
     assert (await order).number == 2
 
 
-async def test_a_rollback_needs_no_lease_and_what_the_leader_prepares_meanwhile_conflicts(
+async def test_a_rollback_needs_no_lease_and_what_the_leader_prepares_conflicts(
     leading: Server, beside: Server
 ) -> None:
     await leading.create(clip="a")
@@ -167,9 +167,7 @@ def servers(tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> 
     servers.stop_all()
 
 
-async def test_the_second_server_follows_and_takes_over_when_the_first_one_stops(
-    servers: Controllers, ledger: Ledger
-) -> None:
+async def test_the_second_server_follows_and_takes_over_from_the_first(servers: Controllers, ledger: Ledger) -> None:
     first = await servers.start()
     await until(lambda: first.lease.epoch is not None and ledger.live() is not None)
     second = await servers.start()

@@ -56,9 +56,7 @@ def bases(tmp_path: Path) -> TwoBases:
     return TwoBases(tmp_path)
 
 
-async def test_a_server_of_the_old_base_goes_on_and_one_of_the_new_base_answers_with_the_new_release(
-    bases: TwoBases,
-) -> None:
+async def test_a_server_of_the_old_base_goes_on_and_one_of_the_new_answers_with_the_new(bases: TwoBases) -> None:
     old, new = bases.server(bases.old), bases.server(bases.new)
     await old.start()
     assert old.broadcast.windows == [[2, 1]]
@@ -122,9 +120,7 @@ async def test_a_server_whose_base_was_never_released_says_so(bases: TwoBases) -
         _check_base(bases.settings(base), bases.ledger)
 
 
-async def test_the_lease_goes_to_a_server_that_can_load_what_is_live(
-    bases: TwoBases, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_lease_goes_to_a_server_of_the_live_base(bases: TwoBases, monkeypatch: pytest.MonkeyPatch) -> None:
     servers = Controllers(bases.settings(bases.old), monkeypatch)
     try:
         old = await servers.start()

@@ -43,9 +43,7 @@ async def covering(server: Server, **adapters: str) -> asyncio.Task[ReleaseResul
     return slow
 
 
-async def test_the_first_start_releases_the_bases_and_a_release_waits_for_the_catalog_and_outlives_a_restart(
-    server: Server,
-) -> None:
+async def test_the_first_start_releases_the_bases_and_a_release_waits_for_the_catalog(server: Server) -> None:
     assert server.live == (1, None, None)
     assert [(row.kind, row.family) for row in server.ledger.proposals()] == [("initial", "both")]
     told = server.broadcast
@@ -113,7 +111,7 @@ async def test_what_is_prepared_while_replicas_unload_others_is_announced(releas
 
 
 @pytest.mark.parametrize("when", [2, 3])  # the first look counts requests in flight
-async def test_what_is_committed_while_retire_looks_what_is_resident_stays_loaded(
+async def test_what_is_committed_during_a_retirement_stays(
     server: Server, monkeypatch: pytest.MonkeyPatch, when: int
 ) -> None:
     slow = await covering(server)
@@ -183,9 +181,7 @@ async def test_a_proposal_left_in_preparing_is_taken_up(server: Server) -> None:
     assert server.ledger.proposal(left).state == "committed"
 
 
-async def test_a_release_or_update_of_one_family_keeps_the_other_as_it_is_live_and_does_not_prepare_it(
-    released: Server,
-) -> None:
+async def test_a_release_of_one_family_keeps_the_other_as_it_is_live(released: Server) -> None:
     told = released.broadcast
     covered = list(told.covered)
     made = await released.create(vlm="v")
@@ -228,9 +224,7 @@ async def test_without_vlm_replicas_only_clip_is_released(ledger: Ledger) -> Non
     assert server.live == (3, None, None) and server.broadcast.prepared_vlm == []
 
 
-async def test_a_rollback_takes_the_newest_other_adapter_and_prepares_what_is_not_resident_any_more(
-    released: Server,
-) -> None:
+async def test_a_rollback_takes_the_newest_other_adapter_and_prepares_what_is_not_resident(released: Server) -> None:
     with pytest.raises(ReleaseError, match="no release before 2 has another VLM adapter"):
         await released.back("vlm")
     with pytest.raises(ReleaseError, match="release 9 does not exist"):
@@ -257,9 +251,7 @@ async def test_a_rollback_of_one_family_keeps_the_other(released: Server) -> Non
 
 
 @pytest.mark.parametrize("call", ["prepare", "cover", "announce", "in_flight", "retire_spaces", "retire"])
-async def test_a_replica_that_never_answers_holds_up_no_rollback_and_in_a_retirement_no_release_either(
-    released: Server, call: str
-) -> None:
+async def test_a_replica_that_never_answers_holds_up_no_rollback(released: Server, call: str) -> None:
     released.broadcast.never, released.broadcast.asked = {call}, []
     retiring, retires = asyncio.create_task(released.retire()), call.startswith(("in_", "retire"))
     if retires:
@@ -285,9 +277,7 @@ async def test_a_preparation_that_never_ends_is_stopped_and_its_proposal_says_wh
     assert (await released.create(clip="c")).number == 4
 
 
-async def test_an_update_waits_while_the_other_family_is_rolled_back_and_fails_when_its_own_is(
-    released: Server,
-) -> None:
+async def test_an_update_waits_while_the_other_family_is_rolled_back_and_fails_if_its_own_is(released: Server) -> None:
     async def covering() -> asyncio.Task[ReleaseResult | None]:
         told.covered.clear()
         stepping = asyncio.create_task(released.step())
@@ -311,7 +301,7 @@ async def test_an_update_waits_while_the_other_family_is_rolled_back_and_fails_w
     assert released.ledger.proposal(update).state == "failed", "it was judged against what is taken back"
 
 
-async def test_a_proposal_that_has_only_just_got_its_turn_is_stopped(
+async def test_a_proposal_that_has_just_got_its_turn_is_stopped(
     released: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proposed = asyncio.Event()
@@ -345,7 +335,7 @@ async def test_a_preparation_that_was_stopped_after_its_end_is_not_committed(rel
     assert released.live[0] == 3
 
 
-async def test_what_no_replica_acknowledges_stands_and_they_are_told_again(
+async def test_what_no_replica_acknowledges_stands_and_is_told_again(
     released: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.releases.protocol.HEAL_PAUSE_SECONDS", 0.01)
@@ -374,9 +364,7 @@ async def test_what_no_replica_can_serve_is_prepared_though_it_is_in_the_window(
     assert again.live[0] == 2
 
 
-async def test_what_is_behind_an_adapter_that_the_guard_has_withdrawn_is_resident_and_gone_back_to(
-    released: Server,
-) -> None:
+async def test_what_is_behind_a_withdrawn_adapter_is_resident_and_gone_back_to(released: Server) -> None:
     await released.create(clip="b")
     await released.create(clip="c")
     released.ledger.withdraw(["b"], actor="guard", subject="release 3", reason="disagrees", evidence={})
@@ -387,7 +375,7 @@ async def test_what_is_behind_an_adapter_that_the_guard_has_withdrawn_is_residen
         await released.back(to=3)
 
 
-async def test_a_release_whose_operator_was_told_that_the_ledger_is_away_is_not_carried_out_later(
+async def test_a_release_refused_by_an_outage_is_not_made_later(
     released: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(*args: object, **options: object) -> None:
@@ -416,7 +404,7 @@ async def test_a_ledger_that_hangs_refuses_within_a_second(released: Server, mon
         hung.set()
 
 
-def test_a_rollback_without_a_server_is_a_new_release_with_its_proposal_its_audit_row_and_its_hold(
+def test_a_rollback_without_a_server_is_a_new_release_with_proposal_audit_and_hold(
     ledger: Ledger, tmp_path: Path
 ) -> None:
     for number, (clip, vlm) in enumerate([(None, None), ("a", "v"), ("b", "w")], 1):

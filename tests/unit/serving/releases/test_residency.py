@@ -91,7 +91,7 @@ def test_while_the_ledger_is_away_a_start_takes_the_newest_whole_copy_of_node_an
     assert newest() == ([2, 1], "file")
 
 
-def test_a_ledger_that_hangs_takes_one_thread_and_a_bounded_time_and_counts_again_when_it_is_back(
+def test_a_ledger_that_hangs_takes_one_thread_and_counts_when_it_is_back(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node.keep()
@@ -110,9 +110,7 @@ def test_a_ledger_that_hangs_takes_one_thread_and_a_bounded_time_and_counts_agai
     assert (source.newest().window[0].number, source.source) == (3, "ledger")
 
 
-def test_copies_follow_what_is_live_and_one_that_was_overwritten_does_not_stay(
-    node: Node, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_copies_follow_what_is_live_also_after_an_overwrite(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "KEEP_SECONDS", -1.0)
     source = node.source(node.ledger)
     source.keep(source.read())

@@ -108,7 +108,7 @@ async def send_texts(shadow_traffic: ShadowTraffic, count: int) -> None:
 
 
 @pytest.mark.parametrize(("broken", "least", "most"), [((), 12, 12), (("new",), 0, 1)])
-async def test_a_release_that_says_the_same_agrees_and_a_broken_one_hardly_ever(
+async def test_an_equal_release_agrees_and_a_broken_one_does_not(
     comparer_of: Any, broken: tuple[str, ...], least: int, most: int
 ) -> None:
     shadow_traffic = comparer_of(Models(broken=broken), watch())
@@ -117,9 +117,7 @@ async def test_a_release_that_says_the_same_agrees_and_a_broken_one_hardly_ever(
     assert shadow_traffic.observations({}).release == 2
 
 
-async def test_inputs_that_were_compared_are_no_new_evidence_and_of_a_large_request_only_some_are(
-    comparer_of: Any,
-) -> None:
+async def test_a_repeated_input_is_no_new_evidence_and_of_a_large_request_some_items_are(comparer_of: Any) -> None:
     models = Models()
     shadow_traffic = comparer_of(models, watch())
     await send_texts(shadow_traffic, 1)
@@ -157,7 +155,7 @@ async def test_what_finds_no_place_is_dropped_at_once(comparer_of: Any) -> None:
 
 
 @pytest.mark.parametrize(("broken", "agreed"), [((), 3), (("v",), 0)])
-async def test_vlms_agree_by_their_greedy_answers_and_a_family_that_is_left_alone_is_not_compared(
+async def test_vlms_agree_by_greedy_answers_and_what_did_not_change_is_not_compared(
     comparer_of: Any, broken: Sequence[str], agreed: int
 ) -> None:
     models = Models(broken=broken)

@@ -40,9 +40,7 @@ def age(server: Server, seconds: float) -> None:
             row.created_at -= timedelta(seconds=seconds)
 
 
-async def test_a_canary_leaves_the_stable_release_resident_whatever_the_window_and_a_restart_needs_both(
-    server: Server,
-) -> None:
+async def test_a_canary_leaves_the_stable_release_resident_and_a_restart_needs_both(server: Server) -> None:
     await server.create(clip="a")
     for share in (0.0, 0.1, 0.5):
         await server.create(share, clip="b")
@@ -84,9 +82,7 @@ async def test_what_comes_after_a_trial_starts_from_what_answers_next_to_it(serv
 
 
 @pytest.mark.parametrize(("share", "kind"), [(0.0, "shadow"), (0.1, "canary")])
-async def test_a_rollback_goes_to_what_was_on_trial_only_if_it_was_promoted_later(
-    server: Server, share: float, kind: str
-) -> None:
+async def test_a_rollback_goes_to_a_trial_only_if_it_was_promoted(server: Server, share: float, kind: str) -> None:
     await server.create(share, clip="a")
     await server.back()
     with pytest.raises(ReleaseError, match="no release before 3 has another"):
@@ -147,7 +143,7 @@ async def test_the_guard_goes_back_from_a_canary_while_held_and_to_what_was_with
     assert server.live == (4, "a", None) and server.live_row.plain
 
 
-async def test_a_good_release_is_left_alone_and_looked_at_once_for_each_part_of_the_false_alarms(
+async def test_a_good_release_is_left_alone_and_looked_at_every_two_seconds(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await server.create(clip="a")
@@ -163,7 +159,7 @@ async def test_a_good_release_is_left_alone_and_looked_at_once_for_each_part_of_
     assert told["seconds_left"] == SETTINGS.guard_seconds - 18
 
 
-async def test_an_update_on_trial_is_promoted_when_it_was_watched_long_and_often_enough_and_none_of_an_operator(
+async def test_an_update_on_trial_is_promoted_when_it_was_watched_enough_and_an_operators_is_not(
     server: Server,
 ) -> None:
     await server.create(0.1, clip="b")

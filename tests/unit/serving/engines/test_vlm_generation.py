@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from core.errors import AdapterError
+from serving.engines.vlm.generation import (
+    SMALLEST,
+    Detokenizer,
+    GenerationRequest,
+    Message,
+    TokenChunk,
+    question,
+    whole,
+)
+from serving.engines.vlm.hf_engine import BatchRow, _Choice
+from serving.engines.vlm.prompts import answer_tokens, end_token, inputs, render
+from serving.errors import InvalidRequest
+from serving.http.chat import ChatRequest
+from tests.support.tiny_vlm import tiny_vlm_base
+
+PICTURE = np.full((40, 24, 3), 90, np.uint8)
+MESSAGES = (Message("user", ("hi",)),)
+VOCABULARY = 64
+FUZZED = 10_000
+NAMES = ("temperature", "top_p", "max_tokens", "seed")
+EDGES = [
+    0.0, -0.0, 1e-320, 5e-324, -1e-320, SMALLEST, SMALLEST / 2, 1e-45, 1e-30, 1e-8, 1e-5, 0.009, 0.01, 0.5, 1.0,
+    1.0000001, 2.0, 2.0001, 1e30, 1.7e308, math.inf, -math.inf, math.nan, -1.0,
+]  # fmt: skip
+LOGITS = torch.stack(
+    [
+        torch.zeros(VOCABULARY),
+        torch.linspace(-1e30, 3e38, VOCABULARY),
+        torch.linspace(0, 30, VOCABULARY),
+        torch.full((VOCABULARY,), -torch.inf).index_fill(0, torch.tensor([5]), 0.0),
+        torch.full((VOCABULARY,), -3e38).index_fill(0, torch.tensor([7, 9]), -1e38),
+    ]
+)
+
+
+def fuzzed(count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Parameter sets: edges, plain values and any float64."""
+    chance = random.Random(seed)
+    for _ in range(count):
+        numbers = [
+            chance.choice([chance.choice(EDGES), chance.uniform(0, 2), 10 ** chance.uniform(-330, 3)]) for _ in range(2)
+        ]
+        yield {
+            "temperature": numbers[0], "top_p": numbers[1] if chance.random() < 0.5 else chance.uniform(1e-6, 1),
+            "max_tokens": chance.choice([1, 7, 2**31, 10**30, 0, -1]) if chance.random() < 0.2 else 3,
+            "seed": chance.choice([None, 0, 1, 2**63 - 1, 2**63, -1, -(2**63), 10**40]),
+        }  # fmt: skip
+
+
+def sample(requests: list[GenerationRequest], logits: torch.Tensor, passes: int = 1) -> list[list[Any]]:
+    """What each row is told of its tokens; ``logits``: [rows, vocabulary]."""
+    told: list[list[Any]] = [[] for _ in requests]
+    rows = [BatchRow(request, 3, out.append) for request, out in zip(requests, told, strict=True)]
+    choice = _Choice(rows, frozenset())
+    for _ in range(passes):
+        choice(torch.zeros(len(rows), 1, dtype=torch.long), logits)
+    assert [row.done for row in rows] == [isinstance(out[-1], AdapterError) for out in told]
+    return told
+
+
+def test_of_ten_thousand_parameter_sets_each_is_refused_by_its_field_or_samples_a_token() -> None:
+    taken = 0
+    for number, parameters in enumerate(fuzzed(FUZZED, 1)):
+        try:
+            request = GenerationRequest(MESSAGES, **parameters)
+        except InvalidRequest as error:
+            assert error.message.split(":")[0] in NAMES
+            continue
+        taken += 1
+        (((token, logprob, _),),) = sample([request], LOGITS[number % len(LOGITS)][None])
+        assert 0 <= token < VOCABULARY and math.isfinite(logprob), parameters
+    assert FUZZED // 10 < taken < FUZZED * 9 // 10
+
+
+def test_of_ten_thousand_bodies_what_the_api_takes_the_engines_take_and_the_rest_is_refused_by_its_field() -> None:
+    taken = 0
+    for parameters in fuzzed(FUZZED, 2):
+        text = json.dumps({"messages": [{"role": "user", "content": "hi"}], **parameters})
+        try:
+            body = ChatRequest.model_validate_json(text)
+        except ValidationError as error:
+            assert error.errors()[0]["loc"][0] in NAMES
+            continue
+        taken += 1
+        plain = {"temperature": body.temperature, "top_p": body.top_p}
+        GenerationRequest(MESSAGES, **{name: value for name, value in plain.items() if value is not None})
+    assert FUZZED // 10 < taken < FUZZED * 9 // 10
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("temperature", value) for value in (math.nan, math.inf, -0.1, 2.1, 1e-320, 5e-324, 1e-45)]
+    + [("top_p", value) for value in (math.nan, math.inf, 0.0, -0.5, 1.01, 1e-320, 1e-45)]
+    + [("max_tokens", 0), ("max_tokens", 2**31), ("seed", -1), ("seed", 2**63)],
+)
+def test_what_is_out_of_range_is_refused_by_its_name(field: str, value: float) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{field}: "):
+        GenerationRequest(MESSAGES, **{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("asked", "temperature", "top_p"), [
+    (0.0, 0.0, 1.0), (-0.0, 0.0, 1.0), (1e-30, 0.01, 0.5), (0.009, 0.01, 0.5), (0.01, 0.01, 0.5), (2.0, 2.0, 0.5),
+])  # fmt: skip
+def test_a_low_temperature_is_raised_and_zero_is_greedy(asked: float, temperature: float, top_p: float) -> None:
+    request = GenerationRequest(MESSAGES, temperature=asked, top_p=0.5)
+    assert (request.temperature, request.top_p) == (temperature, top_p)
+
+
+def test_vllm_clamps_alike() -> None:
+    pytest.importorskip("vllm")
+    from serving.engines.vlm.vllm_engine import sampling
+
+    for parameters in fuzzed(300, 3):
+        try:
+            request = GenerationRequest(MESSAGES, **parameters)
+        except InvalidRequest:
+            continue
+        theirs = sampling(request, every=True)
+        assert (theirs.temperature, theirs.top_p) == (request.temperature, request.top_p)
+        assert (theirs.max_tokens, theirs.seed) == (request.max_tokens, request.seed)
+
+
+def test_the_smallest_share_leaves_the_likeliest_token() -> None:
+    request = GenerationRequest(MESSAGES, temperature=2.0, top_p=SMALLEST)
+    told = sample([request] * 20, torch.linspace(0, 1, VOCABULARY).expand(20, -1))
+    assert [token for ((token, _, _),) in told] == [VOCABULARY - 1] * 20
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_whose_logits_are_not_finite_fails_alone(bad: float, temperature: float) -> None:
+    scores = torch.zeros(3, VOCABULARY)
+    scores[1, 4] = bad
+    told = sample([GenerationRequest(MESSAGES, temperature=temperature)] * 3, scores, passes=2)
+    assert [len(each) for each in told] == [2, 1, 2]
+    assert isinstance(told[1][0], AdapterError)
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tiny_vlm_base(tmp_path_factory.mktemp("prompts")).processor()
+
+
+def test_a_question_is_rendered_up_to_its_answer_which_ends_with_the_end_token(processor: Any) -> None:
+    assert render(processor, question(PICTURE, "what is this?")) == (
+        "<|im_start|>User:<image>what is this?<end_of_utterance>\nAssistant:"
+    )
+    tokens = answer_tokens(processor, "red")
+    assert tokens[-1] == end_token(processor) == processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    assert processor.tokenizer.decode(tokens[:-1]) == "red"
+
+
+def test_a_batch_is_padded_on_the_left_and_each_row_is_what_it_is_alone(processor: Any) -> None:
+    asks = [
+        question(PICTURE, "red?"),
+        question(PICTURE[:20], "which colour is it?"),
+        GenerationRequest((Message("user", ("hi",)),)),
+    ]
+    batch = inputs(processor, asks)
+    assert batch["pixel_values"].shape[0] == 3
+    for row, ask in enumerate(asks):
+        alone = inputs(processor, [ask])["input_ids"][0].tolist()
+        assert batch["input_ids"][row, -len(alone) :].tolist() == alone
+        assert batch["attention_mask"][row].sum() == len(alone)
+    assert "pixel_values" not in inputs(processor, asks[2:])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (3, 50), (50, 3), (3, 3), (1, 2048), (2048, 1)])
+def test_a_picture_of_any_size_is_read_by_its_rows(processor: Any, size: tuple[int, int]) -> None:
+    ramp = np.zeros((*size, 3), np.uint8)
+    ramp[:, :, 0] = 250  # red: whatever its size, red is what the model gets, and nothing else
+    pixels = inputs(processor, [question(ramp, "red?")])["pixel_values"][0, 0]
+    red, green, blue = (float(channel.mean()) for channel in pixels)
+    assert red > 0.9 and green == blue == -1
+
+
+@pytest.mark.parametrize(
+    ("messages", "images", "message"),
+    [
+        ((), 0, "no message"),
+        ((Message("user", (0, 1, "same?")),), 1, "Use every image once"),
+        ((Message("user", ("what?",)),), 1, "Use every image once"),
+        ((Message("user", (1, 0, "same?")),), 2, "reading order"),
+        ((Message("user", ("an <image> of what?",)),), 0, "stands for an image"),
+    ],
+)
+def test_meaningless_messages_are_refused(
+    processor: Any, messages: tuple[Message, ...], images: int, message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        render(processor, GenerationRequest(messages, (PICTURE,) * images))
+
+
+def test_a_chat_template_that_refuses_is_an_error_of_the_request(processor: Any) -> None:
+    strict = type(processor)(processor.image_processor, processor.tokenizer, image_seq_len=4)
+    strict.chat_template = "{{ raise_exception('turns must alternate') }}"
+    with pytest.raises(InvalidRequest, match="turns must alternate"):
+        render(strict, question(PICTURE, "what?"))
+
+
+def _said(tokenizer: Any, tokens: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], Detokenizer]:
+    words = Detokenizer(tokenizer, stop)
+    return [words.take([token], i == len(tokens) - 1) for i, token in enumerate(tokens)], words
+
+
+def test_chunks_add_up_to_what_the_tokenizer_decodes_and_a_character_is_said_when_it_is_whole(processor: Any) -> None:
+    chance, tokenizer = random.Random(0), processor.tokenizer
+    for _ in range(200):
+        tokens = [chance.randrange(len(tokenizer)) for _ in range(chance.randrange(1, 20))]
+        said, _ = _said(tokenizer, tokens)
+        assert "".join(said) == tokenizer.decode(tokens, skip_special_tokens=True)
+    tokens = tokenizer("né", add_special_tokens=False)["input_ids"]
+    assert len(tokens) == 3  # the tiny tokenizer knows bytes only
+    assert _said(tokenizer, tokens)[0] == ["n", "", "é"]
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        (("blue",), "a red or "), ((" or", "red"), "a "), (("car",), "a red or blue"), (("blue!",), "a red or blue"),
+        (("", "d o"), "a re"),
+    ],
+)  # fmt: skip
+def test_nothing_after_a_stop_string_or_of_it_is_said(processor: Any, stop: tuple[str, ...], text: str) -> None:
+    tokens = processor.tokenizer("a red or blue", add_special_tokens=False)["input_ids"]
+    said, words = _said(processor.tokenizer, tokens, stop)
+    assert "".join(said) == text
+    assert words.stopped == (text != "a red or blue")
+
+
+async def test_a_stream_as_one_reply() -> None:
+    async def chunks() -> Any:
+        yield TokenChunk("re", (1, 2), (-0.5, -0.25), 7, 2)
+        yield TokenChunk("d", (3,), (-1.0,), 7, 3, "stop")
+
+    reply = await whole(chunks())
+    assert (reply.text, reply.tokens, reply.logprobs) == ("red", (1, 2, 3), (-0.5, -0.25, -1.0))
+    assert (reply.prompt_tokens, reply.finish) == (7, "stop")
