@@ -201,15 +201,6 @@ def test_a_server_is_open_only_on_loopback_unless_told_and_limits_only_strangers
 
 
 KEY = Principal("ci", frozenset({"operate"}))
-
-
-def test_the_audit_names_the_key_whatever_is_said() -> None:
-    assert KEY.actor() == KEY.actor("") == "key:ci"
-    assert KEY.actor("ann") == "key:ci/ann"
-    assert OPERATOR.actor() == "operator"
-    assert OPERATOR.actor(" ann ") == "ann"
-
-
 KEYLIKE = ["key:ci", "KEY:ci", " key:ci", "\uff4bey\uff1aci"]
 PARTS = ["controller", "Updater", "guard", "anonymous"]
 

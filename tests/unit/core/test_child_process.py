@@ -17,8 +17,6 @@ import pytest
 from core import child_process
 from core.child_process import ChildProcess, reaped, stop_reaped, tail
 from core.waiting import wait_until
-from ops.cli.context import Context
-from ops.cli.supervisor import Supervisor
 from tests.support.leftovers import VARIABLE, left_running, mark, take_terminal
 
 SECONDS = 60.0
@@ -212,13 +210,6 @@ def test_a_part_that_dies_is_started_again_after_a_pause(tmp_path: Path, monkeyp
     part.stop(time.monotonic() + 5)
     assert not part.running
     assert tail(part.log).count("hello") >= 1
-
-
-def test_up_starts_the_console_last_and_can_leave_it_out(tmp_path: Path) -> None:
-    context, names = Context(None, [f"home={tmp_path}", "kafka.bootstrap=127.0.0.1:1"]), list(Supervisor.ORDER)
-    parts = Supervisor(context, names).parts
-    assert [(part.name, part.command[-1]) for part in parts[-3:]][::2] == [("maintain",) * 2, ("console",) * 2]
-    assert "console" not in [part.name for part in Supervisor(context, names[:-1]).parts]
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ import pytest
 from core import request_context
 from core.child_process import tail
 from core.log_format import MAX_MESSAGE_CHARS, MAX_TRACEBACK_CHARS, JsonFormatter, Redactor, TextFormatter
-from core.logs import log_format, secrets_of
+from core.logs import secrets_of
 from core.settings import Settings
 
 PROGRAM = """
@@ -185,11 +185,3 @@ def test_the_end_of_a_parts_log_is_shown_as_text(tmp_path: Path) -> None:
     first, second = tail(log).splitlines()
     assert first == "Ray's own line"
     assert re.fullmatch(r"\S+Z ERROR the port is taken", second)
-
-
-def test_only_a_service_without_a_terminal_writes_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
-    assert [log_format("auto", service) for service in (True, False)] == ["json", "text"]
-    assert log_format("json", service=False) == "json"
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    assert log_format("auto") == "text"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,38 +89,23 @@ class _Crashed(BaseException):
     """Stands for the end of the process."""
 
 
-class _Mortal(ObjectStore):
-    """An object store whose client is killed after this many changing calls."""
-
-    def __init__(self, store: ObjectStore, calls: int) -> None:
-        super().__init__(store.filesystem)
-        self.calls = calls
-
-    def upload(self, source: Path, path: str) -> None:
-        self._live()
-        super().upload(source, path)
-
-    def write(self, path: str, data: bytes) -> None:
-        self._live()
-        super().write(path, data)
-
-    def delete(self, path: str) -> None:
-        self._live()
-        super().delete(path)
-
-    def _live(self) -> None:
-        if self.calls == 0:
-            raise _Crashed
-        self.calls -= 1
-
-
 @contextmanager
 def _killed_after(artifacts: Artifacts, calls: int) -> Iterator[None]:
-    whole = artifacts._bucket.store
-    artifacts._bucket.store = _Mortal(whole, calls)
-    with pytest.raises(_Crashed):
+    """The client of the object store is killed after this many changing calls."""
+    store, left = artifacts._bucket.store, iter(range(calls))
+
+    def mortal(name: str) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            if next(left, None) is None:
+                raise _Crashed
+            getattr(ObjectStore, name)(store, *arguments)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(_Crashed):
+        for name in ("upload", "write", "delete"):
+            patch.setattr(store, name, mortal(name))
         yield
-    artifacts._bucket.store = whole
 
 
 @pytest.mark.parametrize("writes", range(3))
@@ -292,6 +278,7 @@ def test_what_another_process_reads_stays_until_it_ends(tmp_path: Path, stored: 
     code = f"""
         import sys
         from pathlib import Path
+from typing import Any
         from core.artifacts.cache import Cache
         Cache(Path({str(artifacts.cache)!r})).hold({key(0)!r})
         print("holds", flush=True)

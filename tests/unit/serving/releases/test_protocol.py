@@ -79,17 +79,6 @@ async def test_of_two_releases_at_once_the_second_conflicts(server: Server, seco
     assert server.live == (2, "a", None)
 
 
-async def test_another_process_that_commits_in_between_wins(server: Server) -> None:
-    server.broadcast.gate = asyncio.Event()
-    ours = preparing(server, clip="a")
-    await until(lambda: "a" in server.broadcast.prepared)
-    server.ledger.commit_release(2, clip="b", vlm=None, actor="other", reason="fast", proposal_id=None)
-    server.broadcast.gate.set()
-    with pytest.raises(ReleaseConflict):
-        await ours
-    assert server.live[1] == "b" and server.ledger.proposals(1)[0].state == "failed"
-
-
 async def test_what_is_being_prepared_is_not_retired(server: Server) -> None:
     slow = await covering(server, vlm="v")
     await server.retire()
