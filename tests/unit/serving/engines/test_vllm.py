@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from tests.support.tiny_vlm import tiny_vlm_base
+
 pytest.importorskip("vllm")
 
 from vllm.lora.layers import LoRAMapping
@@ -18,7 +20,6 @@ from serving.engines.vlm.open import open_engine
 from serving.engines.vlm.vllm_engine import VllmEngine
 from serving.engines.vlm.vllm_start import ZERO_ID, engine_arguments
 from serving.engines.vlm.vlm_base import VlmBase
-from tests.support.tiny_vlm import tiny_vlm_base
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_arguments_are_passed_on_and_what_ratchet_sets_or_nobody_knows_is_refuse
     more = {"seed": 7, "quantization": "fp8"}
     assert engine_arguments(base, Serve(vlm_arguments=more)).items() >= more.items()
     assert engine_arguments(base, Serve()).keys().isdisjoint(more)
-    for name in ("enable_lora", "model", "max_model_len", "worker_extension_cls", "tensor_parallel_size"):
+    for name in ("enable_lora", "model", "max_model_len", "worker_extension_cls"):
         with pytest.raises(ConfigError, match=f"serve.vlm_arguments.{name}: Ratchet sets it itself"):
             engine_arguments(base, Serve(vlm_arguments={name: 1}))
     with pytest.raises(ConfigError, match="no such engine argument") as caught:
@@ -53,6 +54,8 @@ def test_on_gpus_a_replica_is_divided_over_as_many_as_it_has(base: VlmBase, monk
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
     arguments = engine_arguments(base, Serve(vlm_gpus=4))
     assert arguments["tensor_parallel_size"] == 4 and arguments["dtype"] == "auto"
+    with pytest.raises(ConfigError, match="tensor_parallel_size: Ratchet sets it itself"):
+        engine_arguments(base, Serve(vlm_arguments={"tensor_parallel_size": 2}))
 
 
 def test_there_is_a_slot_for_the_window_one_coming_one_going_and_the_base() -> None:
