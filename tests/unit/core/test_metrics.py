@@ -41,13 +41,10 @@ def sources(*folders: str) -> Iterator[Path]:
         yield from (ROOT / folder).rglob("*.py")
 
 
-def test_a_metric_is_named_and_labelled_by_the_conventions_and_every_label_is_explained() -> None:
+def test_a_metric_is_named_by_the_conventions_and_none_outlives_its_process() -> None:
     for metric in DECLARED.values():
         name = name_of(metric)
-        assert name.startswith("ratchet_")
-        assert name.endswith("_total") == isinstance(metric, Counter), name
-        assert not any(unit in name for unit in ("milli", "gflops", "percent")), name
-        assert len(metric._documentation) > 10 and metric._documentation.endswith("."), name
+        assert name.startswith("ratchet_") and name.endswith("_total") == isinstance(metric, Counter), name
         if isinstance(metric, Gauge) and not any(name.startswith(each) for each in metrics.NAME_PREFIXES.values()):
             assert metric._multiprocess_mode.startswith("live"), f"{name} forgets processes that died"
     assert set(declared.LABELS) == {label for metric in DECLARED.values() for label in metric._labelnames}

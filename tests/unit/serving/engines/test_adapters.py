@@ -20,7 +20,7 @@ from serving.engines.adapters import adapter_name, content_name, read_adapter, w
 from serving.engines.backends import golden_pixels
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, save_base
-from serving.engines.heads import HEADS, backed_off, heads_digest, read_heads, write_heads
+from serving.engines.heads import HEADS, Head, backed_off, heads_digest, read_heads, write_heads
 from serving.engines.layers import shell_of
 from serving.engines.lora import effective_weights
 from serving.engines.preprocess import Preprocess
@@ -307,16 +307,6 @@ def test_a_label_that_is_a_path_backs_off_to_the_level_that_is_sure() -> None:
     assert backed_off(["plain", "other"], [0.4, 0.6], 0.5) == ("other", 0.6)
 
 
-def test_heads_come_back_as_they_were_written(tmp_path: Path) -> None:
-    heads = {"one": random_head(DIM), "two": random_head(DIM, seed=2)}
-    write_heads(tmp_path, heads)
-    again = read_heads(tmp_path)
-    assert again.keys() == heads.keys() and heads_digest(again) == heads_digest(heads)
-    assert heads_digest({"one": random_head(DIM)}) != heads_digest({"two": random_head(DIM)}) != heads_digest({})
-    assert heads_digest({"one": replace(random_head(DIM), threshold=8.0)}) != heads_digest({"one": random_head(DIM)})
-    assert read_heads(tmp_path / "nothing") == {}
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -340,16 +330,21 @@ def test_a_damaged_file_of_heads_is_refused(tmp_path: Path, name: str, value: np
 def test_a_head_is_a_part_of_its_adapter_whose_name_it_is_in(base: ClipBase, tmp_path: Path) -> None:
     plain = tiny_adapter(base, tmp_path / "plain", seed=1)
     files = read_adapter(tmp_path / "plain")
-    heads = {"things": random_head(base.dim)}
-    name = write_adapter(tmp_path / "headed", files.tensors, files.config, base, heads)
-    assert name != plain and read_adapter(tmp_path / "headed").name == name
+
+    def written(folder: str, **heads: Head) -> str:
+        return write_adapter(tmp_path / folder, files.tensors, files.config, base, heads)
+
+    head = random_head(base.dim)
+    name = written("headed", one=head, two=random_head(base.dim, seed=2))
+    others = [written("one", one=head), written("two", two=head), written("sure", one=replace(head, threshold=8.0))]
+    assert len({plain, name, *others}) == 5 and read_adapter(tmp_path / "headed").name == name
     engine = ClipEngine(base, "cpu")
     engine.load(plain, tmp_path / "plain")
     engine.load(name, tmp_path / "headed")
-    assert engine.heads(plain) == engine.heads(None) == {} and list(engine.heads(name)) == ["things"]
+    assert engine.heads(plain) == engine.heads(None) == {} and list(engine.heads(name)) == ["one", "two"]
+    assert heads_digest({"one": engine.heads(name)["one"]}) == heads_digest({"one": head})
     assert engine.spaces(plain) == engine.spaces(name)  # nothing is embedded again
-    other = {"things": random_head(base.dim + 1)}
-    odd = write_adapter(tmp_path / "odd", files.tensors, files.config, base, other)
+    odd = written("odd", things=random_head(base.dim + 1))
     with pytest.raises(AdapterError, match="dimensions"):
         engine.load(odd, tmp_path / "odd")
     (tmp_path / "headed" / HEADS).unlink()

@@ -252,11 +252,22 @@ async def test_a_replica_that_never_answers_holds_up_no_rollback(released: Serve
     retiring.cancel()
 
 
-@pytest.mark.parametrize("call", ["prepare", "cover"])
-async def test_a_preparation_that_never_ends_is_stopped_and_its_proposal_says_why(released: Server, call: str) -> None:
-    released.broadcast.never, released.broadcast.asked = {call}, []
+@pytest.mark.parametrize("moment", ["its turn", "prepare", "cover"])
+async def test_a_rollback_stops_a_preparation_at_any_moment_and_its_proposal_says_why(
+    released: Server, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    advance = released.ledger.advance_proposal
+
+    def slowly(*args: object, **options: object) -> object:
+        released.broadcast.asked.append("its turn")
+        time.sleep(0.3)
+        return advance(*args, **options)  # type: ignore[arg-type]
+
+    if moment == "its turn":
+        monkeypatch.setattr(released.ledger, "advance_proposal", slowly)
+    released.broadcast.never, released.broadcast.asked = {moment}, []
     slow = preparing(released, clip="b")
-    await until(lambda: call in released.broadcast.asked)
+    await until(lambda: moment in released.broadcast.asked)
     assert (await released.back()).number == 3
     with pytest.raises(ReleaseConflict, match="ann rolled back while it was being prepared"):
         await slow
@@ -288,26 +299,6 @@ async def test_an_update_waits_while_the_other_family_is_rolled_back_and_fails_i
     with pytest.raises(ReleaseConflict, match="ann rolled back"):
         await stepping
     assert released.ledger.proposal(update).state == "failed", "it was judged against what is taken back"
-
-
-async def test_a_proposal_that_has_just_got_its_turn_is_stopped(
-    released: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    proposed = asyncio.Event()
-    advance = released.ledger.advance_proposal
-
-    def slowly(*args: object, **options: object) -> object:
-        loop.call_soon_threadsafe(proposed.set)
-        time.sleep(0.3)
-        return advance(*args, **options)  # type: ignore[arg-type]
-
-    loop = asyncio.get_running_loop()
-    monkeypatch.setattr(released.ledger, "advance_proposal", slowly)
-    slow = preparing(released, clip="b")
-    await proposed.wait()
-    assert (await released.back()).number == 3
-    with pytest.raises(ReleaseConflict, match="ann rolled back"):
-        await slow
 
 
 async def test_a_preparation_that_was_stopped_after_its_end_is_not_committed(released: Server) -> None:
