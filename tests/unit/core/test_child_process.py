@@ -173,9 +173,7 @@ ENDS: dict[str, list[Signal]] = {
 @linux
 @pytest.mark.parametrize("moment", [2.0, pytest.param(0.2, marks=pytest.mark.long)], ids=str)
 @pytest.mark.parametrize("end", ENDS)
-def test_parts_and_workers_end_with_their_parent(
-    end: str, moment: float, marked: dict[str, str], tmp_path: Path
-) -> None:
+def test_parts_and_workers_end_with_a_parent(end: str, moment: float, marked: dict[str, str], tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
     parts = {"stubborn": STUBBORN, "obeys": OBEYS, "leaves": LEAVES_A_CHILD, "other": OBEYS}

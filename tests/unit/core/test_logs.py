@@ -21,7 +21,7 @@ from core.settings import Settings
 PROGRAM = """
 import logging, sys
 from core.logs import configure_logging
-from core.progress import say, step, track
+from core.progress import say
 from core.settings import Settings
 configure_logging()
 settings = Settings(logs=dict(part.split("=") for part in sys.argv[1:]))
@@ -153,9 +153,7 @@ def test_lines_are_bounded_and_of_a_traceback_the_end_is_kept() -> None:
     ],
 )
 @pytest.mark.parametrize("formatter", [JsonFormatter, TextFormatter])
-def test_secrets_are_taken_out_of_messages_and_tracebacks(
-    text: str, formatter: type[JsonFormatter] | type[TextFormatter]
-) -> None:
+def test_secrets_are_taken_out_of_every_line(text: str, formatter: type[JsonFormatter] | type[TextFormatter]) -> None:
     redactor = Redactor(["hunter2hunter"] if "given" in text else [])
     for each in (record("%s", text), record(text, error=True)):
         line = formatter({}, redactor).format(each)

@@ -241,9 +241,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return state
 
 
-def test_values_wait_in_memory_while_the_disk_is_full_and_the_file_stays_exported(
-    tmp_path: Path, full: list[bool]
-) -> None:
+def test_values_wait_in_memory_while_the_disk_is_full_and_the_file_stays(tmp_path: Path, full: list[bool]) -> None:
     path, long = tmp_path / "counter_1.db", "b" * (1 << 17)
     counts = AllocatedDict(str(path))
     counts.write_value("a", 2.0, 0.0)

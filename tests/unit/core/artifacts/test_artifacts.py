@@ -44,9 +44,7 @@ def artifacts(request: pytest.FixtureRequest, tmp_path: Path) -> Artifacts:
     return Artifacts(url, cache=tmp_path / "cache")
 
 
-def test_a_directory_comes_back_as_it_was_and_its_key_is_never_reused(
-    artifacts: Artifacts, tmp_path: Path, source: Path
-) -> None:
+def test_a_directory_comes_back_and_its_key_is_never_reused(artifacts: Artifacts, tmp_path: Path, source: Path) -> None:
     for name, read in (("adapters/none", artifacts.fetch), ("reports/none.json", artifacts.read_bytes)):
         with pytest.raises(AdapterError, match=name):
             read(name)
@@ -70,9 +68,7 @@ def test_a_key_may_not_leave_the_folder(artifacts: Artifacts, key: str) -> None:
         artifacts.write_bytes(key, b"x")
 
 
-def test_a_damaged_download_is_refused_and_a_checked_copy_needs_no_object_store(
-    bucket: Artifacts, source: Path
-) -> None:
+def test_a_damaged_download_is_refused_and_a_checked_copy_needs_no_store(bucket: Artifacts, source: Path) -> None:
     bucket.put_directory(source, "adapters/clip-1")
     bucket.write_bytes("adapters/clip-1/a.txt", b"tampered")
     with pytest.raises(AdapterError, match="damaged"):
@@ -109,9 +105,7 @@ def _killed_after(artifacts: Artifacts, calls: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("writes", range(3))
-def test_an_upload_that_a_crash_ends_is_not_read_and_can_be_repeated(
-    bucket: Artifacts, source: Path, writes: int
-) -> None:
+def test_an_upload_that_a_crash_ends_is_not_read_and_repeatable(bucket: Artifacts, source: Path, writes: int) -> None:
     with _killed_after(bucket, writes):
         bucket.put_directory(source, "adapters/clip-1")
     assert not bucket.exists("adapters/clip-1")
@@ -121,9 +115,7 @@ def test_an_upload_that_a_crash_ends_is_not_read_and_can_be_repeated(
     assert directory_digest(bucket.fetch("adapters/clip-1")) == directory_digest(source)
 
 
-def test_leftovers_of_an_upload_are_no_part_of_the_next_and_old_formats_are_read(
-    bucket: Artifacts, source: Path
-) -> None:
+def test_leftovers_of_an_upload_are_not_in_the_next_and_old_formats_are_read(bucket: Artifacts, source: Path) -> None:
     bucket.write_bytes("memories/clip-1/left.bin", b"left")
     bucket.put_directory(source, "memories/clip-1")
     assert directory_digest(bucket.fetch("memories/clip-1")) == directory_digest(source)
@@ -205,9 +197,7 @@ def test_what_is_deleted_is_gone_and_may_be_stored_again(artifacts: Artifacts, s
 
 
 @pytest.mark.parametrize("deletions", range(3))
-def test_a_directory_that_is_half_deleted_is_not_seen_as_complete(
-    bucket: Artifacts, source: Path, deletions: int
-) -> None:
+def test_a_directory_that_is_half_deleted_is_not_complete(bucket: Artifacts, source: Path, deletions: int) -> None:
     bucket.put_directory(source, "adapters/clip-1")
     with _killed_after(bucket, deletions):
         bucket.delete("adapters/clip-1")
@@ -278,7 +268,6 @@ def test_what_another_process_reads_stays_until_it_ends(tmp_path: Path, stored: 
     code = f"""
         import sys
         from pathlib import Path
-from typing import Any
         from core.artifacts.cache import Cache
         Cache(Path({str(artifacts.cache)!r})).hold({key(0)!r})
         print("holds", flush=True)

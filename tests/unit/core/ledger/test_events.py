@@ -122,20 +122,29 @@ def test_an_event_that_could_not_be_published_is_refused(ledger: Ledger, event: 
     assert ledger.events() == []
 
 
-def test_marked_events_wait_no_more_and_a_publisher_that_lost_its_lease_marks_nothing(ledger: Ledger) -> None:
-    for number in range(3):
-        ledger.record_event("ratchet.gap.v1", f"gap-{number}", "t:0", {})
+def test_published_events_wait_no_more_and_are_removed_later_and_the_lease_is_checked(ledger: Ledger) -> None:
+    for name, kind in (("old", "release"), ("new", "release"), ("lost", "gap"), ("waits", "release")):
+        ledger.record_event(EVENT_TYPES[kind], name, name, {})
     slept = ledger.acquire_lease("events", "a", seconds=0)
     epoch = ledger.acquire_lease("events", "b", 60)
     assert slept is not None and epoch == slept + 1
-    first, second, third = ledger.waiting_events()
+    ids = {row.event_id: row.id for row in ledger.events()}
+    published = {ids["old"]: (0, 2**40), ids["new"]: (1, 7), ids["lost"]: (0, 1)}
     with pytest.raises(LeaseLost, match="b"):
-        ledger.mark_published({first.id: (0, 0)}, lease="events", epoch=slept)
-    assert ledger.count_waiting_events() == 3
-    ledger.mark_published({first.id: (0, 2**40), second.id: (1, 7)}, lease="events", epoch=epoch)
-    assert [row.id for row in ledger.waiting_events()] == [third.id]
-    assert ledger.count_waiting_events() == 1
-    assert [(row.partition, row.offset) for row in reversed(ledger.events())] == [(0, 2**40), (1, 7), (None, None)]
+        ledger.mark_published(published, lease="events", epoch=slept)
+    assert ledger.count_waiting_events() == 4
+    ledger.mark_published(published, lease="events", epoch=epoch)
+    assert [row.id for row in ledger.waiting_events()] == [ids["waits"]] and ledger.count_waiting_events() == 1
+    places = [(row.partition, row.offset) for row in reversed(ledger.events())]
+    assert places == [*published.values(), (None, None)]
+    now = datetime.now(UTC)
+    with ledger.database.write() as session:
+        aged = update(t.EventRow).where(t.EventRow.event_id.in_(["old", "waits", "lost"]))
+        session.execute(aged.values(time=now - timedelta(days=8)))
+    assert ledger.prune_events(now - timedelta(days=7)) == 1
+    assert set(events(ledger)) == {"waits", "new", "lost"}
+    assert not ledger.record_event(EVENT_TYPES["gap"], "lost", "lost", {}), "a gap is told once"
+    assert ledger.prune_events(now - timedelta(days=7)) == 0
 
 
 def test_a_lease_has_one_holder_until_it_runs_out_or_is_given_back(ledger: Ledger) -> None:
@@ -169,23 +178,6 @@ def test_a_lease_is_not_taken_while_a_write_under_it_goes_on(ledger: Ledger) -> 
         assert taken == []
     taker.join(30)
     assert taken == [epoch + 1] and ledger.count_waiting_events() == 0
-
-
-def test_events_published_long_ago_are_removed_and_gaps_and_what_waits_stay(ledger: Ledger) -> None:
-    for name, kind in (("old", "release"), ("waits", "release"), ("new", "release"), ("lost", "gap")):
-        ledger.record_event(EVENT_TYPES[kind], name, name, {})
-    epoch = ledger.acquire_lease("events", "me", 60)
-    assert epoch is not None
-    ids = {row.event_id: row.id for row in ledger.events()}
-    ledger.mark_published({ids[name]: (0, 1) for name in ("old", "new", "lost")}, lease="events", epoch=epoch)
-    now = datetime.now(UTC)
-    with ledger.database.write() as session:
-        aged = update(t.EventRow).where(t.EventRow.event_id.in_(["old", "waits", "lost"]))
-        session.execute(aged.values(time=now - timedelta(days=8)))
-    assert ledger.prune_events(now - timedelta(days=7)) == 1
-    assert set(events(ledger)) == {"waits", "new", "lost"}
-    assert not ledger.record_event(EVENT_TYPES["gap"], "lost", "lost", {}), "a gap is told once"
-    assert ledger.prune_events(now - timedelta(days=7)) == 0
 
 
 SELECTOR = {"source": "cam", "before": "2026-01-01"}

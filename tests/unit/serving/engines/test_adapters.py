@@ -91,7 +91,7 @@ def _change_config(folder: Path) -> None:
         ),
     ],
 )
-def test_damaged_directories_are_refused(
+def test_damaged_files_are_refused(
     base: ClipBase, folder: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     tiny_adapter(base, folder, seed=1)
@@ -274,7 +274,7 @@ def test_whole_and_low_rank_changes_of_one_weight_add_up(base: ClipBase, folder:
         (["ln_final.bias"], False, False),  # it is 0, and twice that is no change
     ],
 )
-def test_only_a_changed_tower_has_a_new_space(
+def test_a_changed_tower_has_a_new_space(
     base: ClipBase, folder: Path, touched: list[str], image: bool, text: bool
 ) -> None:
     own = parameters(base)

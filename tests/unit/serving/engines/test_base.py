@@ -54,9 +54,7 @@ def test_a_base_survives_a_move_and_other_content_under_its_name_is_refused(base
         (shutil.rmtree, "ratchet base build"),
     ],
 )
-def test_a_damaged_base_is_refused_with_the_reason(
-    tmp_path: Path, damage: Callable[[Path], object], message: str
-) -> None:
+def test_a_damaged_base_is_refused_and_why(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
     base = tiny_base(tmp_path)
     damage(base.directory)
     with pytest.raises(BaseModelError, match=message):

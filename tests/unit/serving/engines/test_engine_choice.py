@@ -49,9 +49,7 @@ def test_a_small_base_runs_in_float32_unless_something_is_set(
     assert not (tmp_path / "engines").exists()
 
 
-def test_what_is_installed_is_tried_unless_it_is_set(
-    base: ClipBase, amx: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_installed_is_tried_unless_set(base: ClipBase, amx: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_choice, "find_spec", lambda name: object())
     every = [FLOAT32, HALF, EngineChoice("onnx"), ONNX_HALF]
     assert possible(base, Serve(), CPU) == every

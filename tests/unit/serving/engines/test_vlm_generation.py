@@ -174,9 +174,7 @@ def test_a_picture_of_any_size_is_read_by_its_rows(processor: Any, size: tuple[i
         ((Message("user", ("an <image> of what?",)),), 0, "stands for an image"),
     ],
 )
-def test_meaningless_messages_are_refused(
-    processor: Any, messages: tuple[Message, ...], images: int, message: str
-) -> None:
+def test_bad_messages_are_refused(processor: Any, messages: tuple[Message, ...], images: int, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         render(processor, GenerationRequest(messages, (PICTURE,) * images))
 

@@ -62,9 +62,7 @@ def test_a_late_message_does_not_bring_an_old_release_back() -> None:
 
 
 @pytest.mark.parametrize(("family", "other", "own", "foreign"), [("clip", "vlm", "a", "v"), ("vlm", "clip", "v", "a")])
-def test_models_are_addressed_by_family_number_and_adapter(
-    family: Family, other: Family, own: str, foreign: str
-) -> None:
+def test_models_are_addressed_by_family_release_adapter(family: Family, other: Family, own: str, foreign: str) -> None:
     admitted = admission(snapshot(4, "a", vlm="v"), snapshot(3, "a", vlm="v"), snapshot(2))
     for model, release in ((family, 4), (f"{family}@4", 4), (f"{family}@3", 3), (own, 4), ("base", 2)):
         with admitted.admit(model, family) as found:

@@ -100,9 +100,7 @@ async def test_what_is_prepared_while_replicas_unload_others_is_announced(releas
 
 
 @pytest.mark.parametrize("when", [2, 3])  # the first look counts requests in flight
-async def test_what_is_committed_during_a_retirement_stays(
-    server: Server, monkeypatch: pytest.MonkeyPatch, when: int
-) -> None:
+async def test_a_commit_during_a_retirement_stays(server: Server, monkeypatch: pytest.MonkeyPatch, when: int) -> None:
     slow = await covering(server)
     residency, looks = server.preparation.residency, 0
 
@@ -315,7 +313,7 @@ async def test_a_preparation_that_was_stopped_after_its_end_is_not_committed(rel
     assert released.live[0] == 3
 
 
-async def test_what_no_replica_acknowledges_stands_and_is_told_again(
+async def test_what_nobody_acknowledges_stands_and_is_told_again(
     released: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.releases.protocol.HEAL_PAUSE_SECONDS", 0.01)
@@ -355,9 +353,7 @@ async def test_what_is_behind_a_withdrawn_adapter_is_resident_and_gone_back_to(r
         await released.back(to=3)
 
 
-async def test_a_release_refused_by_an_outage_is_not_made_later(
-    released: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_release_that_an_outage_refused_stays_so(released: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*args: object, **options: object) -> None:
         raise LedgerUnavailable("the ledger is away.", "Wait.")
 
@@ -384,9 +380,7 @@ async def test_a_ledger_that_hangs_refuses_within_a_second(released: Server, mon
         hung.set()
 
 
-def test_a_rollback_without_a_server_is_a_new_release_with_proposal_audit_and_hold(
-    ledger: Ledger, tmp_path: Path
-) -> None:
+def test_a_rollback_without_a_server_is_a_release_with_proposal_audit_and_hold(ledger: Ledger, tmp_path: Path) -> None:
     for number, (clip, vlm) in enumerate([(None, None), ("a", "v"), ("b", "w")], 1):
         ledger.commit_release(number, clip=clip, vlm=vlm, actor="t", reason="r", proposal_id=None)
 

@@ -95,7 +95,7 @@ def test_while_the_ledger_is_away_a_start_takes_the_newest_whole_copy_of_node_an
     assert newest() == ([2, 1], "file")
 
 
-def test_a_ledger_that_hangs_takes_one_thread_and_counts_when_it_is_back(
+def test_a_ledger_that_hangs_takes_one_thread_and_counts_again_later(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node.keep()

@@ -156,9 +156,7 @@ async def test_the_guard_goes_back_from_a_canary_while_held_and_to_what_was_with
     assert server.live == (4, "a", None) and server.live_row.plain
 
 
-async def test_a_good_release_is_left_alone_and_looked_at_every_two_seconds(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_good_release_is_looked_at_every_two_seconds(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     await server.create(clip="a")
     watching = guard(server, clip=GOOD)
     began = server.live_row.created_at.timestamp()
@@ -172,9 +170,7 @@ async def test_a_good_release_is_left_alone_and_looked_at_every_two_seconds(
     assert told["seconds_left"] == SETTINGS.guard_seconds - 18
 
 
-async def test_an_update_on_trial_is_promoted_when_it_was_watched_enough_and_an_operators_is_not(
-    server: Server,
-) -> None:
+async def test_an_update_on_trial_is_promoted_when_it_was_watched_enough_an_operators_not(server: Server) -> None:
     await server.create(0.1, clip="b")
     age(server, 10_000)
     assert await guard(server, clip=GOOD).step() is None
