@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip.model
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -19,13 +17,11 @@ from core.errors import AdapterError
 from serving.engines.adapters import adapter_name, content_name, read_adapter, write_adapter
 from serving.engines.backends import golden_pixels
 from serving.engines.clip import ClipEngine
-from serving.engines.clip_base import ClipBase, save_base
+from serving.engines.clip_base import ClipBase
 from serving.engines.heads import HEADS, Head, backed_off, heads_digest, read_heads, write_heads
 from serving.engines.layers import shell_of
 from serving.engines.lora import effective_weights
-from serving.engines.preprocess import Preprocess
 from tests.support.heads import random_head
-from tests.support.tiny import CONFIG as TINY
 from tests.support.tiny import tiny_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -218,23 +214,6 @@ def test_transformer_layers_merge_as_in_peft(base: ClipBase, folder: Path, confi
     for tower in (0, 1):
         np.testing.assert_allclose(ours[tower], theirs[tower], rtol=0, atol=1e-5)
         assert np.abs(plain[tower] - theirs[tower]).max() > 1e-2
-
-
-def test_pointwise_convolutions_and_projections_merge_as_in_peft(tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    vision = {"image_size": 32, "timm_model_name": "tf_efficientnet_lite0", "timm_proj": "linear"}
-    config: dict[str, Any] = TINY | {"vision_cfg": vision}
-    model = open_clip.model.CLIP(**copy.deepcopy(config)).eval()
-    conv = save_base(tmp_path, "conv", model, config, Preprocess(size=32), {"kind": "simple"})
-    wrapped, lora = _with_random_lora(conv, target_modules=r".*(conv_pw|conv_pwl)|visual\.head\.proj")
-    name = write_adapter(tmp_path / "a", get_peft_model_state_dict(wrapped), lora.to_dict(), conv)
-    engine = ClipEngine(conv, device="cpu")
-    engine.load(name, tmp_path / "a")
-    images = golden_pixels(32)
-    theirs = _raw(wrapped.base_model.model, conv)[0]
-    theirs = theirs / np.linalg.norm(theirs, axis=1, keepdims=True)
-    np.testing.assert_allclose(engine.encode_images(images, name), theirs, atol=1e-5)
-    assert np.abs(engine.encode_images(images) - theirs).max() > 1e-3
 
 
 def test_lora_targets_reach_the_layers_that_can_learn(base: ClipBase) -> None:

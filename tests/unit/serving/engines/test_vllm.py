@@ -107,39 +107,9 @@ async def test_a_start_that_fails_leaves_no_cache_behind(base: VlmBase, monkeypa
 
 
 SLOTS = [7, None, ZERO_ID, 9]
-WIDTHS = (6, 3)
 
 
-class _Wrapper:
-    def __init__(self, ids: list[int]) -> None:
-        self.row_groups = extension.groups_of(ids, SLOTS)
-
-
-def _added(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The extension's output for rows of these adapters, and the sum of each row's own matrices."""
-    made = torch.Generator().manual_seed(0)
-    x = torch.randn(len(ids), 5, generator=made)
-    a = tuple(torch.randn(len(SLOTS), 1, 2, 5, generator=made) for _ in WIDTHS)
-    b = tuple(torch.randn(len(SLOTS), 1, width, 2, generator=made) for width in WIDTHS)
-    before = torch.randn(len(ids), sum(WIDTHS), generator=made)
-    y = before.clone()
-    extension.add_lora_linear(_Wrapper(ids), y, x, a, b, 0.5, WIDTHS)
-    wanted = torch.zeros_like(before)
-    for row, one in enumerate(ids):
-        if one not in (0, ZERO_ID):
-            slot = SLOTS.index(one)
-            wanted[row] = torch.cat([0.5 * (b[i][slot, 0] @ (a[i][slot, 0] @ x[row])) for i in range(len(WIDTHS))])
-    return y - before, wanted
-
-
-@pytest.mark.parametrize("ids", [[7, 7, 7], [9, 0, 7, 7, 0, 9], [0, 9], [0, 0], [ZERO_ID, 7], [ZERO_ID], [9, 7]])
-def test_each_row_gets_the_delta_of_its_own_adapter(ids: list[int]) -> None:
-    added, wanted = _added(ids)
-    torch.testing.assert_close(added, wanted)
-    assert bool(wanted.any()) == bool(set(ids) - {0, ZERO_ID})
-
-
-def test_vllms_cpu_backend_uses_it() -> None:
+def test_vllms_cpu_backend_adds_adapters_by_it() -> None:
     assert PunicaWrapperCPU.add_lora_linear is extension.add_lora_linear
     wrapper = PunicaWrapperCPU(16, 4, "cpu")
     wrapper.update_metadata(LoRAMapping((9, 9, 0, 7), (9, 0, 7), is_prefill=True), SLOTS, len(SLOTS) + 1, 32)

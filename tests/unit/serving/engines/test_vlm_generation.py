@@ -23,9 +23,7 @@ from serving.engines.vlm.generation import (
     Detokenizer,
     GenerationRequest,
     Message,
-    TokenChunk,
     question,
-    whole,
 )
 from serving.engines.vlm.hf_engine import BatchRow, TransformersEngine, Worker, _Choice
 from serving.engines.vlm.prompts import answer_tokens, end_token, inputs, render
@@ -140,21 +138,6 @@ def test_a_question_is_rendered_up_to_its_answer_which_ends_with_the_end_token(p
     assert processor.tokenizer.decode(tokens[:-1]) == "red"
 
 
-def test_a_batch_is_padded_on_the_left_and_each_row_is_what_it_is_alone(processor: Any) -> None:
-    asks = [
-        question(PICTURE, "red?"),
-        question(PICTURE[:20], "which colour is it?"),
-        GenerationRequest((Message("user", ("hi",)),)),
-    ]
-    batch = inputs(processor, asks)
-    assert batch["pixel_values"].shape[0] == 3
-    for row, ask in enumerate(asks):
-        alone = inputs(processor, [ask])["input_ids"][0].tolist()
-        assert batch["input_ids"][row, -len(alone) :].tolist() == alone
-        assert batch["attention_mask"][row].sum() == len(alone)
-    assert "pixel_values" not in inputs(processor, asks[2:])
-
-
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (3, 50), (50, 3), (3, 3), (1, 2048), (2048, 1)])
 def test_a_picture_of_any_size_is_read_by_its_rows(processor: Any, size: tuple[int, int]) -> None:
     ramp = np.zeros((*size, 3), np.uint8)
@@ -214,16 +197,6 @@ def test_nothing_after_a_stop_string_or_of_it_is_said(processor: Any, stop: tupl
     said, words = _said(processor.tokenizer, tokens, stop)
     assert "".join(said) == text
     assert words.stopped == (text != "a red or blue")
-
-
-async def test_a_stream_as_one_reply() -> None:
-    async def chunks() -> Any:
-        yield TokenChunk("re", (1, 2), (-0.5, -0.25), 7, 2)
-        yield TokenChunk("d", (3,), (-1.0,), 7, 3, "stop")
-
-    reply = await whole(chunks())
-    assert (reply.text, reply.tokens, reply.logprobs) == ("red", (1, 2, 3), (-0.5, -0.25, -1.0))
-    assert (reply.prompt_tokens, reply.finish) == (7, "stop")
 
 
 TOKENS = 6
