@@ -119,6 +119,23 @@ def test_a_key_that_is_made_while_the_keys_are_read_is_known_to_the_next_reading
     assert setup.access.identify(fresh[0]) is not None
 
 
+def test_a_copy_and_keys_read_last_stay_good_only_while_the_ledger_is_away(setup: AccessSetup) -> None:
+    token = setup.key("ann")
+    setup.access.refresh()
+    recalled = setup.ledger.api_keys()
+    setup.away = True
+    started = Access(setup, setup.settings, setup.clock, recall=lambda: recalled)
+    for _ in range(3):
+        setup.clock.now += KEYS_SECONDS
+        for access in (setup.access, started):
+            assert access.identify(token) is not None and access.current() is None
+    setup.away = False
+    setup.ledger.revoke_key("ann", actor="t", reason="left")
+    setup.clock.now += KEYS_SECONDS
+    for access in (setup.access, started):
+        assert access.identify(token) is None and access.current() == []
+
+
 def test_nobody_waits_for_a_reading_that_hangs(setup: AccessSetup) -> None:
     token = setup.key("ann")
     setup.access.refresh()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.ledger import ReleaseRow
+from core.ledger import Family, ReleaseRow
 from core.settings.serving import Rollout
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
 from serving.errors import AdapterUnservable, QueueFull
@@ -33,13 +33,11 @@ from tests.support.waiting import until
 DIM = 16
 FIXED = [[1, token, 2] for token in range(100, 120)]
 """Token IDs of the texts that images are ranked against."""
-NOW = datetime.now(UTC)
 
 
-def row(number: int, clip: str | None, vlm: str | None = None, share: float = 1.0) -> ReleaseRow:
-    return ReleaseRow(
-        number=number, clip=clip, vlm=vlm, actor="me", reason="test", proposal_id=None, created_at=NOW, share=share
-    )
+def row(number: int, clip: str | None, vlm: str | None = None) -> ReleaseRow:
+    now = datetime.now(UTC)
+    return ReleaseRow(number=number, clip=clip, vlm=vlm, actor="me", reason="r", proposal_id=None, created_at=now)
 
 
 def watch(clip: str | None = "new", vlm: str | None = None, until: float = math.inf, number: int = 2) -> GuardTarget:
@@ -131,15 +129,22 @@ async def test_a_repeated_input_is_no_new_evidence_and_of_a_large_request_some_i
     assert models.asked[-1][1] == ITEMS
 
 
-async def test_what_cannot_be_served_counts_as_failed_and_a_replica_that_is_away_does_not(comparer_of: Any) -> None:
-    gone = comparer_of(Models(gone=("new",)), watch())
-    gone.clip("text", [[9]])
-    await until(lambda: seen(gone).tried == 1)
-    assert (seen(gone).failed, seen(gone).incumbent_failed, seen(gone).dropped) == (1, 0, 0)
-    away = comparer_of(Models(busy=True), watch())
-    away.clip("text", [[9]])
-    await until(lambda: seen(away).dropped == 1)
-    assert (seen(away).tried, seen(away).failed) == (0, 0)
+@pytest.mark.parametrize("family", ["clip", "vlm"])
+async def test_what_cannot_be_served_counts_as_failed_and_a_replica_that_is_away_does_not(
+    comparer_of: Any, family: Family
+) -> None:
+    def offered(models: Models) -> ShadowTraffic:
+        shadow_traffic: ShadowTraffic = comparer_of(models, watch("new", "new"))
+        if family == "clip":
+            shadow_traffic.clip("text", [[9]])
+        else:
+            shadow_traffic.vlm(question(np.zeros((4, 4, 3), np.uint8), "colour?"))
+        return shadow_traffic
+
+    gone, away = offered(Models(gone=("new",))), offered(Models(busy=True))
+    await until(lambda: seen(gone, family).tried == seen(away, family).dropped == 1)
+    assert (seen(gone, family).failed, seen(gone, family).incumbent_failed, seen(gone, family).dropped) == (1, 0, 0)
+    assert (seen(away, family).tried, seen(away, family).failed) == (0, 0)
 
 
 async def test_what_finds_no_place_is_dropped_at_once(comparer_of: Any) -> None:
