@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import gc
 import sys
-import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,13 +101,10 @@ def test_threads_with_different_adapters_never_see_each_other(engine: ClipEngine
         engine.load(name, tmp_path / str(seed))
         names.append(name)
     expected = {n: (engine.encode_images(PIXELS, n), engine.encode_texts(TEXTS, n)) for n in names}
-    wrong: list[str] = []
 
-    def work(name: str | None) -> None:
-        for _ in range(15):
-            found = engine.encode_images(PIXELS, name), engine.encode_texts(TEXTS, name)
-            if any(np.abs(f - e).max() > 1e-5 for f, e in zip(found, expected[name], strict=True)):
-                wrong.append(str(name))
+    def is_own(name: str | None) -> bool:
+        found = engine.encode_images(PIXELS, name), engine.encode_texts(TEXTS, name)
+        return all(np.abs(f - e).max() <= 1e-5 for f, e in zip(found, expected[name], strict=True))
 
     def churn() -> None:
         extra = tiny_adapter(engine.base, tmp_path / "churn", seed=9)
@@ -115,12 +112,10 @@ def test_threads_with_different_adapters_never_see_each_other(engine: ClipEngine
             engine.load(extra, tmp_path / "churn")
             engine.unload(extra)
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in names] + [threading.Thread(target=churn)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(len(names) + 1) as pool:
+        churning = pool.submit(churn)
+        assert all(pool.map(is_own, names * 15))
+        churning.result()
 
 
 def test_an_unloaded_adapter_is_gone_with_its_memory_and_can_come_back(engine: ClipEngine, folder: Path) -> None:
