@@ -129,11 +129,11 @@ async def test_a_release_is_retired_only_when_none_of_its_requests_is_in_flight(
     assert released.broadcast.kept == [[3, 2]]
 
 
-async def test_updates_wait_while_held_also_one_in_preparation_and_operators_do_not(server: Server) -> None:
+async def test_updates_wait_while_held_and_one_that_was_left_in_preparation_is_taken_up(server: Server) -> None:
     update = server.propose()
     server.ledger.hold("me", "looking")
     assert await server.step() is None
-    assert (await server.create(clip="b")).number == 2
+    assert (await server.create(clip="b")).number == 2, "an operator does not wait"
     server.ledger.resume("me", "fine")
     server.broadcast.gate = asyncio.Event()
     stepping = asyncio.create_task(server.step())
@@ -143,8 +143,12 @@ async def test_updates_wait_while_held_also_one_in_preparation_and_operators_do_
     assert await stepping is None
     assert (server.live[0], server.ledger.proposal(update).state) == (2, "pending")
     server.ledger.resume("ann", "over")
-    taken = await server.step()
+    server.ledger.advance_proposal(update, "preparing")  # by a controller that was killed
+    again = Server(server.ledger)
+    await again.start()
+    taken = await again.step()
     assert taken is not None and (taken.clip, taken.kind, taken.proposal) == ("a", "update", update)
+    assert server.ledger.proposal(update).state == "committed"
 
 
 async def test_updates_of_a_vlm_that_starts_let_those_of_clip_pass(server: Server) -> None:
@@ -156,16 +160,6 @@ async def test_updates_of_a_vlm_that_starts_let_those_of_clip_pass(server: Serve
     server.broadcast.vlm_up = True
     assert await server.step() is not None
     assert server.live == (3, "a", "v")
-
-
-async def test_a_proposal_left_in_preparing_is_taken_up(server: Server) -> None:
-    left = server.propose()
-    server.ledger.advance_proposal(left, "preparing")
-    again = Server(server.ledger)
-    await again.start()
-    taken = await again.step()
-    assert taken is not None and taken.proposal == left
-    assert server.ledger.proposal(left).state == "committed"
 
 
 async def test_a_release_of_one_family_keeps_the_other_as_it_is_live(released: Server) -> None:
