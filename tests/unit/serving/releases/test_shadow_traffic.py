@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -60,8 +61,9 @@ class Models:
             raise RuntimeError("no replica")
         if adapter in self.gone:
             return EncodeResult(None, adapter, code="adapter", error="its file is damaged")
-        rows = [hash((str(np.asarray(item).tobytes()), adapter if adapter in self.broken else "")) for item in payload]
-        vectors = [np.random.default_rng(abs(seed)).standard_normal(DIM) for seed in rows]
+        own = (adapter or "").encode() if adapter in self.broken else b""
+        seeds = [crc32(np.asarray(item).tobytes() + own) for item in payload]
+        vectors = [np.random.default_rng(seed).standard_normal(DIM) for seed in seeds]
         return EncodeResult(np.asarray(vectors, np.float32), adapter)
 
     async def reply(self, ask: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
