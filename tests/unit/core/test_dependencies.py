@@ -39,7 +39,7 @@ XML = (
         (LedgerUnavailable("m", "f"), "ledger", "away"),
     ],
 )
-def test_an_error_tells_of_one_dependency_until_that_answers(
+def test_an_error_is_of_one_dependency_until_it_answers(
     error: RatchetError, name: Dependency, state: OutageState
 ) -> None:
     assert noted(pickle.loads(pickle.dumps(error))) == name
@@ -59,12 +59,9 @@ def exported(name: str) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("error", [RecordError("schema", "m"), Fenced("m"), RecordTooLarge("m")])
-def test_an_error_of_a_record_or_a_sender_is_about_no_dependency(error: RatchetError) -> None:
-    assert noted(error) is None
-
-
-def test_an_error_that_is_no_outage_changes_no_state() -> None:
+def test_an_error_of_a_record_or_a_sender_or_one_that_is_no_outage_changes_no_state() -> None:
+    errors: list[RatchetError] = [RecordError("schema", "m"), Fenced("m"), RecordTooLarge("m")]
+    assert [noted(error) for error in errors] == [None] * 3
     answered(["store"])
     assert noted(StoreError("version 3 is not kept any more.")) == "store"
     assert current()["store"].state == "ok"
@@ -93,9 +90,7 @@ def test_an_error_that_is_no_outage_changes_no_state() -> None:
         (TimeoutError(), "slow", "it does not answer in time"),
     ],
 )  # fmt: skip
-def test_errors_of_storage_become_a_state_and_a_cause_of_one_line(
-    error: Exception, state: OutageState, cause: str | None
-) -> None:
+def test_a_storage_error_becomes_a_state_and_one_line(error: Exception, state: OutageState, cause: str | None) -> None:
     told = storage_state(error)
     assert told[0] == state
     assert cause in (None, told[1])

@@ -3,13 +3,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from core.artifacts import Artifacts, directory_digest, folder
+from core.artifacts import Artifacts, cache, directory_digest, folder
+from core.artifacts.cache import HELD, Cache
 from core.artifacts.folder import Manifest
 from core.artifacts.object_store import ObjectStore
 from core.errors import AdapterError
@@ -38,8 +44,12 @@ def artifacts(request: pytest.FixtureRequest, tmp_path: Path) -> Artifacts:
     return Artifacts(url, cache=tmp_path / "cache")
 
 
-def test_a_directory_comes_back_as_it_was(artifacts: Artifacts, source: Path) -> None:
-    artifacts.put_directory(source, "adapters/clip-1")
+def test_a_directory_comes_back_and_its_key_is_never_reused(artifacts: Artifacts, tmp_path: Path, source: Path) -> None:
+    for name, read in (("adapters/none", artifacts.fetch), ("reports/none.json", artifacts.read_bytes)):
+        with pytest.raises(AdapterError, match=name):
+            read(name)
+    for _ in range(2):  # the same again is fine
+        artifacts.put_directory(source, "adapters/clip-1")
     fetched = artifacts.fetch("adapters/clip-1")
     assert {p.relative_to(fetched).as_posix(): p.read_bytes() for p in fetched.rglob("*") if p.is_file()} == {
         "a.txt": b"one", "inner/b.bin": bytes(range(256)),
@@ -47,13 +57,6 @@ def test_a_directory_comes_back_as_it_was(artifacts: Artifacts, source: Path) ->
     assert artifacts.fetch("adapters/clip-1", directory_digest(source)) == fetched
     with pytest.raises(AdapterError, match="not the one in the ledger"):
         artifacts.fetch("adapters/clip-1", "0" * 64)
-
-
-def test_storing_the_same_again_is_fine_and_other_contents_are_refused(
-    artifacts: Artifacts, tmp_path: Path, source: Path
-) -> None:
-    artifacts.put_directory(source, "adapters/clip-1")
-    artifacts.put_directory(source, "adapters/clip-1")
     with pytest.raises(AdapterError, match="never reused"):
         artifacts.put_directory(_directory(tmp_path / "other", "two"), "adapters/clip-1")
     assert (artifacts.fetch("adapters/clip-1") / "a.txt").read_text() == "one"
@@ -65,77 +68,67 @@ def test_a_key_may_not_leave_the_folder(artifacts: Artifacts, key: str) -> None:
         artifacts.write_bytes(key, b"x")
 
 
-def test_what_is_not_there_is_a_clear_error(artifacts: Artifacts) -> None:
-    with pytest.raises(AdapterError, match="adapters/none"):
-        artifacts.fetch("adapters/none")
-    with pytest.raises(AdapterError, match=r"reports/none\.json"):
-        artifacts.read_bytes("reports/none.json")
-
-
-def test_a_damaged_download_is_refused(bucket: Artifacts, source: Path) -> None:
+def test_a_damaged_download_is_refused_and_a_checked_copy_needs_no_store(bucket: Artifacts, source: Path) -> None:
     bucket.put_directory(source, "adapters/clip-1")
     bucket.write_bytes("adapters/clip-1/a.txt", b"tampered")
     with pytest.raises(AdapterError, match="damaged"):
         bucket.fetch("adapters/clip-1")
+    bucket.write_bytes("adapters/clip-1/a.txt", b"one")
+    (bucket.fetch("adapters/clip-1") / "a.txt").unlink()
+    copy = bucket.fetch("adapters/clip-1")
+    assert (copy / "a.txt").read_text() == "one", "it was fetched again"
+    bucket.filesystem.rm(bucket.root, recursive=True)
+    assert bucket.fetch("adapters/clip-1") == copy
 
 
 class _Crashed(BaseException):
     """Stands for the end of the process."""
 
 
-class _Mortal(ObjectStore):
-    """An object store whose client is killed after this many changing calls."""
-
-    def __init__(self, store: ObjectStore, calls: int) -> None:
-        super().__init__(store.filesystem)
-        self.calls = calls
-
-    def upload(self, source: Path, path: str) -> None:
-        self._live()
-        super().upload(source, path)
-
-    def write(self, path: str, data: bytes) -> None:
-        self._live()
-        super().write(path, data)
-
-    def delete(self, path: str) -> None:
-        self._live()
-        super().delete(path)
-
-    def _live(self) -> None:
-        if self.calls == 0:
-            raise _Crashed
-        self.calls -= 1
-
-
 @contextmanager
 def _killed_after(artifacts: Artifacts, calls: int) -> Iterator[None]:
-    whole = artifacts._bucket.store
-    artifacts._bucket.store = _Mortal(whole, calls)
-    with pytest.raises(_Crashed):
+    """The client of the object store is killed after this many changing calls."""
+    store, left = artifacts._bucket.store, iter(range(calls))
+
+    def mortal(name: str) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            if next(left, None) is None:
+                raise _Crashed
+            getattr(ObjectStore, name)(store, *arguments)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(_Crashed):
+        for name in ("upload", "write", "delete"):
+            patch.setattr(store, name, mortal(name))
         yield
-    artifacts._bucket.store = whole
 
 
-@pytest.mark.parametrize("writes", range(3))
-def test_an_upload_that_a_crash_ends_anywhere_is_not_read_and_can_be_repeated(
-    bucket: Artifacts, source: Path, writes: int
-) -> None:
-    with _killed_after(bucket, writes):
+@pytest.mark.parametrize("calls", range(3))
+def test_what_a_crash_half_stored_or_half_deleted_is_not_seen(bucket: Artifacts, source: Path, calls: int) -> None:
+    with _killed_after(bucket, calls):
         bucket.put_directory(source, "adapters/clip-1")
     assert not bucket.exists("adapters/clip-1")
-    with pytest.raises(AdapterError, match="is incomplete" if writes else "is not in the object store"):
+    with pytest.raises(AdapterError, match="is incomplete" if calls else "is not in the object store"):
         bucket.fetch("adapters/clip-1")
     bucket.put_directory(source, "adapters/clip-1")
     assert directory_digest(bucket.fetch("adapters/clip-1")) == directory_digest(source)
+    with _killed_after(bucket, calls):
+        bucket.delete("adapters/clip-1")
+    assert bucket.exists("adapters/clip-1") == (calls == 0)
+    bucket.delete("adapters/clip-1")
+    assert bucket.sizes("adapters") == {}
 
 
-def test_files_that_an_interrupted_upload_of_other_contents_has_left_are_no_part_of_the_next(
-    bucket: Artifacts, source: Path
-) -> None:
+def test_leftovers_of_an_upload_are_not_in_the_next_and_old_formats_are_read(bucket: Artifacts, source: Path) -> None:
     bucket.write_bytes("memories/clip-1/left.bin", b"left")
     bucket.put_directory(source, "memories/clip-1")
     assert directory_digest(bucket.fetch("memories/clip-1")) == directory_digest(source)
+    bucket.put_directory(source, "adapters/clip-1")
+    # Before there were manifests, the marker of a complete upload had its digest alone.
+    bucket.write_bytes("adapters/clip-1/.complete", directory_digest(source).encode())
+    assert directory_digest(bucket.fetch("adapters/clip-1")) == directory_digest(source)
+    bucket.put_directory(source, "adapters/clip-1")
 
 
 def killed_child(patch: pytest.MonkeyPatch, module: object, name: str, work: Callable[[], object]) -> None:
@@ -150,15 +143,28 @@ def killed_child(patch: pytest.MonkeyPatch, module: object, name: str, work: Cal
     assert os.waitpid(child, 0)[1] >> 8 == 9, "it should have been killed"
 
 
-@pytest.mark.parametrize(("module", "name"), [(shutil, "copytree"), (folder, "flush"), (Path, "rename")])
-def test_a_process_that_is_killed_while_it_stores_leaves_nothing_that_readers_see(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, module: object, name: str
+@pytest.mark.parametrize(
+    ("stores", "module", "name", "seen"),
+    [
+        (True, shutil, "copytree", False), (True, folder, "flush", False), (True, Path, "rename", False),
+        (False, Path, "rename", True), (False, folder, "flush", False), (False, shutil, "rmtree", False),
+    ],
+)  # fmt: skip
+def test_what_a_process_half_stored_or_half_deleted_when_it_was_killed_is_not_seen(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, stores: bool, module: object, name: str, seen: bool
 ) -> None:
     artifacts = Artifacts(str(tmp_path / "store"))
-    killed_child(monkeypatch, module, name, lambda: artifacts.put_directory(source, "adapters/clip-1"))
-    assert not artifacts.exists("adapters/clip-1")
-    artifacts.put_directory(source, "adapters/clip-1")
-    assert directory_digest(artifacts.fetch("adapters/clip-1")) == directory_digest(source)
+    if not stores:
+        artifacts.put_directory(source, "adapters/clip-1")
+    work = partial(artifacts.put_directory, source) if stores else artifacts.delete
+    killed_child(monkeypatch, module, name, lambda: work("adapters/clip-1"))
+    assert artifacts.exists("adapters/clip-1") == seen
+    if stores:
+        artifacts.put_directory(source, "adapters/clip-1")
+        assert directory_digest(artifacts.fetch("adapters/clip-1")) == directory_digest(source)
+    else:
+        artifacts.delete("adapters/clip-1")
+        assert artifacts.sizes("adapters") == {}
 
 
 def test_what_a_killed_process_left_is_deleted_when_it_is_old(tmp_path: Path, source: Path) -> None:
@@ -169,26 +175,6 @@ def test_what_a_killed_process_left_is_deleted_when_it_is_old(tmp_path: Path, so
     os.utime(old, (0, 0))
     artifacts.put_directory(source, "adapters/clip-1")
     assert young.exists() and not old.exists()
-
-
-def test_a_copy_that_was_checked_once_needs_no_object_store(bucket: Artifacts, source: Path) -> None:
-    bucket.put_directory(source, "adapters/clip-1")
-    copy = bucket.fetch("adapters/clip-1")
-    bucket.filesystem.rm(bucket.root, recursive=True)
-    assert bucket.fetch("adapters/clip-1") == copy
-
-
-def test_a_copy_from_which_files_have_vanished_is_fetched_again(bucket: Artifacts, source: Path) -> None:
-    bucket.put_directory(source, "adapters/clip-1")
-    (bucket.fetch("adapters/clip-1") / "a.txt").unlink()
-    assert (bucket.fetch("adapters/clip-1") / "a.txt").read_text() == "one"
-
-
-def test_uploads_of_before_there_were_manifests_are_read(bucket: Artifacts, source: Path) -> None:
-    bucket.put_directory(source, "adapters/clip-1")
-    bucket.write_bytes("adapters/clip-1/.complete", directory_digest(source).encode())
-    assert directory_digest(bucket.fetch("adapters/clip-1")) == directory_digest(source)
-    bucket.put_directory(source, "adapters/clip-1")
 
 
 @pytest.mark.parametrize(
@@ -215,25 +201,110 @@ def test_what_is_deleted_is_gone_and_may_be_stored_again(artifacts: Artifacts, s
     assert directory_digest(artifacts.fetch("memories/clip-1")) == directory_digest(source)
 
 
-@pytest.mark.parametrize("deletions", range(3))
-def test_a_directory_that_is_half_deleted_is_never_seen_as_complete(
-    bucket: Artifacts, source: Path, deletions: int
-) -> None:
-    bucket.put_directory(source, "adapters/clip-1")
-    with _killed_after(bucket, deletions):
-        bucket.delete("adapters/clip-1")
-    assert bucket.exists("adapters/clip-1") == (deletions == 0)
-    bucket.delete("adapters/clip-1")
-    assert bucket.sizes("adapters") == {}
+SIZE = 1000
 
 
-@pytest.mark.parametrize(("module", "name"), [(Path, "rename"), (folder, "flush"), (shutil, "rmtree")])
-def test_a_folder_that_a_kill_leaves_half_deleted_is_not_seen(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, module: object, name: str
+@pytest.fixture
+def stored(tmp_path: Path) -> str:
+    """An object store with twenty-four directories of 1,000 bytes."""
+    made = f"memory://{tmp_path.name}"
+    for number in range(24):
+        source = tmp_path / f"source-{number}"
+        source.mkdir()
+        (source / "weights").write_bytes(bytes([number]) * SIZE)
+        Artifacts(made, tmp_path / "other").put_directory(source, key(number))
+    return made
+
+
+def key(number: int) -> str:
+    return f"adapters/clip-{number:02}"
+
+
+def fetched(artifacts: Artifacts, *numbers: int) -> None:
+    for number in numbers:
+        path = artifacts.fetch(key(number))
+        assert (path / "weights").read_bytes() == bytes([number]) * SIZE
+        os.utime(artifacts._bucket.cache._note(key(number)), (number, number))  # the order of use
+
+
+def cached(artifacts: Artifacts) -> set[int]:
+    return {int(path.name[-2:]) for path in (artifacts.cache / "adapters").glob("clip-*")}
+
+
+@pytest.fixture(autouse=True)
+def _ended() -> Iterator[None]:
+    yield
+    released()
+
+
+def released() -> None:
+    """Hold no directory of the cache any more, as another process."""
+    while cache._held:
+        os.close(cache._held.popitem()[1])
+
+
+def test_what_was_not_used_for_longest_is_evicted_but_not_what_was_just_fetched(tmp_path: Path, stored: str) -> None:
+    artifacts = Artifacts(stored, tmp_path / "cache", cache_bytes=3 * SIZE)
+    fetched(artifacts, 0, 1, 2)
+    artifacts.fetch(key(0))  # used again
+    released()
+    fetched(artifacts, 3)
+    assert cached(artifacts) == {0, 2, 3}
+    fetched(artifacts, 1)
+    assert sum(path.stat().st_size for path in artifacts.cache.rglob("weights")) <= 3 * SIZE
+    fetched(artifacts, *range(24))
+    assert cached(artifacts) == set(range(24 - HELD, 24))
+
+
+def test_what_another_process_reads_stays_until_it_ends(tmp_path: Path, stored: str) -> None:
+    artifacts = Artifacts(stored, tmp_path / "cache", cache_bytes=2 * SIZE)
+    fetched(artifacts, 0)
+    released()
+    code = f"""
+        import sys
+        from pathlib import Path
+        from core.artifacts.cache import Cache
+        Cache(Path({str(artifacts.cache)!r})).hold({key(0)!r})
+        print("holds", flush=True)
+        sys.stdin.read()
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "holds\n"
+        fetched(artifacts, 1, 2)
+        released()
+        fetched(artifacts, 3)
+        assert 0 in cached(artifacts)
+        reader.kill()
+    released()
+    fetched(artifacts, 4)
+    assert 0 not in cached(artifacts)
+
+
+@pytest.mark.parametrize(("module", "name"), [(Path, "rename"), (Path, "unlink"), (shutil, "rmtree")])
+def test_an_eviction_that_a_kill_ends_anywhere_leaves_whole_entries_or_none(
+    tmp_path: Path, stored: str, monkeypatch: pytest.MonkeyPatch, module: object, name: str
 ) -> None:
-    artifacts = Artifacts(str(tmp_path / "store"))
-    artifacts.put_directory(source, "adapters/clip-1")
-    killed_child(monkeypatch, module, name, lambda: artifacts.delete("adapters/clip-1"))
-    assert artifacts.exists("adapters/clip-1") == (name == "rename")
-    artifacts.delete("adapters/clip-1")
-    assert artifacts.sizes("adapters") == {}
+    artifacts = Artifacts(stored, tmp_path / "cache", cache_bytes=10 * SIZE)
+    fetched(artifacts, 0, 1, 2)
+    released()
+    full = Cache(artifacts.cache, max_bytes=0)
+    killed_child(monkeypatch, module, name, full.evict)
+    fetched(Artifacts(stored, tmp_path / "cache", cache_bytes=10 * SIZE), 0, 1, 2)
+    released()
+    assert full.evict() >= 3 * SIZE
+    assert not cached(artifacts)
+    assert not list(artifacts.cache.rglob(".evicted-*"))
+
+
+def test_two_processes_do_not_evict_at_once(tmp_path: Path, stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifacts = Artifacts(stored, tmp_path / "cache")
+    fetched(artifacts, 0, 1)
+    released()
+    first, second = Cache(artifacts.cache, max_bytes=0), Cache(artifacts.cache, max_bytes=0)
+    freed: list[int] = []
+    monkeypatch.setattr(cache, "_remove_left_over", lambda _: freed.append(second.evict()))
+    assert first.evict() == 2 * SIZE
+    assert freed == [0]

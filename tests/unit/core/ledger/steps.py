@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -15,22 +16,18 @@ from core.ledger.database import alembic_config
 
 
 def race(*calls: Callable[[], object]) -> list[Any]:
-    """The results or exceptions of each thread's call, in the order in which they ended."""
-    barrier, results = threading.Barrier(len(calls)), []
+    """The result or exception of each call, all made at once, each in a thread."""
+    barrier = threading.Barrier(len(calls))
 
-    def run(call: Callable[[], object]) -> None:
+    def run(call: Callable[[], object]) -> object:
         barrier.wait(30)
         try:
-            results.append(call())
+            return call()
         except Exception as error:
-            results.append(error)
+            return error
 
-    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return results
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(run, calls, timeout=90))
 
 
 def errors(results: list[Any]) -> list[str]:

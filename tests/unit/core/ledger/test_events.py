@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import update
 
 from core.errors import LeaseLost, LedgerError, ReleaseConflict
-from core.ledger import Ledger
+from core.ledger import DeletionRow, Ledger
 from core.ledger import rows as t
 from core.ledger.events import EVENT_TYPES, MAX_DATA_BYTES
 from core.ledger.leases import check_lease
@@ -21,7 +21,7 @@ def events(ledger: Ledger) -> dict[str, dict[str, Any]]:
     return {row.event_id: row.data for row in reversed(ledger.events())}
 
 
-def test_the_way_of_an_update_into_service_is_told_step_by_step(ledger: Ledger) -> None:
+def test_the_way_of_an_update_into_service_and_back_is_told_with_the_fields_of_the_page(ledger: Ledger) -> None:
     ledger.register_adapter("clip-a", "clip", "base", "space-i", "space-t", {})
     begin(ledger)
     ledger.advance_update("u1", "trained", adapter="clip-a")
@@ -46,18 +46,21 @@ def test_the_way_of_an_update_into_service_is_told_step_by_step(ledger: Ledger) 
         "reason": "because", "share": 1.0,
     }  # fmt: skip
     assert (found["proposal-1-committed"]["release"], found["proposal-1-committed"]["state"]) == (1, "committed")
-
-
-def test_a_rollback_is_told_as_a_release_and_as_a_rollback_to_the_release_that_had_these_adapters(
-    ledger: Ledger,
-) -> None:
-    for clip in (None, "clip-a", "clip-b"):
+    for clip in ("clip-b", None):
         release(ledger, clip)
-    row = ledger.propose("rollback", family="both", clip="clip-a", actor="bob", reason="bad")
-    release(ledger, "clip-a", proposal=row.id)
+    back = ledger.propose("rollback", family="both", clip="clip-a", actor="bob", reason="bad")
+    release(ledger, "clip-a", proposal=back.id)
     found = events(ledger)
-    assert found["rollback-4"] == {"number": 4, "to": 2, "actor": "ann", "reason": "because"}
+    assert found["rollback-4"] == {"number": 4, "to": 1, "actor": "ann", "reason": "because"}
     assert (found["release-4"]["clip"], found["release-4"]["previous"]) == ("clip-a", 3)
+    prose = Page(ROOT / "docs" / "events.md").prose
+    lines = {line.split("`")[1]: line for line in prose.splitlines() if line.startswith("| `ratchet.")}
+    assert set(lines) == set(EVENT_TYPES.values())
+    seen = {event.type: event for event in ledger.events()}
+    assert len(seen) == 5
+    for kind, event in seen.items():
+        assert all(f"`{name}`" in lines[kind] for name in event.data), kind
+        assert event.event_id.split("-")[0] == kind.split(".")[1] and f"`{event.event_id.split('-')[0]}-" in lines[kind]
 
 
 def test_what_is_repeated_after_a_crash_is_told_once_and_what_fails_not_at_all(ledger: Ledger) -> None:
@@ -119,25 +122,29 @@ def test_an_event_that_could_not_be_published_is_refused(ledger: Ledger, event: 
     assert ledger.events() == []
 
 
-def test_marked_events_wait_no_more_and_know_where_they_are(ledger: Ledger) -> None:
-    for number in range(3):
-        ledger.record_event("ratchet.gap.v1", f"gap-{number}", "t:0", {})
-    epoch = ledger.acquire_lease("events", "a", 60)
-    assert epoch is not None
-    first, second, third = ledger.waiting_events()
-    ledger.mark_published({first.id: (0, 2**40), second.id: (1, 7)}, lease="events", epoch=epoch)
-    assert [row.id for row in ledger.waiting_events()] == [third.id]
-    assert ledger.count_waiting_events() == 1
-    assert [(row.partition, row.offset) for row in reversed(ledger.events())] == [(0, 2**40), (1, 7), (None, None)]
-
-
-def test_a_publisher_that_lost_its_lease_marks_nothing(ledger: Ledger) -> None:
-    ledger.record_event("ratchet.gap.v1", "gap-0", "t:0", {})
+def test_published_events_wait_no_more_and_are_removed_later_and_the_lease_is_checked(ledger: Ledger) -> None:
+    for name, kind in (("old", "release"), ("new", "release"), ("lost", "gap"), ("waits", "release")):
+        ledger.record_event(EVENT_TYPES[kind], name, name, {})
     slept = ledger.acquire_lease("events", "a", seconds=0)
-    assert slept is not None and ledger.acquire_lease("events", "b", 60) == slept + 1
+    epoch = ledger.acquire_lease("events", "b", 60)
+    assert slept is not None and epoch == slept + 1
+    ids = {row.event_id: row.id for row in ledger.events()}
+    published = {ids["old"]: (0, 2**40), ids["new"]: (1, 7), ids["lost"]: (0, 1)}
     with pytest.raises(LeaseLost, match="b"):
-        ledger.mark_published({ledger.waiting_events()[0].id: (0, 0)}, lease="events", epoch=slept)
-    assert ledger.count_waiting_events() == 1
+        ledger.mark_published(published, lease="events", epoch=slept)
+    assert ledger.count_waiting_events() == 4
+    ledger.mark_published(published, lease="events", epoch=epoch)
+    assert [row.id for row in ledger.waiting_events()] == [ids["waits"]] and ledger.count_waiting_events() == 1
+    places = [(row.partition, row.offset) for row in reversed(ledger.events())]
+    assert places == [*published.values(), (None, None)]
+    now = datetime.now(UTC)
+    with ledger.database.write() as session:
+        aged = update(t.EventRow).where(t.EventRow.event_id.in_(["old", "waits", "lost"]))
+        session.execute(aged.values(time=now - timedelta(days=8)))
+    assert ledger.prune_events(now - timedelta(days=7)) == 1
+    assert set(events(ledger)) == {"waits", "new", "lost"}
+    assert not ledger.record_event(EVENT_TYPES["gap"], "lost", "lost", {}), "a gap is told once"
+    assert ledger.prune_events(now - timedelta(days=7)) == 0
 
 
 def test_a_lease_has_one_holder_until_it_runs_out_or_is_given_back(ledger: Ledger) -> None:
@@ -153,6 +160,8 @@ def test_a_lease_has_one_holder_until_it_runs_out_or_is_given_back(ledger: Ledge
     assert (row := ledger.lease("job")) is not None and row.holder == "b"
     ledger.release_lease("job", second)
     assert ledger.acquire_lease("job", "b", 60) == 3
+    takes = [lambda name=name: ledger.acquire_lease("raced", name, 60) for name in "abcde"]  # type: ignore[misc]
+    assert sorted(race(*takes), key=str) == [1, None, None, None, None]
 
 
 def test_a_lease_is_not_taken_while_a_write_under_it_goes_on(ledger: Ledger) -> None:
@@ -171,39 +180,102 @@ def test_a_lease_is_not_taken_while_a_write_under_it_goes_on(ledger: Ledger) -> 
     assert taken == [epoch + 1] and ledger.count_waiting_events() == 0
 
 
-def test_of_many_that_want_a_lease_at_once_one_gets_it(ledger: Ledger) -> None:
-    takes = [lambda name=name: ledger.acquire_lease("job", name, 60) for name in "abcde"]  # type: ignore[misc]
-    assert sorted(race(*takes), key=str) == [1, None, None, None, None]
+SELECTOR = {"source": "cam", "before": "2026-01-01"}
 
 
-def test_the_page_lists_each_type_with_the_fields_that_its_events_have(ledger: Ledger) -> None:
-    test_the_way_of_an_update_into_service_is_told_step_by_step(ledger)
-    row = ledger.propose("rollback", family="both", clip=None, actor="bob", reason="bad")
-    release(ledger, None, proposal=row.id)
-    prose = Page(ROOT / "docs" / "events.md").prose
-    lines = {line.split("`")[1]: line for line in prose.splitlines() if line.startswith("| `ratchet.")}
-    assert set(lines) == set(EVENT_TYPES.values())
-    seen = {event.type: event for event in ledger.events()}
-    assert len(seen) == 5
-    for kind, event in seen.items():
-        assert all(f"`{name}`" in lines[kind] for name in event.data), kind
-        assert event.event_id.split("-")[0] == kind.split(".")[1] and f"`{event.event_id.split('-')[0]}-" in lines[kind]
+def ask(ledger: Ledger, name: str = "d1", **fields: Any) -> DeletionRow:
+    return ledger.request_deletion(name, SELECTOR, **{"actor": "ann", "reason": "asked to", **fields})
 
 
-def test_events_that_were_published_long_ago_are_removed_and_those_of_gaps_and_those_that_wait_stay(
-    ledger: Ledger,
-) -> None:
-    for name, kind in (("old", "release"), ("waits", "release"), ("new", "release"), ("lost", "gap")):
-        ledger.record_event(EVENT_TYPES[kind], name, name, {})
-    epoch = ledger.acquire_lease("events", "me", 60)
-    assert epoch is not None
-    ids = {row.event_id: row.id for row in ledger.events()}
-    ledger.mark_published({ids[name]: (0, 1) for name in ("old", "new", "lost")}, lease="events", epoch=epoch)
-    now = datetime.now(UTC)
-    with ledger.database.write() as session:
-        aged = update(t.EventRow).where(t.EventRow.event_id.in_(["old", "waits", "lost"]))
-        session.execute(aged.values(time=now - timedelta(days=8)))
-    assert ledger.prune_events(now - timedelta(days=7)) == 1
-    assert set(events(ledger)) == {"waits", "new", "lost"}
-    assert not ledger.record_event(EVENT_TYPES["gap"], "lost", "lost", {}), "a gap is told once"
-    assert ledger.prune_events(now - timedelta(days=7)) == 0
+def removed(ledger: Ledger, name: str = "d1", samples: int = 2, version: int = 7) -> None:
+    adapters = {"learned": ["clip-a"], "may_have_replayed": []}
+    ledger.deletion_removed(name, samples=samples, refusals=1, adapters=adapters, store_version=version)
+
+
+def found(ledger: Ledger, name: str = "d1") -> DeletionRow:
+    row = ledger.deletion(name)
+    assert row is not None
+    return row
+
+
+def test_a_request_is_recorded_once_and_goes_from_requested_to_removed_to_done_and_not_back(ledger: Ledger) -> None:
+    first = ask(ledger)
+    assert (first.state, first.selector, first.actor, first.reason) == ("requested", SELECTOR, "ann", "asked to")
+    assert (first.samples, first.version, first.removed_at, first.done_at) == (0, None, None, None)
+    assert ask(ledger, actor="bob", reason="again") == first
+    [row] = ledger.audit_rows()
+    assert (row.actor, row.action, row.subject) == ("ann", "delete", "deletion d1")
+    assert row.detail == {"reason": "asked to", "selector": SELECTOR}
+    assert ledger.deletion("d2") is None
+    removed(ledger)
+    then = found(ledger)
+    assert (then.state, then.samples, then.refusals, then.removed_version) == ("removed", 2, 1, 7)
+    assert then.adapters["learned"] == ["clip-a"] and then.removed_at is not None and then.version is None
+    ledger.deletions_rewritten(["d1", "unknown"], 9)
+    ledger.deletions_rewritten(["d1"], 12)
+    assert found(ledger).version == 9, "the first version that has it no more"
+    ledger.deletion_reopened("d1")
+    assert found(ledger).version is None, "what is found later has to be written out again"
+    removed(ledger, samples=3, version=13)
+    again = found(ledger)
+    assert (again.samples, again.removed_version, again.removed_at) == (3, 13, then.removed_at)
+    ledger.deletions_rewritten(["d1"], 14)
+    ledger.deletion_done("d1")
+    done = found(ledger)
+    assert (done.state, done.version) == ("done", 14) and done.done_at is not None
+    removed(ledger, samples=5)
+    ledger.deletion_reopened("d1")
+    ledger.deletions_rewritten(["d1"], 20)
+    assert found(ledger) == done
+
+
+def test_its_end_is_an_audit_row_and_an_event_and_both_once(ledger: Ledger) -> None:
+    ask(ledger)
+    removed(ledger)
+    assert race(*[lambda: ledger.deletion_done("d1")] * 4) == [None] * 4
+    [event] = ledger.events()
+    assert (event.type, event.event_id, event.subject) == (EVENT_TYPES["deletion"], "deletion-d1", "deletion d1")
+    expected = {
+        "selector": SELECTOR, "samples": 2, "refusals": 1, "actor": "ann", "reason": "asked to",
+        "adapters": {"learned": ["clip-a"], "may_have_replayed": []}, "remains": None,
+    }  # fmt: skip
+    assert event.data == expected
+    assert [(row.actor, row.action, row.detail) for row in ledger.audit_rows(1)] == [("maintain", "deleted", expected)]
+    assert len(ledger.audit_rows()) == 2
+    lines = Page(ROOT / "docs" / "events.md").prose.splitlines()
+    [line] = [each for each in lines if "`ratchet.deletion.v1`" in each[:30]]
+    assert all(f"`{name}`" in line for name in event.data)
+    for offset in range(3):  # names of which an event's ID holds only a part
+        name = f"tombstone {'t' * 249}:0:{offset}"
+        ask(ledger, name)
+        removed(ledger, name)
+        ledger.deletion_done(name)
+    assert len({each.event_id for each in ledger.events()}) == 4
+
+
+def test_an_update_lists_what_was_carried_out_before_its_version_and_each_is_listed_once(ledger: Ledger) -> None:
+    for name in ("early", "late", "asked"):
+        ask(ledger, name)
+    removed(ledger, "early", version=7)
+    removed(ledger, "late", version=20)
+    assert [row.id for row in ledger.list_deletions_in("u1", 10)] == ["early"]
+    assert [row.id for row in ledger.list_deletions_in("u1", 10)] == ["early"], "asked again, as after a crash"
+    assert [row.id for row in ledger.list_deletions_in("u2", 30)] == ["late"]
+    assert [found(ledger, name).update_id for name in ("early", "late", "asked")] == ["u1", "u2", None]
+
+
+def test_deletions_are_listed_by_age_and_state_and_counted_by_name(ledger: Ledger) -> None:
+    for number, name in enumerate(["a", "tombstone t:0:1", "b_"]):
+        ask(ledger, name)
+        with ledger.database.write() as session:
+            session.get_one(t.DeletionRow, name).requested_at -= timedelta(hours=number)
+    removed(ledger, "a")
+    assert [row.id for row in ledger.deletions()] == ["a", "tombstone t:0:1", "b_"]
+    assert [row.id for row in ledger.deletions(2, oldest_first=True)] == ["b_", "tombstone t:0:1"]
+    assert [row.id for row in ledger.deletions(states=["removed"])] == ["a"]
+    assert ledger.count_deletions("tombstone ") == 1 and ledger.count_deletions("b%") == 0
+    assert ledger.count_deletions(states=["requested", "removed"]) == ledger.count_deletions() == 3
+    assert ledger.deletion_ids("tombstone ") == {"tombstone t:0:1"}
+    for oldest in ("b_", "tombstone t:0:1"):
+        assert (row := ledger.oldest_deletion()) is not None and row.id == oldest
+        ledger.deletion_done(oldest)

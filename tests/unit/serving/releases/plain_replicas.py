@@ -25,9 +25,13 @@ from serving.releases.types import (
 
 @dataclass
 class PlainBroadcast:
-    """Two encoders and a VLM that can serve everything not named in ``broken``."""
+    """Two encoders and a VLM that can serve everything not named in ``broken`` or ``gone``; the second encoder also
+    has copies of ``cached`` adapters.
+    """
 
     broken: dict[str, str] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
+    cached: set[str] = field(default_factory=set)
     never: set[str] = field(default_factory=set)
     stuck: str = ""
     """The image space whose coverage takes until ``unstick``."""
@@ -56,22 +60,26 @@ class PlainBroadcast:
         if name in self.never:
             await asyncio.Event().wait()
 
+    def encoder(self, replica: int, clip: str | None) -> Prepared:
+        if clip in self.gone and not (replica == 2 and clip in self.cached):
+            return Prepared(f"r{replica}", clip, error="no file", cause="adapter")
+        error = self.broken.get(clip or "", "")
+        return Prepared(f"r{replica}", clip, self.spaces.get((replica, clip), f"i-{clip}"), f"t-{clip}", error)
+
     async def prepare(self, clip: str | None) -> list[Prepared]:
         await self._pass("prepare")
         self.prepared.append(clip)
         if self.gate is not None:
             await self.gate.wait()
-        error = self.broken.get(clip or "", "")
-        return [
-            Prepared(f"r{replica}", clip, self.spaces.get((replica, clip), f"i-{clip}"), f"t-{clip}", error)
-            for replica in (1, 2)
-        ]
+        return [self.encoder(replica, clip) for replica in (1, 2)]
 
     async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
         await self._pass("prepare_vlm")
         self.prepared_vlm.append(vlm)
         if self.gate is not None:
             await self.gate.wait()
+        if vlm in self.gone:
+            return [Prepared("v1", vlm, error="no file", cause="adapter")]
         return [Prepared("v1", vlm, error=self.broken.get(vlm or "", ""))]
 
     async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
@@ -145,9 +153,8 @@ class Server(ReleaseProtocol):
     def propose(self, family: Family = "clip", name: str = "a", other: str | None = None) -> int:
         """An update that passed the gate; ``other``: the other family's adapter at that time."""
         clip, vlm = (name, other) if family == "clip" else (other, name)
-        return self.ledger.propose(
-            "update", family=family, clip=clip, vlm=vlm, actor="updater", reason="passed"
-        ).id  # fmt: skip
+        made = self.ledger.propose("update", family=family, clip=clip, vlm=vlm, actor="updater", reason="passed")
+        return made.id
 
     async def create(self, share: float = 1.0, expected: int | None = None, **adapters: str | None) -> ReleaseResult:
         """Release these adapters on top of the live ones. ``expected``: the release that the operator looked at."""

@@ -20,12 +20,22 @@ from tests.unit.serving.releases.plain_replicas import PlainBroadcast, Server
 
 
 @pytest.fixture
-async def two(ledger: Ledger) -> tuple[Server, Server, ControllerLease]:
-    lease = ControllerLease(ledger)
-    await lease.keep()
-    leading, beside = Server(ledger, lease=lease), Server(ledger, lease=ControllerLease(ledger))
-    await leading.start()
-    return leading, beside, lease
+async def lease(ledger: Ledger) -> ControllerLease:
+    made = ControllerLease(ledger)
+    await made.keep()
+    return made
+
+
+@pytest.fixture
+async def leading(ledger: Ledger, lease: ControllerLease) -> Server:
+    made = Server(ledger, lease=lease)
+    assert await made.start() is not None, "the first release"
+    return made
+
+
+@pytest.fixture
+def beside(ledger: Ledger) -> Server:
+    return Server(ledger, lease=ControllerLease(ledger))
 
 
 async def ordered(server: Server, clip: str) -> asyncio.Task[ReleaseResult]:
@@ -35,33 +45,24 @@ async def ordered(server: Server, clip: str) -> asyncio.Task[ReleaseResult]:
     return task
 
 
-async def test_a_lease_has_one_holder_and_its_epoch_grows(ledger: Ledger) -> None:
-    first, second = ControllerLease(ledger, seconds=0.0), ControllerLease(ledger)
-    assert await first.keep() and await second.keep(), "the first one ran out"
-    assert await first.keep() and not await second.keep()
-    assert (first.epoch, second.epoch) == (None, 2)
-    second.give_back()
-    assert await first.keep() and first.epoch == 3
-
-
 async def test_a_controller_that_slept_past_its_lease_changes_nothing(ledger: Ledger) -> None:
     sleeper, second = ControllerLease(ledger, seconds=0.0), ControllerLease(ledger)
-    await sleeper.keep()
+    assert await sleeper.keep()
+    with pytest.raises(LeaseLost):  # the first release is made by one
+        await Server(ledger, lease=second).start()
     server = Server(ledger, lease=sleeper)
     await server.start()
     update = server.propose()
-    await second.keep()
+    assert await second.keep()
     with pytest.raises(LeaseLost):
         await server.step()
     with pytest.raises(LeaseLost):
         await server.create(clip="b")
     assert (ledger.proposal(update).state, server.live[0]) == ("pending", 1)
+    assert await sleeper.keep() and not await second.keep() and (sleeper.epoch, second.epoch) == (None, 2)
 
 
-async def test_what_is_ordered_beside_the_leader_is_carried_out_by_it(
-    two: tuple[Server, Server, ControllerLease],
-) -> None:
-    leading, beside, _ = two
+async def test_what_is_ordered_beside_the_leader_is_carried_out_by_it(leading: Server, beside: Server) -> None:
     await beside.start()
     order = await ordered(beside, "a")
     assert (await leading.step()) is not None
@@ -75,13 +76,13 @@ async def test_what_is_ordered_beside_the_leader_is_carried_out_by_it(
         await order
 
 
+@pytest.mark.usefixtures("leading")
 @pytest.mark.parametrize("preparing", [False, True])
 async def test_what_is_ordered_beside_a_leader_that_stands_still_fails_and_says_so(
-    two: tuple[Server, Server, ControllerLease], monkeypatch: pytest.MonkeyPatch, preparing: bool
+    beside: Server, monkeypatch: pytest.MonkeyPatch, preparing: bool
 ) -> None:
     monkeypatch.setattr(leadership, "FOLLOW_SECONDS", 0.01)
     monkeypatch.setattr(leadership, "STANDSTILL_SECONDS", 0.1)
-    beside = two[1]
     order = await ordered(beside, "a")
     (proposal,) = beside.ledger.pending_proposals()
     if preparing:
@@ -92,11 +93,10 @@ async def test_what_is_ordered_beside_a_leader_that_stands_still_fails_and_says_
 
 
 async def test_what_a_leader_prepares_for_long_is_waited_for(
-    two: tuple[Server, Server, ControllerLease], monkeypatch: pytest.MonkeyPatch
+    leading: Server, beside: Server, lease: ControllerLease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(leadership, "FOLLOW_SECONDS", 0.01)
     monkeypatch.setattr(leadership, "STANDSTILL_SECONDS", 2.0)  # a busy machine stands still for most of a second
-    leading, beside, lease = two
     leading.broadcast.gate = asyncio.Event()
     order = await ordered(beside, "a")
     step = asyncio.create_task(leading.step())
@@ -108,10 +108,7 @@ async def test_what_a_leader_prepares_for_long_is_waited_for(
     assert (await order).number == 2
 
 
-async def test_a_rollback_needs_no_lease_and_what_the_leader_prepares_meanwhile_conflicts(
-    two: tuple[Server, Server, ControllerLease],
-) -> None:
-    leading, beside, _ = two
+async def test_a_rollback_needs_no_lease_and_what_a_leader_prepares_conflicts(leading: Server, beside: Server) -> None:
     await leading.create(clip="a")
     await beside.start()
     leading.broadcast.gate = asyncio.Event()
@@ -122,15 +119,6 @@ async def test_a_rollback_needs_no_lease_and_what_the_leader_prepares_meanwhile_
     with pytest.raises(ReleaseConflict):
         await slow
     assert leading.live == (3, None, None)
-
-
-async def test_the_first_release_is_made_by_one_of_two(ledger: Ledger) -> None:
-    leader, other = ControllerLease(ledger), ControllerLease(ledger)
-    await leader.keep()
-    await other.keep()
-    with pytest.raises(LeaseLost):
-        await Server(ledger, lease=other).start()
-    assert await Server(ledger, lease=leader).start() is not None
 
 
 class Controllers:
@@ -169,9 +157,7 @@ def servers(tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> 
     servers.stop_all()
 
 
-async def test_the_second_server_follows_and_takes_over_when_the_first_one_stops(
-    servers: Controllers, ledger: Ledger
-) -> None:
+async def test_the_second_server_follows_and_takes_over_from_the_first(servers: Controllers, ledger: Ledger) -> None:
     first = await servers.start()
     await until(lambda: first.lease.epoch is not None and ledger.live() is not None)
     second = await servers.start()

@@ -6,11 +6,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
 
-from core.ledger import ReleaseRow
+from core.ledger import Family, ReleaseRow
 from core.settings.serving import Rollout
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
 from serving.errors import AdapterUnservable, QueueFull
@@ -33,13 +34,11 @@ from tests.support.waiting import until
 DIM = 16
 FIXED = [[1, token, 2] for token in range(100, 120)]
 """Token IDs of the texts that images are ranked against."""
-NOW = datetime.now(UTC)
 
 
-def row(number: int, clip: str | None, vlm: str | None = None, share: float = 1.0) -> ReleaseRow:
-    return ReleaseRow(
-        number=number, clip=clip, vlm=vlm, actor="me", reason="test", proposal_id=None, created_at=NOW, share=share
-    )
+def row(number: int, clip: str | None, vlm: str | None = None) -> ReleaseRow:
+    now = datetime.now(UTC)
+    return ReleaseRow(number=number, clip=clip, vlm=vlm, actor="me", reason="r", proposal_id=None, created_at=now)
 
 
 def watch(clip: str | None = "new", vlm: str | None = None, until: float = math.inf, number: int = 2) -> GuardTarget:
@@ -62,8 +61,9 @@ class Models:
             raise RuntimeError("no replica")
         if adapter in self.gone:
             return EncodeResult(None, adapter, code="adapter", error="its file is damaged")
-        rows = [hash((str(np.asarray(item).tobytes()), adapter if adapter in self.broken else "")) for item in payload]
-        vectors = [np.random.default_rng(abs(seed)).standard_normal(DIM) for seed in rows]
+        own = (adapter or "").encode() if adapter in self.broken else b""
+        seeds = [crc32(np.asarray(item).tobytes() + own) for item in payload]
+        vectors = [np.random.default_rng(seed).standard_normal(DIM) for seed in seeds]
         return EncodeResult(np.asarray(vectors, np.float32), adapter)
 
     async def reply(self, ask: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
@@ -108,7 +108,7 @@ async def send_texts(shadow_traffic: ShadowTraffic, count: int) -> None:
 
 
 @pytest.mark.parametrize(("broken", "least", "most"), [((), 12, 12), (("new",), 0, 1)])
-async def test_a_release_that_says_the_same_agrees_and_a_broken_one_hardly_ever(
+async def test_an_equal_release_agrees_and_a_broken_one_does_not(
     comparer_of: Any, broken: tuple[str, ...], least: int, most: int
 ) -> None:
     shadow_traffic = comparer_of(Models(broken=broken), watch())
@@ -117,7 +117,7 @@ async def test_a_release_that_says_the_same_agrees_and_a_broken_one_hardly_ever(
     assert shadow_traffic.observations({}).release == 2
 
 
-async def test_the_same_input_again_is_no_new_evidence(comparer_of: Any) -> None:
+async def test_a_repeated_input_is_no_new_evidence_and_of_a_large_request_some_items_are(comparer_of: Any) -> None:
     models = Models()
     shadow_traffic = comparer_of(models, watch())
     await send_texts(shadow_traffic, 1)
@@ -126,25 +126,27 @@ async def test_the_same_input_again_is_no_new_evidence(comparer_of: Any) -> None
     shadow_traffic.clip("text", [[7, 7]])
     await until(lambda: seen(shadow_traffic).inputs == 2)
     assert len([adapter for adapter, _ in models.asked if adapter == "new"]) == 3  # the fixed texts, and two inputs
-
-
-async def test_of_a_large_request_only_some_items_are_compared(comparer_of: Any) -> None:
-    models = Models()
-    shadow_traffic = comparer_of(models, watch())
     shadow_traffic.clip("image", np.random.default_rng(0).integers(0, 255, (30, 8, 8, 3), np.uint8))
-    await until(lambda: seen(shadow_traffic).inputs == ITEMS)
+    await until(lambda: seen(shadow_traffic).inputs == 2 + ITEMS)
     assert models.asked[-1][1] == ITEMS
 
 
-async def test_what_cannot_be_served_counts_as_failed_and_a_replica_that_is_away_does_not(comparer_of: Any) -> None:
-    gone = comparer_of(Models(gone=("new",)), watch())
-    gone.clip("text", [[9]])
-    await until(lambda: seen(gone).tried == 1)
-    assert (seen(gone).failed, seen(gone).incumbent_failed, seen(gone).dropped) == (1, 0, 0)
-    away = comparer_of(Models(busy=True), watch())
-    away.clip("text", [[9]])
-    await until(lambda: seen(away).dropped == 1)
-    assert (seen(away).tried, seen(away).failed) == (0, 0)
+@pytest.mark.parametrize("family", ["clip", "vlm"])
+async def test_what_cannot_be_served_counts_as_failed_and_a_replica_that_is_away_does_not(
+    comparer_of: Any, family: Family
+) -> None:
+    def offered(models: Models) -> ShadowTraffic:
+        shadow_traffic: ShadowTraffic = comparer_of(models, watch("new", "new"))
+        if family == "clip":
+            shadow_traffic.clip("text", [[9]])
+        else:
+            shadow_traffic.vlm(question(np.zeros((4, 4, 3), np.uint8), "colour?"))
+        return shadow_traffic
+
+    gone, away = offered(Models(gone=("new",))), offered(Models(busy=True))
+    await until(lambda: seen(gone, family).tried == seen(away, family).dropped == 1)
+    assert (seen(gone, family).failed, seen(gone, family).incumbent_failed, seen(gone, family).dropped) == (1, 0, 0)
+    assert (seen(away, family).tried, seen(away, family).failed) == (0, 0)
 
 
 async def test_what_finds_no_place_is_dropped_at_once(comparer_of: Any) -> None:
@@ -152,30 +154,24 @@ async def test_what_finds_no_place_is_dropped_at_once(comparer_of: Any) -> None:
     models.gate = asyncio.Event()
     shadow_traffic = comparer_of(models, watch())
     await asyncio.sleep(0)
-    began = time.perf_counter()
     for number in range(1000):
         shadow_traffic.clip("text", [[number, 1]])
-    assert time.perf_counter() - began < 5.0
     assert 1000 - WAITING - 1 <= seen(shadow_traffic).dropped <= 1000 - WAITING
 
 
-async def test_a_family_that_the_release_leaves_alone_is_not_compared(comparer_of: Any) -> None:
-    models = Models()
+@pytest.mark.parametrize(("broken", "agreed"), [((), 3), (("v",), 0)])
+async def test_vlms_agree_by_greedy_answers_and_what_did_not_change_is_not_compared(
+    comparer_of: Any, broken: Sequence[str], agreed: int
+) -> None:
+    models = Models(broken=broken)
     shadow_traffic = comparer_of(models, watch(clip=None, vlm="v"))
     shadow_traffic.clip("text", [[9]])
-    shadow_traffic.vlm(question(np.zeros((4, 4, 3), np.uint8), "colour?"))
-    await until(lambda: seen(shadow_traffic, "vlm").inputs == 1)
-    assert set(shadow_traffic.observations({}).compared) == {"vlm"}
-    assert {adapter for adapter, _ in models.asked} == {"v", None}
-
-
-@pytest.mark.parametrize(("broken", "agreed"), [((), 3), (("v",), 0)])
-async def test_vlms_agree_by_their_greedy_answers(comparer_of: Any, broken: Sequence[str], agreed: int) -> None:
-    shadow_traffic = comparer_of(Models(broken=broken), watch(clip=None, vlm="v"))
     for number in range(3):
         shadow_traffic.vlm(question(np.full((4, 4, 3), number, np.uint8), "colour?", max_tokens=100))
     await until(lambda: seen(shadow_traffic, "vlm").inputs == 3)
     assert seen(shadow_traffic, "vlm").agreed == agreed
+    assert set(shadow_traffic.observations({}).compared) == {"vlm"}
+    assert {adapter for adapter, _ in models.asked} == {"v", None}
 
 
 async def test_the_next_release_is_compared_from_nothing_and_the_end_of_the_watch_ends_it(comparer_of: Any) -> None:
@@ -199,14 +195,21 @@ def unit(random: np.random.Generator, *shape: int) -> np.ndarray:
     return made / np.linalg.norm(made, axis=-1, keepdims=True)
 
 
-def turned(random: np.random.Generator) -> np.ndarray:
-    return np.linalg.qr(random.standard_normal((WIDE, WIDE)))[0].astype(np.float32)
-
-
-def test_a_space_that_is_only_turned_agrees_wholly() -> None:
+def test_a_space_that_is_only_turned_agrees_wholly_and_a_collapsed_one_never() -> None:
     random = np.random.default_rng(0)
-    one, references, turn = unit(random, WIDE), unit(random, MANY, WIDE), turned(random)
+    one, references = unit(random, WIDE), unit(random, MANY, WIDE)
+    turn = np.linalg.qr(random.standard_normal((WIDE, WIDE)))[0].astype(np.float32)
     assert order(one, list(references), one @ turn, list(references @ turn)) == pytest.approx(1.0)
+    same = np.tile(one, (MANY, 1))
+    assert order(one, list(same), unit(random, WIDE), list(references)) < 0.5
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_a_vector_that_says_nothing_never_agrees(value: float) -> None:
+    random = np.random.default_rng(2)
+    references = list(unit(random, MANY, WIDE))
+    with np.errstate(invalid="ignore"):
+        assert order(np.full(WIDE, value, np.float32), references, unit(random, WIDE), references) == 0.0
 
 
 def test_another_model_disagrees_about_nearly_everything() -> None:
@@ -215,20 +218,6 @@ def test_another_model_disagrees_about_nearly_everything() -> None:
     neighbours.fix(unit(random, len(TEXTS), WIDE), unit(random, len(TEXTS), WIDE))
     found = [neighbours.judge("image", unit(random, WIDE), unit(random, WIDE)) for _ in range(200)]
     assert sum(map(bool, found)) <= 4
-
-
-@pytest.mark.parametrize("broken", [np.zeros(WIDE), np.full(WIDE, np.nan), np.full(WIDE, np.inf)])
-def test_a_vector_that_says_nothing_never_agrees(broken: np.ndarray) -> None:
-    random = np.random.default_rng(2)
-    references = list(unit(random, MANY, WIDE))
-    with np.errstate(invalid="ignore"):
-        assert order(broken.astype(np.float32), references, unit(random, WIDE), references) == 0.0
-
-
-def test_a_collapsed_model_never_agrees() -> None:
-    random = np.random.default_rng(3)
-    same = np.tile(unit(random, WIDE), (MANY, 1))
-    assert order(same[0], list(same), unit(random, WIDE), list(unit(random, MANY, WIDE))) < 0.5
 
 
 def test_texts_are_ranked_against_images_once_there_are_enough() -> None:
