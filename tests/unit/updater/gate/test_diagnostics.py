@@ -13,7 +13,7 @@ import pytest
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, sample
-from tests.unit.gate.builders import fresh_suite, outcomes, picture, question_rows, sample_rows
+from tests.unit.updater.gate.builders import fresh_suite, outcomes, picture, question_rows, sample_rows
 from updater.gate.decision import Scores
 from updater.gate.diagnostics import (
     Counts,

@@ -6,7 +6,7 @@ import pytest
 
 from core.errors import GateError
 from core.settings.updates import Gate
-from tests.unit.gate.builders import folder_dataset, fresh_suite, fresh_suites, picture, sample_rows
+from tests.unit.updater.gate.builders import folder_dataset, fresh_suite, fresh_suites, picture, sample_rows
 from updater.gate.suite_items import grade, majority, normalise
 from updater.gate.suites import BUILTIN, MAX_ITEMS, Suite, load_suites
 

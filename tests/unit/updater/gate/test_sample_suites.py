@@ -16,7 +16,7 @@ from core.ledger import Ledger, UpdateRow
 from core.settings import Settings
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
-from tests.unit.gate.builders import TableImages, fresh_suite, fresh_suites, picture, question_rows, sample_rows
+from tests.unit.updater.gate.builders import TableImages, fresh_suite, fresh_suites, picture, question_rows, sample_rows
 from updater.gate.sample_suites import (
     CAPACITY,
     MOST_DOMAINS,

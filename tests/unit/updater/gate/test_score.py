@@ -13,7 +13,7 @@ from core.settings.updates import Gate
 from serving.engines.backends import EngineChoice
 from serving.engines.clip import ClipEngine
 from tests.support.tiny import tiny_adapter, tiny_base
-from tests.unit.gate.builders import TableImages, folder_dataset, fresh_suite, sample_rows
+from tests.unit.updater.gate.builders import TableImages, folder_dataset, fresh_suite, sample_rows
 from updater.gate.clip import AcrossBasesEvaluator, ClipEvaluator, base_alone
 from updater.gate.gate_command import EngineScore, engine_scores
 from updater.gate.interim_analyses import AnalysisPlan

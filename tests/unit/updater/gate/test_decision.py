@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.unit.gate.builders import changed, outcomes, ranked, scores, suite_over
+from tests.unit.updater.gate.builders import changed, outcomes, ranked, scores, suite_over
 from updater.gate.decision import RANK_STATISTIC, Findings, Scores, conclude, decide
 from updater.gate.verdict import Check, SuiteResult
 
