@@ -20,7 +20,6 @@ from updater.gate.diagnostics import (
     StoreCounts,
     concept_of,
     content_words,
-    count_terms,
     feature_shift,
     hard_pairs,
     interval,
@@ -40,57 +39,43 @@ from updater.gate.verdict import Diagnostics, YesShare
 CAPTIONS = ["A red fox.", "the fox, red and asleep", "a red car", "An OWL", "foxes"]
 
 
-def store_of(home: Path, captions: Iterable[str], **fields: Any) -> tuple[SampleStore, int]:
+def counter(home: Path, captions: Iterable[str], having: Any = "text", **fields: Any) -> StoreCounts:
+    """Counts over captions, beside a held-out sample and a question."""
     store = SampleStore(str(home / "lake"))
     rows = [sample(0, n, text=text, **fields) for n, text in enumerate(captions)]
     rows += [sample(0, 900, text="a red fox", split="fresh_eval"), sample(0, 901, text="", question="a red fox?")]
-    return store, put(store, rows, Position(TOPIC, 0, 902))
-
-
-def counts_in(home: Path, captions: Iterable[str], concepts: list[str], **fields: Any) -> list[int]:
-    store, version = store_of(home, captions, **fields)
-    seen = StoreCounts(store, version, "text")(concepts)
-    return [seen[concept] for concept in concepts]
+    return StoreCounts(store, put(store, rows, Position(TOPIC, 0, 902)), having, home / "cache")
 
 
 def test_a_sample_counts_that_has_all_words_of_a_concept_in_any_order(tmp_path: Path) -> None:
-    concepts = ["red fox", "fox red", "a fox", "the owl", "red owl", "wolf"]
-    assert counts_in(tmp_path / "captions", CAPTIONS, concepts) == [2, 2, 2, 1, 0, 0]
-    own = {"concept": "flag ao", "label": "wild_cat"}
-    assert counts_in(tmp_path / "own", ["a thing"] * 3, ["flag ao", "wild cat"], **own) == [3, 3]
-
-
-def test_held_out_samples_and_those_of_another_family_do_not_count(tmp_path: Path) -> None:
-    store, version = store_of(tmp_path, [])
-    assert StoreCounts(store, version, "text")(["red fox"]).rows == 0
-    assert StoreCounts(store, version, "question")(["red fox"])["red fox"] == 1
+    concepts = ["red fox", "fox red", "a fox", "the owl", "red owl", "wolf", "!?"]
+    seen = counter(tmp_path / "captions", CAPTIONS)(concepts)
+    assert [seen[concept] for concept in concepts] == [2, 2, 2, 1, 0, 0, 0]
+    seen = counter(tmp_path / "own", ["a thing"] * 3, concept="flag ao", label="wild_cat")(["flag ao", "wild cat"])
+    assert (seen["flag ao"], seen["wild cat"]) == (3, 3)
+    assert counter(tmp_path / "none", [])(["red fox"]).rows == 0, "held-out samples do not count"
+    assert counter(tmp_path / "asked", CAPTIONS, "question")(["red fox"])["red fox"] == 1, "nor another family's"
+    assert content_words("The A") == {"the", "a"}, "words of nothing but articles"
 
 
 def test_of_more_samples_than_the_bound_every_nth_is_looked_at_and_counts_are_scaled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, version = store_of(tmp_path, ["a fox"] * 100)
     monkeypatch.setattr("updater.gate.diagnostics.MAX_ROWS", 30)
     monkeypatch.setattr("streams.store.sample_store.BATCH_ROWS", 7)
-    seen = StoreCounts(store, version, "text")(["fox"])
+    seen = counter(tmp_path, ["a fox"] * 100)(["fox"])
     assert (seen["fox"], seen.rows, seen.counted) == (100, 100, 25)
 
 
 def test_what_was_counted_is_kept_for_the_same_version_and_concepts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, version = store_of(tmp_path, CAPTIONS)
-    first = StoreCounts(store, version, "text", tmp_path / "cache")(["red fox", "owl"])
-    monkeypatch.setattr(store, "addresses", lambda *_: pytest.fail("it was counted again"))
-    assert StoreCounts(store, version, "text", tmp_path / "cache")(["owl", "red fox"]) == first
+    counts = counter(tmp_path, CAPTIONS)
+    first = counts(["red fox", "owl"])
+    monkeypatch.setattr(counts.store, "addresses", lambda *_: pytest.fail("it was counted again"))
+    assert counts(["owl", "red fox"]) == first
     with pytest.raises(pytest.fail.Exception):
-        StoreCounts(store, version, "text", tmp_path / "cache")(["red car"])
-
-
-def test_a_text_of_nothing_but_articles_has_words_and_one_of_marks_has_none() -> None:
-    assert content_words("The A") == {"the", "a"}
-    assert content_words("!?") == frozenset()
-    assert count_terms([frozenset({"fox"})], [frozenset()])[0].tolist() == [0]
+        counts(["red car"])
 
 
 def suite_of(texts: list[str], concepts: list[str]) -> Suite:
@@ -101,32 +86,21 @@ def suite_of(texts: list[str], concepts: list[str]) -> Suite:
 def test_an_item_shows_its_class_its_concept_or_what_it_says() -> None:
     caption, item = Suite(name="c", task="retrieval"), Item("i", "a caption", "k", "n", "s", bytes)
     classes = Suite(name="k", task="classification", names={"n02": "red fox"})
-    question = Suite(name="q", task="vqa")
-
-    def asked(answer: str, concept: str = "") -> Item:
-        return Item("i", "what is it?", "k", "n", "s", bytes, (answer,), concept)
-
-    assert concept_of(caption, item) == "a caption"
-    assert concept_of(classes, Item("i", "n02", "k", "n", "s", bytes, concept="animal")) == "red fox"
-    assert [concept_of(question, asked("a fox")), concept_of(question, asked("yes"))] == ["a fox", "what is it?"]
-    assert concept_of(question, asked("yes", "red fox")) == "red fox"
-    sampled = fresh_suite(question_rows(2), family="vlm")
-    assert [concept_of(sampled, each) for each in sampled.items()] == [each.answers[0] for each in sampled.items()]
-    assert {concept_of(s, i) for s in [suite_of(["x", "y"], ["red fox", ""])] for i in s.items()} == {"red fox", "y"}
+    question, asked = Suite(name="q", task="vqa"), replace(item, text="what is it?")
+    assert [concept_of(caption, each) for each in (item, replace(item, concept="fox"))] == ["a caption", "fox"]
+    assert concept_of(classes, replace(item, text="n02", concept="animal")) == "red fox"
+    answers = [(("a fox",), ""), (("yes",), ""), (("yes",), "red fox")]
+    shown = [concept_of(question, replace(asked, answers=given, concept=concept)) for given, concept in answers]
+    assert shown == ["a fox", "what is it?", "red fox"]
 
 
 def test_a_loss_among_what_was_never_seen_shows_in_its_bin_alone() -> None:
-    texts = [f"number {n}" for n in range(200)]
-    suite = suite_of(texts, ["rare"] * 60 + ["common"] * 140)
+    suite = suite_of([f"number {n}" for n in range(200)], ["rare"] * 60 + ["common"] * 140)
     rare = np.array([item.concept == "rare" for item in suite.items()])
     before = np.ones((200, 2))
     after = np.where(rare[:, None] & (np.arange(200) % 2 == 0)[:, None], 0.0, before)
     scores = Scores(suite, outcomes(before), outcomes(before), outcomes(after), clusters=suite.clusters())
-
-    def counts(_: Iterable[str]) -> Counts:
-        return Counts({content_words("common"): 100}, 5000, 5000)
-
-    tail = measure_tail([scores], counts)
+    tail = measure_tail([scores], lambda _: Counts({content_words("common"): 100}, 5000, 5000))
     assert tail is not None
     never, often = tail.suites[suite.name]
     assert (never.name, never.n, often.name, often.n, often.units) == ("never", 60, "100+", 140, 140)
@@ -136,22 +110,16 @@ def test_a_loss_among_what_was_never_seen_shows_in_its_bin_alone() -> None:
     assert often.score.difference == 0 and often.score.ci_low < 0 < often.score.ci_high
     assert measure_tail([scores], lambda _: Counts({}, 0, 0)) is None, "nothing was trained on"
 
+    moves = np.repeat(np.random.default_rng(0).choice([0.0, 1.0], 20), 10)
+    alone, together = (interval(np.zeros(200), moves, c, 0) for c in (None, np.repeat(np.arange(20), 10)))
+    assert together.ci_high - together.ci_low > 2 * (alone.ci_high - alone.ci_low), "items that move together"
+
 
 @pytest.mark.parametrize(("count", "name"), [(0, "never"), (1, "1-9"), (9, "1-9"), (10, "10-99"), (100, "100+")])
 def test_bins_begin_where_their_names_say(count: int, name: str) -> None:
-    suite = suite_of(["x", "y"], ["fox", "fox"])
-    one = outcomes(np.ones((2, 2)))
-    scores = Scores(suite, one, one, one)
-    tail = measure_tail([scores], lambda _: Counts({content_words("fox"): count}, 200, 200))
+    suite, one = suite_of(["x", "y"], ["fox", "fox"]), outcomes(np.ones((2, 2)))
+    tail = measure_tail([Scores(suite, one, one, one)], lambda _: Counts({content_words("fox"): count}, 200, 200))
     assert tail is not None and [each.name for each in tail.suites[suite.name]] == [name]
-
-
-def test_the_interval_of_items_that_move_together_is_wider() -> None:
-    rng = np.random.default_rng(0)
-    moves = np.repeat(rng.choice([0.0, 1.0], 20), 10)
-    before = np.full(200, 0.0)
-    alone, together = (interval(before, moves, c, 0) for c in (None, np.repeat(np.arange(20), 10)))
-    assert together.ci_high - together.ci_low > 2 * (alone.ci_high - alone.ci_low)
 
 
 N, DIM, TWINS = 80, 64, 12
@@ -185,8 +153,7 @@ class GivenVectors:
     def _image(self, number: int, sight: float) -> np.ndarray:
         if number >= 2 * TWINS:
             return self.words[number]
-        twin = (number + TWINS) % (2 * TWINS)
-        own, other = self.words[number], self.words[twin]
+        own, other = self.words[number], self.words[(number + TWINS) % (2 * TWINS)]
         return (own + other) + 0.2 * sight * (own - other)
 
 
@@ -198,46 +165,41 @@ def suite(count: int = N) -> Suite:
     return fresh_suite(sample_rows(count, texts=[f"kind{n} shape{n} {n}" for n in range(count)]))
 
 
-def test_pairs_are_images_that_look_alike_and_whose_captions_differ() -> None:
-    asked = suite()
-    pairs = hard_pairs(GivenVectors({None: 0.1}), asked)  # type: ignore[arg-type]
+def items_of(count: int) -> list[Item]:
+    return [Item(f"i{n}", f"word{n} thing{n}", "", "", f"s{n}", bytes) for n in range(count)]
+
+
+def test_pairs_are_images_that_look_alike_and_whose_captions_differ_and_no_copies() -> None:
+    pairs = hard_pairs(GivenVectors({None: 0.1}), suite())  # type: ignore[arg-type]
     found = {tuple(sorted((_number(pair.first.text), _number(pair.second.text)))) for pair in pairs}
     assert found == {(n, n + TWINS) for n in range(TWINS)}
     assert all(pair.image_similarity > 0.9 and pair.text_similarity < 0.1 for pair in pairs)
 
-
-def test_copies_of_one_image_and_captions_of_the_same_words_are_no_pairs() -> None:
-    images = unit(np.random.default_rng(0).normal(size=(40, DIM)))
-    texts = unit(np.random.default_rng(2).normal(size=(40, DIM)))
+    images, texts = (unit(np.random.default_rng(seed).normal(size=(40, DIM))) for seed in (0, 2))
     images[1] = unit((images[0] + 0.05 * images[9])[None])[0]
-    items = [Item(f"i{n}", f"word{n} thing{n}", "", "", f"s{n}", bytes) for n in range(40)]
-
-    def found(images: np.ndarray, items: list[Item], texts: np.ndarray = texts) -> bool:
-        return ("i0", "i1") in {(pair.first.id, pair.second.id) for pair in mine_pairs(items, images, texts)}
-
     texts[1] = -texts[0]
-    assert found(images, items)
-    copies = images.copy()
-    copies[1] = copies[0]
-    assert not found(copies, items), "no model can tell a copy from its original"
-    same_words = [Item("i0", "the red fox", "", "", "s0", bytes), Item("i1", "fox, red", "", "", "s1", bytes)]
-    assert not found(images, [*same_words, *items[2:]])
-    one_image = [items[0], Item("i1", "word1 thing1", "", "", "s0", bytes)]
-    assert not found(images, [*one_image, *items[2:]])
-    near_texts = texts.copy()
-    near_texts[1] = near_texts[0]
-    assert not found(images, items, near_texts), "to the text tower both say the same"
+    items, copies, near_texts = items_of(40), images.copy(), texts.copy()
+    copies[1], near_texts[1] = copies[0], texts[0]
+    said = [replace(items[0], text="the red fox"), replace(items[1], text="fox, red"), *items[2:]]
+    one_image = [items[0], replace(items[1], source="s0"), *items[2:]]
+    for is_pair, *given in (
+        (True, items, images, texts),
+        (False, items, copies, texts),  # no model can tell a copy from its original
+        (False, said, images, texts),  # the same words
+        (False, one_image, images, texts),
+        (False, items, images, near_texts),  # to the text tower both say the same
+    ):
+        assert (("i0", "i1") in {(pair.first.id, pair.second.id) for pair in mine_pairs(*given)}) == is_pair  # type: ignore[arg-type]
 
 
 def test_an_item_is_in_one_pair_at_most_and_a_broken_model_has_none() -> None:
     images, texts = (unit(np.random.default_rng(seed).normal(size=(200, 8))) for seed in (3, 4))
-    items = [Item(f"i{n}", f"word{n} thing{n}", "", "", f"s{n}", bytes) for n in range(200)]
-    pairs = mine_pairs(items, images, texts)
+    pairs = mine_pairs(items_of(200), images, texts)
     members = [item.id for pair in pairs for item in (pair.first, pair.second)]
     assert len(members) == len(set(members)) > 20
     cosines = [pair.image_similarity for pair in pairs]
     assert cosines == sorted(cosines, reverse=True)
-    assert mine_pairs(items, np.full_like(images, np.nan), texts) == []
+    assert mine_pairs(items_of(200), np.full_like(images, np.nan), texts) == []
     assert pair_accuracy(GivenVectors({None: 0.1}), suite(8), None, None) is None, "few pairs"  # type: ignore[arg-type]
 
 
@@ -257,13 +219,11 @@ def test_pair_accuracy_tells_who_sees_more_and_keeps_what_it_computed(tmp_path: 
     assert (found.n, found.base, found.score.before, found.score.after) == (TWINS, 1.0, 1.0, 0.0)
     assert (found.worsened, found.improved) == (TWINS, 0) and found.score.ci_high < 0
     assert all(each.right_before for each in found.shown) and 0 < len(found.shown) < TWINS
-    assert {image.sample for each in found.shown for image in (each.first, each.second)} <= {
-        item.sample_id for item in asked.items()
-    }, "a sample of the store is named, and nothing of it is kept"
-    assert all(not image.text + image.thumbnail for each in found.shown for image in (each.first, each.second))
+    shown = [image for each in found.shown for image in (each.first, each.second)]
+    assert {image.sample for image in shown} <= {item.sample_id for item in asked.items()}
+    assert all(not image.text + image.thumbnail for image in shown), "a sample of the store is named, and not kept"
     before = scorer.embedded
-    assert pair_accuracy(scorer, asked, "clip-sharp", "clip-blind") == found
-    assert scorer.embedded == before
+    assert pair_accuracy(scorer, asked, "clip-sharp", "clip-blind") == found and scorer.embedded == before
     folder = [replace(item, source=f"/{n}.png", read=partial(picture, n)) for n, item in enumerate(asked.items())]
     asked._items = tuple(folder)
     found = pair_accuracy(scorer, asked, None, "clip-blind")
@@ -283,9 +243,6 @@ def test_the_shift_of_a_tower_is_zero_where_it_did_not_move() -> None:
     assert text.rank_after == pytest.approx(text.rank_before)
     assert shift.gap_before != shift.gap_after
     assert feature_shift(scorer, [suite()], None, "clip-b") is None, "new data are meant to move"
-
-
-def test_shift_and_gap_of_known_vectors() -> None:
     east, north = np.float32([[1, 0], [1, 0]]), np.float32([[0, 1], [0, 1]])
     assert (mean_shift(east, east), mean_shift(east, north), mean_shift(east, -east)) == (0.0, 1.0, 2.0)
     assert modality_gap(east, north) == pytest.approx(np.sqrt(2)) and modality_gap(east, east) == 0.0
@@ -304,29 +261,16 @@ def test_the_share_of_yes_is_of_yes_no_questions_alone() -> None:
     assert yes_share(closed_suite(["yes"] * 19 + ["red"] * 40), *[["yes"] * 59] * 3) is None
 
 
-def diagnosed(found: Diagnostics | Exception) -> Diagnostics:
-    evaluator: Any = Mock()
-    evaluator.diagnostics.side_effect = [found]
-    some: Any = ["a suite"]
-    return diagnose(evaluator, some, None, "vlm-a", None)
-
-
 @pytest.mark.parametrize(
     ("before", "after", "warned"),
-    [
-        (0.5, 0.65, True),
-        (0.5, 0.35, True),
-        (0.5, 0.58, False),
-        (0.8, 0.75, False),
-        (0.8, 0.35, False),
-        (0.7, 0.9, True),
-    ],
+    [(0.5, 0.65, True), (0.5, 0.35, True), (0.5, 0.58, False), (0.8, 0.35, False), (0.7, 0.9, True)],
 )
-def test_a_share_of_yes_that_leaves_the_truth_is_a_warning(before: float, after: float, warned: bool) -> None:
-    found = diagnosed(Diagnostics(yes={"presence": YesShare(100, 0.5, 0.5, before, after)}))
+def test_a_share_of_yes_that_leaves_the_truth_and_what_cannot_be_computed_are_warnings(
+    before: float, after: float, warned: bool
+) -> None:
+    shares = Diagnostics(yes={"presence": YesShare(100, 0.5, 0.5, before, after)})
+    evaluator: Any = Mock(diagnostics=Mock(side_effect=[shares, RuntimeError("out of memory")]))
+    found, failed = (diagnose(evaluator, ["a suite"], None, "vlm-a", None) for _ in range(2))  # type: ignore[list-item]
     assert bool(found.warnings) == warned
     assert all("presence" in each and "50%" in each for each in found.warnings)
-
-
-def test_what_cannot_be_computed_is_a_warning_and_ends_no_gate_run() -> None:
-    assert "out of memory" in diagnosed(RuntimeError("out of memory")).warnings[0]
+    assert "out of memory" in failed.warnings[0], "it ends no gate run"
