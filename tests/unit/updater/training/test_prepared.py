@@ -19,7 +19,7 @@ from tests.support.vlm_families import write_family
 from tests.unit.updater.builders import LIMITS, pairs, picture, png, questions, recipe, resumed, run
 from updater.adapters import read_delta
 from updater.bases.register import add_vlm
-from updater.data.pools import Pair, Pools, Question
+from updater.data.pools import Pools
 from updater.families.clip_learner import ClipLearner
 from updater.gate.suite_items import Item, open_picture
 from updater.step.learner import Precomputed
@@ -34,17 +34,14 @@ class Reads:
 
     def __init__(self, new: int, reference: int) -> None:
         self.counts: Counter[str] = Counter()
-        self.pools = Pools(self.watched("car", new), self.watched("house", reference))
+        self.pools = Pools(*(
+            tuple(replace(pair, read=partial(self.read, pair.id, pair.read)) for pair in pairs(tag, count))
+            for tag, count in (("car", new), ("house", reference))
+        ))  # fmt: skip
 
-    def watched(self, tag: str, count: int) -> tuple[Pair, ...]:
-        def reading(pair: Pair) -> Pair:
-            def read() -> bytes:
-                self.counts[pair.id] += 1
-                return pair.read()
-
-            return Pair(pair.id, pair.text, read)
-
-        return tuple(map(reading, pairs(tag, count)))
+    def read(self, name: str, read: Any) -> bytes:
+        self.counts[name] += 1
+        return bytes(read())
 
 
 def test_only_rows_that_steps_visit_are_read_and_once(base: ClipBase, tmp_path: Path) -> None:
@@ -64,13 +61,13 @@ def test_a_resumed_update_prepares_no_finished_shard_again_and_is_charged_the_sa
 ) -> None:
     """Stopped after each shard and each step in turn, with a teacher that is the model at its start."""
     start = run(base, tmp_path / "before", recipe=recipe("naive", max_steps=2, **LAST)).directory
-    plan = recipe("lwf", max_steps=3, **LAST)
-    whole = run(base, tmp_path / "whole", recipe=plan, incumbent=start, pools=Reads(60, 60).pools)
+    given = {"recipe": recipe("lwf", max_steps=3, **LAST), "incumbent": start}
+    whole = run(base, tmp_path / "whole", pools=Reads(60, 60).pools, **given)
     reads, attempts = Reads(60, 60), []
 
     def attempt(**options: Any) -> TrainResult:
         attempts.append(options)
-        return run(base, tmp_path / "parts", recipe=plan, incumbent=start, pools=reads.pools, **options)
+        return run(base, tmp_path / "parts", pools=reads.pools, **given, **options)
 
     parts = resumed(attempt, 2, least=3)
     assert (parts.adapter, parts.losses, parts.maf) == (whole.adapter, whole.losses, whole.maf)
@@ -95,9 +92,9 @@ def test_the_incumbent_teaches_what_it_said_of_whole_inputs_at_the_start(base: C
         assert torch.equal(*(torch.stack(learner.shards.get(name, later)) for learner in (moved, fresh)))
     assert not torch.equal(moved.features("image", later), fresh.features("image", later))
     examples = [fresh.examples[row] for row in later]
-    pixels = np.stack([base.preprocess.pixels(pair.read()) for pair in examples])
+    pixels = base.preprocess.normalise(np.stack([base.preprocess.pixels(pair.read()) for pair in examples]))
     tokens = base.tokenizer()([pair.text for pair in examples])
-    for which, inputs in (("image", base.preprocess.normalise(pixels)), ("text", tokens)):
+    for which, inputs in (("image", pixels), ("text", tokens)):
         with torch.no_grad():
             whole = fresh.towers[which].whole(inputs)  # type: ignore[index]
             with fresh.model.base():
@@ -111,18 +108,15 @@ def test_boundaries_without_room_on_disk_are_computed_anew_and_give_the_same(bas
     kept.prepare(pairs("car", 6), ["new"] * 6, Precomputed(tmp_path / "kept"))
     anew.prepare(pairs("car", 6), ["new"] * 6, Precomputed(tmp_path / "anew", room=100))
     one, other = kept.batch(range(6)), anew.batch(range(6))
-    assert torch.allclose(one.image, other.image, atol=1e-5)
-    assert torch.allclose(one.text, other.text, atol=1e-5)
+    assert torch.allclose(one.image, other.image, atol=1e-5) and torch.allclose(one.text, other.text, atol=1e-5)
     assert anew.row_bytes() < kept.row_bytes() / 2
 
 
 def test_the_disk_of_the_work_folder_bounds_the_steps(base: ClipBase, tmp_path: Path) -> None:
-    plan = recipe(max_steps=5, image={}, text={})  # no boundaries: pixels are kept
-    free = run(base, tmp_path / "free", pools=Reads(60, 60).pools, recipe=plan)
+    given = {"recipe": recipe(max_steps=5, image={}, text={}), "pools": Reads(60, 60).pools}  # pixels are kept
+    free = run(base, tmp_path / "free", **given)
     room = 20 * free.cost["row_bytes"]
-    bound = run(
-        base, tmp_path / "bound", pools=Reads(60, 60).pools, recipe=plan, limits=replace(LIMITS, work_bytes=room)
-    )
+    bound = run(base, tmp_path / "bound", limits=replace(LIMITS, work_bytes=room), **given)
     assert (free.steps, bound.steps) == (5, 2)
     assert sum(file.stat().st_size for file in (tmp_path / "bound" / "work" / "prepared").iterdir()) <= room
     with pytest.raises(ConfigError, match=r"updater\.work_gib does not hold what one step"):
@@ -166,14 +160,13 @@ def test_damaged_pictures_are_left_out_and_named_also_by_an_update_that_is_stopp
     assert result.adapter != run(base, tmp_path / "good", recipe=LEARNED, pools=spoiled(())).adapter
 
 
-def test_a_batch_of_which_nothing_can_be_prepared_is_passed_over(base: ClipBase, tmp_path: Path) -> None:
-    result = run(base, tmp_path, recipe=LEARNED, pools=spoiled(range(8)))
-    assert (result.steps, len(result.losses["loss"]), len(result.left_out)) == (4, 2, 8)
-
-
-def test_an_update_of_which_nothing_can_be_prepared_fails_with_the_reason(base: ClipBase, tmp_path: Path) -> None:
+def test_a_batch_of_which_nothing_can_be_prepared_is_passed_over_and_an_update_fails(
+    base: ClipBase, tmp_path: Path
+) -> None:
+    half = run(base, tmp_path / "half", recipe=LEARNED, pools=spoiled(range(8)))
+    assert (half.steps, len(half.losses["loss"]), len(half.left_out)) == (4, 2, 8)
     with pytest.raises(TrainingError, match=r"of 16 samples none can be prepared; car-0: .*header"):
-        run(base, tmp_path, recipe=LEARNED, pools=spoiled(range(16)))
+        run(base, tmp_path / "none", recipe=LEARNED, pools=spoiled(range(16)))
 
 
 @pytest.mark.parametrize("first", [0, 5])
@@ -191,16 +184,14 @@ def large(size: int = DEFAULT_LIMITS.max_image_bytes + 1) -> bytes:
     return picture(1).ljust(size, b"\0")
 
 
-@pytest.mark.parametrize("views", [1, 2])
-def test_a_clip_learns_from_an_image_above_the_default_limit(base: ClipBase, tmp_path: Path, views: int) -> None:
-    pool = Pools((Pair("large", "a large picture", large), *pairs("car", 2)))
-    plan = recipe("naive", max_steps=1, batch_size=3, views={"count": views})
-    assert run(base, tmp_path, recipe=plan, pools=pool).visited == 3
-
-
-def test_a_vlm_learns_from_an_image_above_the_default_limit(vlm: VlmBase, tmp_path: Path) -> None:
-    pool = Pools((Question("large", "which colour?", "red", large), *questions("car", 2)))
-    assert run(vlm, tmp_path, recipe=recipe("vlm-naive", max_steps=1, batch_size=3), pools=pool).visited == 3
+@pytest.mark.parametrize(("name", "views"), [("naive", {}), ("naive", {"count": 2}), ("vlm-naive", {})])
+def test_an_image_above_the_default_limit_is_learned_from(
+    base: ClipBase, vlm: VlmBase, tmp_path: Path, name: str, views: dict[str, int]
+) -> None:
+    rows: Any = (questions if name == "vlm-naive" else pairs)("car", 3)
+    plan = recipe(name, max_steps=1, batch_size=3, **({"views": views} if views else {}))
+    pool = Pools((replace(rows[0], read=large), *rows[1:]))
+    assert run(vlm if name == "vlm-naive" else base, tmp_path, recipe=plan, pools=pool).visited == 3
 
 
 def test_the_gate_reads_an_image_of_any_size() -> None:
