@@ -20,96 +20,65 @@ from updater.data.pools import Pair, Pools, grouped, run_starts, visits
 from updater.families.clip_learner import ClipLearner, phrased, view_pixels
 from updater.recipes import Batches, Mixture, Part, Views
 
-BATCHES = 12
-SIZES: dict[Part, int] = {"new": 50, "reference": 70, "replay": 30}
 
-
-def mixtures() -> st.SearchStrategy[Mixture]:
-    weights = st.tuples(st.integers(1, 50), st.integers(0, 50), st.integers(0, 50))
-    return weights.map(
-        lambda each: Mixture(new=each[0] / sum(each), reference=each[1] / sum(each), replay=each[2] / sum(each))
-    )
-
-
-def sizes() -> st.SearchStrategy[dict[Part, int]]:
+def sizes_of_pools() -> st.SearchStrategy[dict[Part, int]]:
     other = st.integers(0, 40)
     return st.builds(lambda d, p, b: {"new": d, "reference": p, "replay": b}, st.integers(1, 40), other, other)
 
 
-def wanted(mixture: Mixture, pools: dict[Part, int]) -> dict[Part, float]:
+def shares_of(weights: tuple[int, int, int], pools: dict[Part, int]) -> dict[Part, float]:
     """The shares, with those of empty pools given away: P and B inherit from each other, and D from both."""
-    if pools["reference"] == 0 and pools["replay"] == 0:
+    new, reference, replay = (weight / sum(weights) for weight in weights)
+    if pools["reference"] == pools["replay"] == 0:
         return {"new": 1.0, "reference": 0.0, "replay": 0.0}
-    held = mixture.reference + mixture.replay
     if pools["replay"] == 0:
-        return {"new": mixture.new, "reference": held, "replay": 0.0}
+        return {"new": new, "reference": reference + replay, "replay": 0.0}
     if pools["reference"] == 0:
-        return {"new": mixture.new, "reference": 0.0, "replay": held}
-    return {"new": mixture.new, "reference": mixture.reference, "replay": mixture.replay}
+        return {"new": new, "reference": 0.0, "replay": reference + replay}
+    return {"new": new, "reference": reference, "replay": replay}
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(mixtures(), sizes(), st.integers(2, 100), st.integers(0, 5))
-def test_every_batch_has_its_size_and_its_shares_within_one_row(
-    mixture: Mixture, pools: dict[Part, int], size: int, seed: int
+@given(
+    st.tuples(st.integers(1, 50), st.integers(0, 50), st.integers(0, 50)),
+    sizes_of_pools(),
+    st.integers(2, 100),
+    st.integers(0, 5),
+)
+def test_every_batch_has_its_size_and_shares_and_each_row_of_a_pool_is_seen_equally_often_within_one(
+    weights: tuple[int, int, int], pools: dict[Part, int], size: int, seed: int
 ) -> None:
-    plan = plan_batches(mixture, size, pools, seed)
-    shares = wanted(mixture, pools)
-    for step in range(BATCHES):
-        seen = Counter(part for part, _ in plan.batch(step))
-        assert seen.total() == plan.rows == size
-        assert seen["new"] >= 1
+    new, reference, replay = (weight / sum(weights) for weight in weights)
+    plan = plan_batches(Mixture(new=new, reference=reference, replay=replay), size, pools, seed)
+    shares, seen = shares_of(weights, pools), Counter[tuple[Part, int]]()
+    for step in range(12):
+        batch = plan.batch(step)
+        parts = Counter(part for part, _ in batch)
+        assert len(batch) == plan.rows == size and parts["new"] >= 1
         for part in PARTS:
-            assert abs(seen[part] - size * shares[part]) < 1 + 1e-9
-            assert pools[part] or not seen[part]
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(mixtures(), sizes(), st.integers(2, 60), st.integers(0, 5))
-def test_each_row_of_a_pool_is_seen_equally_often_within_one(
-    mixture: Mixture, pools: dict[Part, int], size: int, seed: int
-) -> None:
-    plan = plan_batches(mixture, size, pools, seed)
-    seen: Counter[tuple[Part, int]] = Counter()
-    for step in range(BATCHES):
-        seen.update(plan.batch(step))
+            assert abs(parts[part] - size * shares[part]) < 1 + 1e-9
+            assert pools[part] or not parts[part]
+        seen.update(batch)
         for part in plan.counts:
             times = [seen[part, row] for row in range(pools[part])]
             assert max(times) - min(times) <= 1
-    assert seen.total() == BATCHES * size
 
 
-@pytest.mark.parametrize(
-    ("empty", "counts"),
-    [
-        ((), {"new": 34, "reference": 33, "replay": 33}),
-        (("replay",), {"new": 34, "reference": 66}),
-        (("reference",), {"new": 34, "replay": 66}),
-        (("reference", "replay"), {"new": 100}),
-    ],
-)
-def test_the_share_of_an_empty_pool_goes_to_the_other_one(empty: tuple[Part, ...], counts: dict[Part, int]) -> None:
-    sizes = {**SIZES, **dict.fromkeys(empty, 0)}
-    assert plan_batches(Mixture(), 100, sizes, seed=1).counts == counts
+def new_alone(rows: int, seed: int = 1) -> BatchPlan:
+    return plan_batches(Mixture(reference=0, new=1, replay=0), 10, {"new": rows, "reference": 0, "replay": 0}, seed)
 
 
-def test_nothing_new_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no new rows"):
-        plan_batches(Mixture(), 99, {**SIZES, "new": 0}, seed=1)
-
-
-def test_each_epoch_goes_through_every_row_once_in_another_order() -> None:
-    plan = plan_batches(Mixture(reference=0, new=1, replay=0), 10, {"new": 50, "reference": 0, "replay": 0}, seed=1)
+def test_each_epoch_goes_through_every_row_once_in_another_order_of_the_seed() -> None:
+    plan = new_alone(50)
     epochs = [[row for step in range(e * 5, e * 5 + 5) for _, row in plan.batch(step)] for e in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(50))
-    assert epochs[0] != epochs[1]
-    again, other = (plan_batches(Mixture(), 30, SIZES, seed=seed) for seed in (5, 6))
-    assert plan_batches(Mixture(), 30, SIZES, seed=5).batch(7) == again.batch(7) != other.batch(7)
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(50)) and epochs[0] != epochs[1]
+    assert new_alone(50).batch(7) == plan.batch(7) != new_alone(50, seed=2).batch(7)
+    with pytest.raises(ValueError, match="no new rows"):
+        new_alone(0)
 
 
 def test_steps_visit_the_first_rows_of_a_pool_however_many_follow() -> None:
-    mixture = Mixture(reference=0, new=1, replay=0)
-    short, long = (plan_batches(mixture, 10, {"new": n, "reference": 0, "replay": 0}, seed=1) for n in (30, 10**9))
+    short, long = new_alone(30), new_alone(10**9)
     assert [short.batch(step) for step in range(3)] == [long.batch(step) for step in range(3)]
     assert {row for step in range(3) for _, row in long.batch(step)} == set(range(long.visited("new", 3)))
     assert (short.visited("new", 9), long.visited("new", 9), long.visited("replay", 9)) == (30, 90, 0)
@@ -123,26 +92,20 @@ def of_domains(names: str) -> tuple[Pair, ...]:
     return tuple(replace(pair, domain=name) for pair, name in zip(pairs("car", len(names)), names, strict=True))
 
 
-def test_runs_are_of_one_domain_and_keep_its_order() -> None:
-    chance = np.random.default_rng(1)
-    domains = chance.choice(["a", "b", "rare"], 200, p=[0.6, 0.37, 0.03]).tolist()
+def test_runs_are_of_one_domain_keep_its_order_and_are_visited_by_its_share() -> None:
+    domains = np.random.default_rng(1).choice(["a", "b", "rare"], 200, p=[0.6, 0.37, 0.03]).tolist()
     order = grouped(domains, 8)
     assert sorted(order) == list(range(200))
     for name in "a", "b", "rare":
         own = [row for row in order if domains[row] == name]
         assert own == sorted(own)
     seen = [domains[row] for row in order]
-    lengths = [end - start for start, end in pairwise((*run_starts(seen, 8), 200))]
-    assert Counter(lengths)[8] >= 200 // 8 - 3
-    for start, end in pairwise((*run_starts(seen, 8), 200)):
-        assert len(set(seen[start:end])) == 1
-
-
-def test_what_is_visited_first_holds_each_domain_by_its_share() -> None:
+    runs = [seen[start:end] for start, end in pairwise((*run_starts(seen, 8), 200))]
+    assert all(len(set(run)) == 1 for run in runs)
+    assert sum(len(run) == 8 for run in runs) >= 200 // 8 - 3
     domains = ["a", "b", "a", "c"] * 100
-    first = [domains[row] for row in grouped(domains, 10)[:200]]
-    for name, share in (("a", 0.5), ("b", 0.25), ("c", 0.25)):
-        assert abs(first.count(name) / 200 - share) <= 10 / 200
+    first = Counter(domains[row] for row in grouped(domains, 10)[:200])
+    assert all(abs(first[name] / 200 - share) <= 10 / 200 for name, share in (("a", 0.5), ("b", 0.25), ("c", 0.25)))
 
 
 def test_a_batch_is_made_of_runs_in_every_epoch() -> None:
@@ -196,16 +159,7 @@ def ramp(width: int, height: int) -> bytes:
     return png(pixels)
 
 
-def test_captions_that_differ_in_their_template_describe_each_other(base: ClipBase) -> None:
-    made = ClipLearner(base, recipe(caption_templates=TEMPLATES), {}, seed=0)
-    pool = pools(new=12)
-    made.prepare(pool.examples, pool.parts)
-    assert len(set(made.texts[:12:6])) + len(set(made.texts[1:12:6])) > 2
-    batch = made.batch([0, 6, 1])
-    assert batch.caption[0] == batch.caption[1] != batch.caption[2]
-
-
-def test_a_short_caption_is_put_into_a_template_by_its_id_and_view() -> None:
+def test_a_short_caption_is_put_into_a_template_by_its_id_and_view_and_stays_the_same_caption(base: ClipBase) -> None:
     pair = Pair("7", "red kite", lambda: picture(1))
     said = [phrased(replace(pair, view=view), TEMPLATES) for view in range(3)]
     assert sorted(said) == sorted(template.replace("{}", "red kite") for template in TEMPLATES)
@@ -214,6 +168,12 @@ def test_a_short_caption_is_put_into_a_template_by_its_id_and_view() -> None:
     assert phrased(long, TEMPLATES) == long.text
     assert phrased(replace(long, label=long.text), ["this is {}."]) == f"this is {long.text}."
     assert phrased(pair, ()) == "red kite"
+
+    made, pool = ClipLearner(base, recipe(caption_templates=TEMPLATES), {}, seed=0), pools(new=12)
+    made.prepare(pool.examples, pool.parts)
+    assert len(set(made.texts[:12:6])) + len(set(made.texts[1:12:6])) > 2
+    batch = made.batch([0, 6, 1])
+    assert batch.caption[0] == batch.caption[1] != batch.caption[2]
 
 
 @pytest.mark.parametrize(
@@ -237,14 +197,12 @@ def test_an_update_with_them_is_reproducible_and_goes_on_where_it_was_stopped(
 
 def test_a_view_is_charged_when_it_is_made(base: ClipBase, tmp_path: Path) -> None:
     """Six steps of batch nine pass over six new rows three times, and over six reference rows six times."""
-    pool = Pools(pairs("car", 6), pairs("house", 6))
-    costs = [
-        run(base, tmp_path / str(count), recipe=recipe(views={"count": count}, max_steps=6), pools=pool).cost[
-            "prepare_gflops"
-        ]
-        for count in (1, 2, 3)
-    ]
-    assert costs[1] == pytest.approx(2 * costs[0], rel=0.1)
-    assert costs[2] == pytest.approx(3 * costs[0], rel=0.1)
-    few = run(base, tmp_path / "few", recipe=recipe(views={"count": 3}, max_steps=1), pools=Pools(pairs("car", 60)))
-    assert few.cost["prepare_gflops"] < costs[0], "no view is made that no step visits"
+
+    def prepared(count: int, steps: int = 6, new: int = 6, reference: int = 6) -> float:
+        pool = Pools(pairs("car", new), pairs("house", reference))
+        plan = recipe(views={"count": count}, max_steps=steps)
+        return run(base, tmp_path / f"{count}-{steps}", recipe=plan, pools=pool).cost["prepare_gflops"]
+
+    one = prepared(1)
+    assert [prepared(2), prepared(3)] == pytest.approx([2 * one, 3 * one], rel=0.1)
+    assert prepared(3, steps=1, new=60, reference=0) < one, "no view is made that no step visits"

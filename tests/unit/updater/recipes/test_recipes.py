@@ -29,16 +29,6 @@ def test_the_image_tower_of_a_vlm_is_locked_unless_the_recipe_opens_it() -> None
     assert not Recipe.parse({**values, "image": {}}).image.locked
 
 
-def test_the_shipped_recipes_are_what_they_are_called() -> None:
-    assert load_recipe("locked-image").image.locked and not load_recipe("locked-image").text.locked
-    assert load_recipe("locked-text").text.locked and not load_recipe("locked-text").image.locked
-    naive, default = load_recipe("naive"), load_recipe("default")
-    assert naive.mixture.new == 1
-    assert [term.name for term in naive.objectives] == ["contrastive"]
-    assert (default.mixture.reference, default.mixture.new, default.mixture.replay) == (0.2, 0.6, 0.2)
-    assert "feature_distillation" in [term.name for term in default.objectives]
-
-
 def test_the_digest_follows_what_is_computed_and_not_the_prose() -> None:
     recipe = load_recipe("default")
     assert recipe.model_copy(update={"description": "other words"}).digest == recipe.digest
@@ -54,11 +44,8 @@ def test_the_digest_follows_what_is_computed_and_not_the_prose() -> None:
         ({"schedule": {"kind": "sine"}}, r"schedule\.kind"),
         ({"image": {"locked": True}, "text": {"locked": True}}, "both towers are locked"),
         ({"name": "../escape"}, "name"),
-        ({"objectives": []}, "objectives"),
-        ({"precision": "float16"}, "precision"),
         ({"family": "audio"}, "family"),
         ({"caption_templates": ["a photo"]}, r"caption_templates\.0"),
-        ({"caption_templates": ["{} and {}"]}, r"caption_templates\.0"),
         ({"caption_templates": ["a {thing}"]}, r"caption_templates\.0"),
         ({"caption_templates": ["{}" + "x" * 200]}, r"caption_templates\.0"),
         ({"connector": {"locked": False}}, "no connector"),
@@ -70,6 +57,8 @@ def test_the_digest_follows_what_is_computed_and_not_the_prose() -> None:
         ({"merge": {"rule": "none", "search": [0.5]}}, "merge.*search"),
         ({"merge": {"search": [0.5, 0.5]}}, "merge.*search"),
         ({"merge": {"search": [0.0, 1.0]}}, "merge.*search"),
+        ({"schedule": {"peak": math.inf}}, r"schedule\.peak"),
+        ({"objectives": [{"name": "contrastive", "options": {"size": math.nan}}]}, r"objectives\.0\.options\.size"),
     ],
 )
 def test_a_wrong_field_is_named(change: dict[str, object], named: str) -> None:
@@ -78,12 +67,9 @@ def test_a_wrong_field_is_named(change: dict[str, object], named: str) -> None:
         Recipe.parse({**values, **change})
 
 
-def test_an_unknown_name_lists_the_known_ones() -> None:
+def test_an_unknown_recipe_objective_or_option_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"bit-fit, .*default, .*naive, .*vlm-default, .*vlm-naive"):
         load_recipe("defualt")
-
-
-def test_an_unknown_objective_or_option_is_refused() -> None:
     values = load_recipe("default").model_dump(mode="json")
     for term in ({"name": "contrastvie"}, {"name": "base"}, {"name": "contrastive", "options": {"tau": 1}}):
         recipe = Recipe.parse({**values, "objectives": [term]})
@@ -157,12 +143,3 @@ def test_any_recipe_survives_the_way_through_yaml(tmp_path: Path) -> None:
 
     survives()
     assert {name for name, values in seen.items() if len(values) < 2} == set(), "a field that was left at its default"
-
-
-@pytest.mark.parametrize("number", [math.inf, math.nan])
-def test_a_number_that_is_not_finite_is_refused_by_name(number: float) -> None:
-    values = load_recipe("default").model_dump(mode="json")
-    with pytest.raises(ConfigError, match=r"schedule\.peak"):
-        Recipe.parse({**values, "schedule": {"peak": number}})
-    with pytest.raises(ConfigError, match=r"objectives\.0\.options\.size"):
-        Recipe.parse({**values, "objectives": [{"name": "contrastive", "options": {"size": number}}]})

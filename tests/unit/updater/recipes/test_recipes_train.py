@@ -1,24 +1,30 @@
+"""Recipes of ours and of third-party packages, trained, served, stopped and resumed."""
+
 from __future__ import annotations
 
+import logging
 import re
+import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+from core.errors import ConfigError
 from serving.engines.clip_base import ClipBase
 from serving.engines.lora import effective_weights
 from tests.support.pages import Page
 from tests.support.recipe_table import PAGE, missing, told
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import assert_served_as_trained, pools, recipe, resumed, run
-from tests.unit.updater.recipes.conftest import Install
+from updater.adapters import kinds
 from updater.budget.cost import Cost
-from updater.recipes import Recipe, load_recipe, recipe_names
+from updater.methods import merging, objectives, optimizers, regularizers
+from updater.recipes import Recipe, load_recipe, plugin_registry, recipe_names
 from updater.step.learner import AnyLearner
 from updater.training.measure import measure
 
@@ -66,23 +72,45 @@ def _measured_once() -> Callable[..., Cost]:
     return measured
 
 
-METHODS = PAGE.with_name("methods.md")
-
-
-def test_the_table_has_a_row_for_each_recipe_as_it_is() -> None:
+def test_both_pages_have_a_row_for_each_recipe_as_it_is() -> None:
     assert not missing(), "add or replace these rows, and say when to use each:\n" + "\n".join(missing())
-    assert sorted(told()) == recipe_names()
-
-
-def test_methods_md_has_paper_ours_and_difference_of_each_recipe() -> None:
-    rows = [line.strip("|").split("|") for line in METHODS.read_text().splitlines() if line.startswith("| `")]
+    methods = PAGE.with_name("methods.md").read_text()
+    rows = [line.strip("|").split("|") for line in methods.splitlines() if line.startswith("| `")]
     named = [name for cells in rows for name in re.findall(r"`([a-z0-9._-]+)`", cells[0])]
-    assert sorted(named) == recipe_names()
+    assert sorted(told()) == sorted(named) == recipe_names()
     assert all(len(cells) == 4 and all(cell.strip() for cell in cells) for cells in rows)
 
 
+# Methods and recipes of other packages
+
+Install = Callable[[str, Mapping[str, str], str], None]
+
+
 @pytest.fixture
-def example(install: Install) -> Recipe:
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Leaves a package as `pip install` does: its name, the texts of its files, and its entry points."""
+    names: list[str] = []
+
+    def installed(name: str, files: Mapping[str, str], points: str) -> None:
+        names.append(name)
+        site, about = tmp_path / "site", f"{name}-1.0.dist-info"
+        metadata = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.0\n"
+        whole = {f"{name}/__init__.py": "", f"{name}/recipes/__init__.py": "", **files}
+        for path, text in {**whole, f"{about}/METADATA": metadata, f"{about}/entry_points.txt": points}.items():
+            (site / path).parent.mkdir(parents=True, exist_ok=True)
+            (site / path).write_text(text)
+        monkeypatch.syspath_prepend(site)
+        plugin_registry._others.cache_clear()
+
+    yield installed
+    plugin_registry._others.cache_clear()
+    for module in [module for module in sys.modules if module.partition(".")[0] in names]:
+        del sys.modules[module]
+
+
+def test_the_example_of_the_page_is_trained_served_stopped_and_resumed(
+    install: Install, base: ClipBase, tmp_path: Path
+) -> None:
     files, points = {}, ""
     for block in Page(PAGE).blocks:
         first, _, rest = block.text.partition("\n")
@@ -93,17 +121,78 @@ def example(install: Install) -> Recipe:
                 points += f"[{group}]\n" + "".join(f"{name} = {where}\n" for name, where in names.items())
     install("my_methods", files, points)
     values = load_recipe("my-method").model_dump(mode="json")
-    return Recipe.parse({**values, "max_steps": 4, "batch_size": 9})
-
-
-def test_the_example_is_trained_served_stopped_and_resumed(example: Recipe, tmp_path: Path) -> None:
-    base = tiny_base(tmp_path / "home")
-    first = run(base, tmp_path / "first", recipe=example)
-    assert {"hinge", "feature_distillation", "l1"} <= set(first.losses)
-    assert first.losses["l1"][0] == 0 < first.losses["l1"][-1]
-    again = {"recipe": example, "pools": pools(replay=12), "incumbent": first.directory, "seed": 5}
+    example = Recipe.parse({**values, "max_steps": 4, "batch_size": 9})
+    before = run(base, tmp_path / "first", recipe=example)
+    assert {"hinge", "feature_distillation", "l1"} <= set(before.losses)
+    assert before.losses["l1"][0] == 0 < before.losses["l1"][-1]
+    again = {"recipe": example, "pools": pools(replay=12), "incumbent": before.directory, "seed": 5}
     second = run(base, tmp_path / "second", **again)
-    assert second.adapter != first.adapter
+    assert second.adapter != before.adapter
     assert_served_as_trained(base, second)
-    stopped = resumed(partial(run, base, tmp_path / "stopped", **again), 4)
-    assert stopped.adapter == second.adapter
+    assert resumed(partial(run, base, tmp_path / "stopped", **again), 4).adapter == second.adapter
+
+
+TERM = """
+from updater.methods.objectives import Contrastive
+
+class Half(Contrastive):
+    def __call__(self, batch):
+        return 0.5 * super().__call__(batch)
+"""
+POINTS = """
+[ratchet.objectives]
+half_contrast = example_methods.half_contrast:Half
+broken = example_methods.broken:Half
+contrastive = example_methods.half_contrast:Half
+
+[ratchet.regularizers]
+none_at_all = example_methods.half_contrast:Half
+
+[ratchet.recipes]
+example = example_methods.recipes
+broken = example_methods.broken
+"""
+
+
+@pytest.fixture
+def half(install: Install) -> None:
+    """A package with a method, one that cannot be imported, and a recipe."""
+    values = recipe("naive").model_dump(mode="json")
+    terms = [{"name": "half_contrast", "weight": 1.0, "over": ["new"]}]
+    text = yaml.safe_dump({**values, "name": "half", "objectives": terms})
+    files = {"half_contrast.py": TERM, "broken.py": "import nothing_of_this_name\n"}
+    files |= {"recipes/half.yaml": text, "recipes/default.yaml": text}
+    install("example_methods", {f"example_methods/{name}": text for name, text in files.items()}, POINTS)
+
+
+@pytest.mark.usefixtures("half")
+def test_methods_and_recipes_of_a_package_are_found_beside_ours_and_trained(base: ClipBase, tmp_path: Path) -> None:
+    assert "half_contrast" in objectives.names("clip") and "half_contrast" not in objectives.names("vlm")
+    assert "half" in recipe_names() and "none_at_all" in regularizers.REGULARIZERS.names()
+    for methods in (merging.RULES, optimizers.OPTIMIZERS, kinds.KINDS):
+        names = methods.names()
+        assert names == sorted(set(names)) and "half_contrast" not in names
+    mine = run(base, tmp_path / "mine", recipe=load_recipe("half"))
+    plain = run(base, tmp_path / "plain", recipe=recipe("naive"))
+    assert mine.losses["half_contrast"][0] == pytest.approx(0.5 * plain.losses["contrastive"][0])
+
+
+@pytest.mark.usefixtures("half")
+def test_a_package_replaces_nothing_of_ours_and_what_is_wrong_in_it_ends_its_own_recipes_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, "ratchet.recipes"):
+        assert load_recipe("default").name == "default"
+        kind = objectives.build(load_recipe("naive").objectives, "clip")[0][1]
+    assert type(kind).__module__ == "updater.methods.objectives"
+    for warning in ("contrastive of example-methods is left out", "recipe default of",
+                    "ratchet.recipes 'broken' of example-methods cannot be imported"):  # fmt: skip
+        assert warning in caplog.text
+    assert "broken" not in objectives.names("clip")
+    wrong = recipe("naive", objectives=[{"name": "broken", "weight": 1.0}])
+    with pytest.raises(ConfigError, match="'broken' of example-methods cannot be imported: ModuleNotFoundError"):
+        objectives.build(wrong.objectives, "clip")
+    wrong = recipe("naive", regularizers=[{"name": "none_at_all", "weight": 1.0}], adapter={"kind": "full"})
+    with pytest.raises(ConfigError, match="'none_at_all' of example-methods is not a Regularizer"):
+        regularizers.build(wrong)
+    assert objectives.build(load_recipe("default").objectives, "clip")

@@ -40,42 +40,31 @@ def suite(role: str, after: float, left: float | None) -> dict[str, Any]:
 def test_the_last_verdict_and_cost_are_exported_by_an_updater_that_has_just_started(ledger: Ledger) -> None:
     judged(ledger, 1, "passed", {"fresh.facts": suite("gain", 0.9, None)})
     judged(ledger, 2, "rejected", {"emoji.facts": suite("retention", 0.4, -0.07)})
-    LedgerMetrics(ledger).export(["clip"])
-    assert value("update_planned_flops", family="clip") == 20e9
-    assert value("update_spent_flops", family="clip") == 16e9
+    exporter = LedgerMetrics(ledger)
+    exporter.export(["clip"])
+    assert [value(f"update_{which}_flops", family="clip") for which in ("planned", "spent")] == [20e9, 16e9]
     score = {"family": "clip", "suite": "emoji.facts", "role": "retention"}
-    assert [value("gate_suite_score_ratio", **score, model=m) for m in ("base", "incumbent", "candidate")] == [
-        0.5, 0.6, 0.4,
-    ]  # fmt: skip
+    scores = [value("gate_suite_score_ratio", **score, model=m) for m in ("base", "incumbent", "candidate")]
+    assert scores == [0.5, 0.6, 0.4]
     assert value("gate_margin_left_ratio", family="clip", suite="emoji.facts") == -0.07
     assert value("gate_suite_score_ratio", family="clip", suite="fresh.facts", role="gain", model="base") is None
-    passed = value("gate_last_verdict_timestamp_seconds", family="clip", outcome="passed")
-    rejected = value("gate_last_verdict_timestamp_seconds", family="clip", outcome="rejected")
-    assert passed == ledger.verdicts()[1].created_at.timestamp()
-    assert rejected == ledger.verdicts()[0].created_at.timestamp()
-
-
-def test_what_another_process_judges_is_exported_at_the_next_look(ledger: Ledger) -> None:
-    exporter = LedgerMetrics(ledger)
-    judged(ledger, 3, "passed", {"a.facts": suite("retention", 0.5, 0.01)})
+    times = [
+        value("gate_last_verdict_timestamp_seconds", family="clip", outcome=each) for each in ("rejected", "passed")
+    ]
+    assert times == [verdict.created_at.timestamp() for verdict in ledger.verdicts()]
+    judged(ledger, 4, "passed", {"b.facts": suite("retention", 0.5, 0.02)})  # by another process
     exporter.export(["clip"])
-    judged(ledger, 4, "passed", {"b.facts": suite("retention", 0.5, 0.02)})
-    exporter.export(["clip"])
-    assert value("gate_margin_left_ratio", family="clip", suite="a.facts") is None
-    assert value("gate_margin_left_ratio", family="clip", suite="b.facts") == 0.02
+    left = [value("gate_margin_left_ratio", family="clip", suite=f"{each}.facts") for each in ("emoji", "b")]
+    assert left == [None, 0.02]
 
 
-def test_the_shift_of_the_last_candidates_features_is_exported(ledger: Ledger) -> None:
+def test_the_shift_of_the_last_candidates_features_is_exported_and_nothing_is_made_up(ledger: Ledger) -> None:
     moved = {"from_incumbent": 0.01, "from_base": 0.03}
     judged(ledger, 5, "passed", {}, diagnostics={"shift": {"towers": {"image": moved, "text": moved}}})
     LedgerMetrics(ledger).export(["clip"])
     assert value("gate_feature_shift_ratio", family="clip", tower="image", model="base") == 0.03
     assert value("gate_feature_shift_ratio", family="clip", tower="text", model="incumbent") == 0.01
     judged(ledger, 6, "rejected", {}, diagnostics={"shift": None})
-    LedgerMetrics(ledger).export(["clip"])
+    LedgerMetrics(ledger).export(["clip", "vlm"])
     assert value("gate_feature_shift_ratio", family="clip", tower="image", model="base") is None
-
-
-def test_without_a_verdict_nothing_is_made_up(ledger: Ledger) -> None:
-    LedgerMetrics(ledger).export(["vlm"])
     assert value("gate_last_verdict_timestamp_seconds", family="vlm", outcome="passed") is None
