@@ -38,25 +38,6 @@ def test_a_pass_of_a_known_size_takes_what_it_took_and_of_an_unknown_kind_nothin
     assert costs.most(Size((8,), (25,))) == pytest.approx(MARGIN * 2.5)
 
 
-def test_the_bound_is_above_every_polynomial_of_second_degree() -> None:
-    chance = random.Random(0)
-    for _ in range(100):
-        fixed, rows, linear, square, pictures, pairs_of_rows = (chance.random() for _ in range(6))
-
-        def taken(n: float, tokens: float, seen: float) -> float:
-            own = n * (rows + linear * tokens + square * tokens**2)  # noqa: B023
-            return fixed + own + pictures * seen + pairs_of_rows * n**2  # noqa: B023
-
-        costs = Costs()
-        for _ in range(20):
-            size = chance.randint(5, 8), chance.randint(1, 50), chance.randint(1, 50)
-            f = taken(*size)
-            known = costs.most(Size(size[:1], size[1:]))
-            assert known == 0 or f <= known
-            costs.add(Size(size[:1], size[1:]), f)
-        assert costs.excess == 1
-
-
 class Counted:
     """GFLOPs of every step, of preparation, and of passes after the last step."""
 
@@ -242,4 +223,4 @@ def test_over_random_draws_no_real_update_spends_more_than_its_budget(
     for number in range(draws):
         plan, pool, gflops = made(random.Random(number))
         outcomes.add(draw(vlm if plan.family == "vlm" else base, tmp_path / "work", taken, plan, pool, gflops))
-    assert outcomes >= ends
+    assert outcomes == ends

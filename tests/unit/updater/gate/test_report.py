@@ -26,7 +26,7 @@ from tests.unit.console.conftest import settings as console_settings
 from tests.unit.updater.gate.builders import changed, fresh_suite, outcomes, picture, scores
 from updater.gate.decision import Scores, conclude, decide
 from updater.gate.interim_analyses import AnalysisPlan
-from updater.gate.report import render, render_body, samples_of, with_samples, write_report
+from updater.gate.report import render, render_body, write_report
 from updater.gate.score import Outcomes, thumbnail, worst_answers, worst_items
 from updater.gate.suites import Suite
 from updater.gate.verdict import (
@@ -64,81 +64,6 @@ def verdict_of(*entries: Scores, **fields: Any) -> Verdict:
     return replace(made, **fields)
 
 
-@pytest.fixture(scope="module")
-def verdict() -> Verdict:
-    before = (np.random.default_rng(0).random((300, 2)) < 0.5).astype(float)
-    worst = (Regression("a1", EVIL, "image to text", 2, 40, "a dog", EVIL, "data:image/jpeg;base64,AAAA"),)
-    kept = scores("emoji_retrieval", before, changed(before, 60, 5))
-    new = scores("fresh.fluent3d", before, changed(before, 10, 80), role="gain")
-    asked = Suite.model_validate({"name": "vqa_colour", "role": "retention", "task": "vqa"})
-    answers = outcomes(before[:, :1])
-    lost = (Regression("a2", EVIL, "answer", 0, 1, "red", "", "data:image/jpeg;base64,AAAA", "red, crimson"),)
-    return verdict_of(
-        replace(kept, chance=0.05, worst=worst), new, Scores(asked, answers, answers, answers, 0.3, lost),
-        cost={"gflops_planned": 60000.0, "gflops_spent": 58211.4, "seconds": 231.2, "losses": [1.0, 0.5],
-              "peak_bytes": 2.5e8},
-        meta={"update": "u-1", "recipe": {"name": EVIL}, "data_from": {"t:0": 0}, "data_to": {"t:0": 812}},
-    )  # fmt: skip
-
-
-def test_both_files_are_written_and_say_the_same(verdict: Verdict, tmp_path: Path) -> None:
-    write_report(verdict, tmp_path)
-    report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
-    assert (report["outcome"], report["caught_by"]) == ("rejected", ["emoji_retrieval"])
-    assert report["gain"]["strata"] == {"fresh.fluent3d": 300}
-    assert report["checks"][1]["value"] is None, "NaN has no word in JSON"
-    page = (tmp_path / "report.html").read_text()
-    assert page == render(report), "an old report can be drawn again from its JSON"
-    for text in ("Rejected", "emoji_retrieval", "fresh.fluent3d", "58,211 GFLOPs", "250 MB", "41.2 s", "candidate 4",
-                 "number 2 at this candidate; 250 of 300 independent items", "with 300 items, if it is inconclusive",
-                 "clip-ba9876543210", "Gain over all new data", "1/log2(2 + rank)", "recall@5",
-                 "red → nothing", "right: red, crimson", "exact_match", "chance 30.0"):  # fmt: skip
-        assert text in page, text
-
-
-def test_the_page_stands_alone_in_both_colour_schemes_and_captions_cannot_become_markup(verdict: Verdict) -> None:
-    page = render(verdict.to_json())
-    assert not re.findall(r"<(?:script|link|iframe)\b", page) and page.count("&lt;script&gt;") >= 3
-    sources = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
-    assert sources and all(source.startswith(("data:image/jpeg;base64,", "#")) for source in sources)
-    assert "url(http" not in page and "@import" not in page
-    ids = re.findall(r'\bid="([^"]+)"', page)
-    references = re.findall(r'href="#([^"]+)"', page) + re.findall(r"url\(#([^)]+)\)", page)
-    assert len(ids) == len(set(ids)) and references and set(references) <= set(ids), "the two drawings share no id"
-    assert "prefers-color-scheme: dark" in page and 'stroke="var(--bad)"' in page and "var(--good)" in page
-    assert not re.findall(r"#0[1-7]0[1-7]0[1-7]", page), "every marker colour became a variable"
-    body = render_body(verdict.to_json())
-    assert "style=" not in body and "<style" not in body, "so that the console can forbid it"
-    assert "emoji_retrieval" in body and "<svg" in body
-
-
-def test_a_look_that_was_not_made_has_spent_nothing(verdict: Verdict) -> None:
-    made = verdict.to_json()["look"]
-    unmade = replace(verdict, spent=False).to_json()["look"]
-    assert unmade["spent"] == made["before"] < made["spent"] and unmade["left"] > made["left"]
-    assert unmade["left_for_others"] == made["left_for_others"], "the share was taken by the look before"
-    first = replace(verdict, spent=False, look=AnalysisPlan(0.03, 0.05, 300).look(250)).to_json()["look"]
-    assert first["spent"] == 0.0 and first["left_for_others"] > made["left_for_others"]
-
-
-def test_a_verdict_without_suites_has_a_page_and_the_ledgers_summary_is_small_and_has_no_pictures(
-    verdict: Verdict,
-) -> None:
-    page = render({**verdict.to_json(), "suites": [], "meta": {}, "cost": {}})
-    assert "Engineering checks" in page and "Change per suite" not in page
-    assert not any(words in page for words in ("how often a concept", "look alike", "Share of", "features moved"))
-
-    summary = verdict.summary()
-    text = json.dumps(summary)
-    assert "base64" not in text and len(text) < 5000
-    assert summary["caught_by"] == ["emoji_retrieval"] and list(diagnostics_lines(summary["diagnostics"])) == []
-    keys = {"before", "after", "ci", "decision", "n", "units", "role", "statistic", "recall"}
-    assert set(summary["suites"]["fresh.fluent3d"]) >= keys
-    gain = summary["gain"]
-    names = gain["decision"], gain["statistic"]["name"], gain["recall"]["name"]
-    assert names == ("passed", "1/log2(2 + rank)", "recall@5")
-
-
 DIAGNOSTICS = Diagnostics(
     tail=Tail(
         2_000_000, 1_000_000,
@@ -154,18 +79,80 @@ DIAGNOSTICS = Diagnostics(
 )  # fmt: skip
 
 
-def test_diagnostics_are_in_the_report_in_the_summary_and_on_a_terminal(verdict: Verdict) -> None:
-    value = replace(verdict, diagnostics=DIAGNOSTICS)
-    report = json.loads(json.dumps(value.to_json()))
-    page = render(report)
-    for text in ("estimated from 1,000,000", "41 items", "−25.0", "17 pairs", "sample sample-of-st", "0.987", "71.0",
-                 "0.0123", "31.5 → 29.2", "0.810 → 0.790", "data:image/jpeg;base64,BBBB"):  # fmt: skip
+@pytest.fixture(scope="module")
+def verdict() -> Verdict:
+    before = (np.random.default_rng(0).random((300, 2)) < 0.5).astype(float)
+    worst = (Regression("a1", EVIL, "image to text", 2, 40, "a dog", EVIL, "data:image/jpeg;base64,AAAA"),)
+    kept = scores("emoji_retrieval", before, changed(before, 60, 5))
+    new = scores("fresh.fluent3d", before, changed(before, 10, 80), role="gain")
+    asked = Suite.model_validate({"name": "vqa_colour", "role": "retention", "task": "vqa"})
+    answers = outcomes(before[:, :1])
+    lost = (Regression("a2", EVIL, "answer", 0, 1, "red", "", "data:image/jpeg;base64,AAAA", "red, crimson"),)
+    return verdict_of(
+        replace(kept, chance=0.05, worst=worst), new, Scores(asked, answers, answers, answers, 0.3, lost),
+        cost={"gflops_planned": 60000.0, "gflops_spent": 58211.4, "seconds": 231.2, "losses": [1.0, 0.5],
+              "peak_bytes": 2.5e8},
+        meta={"update": "u-1", "recipe": {"name": EVIL}, "data_from": {"t:0": 0}, "data_to": {"t:0": 812}},
+        diagnostics=DIAGNOSTICS,
+    )  # fmt: skip
+
+
+def test_both_files_are_written_and_say_the_same(verdict: Verdict, tmp_path: Path) -> None:
+    write_report(verdict, tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert (report["outcome"], report["caught_by"]) == ("rejected", ["emoji_retrieval"])
+    assert report["gain"]["strata"] == {"fresh.fluent3d": 300}
+    assert report["checks"][1]["value"] is None, "NaN has no word in JSON"
+    page = (tmp_path / "report.html").read_text()
+    assert page == render(report), "an old report can be drawn again from its JSON"
+    for text in ("Rejected", "emoji_retrieval", "fresh.fluent3d", "58,211 GFLOPs", "250 MB", "41.2 s", "candidate 4",
+                 "number 2 at this candidate; 250 of 300 independent items", "with 300 items, if it is inconclusive",
+                 "clip-ba9876543210", "Gain over all new data", "1/log2(2 + rank)", "recall@5",
+                 "red → nothing", "right: red, crimson", "exact_match", "chance 30.0",
+                 "estimated from 1,000,000", "41 items", "−25.0", "17 pairs", "sample sample-of-st", "0.987", "71.0",
+                 "0.0123", "31.5 → 29.2", "0.810 → 0.790", "data:image/jpeg;base64,BBBB", "Warning:"):  # fmt: skip
         assert text in page, text
-    assert "<script>" not in page and "Warning:" in page
-    summary = value.summary()["diagnostics"]
-    assert "BBBB" not in json.dumps(summary) and summary["pairs"]["emoji_retrieval"]["n"] == 17
-    told = list(diagnostics_lines(summary))
-    assert told == list(diagnostics_lines(report["diagnostics"]))
+
+
+def test_the_page_stands_alone_in_both_colour_schemes_and_captions_cannot_become_markup(verdict: Verdict) -> None:
+    page, body = render(verdict.to_json()), render_body(verdict.to_json())
+    assert not re.findall(r"<(?:script|link|iframe)\b", page) and page.count("&lt;script&gt;") >= 5
+    sources = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
+    assert sources and all(source.startswith(("data:image/jpeg;base64,", "#")) for source in sources)
+    assert "url(http" not in page and "@import" not in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    references = re.findall(r'href="#([^"]+)"', page) + re.findall(r"url\(#([^)]+)\)", page)
+    assert len(ids) == len(set(ids)) and references and set(references) <= set(ids), "the two drawings share no id"
+    assert "prefers-color-scheme: dark" in page and 'stroke="var(--bad)"' in page and "var(--good)" in page
+    assert not re.findall(r"#0[1-7]0[1-7]0[1-7]", page), "every marker colour became a variable"
+    assert "style=" not in body and "<style" not in body, "so that the console can forbid it"
+    assert "emoji_retrieval" in body and "<svg" in body
+    bare = render({**replace(verdict, diagnostics=Diagnostics()).to_json(), "suites": [], "meta": {}, "cost": {}})
+    assert "Engineering checks" in bare
+    absent = ("Change per suite", "how often a concept", "look alike", "Share of", "features moved")
+    assert not [words for words in absent if words in bare]
+
+
+def test_a_look_that_was_not_made_has_spent_nothing(verdict: Verdict) -> None:
+    made = verdict.to_json()["look"]
+    unmade = replace(verdict, spent=False).to_json()["look"]
+    assert unmade["spent"] == made["before"] < made["spent"] and unmade["left"] > made["left"]
+    assert unmade["left_for_others"] == made["left_for_others"], "the share was taken by the look before"
+    first = replace(verdict, spent=False, look=AnalysisPlan(0.03, 0.05, 300).look(250)).to_json()["look"]
+    assert first["spent"] == 0.0 and first["left_for_others"] > made["left_for_others"]
+
+
+def test_the_ledgers_summary_is_small_without_pictures_and_is_told_on_a_terminal(verdict: Verdict) -> None:
+    summary = verdict.summary()
+    text = json.dumps(summary)
+    assert "base64" not in text and len(text) < 6000 and summary["caught_by"] == ["emoji_retrieval"]
+    keys = {"before", "after", "ci", "decision", "n", "units", "role", "statistic", "recall"}
+    assert set(summary["suites"]["fresh.fluent3d"]) >= keys
+    gain = summary["gain"]
+    names = gain["decision"], gain["statistic"]["name"], gain["recall"]["name"]
+    assert names == ("passed", "1/log2(2 + rank)", "recall@5")
+    told = list(diagnostics_lines(summary["diagnostics"]))
+    assert told == list(diagnostics_lines(verdict.to_json()["diagnostics"]))
     for line in ("emoji_retrieval, concepts seen never (41 items): 50.0% -> 25.0% (-25.0 [-40.0, -10.0])",
                  "emoji_retrieval, 17 pairs that look alike: 70.0% -> 60.0% (-10.0 [-20.0, +5.0]), base 10.0%",
                  'vqa_presence, share of "yes": 52.0% -> 71.0%; truth 50.0%, base 48.0%',
@@ -219,9 +206,13 @@ def regressions() -> tuple[Regression, ...]:
 
 
 def with_regressions(worst: tuple[Regression, ...]) -> Verdict:
+    """A verdict that shows samples: the worst ones, and a pair of them."""
     hits = (np.random.default_rng(0).random((300, 2)) < 0.5).astype(float)
     suite = Suite(name="fresh.family", role="gain", task="retrieval")
-    return verdict_of(Scores(suite, outcomes(hits), outcomes(hits), outcomes(changed(hits, 90, 5)), 0.05, worst))
+    pair = ShownPair(*(PairImage("", "", rows()[n]["id"]) for n in (0, 3)), 0.99, True)
+    pairs = {"fresh.family": PairAccuracy(9, 0.1, Interval(0.5, 0.5, 0.0, 0.0, 0.0), 0, 0, (pair,))}
+    given = Scores(suite, outcomes(hits), outcomes(hits), outcomes(changed(hits, 90, 5)), 0.05, worst)
+    return verdict_of(given, diagnostics=Diagnostics(pairs=pairs))
 
 
 def test_a_report_holds_no_byte_of_a_sample(tmp_path: Path) -> None:
@@ -236,20 +227,6 @@ def test_a_report_holds_no_byte_of_a_sample(tmp_path: Path) -> None:
         content = file.read_text()
         assert [needle for needle in needles if needle[:80] in content] == [], file.name
         assert all(name[:12] in content for name in ids), "it is named, to be looked up"
-
-
-def test_samples_of_a_pair_are_named_and_filled_in_until_they_are_deleted() -> None:
-    gone, there = rows()[0]["id"], rows()[1]
-    first, second = ({"text": "", "thumbnail": "", "sample": each} for each in (gone, there["id"]))
-    folder = {"text": "a fox", "thumbnail": "data:", "sample": ""}
-    pairs = [{"first": first, "second": second}, {"first": folder, "second": second}]
-    report = {"suites": [], "diagnostics": {"tail": None, "pairs": {"fresh.family": {"n": 9, "shown": pairs}}}}
-    assert samples_of(report) == {gone, there["id"]}
-    shown = with_samples(report, {there["id"]: there}, "/samples/{}.png")["diagnostics"]["pairs"]["fresh.family"]
-    texts = [each["first"]["text"] for each in shown["shown"]]
-    assert (shown["n"], texts) == (9, ["a sample that was deleted", "a fox"])
-    filled = {"text": TEXTS[1], "thumbnail": f"/samples/{there['id']}.png", "sample": there["id"]}
-    assert shown["shown"][0]["second"] == filled
 
 
 @pytest.fixture
