@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,12 @@ import torch
 from torch import nn
 
 from serving.engines.clip_base import ClipBase
-from serving.engines.vlm.vlm_base import VlmBase
-from tests.unit.updater.builders import pairs, picture, pools, recipe, run
+from tests.unit.updater.builders import pairs, pools, recipe, run
 from updater.budget.cost import Cost, StepUnaffordable
 from updater.budget.flops import counted
 from updater.data.mixture import BatchPlan
-from updater.data.pools import Pools, Question
 from updater.families.clip_learner import ClipLearner
-from updater.families.vlm_learner import VlmLearner
 from updater.recipes import Part
-from updater.step.learner import AnyLearner
 from updater.training.measure import measure, peak_saved_bytes
 
 
@@ -134,11 +129,11 @@ def test_measuring_leaves_no_hook_and_no_gradient(base: ClipBase) -> None:
     assert _measured(learner, 6) == first
 
 
-def recorded(monkeypatch: pytest.MonkeyPatch, kind: type[AnyLearner], name: str) -> list[float]:
-    real: Callable[..., Any] = getattr(kind, name)
+def recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> list[float]:
+    real: Callable[..., Any] = getattr(ClipLearner, name)
     calls: list[float] = []
 
-    def counting(self: AnyLearner, rows: list[int], *given: Any) -> Any:
+    def counting(self: ClipLearner, rows: list[int], *given: Any) -> Any:
         if name != "ready":
             self.ready(rows)  # counts for itself
         with counted() as flops:
@@ -146,7 +141,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, kind: type[AnyLearner], name: str)
         calls.append(flops.gflops)
         return made
 
-    monkeypatch.setattr(kind, name, counting)
+    monkeypatch.setattr(ClipLearner, name, counting)
     return calls
 
 
@@ -172,7 +167,7 @@ def test_an_update_spends_what_it_planned_within_two_percent(
     changed is run twice.
     """
     start = run(base, tmp_path / "before").directory if incumbent else None
-    prepared, steps = (recorded(monkeypatch, ClipLearner, each) for each in ("ready", "forward_backward"))
+    prepared, steps = (recorded(monkeypatch, each) for each in ("ready", "forward_backward"))
     plan = recipe(name, **changes)
     others = 14 * (plan.mixture.reference > 0), 10 * (plan.mixture.replay > 0)
     result = run(base, tmp_path, recipe=plan, pools=pools(14, *others), incumbent=start)
@@ -180,20 +175,3 @@ def test_an_update_spends_what_it_planned_within_two_percent(
     assert probe == pytest.approx(sum(taken) / len(taken), rel=0.02)
     spent, ratio = sum(prepared) + sum(taken), result.cost["memory_ratio"]
     assert [result.maf_planned / ratio, result.maf / ratio] == pytest.approx([spent, spent], rel=0.02)
-
-
-def test_batches_that_are_as_long_as_their_longest_question_cost_what_they_cost_on_average(
-    vlm: VlmBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One question in twelve is four times as long: about half of the batches have none of those."""
-    steps = recorded(monkeypatch, VlmLearner, "forward_backward")
-    questions = tuple(
-        Question(f"{i}", "which colour is it?" + " look again!" * (i % 12 == 0) * 8, "red", partial(picture, i))
-        for i in range(48)
-    )
-    plan = recipe("vlm-naive", max_steps=16, batch_size=6)
-    result = run(vlm, tmp_path, recipe=plan, pools=Pools(questions))
-    short, *_, long = sorted(steps)
-    assert long > 1.5 * short
-    taken = steps[-result.steps :]
-    assert result.cost["step_gflops"] == pytest.approx(sum(taken) / len(taken), rel=0.02)

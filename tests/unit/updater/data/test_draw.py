@@ -4,6 +4,7 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -87,25 +88,18 @@ def test_replay_is_drawn_from_all_that_is_earlier_where_the_recipe_replays(store
 def test_words_and_images_are_read_for_the_rows_that_are_asked_for(
     store: SampleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[tuple[str, int]] = []
-    real = SampleStore.rows_at
-
-    def counted(self: SampleStore, addresses: Any, columns: Any, version: Any = None) -> Any:
-        read.append((columns[-1], len(addresses)))
-        return real(self, addresses, columns, version)
-
-    monkeypatch.setattr(SampleStore, "rows_at", counted)
+    read = Mock(side_effect=store.rows_at)
+    monkeypatch.setattr(SampleStore, "rows_at", read)
     monkeypatch.setattr(pools, "WORDS_ROWS", 50)
     pool = drawn(store).new
-    assert len(pool) == COUNT and read == []
+    assert len(pool) == COUNT and not read.called
     some = pool[:60]
-    assert read == [("text", 50), ("text", 50)]
     words = some[47].text.split()
     assert [some[row].read() for row in (0, 47)][1] == f"{words[1]}:{words[2]}".encode()
-    assert read[2:] == [("image", 48)]
     # In another order than that of the draw, a row costs no page.
     assert some[57].read() == some[57].read()
-    assert read[3:] == [("image", 1), ("image", 1)]
+    counts = [(call.args[1][-1], len(call.args[0])) for call in read.call_args_list]
+    assert counts == [("text", 50), ("text", 50), ("image", 48), ("image", 1), ("image", 1)]
 
 
 def test_an_empty_store_has_nothing_pending_and_an_address_of_another_version_is_an_error(

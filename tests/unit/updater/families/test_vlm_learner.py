@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -99,23 +97,6 @@ def test_only_the_last_blocks_of_the_chosen_parts_learn(vlm: VlmBase) -> None:
     for part, message in (("text", "no layer"), ("connector", "no list of blocks")):
         with pytest.raises(ConfigError, match=message):
             vlm_layers(vlm, model, recipe("vlm-default", **{part: {"blocks": part == "connector"}}))
-
-
-def test_each_image_is_read_once(vlm: VlmBase) -> None:
-    reads = Counter[str]()
-
-    def read(each: Question) -> bytes:
-        reads[each.id] += 1
-        return each.read()
-
-    def counted(tag: str) -> tuple[Question, ...]:
-        return tuple(replace(each, read=partial(read, each)) for each in questions(tag, 9))
-
-    learner = learner_of(vlm, Pools(counted("car"), counted("house")))
-    for _ in range(3):
-        learner.forward_backward(list(range(18)))
-    first = reads.pop("car-0")  # checked once more: whether its image features can be kept
-    assert first == 2 and len(reads) == 17 and set(reads.values()) == {1}
 
 
 def test_a_model_that_distils_itself_answers_and_its_teacher_has_read_the_answer(vlm: VlmBase) -> None:

@@ -103,10 +103,6 @@ class RecordingStore(SampleStore):
             self.read.update(row["id"] for row in rows)
         return rows
 
-    def scan(self, *args: Any, **values: Any) -> Any:
-        assert "image" not in (values.get("columns") or ["image"])
-        return super().scan(*args, **values)
-
     def addresses(self, columns: Sequence[str], *args: Any, **values: Any) -> Any:
         assert "image" not in columns
         return super().addresses(columns, *args, **values)

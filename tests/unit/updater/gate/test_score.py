@@ -9,16 +9,12 @@ import pytest
 import torch
 
 from core.errors import AdapterError, GateError
-from core.settings.updates import Gate
 from serving.engines.backends import EngineChoice
 from serving.engines.clip import ClipEngine
 from tests.support.tiny import tiny_adapter, tiny_base
-from tests.unit.updater.gate.builders import TableImages, folder_dataset, fresh_suite, sample_rows
+from tests.unit.updater.gate.builders import folder_dataset, fresh_suite, sample_rows
 from updater.gate.clip import AcrossBasesEvaluator, ClipEvaluator, base_alone
 from updater.gate.gate_command import EngineScore, engine_scores
-from updater.gate.interim_analyses import AnalysisPlan
-from updater.gate.run import run_gate
-from updater.gate.sample_suites import choose_memory, memory_suites
 from updater.gate.score import Scorer, rank_of_best
 from updater.gate.suite_items import Item
 from updater.gate.suites import Suite, load_suites
@@ -114,7 +110,9 @@ def test_an_adapter_has_its_own_scores_and_a_tower_that_it_leaves_alone_is_not_e
     assert (len(scorer._images), len(scorer._texts)) == (1, 2)
 
 
-def test_images_of_two_folders_with_equal_names_and_texts_are_not_mixed_up(home: Path, engine: ClipEngine) -> None:
+def test_images_of_two_folders_with_equal_names_are_not_mixed_up_and_each_is_embedded_once(
+    home: Path, engine: ClipEngine
+) -> None:
     """Emoji sets name their files alike: the drawing decides, not the name."""
     one, two = (suite_of(home, name, count=6) for name in ("one", "two"))
     (two.folder / "0.png").write_bytes((one.folder / "5.png").read_bytes())
@@ -123,12 +121,7 @@ def test_images_of_two_folders_with_equal_names_and_texts_are_not_mixed_up(home:
     assert [item.id for item in one.items()] == [item.id for item in two.items()]
     same = np.isclose(vectors[0], vectors[1]).all(axis=1)
     assert [item.text for item, equal in zip(one.items(), same, strict=True) if not equal] == ["thing number 0"]
-
-
-def test_two_suites_over_one_folder_embed_its_images_once(home: Path, engine: ClipEngine) -> None:
-    scorer = Scorer(engine, home / "shared-cache")
-    for task in ("retrieval", "classification"):
-        scorer.score(suite_of(home, "shared", f"task: {task}\n", count=12), None)
+    scorer.score(suite_of(home, "one", "task: classification\n"), None)
     assert [len(known) for known in scorer._images.values()] == [12]
 
 
@@ -228,6 +221,7 @@ def test_a_space_that_hardly_moved_may_be_searched_at_once_and_one_of_another_ro
 
 
 def test_each_model_is_asked_on_its_base(tmp_path: Path) -> None:
+    """Whole verdicts across bases: tests/integration/updater/test_base_upgrade.py."""
     old, new = tiny_base(tmp_path), tiny_base(tmp_path, "wide", seed=5, dim=48)
     incumbent = tiny_adapter(old, tmp_path / "incumbent", seed=1)
     candidate = tiny_adapter(new, tmp_path / "candidate", seed=2)
@@ -236,8 +230,7 @@ def test_each_model_is_asked_on_its_base(tmp_path: Path) -> None:
         evaluator.load(incumbent, tmp_path / "incumbent", candidate=True)
     evaluator.load(incumbent, tmp_path / "incumbent")
     evaluator.load(candidate, tmp_path / "candidate", candidate=True)
-    rows = sample_rows(30)
-    suite = fresh_suite(rows)
+    suite = fresh_suite(sample_rows(30))
     plain = {base.name: ClipEvaluator(ClipEngine(base, threads=1)) for base in (old, new)}
     plain["tiny"].load(incumbent, tmp_path / "incumbent")
     plain["wide"].load(candidate, tmp_path / "candidate")
@@ -248,16 +241,3 @@ def test_each_model_is_asked_on_its_base(tmp_path: Path) -> None:
         ranks = evaluator.score(suite, name).ranks
         assert np.array_equal(ranks, plain[base].score(suite, asked).ranks)
     assert not np.array_equal(evaluator.score(suite, None).ranks, evaluator.score(suite, base_alone(old)).ranks)
-
-    memory = memory_suites(rows, choose_memory(rows, "clip", 10), "clip", 10, TableImages(rows))
-    verdict = run_gate(
-        evaluator=evaluator, candidate=candidate, incumbent=incumbent, suites=memory, fresh=[suite],
-        plan=AnalysisPlan.alone(0.05), settings=Gate(min_items=5),
-    )  # fmt: skip
-    assert (verdict.base, verdict.meta["base_digest"], verdict.cross_version) == ("wide", new.digest, None)
-    assert verdict.diagnostics.warnings == ()
-    assert {check.name: check.ok for check in verdict.checks}["parity"]
-    (retained,) = [each for each in verdict.suites if each.role == "retention"]
-    own = memory[0]
-    assert retained.base == pytest.approx(plain["wide"].score(own, None).hits.mean())
-    assert retained.before == pytest.approx(plain["tiny"].score(own, incumbent).hits.mean())
