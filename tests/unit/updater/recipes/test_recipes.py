@@ -1,13 +1,32 @@
+"""Recipes of ours and of third-party packages, trained, served, stopped and resumed."""
+
 from __future__ import annotations
 
+import logging
 import math
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
 from core.errors import ConfigError
-from updater.methods import objectives
-from updater.recipes import Recipe, load_recipe, recipe_names
+from serving.engines.clip_base import ClipBase
+from serving.engines.lora import effective_weights
+from tests.support.pages import Page
+from tests.support.recipe_table import PAGE, missing, told
+from tests.unit.updater.builders import assert_served_as_trained, pools, recipe, resumed, run
+from updater.budget.cost import Cost
+from updater.methods import objectives, regularizers
+from updater.recipes import Recipe, load_recipe, plugin_registry, recipe_names
+from updater.step.learner import AnyLearner
+from updater.training.measure import measure
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -76,3 +95,163 @@ def test_an_unknown_recipe_objective_or_option_is_refused() -> None:
         recipe = Recipe.parse({**values, "objectives": [term]})
         with pytest.raises(ConfigError, match=str(term["name"])):
             objectives.build(recipe.objectives, recipe.family)
+
+
+RESUMED = frozenset({"codyra", "default", "ewc", "finetuned-merge", "galore", "si"})
+"""Also stopped and resumed: one recipe for each kind of state in a checkpoint."""
+OFTEN = RESUMED | {"ema-merge", "locked-image", "naive", "replay", "wise-ft", "zscl"}
+"""The recommended recipes; the others take as long again and run only in `make long`."""
+CLIP = [
+    pytest.param(name, marks=() if name in OFTEN else pytest.mark.long)
+    for name in recipe_names()
+    if load_recipe(name).family == "clip"
+]
+
+
+@pytest.mark.parametrize("name", CLIP)
+def test_two_updates_in_a_row_change_what_may_change_and_are_served_as_trained(
+    base: ClipBase, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("updater.training.plan.measure", _measured_once())
+    plan = recipe(name, max_steps=3)
+    first = run(base, tmp_path / "first", recipe=plan)
+    changed = effective_weights(first.directory, base.build_model())
+    assert any(name.startswith("visual.") for name in changed) != plan.image.locked
+    assert any(not name.startswith("visual.") for name in changed) != plan.text.locked
+    again = {"recipe": plan, "pools": pools(replay=12), "incumbent": first.directory, "seed": 5}
+    again["carry_over"] = first.carry_over
+    second = run(base, tmp_path / "second", **again)
+    assert first.adapter != second.adapter
+    if name in RESUMED:
+        assert resumed(partial(run, base, tmp_path / "stopped", **again), 4).adapter == second.adapter
+    assert all(np.isfinite(values).all() for values in second.losses.values())
+    assert_served_as_trained(base, second)
+
+
+def _measured_once() -> Callable[..., Cost]:
+    """Measure updates of the same parts once; counting is more than half of the time of each."""
+    found: dict[frozenset[str], Cost] = {}
+
+    def measured(learner: AnyLearner, *arguments: Any) -> Cost:
+        parts = frozenset(learner.parts)
+        if parts not in found:
+            found[parts] = measure(learner, *arguments)
+        return found[parts]
+
+    return measured
+
+
+def test_both_pages_have_a_row_for_each_recipe_as_it_is() -> None:
+    assert not missing(), "add or replace these rows, and say when to use each:\n" + "\n".join(missing())
+    methods = PAGE.with_name("methods.md").read_text()
+    rows = [line.strip("|").split("|") for line in methods.splitlines() if line.startswith("| `")]
+    named = [name for cells in rows for name in re.findall(r"`([a-z0-9._-]+)`", cells[0])]
+    assert sorted(told()) == sorted(named) == recipe_names()
+    assert all(len(cells) == 4 and all(cell.strip() for cell in cells) for cells in rows)
+
+
+# Methods and recipes of other packages
+
+Install = Callable[[str, Mapping[str, str], str], None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Leaves a package as `pip install` does: its name, the texts of its files, and its entry points."""
+    names: list[str] = []
+
+    def installed(name: str, files: Mapping[str, str], points: str) -> None:
+        names.append(name)
+        site, about = tmp_path / "site", f"{name}-1.0.dist-info"
+        metadata = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 1.0\n"
+        whole = {f"{name}/__init__.py": "", f"{name}/recipes/__init__.py": "", **files}
+        for path, text in {**whole, f"{about}/METADATA": metadata, f"{about}/entry_points.txt": points}.items():
+            (site / path).parent.mkdir(parents=True, exist_ok=True)
+            (site / path).write_text(text)
+        monkeypatch.syspath_prepend(site)
+        plugin_registry._others.cache_clear()
+
+    yield installed
+    plugin_registry._others.cache_clear()
+    for module in [module for module in sys.modules if module.partition(".")[0] in names]:
+        del sys.modules[module]
+
+
+def test_the_example_of_the_page_is_trained_served_stopped_and_resumed(
+    install: Install, base: ClipBase, tmp_path: Path
+) -> None:
+    files, points = {}, ""
+    for block in Page(PAGE).blocks:
+        first, _, rest = block.text.partition("\n")
+        if place := re.fullmatch(r"# (my_methods/[\w/-]+\.(?:py|yaml))", first):
+            files[place[1]] = rest
+        elif first == "# pyproject.toml":
+            for group, names in tomllib.loads(rest)["project"]["entry-points"].items():
+                points += f"[{group}]\n" + "".join(f"{name} = {where}\n" for name, where in names.items())
+    install("my_methods", files, points)
+    values = load_recipe("my-method").model_dump(mode="json")
+    example = Recipe.parse({**values, "max_steps": 4, "batch_size": 9})
+    before = run(base, tmp_path / "first", recipe=example)
+    assert {"hinge", "feature_distillation", "l1"} <= set(before.losses)
+    assert before.losses["l1"][0] == 0 < before.losses["l1"][-1]
+    again = {"recipe": example, "pools": pools(replay=12), "incumbent": before.directory, "seed": 5}
+    second = run(base, tmp_path / "second", **again)
+    assert second.adapter != before.adapter
+    assert_served_as_trained(base, second)
+    assert resumed(partial(run, base, tmp_path / "stopped", **again), 4).adapter == second.adapter
+
+
+TERM = """
+from updater.methods.objectives import Contrastive
+
+class Half(Contrastive):
+    def __call__(self, batch):
+        return 0.5 * super().__call__(batch)
+"""
+POINTS = """
+[ratchet.objectives]
+half_contrast = example_methods.half_contrast:Half
+broken = example_methods.broken:Half
+contrastive = example_methods.half_contrast:Half
+
+[ratchet.regularizers]
+none_at_all = example_methods.half_contrast:Half
+
+[ratchet.recipes]
+example = example_methods.recipes
+broken = example_methods.broken
+"""
+
+
+@pytest.fixture
+def half(install: Install) -> None:
+    """A package with a method, one that cannot be imported, and a recipe."""
+    values = recipe("naive").model_dump(mode="json")
+    terms = [{"name": "half_contrast", "weight": 1.0, "over": ["new"]}]
+    text = yaml.safe_dump({**values, "name": "half", "objectives": terms})
+    files = {"half_contrast.py": TERM, "broken.py": "import nothing_of_this_name\n"}
+    files |= {"recipes/half.yaml": text, "recipes/default.yaml": text}
+    install("example_methods", {f"example_methods/{name}": text for name, text in files.items()}, POINTS)
+
+
+@pytest.mark.usefixtures("half")
+def test_a_package_replaces_nothing_of_ours_and_what_is_wrong_in_it_ends_its_own_recipes_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert "half_contrast" in objectives.names("clip") and "half_contrast" not in objectives.names("vlm")
+    assert "half" in recipe_names() and "none_at_all" in regularizers.REGULARIZERS.names()
+    with caplog.at_level(logging.WARNING, "ratchet.recipes"):
+        assert load_recipe("default").name == "default"
+        kind = objectives.build(load_recipe("naive").objectives, "clip")[0][1]
+    assert type(kind).__module__ == "updater.methods.objectives"
+    for warning in ("contrastive of example-methods is left out", "recipe default of",
+                    "ratchet.recipes 'broken' of example-methods cannot be imported"):  # fmt: skip
+        assert warning in caplog.text
+    assert "broken" not in objectives.names("clip")
+    wrong = recipe("naive", objectives=[{"name": "broken", "weight": 1.0}])
+    with pytest.raises(ConfigError, match="'broken' of example-methods cannot be imported: ModuleNotFoundError"):
+        objectives.build(wrong.objectives, "clip")
+    wrong = recipe("naive", regularizers=[{"name": "none_at_all", "weight": 1.0}], adapter={"kind": "full"})
+    with pytest.raises(ConfigError, match="'none_at_all' of example-methods is not a Regularizer"):
+        regularizers.build(wrong)
+    assert objectives.build(load_recipe("default").objectives, "clip")
