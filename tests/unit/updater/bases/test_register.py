@@ -149,9 +149,7 @@ def test_a_folder_becomes_a_base_that_needs_it_no_longer(folder: Path, tmp_path:
         add_vlm(tmp_path, "mine", other.model)
 
 
-def test_only_pickled_weights_code_of_its_own_and_weights_that_are_not_finite_are_refused(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_pickled_weights_code_of_its_own_and_weights_of_nan_are_refused(folder: Path, tmp_path: Path) -> None:
     weights, config = folder / "model.safetensors", folder / "config.json"
     state, plain = load_file(weights), config.read_text()
     config.write_text(json.dumps({**json.loads(plain), "auto_map": {"AutoModel": "modeling_mine.Mine"}}))

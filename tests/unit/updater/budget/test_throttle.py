@@ -71,9 +71,7 @@ def test_the_share_is_halved_while_requests_take_longer_than_before_and_grows_ba
         pytest.param(QUICK, [(2 * SLOW, 300, "/v1/slow"), (QUICK, 300)], 0.5, id="a slow route is slower"),
     ],
 )
-def test_requests_are_compared_with_the_mean_of_their_route_before(
-    before: float, served: list[tuple[Any, ...]], share: float
-) -> None:
+def test_a_route_is_compared_with_its_mean_before(before: float, served: list[tuple[Any, ...]], share: float) -> None:
     server = begun(before)
     for requests in served:
         server.serve(*requests)
@@ -141,7 +139,7 @@ def test_latencies_are_read_from_the_page_that_prometheus_scrapes() -> None:
     assert found["/v1/throttled"] == pytest.approx((4, 9.062))
 
 
-def test_a_trainer_that_gives_way_rests_between_steps_and_computes_the_same(
+def test_a_trainer_that_rests_computes_the_same(
     base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = run(base, tmp_path / "plain")

@@ -94,9 +94,7 @@ def test_replay_is_drawn_from_all_that_is_earlier_where_the_recipe_replays(store
     assert (len(found.new), len(found.replay)) == (300, 0)
 
 
-def test_words_and_images_are_read_for_the_rows_that_are_asked_for(
-    store: SampleStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_rows_that_are_asked_for_are_read(store: SampleStore, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Mock(side_effect=store.rows_at)
     monkeypatch.setattr(SampleStore, "rows_at", read)
     monkeypatch.setattr("updater.data.pools.WORDS_ROWS", 50)
@@ -111,9 +109,7 @@ def test_words_and_images_are_read_for_the_rows_that_are_asked_for(
     assert counts == [("text", 50), ("text", 50), ("image", 48), ("image", 1), ("image", 1)]
 
 
-def test_an_empty_store_has_nothing_pending_and_an_address_of_another_version_is_an_error(
-    store: SampleStore, tmp_path: Path
-) -> None:
+def test_an_empty_store_has_nothing_and_an_unknown_address_is_an_error(store: SampleStore, tmp_path: Path) -> None:
     pool = draw_pools(SampleStore(str(tmp_path)), recipe(), (), 0, {}, seed=1)
     assert (len(pool.new), len(pool.replay)) == (0, 0)
     with pytest.raises(IndexError):
@@ -202,7 +198,7 @@ def shares_of(weights: tuple[int, int, int], pools: dict[Part, int]) -> dict[Par
     st.integers(2, 100),
     st.integers(0, 5),
 )
-def test_every_batch_has_its_size_and_shares_and_each_row_of_a_pool_is_seen_equally_often_within_one(
+def test_every_batch_has_its_size_and_shares_and_rows_are_seen_equally_often(
     weights: tuple[int, int, int], pools: dict[Part, int], size: int, seed: int
 ) -> None:
     new, reference, replay = (weight / sum(weights) for weight in weights)

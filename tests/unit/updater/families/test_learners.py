@@ -223,8 +223,6 @@ def test_features_of_tiles_that_are_kept_and_pixels_that_are_not_give_the_same(t
 
 
 @pytest.mark.parametrize("sizes", [SIZES * 2, [(64, 32)] * 12], ids=["many shapes", "one shape"])
-def test_an_update_ends_whatever_the_shapes_of_its_pictures(
-    tiled: VlmBase, tmp_path: Path, sizes: list[tuple[int, int]]
-) -> None:
+def test_an_update_ends_whatever_its_pictures_are(tiled: VlmBase, tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
     result = run(tiled, tmp_path, recipe=recipe("vlm-naive", max_steps=3, batch_size=4), pools=asked(sizes))
     assert (result.steps, result.visited) == (3, 12)

@@ -51,7 +51,7 @@ FINE = [Check("finite", True, "all finite")]
         ([KEPT], "inconclusive", "passed", "no fresh samples"),
     ],
 )
-def test_only_a_candidate_that_kept_everything_and_learnt_something_passes(
+def test_only_what_kept_everything_and_learnt_passes(
     entries: list[Scores], outcome: str, decided: str, reason: str
 ) -> None:
     found = findings(*entries)

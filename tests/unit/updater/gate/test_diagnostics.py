@@ -58,9 +58,7 @@ def test_a_sample_counts_that_has_all_words_of_a_concept_in_any_order(tmp_path: 
     assert content_words("The A") == {"the", "a"}, "words of nothing but articles"
 
 
-def test_of_more_samples_than_the_bound_every_nth_is_looked_at_and_counts_are_scaled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_too_many_samples_every_nth_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("updater.gate.diagnostics.MAX_ROWS", 30)
     monkeypatch.setattr("streams.store.sample_store.BATCH_ROWS", 7)
     seen = counter(tmp_path, ["a fox"] * 100)(["fox"])
@@ -253,9 +251,7 @@ def test_the_share_of_yes_is_of_yes_no_questions_alone() -> None:
     ("before", "after", "warned"),
     [(0.5, 0.65, True), (0.5, 0.35, True), (0.5, 0.58, False), (0.8, 0.35, False), (0.7, 0.9, True)],
 )
-def test_a_share_of_yes_that_leaves_the_truth_and_what_cannot_be_computed_are_warnings(
-    before: float, after: float, warned: bool
-) -> None:
+def test_a_share_of_yes_off_the_truth_and_failures_are_warnings(before: float, after: float, warned: bool) -> None:
     shares = Diagnostics(yes={"presence": YesShare(100, 0.5, 0.5, before, after)})
     evaluator: Any = Mock(diagnostics=Mock(side_effect=[shares, RuntimeError("out of memory")]))
     found, failed = (diagnose(evaluator, ["a suite"], None, "vlm-a", None) for _ in range(2))  # type: ignore[list-item]

@@ -153,9 +153,7 @@ def test_images_of_samples_that_are_not_asked_are_not_read(store: RecordingStore
     assert set(store.read) == asked
 
 
-def test_neighbours_are_read_together_by_several_threads_and_a_store_that_cannot_be_read_is_no_verdict(
-    store: RecordingStore, family: str
-) -> None:
+def test_neighbours_are_read_once_and_a_broken_store_is_no_verdict(store: RecordingStore, family: str) -> None:
     held_out = HeldOut(store, store.version(), "text" if family == "clip" else "question")
     every = held_out.rows(TEXT_COLUMNS)["id"].to_pylist()
     ids, unread = every[: 4 * PAGE], every[-1]
@@ -186,9 +184,7 @@ def test_without_rows_there_is_a_table_without_rows(tmp_path: Path) -> None:
         ({"flags": 0}, 10, {}),
     ],
 )
-def test_fresh_rows_become_gain_suites_by_domain_and_small_domains_one_together(
-    domains: dict[str, int], min_items: int, expected: dict[str, int]
-) -> None:
+def test_small_domains_are_one_gain_suite(domains: dict[str, int], min_items: int, expected: dict[str, int]) -> None:
     """A domain that becomes large enough for its own suite does not take the others' items away."""
     parts = [sample_rows(count, domain, [f"{domain} {i}" for i in range(count)]) for domain, count in domains.items()]
     suites = fresh_suites(pa.concat_tables(parts), min_items=min_items)

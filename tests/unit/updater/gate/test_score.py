@@ -54,9 +54,7 @@ def suite(home: Path) -> Suite:
     ],
     ids=["wrong answers that are not below", "the best of several right ones", "a collapsed model", "a model of NaN"],
 )
-def test_the_rank_is_the_number_of_wrong_answers_that_are_not_below_the_best_right_one(
-    similarity: Any, right: Any, ranks: list[int]
-) -> None:
+def test_the_rank_counts_wrong_answers_not_below_the_best_right(similarity: Any, right: Any, ranks: list[int]) -> None:
     assert rank_of_best(np.array(similarity), np.array(right, dtype=bool)).tolist() == ranks
 
 
@@ -100,9 +98,7 @@ def test_scores_are_kept_on_disk_unless_they_are_damaged(home: Path, engine: Cli
         assert bool(scorer._images) == (damage is not None), "a forward pass is made for damaged scores alone"
 
 
-def test_an_adapter_has_its_own_scores_and_a_tower_that_it_leaves_alone_is_not_embedded_again(
-    home: Path, engine: ClipEngine, suite: Suite
-) -> None:
+def test_an_adapter_has_its_own_scores_and_shares_its_towers(home: Path, engine: ClipEngine, suite: Suite) -> None:
     name = tiny_adapter(engine.base, home / "text-only", seed=4, towers=("text",))
     engine.load(name, home / "text-only")
     scorer = Scorer(engine, home / "towers")
@@ -110,9 +106,7 @@ def test_an_adapter_has_its_own_scores_and_a_tower_that_it_leaves_alone_is_not_e
     assert (len(scorer._images), len(scorer._texts)) == (1, 2)
 
 
-def test_images_of_two_folders_with_equal_names_are_not_mixed_up_and_each_is_embedded_once(
-    home: Path, engine: ClipEngine
-) -> None:
+def test_images_with_equal_names_are_not_mixed_up_and_embedded_once(home: Path, engine: ClipEngine) -> None:
     """Emoji sets name their files alike: the drawing decides, not the name."""
     one, two = (suite_of(home, name, count=6) for name in ("one", "two"))
     (two.folder / "0.png").write_bytes((one.folder / "5.png").read_bytes())
@@ -158,9 +152,7 @@ def test_an_unreadable_image_names_its_item(home: Path, engine: ClipEngine) -> N
         Scorer(engine).score(broken, None)
 
 
-def test_the_base_is_scored_in_both_precisions_and_one_that_answers_otherwise_is_found(
-    engine: ClipEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_precision_that_answers_otherwise_is_found(engine: ClipEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     suite, choice, images = fresh_suite(sample_rows(40)), EngineChoice("torch", "bfloat16"), ClipEngine.encode_images
     (row,) = engine_scores(engine.base, choice, [suite], threads=1)
     assert (row.suite, row.items) == ("fresh", 40)

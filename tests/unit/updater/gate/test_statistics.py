@@ -32,9 +32,7 @@ from updater.gate.statistics import (
         (28, 25, 618, 0.05, -0.0148, 0.0247),  # PropCIs::scoreci.mp(25, 28, 618, 0.90)
     ],
 )
-def test_tango_interval_matches_published_values(
-    gained: int, lost: int, n: int, level: float, low: float, high: float
-) -> None:
+def test_tango_matches_published_values(gained: int, lost: int, n: int, level: float, low: float, high: float) -> None:
     assert tango_interval(gained, lost, n, level) == pytest.approx((low, high), abs=6e-4)
 
 
@@ -297,9 +295,7 @@ def test_the_bounds_of_looks_are_the_published_ones(looks: list[int], bounds: li
 
 @pytest.mark.parametrize("items", [500, 900])
 @pytest.mark.parametrize("failed", [0, 5, 50])
-def test_one_look_with_all_items_is_an_ordinary_test_and_losses_have_all_of_alpha_whatever_failed(
-    items: int, failed: int
-) -> None:
+def test_one_look_is_an_ordinary_test_and_losses_have_all_of_alpha(items: int, failed: int) -> None:
     share = candidate_alpha(0.05, failed)
     alone = look(share, 0.05, [], items, 500)
     assert (alone.level, alone.loss_level) == pytest.approx((share, 0.05), abs=1e-9)
@@ -367,9 +363,7 @@ def accepted(sums: np.ndarray, looks: list[int], levels: list[float], gain: floa
 
 
 @pytest.mark.parametrize("looks", [[100], [25, 50, 75, 100], [10, 35, 60, 85, 100], [60, 85, 110], [98, 100]])
-def test_a_candidate_without_gain_passes_one_of_its_looks_with_at_most_its_share(
-    noise: np.ndarray, looks: list[int]
-) -> None:
+def test_a_candidate_without_gain_passes_with_at_most_its_share(noise: np.ndarray, looks: list[int]) -> None:
     looks = [min(n, 100) for n in looks]
     rate, error = accepted(noise, looks, nominal(0.03, looks, 100)), math.sqrt(0.03 * 0.97 / len(noise))
     assert rate <= 0.03 + 3 * error

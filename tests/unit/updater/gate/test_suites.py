@@ -35,9 +35,7 @@ def test_a_suite_is_two_lines_over_a_folder(tmp_path: Path) -> None:
     assert {item.text for item in classes.items()} == {f"kind_{i}" for i in range(4)}, "two of a class are needed"
 
 
-def test_the_draw_depends_on_the_seed_and_neither_on_the_order_of_rows_nor_on_the_task_or_the_place(
-    tmp_path: Path,
-) -> None:
+def test_the_draw_depends_on_the_seed_and_not_on_the_order_of_rows_the_task_or_the_place(tmp_path: Path) -> None:
     folder = folder_dataset(tmp_path / "data" / "things")
     text = "task: retrieval\nlimit: 10\n"
     first, classes = _suite(tmp_path, text), _suite(tmp_path, "task: classification\nlimit: 10\n", "c")

@@ -119,9 +119,7 @@ def test_terms_of_a_vlm_see_only_the_rows_of_their_parts() -> None:
         ("vlm", Term(name="token_distillation", options={"teacher": "nobody"}), "teacher is 'nobody'"),
     ],
 )
-def test_an_objective_of_the_other_family_or_an_unknown_teacher_is_refused(
-    family: Family, term: Term, message: str
-) -> None:
+def test_an_objective_of_another_family_or_teacher_is_refused(family: Family, term: Term, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         objectives.build([term], family)
 

@@ -106,15 +106,11 @@ def _walk(every: int, values: list[float]) -> float:
         (100, [1.0, 2.0, 3.0], 3 / 2),
     ],
 )
-def test_the_mean_is_of_the_start_every_so_many_steps_and_the_last(
-    every: int, values: list[float], mean: float
-) -> None:
+def test_the_mean_is_of_the_start_every_nth_step_and_the_last(every: int, values: list[float], mean: float) -> None:
     assert _walk(every, values) == pytest.approx(mean)
 
 
-def test_an_update_hands_over_the_mean_of_its_parameters(
-    base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_update_hands_over_its_mean(base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passed: list[dict[str, Tensor]] = []
     original = Learner.optimizer_step
 

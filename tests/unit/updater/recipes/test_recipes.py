@@ -30,9 +30,7 @@ from updater.training.measure import measure
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_shipped_recipe_has_its_files_name_objectives_that_there_are_and_survives_yaml(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_shipped_recipe_has_its_files_name_and_objectives_and_survives_yaml(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     assert objectives.build(recipe.objectives, recipe.family)
@@ -177,9 +175,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         del sys.modules[module]
 
 
-def test_the_example_of_the_page_is_trained_served_stopped_and_resumed(
-    install: Install, base: ClipBase, tmp_path: Path
-) -> None:
+def test_the_example_of_the_page_is_trained_and_served(install: Install, base: ClipBase, tmp_path: Path) -> None:
     files, points = {}, ""
     for block in Page(PAGE).blocks:
         first, _, rest = block.text.partition("\n")
@@ -235,9 +231,7 @@ def half(install: Install) -> None:
 
 
 @pytest.mark.usefixtures("half")
-def test_a_package_replaces_nothing_of_ours_and_what_is_wrong_in_it_ends_its_own_recipes_alone(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_package_replaces_nothing_of_ours_and_ends_its_own_recipes_alone(caplog: pytest.LogCaptureFixture) -> None:
     assert "half_contrast" in objectives.names("clip") and "half_contrast" not in objectives.names("vlm")
     assert "half" in recipe_names() and "none_at_all" in regularizers.REGULARIZERS.names()
     with caplog.at_level(logging.WARNING, "ratchet.recipes"):

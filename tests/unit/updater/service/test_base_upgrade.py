@@ -50,9 +50,7 @@ def test_it_is_not_released_when_something_else_is_live_than_it_was_judged_again
     bases.refused("wide", "was judged against a, and b is live by now")
 
 
-def test_a_base_that_is_live_or_has_nothing_to_release_is_refused_and_what_is_open_is_decided_first(
-    bases: TwoBases,
-) -> None:
+def test_a_base_without_anything_to_release_is_refused_and_what_is_open_is_decided_first(bases: TwoBases) -> None:
     bases.refused("tiny", "has the base 'tiny' already")
     bases.refused("nothing", "no base 'nothing'")
     tiny_base(bases.settings.home, "third", seed=9)

@@ -113,9 +113,7 @@ def test_an_adapter_of_ours_keeps_its_name_and_heads(base: ClipBase, vlm: VlmBas
         ({"lora_alpha": 1e300}, "alpha"),
     ],
 )
-def test_fields_that_are_not_served_are_refused(
-    base: ClipBase, tmp_path: Path, config: dict[str, Any], message: str
-) -> None:
+def test_unserved_fields_are_refused(base: ClipBase, tmp_path: Path, config: dict[str, Any], message: str) -> None:
     trained(base, tmp_path / "peft")
     refused(changed(tmp_path / "peft", **config), base, message)
 
@@ -147,9 +145,7 @@ def test_tensors_that_do_not_fit_are_refused(
     refused(changed(tmp_path / "peft", tensors), base, message)
 
 
-def test_a_rank_above_what_is_served_and_whole_parameters_of_a_vlm_are_refused(
-    base: ClipBase, vlm: VlmBase, tmp_path: Path
-) -> None:
+def test_a_higher_rank_and_whole_parameters_of_a_vlm_are_refused(base: ClipBase, vlm: VlmBase, tmp_path: Path) -> None:
     trained(base, tmp_path / "peft")
     refused(tmp_path / "peft", base, "rank 4; 3 is served", 3)
     tiny_vlm_adapter(vlm, tmp_path / "vlm", seed=1, rank=4)

@@ -163,9 +163,7 @@ def test_after_the_look_with_all_items_a_candidate_is_given_up_and_the_next_upda
     assert lab.begins()
 
 
-def test_a_candidate_is_kept_until_it_is_decided_or_there_is_a_newer_one_another_incumbent_or_a_withdrawal(
-    lab: Lab,
-) -> None:
+def test_a_candidate_is_kept_until_a_decision_a_newer_one_another_incumbent_or_a_withdrawal(lab: Lab) -> None:
     lab.judged("u1")
     assert lab.kept() and not lab.kept(incumbent="clip-other")
     lab.add(1)

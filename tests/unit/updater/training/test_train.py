@@ -75,18 +75,14 @@ def first(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     return kind.train(tmp_path_factory.mktemp("first"))
 
 
-def test_the_same_inputs_give_the_same_adapter_and_others_another(
-    kind: Kind, first: TrainResult, tmp_path: Path
-) -> None:
+def test_the_same_inputs_give_the_same_adapter_others_another(kind: Kind, first: TrainResult, tmp_path: Path) -> None:
     assert kind.train(tmp_path / "two").adapter == first.adapter
     assert kind.train(tmp_path / "seed", seed=4).adapter != first.adapter
     assert kind.train(tmp_path / "data", pools=kind.pools(new=14)).adapter != first.adapter
 
 
 @pytest.mark.parametrize("image", [{"blocks": 1}, {"locked": False}])
-def test_a_stopped_update_goes_on_and_ends_in_the_same_adapter(
-    kind: Kind, first: TrainResult, tmp_path: Path, image: dict[str, Any]
-) -> None:
+def test_a_stopped_update_ends_the_same(kind: Kind, first: TrainResult, tmp_path: Path, image: dict[str, Any]) -> None:
     """Stopped after each single step in turn, with an incumbent that teaches: attention weights must not drift."""
     plan = kind.recipe(image=image, max_steps=4)
     again = {"recipe": plan, "incumbent": first.directory, "pools": kind.pools(replay=12)}
@@ -127,9 +123,7 @@ def test_training_lowers_the_loss(kind: Kind, tmp_path: Path) -> None:
     assert result.directory.name == result.adapter
 
 
-def test_a_checkpoint_that_is_damaged_or_of_another_run_is_not_taken_and_a_full_disk_is_no_fault_of_the_update(
-    base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_checkpoint_and_a_full_disk(base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(base, tmp_path / "undisturbed").adapter
     run(base, tmp_path, seed=4)
     assert load_checkpoint(tmp_path / "work", "another run") is None
@@ -144,7 +138,7 @@ def test_a_checkpoint_that_is_damaged_or_of_another_run_is_not_taken_and_a_full_
     assert run(base, tmp_path / "full").adapter == expected
 
 
-def test_an_incumbent_of_a_higher_rank_is_cut_to_the_recipes_and_what_is_kept_is_said(
+def test_what_is_kept_of_a_higher_rank_is_said(
     base: ClipBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -159,9 +153,7 @@ def test_an_incumbent_of_a_higher_rank_is_cut_to_the_recipes_and_what_is_kept_is
 
 
 @pytest.mark.parametrize("which", ["image", "text"])
-def test_a_locked_tower_keeps_the_space_of_an_incumbent_that_changed_it(
-    base: ClipBase, tmp_path: Path, which: str
-) -> None:
+def test_a_locked_tower_keeps_the_space_of_the_incumbent(base: ClipBase, tmp_path: Path, which: str) -> None:
     first, engine = run(base, tmp_path / "first"), ClipEngine(base)
     made = run(base, tmp_path / "next", recipe=recipe(f"locked-{which}", max_steps=2), incumbent=first.directory)
     before, now = (engine.load(each.adapter, each.directory) for each in (first, made))
@@ -197,9 +189,7 @@ def test_a_loss_or_a_parameter_that_is_not_finite_stops_the_update_and_writes_no
     assert not list(tmp_path.glob("adapters/clip-*"))
 
 
-def test_what_cannot_be_asked_is_left_out_and_nothing_left_or_another_family_is_an_error(
-    base: ClipBase, vlm: VlmBase, tmp_path: Path
-) -> None:
+def test_what_cannot_be_asked_is_left_out_or_refused_with_all(base: ClipBase, vlm: VlmBase, tmp_path: Path) -> None:
     good, plan = question_pools(new=20), recipe("vlm-default")
     bad = Question("bad", "where is <image>?", "there", good.new[0].read)
     with_bad = run(vlm, tmp_path / "bad", recipe=plan, pools=Pools((bad, *good.new), good.reference))
@@ -223,9 +213,7 @@ def test_what_cannot_be_asked_is_left_out_and_nothing_left_or_another_family_is_
         ("vlm-connector", "connector"),
     ],
 )
-def test_each_recipe_of_a_vlm_trains_two_updates_of_its_part(
-    vlm: VlmBase, tmp_path: Path, name: str, part: str
-) -> None:
+def test_a_recipe_of_a_vlm_trains_two_updates_of_its_part(vlm: VlmBase, tmp_path: Path, name: str, part: str) -> None:
     given = {"recipe": recipe(name, max_steps=2), "pools": question_pools()}
     first = run(vlm, tmp_path / "first", **given)
     changed = effective_weights(first.directory, vlm.build_model())
@@ -259,9 +247,7 @@ def test_a_memory_survives_its_file_and_a_damaged_one_is_named(tmp_path: Path) -
         CarryOver.read(tmp_path)
 
 
-def test_the_number_of_updates_is_counted_along_the_chain(
-    base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_updates_are_counted_along_the_chain(base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Mock(side_effect=trainer.learning_rate)
     monkeypatch.setattr(trainer, "learning_rate", watched)
     falling = {"kind": "rsqrt", "peak": 1e-3, "warmup_steps": 1, "anneal_steps": 0, "updates": "rsqrt"}
@@ -316,9 +302,7 @@ def test_only_rows_that_steps_visit_are_read_and_once(base: ClipBase, tmp_path: 
     assert result.samples == {"new": 9, "reference": 6, "replay": 0}
 
 
-def test_a_resumed_update_prepares_no_finished_shard_again_and_is_charged_the_same(
-    base: ClipBase, tmp_path: Path
-) -> None:
+def test_a_resumed_update_prepares_no_shard_again_and_is_charged_the_same(base: ClipBase, tmp_path: Path) -> None:
     """Stopped after each shard and each step in turn, with a teacher that is the model at its start."""
     start = run(base, tmp_path / "before", recipe=recipe("naive", max_steps=2, **LAST)).directory
     given = {"recipe": recipe("lwf", max_steps=3, **LAST), "incumbent": start}
@@ -397,9 +381,7 @@ def spoiled(rows: Container[int]) -> Pools:
 LEARNED = recipe("naive", max_steps=4, batch_size=4)
 
 
-def test_damaged_pictures_are_left_out_and_named_also_by_an_update_that_is_stopped(
-    base: ClipBase, tmp_path: Path
-) -> None:
+def test_damaged_pictures_are_left_out_and_named_also_after_a_stop(base: ClipBase, tmp_path: Path) -> None:
     result = run(base, tmp_path / "whole", recipe=LEARNED, pools=spoiled((1, 6)))
     assert set(result.left_out) == {"car-1", "car-6"} and result.steps == 4
     assert "header" in result.left_out["car-1"]
@@ -410,9 +392,7 @@ def test_damaged_pictures_are_left_out_and_named_also_by_an_update_that_is_stopp
     assert result.adapter != run(base, tmp_path / "good", recipe=LEARNED, pools=spoiled(())).adapter
 
 
-def test_a_batch_of_which_nothing_can_be_prepared_is_passed_over_and_an_update_fails(
-    base: ClipBase, tmp_path: Path
-) -> None:
+def test_a_batch_without_any_good_picture_is_passed_over_an_update_fails(base: ClipBase, tmp_path: Path) -> None:
     half = run(base, tmp_path / "half", recipe=LEARNED, pools=spoiled(range(8)))
     assert (half.steps, len(half.losses["loss"]), len(half.left_out)) == (4, 2, 8)
     with pytest.raises(TrainingError, match=r"of 16 samples none can be prepared; car-0: .*header"):

@@ -126,9 +126,7 @@ def test_two_processes_come_to_the_adapter_of_one(
 
 
 @pytest.mark.long
-def test_when_one_is_killed_and_all_start_again_they_end_in_the_same_adapter(
-    base: ClipBase, tmp_path: Path, undisturbed: TrainResult
-) -> None:
+def test_killed_and_started_again_they_end_the_same(base: ClipBase, tmp_path: Path, undisturbed: TrainResult) -> None:
     result = trained(base, tmp_path, MortalWorkers())
     assert (result.adapter, result.losses) == (undisturbed.adapter, undisturbed.losses)
 
@@ -144,9 +142,7 @@ def test_when_one_is_killed_ray_train_starts_all_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_asked_to_stop_they_leave_a_checkpoint_and_go_on_from_it(
-    base: ClipBase, tmp_path: Path, undisturbed: TrainResult
-) -> None:
+def test_asked_to_stop_they_leave_a_checkpoint(base: ClipBase, tmp_path: Path, undisturbed: TrainResult) -> None:
     control = tmp_path / "work" / "control.json"
     with pytest.raises(Stopped):  # once they are about to begin
         trained(base, tmp_path, ForkedWorkers(), stop=control.exists)
