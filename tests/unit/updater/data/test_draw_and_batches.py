@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.digests import digest_bytes
 from core.errors import StoreError
 from core.settings.updates import Draw
 from serving.engines.clip_base import ClipBase
 from serving.engines.preprocess import Preprocess
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
+from tests.support.samples import sample
 from tests.unit.updater.builders import pairs, picture, png, pools, recipe, resumed, run
 from updater.data.draw import decayed_counts, draw_key, draw_rows, reservoir_order
 from updater.data.mixture import PARTS, BatchPlan, plan_batches
@@ -28,7 +28,6 @@ from updater.data.pools import Pair, Pools, draw_pools, grouped, run_starts, vis
 from updater.families.clip_learner import ClipLearner, phrased, view_pixels
 from updater.recipes import Batches, Mixture, Part, Views
 
-BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 COUNT = 400
 
 
@@ -45,13 +44,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> SampleStore:
 
 
 def _row(partition: int, offset: int, **values: Any) -> dict[str, Any]:
-    image = f"{partition}:{offset}".encode()
-    return {
-        "kind": "sample", "id": digest_bytes(image), "image": image, "text": f"text {partition} {offset}",
-        "question": "", "answer": "", "label": "", "domain": "things", "concept": "common" if offset % 50 else "rare",
-        "ingested_at": BEGIN + timedelta(hours=partition, seconds=offset), "split": "train", "look": None, "words": 0,
-        "topic": "samples", "partition": partition, "offset": offset, **values,
-    }  # fmt: skip
+    own = {"text": f"text {partition} {offset}", "concept": "common" if offset % 50 else "rare", **values}
+    time = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(hours=partition, seconds=offset)
+    return sample(partition, offset, image=f"{partition}:{offset}".encode(), ingested_at=time, **own)
 
 
 def drawn(store: SampleStore, draw: Draw = "uniform", seed: int = 1, **data_from: int) -> Pools:

@@ -128,18 +128,11 @@ def test_neither_yes_nor_no_is_caught_and_a_candidate_may_lean_and_stay_as_its_b
     assert check_polarity(right, ["yes"] * 50, ["yes"] * 50).ok
 
 
-def test_drift_is_measured_on_the_weights_that_the_adapter_changes(tmp_path: Path) -> None:
-    base = tiny_vlm_base(tmp_path)
-    tiny_vlm_adapter(base, tmp_path / "small", seed=1, scale=0.1)
-    tiny_vlm_adapter(base, tmp_path / "large", seed=1, scale=30.0)
-    small, large = (check_vlm_drift(base.build_model(), tmp_path / name) for name in ("small", "large"))
-    assert small.ok and small.value is not None and 0.0 < small.value < 0.3
-    assert not large.ok and large.name == "norm_drift"
-
-
 def test_parity_compares_the_engine_with_peft(tmp_path: Path) -> None:
     base = tiny_vlm_base(tmp_path)
     tiny_vlm_adapter(base, tmp_path / "a", seed=1, scale=0.5, parts=("text", "image", "connector"))
+    tiny_vlm_adapter(base, tmp_path / "large", seed=1, scale=30.0)
+    assert [check_vlm_drift(base.build_model(), tmp_path / name).ok for name in ("a", "large")] == [True, False]
     pixels = np.random.default_rng(0).integers(0, 256, (3, 40, 50, 3), dtype=np.uint8)
     asks, answers = [question(image, "which colour?") for image in pixels], ["red", "blue", "a round apple"]
     merged, plain = base.build_model(), base.build_model()

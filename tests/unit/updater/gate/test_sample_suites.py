@@ -16,6 +16,7 @@ from core.ledger import Ledger, UpdateRow
 from core.settings import Settings
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
+from tests.support.samples import sample
 from tests.unit.updater.gate.builders import TableImages, fresh_suite, fresh_suites, picture, question_rows, sample_rows
 from updater.gate.sample_suites import (
     CAPACITY,
@@ -109,14 +110,11 @@ class RecordingStore(SampleStore):
 
 
 def _row(offset: int, family: str) -> dict[str, Any]:
-    words = {"text": f"thing {offset}", "question": "", "answer": ""}
+    words = {"text": f"thing {offset}"}
     if family == "vlm":
         words = {"text": "", "question": f"what is {offset}?", "answer": "it"}
-    return {
-        "kind": "sample", "id": f"{offset:064x}", "image": picture(offset), **words, "label": "", "concept": "",
-        "domain": ("flags", "shop", "common")[min(offset % 20, 2) if offset >= LEARNED else 0], "split": "fresh_eval",
-        "ingested_at": VERSION_TIME, "look": None, "words": 0, "topic": "samples", "partition": 0, "offset": offset,
-    }  # fmt: skip
+    domain = ("flags", "shop", "common")[min(offset % 20, 2) if offset >= LEARNED else 0]
+    return sample(0, offset, split="fresh_eval", id=f"{offset:064x}", image=picture(offset), domain=domain, **words)
 
 
 @pytest.fixture(params=["clip", "vlm"])

@@ -27,8 +27,6 @@ NEEDED = 16
 FIRST = candidate_alpha(0.05, 0)
 DETECT = 0.1703
 """So that 16 items are needed: the samples have 18 captions."""
-
-
 D = TypeVar("D", Ready, Reevaluate, Waiting)
 
 
@@ -87,10 +85,7 @@ class Lab:
             data_from={}, data_to=self.store.offsets(), incumbent=self.learned().incumbent,
             adapter=f"clip-{triggers.split_id(name)[0]}", cost=cost,
         )  # fmt: skip
-        self.record(update.id, outcome, fresh, made)
-
-    def record(self, update_id: str, outcome: GateOutcome, fresh: int, made: bool = True) -> None:
-        update, plan = self.ledger.update(update_id), self.plan(update_id)
+        plan = self.plan(name)
         look = plan.look(fresh)
         summary = {
             "spent": made,
@@ -100,8 +95,8 @@ class Lab:
                 "next": look.next, "fresh": fresh, "candidates": plan.candidates, "made": made,
             },
         }  # fmt: skip
-        self.ledger.record_verdict(update_id, str(update.adapter), outcome, "reports/x", summary)
-        self.ledger.advance_update(update_id, "done")
+        self.ledger.record_verdict(name, str(update.adapter), outcome, "reports/x", summary)
+        self.ledger.advance_update(name, "done")
 
     def release(self, update_id: str) -> None:
         adapter = self.ledger.update(update_id).adapter
