@@ -333,16 +333,3 @@ def test_an_update_with_them_is_reproducible_and_goes_on_where_it_was_stopped(ba
     assert (parts.adapter, parts.losses, parts.maf) == (whole.adapter, whole.losses, whole.maf)
     assert run(base, tmp_path / "plain", recipe=recipe(max_steps=3), pools=pool).adapter != whole.adapter
     assert whole.pending == whole.visited == 6
-
-
-def test_a_view_is_charged_when_it_is_made(base: ClipBase, tmp_path: Path) -> None:
-    """Six steps of batch nine pass over six new rows three times, and over six reference rows six times."""
-
-    def prepared(count: int, steps: int = 6, new: int = 6, reference: int = 6) -> float:
-        pool = Pools(pairs("car", new), pairs("house", reference))
-        plan = recipe(views={"count": count}, max_steps=steps)
-        return run(base, tmp_path / f"{count}-{steps}", recipe=plan, pools=pool).cost["prepare_gflops"]
-
-    one = prepared(1)
-    assert [prepared(2), prepared(3)] == pytest.approx([2 * one, 3 * one], rel=0.1)
-    assert prepared(3, steps=1, new=60, reference=0) < one, "no view is made that no step visits"

@@ -8,7 +8,7 @@ from core.errors import GateError
 from core.settings.updates import Gate
 from tests.unit.updater.gate.builders import folder_dataset, fresh_suite, fresh_suites, picture, sample_rows
 from updater.gate.suite_items import grade, majority, normalise
-from updater.gate.suites import BUILTIN, MAX_ITEMS, Suite, load_suites
+from updater.gate.suites import BUILTIN, Suite, load_suites
 
 
 def _suite(home: Path, text: str, name: str = "things", data: str = "things") -> Suite:
@@ -101,17 +101,12 @@ def test_a_suite_asks_all_its_items_up_to_the_bound_of_the_settings_or_its_own(t
     folder_dataset(tmp_path / "data" / "things", count=60)
     for name, limit in (("open", ""), ("own", "limit: 30\n")):
         _suite(tmp_path, f"task: retrieval\n{limit}", name)
-
-    def counts(most: int) -> dict[str, int]:
+    for most, asked in ((Gate().max_items, 60), (50, 50)):
         suites = load_suites([tmp_path], tmp_path, "clip", most)
-        return {suite.name: len(suite.items()) for suite in suites}
-
-    assert counts(Gate().max_items) == {"open": 60, "own": 30}
-    assert counts(50) == {"open": 50, "own": 30}
+        assert {suite.name: len(suite.items()) for suite in suites} == {"open": asked, "own": 30}
     rows = sample_rows(500, "flags")
     assert len(fresh_suite(rows).items()) == 500, "four hundred show 3 points, and nothing smaller"
     assert [len(suite.items()) for suite in fresh_suites(rows, limit=450)] == [450]
-    assert Gate().max_items == MAX_ITEMS
 
 
 def test_missing_data_and_equal_names_are_errors(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from updater.families.clip_learner import ClipLearner
 from updater.methods.objectives import Contrastive
 from updater.step import passes
 from updater.step.learner import Learner
-from updater.step.passes import CachedPasses, agreement, harmonized_backward, training_precision, without_conflicts
+from updater.step.passes import agreement, harmonized_backward, training_precision, without_conflicts
 from updater.training.measure import measure
 from updater.training.workers import Stopped
 
@@ -171,14 +171,6 @@ def test_it_takes_less_memory_and_one_forward_pass_more(base: ClipBase) -> None:
     assert 1.2 < costs[1].step_gflops / costs[0].step_gflops < 1.6
     # Beside its rows each pass runs one picture through the stem.
     assert costs[1].step_gflops < costs[2].step_gflops < 1.05 * costs[1].step_gflops
-
-
-def test_without_gradients_nothing_is_kept_for_a_backward_pass() -> None:
-    cached, weight = CachedPasses(2), torch.ones(1, requires_grad=True)
-    with torch.no_grad():
-        assert cached(lambda rows: weight * torch.tensor(rows), [1, 2, 3]).tolist() == [1, 2, 3]
-    cached.backward()
-    assert weight.grad is None
 
 
 # Precision
