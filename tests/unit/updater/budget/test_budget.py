@@ -193,9 +193,14 @@ LAST = {"image": {"blocks": 1}, "text": {"blocks": 1}}
     ],
 )
 def test_an_update_spends_what_it_planned_within_two_percent(
-    base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: Counted,
-    name: str, changes: dict[str, Any], incumbent: bool,
-) -> None:  # fmt: skip
+    base: ClipBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    taken: Counted,
+    name: str,
+    changes: dict[str, Any],
+    incumbent: bool,
+) -> None:
     """Also with masks, pruned ranks, projections and views, and in preparation, where a locked tower that an incumbent
     has changed is run twice.
     """
@@ -360,9 +365,15 @@ def with_answers_of_its_own(chance: random.Random) -> tuple[Recipe, Pools, float
     ],
 )
 def test_over_random_draws_no_real_update_spends_more_than_its_budget(
-    base: ClipBase, vlm: VlmBase, tmp_path: Path, taken: Counted, monkeypatch: pytest.MonkeyPatch,
-    made: Callable[[random.Random], tuple[Recipe, Pools, float]], draws: int, ends: set[str],
-) -> None:  # fmt: skip
+    base: ClipBase,
+    vlm: VlmBase,
+    tmp_path: Path,
+    taken: Counted,
+    monkeypatch: pytest.MonkeyPatch,
+    made: Callable[[random.Random], tuple[Recipe, Pools, float]],
+    draws: int,
+    ends: set[str],
+) -> None:
     monkeypatch.setattr(planning, "MEASURED", 2)
     monkeypatch.setattr("updater.training.measure._full", lambda *_: (1e7, 1e-3))  # the same base each time
     outcomes = set()

@@ -56,12 +56,6 @@ def test_only_the_last_blocks_and_what_follows_learn(base: ClipBase) -> None:
         clip_layers(base, model, recipe(image={"blocks": 0}, text={"locked": True}))
 
 
-def test_boundaries_of_texts_are_cut_or_padded_to_the_batch() -> None:
-    out = stack_boundaries([torch.ones(3, 2), torch.full((5, 2), 2.0)], 4, torch.device("cpu"))
-    assert out.shape == (2, 4, 2)
-    assert out[:, 3].tolist() == [[0, 0], [2, 2]]
-
-
 def test_the_slow_tower_moves_less_and_the_other_one_as_before(base: ClipBase, tmp_path: Path) -> None:
     start = base.build_model().state_dict()
 

@@ -14,20 +14,7 @@ from serving.engines.lora import effective_weights
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.hf_engine import score
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
-from updater.gate.checks import (
-    check_collapse,
-    check_drift,
-    check_finite,
-    check_latency,
-    check_parity,
-    check_polarity,
-    check_sameness,
-    check_size,
-    check_vlm_drift,
-    check_vlm_parity,
-    effective_rank,
-    mean_cosine,
-)
+from updater.gate import checks as c
 from updater.gate.verdict import Check
 
 RNG = np.random.default_rng(0)
@@ -42,50 +29,50 @@ VECTORS = unit(RNG.normal(size=(64, 32)))
 
 
 def test_nan_and_vanishing_vectors_are_not_finite() -> None:
-    assert check_finite(VECTORS, VECTORS).ok
+    assert c.check_finite(VECTORS, VECTORS).ok
     broken = VECTORS.copy()
     broken[3, 4] = np.nan
-    assert check_finite(VECTORS, broken).detail.startswith("1 of 128")
-    assert not check_finite(np.zeros_like(VECTORS), VECTORS).ok
+    assert c.check_finite(VECTORS, broken).detail.startswith("1 of 128")
+    assert not c.check_finite(np.zeros_like(VECTORS), VECTORS).ok
 
 
 def test_collapse_to_a_point_and_to_a_line_are_caught() -> None:
     nearby = unit(VECTORS * 0.9 + RNG.normal(size=VECTORS.shape) * 0.05)
     point = unit(np.ones((64, 32)) + 1e-3 * VECTORS)
     line = unit(RNG.normal(size=(64, 1)) * np.ones((1, 32)) + 0.05 * VECTORS)
-    assert check_collapse("image", VECTORS, nearby).ok
-    assert not check_collapse("image", VECTORS, point).ok
-    assert not check_collapse("image", VECTORS, line).ok
+    assert c.check_collapse("image", VECTORS, nearby).ok
+    assert not c.check_collapse("image", VECTORS, point).ok
+    assert not c.check_collapse("image", VECTORS, line).ok
     directions = np.repeat(np.eye(4, 16), 50, axis=0) * np.tile([1.0, -1.0], 100)[:, None]
-    assert effective_rank(directions.astype(np.float32)) == pytest.approx(4)
-    assert effective_rank(np.ones((10, 5), np.float32)) == 1.0
-    assert mean_cosine(VECTORS) == pytest.approx((VECTORS @ VECTORS.T)[~np.eye(64, dtype=bool)].mean(), abs=1e-6)
+    assert c.effective_rank(directions.astype(np.float32)) == pytest.approx(4)
+    assert c.effective_rank(np.ones((10, 5), np.float32)) == 1.0
+    assert c.mean_cosine(VECTORS) == pytest.approx((VECTORS @ VECTORS.T)[~np.eye(64, dtype=bool)].mean(), abs=1e-6)
 
 
 def test_drift_is_the_norm_of_the_change_over_the_norm_of_the_weights() -> None:
     before = {"a": torch.full((2, 2), 2.0), "b": torch.ones(3), "n": torch.tensor(3)}
     after = {"a": torch.full((2, 2), 2.2), "b": before["b"], "n": before["n"]}
-    check = check_drift(before, after)
+    check = c.check_drift(before, after)
     assert check.ok and check.value == pytest.approx(0.1)
     assert "the 1 changed weights" in check.detail
-    assert not check_drift(before, {**after, "a": torch.full((2, 2), -3.0)}).ok
-    assert not check_drift(before, {**after, "a": torch.full((2, 2), float("nan"))}).ok
-    assert check_drift(before, before).ok
+    assert not c.check_drift(before, {**after, "a": torch.full((2, 2), -3.0)}).ok
+    assert not c.check_drift(before, {**after, "a": torch.full((2, 2), float("nan"))}).ok
+    assert c.check_drift(before, before).ok
 
 
 def test_parity_catches_a_trainer_that_does_not_train_what_is_served() -> None:
     served = images, words = VECTORS[:4], VECTORS[4:8]
     inputs = np.zeros((4, 8, 8, 3), np.uint8), ["a", "b", "c", "d"]
     for trained in ((images, VECTORS[8:12]), (VECTORS[:3], words), (np.full_like(images, np.nan), words)):
-        assert not check_parity(Mock(return_value=trained), *inputs, served).ok
-    assert check_parity(Mock(return_value=served), *inputs, served).ok
+        assert not c.check_parity(Mock(return_value=trained), *inputs, served).ok
+    assert c.check_parity(Mock(return_value=served), *inputs, served).ok
     crash = Mock(side_effect=RuntimeError("no such layer"))
-    assert "no such layer" in check_parity(crash, *inputs, served).detail
+    assert "no such layer" in c.check_parity(crash, *inputs, served).detail
 
 
 def test_size_is_bounded() -> None:
     sizes = ((8, 2_000_000), (None, None), (4096, 1000), (8, 10**9))
-    assert [check_size(*size).ok for size in sizes] == [True, True, False, False]
+    assert [c.check_size(*size).ok for size in sizes] == [True, True, False, False]
 
 
 COLOURS, NAMES = ["red", "green", "blue", "white", "black"] * 10, [f"thing {i}" for i in range(50)]
@@ -107,7 +94,7 @@ RED, BABBLE = ["red"] * 50, [f"x{i}" for i in range(50)]
 def test_few_different_answers_are_a_collapse_unless_as_few_are_right_or_the_bases(
     references: list[str], base: list[str], candidate: list[str], ok: bool
 ) -> None:
-    check = check_sameness(references, base, candidate)
+    check = c.check_sameness(references, base, candidate)
     assert check.ok is ok
     assert ok or candidate[0] not in ("red", "Red.") or "'red', is 100% of them" in check.detail
 
@@ -116,23 +103,23 @@ def test_few_different_answers_are_a_collapse_unless_as_few_are_right_or_the_bas
 @pytest.mark.parametrize(("word", "missing"), [("yes", "no"), ("no", "yes")])
 def test_always_yes_and_always_no_are_caught_whatever_the_mixture(word: str, missing: str, share: float) -> None:
     right = ["yes"] * int(100 * share) + ["no"] * int(100 * (1 - share))
-    assert check_polarity(right, right, right).ok
-    check = check_polarity(right, right, [word] * len(right))
+    assert c.check_polarity(right, right, right).ok
+    check = c.check_polarity(right, right, [word] * len(right))
     assert (check.ok, check.name) == (False, "yes_no") and repr(missing) in check.detail
 
 
 def test_neither_yes_nor_no_is_caught_and_a_candidate_may_lean_and_stay_as_its_base_is() -> None:
     right = ["yes", "no"] * 25
-    assert not check_polarity(right, right, ["a dog"] * 50).ok
-    assert check_polarity(right, right, ["yes"] * 40 + ["no"] * 10).ok
-    assert check_polarity(right, ["yes"] * 50, ["yes"] * 50).ok
+    assert not c.check_polarity(right, right, ["a dog"] * 50).ok
+    assert c.check_polarity(right, right, ["yes"] * 40 + ["no"] * 10).ok
+    assert c.check_polarity(right, ["yes"] * 50, ["yes"] * 50).ok
 
 
 def test_parity_compares_the_engine_with_peft(tmp_path: Path) -> None:
     base = tiny_vlm_base(tmp_path)
     tiny_vlm_adapter(base, tmp_path / "a", seed=1, scale=0.5, parts=("text", "image", "connector"))
     tiny_vlm_adapter(base, tmp_path / "large", seed=1, scale=30.0)
-    assert [check_vlm_drift(base.build_model(), tmp_path / name).ok for name in ("a", "large")] == [True, False]
+    assert [c.check_vlm_drift(base.build_model(), tmp_path / name).ok for name in ("a", "large")] == [True, False]
     pixels = np.random.default_rng(0).integers(0, 256, (3, 40, 50, 3), dtype=np.uint8)
     asks, answers = [question(image, "which colour?") for image in pixels], ["red", "blue", "a round apple"]
     merged, plain = base.build_model(), base.build_model()
@@ -144,7 +131,7 @@ def test_parity_compares_the_engine_with_peft(tmp_path: Path) -> None:
     ]
 
     def parity(*served: list[float]) -> Check:
-        return check_vlm_parity(base, base.build_model(), tmp_path / "a", asks, answers, served)
+        return c.check_vlm_parity(base, base.build_model(), tmp_path / "a", asks, answers, served)
 
     same = parity(*said)
     assert same.ok and same.value is not None and same.value < 1e-4
@@ -156,7 +143,7 @@ def test_parity_compares_the_engine_with_peft(tmp_path: Path) -> None:
 
 
 def latency(ask: Callable[[str | None], None], **how: Any) -> Check:
-    return check_latency(ask, "x", "a batch takes", ratio=4.0, grace=0.05, rounds=2, **how)
+    return c.check_latency(ask, "x", "a batch takes", ratio=4.0, grace=0.05, rounds=2, **how)
 
 
 @pytest.mark.parametrize(("slower", "ok"), [(1.0, True), (3.5, True), (5.0, False)])

@@ -14,23 +14,8 @@ from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, sample
 from tests.unit.updater.gate.builders import fresh_suite, outcomes, picture, question_rows, sample_rows
+from updater.gate import diagnostics as d
 from updater.gate.decision import Scores
-from updater.gate.diagnostics import (
-    Counts,
-    StoreCounts,
-    concept_of,
-    content_words,
-    feature_shift,
-    hard_pairs,
-    interval,
-    mean_shift,
-    measure_tail,
-    mine_pairs,
-    modality_gap,
-    pair_accuracy,
-    told_apart,
-    yes_share,
-)
 from updater.gate.run import diagnose
 from updater.gate.suite_items import Item
 from updater.gate.suites import Suite
@@ -39,12 +24,12 @@ from updater.gate.verdict import Diagnostics, YesShare
 CAPTIONS = ["A red fox.", "the fox, red and asleep", "a red car", "An OWL", "foxes"]
 
 
-def counter(home: Path, captions: Iterable[str], having: Any = "text", **fields: Any) -> StoreCounts:
+def counter(home: Path, captions: Iterable[str], having: Any = "text", **fields: Any) -> d.StoreCounts:
     """Counts over captions, beside a held-out sample and a question."""
     store = SampleStore(str(home / "lake"))
     rows = [sample(0, n, text=text, **fields) for n, text in enumerate(captions)]
     rows += [sample(0, 900, text="a red fox", split="fresh_eval"), sample(0, 901, text="", question="a red fox?")]
-    return StoreCounts(store, put(store, rows, Position(TOPIC, 0, 902)), having, home / "cache")
+    return d.StoreCounts(store, put(store, rows, Position(TOPIC, 0, 902)), having, home / "cache")
 
 
 def test_a_sample_counts_that_has_all_words_of_a_concept_in_any_order(tmp_path: Path) -> None:
@@ -55,7 +40,7 @@ def test_a_sample_counts_that_has_all_words_of_a_concept_in_any_order(tmp_path: 
     assert (seen["flag ao"], seen["wild cat"]) == (3, 3)
     assert counter(tmp_path / "none", [])(["red fox"]).rows == 0, "held-out samples do not count"
     assert counter(tmp_path / "asked", CAPTIONS, "question")(["red fox"])["red fox"] == 1, "nor another family's"
-    assert content_words("The A") == {"the", "a"}, "words of nothing but articles"
+    assert d.content_words("The A") == {"the", "a"}, "words of nothing but articles"
 
 
 def suite_of(texts: list[str], concepts: list[str]) -> Suite:
@@ -67,10 +52,10 @@ def test_an_item_shows_its_class_its_concept_or_what_it_says() -> None:
     caption, item = Suite(name="c", task="retrieval"), Item("i", "a caption", "k", "n", "s", bytes)
     classes = Suite(name="k", task="classification", names={"n02": "red fox"})
     question, asked = Suite(name="q", task="vqa"), replace(item, text="what is it?")
-    assert [concept_of(caption, each) for each in (item, replace(item, concept="fox"))] == ["a caption", "fox"]
-    assert concept_of(classes, replace(item, text="n02", concept="animal")) == "red fox"
+    assert [d.concept_of(caption, each) for each in (item, replace(item, concept="fox"))] == ["a caption", "fox"]
+    assert d.concept_of(classes, replace(item, text="n02", concept="animal")) == "red fox"
     answers = [(("a fox",), ""), (("yes",), ""), (("yes",), "red fox")]
-    shown = [concept_of(question, replace(asked, answers=given, concept=concept)) for given, concept in answers]
+    shown = [d.concept_of(question, replace(asked, answers=given, concept=concept)) for given, concept in answers]
     assert shown == ["a fox", "what is it?", "red fox"]
 
 
@@ -80,7 +65,7 @@ def test_a_loss_among_what_was_never_seen_shows_in_its_bin_alone() -> None:
     before = np.ones((200, 2))
     after = np.where(rare[:, None] & (np.arange(200) % 2 == 0)[:, None], 0.0, before)
     scores = Scores(suite, outcomes(before), outcomes(before), outcomes(after), clusters=suite.clusters())
-    tail = measure_tail([scores], lambda _: Counts({content_words("common"): 100}, 5000, 5000))
+    tail = d.measure_tail([scores], lambda _: d.Counts({d.content_words("common"): 100}, 5000, 5000))
     assert tail is not None
     never, often = tail.suites[suite.name]
     assert (never.name, never.n, often.name, often.n, often.units) == ("never", 60, "100+", 140, 140)
@@ -88,17 +73,17 @@ def test_a_loss_among_what_was_never_seen_shows_in_its_bin_alone() -> None:
     assert never.score.difference == pytest.approx(-lost) and never.score.after == pytest.approx(1 - lost)
     assert never.score.ci_low < -lost < never.score.ci_high < 0
     assert often.score.difference == 0 and often.score.ci_low < 0 < often.score.ci_high
-    assert measure_tail([scores], lambda _: Counts({}, 0, 0)) is None, "nothing was trained on"
+    assert d.measure_tail([scores], lambda _: d.Counts({}, 0, 0)) is None, "nothing was trained on"
 
     moves = np.repeat(np.random.default_rng(0).choice([0.0, 1.0], 20), 10)
-    alone, together = (interval(np.zeros(200), moves, c, 0) for c in (None, np.repeat(np.arange(20), 10)))
+    alone, together = (d.interval(np.zeros(200), moves, c, 0) for c in (None, np.repeat(np.arange(20), 10)))
     assert together.ci_high - together.ci_low > 2 * (alone.ci_high - alone.ci_low), "items that move together"
 
 
 @pytest.mark.parametrize(("count", "name"), [(0, "never"), (1, "1-9"), (9, "1-9"), (10, "10-99"), (100, "100+")])
 def test_bins_begin_where_their_names_say(count: int, name: str) -> None:
     suite, one = suite_of(["x", "y"], ["fox", "fox"]), outcomes(np.ones((2, 2)))
-    tail = measure_tail([Scores(suite, one, one, one)], lambda _: Counts({content_words("fox"): count}, 200, 200))
+    tail = d.measure_tail([Scores(suite, one, one, one)], lambda _: d.Counts({d.content_words("fox"): count}, 200, 200))
     assert tail is not None and [each.name for each in tail.suites[suite.name]] == [name]
 
 
@@ -146,11 +131,11 @@ def suite(count: int = N) -> Suite:
 
 
 def test_pairs_are_images_that_look_alike_and_whose_captions_differ_and_no_copies() -> None:
-    pairs = hard_pairs(GivenVectors({None: 0.1}), suite())  # type: ignore[arg-type]
+    pairs = d.hard_pairs(GivenVectors({None: 0.1}), suite())  # type: ignore[arg-type]
     found = {tuple(sorted((_number(pair.first.text), _number(pair.second.text)))) for pair in pairs}
     assert found == {(n, n + TWINS) for n in range(TWINS)}
     assert all(pair.image_similarity > 0.9 and pair.text_similarity < 0.1 for pair in pairs)
-    assert pair_accuracy(GivenVectors({None: 0.1}), suite(8), None, None) is None, "few pairs"  # type: ignore[arg-type]
+    assert d.pair_accuracy(GivenVectors({None: 0.1}), suite(8), None, None) is None, "few pairs"  # type: ignore[arg-type]
 
     images, texts = (unit(np.random.default_rng(seed).normal(size=(40, DIM))) for seed in (0, 2))
     images[1] = unit((images[0] + 0.05 * images[9])[None])[0]
@@ -168,19 +153,19 @@ def test_pairs_are_images_that_look_alike_and_whose_captions_differ_and_no_copie
         (False, items, images, near_texts),  # to the text tower both say the same
         (False, items, images * np.float32(np.nan), texts),  # a broken model
     ):
-        assert (("i0", "i1") in {(pair.first.id, pair.second.id) for pair in mine_pairs(*given)}) == is_pair  # type: ignore[arg-type]
+        assert (("i0", "i1") in {(pair.first.id, pair.second.id) for pair in d.mine_pairs(*given)}) == is_pair  # type: ignore[arg-type]
 
 
 def test_a_pair_is_right_only_where_both_images_find_their_own_caption() -> None:
     one, other = unit(np.array([[1, 0.2]] * 3 + [[1, 1]])), unit(np.array([[0.2, 1], [1, 0.3], [1, 0.2], [1, 1]]))
     captions = np.tile(np.float32([1, 0]), (4, 1)), np.tile(np.float32([0, 1]), (4, 1))
-    assert told_apart((one, other), captions).tolist() == [True, False, False, False], "a tie is not right"
+    assert d.told_apart((one, other), captions).tolist() == [True, False, False, False], "a tie is not right"
 
 
 def test_pair_accuracy_tells_who_sees_more_and_keeps_what_it_computed(tmp_path: Path) -> None:
     scorer: Any = GivenVectors({None: 0.1, "clip-blind": -1.0, "clip-sharp": 1.0}, tmp_path)
     asked = suite()
-    found = pair_accuracy(scorer, asked, "clip-sharp", "clip-blind")
+    found = d.pair_accuracy(scorer, asked, "clip-sharp", "clip-blind")
     assert found is not None
     assert (found.n, found.base, found.score.before, found.score.after) == (TWINS, 1.0, 1.0, 0.0)
     assert (found.worsened, found.improved) == (TWINS, 0) and found.score.ci_high < 0
@@ -189,10 +174,10 @@ def test_pair_accuracy_tells_who_sees_more_and_keeps_what_it_computed(tmp_path: 
     assert {image.sample for image in shown} <= {item.sample_id for item in asked.items()}
     assert all(not image.text + image.thumbnail for image in shown), "a sample of the store is named, and not kept"
     before = scorer.embedded
-    assert pair_accuracy(scorer, asked, "clip-sharp", "clip-blind") == found and scorer.embedded == before
+    assert d.pair_accuracy(scorer, asked, "clip-sharp", "clip-blind") == found and scorer.embedded == before
     folder = [replace(item, source=f"/{n}.png", read=partial(picture, n)) for n, item in enumerate(asked.items())]
     asked._items = tuple(folder)
-    found = pair_accuracy(scorer, asked, None, "clip-blind")
+    found = d.pair_accuracy(scorer, asked, None, "clip-blind")
     assert found is not None
     assert all(each.first.thumbnail.startswith("data:image/jpeg") and each.second.text for each in found.shown)
 
@@ -200,7 +185,7 @@ def test_pair_accuracy_tells_who_sees_more_and_keeps_what_it_computed(tmp_path: 
 def test_the_shift_of_a_tower_is_zero_where_it_did_not_move() -> None:
     scorer: Any = GivenVectors({None: 0.1, "clip-a": 0.1, "clip-b": 5.0})
     retention = suite().model_copy(update={"role": "retention"})
-    shift = feature_shift(scorer, [retention, suite()], "clip-a", "clip-b")
+    shift = d.feature_shift(scorer, [retention, suite()], "clip-a", "clip-b")
     assert shift is not None
     image, text = shift.towers["image"], shift.towers["text"]
     assert image.n == N and image.from_base > 0.001
@@ -208,10 +193,10 @@ def test_the_shift_of_a_tower_is_zero_where_it_did_not_move() -> None:
     assert (text.from_base, text.from_incumbent) == pytest.approx((0.0, 0.0), abs=1e-6)
     assert text.rank_after == pytest.approx(text.rank_before)
     assert shift.gap_before != shift.gap_after
-    assert feature_shift(scorer, [suite()], None, "clip-b") is None, "new data are meant to move"
+    assert d.feature_shift(scorer, [suite()], None, "clip-b") is None, "new data are meant to move"
     east, north = np.float32([[1, 0], [1, 0]]), np.float32([[0, 1], [0, 1]])
-    assert (mean_shift(east, east), mean_shift(east, north), mean_shift(east, -east)) == (0.0, 1.0, 2.0)
-    assert modality_gap(east, north) == pytest.approx(np.sqrt(2)) and modality_gap(east, east) == 0.0
+    assert (d.mean_shift(east, east), d.mean_shift(east, north), d.mean_shift(east, -east)) == (0.0, 1.0, 2.0)
+    assert d.modality_gap(east, north) == pytest.approx(np.sqrt(2)) and d.modality_gap(east, east) == 0.0
 
 
 def closed_suite(answers: list[str]) -> Suite:
@@ -222,9 +207,9 @@ def closed_suite(answers: list[str]) -> Suite:
 def test_the_share_of_yes_is_of_yes_no_questions_alone() -> None:
     asked = closed_suite(["yes"] * 10 + ["no"] * 30 + ["a fox"] * 20)
     right = [item.answers[0] for item in asked.items()]
-    share = yes_share(asked, right, ["yes, it is"] * 60, ["No."] * 60)
+    share = d.yes_share(asked, right, ["yes, it is"] * 60, ["No."] * 60)
     assert share == YesShare(40, truth=0.25, base=0.25, before=1.0, after=0.0)
-    assert yes_share(closed_suite(["yes"] * 19 + ["red"] * 40), *[["yes"] * 59] * 3) is None
+    assert d.yes_share(closed_suite(["yes"] * 19 + ["red"] * 40), *[["yes"] * 59] * 3) is None
 
 
 @pytest.mark.parametrize(

@@ -24,38 +24,23 @@ from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, sample
 from tests.unit.console.conftest import settings as console_settings
 from tests.unit.updater.gate.builders import changed, fresh_suite, outcomes, picture, scores
+from updater.gate import verdict as v
 from updater.gate.decision import Scores, conclude, decide
 from updater.gate.interim_analyses import AnalysisPlan
 from updater.gate.report import render, render_body, write_report
 from updater.gate.score import Outcomes, thumbnail, worst_answers, worst_items
 from updater.gate.suites import Suite
-from updater.gate.verdict import (
-    Check,
-    Diagnostics,
-    FeatureShift,
-    Interval,
-    PairAccuracy,
-    PairImage,
-    Regression,
-    ShownPair,
-    Tail,
-    TailBin,
-    TowerShift,
-    Verdict,
-    YesShare,
-    diagnostics_lines,
-)
 
 EVIL = '<script>alert("x")</script> & "quoted"'
 
 
-CHECKS = (Check("finite", True, "128 vectors are finite", 0.0, 0.01), Check("latency", True, "fine", float("nan")))
+CHECKS = (v.Check("finite", True, "128 vectors are finite", 0.0, 0.01), v.Check("latency", True, "fine", float("nan")))
 
 
-def verdict_of(*entries: Scores, **fields: Any) -> Verdict:
+def verdict_of(*entries: Scores, **fields: Any) -> v.Verdict:
     findings = decide(entries, level=0.03, loss_level=0.05, margin=0.05, min_items=50)
     outcome, reasons = conclude(findings, CHECKS)
-    made = Verdict(
+    made = v.Verdict(
         outcome=outcome, reasons=reasons, candidate="clip-0123456789ab", incumbent="clip-ba9876543210", base="shipped",
         suites=findings.results, gain=findings.gain, checks=CHECKS, alpha=0.05,
         look=AnalysisPlan(0.03, 0.05, 300, (100,)).look(250), candidates=3, fresh=250, seconds=41.25,
@@ -64,30 +49,30 @@ def verdict_of(*entries: Scores, **fields: Any) -> Verdict:
     return replace(made, **fields)
 
 
-DIAGNOSTICS = Diagnostics(
-    tail=Tail(
+DIAGNOSTICS = v.Diagnostics(
+    tail=v.Tail(
         2_000_000, 1_000_000,
-        {"emoji_retrieval": (TailBin("never", 41, 40, Interval(0.5, 0.25, -0.25, -0.4, -0.1)),)},
+        {"emoji_retrieval": (v.TailBin("never", 41, 40, v.Interval(0.5, 0.25, -0.25, -0.4, -0.1)),)},
     ),
-    pairs={"emoji_retrieval": PairAccuracy(
-        17, 0.1, Interval(0.7, 0.6, -0.1, -0.2, 0.05), 1, 3,
-        (ShownPair(PairImage(EVIL, "data:image/jpeg;base64,BBBB"), PairImage("", "", "sample-of-store"), 0.987, True),),
+    pairs={"emoji_retrieval": v.PairAccuracy(
+        17, 0.1, v.Interval(0.7, 0.6, -0.1, -0.2, 0.05), 1, 3,
+        (v.ShownPair(v.PairImage(EVIL, "data:image/jpeg;base64,BB"), v.PairImage("", "", "sample-of-store"), 0.987, True),),
     )},
-    yes={"vqa_presence": YesShare(300, 0.5, 0.48, 0.52, 0.71)},
-    shift=FeatureShift({"image": TowerShift(128, 0.0123, 0.0456, 31.5, 29.25)}, 0.81, 0.79),
+    yes={"vqa_presence": v.YesShare(300, 0.5, 0.48, 0.52, 0.71)},
+    shift=v.FeatureShift({"image": v.TowerShift(128, 0.0123, 0.0456, 31.5, 29.25)}, 0.81, 0.79),
     warnings=("vqa_presence: " + EVIL,),
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def verdict() -> Verdict:
+def verdict() -> v.Verdict:
     before = (np.random.default_rng(0).random((300, 2)) < 0.5).astype(float)
-    worst = (Regression("a1", EVIL, "image to text", 2, 40, "a dog", EVIL, "data:image/jpeg;base64,AAAA"),)
+    worst = (v.Regression("a1", EVIL, "image to text", 2, 40, "a dog", EVIL, "data:image/jpeg;base64,AAAA"),)
     kept = scores("emoji_retrieval", before, changed(before, 60, 5))
     new = scores("fresh.fluent3d", before, changed(before, 10, 80), role="gain")
     asked = Suite.model_validate({"name": "vqa_colour", "role": "retention", "task": "vqa"})
     answers = outcomes(before[:, :1])
-    lost = (Regression("a2", EVIL, "answer", 0, 1, "red", "", "data:image/jpeg;base64,AAAA", "red, crimson"),)
+    lost = (v.Regression("a2", EVIL, "answer", 0, 1, "red", "", "data:image/jpeg;base64,AAAA", "red, crimson"),)
     return verdict_of(
         replace(kept, chance=0.05, worst=worst), new, Scores(asked, answers, answers, answers, 0.3, lost),
         cost={"gflops_planned": 60000.0, "gflops_spent": 58211.4, "seconds": 231.2, "losses": [1.0, 0.5],
@@ -97,7 +82,7 @@ def verdict() -> Verdict:
     )  # fmt: skip
 
 
-def test_both_files_are_written_and_say_the_same(verdict: Verdict, tmp_path: Path) -> None:
+def test_both_files_are_written_and_say_the_same(verdict: v.Verdict, tmp_path: Path) -> None:
     write_report(verdict, tmp_path)
     report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     assert (report["outcome"], report["caught_by"]) == ("rejected", ["emoji_retrieval"])
@@ -110,11 +95,11 @@ def test_both_files_are_written_and_say_the_same(verdict: Verdict, tmp_path: Pat
                  "clip-ba9876543210", "Gain over all new data", "1/log2(2 + rank)", "recall@5",
                  "red → nothing", "right: red, crimson", "exact_match", "chance 30.0",
                  "estimated from 1,000,000", "41 items", "−25.0", "17 pairs", "sample sample-of-st", "0.987", "71.0",
-                 "0.0123", "31.5 → 29.2", "0.810 → 0.790", "data:image/jpeg;base64,BBBB", "Warning:"):  # fmt: skip
+                 "0.0123", "31.5 → 29.2", "0.810 → 0.790", "data:image/jpeg;base64,BB", "Warning:"):  # fmt: skip
         assert text in page, text
 
 
-def test_the_page_stands_alone_in_both_colour_schemes_and_captions_cannot_become_markup(verdict: Verdict) -> None:
+def test_the_page_stands_alone_in_both_colour_schemes_and_captions_cannot_become_markup(verdict: v.Verdict) -> None:
     page, body = render(verdict.to_json()), render_body(verdict.to_json())
     assert not re.findall(r"<(?:script|link|iframe)\b", page) and page.count("&lt;script&gt;") >= 5
     sources = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
@@ -127,13 +112,13 @@ def test_the_page_stands_alone_in_both_colour_schemes_and_captions_cannot_become
     assert not re.findall(r"#0[1-7]0[1-7]0[1-7]", page), "every marker colour became a variable"
     assert "style=" not in body and "<style" not in body, "so that the console can forbid it"
     assert "emoji_retrieval" in body and "<svg" in body
-    bare = render({**replace(verdict, diagnostics=Diagnostics()).to_json(), "suites": [], "meta": {}, "cost": {}})
+    bare = render({**replace(verdict, diagnostics=v.Diagnostics()).to_json(), "suites": [], "meta": {}, "cost": {}})
     assert "Engineering checks" in bare
     absent = ("Change per suite", "how often a concept", "look alike", "Share of", "features moved")
     assert not [words for words in absent if words in bare]
 
 
-def test_a_look_that_was_not_made_has_spent_nothing(verdict: Verdict) -> None:
+def test_a_look_that_was_not_made_has_spent_nothing(verdict: v.Verdict) -> None:
     made = verdict.to_json()["look"]
     unmade = replace(verdict, spent=False).to_json()["look"]
     assert unmade["spent"] == made["before"] < made["spent"] and unmade["left"] > made["left"]
@@ -142,7 +127,7 @@ def test_a_look_that_was_not_made_has_spent_nothing(verdict: Verdict) -> None:
     assert first["spent"] == 0.0 and first["left_for_others"] > made["left_for_others"]
 
 
-def test_the_ledgers_summary_is_small_without_pictures_and_is_told_on_a_terminal(verdict: Verdict) -> None:
+def test_the_ledgers_summary_is_small_without_pictures_and_is_told_on_a_terminal(verdict: v.Verdict) -> None:
     summary = verdict.summary()
     text = json.dumps(summary)
     assert "base64" not in text and len(text) < 6000 and summary["caught_by"] == ["emoji_retrieval"]
@@ -151,8 +136,8 @@ def test_the_ledgers_summary_is_small_without_pictures_and_is_told_on_a_terminal
     gain = summary["gain"]
     names = gain["decision"], gain["statistic"]["name"], gain["recall"]["name"]
     assert names == ("passed", "1/log2(2 + rank)", "recall@5")
-    told = list(diagnostics_lines(summary["diagnostics"]))
-    assert told == list(diagnostics_lines(verdict.to_json()["diagnostics"]))
+    told = list(v.diagnostics_lines(summary["diagnostics"]))
+    assert told == list(v.diagnostics_lines(verdict.to_json()["diagnostics"]))
     for line in ("emoji_retrieval, concepts seen never (41 items): 50.0% -> 25.0% (-25.0 [-40.0, -10.0])",
                  "emoji_retrieval, 17 pairs that look alike: 70.0% -> 60.0% (-10.0 [-20.0, +5.0]), base 10.0%",
                  'vqa_presence, share of "yes": 52.0% -> 71.0%; truth 50.0%, base 48.0%',
@@ -198,21 +183,21 @@ def lost(view: int) -> tuple[Outcomes, Outcomes]:
     return Outcomes(ids, ranks, answers, 1), Outcomes(ids, after_ranks, after_answers, 1)
 
 
-def regressions() -> tuple[Regression, ...]:
+def regressions() -> tuple[v.Regression, ...]:
     asked, suite = fresh("vlm"), fresh("clip")
     answers = [item.answers[0] for item in asked.items()]
     worse = worst_answers(asked, (answers, np.ones(4)), ([f"not {answer}" for answer in answers], np.zeros(4)))
     return (*worse, *(each for view in (0, 1) for each in worst_items(Captions(), suite, *lost(view))))  # type: ignore[arg-type]
 
 
-def with_regressions(worst: tuple[Regression, ...]) -> Verdict:
+def with_regressions(worst: tuple[v.Regression, ...]) -> v.Verdict:
     """A verdict that shows samples: the worst ones, and a pair of them."""
     hits = (np.random.default_rng(0).random((300, 2)) < 0.5).astype(float)
     suite = Suite(name="fresh.family", role="gain", task="retrieval")
-    pair = ShownPair(*(PairImage("", "", rows()[n]["id"]) for n in (0, 3)), 0.99, True)
-    pairs = {"fresh.family": PairAccuracy(9, 0.1, Interval(0.5, 0.5, 0.0, 0.0, 0.0), 0, 0, (pair,))}
+    pair = v.ShownPair(*(v.PairImage("", "", rows()[n]["id"]) for n in (0, 3)), 0.99, True)
+    pairs = {"fresh.family": v.PairAccuracy(9, 0.1, v.Interval(0.5, 0.5, 0.0, 0.0, 0.0), 0, 0, (pair,))}
     given = Scores(suite, outcomes(hits), outcomes(hits), outcomes(changed(hits, 90, 5)), 0.05, worst)
-    return verdict_of(given, diagnostics=Diagnostics(pairs=pairs))
+    return verdict_of(given, diagnostics=v.Diagnostics(pairs=pairs))
 
 
 def test_a_report_holds_no_byte_of_a_sample(tmp_path: Path) -> None:

@@ -164,11 +164,6 @@ def test_neighbours_are_read_once_and_a_broken_store_is_no_verdict(store: Record
         held_out(unread)
 
 
-def test_without_rows_there_is_a_table_without_rows(tmp_path: Path) -> None:
-    found = HeldOut(SampleStore(str(tmp_path / "lake")), 0, "text").rows(TEXT_COLUMNS)
-    assert (found.num_rows, found.column_names) == (0, list(TEXT_COLUMNS))
-
-
 # The newest samples
 
 

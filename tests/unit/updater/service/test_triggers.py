@@ -278,34 +278,26 @@ def suite(role: str, after: float, left: float | None) -> dict[str, Any]:
     return {"role": role, "base": 0.5, "before": 0.6, "after": after, "margin_left": left}
 
 
-def test_the_last_verdict_and_cost_are_exported_by_an_updater_that_has_just_started(ledger: Ledger) -> None:
+def test_the_last_verdict_cost_and_shift_are_exported_by_an_updater_that_has_just_started(ledger: Ledger) -> None:
+    moved = {"from_incumbent": 0.01, "from_base": 0.03}
     judged(ledger, 1, "passed", {"fresh.facts": suite("gain", 0.9, None)})
-    judged(ledger, 2, "rejected", {"emoji.facts": suite("retention", 0.4, -0.07)})
+    emoji = {"emoji.facts": suite("retention", 0.4, -0.07)}
+    judged(ledger, 2, "rejected", emoji, diagnostics={"shift": {"towers": {"image": moved, "text": moved}}})
     exporter = LedgerMetrics(ledger)
-    exporter.export(["clip"])
+    exporter.export(["clip", "vlm"])
     assert [value(f"update_{which}_flops", family="clip") for which in ("planned", "spent")] == [20e9, 16e9]
     score = {"family": "clip", "suite": "emoji.facts", "role": "retention"}
     scores = [value("gate_suite_score_ratio", **score, model=m) for m in ("base", "incumbent", "candidate")]
     assert scores == [0.5, 0.6, 0.4]
     assert value("gate_margin_left_ratio", family="clip", suite="emoji.facts") == -0.07
     assert value("gate_suite_score_ratio", family="clip", suite="fresh.facts", role="gain", model="base") is None
-    times = [
-        value("gate_last_verdict_timestamp_seconds", family="clip", outcome=each) for each in ("rejected", "passed")
-    ]
+    verdicts, shift = "gate_last_verdict_timestamp_seconds", {"family": "clip", "tower": "image"}
+    times = [value(verdicts, family="clip", outcome=each) for each in ("rejected", "passed")]
     assert times == [verdict.created_at.timestamp() for verdict in ledger.verdicts()]
+    assert value(verdicts, family="vlm", outcome="passed") is None, "nothing is made up"
+    shifts = [value("gate_feature_shift_ratio", **shift, model=each) for each in ("base", "incumbent")]
+    assert shifts == [0.03, 0.01]
     judged(ledger, 4, "passed", {"b.facts": suite("retention", 0.5, 0.02)})  # by another process
     exporter.export(["clip"])
     left = [value("gate_margin_left_ratio", family="clip", suite=f"{each}.facts") for each in ("emoji", "b")]
-    assert left == [None, 0.02]
-
-
-def test_the_shift_of_the_last_candidates_features_is_exported_and_nothing_is_made_up(ledger: Ledger) -> None:
-    moved = {"from_incumbent": 0.01, "from_base": 0.03}
-    judged(ledger, 5, "passed", {}, diagnostics={"shift": {"towers": {"image": moved, "text": moved}}})
-    LedgerMetrics(ledger).export(["clip"])
-    assert value("gate_feature_shift_ratio", family="clip", tower="image", model="base") == 0.03
-    assert value("gate_feature_shift_ratio", family="clip", tower="text", model="incumbent") == 0.01
-    judged(ledger, 6, "rejected", {}, diagnostics={"shift": None})
-    LedgerMetrics(ledger).export(["clip", "vlm"])
-    assert value("gate_feature_shift_ratio", family="clip", tower="image", model="base") is None
-    assert value("gate_last_verdict_timestamp_seconds", family="vlm", outcome="passed") is None
+    assert left == [None, 0.02] and value("gate_feature_shift_ratio", **shift, model="base") is None

@@ -191,10 +191,13 @@ def steps(made: Learner[Any], count: int) -> list[float]:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("default", {}), ("default", {"micro_batch": 4}), ("default", {"image": {}, "text": {}}), ("ctp", {}),
+        ("default", {}),
+        ("default", {"micro_batch": 4}),
+        ("default", {"image": {}, "text": {}}),
+        ("ctp", {}),
         ("dora", {}),
     ],
-)  # fmt: skip
+)
 def test_a_few_steps_agree_in_both_precisions(base: ClipBase, name: str, changes: dict[str, Any]) -> None:
     whole, half = (clip_learner_of(base, name, precision=each, **changes) for each in ("float32", "bfloat16"))
     one, other = (torch.cat([value.flatten() for value in gradients(each).values()]) for each in (whole, half))

@@ -36,7 +36,7 @@ from tests.unit.updater.builders import (
 from updater.adapters import Dense, LowRank, read_delta
 from updater.adapters.weight_deltas import kept_share
 from updater.bases.register import add_vlm
-from updater.data.pools import Pools, Question
+from updater.data.pools import Pair, Pools, Question
 from updater.families.clip_learner import ClipLearner
 from updater.gate.suite_items import Item, open_picture
 from updater.recipes import Recipe
@@ -280,10 +280,11 @@ class Reads:
 
     def __init__(self, new: int, reference: int) -> None:
         self.counts: Counter[str] = Counter()
-        self.pools = Pools(*(
-            tuple(replace(pair, read=partial(self.read, pair.id, pair.read)) for pair in pairs(tag, count))
-            for tag, count in (("car", new), ("house", reference))
-        ))  # fmt: skip
+        tags = ("car", new), ("house", reference)
+        self.pools = Pools(*(tuple(map(self.counting, pairs(tag, count))) for tag, count in tags))
+
+    def counting(self, pair: Pair) -> Pair:
+        return replace(pair, read=partial(self.read, pair.id, pair.read))
 
     def read(self, name: str, read: Any) -> bytes:
         self.counts[name] += 1
