@@ -148,6 +148,7 @@ class Counted:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.steps: list[float] = []
         self.waiting: list[float] = []
+        self.patch = patch
         backward, update = Learner.forward_backward, Learner.optimizer_step
 
         def counting(learner: AnyLearner, rows: list[int], regularized: bool = True) -> tuple[float, dict[str, float]]:
@@ -193,13 +194,7 @@ LAST = {"image": {"blocks": 1}, "text": {"blocks": 1}}
     ],
 )
 def test_an_update_spends_what_it_planned_within_two_percent(
-    base: ClipBase,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    taken: Counted,
-    name: str,
-    changes: dict[str, Any],
-    incumbent: bool,
+    base: ClipBase, tmp_path: Path, taken: Counted, name: str, changes: dict[str, Any], incumbent: bool
 ) -> None:
     """Also with masks, pruned ranks, projections and views, and in preparation, where a locked tower that an incumbent
     has changed is run twice.
@@ -215,7 +210,7 @@ def test_an_update_spends_what_it_planned_within_two_percent(
             prepare(learner, rows)
         prepared.append(flops.gflops)
 
-    monkeypatch.setattr(ClipLearner, "ready", ready)
+    taken.patch.setattr(ClipLearner, "ready", ready)
     others = 14 * (plan.mixture.reference > 0), 10 * (plan.mixture.replay > 0)
     result = run(base, tmp_path, recipe=plan, pools=pools(14, *others), incumbent=start)
     assert result.cost["step_gflops"] == pytest.approx(sum(taken.steps) / result.steps, rel=0.02)
@@ -235,10 +230,10 @@ def asked_by(chance: random.Random) -> tuple[Question, ...]:
 
 
 def test_long_questions_after_a_hundred_short_batches_stop_the_update_within_its_budget(
-    vlm: VlmBase, tmp_path: Path, taken: Counted, monkeypatch: pytest.MonkeyPatch
+    vlm: VlmBase, tmp_path: Path, taken: Counted
 ) -> None:
     """The plan looks at the first batches alone: 4.6 times the budget was spent."""
-    monkeypatch.setattr(planning, "MEASURED", 10)
+    taken.patch.setattr(planning, "MEASURED", 10)
     questions = Pools(asked(200, lambda number: 12 * (number >= 22)))
     plan = recipe("vlm-naive", max_steps=120, batch_size=2)
     free = run(vlm, tmp_path / "free", recipe=recipe("vlm-naive", max_steps=1, batch_size=2), pools=questions)
@@ -339,6 +334,10 @@ def draw(base: VlmBase | ClipBase, folder: Path, taken: Counted, plan: Recipe, p
     return "stopped" if result.budget_spent else "whole"
 
 
+Made = Callable[[random.Random], tuple[Recipe, Pools, float]]
+"""A recipe, data and a budget by chance."""
+
+
 def with_passes_after_the_last_step(chance: random.Random) -> tuple[Recipe, Pools, float]:
     ewc = [{"name": "ewc", "options": {"batches": chance.randint(1, 8)}}]
     plan = recipe("full", max_steps=6, batch_size=6, regularizers=ewc, text={"locked": True})
@@ -365,17 +364,10 @@ def with_answers_of_its_own(chance: random.Random) -> tuple[Recipe, Pools, float
     ],
 )
 def test_over_random_draws_no_real_update_spends_more_than_its_budget(
-    base: ClipBase,
-    vlm: VlmBase,
-    tmp_path: Path,
-    taken: Counted,
-    monkeypatch: pytest.MonkeyPatch,
-    made: Callable[[random.Random], tuple[Recipe, Pools, float]],
-    draws: int,
-    ends: set[str],
+    base: ClipBase, vlm: VlmBase, tmp_path: Path, taken: Counted, made: Made, draws: int, ends: set[str]
 ) -> None:
-    monkeypatch.setattr(planning, "MEASURED", 2)
-    monkeypatch.setattr("updater.training.measure._full", lambda *_: (1e7, 1e-3))  # the same base each time
+    taken.patch.setattr(planning, "MEASURED", 2)
+    taken.patch.setattr("updater.training.measure._full", lambda *_: (1e7, 1e-3))  # the same base each time
     outcomes = set()
     for number in range(draws):
         plan, pool, gflops = made(random.Random(number))
