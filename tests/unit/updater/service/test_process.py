@@ -63,7 +63,7 @@ def test_a_second_signal_does_not_break_off_what_the_first_one_ends() -> None:
     assert python(ENDS) == (0, "cleaned up\n", "")
 
 
-def test_other_figures_are_not_another_reason(
+def test_a_reason_to_wait_is_not_said_again_for_other_figures(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits = ThrottledLog()

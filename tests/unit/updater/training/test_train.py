@@ -123,7 +123,7 @@ def test_training_lowers_the_loss(kind: Kind, tmp_path: Path) -> None:
     assert result.directory.name == result.adapter
 
 
-def test_a_damaged_checkpoint_and_a_full_disk(base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_or_bad_checkpoint_is_safe(base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(base, tmp_path / "undisturbed").adapter
     run(base, tmp_path, seed=4)
     assert load_checkpoint(tmp_path / "work", "another run") is None
@@ -189,7 +189,7 @@ def test_a_loss_or_a_parameter_that_is_not_finite_stops_the_update_and_writes_no
     assert not list(tmp_path.glob("adapters/clip-*"))
 
 
-def test_what_cannot_be_asked_is_left_out_or_refused_with_all(base: ClipBase, vlm: VlmBase, tmp_path: Path) -> None:
+def test_what_cannot_be_asked_is_left_out_or_an_error(base: ClipBase, vlm: VlmBase, tmp_path: Path) -> None:
     good, plan = question_pools(new=20), recipe("vlm-default")
     bad = Question("bad", "where is <image>?", "there", good.new[0].read)
     with_bad = run(vlm, tmp_path / "bad", recipe=plan, pools=Pools((bad, *good.new), good.reference))
@@ -393,7 +393,7 @@ def test_damaged_pictures_are_left_out_and_named_also_after_a_stop(base: ClipBas
     assert result.adapter != run(base, tmp_path / "good", recipe=LEARNED, pools=spoiled(())).adapter
 
 
-def test_a_batch_without_any_good_picture_is_passed_over_an_update_fails(base: ClipBase, tmp_path: Path) -> None:
+def test_a_batch_of_bad_pictures_is_passed_over_and_an_update_of_them_fails(base: ClipBase, tmp_path: Path) -> None:
     half = run(base, tmp_path / "half", recipe=LEARNED, pools=spoiled(range(8)))
     assert (half.steps, len(half.losses["loss"]), len(half.left_out)) == (4, 2, 8)
     with pytest.raises(TrainingError, match=r"of 16 samples none can be prepared; car-0: .*header"):
