@@ -6,7 +6,7 @@ from collections.abc import Callable, Container
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -40,85 +40,80 @@ from updater.data.pools import Pair, Pools, Question
 from updater.families.clip_learner import ClipLearner
 from updater.gate.suite_items import Item, open_picture
 from updater.recipes import Recipe
-from updater.step.learner import AnyLearner, Learner, Precomputed
+from updater.step.learner import AnyLearner, Base, Learner, Precomputed
 from updater.training import checkpoint, trainer
 from updater.training.checkpoint import CARRY_OVER, CarryOver, load_checkpoint
 from updater.training.measure import SMALL
 from updater.training.result import NAMED, TrainResult, cost_of
 
 
-class Kind(NamedTuple):
-    """A family: its recipes, the term of the loss that learns, and data."""
-
-    base: ClipBase | VlmBase
-    name: str
-    naive: str
-    term: str
-    pools: Callable[..., Pools]
-
-    def train(self, folder: Path, **options: Any) -> TrainResult:
-        return run(self.base, folder, **{"recipe": self.recipe(), "pools": self.pools(), **options})
-
-    def recipe(self, **changes: Any) -> Recipe:
-        return recipe(self.name, **changes)
+@pytest.fixture(scope="module", params=["base", "vlm"])
+def either(request: pytest.FixtureRequest) -> Base:
+    """A CLIP, and a VLM."""
+    made: Base = request.getfixturevalue(request.param)
+    return made
 
 
-@pytest.fixture(scope="module", params=["clip", "vlm"])
-def kind(request: pytest.FixtureRequest, base: ClipBase, vlm: VlmBase) -> Kind:
-    if request.param == "vlm":
-        return Kind(vlm, "vlm-default", "vlm-naive", "answer_likelihood", question_pools)
-    return Kind(base, "default", "naive", "contrastive", pools)
+def plan_of(base: Base, **changes: Any) -> Recipe:
+    return recipe("vlm-default" if base.family == "vlm" else "default", **changes)
+
+
+def data_of(base: Base, **sizes: int) -> Pools:
+    return (question_pools if base.family == "vlm" else pools)(**sizes)
 
 
 @pytest.fixture(scope="module")
-def first(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    return kind.train(tmp_path_factory.mktemp("first"))
+def first(either: Base, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    return run(either, tmp_path_factory.mktemp("first"))
 
 
-def test_the_same_inputs_give_the_same_adapter_others_another(kind: Kind, first: TrainResult, tmp_path: Path) -> None:
-    assert kind.train(tmp_path / "two").adapter == first.adapter
-    assert kind.train(tmp_path / "seed", seed=4).adapter != first.adapter
-    assert kind.train(tmp_path / "data", pools=kind.pools(new=14)).adapter != first.adapter
+def test_the_same_inputs_give_the_same_adapter_others_another(either: Base, first: TrainResult, tmp_path: Path) -> None:
+    assert run(either, tmp_path / "two").adapter == first.adapter
+    assert run(either, tmp_path / "seed", seed=4).adapter != first.adapter
+    assert run(either, tmp_path / "data", pools=data_of(either, new=14)).adapter != first.adapter
 
 
 @pytest.mark.parametrize("image", [{"blocks": 1}, {"locked": False}])
-def test_a_stopped_update_ends_the_same(kind: Kind, first: TrainResult, tmp_path: Path, image: dict[str, Any]) -> None:
+def test_a_stopped_update_ends_the_same(
+    either: Base, first: TrainResult, tmp_path: Path, image: dict[str, Any]
+) -> None:
     """Stopped after each single step in turn, with an incumbent that teaches: attention weights must not drift."""
-    plan = kind.recipe(image=image, max_steps=4)
-    again = {"recipe": plan, "incumbent": first.directory, "pools": kind.pools(replay=12)}
-    whole = kind.train(tmp_path / "whole", **again)
-    parts = resumed(partial(kind.train, tmp_path / "parts", **again), 4, least=2)  # after three shards
+    plan = plan_of(either, image=image, max_steps=4)
+    again = {"recipe": plan, "incumbent": first.directory, "pools": data_of(either, replay=12)}
+    whole = run(either, tmp_path / "whole", **again)
+    parts = resumed(partial(run, either, tmp_path / "parts", **again), 4, least=2)  # after three shards
     assert (parts.adapter, parts.losses) == (whole.adapter, whole.losses)
 
 
-def test_an_update_goes_on_from_the_incumbent(kind: Kind, first: TrainResult, tmp_path: Path) -> None:
+def test_an_update_goes_on_from_the_incumbent(either: Base, first: TrainResult, tmp_path: Path) -> None:
     """With almost no learning the candidate equals the incumbent."""
     still = {"peak": 1e-9, "constant": 1e-9, "final": 1e-9}
-    second = kind.train(tmp_path / "second", incumbent=first.directory, recipe=kind.recipe(schedule=still))
-    model = kind.base.build_model()
+    second = run(either, tmp_path / "second", incumbent=first.directory, recipe=plan_of(either, schedule=still))
+    model = either.build_model()
     before, after = (effective_weights(r.directory, model) for r in (first, second))
     assert before.keys() == after.keys()
     assert all(torch.allclose(after[name], weight, atol=1e-6) for name, weight in before.items())
 
 
-def test_the_budget_decides_the_number_of_steps(kind: Kind, first: TrainResult, tmp_path: Path) -> None:
+def test_the_budget_decides_the_number_of_steps(either: Base, first: TrainResult, tmp_path: Path) -> None:
     """Two steps and the rows that they visit; no other is prepared."""
-    one, two = (kind.train(tmp_path / f"{n}", recipe=kind.recipe(max_steps=n)) for n in (1, 2))
+    one, two = (run(either, tmp_path / f"{n}", recipe=plan_of(either, max_steps=n)) for n in (1, 2))
     assert one.maf < two.maf < first.maf
     per_step = first.cost["maf_per_step"]
     enough_for_two = two.maf + 0.1 * per_step
-    bound = kind.train(tmp_path / "bound", limits=replace(LIMITS, gflops=enough_for_two))
+    bound = run(either, tmp_path / "bound", limits=replace(LIMITS, gflops=enough_for_two))
     assert (bound.steps, bound.planned_steps) == (2, 2)
     assert bound.maf <= enough_for_two
     assert bound.samples == {"new": 6, "reference": 12, "replay": 0}
     with pytest.raises(BudgetError, match="does not pay for one step with its own rows"):
-        kind.train(tmp_path / "poor", limits=replace(LIMITS, gflops=one.maf - 0.5 * per_step))
+        run(either, tmp_path / "poor", limits=replace(LIMITS, gflops=one.maf - 0.5 * per_step))
 
 
-def test_training_lowers_the_loss(kind: Kind, tmp_path: Path) -> None:
+def test_training_lowers_the_loss(either: Base, tmp_path: Path) -> None:
     fast = {"kind": "infinite", "peak": 0.02, "constant": 0.02, "final": 0.02, "warmup_steps": 1, "cooldown_steps": 1}
-    result = kind.train(tmp_path, recipe=recipe(kind.naive, max_steps=12, batch_size=12, schedule=fast))
-    losses = result.losses[kind.term]
+    naive, term = ("vlm-naive", "answer_likelihood") if either.family == "vlm" else ("naive", "contrastive")
+    result = run(either, tmp_path, recipe=recipe(naive, max_steps=12, batch_size=12, schedule=fast))
+    losses = result.losses[term]
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.1
     assert result.directory.name == result.adapter
 
@@ -190,17 +185,17 @@ def test_a_loss_or_a_parameter_that_is_not_finite_stops_the_update_and_writes_no
 
 
 def test_what_cannot_be_asked_is_left_out_or_an_error(base: ClipBase, vlm: VlmBase, tmp_path: Path) -> None:
-    good, plan = question_pools(new=20), recipe("vlm-default")
+    good = question_pools(new=20)
     bad = Question("bad", "where is <image>?", "there", good.new[0].read)
-    with_bad = run(vlm, tmp_path / "bad", recipe=plan, pools=Pools((bad, *good.new), good.reference))
+    with_bad = run(vlm, tmp_path / "bad", pools=Pools((bad, *good.new), good.reference))
     assert (with_bad.samples["new"], with_bad.pending, with_bad.visited) == (15, 21, 15)
-    assert with_bad.adapter == run(vlm, tmp_path / "good", recipe=plan, pools=good).adapter
+    assert with_bad.adapter == run(vlm, tmp_path / "good", pools=good).adapter
     with pytest.raises(TrainingError, match="no new sample"):
-        run(vlm, tmp_path / "none", recipe=plan, pools=Pools((bad,), good.reference))
+        run(vlm, tmp_path / "none", pools=Pools((bad,), good.reference))
     with pytest.raises(ConfigError, match="'default' trains a CLIP"):
-        run(vlm, tmp_path, pools=pools())
+        run(vlm, tmp_path, recipe=recipe(), pools=pools())
     with pytest.raises(ConfigError, match="'vlm-default' trains a VLM"):
-        run(base, tmp_path, recipe=plan, pools=good)
+        run(base, tmp_path, recipe=recipe("vlm-default"), pools=good)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +209,7 @@ def test_what_cannot_be_asked_is_left_out_or_an_error(base: ClipBase, vlm: VlmBa
     ],
 )
 def test_a_recipe_of_a_vlm_trains_two_updates_of_its_part(vlm: VlmBase, tmp_path: Path, name: str, part: str) -> None:
-    given = {"recipe": recipe(name, max_steps=2), "pools": question_pools()}
+    given: dict[str, Any] = {"recipe": recipe(name, max_steps=2)}
     first = run(vlm, tmp_path / "first", **given)
     changed = effective_weights(first.directory, vlm.build_model())
     assert changed and {vlm.part_of(each.removesuffix(".weight")) for each in changed} == {part}
