@@ -104,9 +104,10 @@ def test_pickles_are_refused_whatever_they_are_called(tmp_path: Path, weights: P
     path = tmp_path / f"pickle{suffix}"
     torch.save({"x": torch.ones(2)}, path)
     assert "save_file" in refused("no safetensors file", tmp_path, NAME, path)
-    (tmp_path / "open_clip_config.json").write_text("{}")
-    (tmp_path / "open_clip_pytorch_model.bin").write_bytes(b"x")
-    refused(r"only open_clip_pytorch_model\.bin", tmp_path, f"local-dir:{tmp_path}")
+    (folder := tmp_path / "folder").mkdir()
+    (folder / "open_clip_config.json").write_text("{}")
+    (folder / "open_clip_pytorch_model.bin").write_bytes(b"x")
+    refused(r"only open_clip_pytorch_model\.bin", tmp_path, f"local-dir:{folder}")
 
 
 def test_weights_of_another_model_or_that_are_not_finite_are_refused(tmp_path: Path, weights: Path) -> None:
