@@ -41,12 +41,6 @@ def test_a_shipped_recipe_has_its_files_name_and_objectives_and_survives_yaml(na
     assert again == written and again.digest == written.digest
 
 
-def test_the_image_tower_of_a_vlm_is_locked_unless_the_recipe_opens_it() -> None:
-    values = load_recipe("vlm-default").model_dump(mode="json", exclude={"image"})
-    assert Recipe.parse(values).image.locked
-    assert not Recipe.parse({**values, "image": {}}).image.locked
-
-
 def test_the_digest_follows_what_is_computed_and_not_the_prose() -> None:
     recipe = load_recipe("default")
     assert recipe.model_copy(update={"description": "other words"}).digest == recipe.digest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,14 +87,8 @@ class Lab:
         )  # fmt: skip
         plan = self.plan(name)
         look = plan.look(fresh)
-        summary = {
-            "spent": made,
-            "look": {
-                "number": look.number, "items": fresh, "needed": look.needed, "alpha": look.alpha,
-                "loss_alpha": look.loss_alpha, "spent": look.spent,
-                "next": look.next, "fresh": fresh, "candidates": plan.candidates, "made": made,
-            },
-        }  # fmt: skip
+        told = {**asdict(look), "next": look.next, "fresh": fresh, "candidates": plan.candidates, "made": made}
+        summary = {"spent": made, "look": told}
         self.ledger.record_verdict(name, str(update.adapter), outcome, "reports/x", summary)
         self.ledger.advance_update(name, "done")
 
