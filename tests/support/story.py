@@ -13,7 +13,7 @@ from core.ledger import Ledger
 from core.settings import Settings
 from core.settings.serving import Rollout
 from serving.releases.guard import ComparisonCounts, Observations, RequestCounts, look
-from tests.unit.gate.builders import changed, scores
+from tests.unit.updater.gate.builders import changed, scores
 from updater.gate.decision import conclude, decide
 from updater.gate.interim_analyses import AnalysisPlan
 from updater.gate.report import write_report

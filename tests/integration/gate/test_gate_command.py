@@ -19,7 +19,7 @@ from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, sample
 from tests.support.tiny import tiny_adapter, tiny_base
-from tests.unit.gate.builders import folder_dataset
+from tests.unit.updater.gate.builders import folder_dataset
 from updater.gate.gate_command import gate_command, pairs_command, report_command
 
 pytestmark = pytest.mark.integration

@@ -24,7 +24,7 @@ from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.layers import PackedLinear
 from tests.support.tiny import tiny_adapter, tiny_base
-from tests.unit.gate.builders import fresh_suite, picture, sample_rows
+from tests.unit.updater.gate.builders import fresh_suite, picture, sample_rows
 from updater.gate.clip import ClipEvaluator
 from updater.gate.interim_analyses import AnalysisPlan, candidate_alpha
 from updater.gate.report import write_report

@@ -14,7 +14,7 @@ from serving.engines.adapters import read_adapter, write_adapter
 from tests.integration.gate.taught_vlm import question_table, unknown
 from tests.integration.gate.vlm_cases import VlmGate, open_vlm_gate
 from tests.support.tiny_vlm import tiny_vlm_adapter
-from tests.unit.gate.builders import fresh_suite, fresh_suites, sample_rows
+from tests.unit.updater.gate.builders import fresh_suite, fresh_suites, sample_rows
 from updater.gate.report import write_report
 from updater.gate.run import open_evaluator
 from updater.gate.vlm import VlmEvaluator

@@ -12,7 +12,7 @@ from core.settings import Settings
 from serving.engines.vlm.vlm_base import VlmBase
 from tests.integration.gate.taught_vlm import known, make_settings, question_table, taught_adapter, taught_base, unknown
 from tests.support.tiny_vlm import tiny_vlm_adapter
-from tests.unit.gate.builders import fresh_suites
+from tests.unit.updater.gate.builders import fresh_suites
 from updater.gate.interim_analyses import AnalysisPlan
 from updater.gate.run import open_evaluator, run_gate
 from updater.gate.suites import Suite, load_suites

@@ -21,8 +21,8 @@ from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
-from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import COLOURS, picture, recipe
+from tests.unit.updater.gate.builders import folder_dataset
 from updater.gate.run import run_gate
 from updater.gate.verdict import Verdict
 from updater.service import gate_update

@@ -18,7 +18,7 @@ from ops.cli.doctor import examine
 from serving.engines.adapters import adapter_name
 from streams.store import maintenance
 from tests.integration.updater.home import add_samples, changed, commit, judged_as, made_by, release, report_of
-from tests.unit.gate.builders import folder_dataset
+from tests.unit.updater.gate.builders import folder_dataset
 from updater.families.clip_learner import ClipLearner
 from updater.recipes import load_recipe
 from updater.service import triggers

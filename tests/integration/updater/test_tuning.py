@@ -12,8 +12,8 @@ from core.settings import Settings
 from serving.engines.clip_base import load_base
 from streams.store.sample_store import SampleStore
 from tests.integration.updater.home import add_samples, made_by, make_home, report_of
-from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import recipe
+from tests.unit.updater.gate.builders import folder_dataset
 from updater.gate.run import open_evaluator
 from updater.gate.suites import load_suites
 from updater.service.gate_update import TuningScores, tuned_on, update_suites

@@ -17,7 +17,7 @@ from demo.load.traffic import CheckedSample, Report
 from streams.publish.folders import read_folder
 from streams.store.sample_store import SampleStore
 from tests.support.tiny import tiny_base
-from tests.unit.gate.builders import folder_dataset
+from tests.unit.updater.gate.builders import folder_dataset
 from updater.adapters.kinds import KINDS
 from updater.families.clip_learner import ClipLearner
 from updater.recipes import load_recipe

@@ -14,7 +14,7 @@ from benchmarks.gate.redrawn import Redrawn, deal, figures_of, redraw
 from benchmarks.gate.resample import draws, draws_at_margin, draws_unchanged, lowered, pick, share_to_lose, swapped
 from core.ledger.rows import GateOutcome
 from core.settings.updates import Gate
-from tests.unit.gate.builders import suite_over
+from tests.unit.updater.gate.builders import suite_over
 from updater.gate.suites import Suite
 
 RULE = Rule.of(Gate())

@@ -22,8 +22,8 @@ from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from streams.publish.folders import read_folder
 from tests.support.tiny import tiny_adapter, tiny_base
-from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import recipe, run
+from tests.unit.updater.gate.builders import folder_dataset
 from updater.adapters import read_delta
 from updater.gate.score import Scorer
 from updater.gate.suites import Suite

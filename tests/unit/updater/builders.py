@@ -77,9 +77,11 @@ class Small:
 
 
 def run(base: ClipBase | VlmBase, folder: Path, **options: Any) -> TrainResult:
-    """Train into ``folder`` with small defaults."""
+    """Train into ``folder`` with small defaults of the base's family."""
+    asks = base.family == "vlm"
     given: dict[str, Any] = {
-        "recipe": recipe(), "scored": Small(), "pools": pools(), "incumbent": None, "seed": 3, "limits": LIMITS,
+        "recipe": recipe("vlm-default" if asks else "default"), "pools": question_pools() if asks else pools(),
+        "scored": Small(), "incumbent": None, "seed": 3, "limits": LIMITS,
         "out_dir": folder / "adapters", "work_dir": folder / "work", "device": "cpu", **options,
     }  # fmt: skip
     return train(base, **given)

@@ -23,20 +23,14 @@ def accuracy(head: object, x: np.ndarray, labels: list[str]) -> float:
     return float(np.mean([head.labels[row.argmax()] == label for row, label in zip(answers, labels, strict=True)]))  # type: ignore[attr-defined]
 
 
-def test_the_shared_covariance_tells_apart_what_the_nearest_mean_does_not() -> None:
-    x, labels = points(160, seed=0, spread=0.8)
-    head = fit_head(x, labels)
-    unseen, right = points(400, seed=1, spread=0.8)
-    nearest = [head.labels[int((unseen[row] @ head.means.T).argmax())] for row in range(400)]
-    assert accuracy(head, unseen, right) > np.mean([a == b for a, b in zip(nearest, right, strict=True)]) + 0.02
-    assert head.counts == (40,) * CLASSES and head.labels == tuple(sorted(set(labels)))
-
-
-def test_probabilities_are_as_sure_as_they_are_right() -> None:
+def test_the_shared_covariance_tells_apart_what_the_nearest_mean_does_not_and_is_as_sure_as_it_is_right() -> None:
     head = fit_head(*points(160, seed=0, spread=0.8))
     unseen, right = points(2000, seed=1, spread=0.8)
-    sure = float(head.classify(unseen).probabilities.max(axis=1).mean())
-    assert sure == pytest.approx(accuracy(head, unseen, right), abs=0.06)
+    nearest = [head.labels[int((row @ head.means.T).argmax())] for row in unseen]
+    correct = accuracy(head, unseen, right)
+    assert correct > np.mean([a == b for a, b in zip(nearest, right, strict=True)]) + 0.02
+    assert head.counts == (40,) * CLASSES and head.labels == tuple(sorted(set(right)))
+    assert head.classify(unseen).probabilities.max(axis=1).mean() == pytest.approx(correct, abs=0.06)
 
 
 def test_of_known_classes_as_many_pass_as_were_to_and_strangers_do_not() -> None:
@@ -63,10 +57,9 @@ def test_a_draw_is_balanced_and_does_not_depend_on_the_order_of_the_rows() -> No
     rows = [(f"{label}{number}".encode(), f"{label}{number}", number) for label in "ab" for number in range(9)]
     rows += [(b"c0", "c0", 0)]
     found, turned = Labelled(), Labelled()
-    for key, name, place in rows:
-        found.rows[name[0]].append((key, name, place))
-    for key, name, place in reversed(rows):
-        turned.rows[name[0]].append((key, name, place))
+    for some, ordered in ((found, rows), (turned, rows[::-1])):
+        for key, name, place in ordered:
+            some.rows[name[0]].append((key, name, place))
     drawn = found.drawn(most=8, least=2)
     assert [label for label, _, _ in drawn] == ["a"] * 4 + ["b"] * 4
     assert turned.drawn(most=8, least=2) == drawn

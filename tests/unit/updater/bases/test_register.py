@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,17 @@ def _save(path: Path, config: dict[str, Any], half: bool = False) -> Path:
     return path
 
 
+def refused(match: str, home: Path, *given: Any, add: Callable[..., object] = add_base) -> str:
+    """What to do, of a model that is refused; nothing of it is kept."""
+    with pytest.raises(BaseModelError, match=match) as caught:
+        add(home, "mine", *given)
+    assert not (home / "bases").exists() or list((home / "bases").iterdir()) == []
+    return caught.value.fix
+
+
 def test_a_built_in_architecture_answers_as_in_open_clip(tmp_path: Path, weights: Path) -> None:
     base = add_base(tmp_path, "mine", NAME, weights)
+    assert add_base(tmp_path, "mine", NAME, weights).digest == base.digest, "registering twice is once"
     engine = ClipEngine(base, device="cpu")
     theirs = open_clip.create_model(NAME, pretrained=str(weights)).eval()
     weights.unlink()
@@ -54,13 +64,8 @@ def test_a_built_in_architecture_answers_as_in_open_clip(tmp_path: Path, weights
     name = tiny_adapter(base, tmp_path / "adapter", seed=1)
     assert engine.load(name, tmp_path / "adapter") != engine.spaces()
     assert engine.golden(name)["adapter"] == name
-
-
-def test_registering_twice_is_once_and_half_precision_is_widened(tmp_path: Path, weights: Path) -> None:
-    first = add_base(tmp_path, "mine", NAME, weights)
-    assert add_base(tmp_path, "mine", NAME, weights).digest == first.digest
     half = add_base(tmp_path, "half", NAME, _save(tmp_path / "half.safetensors", CONFIG, half=True))
-    assert {p.dtype for p in half.build_model().parameters()} == {torch.float32}
+    assert {p.dtype for p in half.build_model().parameters()} == {torch.float32}, "half precision is widened"
 
 
 def test_a_folder_with_its_own_tokenizer_needs_no_network(tmp_path: Path) -> None:
@@ -94,64 +99,43 @@ def _write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".pt", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
 def test_pickles_are_refused_whatever_they_are_called(tmp_path: Path, weights: Path, suffix: str) -> None:
     path = tmp_path / f"pickle{suffix}"
     torch.save({"x": torch.ones(2)}, path)
-    with pytest.raises(BaseModelError, match="no safetensors file") as caught:
-        add_base(tmp_path, "mine", NAME, path)
-    assert "save_file" in caught.value.fix
-    assert not (tmp_path / "bases").exists()
+    assert "save_file" in refused("no safetensors file", tmp_path, NAME, path)
+    (folder := tmp_path / "folder").mkdir()
+    (folder / "open_clip_config.json").write_text("{}")
+    (folder / "open_clip_pytorch_model.bin").write_bytes(b"x")
+    refused(r"only open_clip_pytorch_model\.bin", tmp_path, f"local-dir:{folder}")
 
 
-def test_a_folder_with_only_a_pickle_says_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "open_clip_config.json").write_text("{}")
-    (tmp_path / "open_clip_pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(BaseModelError, match=r"only open_clip_pytorch_model\.bin"):
-        add_base(tmp_path, "mine", f"local-dir:{tmp_path}")
-
-
-def test_weights_of_another_model_are_refused(tmp_path: Path, weights: Path) -> None:
-    wider = _save(tmp_path / "wider.safetensors", {**CONFIG, "embed_dim": 48})
+def test_weights_of_another_model_or_that_are_not_finite_are_refused(tmp_path: Path, weights: Path) -> None:
     save_file({}, empty := tmp_path / "empty.safetensors")
-    for wrong in (wider, empty):
-        with pytest.raises(BaseModelError, match="does not hold the weights"):
-            add_base(tmp_path, "mine", NAME, wrong)
-
-
-def test_weights_that_are_not_finite_are_refused(tmp_path: Path, weights: Path) -> None:
-    torch.manual_seed(0)
-    state = open_clip.model.CLIP(**copy.deepcopy(CONFIG)).state_dict()
-    state["visual.proj"] = state["visual.proj"].clone().fill_(float("nan"))
-    save_file(state, weights)
-    with pytest.raises(BaseModelError, match="not finite"):
-        add_base(tmp_path, "mine", NAME, weights)
-    assert list((tmp_path / "bases").iterdir()) == []
+    for wrong in (_save(tmp_path / "wider.safetensors", {**CONFIG, "embed_dim": 48}), empty):
+        refused("does not hold the weights", tmp_path, NAME, wrong)
+    state = load_file(weights)
+    save_file(state | {"visual.proj": state["visual.proj"] * float("nan")}, weights)
+    refused("not finite", tmp_path, NAME, weights)
 
 
 def test_mistakes_in_the_name_are_explained(tmp_path: Path) -> None:
-    for model, weights, words in (
-        ("ViT-B-61", None, "no model 'ViT-B-61'"), ("ViT-B-16", None, "without weights"),
-        ("ViT-B-16", tmp_path / "nothing.safetensors", "There is no weights file"),
-    ):  # fmt: skip
-        with pytest.raises(BaseModelError, match=words):
-            add_base(tmp_path, "mine", model, weights)
+    refused("no model 'ViT-B-61'", tmp_path, "ViT-B-61")
+    refused("without weights", tmp_path, "ViT-B-16")
+    refused("There is no weights file", tmp_path, "ViT-B-16", tmp_path / "nothing.safetensors")
 
 
 # A VLM
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_vlm_base(tmp_path_factory.mktemp("home")).model
-
-
 @pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "model"))
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.move(tiny_vlm_base(tmp_path / "made").model, tmp_path / "model"))
 
 
 def test_a_folder_becomes_a_base_that_needs_it_no_longer(folder: Path, tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(2)}, folder / "pytorch_model.bin")
+    (folder / "modeling_mine.py").write_text("raise SystemExit(1)")
     base = add_vlm(tmp_path, "mine", folder)
     assert add_vlm(tmp_path, "mine", str(folder)).digest == base.digest
     shutil.rmtree(folder)
@@ -159,55 +143,32 @@ def test_a_folder_becomes_a_base_that_needs_it_no_longer(folder: Path, tmp_path:
     assert again.about == {"model": str(folder)}
     assert again.part_of("model.text_model.layers.0.self_attn.q_proj") == "text"
     assert sum(p.numel() for p in again.build_model().parameters()) > 10_000
-
-
-def test_only_pickled_weights_are_refused_with_the_way_out(folder: Path, tmp_path: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    torch.save({"x": torch.ones(2)}, folder / "pytorch_model.bin")
-    with pytest.raises(BaseModelError, match=r"only pickled weights \(pytorch_model\.bin\)") as caught:
-        add_vlm(tmp_path, "mine", folder)
-    assert "save_pretrained" in caught.value.fix
-    assert not (tmp_path / "bases").exists()
-
-
-def test_a_pickle_beside_safetensors_is_left_behind(folder: Path, tmp_path: Path) -> None:
-    torch.save({"x": torch.ones(2)}, folder / "pytorch_model.bin")
-    (folder / "modeling_mine.py").write_text("raise SystemExit(1)")
-    base = add_vlm(tmp_path, "mine", folder)
-    assert {path.suffix for path in base.model.iterdir()} <= {".json", ".safetensors", ".jinja"}
-
-
-def test_a_model_with_code_of_its_own_is_refused(folder: Path, tmp_path: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "modeling_mine.Mine"}}))
-    with pytest.raises(BaseModelError, match="code of its own"):
-        add_vlm(tmp_path, "mine", folder)
-
-
-def test_a_vlm_whose_weights_are_not_finite_is_refused(folder: Path, tmp_path: Path) -> None:
-    state = load_file(folder / "model.safetensors")
-    name = next(name for name in state if name.endswith("q_proj.weight"))
-    save_file(state | {name: state[name] * float("nan")}, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BaseModelError, match="not finite"):
-        add_vlm(tmp_path, "mine", folder)
-    assert list((tmp_path / "bases").iterdir()) == []
-
-
-def test_another_model_under_the_same_name_is_refused(folder: Path, tmp_path: Path) -> None:
-    add_vlm(tmp_path, "mine", folder)
+    kept = {path.suffix for path in again.model.iterdir()}
+    assert kept <= {".json", ".safetensors", ".jinja"}, "pickles and code beside safetensors are left behind"
     other = tiny_vlm_base(tmp_path / "elsewhere", seed=1)
     with pytest.raises(BaseModelError):
         add_vlm(tmp_path, "mine", other.model)
 
 
+def test_pickled_weights_code_of_its_own_and_weights_of_nan_are_refused(folder: Path, tmp_path: Path) -> None:
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    state, plain = load_file(weights), config.read_text()
+    config.write_text(json.dumps({**json.loads(plain), "auto_map": {"AutoModel": "modeling_mine.Mine"}}))
+    refused("code of its own", tmp_path, folder, add=add_vlm)
+    config.write_text(plain)
+    name = next(name for name in state if name.endswith("q_proj.weight"))
+    save_file(state | {name: state[name] * float("nan")}, weights, metadata={"format": "pt"})
+    refused("not finite", tmp_path, folder, add=add_vlm)
+    weights.unlink()
+    torch.save({"x": torch.ones(2)}, folder / "pytorch_model.bin")
+    fix = refused(r"only pickled weights \(pytorch_model\.bin\)", tmp_path, folder, add=add_vlm)
+    assert "save_pretrained" in fix
+
+
 def test_mistakes_in_the_place_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BaseModelError, match="There is no folder") as caught:
-        add_vlm(tmp_path, "mine", tmp_path / "nothing")
-    assert "hf-hub:" in caught.value.fix
+    assert "hf-hub:" in refused("There is no folder", tmp_path, tmp_path / "nothing", add=add_vlm)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BaseModelError, match="no Hugging Face model"):
-        add_vlm(tmp_path, "mine", tmp_path / "empty")
+    refused("no Hugging Face model", tmp_path, tmp_path / "empty", add=add_vlm)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(BaseModelError, match="cannot be fetched from the hub") as offline:
-        add_vlm(tmp_path, "mine", "hf-hub:nobody/nothing")
-    assert "give its folder" in offline.value.fix
+    fix = refused("cannot be fetched from the hub", tmp_path, "hf-hub:nobody/nothing", add=add_vlm)
+    assert "give its folder" in fix

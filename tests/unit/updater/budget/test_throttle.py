@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from tests.unit.updater.builders import run
 from updater.budget.throttle import GROWTH, POLL_SECONDS, WINDOW_SECONDS, Latencies, Throttle, Took, latencies
 
 QUICK, SLOW = 0.02, 0.2
+CHAT = "/v1/chat/completions"
 
 
 class CountedServer:
@@ -41,9 +43,10 @@ class CountedServer:
 
 
 def begun(seconds: float = QUICK) -> CountedServer:
-    """After 300 requests that took this long, an update begins."""
+    """After 300 requests that took this long, and as many of a slow route, an update begins."""
     server = CountedServer()
     server.serve(seconds)
+    server.serve(SLOW, route="/v1/slow")
     server.throttle.begin()
     return server
 
@@ -56,10 +59,23 @@ def test_the_share_is_halved_while_requests_take_longer_than_before_and_grows_ba
     assert shares == pytest.approx([0.5, 0.25, 0.2, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0, 1.0])
 
 
-def test_serving_that_was_slow_before_the_update_is_not_the_trainers_fault() -> None:
-    server = begun(SLOW)
-    server.serve(SLOW)
-    assert server.ask() == 1.0
+@pytest.mark.parametrize(
+    ("before", "served", "share"),
+    [
+        pytest.param(SLOW, [(SLOW, 300)], 1.0, id="serving that was slow before is not the trainer's fault"),
+        pytest.param(QUICK, [(QUICK, 75), (1.9 * QUICK, 25)], 1.0, id="a quarter of slow requests raises the mean"),
+        pytest.param(QUICK, [(QUICK, 75), (2.1 * QUICK, 25)], 0.5, id="a quarter raises it above the ratio"),
+        pytest.param(QUICK, [(SLOW, 49)], 1.0, id="a handful of requests says nothing"),
+        pytest.param(QUICK, [(SLOW, 50)], 0.5, id="fifty are enough"),
+        pytest.param(QUICK, [(SLOW, 300, CHAT), (QUICK, 300)], 1.0, id="a route is compared with itself"),
+        pytest.param(QUICK, [(2 * SLOW, 300, "/v1/slow"), (QUICK, 300)], 0.5, id="a slow route is slower"),
+    ],
+)
+def test_a_route_is_compared_with_its_mean_before(before: float, served: list[tuple[Any, ...]], share: float) -> None:
+    server = begun(before)
+    for requests in served:
+        server.serve(*requests)
+    assert server.ask() == share
 
 
 def share_at_twice_the_quick_time(server: CountedServer) -> float:
@@ -68,17 +84,13 @@ def share_at_twice_the_quick_time(server: CountedServer) -> float:
     return server.ask()
 
 
-def test_what_was_slow_long_before_the_update_does_not_hide_that_it_is_slow_now() -> None:
-    server = CountedServer()
-    server.serve(SLOW, count=3000)  # yesterday's rush
-    for _ in range(15):
-        server.watch()
-        server.serve(QUICK)
-    assert share_at_twice_the_quick_time(server) == 0.5
-
-
 def test_only_the_minutes_before_an_update_are_kept_and_a_restarted_server_counts_anew() -> None:
-    server = CountedServer()
+    rush, server = CountedServer(), CountedServer()
+    rush.serve(SLOW, count=3000)  # yesterday's
+    for _ in range(15):
+        rush.watch()
+        rush.serve(QUICK)
+    assert share_at_twice_the_quick_time(rush) == 0.5
     server.throttle.watch()
     server.serve(SLOW)
     for _ in range(11):
@@ -90,54 +102,14 @@ def test_only_the_minutes_before_an_update_are_kept_and_a_restarted_server_count
     assert share_at_twice_the_quick_time(server) == 0.5
 
 
-def test_few_requests_in_those_minutes_leave_all_that_there_were_to_compare_with() -> None:
-    server = CountedServer()
-    server.serve(QUICK)
-    server.throttle.watch()
-    server.serve(SLOW, count=10)
-    server.throttle.begin()
-    server.serve(1.5 * QUICK, count=100)
-    assert server.ask() == 1.0  # all of them took 26 ms on average
-    server.serve(4 * QUICK, count=100)
-    assert server.ask() == 0.5
-
-
-def test_a_slow_route_is_compared_with_itself_and_not_with_a_quick_one() -> None:
+def test_the_server_is_asked_now_and_then_and_after_a_while_without_requests_nobody_is_there() -> None:
     server = begun()
-    server.serve(SLOW, route="/v1/chat/completions")  # was not asked before: nothing to compare it with
-    server.serve(QUICK)
     assert server.ask() == 1.0
-    server.throttle.begin()
-    server.serve(0.4, route="/v1/chat/completions")
-    server.serve(QUICK)
-    assert server.ask() == 0.5
-
-
-def test_a_quarter_of_slow_requests_is_slow_by_as_much_as_it_raises_the_mean() -> None:
-    server = begun()
-    server.serve(QUICK, count=75)
-    server.serve(1.9 * QUICK, count=25)
-    assert server.ask() == 1.0
-    server.serve(QUICK, count=75)
-    server.serve(2.1 * QUICK, count=25)
-    assert server.ask() == 0.5
-
-
-def test_a_handful_of_requests_says_nothing_and_after_a_while_nobody_is_there() -> None:
-    server = begun()
     server.serve(SLOW)
-    assert server.ask() == 0.5
+    assert [server.ask(POLL_SECONDS / 2) for _ in range(2)] == [1.0, 0.5]
     server.serve(SLOW, count=20)
     assert server.ask() == 0.5
     assert server.ask(WINDOW_SECONDS) == pytest.approx(0.5 + GROWTH)
-
-
-def test_the_server_is_asked_now_and_then_only() -> None:
-    server = begun()
-    assert server.ask() == 1.0
-    server.serve(SLOW)
-    assert server.ask(POLL_SECONDS / 2) == 1.0
-    assert server.ask(POLL_SECONDS / 2) == 0.5
 
 
 def test_a_server_that_is_away_is_in_nobodys_way_and_one_that_restarts_counts_anew() -> None:
@@ -148,10 +120,9 @@ def test_a_server_that_is_away_is_in_nobodys_way_and_one_that_restarts_counts_an
     assert server.ask() == 1.0
     server.up = True
     server.routes.clear()
-    server.serve(SLOW, count=250)
-    assert server.ask() == 1.0
-    server.serve(SLOW, count=250)
-    assert server.ask() == 1.0
+    for _ in range(2):
+        server.serve(SLOW, count=250)
+        assert server.ask() == 1.0
 
 
 def test_latencies_are_read_from_the_page_that_prometheus_scrapes() -> None:
@@ -168,7 +139,7 @@ def test_latencies_are_read_from_the_page_that_prometheus_scrapes() -> None:
     assert found["/v1/throttled"] == pytest.approx((4, 9.062))
 
 
-def test_a_trainer_that_gives_way_rests_between_steps_and_computes_the_same(
+def test_a_trainer_that_rests_computes_the_same(
     base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = run(base, tmp_path / "plain")

@@ -18,7 +18,7 @@ from tests.unit.updater.builders import picture, recipe
 from updater.bases import VLM_REFERENCE
 from updater.data.pools import Pair, Question, draw_pools
 from updater.families import families_with_a_base, family_base, family_recipe, reference_of
-from updater.recipes import load_recipe
+from updater.recipes import Family, load_recipe
 from updater.service.update_loop import UpdaterService
 
 
@@ -27,24 +27,22 @@ def settings(home: Path, **overrides: Any) -> Settings:
 
 
 def folder(path: Path, kinds: list[str]) -> Path:
+    """A question of each kind, and as many captions."""
+    rows = [row for kind in kinds for row in ((kind, "", f"what {kind}?"), ("", "a thing", ""))]
     items = [
         FolderItem(Path(f"{i}.png"), text, label=kind, inline=picture(i), question=ask, answer=ask and str(i))
-        for i, (kind, text, ask) in enumerate(
-            row for kind in kinds for row in ((kind, "", f"what {kind}?"), ("", "a thing", ""))
-        )
+        for i, (kind, text, ask) in enumerate(rows)
     ]
     return write_folder(path, items)
 
 
 def test_the_vlm_is_updated_where_its_base_is_registered(tmp_path: Path) -> None:
     tiny_base(tmp_path)
-    named = settings(tmp_path, **{"base.vlm": "tiny-vlm"})
+    named, none = (settings(tmp_path, **{"base.vlm": name}) for name in ("tiny-vlm", ""))
     assert families_with_a_base(named) == ("clip",)
     tiny_vlm_base(tmp_path)
     assert families_with_a_base(named) == ("clip", "vlm")
-    assert families_with_a_base(settings(tmp_path, **{"base.vlm": "tiny"})) == ("clip",)
-    none = settings(tmp_path, **{"base.vlm": ""})
-    assert families_with_a_base(none) == ("clip",)
+    assert families_with_a_base(settings(tmp_path, **{"base.vlm": "tiny"})) == families_with_a_base(none) == ("clip",)
     with pytest.raises(ConfigError, match="no VLM to update"):
         family_base(none, "vlm")
 
@@ -63,20 +61,17 @@ def test_a_setting_that_names_a_recipe_of_the_other_family_is_an_error(tmp_path:
 def test_the_reference_pool_of_a_vlm_is_what_asks_something(tmp_path: Path) -> None:
     asking = folder(tmp_path / "asking", ["colour"])
     plain = write_folder(tmp_path / "plain", [FolderItem(Path("0.png"), "a thing", inline=picture(0))])
-    both = {"updater.reference": [plain, asking], "base.vlm": "tiny-vlm"}
-    assert reference_of(settings(tmp_path, **both), "vlm") == [asking]
-    assert reference_of(settings(tmp_path, **both), "clip") == [plain, asking]
-    only = {"updater.reference": [plain], "base.vlm": "tiny-vlm"}
-    assert reference_of(settings(tmp_path, **only), "vlm") == []
+
+    def reference(family: Family, *folders: Path, vlm: str = "tiny-vlm") -> list[Path]:
+        given = {"updater.reference": list(folders)} if folders else {}
+        return reference_of(settings(tmp_path, **given, **{"base.vlm": vlm}), family)
+
+    assert (reference("vlm", plain, asking), reference("clip", plain, asking)) == ([asking], [plain, asking])
+    assert reference("vlm", plain) == reference("vlm", vlm=SHIPPED_VLM) == []
     with pytest.raises(ConfigError, match="does not exist"):
-        reference_of(settings(tmp_path, **{"updater.reference": [tmp_path / "gone"]}), "vlm")
-
-
-def test_without_one_the_shipped_vlm_brings_the_folders_that_it_was_trained_on(tmp_path: Path) -> None:
-    shipped = settings(tmp_path, **{"base.vlm": SHIPPED_VLM})
-    assert reference_of(shipped, "vlm") == []  # does not exist yet
+        reference("vlm", tmp_path / "gone")
     made = [folder(tmp_path / "data" / name, ["colour"]) for name in VLM_REFERENCE]
-    assert made and reference_of(shipped, "vlm") == made
+    assert made and reference("vlm", vlm=SHIPPED_VLM) == made, "the shipped one brings what it was trained on"
 
 
 def test_reference_questions_are_drawn_from_each_kind_in_turn_and_pairs_beside_them(tmp_path: Path) -> None:

@@ -40,15 +40,6 @@ def test_contrast_equals_the_plain_sum(captions: list[int]) -> None:
     assert float(Contrastive()(made)) == pytest.approx(both / 2, rel=1e-5)
 
 
-def test_pictures_of_one_caption_do_not_push_it_away() -> None:
-    """Two rows alike in both towers are at the minimum: no gradient, where one-hot targets would have one."""
-    same = torch.ones(2, 6) / math.sqrt(6)
-    image = same.clone().requires_grad_()
-    Contrastive()(replace(batch([0, 0]), image=image, text=same)).backward()
-    assert image.grad is not None
-    assert float(image.grad.abs().max()) < 1e-6
-
-
 def test_distillation_equals_the_plain_sum_in_both_towers() -> None:
     made, old = batch([0, 1, 2, 3]), batch([0, 1, 2, 3]).teachers["base"]
     image, text = (
@@ -56,8 +47,6 @@ def test_distillation_equals_the_plain_sum_in_both_towers() -> None:
     )
     assert float(FeatureDistillation()(made)) == pytest.approx((image + text) / 2, rel=1e-5)
     assert float(FeatureDistillation(image=0, text=3)(made)) == pytest.approx(1.5 * text, rel=1e-5)
-    FeatureDistillation()(made).backward()
-    assert all(side.grad is not None and float(side.grad.abs().sum()) > 0 for side in (made.image, made.text))
 
 
 def test_terms_add_up_by_weight_and_see_only_their_parts() -> None:
@@ -130,9 +119,7 @@ def test_terms_of_a_vlm_see_only_the_rows_of_their_parts() -> None:
         ("vlm", Term(name="token_distillation", options={"teacher": "nobody"}), "teacher is 'nobody'"),
     ],
 )
-def test_an_objective_of_the_other_family_or_an_unknown_teacher_is_refused(
-    family: Family, term: Term, message: str
-) -> None:
+def test_an_objective_of_another_family_or_teacher_is_refused(family: Family, term: Term, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         objectives.build([term], family)
 
@@ -169,9 +156,10 @@ def distillation(learner: AnyLearner, rows: list[int]) -> float:
 
 
 def test_an_update_begins_where_replayed_rows_want_to_stay(learner: Callable[..., AnyLearner]) -> None:
-    """A teacher is asked only about the pools that are compared with it."""
-    made = learner()
-    assert distillation(made, REPLAY) == pytest.approx(0, abs=1e-6)
+    """A teacher is asked only about the pools that are compared with it; the first update has the base as both."""
+    made, first = learner(), learner(start=False)
+    at_start = [distillation(first, REPLAY), distillation(first, REFERENCE), distillation(made, REPLAY)]
+    assert at_start == pytest.approx([0, 0, 0], abs=1e-6)
     assert distillation(made, REFERENCE) > 1e-3
     both = distillation(made, REFERENCE + REPLAY)
     assert both == pytest.approx(distillation(made, REFERENCE) / 2, rel=1e-3)
@@ -185,12 +173,6 @@ def test_an_update_begins_where_replayed_rows_want_to_stay(learner: Callable[...
         for parameter in made.parameters.values():
             parameter.add_(0.1 * torch.randn_like(parameter))
     assert distillation(made, REPLAY) > 1e-4
-
-
-def test_the_first_update_has_the_base_as_both_teachers(learner: Callable[..., AnyLearner]) -> None:
-    made = learner(start=False)
-    assert distillation(made, REPLAY) == pytest.approx(0, abs=1e-6)
-    assert distillation(made, REFERENCE) == pytest.approx(0, abs=1e-6)
 
 
 def test_a_row_that_is_compared_with_no_teacher_cannot_be_taken_for_one_that_is(base: ClipBase) -> None:

@@ -4,13 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import AdapterError, BaseModelError, ReleaseError
+from core.errors import BaseModelError, ReleaseError
 from core.ledger import Ledger
 from core.settings import Settings
 from core.settings.serving import BaseModels
-from serving.engines.adapters import read_adapter
-from tests.support.tiny import tiny_adapter, tiny_base
-from updater.adapters import read_delta
+from tests.support.tiny import tiny_base
 from updater.service.base_upgrade import plan_switch
 
 
@@ -52,24 +50,13 @@ def test_it_is_not_released_when_something_else_is_live_than_it_was_judged_again
     bases.refused("wide", "was judged against a, and b is live by now")
 
 
-def test_a_base_that_is_live_or_has_nothing_to_release_is_refused(bases: TwoBases) -> None:
+def test_a_base_without_anything_to_release_is_refused_and_what_is_open_is_decided_first(bases: TwoBases) -> None:
     bases.refused("tiny", "has the base 'tiny' already")
     bases.refused("nothing", "no base 'nothing'")
     tiny_base(bases.settings.home, "third", seed=9)
     bases.refused("third", "no upgrade to the base 'third' has passed the gate")
-
-
-def test_what_is_open_is_decided_first(bases: TwoBases) -> None:
     proposal = bases.ledger.propose("update", clip="b", actor="updater", reason="passed")
     bases.refused("wide", f"proposal {proposal.id} is not decided yet")
     bases.ledger.advance_proposal(proposal.id, "failed", "not now")
     bases.release("b", share=0.1)
     bases.refused("wide", "release 2 is on trial")
-
-
-def test_an_adapter_is_not_trained_on_from_on_another_base(bases: TwoBases, tmp_path: Path) -> None:
-    tiny_adapter(bases.old, tmp_path / "adapter", seed=1)
-    assert read_adapter(tmp_path / "adapter").base_name == "tiny"
-    assert read_delta(tmp_path / "adapter", bases.old)
-    with pytest.raises(AdapterError, match=r"belongs to the base 'tiny' .* and this one is 'wide'"):
-        read_delta(tmp_path / "adapter", bases.new)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from prometheus_client import REGISTRY
 
 from core.ledger import Ledger
 from core.ledger.rows import GateOutcome
@@ -16,18 +17,16 @@ from core.loading import load_settings
 from core.settings import Settings
 from streams.store.sample_store import SampleStore
 from tests.integration.updater.home import add_samples
-from updater.gate.interim_analyses import PRIOR_SPREAD, candidate_alpha, needed_items
+from updater.gate.interim_analyses import AnalysisPlan, candidate_alpha
 from updater.recipes import Recipe, load_recipe
 from updater.service import triggers
-from updater.service.learning_state import learning_states
+from updater.service.learning_state import LedgerMetrics, learning_states
 from updater.service.triggers import Learned, Ready, Reevaluate, Waiting
 
 NEEDED = 16
 FIRST = candidate_alpha(0.05, 0)
 DETECT = 0.1703
 """So that 16 items are needed: the samples have 18 captions."""
-
-
 D = TypeVar("D", Ready, Reevaluate, Waiting)
 
 
@@ -41,6 +40,12 @@ class Lab:
         self.ledger = Ledger.open(self.settings.ledger)
         self.store = SampleStore(self.settings.lake)
         self.recipe: Recipe = load_recipe("default")
+
+    def add(self, count: int, fresh: bool = False) -> None:
+        add_samples(self.settings, count, **({"split": "fresh_eval"} if fresh else {}))
+
+    def waited_for_long(self) -> None:
+        self.set("updater", max_wait_seconds=1e-3)
 
     def set(self, section: str, **values: Any) -> None:
         changed = getattr(self.settings, section).model_copy(update=values)
@@ -64,34 +69,28 @@ class Lab:
     def learned(self) -> Learned:
         return Learned.of(self.ledger, self.store, "clip")
 
-    def kept(self, **changes: Any) -> Any:
-        return triggers.kept_candidate(self.ledger, replace(self.learned(), **changes))
+    def kept(self, **changes: Any) -> bool:
+        return triggers.kept_candidate(self.ledger, replace(self.learned(), **changes)) is not None
+
+    def plan(self, name: str | None = None) -> AnalysisPlan:
+        update = None if name is None else self.ledger.update(name)
+        return triggers.plan(self.settings.gate, self.ledger, "clip", update, halved=False)
 
     def judged(
         self, name: str, outcome: GateOutcome = "inconclusive", fresh: int = 8, made: bool = True, **cost: Any
     ) -> None:
-        add_samples(self.settings, 1)
+        self.add(1)
         update = self.ledger.begin_update(
             name, family="clip", recipe=self.recipe.model_dump(mode="json"), seed=0, store_version=self.store.version(),
             data_from={}, data_to=self.store.offsets(), incumbent=self.learned().incumbent,
             adapter=f"clip-{triggers.split_id(name)[0]}", cost=cost,
         )  # fmt: skip
-        self.record(update.id, outcome, fresh, made)
-
-    def record(self, update_id: str, outcome: GateOutcome, fresh: int, made: bool = True) -> None:
-        update = self.ledger.update(update_id)
-        plan = triggers.plan(self.settings.gate, self.ledger, "clip", update, halved=False)
+        plan = self.plan(name)
         look = plan.look(fresh)
-        summary = {
-            "spent": made,
-            "look": {
-                "number": look.number, "items": fresh, "needed": look.needed, "alpha": look.alpha,
-                "loss_alpha": look.loss_alpha, "spent": look.spent,
-                "next": look.next, "fresh": fresh, "candidates": plan.candidates, "made": made,
-            },
-        }  # fmt: skip
-        self.ledger.record_verdict(update_id, str(update.adapter), outcome, "reports/x", summary)
-        self.ledger.advance_update(update_id, "done")
+        told = {**asdict(look), "next": look.next, "fresh": fresh, "candidates": plan.candidates, "made": made}
+        summary = {"spent": made, "look": told}
+        self.ledger.record_verdict(name, str(update.adapter), outcome, "reports/x", summary)
+        self.ledger.advance_update(name, "done")
 
     def release(self, update_id: str) -> None:
         adapter = self.ledger.update(update_id).adapter
@@ -108,101 +107,76 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
     made.ledger.close()
 
 
-def test_sixteen_items_are_needed() -> None:
-    assert needed_items(PRIOR_SPREAD, detect=DETECT, alpha=FIRST, power=0.8) == NEEDED
-
-
-def test_an_update_waits_for_the_items_that_the_gate_needs(lab: Lab) -> None:
-    add_samples(lab.settings, 12)
-    add_samples(lab.settings, 15, split="fresh_eval")
+def test_an_update_waits_for_the_items_that_the_gate_needs_or_for_long_or_for_an_operator(lab: Lab) -> None:
+    lab.add(12)
+    lab.add(15, fresh=True)
     assert lab.waits().startswith("15 of 16 fresh items")
-    add_samples(lab.settings, 1, split="fresh_eval")
+    for _ in range(2):
+        lab.add(17)  # the captions repeat after 18
+        lab.add(1, fresh=True)  # two items that are known
+    assert lab.waits().startswith("15 of 16 fresh items")
+    assert lab.begins(now=True).once
+    lab.waited_for_long()
+    ready = lab.begins()
+    assert (ready.once, ready.fresh.items, ready.fresh.needed) == (False, 15, 16)
+    lab.set("updater", max_wait_seconds=1e6)
+    lab.add(1, fresh=True)
     ready = lab.begins()
     assert (ready.fresh.items, ready.fresh.needed) == (16, 16)
 
 
-def test_items_with_equal_captions_count_once(lab: Lab) -> None:
-    add_samples(lab.settings, 12)
-    add_samples(lab.settings, 1, split="fresh_eval")
-    for _ in range(20):
-        add_samples(lab.settings, 17)  # the captions repeat after 18
-        add_samples(lab.settings, 1, split="fresh_eval")
-    assert lab.waits().startswith("1 of 16 fresh items")
-
-
-def test_an_update_begins_without_them_after_the_longest_wait_or_on_request(lab: Lab) -> None:
-    add_samples(lab.settings, 12)
-    assert lab.begins(now=True).once
-    lab.set("updater", max_wait_seconds=1e-3)
-    ready = lab.begins()
-    assert not ready.once
-    assert (ready.fresh.items, ready.fresh.needed) == (0, 16)
-
-
 def test_an_inconclusive_candidate_is_asked_again_when_a_quarter_has_arrived_and_nothing_is_trained(lab: Lab) -> None:
-    add_samples(lab.settings, 8, split="fresh_eval")
+    lab.add(8, fresh=True)
     lab.judged("u1", fresh=8)
-    add_samples(lab.settings, 17)  # the captions repeat after 18
-    lab.set("updater", max_wait_seconds=1e-3)
-    add_samples(lab.settings, 3, split="fresh_eval")
+    lab.add(17)  # the captions repeat after 18
+    lab.waited_for_long()
+    lab.add(3, fresh=True)
     assert lab.waits() == "11 of 16 fresh items: clip-u1 was inconclusive, and is asked again with 12"
-    add_samples(lab.settings, 1, split="fresh_eval")
+    lab.add(1, fresh=True)
     again = lab.again()
-    assert (again.candidate.update.adapter, again.candidate.next_id, again.store_version) == (
-        "clip-u1", "u1-look-2", lab.store.version(),
-    )  # fmt: skip
+    asked = again.candidate.update.adapter, again.candidate.next_id, again.store_version
+    assert asked == ("clip-u1", "u1-look-2", lab.store.version())
     lab.judged("u1-look-2", fresh=12)
-    add_samples(lab.settings, 4, split="fresh_eval")
-    last = lab.again()
-    assert last.candidate.next_id == "u1-look-3"
+    lab.add(4, fresh=True)
+    assert lab.again().candidate.next_id == "u1-look-3"
 
 
 def test_after_the_look_with_all_items_a_candidate_is_given_up_and_the_next_update_trains(lab: Lab) -> None:
-    add_samples(lab.settings, 18, split="fresh_eval")
+    lab.add(18, fresh=True)
     lab.judged("u1", fresh=8)
     lab.judged("u1-look-2", fresh=18)
-    add_samples(lab.settings, 12)
+    lab.add(12)
     state = learning_states(lab.settings, lab.ledger, lab.store)["clip"]
     assert state.fresh.candidate is None and state.fresh.needed > NEEDED, "the second candidate has a smaller share"
-    lab.set("updater", max_wait_seconds=1e-3)
+    lab.waited_for_long()
     assert lab.begins()
 
 
-@pytest.mark.parametrize("outcome", ["passed", "rejected"])
-def test_a_candidate_that_was_decided_is_not_kept(lab: Lab, outcome: GateOutcome) -> None:
-    lab.judged("u1", outcome)
-    assert lab.kept() is None
-
-
-def test_a_candidate_is_kept_until_there_is_a_newer_one_another_incumbent_or_a_withdrawal(lab: Lab) -> None:
+def test_a_candidate_is_kept_until_a_decision_a_newer_one_another_incumbent_or_a_withdrawal(lab: Lab) -> None:
     lab.judged("u1")
-    assert lab.kept() is not None
-    assert lab.kept(incumbent="clip-other") is None
+    assert lab.kept() and not lab.kept(incumbent="clip-other")
+    lab.add(1)
+    assert lab.waits() and lab.begins(now=True), "an operator may train anew"
     lab.ledger.register_adapter("clip-u1", "clip", "b", "i", "t", {})
     lab.ledger.withdraw(["clip-u1"], actor="guard", subject="s", reason="slow", evidence={})
-    assert lab.kept() is None
-    lab.judged("u2", "rejected")
-    assert lab.kept() is None
-
-
-def test_an_operator_may_train_anew_while_a_candidate_is_kept(lab: Lab) -> None:
-    lab.judged("u1")
-    add_samples(lab.settings, 1)
-    assert lab.waits()
-    assert lab.begins(now=True)
+    assert not lab.kept()
+    outcomes: tuple[GateOutcome, ...] = ("inconclusive", "passed", "inconclusive", "rejected")
+    for name, outcome in enumerate(outcomes, start=2):
+        lab.judged(f"u{name}", outcome)
+        assert lab.kept() == (outcome == "inconclusive")
 
 
 def test_without_the_wait_updates_begin_by_samples_alone_and_no_candidate_is_kept(lab: Lab) -> None:
     assert lab.waits() == "there are no new samples"
     lab.judged("u1")
     lab.set("updater", wait_for_items=False)
-    add_samples(lab.settings, 9)
+    lab.add(9)
     assert lab.waits().startswith("9 of 10 new samples")
-    add_samples(lab.settings, 1)
+    lab.add(1)
     assert lab.begins().once
     lab.set("updater", min_new_samples=20)
     assert lab.waits()
-    lab.set("updater", max_wait_seconds=1e-3)
+    lab.waited_for_long()
     assert lab.begins(), "the oldest has waited for long enough"
     lab.set("budget", gflops_per_day=1000.0, gflops_per_update=900.0)
     assert lab.ledger.charge("somebody else", 200.0, now=time.time(), rate=0, capacity=1000)
@@ -211,34 +185,33 @@ def test_without_the_wait_updates_begin_by_samples_alone_and_no_candidate_is_kep
 
 def test_a_stream_without_fresh_items_keeps_no_candidate_for_ever(lab: Lab) -> None:
     lab.judged("u1", fresh=0, made=False)
-    add_samples(lab.settings, 12)
+    lab.add(12)
     assert lab.waits()
-    lab.set("updater", max_wait_seconds=1e-3)
+    lab.waited_for_long()
     assert lab.begins()
-    add_samples(lab.settings, 2, split="fresh_eval")
+    lab.add(2, fresh=True)
     assert lab.waits(), "some have come: there will be more"
 
 
 def test_looks_at_one_candidate_share_what_it_may_spend_and_the_next_candidate_has_a_smaller_share(lab: Lab) -> None:
-    def plan(name: str | None = None) -> Any:
-        update = None if name is None else lab.ledger.update(name)
-        return triggers.plan(lab.settings.gate, lab.ledger, "clip", update, halved=False)
+    def found(name: str | None = None) -> tuple[float, tuple[int, ...], int, int]:
+        plan = lab.plan(name)
+        assert plan.loss_alpha == 0.05, "each candidate's, whatever failed before"
+        return plan.alpha, plan.tested, plan.needed, plan.candidates
 
-    assert (plan().alpha, plan().needed, plan().candidates) == (FIRST, NEEDED, 0)
+    assert found() == (FIRST, (), NEEDED, 0)
     lab.judged("u1", fresh=4, made=False)
-    assert (plan("u1").alpha, plan("u1").tested) == (FIRST, ()), "a test that could not be made spends nothing"
-    assert plan().candidates == 0
+    assert found("u1") == found() == (FIRST, (), NEEDED, 0), "a test that could not be made spends nothing"
     lab.judged("u1-look-2", fresh=8)
     lab.judged("u1-look-3", fresh=12)
-    again = plan("u1-look-3")
-    assert (again.alpha, again.tested, again.needed, again.candidates) == (FIRST, (8, 12), NEEDED, 0)
-    assert (plan().alpha, plan().candidates) == (candidate_alpha(0.05, 1), 1)
+    assert found("u1-look-3") == (FIRST, (8, 12), NEEDED, 0)
+    assert (found()[0], found()[3]) == (candidate_alpha(0.05, 1), 1)
     lab.judged("u2", "rejected", fresh=30)
-    assert plan().candidates == 2
-    assert plan("u1").alpha == FIRST, "it keeps the share that it began with"
+    assert found()[3] == 2
+    assert found("u1")[0] == FIRST, "it keeps the share that it began with"
     lab.judged("u3", "passed", fresh=40)
     lab.release("u3")
-    assert (plan().alpha, plan().candidates) == (FIRST, 0)
+    assert found() == (FIRST, (), NEEDED, 0)
 
 
 def test_what_an_operator_asked_for_is_judged_once_with_what_there_is(lab: Lab) -> None:
@@ -247,7 +220,7 @@ def test_what_an_operator_asked_for_is_judged_once_with_what_there_is(lab: Lab) 
     assert verdict is not None
     look = verdict.summary["look"]
     assert (look["needed"], look["spent"], look["next"]) == (9, pytest.approx(FIRST), None)
-    assert lab.kept() is None
+    assert not lab.kept()
 
 
 def test_the_spread_is_taken_from_the_newest_verdicts_that_have_one(lab: Lab) -> None:
@@ -263,18 +236,62 @@ def test_the_spread_is_taken_from_the_newest_verdicts_that_have_one(lab: Lab) ->
         lab.ledger.record_verdict(name, f"clip-{name}", "rejected", "r", {"gain": gain, "spent": False})
     assert triggers.spread(lab.ledger.verdicts_of("clip")) == pytest.approx(((100 * 0.01 + 300 * 0.04) / 400) ** 0.5)
     assert triggers.spread(lab.ledger.verdicts_of("vlm")) is None
-    assert triggers.plan(lab.settings.gate, lab.ledger, "clip", None, halved=False).needed < NEEDED
+    assert lab.plan().needed < NEEDED
 
 
 def test_the_state_of_learning_says_what_is_there_and_what_was_spent(lab: Lab) -> None:
-    add_samples(lab.settings, 8, split="fresh_eval")
+    lab.add(8, fresh=True)
     lab.judged("u0", "rejected", fresh=20)
     lab.judged("u1", fresh=8)
     state = learning_states(lab.settings, lab.ledger, lab.store)["clip"]
     facts = state.to_json()
     assert facts["fresh_items"] == 8 and facts["fresh_items_needed"] > NEEDED
-    assert facts["kept"]["adapter"] == "clip-u1" and facts["kept"]["looks"] == 1
-    following = triggers.plan(lab.settings.gate, lab.ledger, "clip", None, halved=False)
-    assert following.loss_alpha == 0.05, "each candidate's, whatever failed before"
+    assert (facts["kept"]["adapter"], facts["kept"]["looks"]) == ("clip-u1", 1)
     assert facts["alpha_spent"] == pytest.approx(candidate_alpha(0.05, 0) + candidate_alpha(0.05, 1))
     assert state.alpha_line.startswith("alpha 0.05 for gains until the next release: 0.038 spent, 0.012 left")
+
+
+def value(name: str, **labels: str) -> float | None:
+    return REGISTRY.get_sample_value(f"ratchet_{name}", labels)
+
+
+def judged(
+    ledger: Ledger, number: int, outcome: GateOutcome, suites: dict[str, dict[str, Any]], **summary: Any
+) -> None:
+    update, adapter = f"update-{number}", f"clip-{number:012x}"
+    ledger.begin_update(
+        update, family="clip", recipe={}, seed=0, store_version=1, data_from={}, data_to={}, incumbent=None
+    )
+    cost = {"gflops_planned": 10.0 * number, "gflops_spent": 8.0 * number}
+    ledger.advance_update(update, "trained", adapter=adapter, cost=cost)
+    ledger.record_verdict(update, adapter, outcome, "", {"suites": suites, **summary})
+    ledger.advance_update(update, "done")
+
+
+def suite(role: str, after: float, left: float | None) -> dict[str, Any]:
+    return {"role": role, "base": 0.5, "before": 0.6, "after": after, "margin_left": left}
+
+
+def test_the_last_verdict_cost_and_shift_are_exported_by_an_updater_that_has_just_started(ledger: Ledger) -> None:
+    moved = {"from_incumbent": 0.01, "from_base": 0.03}
+    judged(ledger, 1, "passed", {"fresh.facts": suite("gain", 0.9, None)})
+    emoji = {"emoji.facts": suite("retention", 0.4, -0.07)}
+    judged(ledger, 2, "rejected", emoji, diagnostics={"shift": {"towers": {"image": moved, "text": moved}}})
+    exporter = LedgerMetrics(ledger)
+    exporter.export(["clip", "vlm"])
+    assert [value(f"update_{which}_flops", family="clip") for which in ("planned", "spent")] == [20e9, 16e9]
+    score = {"family": "clip", "suite": "emoji.facts", "role": "retention"}
+    scores = [value("gate_suite_score_ratio", **score, model=m) for m in ("base", "incumbent", "candidate")]
+    assert scores == [0.5, 0.6, 0.4]
+    assert value("gate_margin_left_ratio", family="clip", suite="emoji.facts") == -0.07
+    assert value("gate_suite_score_ratio", family="clip", suite="fresh.facts", role="gain", model="base") is None
+    verdicts, shift = "gate_last_verdict_timestamp_seconds", {"family": "clip", "tower": "image"}
+    times = [value(verdicts, family="clip", outcome=each) for each in ("rejected", "passed")]
+    assert times == [verdict.created_at.timestamp() for verdict in ledger.verdicts()]
+    assert value(verdicts, family="vlm", outcome="passed") is None, "nothing is made up"
+    shifts = [value("gate_feature_shift_ratio", **shift, model=each) for each in ("base", "incumbent")]
+    assert shifts == [0.03, 0.01]
+    judged(ledger, 4, "passed", {"b.facts": suite("retention", 0.5, 0.02)})  # by another process
+    exporter.export(["clip"])
+    left = [value("gate_margin_left_ratio", family="clip", suite=f"{each}.facts") for each in ("emoji", "b")]
+    assert left == [None, 0.02] and value("gate_feature_shift_ratio", **shift, model="base") is None

@@ -48,38 +48,27 @@ def test_rows_are_divided_by_their_group() -> None:
     assert spans([], {}, most=2) == []
 
 
-def test_a_shard_is_made_when_one_of_its_rows_is_asked_for_and_no_other(tmp_path: Path) -> None:
-    work = Work(tmp_path)
+def test_a_shard_is_made_when_one_of_its_rows_is_asked_for_and_values_come_in_the_order_asked(tmp_path: Path) -> None:
+    work, rows = Work(tmp_path), [8, 0, 1, 0]
     work.shards.ready([1, 8])
     assert work.computed == [range(3), range(7, 11)]
     work.shards.ready([0, 2, 7])
     assert len(work.computed) == 2
     assert work.shards.gflops == pytest.approx({0: 3 * 4e-9, 3: 4 * 4e-9})
     assert work.shards.mean_gflops([0, 1]) == pytest.approx(4e-9)
-
-
-def test_values_come_back_in_the_order_asked_whatever_their_shape(tmp_path: Path) -> None:
-    work = Work(tmp_path)
-    rows = [8, 0, 5, 0]
-    work.shards.ready(rows)
-    assert [row.tolist() for row in work.shards.get("double", rows)] == [[16, 16], [0, 0], [10, 10], [0, 0]]
-    assert [row.tolist() for row in work.shards.get("ragged", rows)] == [[8.0] * 9, [0.0], [5.0] * 6, [0.0]]
+    assert [row.tolist() for row in work.shards.get("double", rows)] == [[16, 16], [0, 0], [2, 2], [0, 0]]
+    assert [row.tolist() for row in work.shards.get("ragged", rows)] == [[8.0] * 9, [0.0], [1.0] * 2, [0.0]]
     assert work.shards.names(8) == {"double", "ragged"}
     with pytest.raises(KeyError):
         work.shards.get("triple", rows)
 
 
-def test_a_later_process_finds_what_was_made_and_what_it_cost(tmp_path: Path) -> None:
+def test_a_later_process_finds_what_was_made_and_makes_other_rows_and_damaged_shards_again(tmp_path: Path) -> None:
     first, second = Work(tmp_path), Work(tmp_path)
     first.shards.ready(range(12))
     second.shards.ready(range(12))
     assert second.computed == second.fetched == []
-    assert second.shards.gflops == first.shards.gflops
-    assert second.shards.sizes == first.shards.sizes
-
-
-def test_shards_of_other_rows_and_damaged_ones_are_made_again(tmp_path: Path) -> None:
-    Work(tmp_path).shards.ready(range(12))
+    assert (second.shards.gflops, second.shards.sizes) == (first.shards.gflops, first.shards.sizes)
     damaged = tmp_path / "reference-0.safetensors"
     os.truncate(damaged, damaged.stat().st_size // 2)
     other = Work(tmp_path, ["another row", *(f"row {row}" for row in range(1, 12))])
@@ -89,9 +78,8 @@ def test_shards_of_other_rows_and_damaged_ones_are_made_again(tmp_path: Path) ->
 
 def test_the_next_shard_of_a_group_is_read_in_advance_once(tmp_path: Path) -> None:
     work = Work(tmp_path)
-    work.shards.ready([0])
-    work.shards.ready([3])
-    work.shards.ready([6])
+    for row in (0, 3, 6):
+        work.shards.ready([row])
     work.shards.close()
     assert work.computed == work.fetched == [range(3), range(3, 6), range(6, 7)]
 

@@ -34,8 +34,7 @@ from updater.training.workers import Control, Steps, Stopped, Workers, _raised_b
 
 import_ahead("updater.training.train", "updater.families", "tests.unit.updater.builders")
 STEPS = 6
-PLAN = {"max_steps": STEPS, "batch_size": 9}  # of which one process has four rows, and the other one five
-EACH = replace(LIMITS, checkpoint_steps=1, threads=1)
+PLAN = recipe(max_steps=STEPS, batch_size=9)  # of which one process has four rows, and the other one five
 UPDATE = Learner.optimizer_step
 
 
@@ -94,14 +93,17 @@ def _mortal(mark: Path, steps: Steps, team: Team, control: Control) -> None:
     steps(team, control)
 
 
+def trained(base: ClipBase, folder: Path, workers: Workers | None, **options: Any) -> TrainResult:
+    limits = replace(LIMITS, checkpoint_steps=1, threads=1)
+    return run(base, folder, **{"recipe": PLAN, "limits": limits, "workers": workers, **options})
+
+
 @pytest.fixture(scope="module")
 def undisturbed(
     taken_elsewhere: pytest.MonkeyPatch, base: ClipBase, tmp_path_factory: pytest.TempPathFactory
 ) -> TrainResult:
     """By two processes."""
-    return run(
-        base, tmp_path_factory.mktemp("undisturbed"), recipe=recipe(**PLAN), limits=EACH, workers=ForkedWorkers()
-    )
+    return trained(base, tmp_path_factory.mktemp("undisturbed"), ForkedWorkers())
 
 
 def test_two_processes_come_to_the_adapter_of_one(
@@ -109,11 +111,13 @@ def test_two_processes_come_to_the_adapter_of_one(
 ) -> None:
     with taken_elsewhere.context() as here:
         here.setattr(Learner, "optimizer_step", UPDATE)
-        alone = run(base, tmp_path, recipe=recipe(**PLAN), limits=EACH)
+        alone = trained(base, tmp_path / "alone", None)
     assert undisturbed.steps == alone.steps == STEPS
     assert undisturbed.maf == pytest.approx(alone.maf, rel=0.05) and undisturbed.visited == alone.visited
     assert undisturbed.maf >= alone.maf, "the loss, which each process computes, is counted in each"
-    assert undisturbed.losses["loss"] == pytest.approx(alone.losses["loss"], abs=1e-5)
+    micro = trained(base, tmp_path / "micro", ForkedWorkers(), recipe=PLAN.model_copy(update={"micro_batch": 2}))
+    for found in (alone, micro):
+        assert undisturbed.losses["loss"] == pytest.approx(found.losses["loss"], abs=1e-5)
     theirs, ours = (read_delta(result.directory, base) for result in (undisturbed, alone))
     assert theirs.keys() == ours.keys() and ours
     for name, part in ours.items():
@@ -121,20 +125,10 @@ def test_two_processes_come_to_the_adapter_of_one(
         assert part.dense().abs().max() > 1e-4, "what is compared was learned"
 
 
-def test_micro_batches_of_two_processes_come_to_the_same(
-    base: ClipBase, tmp_path: Path, undisturbed: TrainResult
-) -> None:
-    result = run(base, tmp_path, recipe=recipe(**PLAN, micro_batch=2), limits=EACH, workers=ForkedWorkers())
-    assert result.losses["loss"] == pytest.approx(undisturbed.losses["loss"], abs=1e-5)
-
-
 @pytest.mark.long
-def test_when_one_is_killed_and_all_start_again_they_end_in_the_same_adapter(
-    base: ClipBase, tmp_path: Path, undisturbed: TrainResult
-) -> None:
-    result = run(base, tmp_path, recipe=recipe(**PLAN), limits=EACH, workers=MortalWorkers())
-    assert result.adapter == undisturbed.adapter
-    assert result.losses == undisturbed.losses
+def test_killed_and_started_again_they_end_the_same(base: ClipBase, tmp_path: Path, undisturbed: TrainResult) -> None:
+    result = trained(base, tmp_path, MortalWorkers())
+    assert (result.adapter, result.losses) == (undisturbed.adapter, undisturbed.losses)
 
 
 @pytest.mark.long
@@ -148,35 +142,28 @@ def test_when_one_is_killed_ray_train_starts_all_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_asked_to_stop_they_leave_a_checkpoint_and_go_on_from_it(
-    base: ClipBase, tmp_path: Path, undisturbed: TrainResult
-) -> None:
-    plan, control = recipe(**PLAN), tmp_path / "work" / "control.json"
+def test_asked_to_stop_they_leave_a_checkpoint(base: ClipBase, tmp_path: Path, undisturbed: TrainResult) -> None:
+    control = tmp_path / "work" / "control.json"
     with pytest.raises(Stopped):  # once they are about to begin
-        run(base, tmp_path, recipe=plan, limits=EACH, workers=ForkedWorkers(), stop=control.exists)
+        trained(base, tmp_path, ForkedWorkers(), stop=control.exists)
     assert (tmp_path / "work" / "checkpoint.safetensors").exists()
-    result = run(base, tmp_path, recipe=plan, limits=EACH, workers=ForkedWorkers())
-    assert result.adapter == undisturbed.adapter
-    assert len(result.losses["loss"]) == STEPS
+    result = trained(base, tmp_path, ForkedWorkers())
+    assert (result.adapter, len(result.losses["loss"])) == (undisturbed.adapter, STEPS)
 
 
 def test_what_a_process_raised_is_told_and_not_that_others_waited_for_it_in_vain() -> None:
-    lost = RuntimeError("Connection closed by peer")
-    error = WorkerGroupError(
-        "both", {0: lost, 1: UserExceptionWithTraceback(TrainingError("it diverged.", "Slower."), "")}
-    )
+    lost, raised = RuntimeError("Connection closed by peer"), TrainingError("it diverged.", "Slower.")
+    error = WorkerGroupError("both", {0: lost, 1: UserExceptionWithTraceback(raised, "")})
     cause = _raised_by_worker(error)
     assert isinstance(cause, TrainingError) and cause.fix == "Slower."
     assert _raised_by_worker(WorkerGroupError("one", {0: lost})) is None
 
 
 def test_a_recipe_that_needs_each_terms_gradient_is_refused(base: ClipBase) -> None:
-    class Two(Team):
-        size = 2
-
-    learner = ClipLearner(base, recipe(gradients={"harmonize": True}), {}, 0)
+    team = Team()
+    team.size = 2
     with pytest.raises(ConfigError, match="harmonize") as caught:
-        learner.join(Two())
+        ClipLearner(base, recipe(gradients={"harmonize": True}), {}, 0).join(team)
     assert "updater.workers" in caught.value.fix
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.unit.gate.builders import changed, outcomes, ranked, scores, suite_over
+from tests.unit.updater.gate.builders import changed, outcomes, ranked, scores, suite_over
 from updater.gate.decision import RANK_STATISTIC, Findings, Scores, conclude, decide
 from updater.gate.verdict import Check, SuiteResult
 
@@ -25,17 +25,22 @@ def judge(*entries: Scores, **how: Any) -> tuple[SuiteResult, ...]:
     return findings(*entries, **how).results
 
 
+def decisions(*entries: Scores, **how: Any) -> str:
+    return " ".join(result.decision for result in judge(*entries, **how))
+
+
 KEPT = scores("kept", hits(600, 0.5), changed(hits(600, 0.5), 8, 9))
 LOST = scores("lost", hits(600, 0.5), changed(hits(600, 0.5), 120, 10))
 FEW = scores("few", hits(30, 0.5), hits(30, 0.5))
 LEARNT = scores("new", hits(300, 0.4, 2), changed(hits(300, 0.4, 2), 15, 90), role="gain")
 NO_GAIN = scores("new", hits(300, 0.4, 2), changed(hits(300, 0.4, 2), 30, 31), role="gain")
 WORSE = scores("worse", hits(300, 0.5, 2), changed(hits(300, 0.5, 2), 90, 10), role="gain")
+BARELY = scores("barely", hits(300, 0.5), changed(hits(300, 0.5), 10, 8))
 FINE = [Check("finite", True, "all finite")]
 
 
 @pytest.mark.parametrize(
-    ("entries", "outcome", "decisions", "reason"),
+    ("entries", "outcome", "decided", "reason"),
     [
         ([KEPT, LEARNT], "passed", "passed passed", "gained"),
         ([KEPT, LOST, LEARNT], "rejected", "passed failed passed", "lost: lost 18.3 points against the incumbent"),
@@ -46,13 +51,16 @@ FINE = [Check("finite", True, "all finite")]
         ([KEPT], "inconclusive", "passed", "no fresh samples"),
     ],
 )
-def test_only_a_candidate_that_kept_everything_and_learnt_something_passes(
-    entries: list[Scores], outcome: str, decisions: str, reason: str
+def test_only_what_kept_everything_and_learnt_passes(
+    entries: list[Scores], outcome: str, decided: str, reason: str
 ) -> None:
     found = findings(*entries)
-    assert " ".join(result.decision for result in found.results) == decisions
+    assert decisions(*entries) == decided
     concluded, reasons = conclude(found, FINE)
     assert concluded == outcome and reason in reasons[0]
+    broken = Check("finite", False, "3 of 9 vectors hold NaN")
+    assert conclude(found, [broken])[1][0] == "finite: 3 of 9 vectors hold NaN"
+    assert {conclude(each, [broken])[0] for each in (found, Findings((), None))} == {"rejected"}
 
 
 def test_a_loss_that_chance_makes_in_one_of_many_suites_is_undecided_and_not_a_failure() -> None:
@@ -60,7 +68,7 @@ def test_a_loss_that_chance_makes_in_one_of_many_suites_is_undecided_and_not_a_f
     suites.
     """
     doubtful = scores("doubtful", hits(100, 0.5), changed(hits(100, 0.5), 9, 1))
-    assert judge(doubtful)[0].decision == judge(doubtful, FEW, FEW, FEW)[0].decision == "failed"
+    assert decisions(doubtful) == decisions(doubtful, FEW, FEW, FEW).split()[0] == "failed"
     others = [scores(f"other{n}", hits(100, 0.5), changed(hits(100, 0.5), 6, 6)) for n in range(3)]
     found = findings(doubtful, *others, LEARNT)
     assert [r.decision for r in found.results[:4]] == ["inconclusive"] * 4
@@ -74,8 +82,7 @@ def test_one_item_less_than_min_items_decides_nothing_whatever_it_shows(role: st
     shown = before if role == "retention" else np.ones_like(before)
     for after, decision in ((shown, "passed"), (np.zeros_like(before), "failed")):
         entry = scores("few", before, after, role=role, margin=0.3 if role == "retention" else None)
-        assert [r.decision for r in judge(entry, min_items=50)] == [decision]
-        assert [r.decision for r in judge(entry, min_items=51)] == ["inconclusive"]
+        assert [decisions(entry, min_items=least) for least in (50, 51)] == [decision, "inconclusive"]
     if role == "gain":
         learned = scores("few", before, shown, role="gain")
         enough, too_few = (findings(learned, min_items=least).gain for least in (50, 51))
@@ -85,32 +92,29 @@ def test_one_item_less_than_min_items_decides_nothing_whatever_it_shows(role: st
 
 
 def test_a_wide_interval_is_inconclusive_and_says_how_many_items_would_tell() -> None:
-    noisy = scores("noisy", hits(80, 0.5), changed(hits(80, 0.5), 12, 12))
-    (result,) = judge(noisy)
-    assert result.decision == "inconclusive"
-    assert result.ci_low < -0.05 < result.ci_high
-    assert result.needed > 80
-    assert f"about {result.needed} items" in result.reason
+    (result,) = judge(scores("noisy", hits(80, 0.5), changed(hits(80, 0.5), 12, 12)))
+    assert result.decision == "inconclusive" and result.ci_low < -0.05 < result.ci_high
+    assert result.needed > 80 and f"about {result.needed} items" in result.reason
 
 
-def test_a_small_loss_to_the_incumbent_that_adds_up_against_the_base_is_caught() -> None:
+def test_small_losses_that_add_up_are_caught_against_the_base_and_against_the_best_release() -> None:
     """Each step stays inside the margin; the sum of the steps does not."""
     base = hits(600, 0.6)
     incumbent = changed(base, 24, 0)
-    candidate = changed(incumbent, 12, 0)
-    alone = scores("drift", incumbent, candidate)
-    (against_incumbent,) = judge(alone)
-    assert against_incumbent.decision == "passed"
-    (both,) = judge(scores("drift", incumbent, candidate, base=base))
-    assert both.decision == "failed"
-    assert both.difference_base == pytest.approx(-0.06)
+    entry = scores("drift", incumbent, changed(incumbent, 12, 0))
+    (alone,) = judge(entry)
+    assert alone.decision == "passed" and alone.best_release is None
+    (both,) = judge(replace(entry, base=outcomes(base)))
+    assert both.decision == "failed" and both.difference_base == pytest.approx(-0.06)
     assert both.p == both.p_base > both.p_incumbent
 
-
-def test_a_failed_check_rejects_before_anything_is_scored() -> None:
-    outcome, reasons = conclude(Findings((), None), [Check("finite", False, "3 of 9 vectors hold NaN")])
-    assert outcome == "rejected"
-    assert reasons == ("finite: 3 of 9 vectors hold NaN",)
+    further = replace(entry, base=outcomes(changed(base, 100, 0)), best=outcomes(base), best_name="clip-best")
+    (result,) = judge(further)
+    assert result.decision == "failed" and "against the best release clip-best" in result.reason
+    assert result.best == "clip-best" and result.best_release is not None
+    assert result.best_release.difference == pytest.approx(-0.06)
+    assert result.margin_left == pytest.approx(result.best_release.ci_low + 0.05)
+    assert result.p == result.best_release.p > alone.p
 
 
 def test_every_interval_tells_the_same_story_as_its_decision() -> None:
@@ -118,8 +122,7 @@ def test_every_interval_tells_the_same_story_as_its_decision() -> None:
     entries = []
     for i in range(12):
         before = hits(300, 0.5, views=1 + i % 2, seed=i)
-        lost, gained = rng.integers(0, 30, 2)
-        entries.append(scores(f"s{i}", before, changed(before, int(lost), int(gained))))
+        entries.append(scores(f"s{i}", before, changed(before, *map(int, rng.integers(0, 30, 2)))))
     results = judge(*entries)
     assert {"passed", "inconclusive"} <= {r.decision for r in results}
     for result in results:
@@ -130,8 +133,12 @@ def test_every_interval_tells_the_same_story_as_its_decision() -> None:
 def test_a_suites_own_margin_counts_before_the_setting() -> None:
     before = hits(600, 0.5)
     after = changed(before, 40, 20)
-    assert judge(scores("s", before, after))[0].decision != "passed"
-    assert judge(scores("s", before, after, margin=0.1))[0].decision == "passed"
+    assert decisions(scores("s", before, after)) != "passed"
+    assert decisions(scores("s", before, after, margin=0.1)) == "passed"
+
+
+def at_most_the_level(count: int, runs: int) -> bool:
+    return count / runs <= LEVEL + 3 * np.sqrt(LEVEL * (1 - LEVEL) / runs)
 
 
 def test_false_accepts_stay_below_the_level() -> None:
@@ -140,21 +147,33 @@ def test_false_accepts_stay_below_the_level() -> None:
     accepted, runs = 0, 300
     for _ in range(runs):
         entries = []
-        for i in range(5):
-            before = (rng.random((300, 1)) < 0.5).astype(float)
-            loss = 0.05 if i == 0 else 0.0
-            draw = rng.random((300, 1))
+        for i, loss in enumerate((0.05, 0.0, 0.0, 0.0, 0.0)):
+            before, draw = (rng.random((300, 1)) < 0.5).astype(float), rng.random((300, 1))
             after = np.where(before == 1, draw >= 0.06 + loss, draw < 0.06 - loss).astype(float)
             entries.append(scores(f"s{i}", before, after))
         accepted += all(r.decision == "passed" for r in judge(*entries))
-    assert accepted / runs <= LEVEL + 3 * np.sqrt(LEVEL * (1 - LEVEL) / runs)
+    assert at_most_the_level(accepted, runs)
+
+
+def test_many_suites_without_change_do_not_make_a_rejection_likelier() -> None:
+    """Ten suites of items that disagree by a coin flip; at the level each, one run of four would be rejected."""
+    rng = np.random.default_rng(5)
+    runs, rejected, alone = 120, 0, 0
+    for _ in range(runs):
+        entries = []
+        for i in range(10):
+            before, other = (rng.random((2, 60, 1)) < 0.5).astype(float)
+            entries.append(scores(f"s{i}", before, np.where(rng.random((60, 1)) < 0.3, other, before)))
+        results = judge(*entries)
+        rejected += any(r.decision == "failed" for r in results)
+        alone += any(r.decision != "passed" and r.ci_high < 0 for r in results)
+    assert at_most_the_level(rejected, runs)
+    assert alone > 3 * max(rejected, 1)
 
 
 def asked_twice(before: np.ndarray, after: np.ndarray, role: str = "retention") -> Scores:
-    suite = suite_over(before, "asked", role, "vqa")
-    clusters = np.repeat(np.arange(len(before) // 2), 2)
-    first = outcomes(before)
-    return Scores(suite, first, first, outcomes(after), chance=0.25, clusters=clusters)
+    first, clusters = outcomes(before), np.repeat(np.arange(len(before) // 2), 2)
+    return Scores(suite_over(before, "asked", role, "vqa"), first, first, outcomes(after), 0.25, clusters=clusters)
 
 
 def test_min_items_counts_images_and_captions_and_not_their_items() -> None:
@@ -165,7 +184,7 @@ def test_min_items_counts_images_and_captions_and_not_their_items() -> None:
     assert enough.method == "studentised bootstrap over clusters" and enough.by_view.keys() == {"answer"}
     before = hits(500, 0.5, views=2)
     captions = replace(scores("captions", before, before), clusters=np.repeat(np.arange(50), 10))
-    assert [each.decision for each in judge(captions, min_items=50)] == ["passed"]
+    assert decisions(captions, min_items=50) == "passed"
     few = [judge(asked, min_items=81, margin=0.1)[0].reason, judge(captions, min_items=51)[0].reason]
     assert few == [
         "only 80 images (160 questions); at least 81 are asked for",
@@ -222,55 +241,29 @@ def test_domains_show_together_what_none_of_them_shows_alone() -> None:
 
 def test_a_gain_suite_with_few_items_counts_in_the_pool_as_much_as_it_has() -> None:
     few = scores("fresh.few", hits(20, 0.5, 2), changed(hits(20, 0.5, 2), 0, 15), role="gain")
-    found = findings(KEPT, few)
-    assert found.gain is not None and found.gain.decision == "inconclusive"
-    assert "only 20 independent fresh items; at least 50" in found.gain.reason
-    with_others = findings(KEPT, few, LEARNT).gain
+    alone, with_others = findings(KEPT, few).gain, findings(KEPT, few, LEARNT).gain
+    assert alone is not None and alone.decision == "inconclusive"
+    assert "only 20 independent fresh items; at least 50" in alone.reason
     assert with_others is not None and with_others.strata == {"fresh.few": 20, "new": 300}
 
 
-def test_every_retention_suite_is_tested_at_the_whole_level() -> None:
+def test_every_retention_suite_is_tested_at_the_whole_level_of_losses_and_gains_at_their_own() -> None:
     """All must pass, so a further suite makes nothing easier for a bad candidate and costs a good one no level."""
-    before = hits(300, 0.5)
-    barely = scores("barely", before, changed(before, 10, 8))
-    (alone,) = judge(barely)
-    assert LEVEL / 7 < alone.p <= LEVEL
-    assert [r.decision for r in judge(barely, *[replace(KEPT)] * 6)] == ["passed"] * 7
-    assert {r.alpha for r in judge(barely, KEPT, LOST, LEARNT) if r.role == "retention"} == {LEVEL}
+    (retention,), (gain,) = judge(BARELY), judge(LEARNT)
+    assert LEVEL / 7 < retention.p <= LEVEL
+    assert decisions(BARELY, *[replace(KEPT)] * 6) == " ".join(["passed"] * 7)
+    assert {r.alpha for r in judge(BARELY, KEPT, LOST, LEARNT) if r.role == "retention"} == {LEVEL}
 
-
-def test_gains_and_losses_have_levels_of_their_own() -> None:
-    before = hits(300, 0.5)
-    barely = scores("barely", before, changed(before, 10, 8))
-    (retention,), (gain,) = judge(barely), judge(LEARNT)
     between = 0.5 * retention.p
-    assert gain.p < between < retention.p <= LEVEL
+    assert gain.p < between < retention.p
 
     def outcome(level: float, loss_level: float) -> str:
-        found = decide([barely, LEARNT], level=level, loss_level=loss_level, margin=0.05, min_items=50)
+        found = decide([BARELY, LEARNT], level=level, loss_level=loss_level, margin=0.05, min_items=50)
         return conclude(found, FINE)[0]
 
     assert outcome(between, LEVEL) == "passed"
     assert outcome(LEVEL, between) == "inconclusive", "the loss is not excluded"
     assert outcome(1e-9, LEVEL) == "inconclusive", "the gain is not shown"
-
-
-def test_many_suites_without_change_do_not_make_a_rejection_likelier() -> None:
-    """Ten suites of items that disagree by a coin flip; at the level each, one run of four would be rejected."""
-    rng = np.random.default_rng(5)
-    runs, rejected, alone = 120, 0, 0
-    for _ in range(runs):
-        entries = []
-        for i in range(10):
-            before = (rng.random((60, 1)) < 0.5).astype(float)
-            moved = rng.random((60, 1)) < 0.3
-            after = np.where(moved, (rng.random((60, 1)) < 0.5).astype(float), before)
-            entries.append(scores(f"s{i}", before, after))
-        results = judge(*entries)
-        rejected += any(r.decision == "failed" for r in results)
-        alone += any(r.decision != "passed" and r.ci_high < 0 for r in results)
-    assert rejected / runs <= LEVEL + 3 * np.sqrt(LEVEL * (1 - LEVEL) / runs)
-    assert alone > 3 * max(rejected, 1)
 
 
 def test_a_domain_whose_loss_is_not_excluded_is_told_and_holds_nothing_up() -> None:
@@ -287,25 +280,9 @@ def test_what_could_not_pass_for_lack_of_items_was_not_tested() -> None:
         assert not findings(*entries).tested
 
 
-def test_small_losses_to_the_best_release_do_not_add_up() -> None:
-    """The incumbent is four points below the best release and above the base; the candidate loses two more."""
-    best = hits(800, 0.6)
-    incumbent, base = changed(best, 32, 0), changed(best, 100, 0)
-    candidate = changed(incumbent, 16, 0)
-    entry = scores("memory.flags", incumbent, candidate, base=base)
-    (alone,) = judge(entry)
-    assert alone.decision == "passed" and alone.best_release is None
-    (result,) = judge(replace(entry, best=outcomes(best), best_name="clip-best"))
-    assert result.decision == "failed" and "against the best release clip-best" in result.reason
-    assert result.best == "clip-best" and result.best_release is not None
-    assert result.best_release.difference == pytest.approx(-0.06)
-    assert result.margin_left == pytest.approx(result.best_release.ci_low + 0.05)
-    assert result.p == result.best_release.p > alone.p
-
-
 def test_a_vqa_suite_can_fail_and_one_that_no_model_can_answer_is_a_weak_guard() -> None:
     before = hits(400, 0.6)
-    assert judge(asked_twice(before, changed(before, 90, 0)))[0].decision == "failed"
+    assert decisions(asked_twice(before, changed(before, 90, 0))) == "failed"
     guessed, hard = hits(400, 0.27), hits(600, 0.02)
     for entry in (asked_twice(guessed, guessed), scores("hard", hard, hard)):
         assert "weak guard" in judge(entry)[0].reason

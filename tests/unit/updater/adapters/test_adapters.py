@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from core.artifacts import Artifacts, directory_digest
+from core.errors import AdapterError
+from core.ledger import Ledger
 from updater.adapters import LowRank, compress, merge
+from updater.adapters.recorded import fetch_recorded
 from updater.adapters.weight_deltas import kept_share
 
 
@@ -24,13 +30,9 @@ def test_compression_is_the_best_approximation_of_its_rank(out: int, inner: int)
     best = (u[:, :4] * s[:4]) @ vt[:4]
     assert small.rank == 4
     assert torch.allclose(small.dense(), best, atol=1e-9)
-
-
-def test_compression_to_a_higher_rank_loses_nothing() -> None:
-    full = factor(10, 8, 3, seed=2)
-    small = compress(full, 16)
-    assert small.a.shape == (16, 8) and small.b.shape == (10, 16)
-    assert torch.allclose(small.dense(), full.dense(), atol=1e-12)
+    wider = compress(full, 16)
+    assert wider.a.shape == (16, inner) and wider.b.shape == (out, 16)
+    assert torch.allclose(wider.dense(), full.dense(), atol=1e-12), "a higher rank loses nothing"
 
 
 def test_a_merge_is_the_weighted_sum_of_both_deltas() -> None:
@@ -50,3 +52,18 @@ def test_what_a_lower_rank_keeps_is_said_as_a_share_of_the_squared_norm() -> Non
     assert kept_share({"large": large, "small": small}, 4) == pytest.approx(expected)
     assert kept_share({"large": large, "small": small}, 12) == 1.0
     assert kept_share({}, 4) == 1.0
+
+
+def test_an_adapter_with_other_files_than_those_that_were_recorded_is_refused(tmp_path: Path, ledger: Ledger) -> None:
+    artifacts, work = Artifacts(str(tmp_path / "artifacts")), tmp_path / "work"
+    work.mkdir()
+    (work / "weights").write_bytes(b"1")
+    for name, digest in (("clip-a", directory_digest(work)), ("clip-old", None)):
+        artifacts.put_directory(work, f"adapters/{name}")
+        ledger.register_adapter(name, "clip", "base", "i", "t", {}, digest=digest)
+    assert (fetch_recorded(artifacts, ledger, "clip-a") / "weights").read_bytes() == b"1"
+    for name in ("clip-a", "clip-old"):
+        (artifacts.fetch(f"adapters/{name}") / "weights").write_bytes(b"2")
+    with pytest.raises(AdapterError, match="is not the one in the ledger"):
+        fetch_recorded(artifacts, ledger, "clip-a")
+    assert fetch_recorded(artifacts, ledger, "clip-old")  # recorded before digests were

@@ -16,7 +16,8 @@ from core.ledger import Ledger, UpdateRow
 from core.settings import Settings
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
-from tests.unit.gate.builders import TableImages, fresh_suite, fresh_suites, picture, question_rows, sample_rows
+from tests.support.samples import sample
+from tests.unit.updater.gate.builders import TableImages, fresh_suite, fresh_suites, picture, question_rows, sample_rows
 from updater.gate.sample_suites import (
     CAPACITY,
     MOST_DOMAINS,
@@ -33,74 +34,55 @@ from updater.gate.sample_suites import (
 from updater.gate.suites import Family, Suite
 from updater.service.gate_update import update_suites
 
-TABLE = ("id", "domain")
-
 MOST = CAPACITY["clip"]
 
 
 def rows(**domains: int) -> pa.Table:
-    return pa.table(
-        {
-            "id": [f"{domain}-{i}" for domain, count in domains.items() for i in range(count)],
-            "domain": [domain for domain, count in domains.items() for _ in range(count)],
-        }
-    )
+    named = [(f"{domain}-{i}", domain) for domain, count in domains.items() for i in range(count)]
+    return pa.table({"id": [each for each, _ in named], "domain": [domain for _, domain in named]})
 
 
 def memory(held: pa.Table, family: Family = "clip", units: int = 20, left: int | None = None) -> list[Suite]:
-    chosen = choose_memory(held.select(TABLE), family, units)
+    chosen = choose_memory(held.select(["id", "domain"]), family, units)
     return memory_suites(held.slice(0, left), chosen, family, units, TableImages(held))
 
 
-def test_a_domain_that_was_learned_is_a_retention_suite() -> None:
-    held = sample_rows(30, "flags")
-    (suite,) = memory(held)
+def test_what_was_learned_is_a_retention_suite_of_its_family() -> None:
+    held, asked = sample_rows(30, "flags"), question_rows(40, "shop", images=20)
+    (suite,), (questions,) = memory(held), memory(asked, "vlm")
     assert (suite.name, suite.role, suite.task, len(suite.items())) == ("memory.flags", "retention", "retrieval", 30)
     assert {item.sample_id for item in suite.items()} == set(held["id"].to_pylist())
     assert memory(held, left=0) == [], "rows that are gone are left out"
+    assert (questions.name, questions.task, len(questions.items())) == ("memory.shop", "vqa", 40)
+    assert memory(asked, "vlm", 21) == [], "twenty images are not 21"
+    every = rows(flags=30)
+    assert [learned_before(every, fresh).num_rows for fresh in (every.slice(10), every)] == [10, 0], (
+        "fresh is no memory"
+    )
 
 
-def test_questions_that_were_learned_are_a_suite_of_the_vlm() -> None:
-    held = question_rows(40, "shop", images=20)
-    (suite,) = memory(held, "vlm")
-    assert (suite.name, suite.task, len(suite.items())) == ("memory.shop", "vqa", 40)
-    assert memory(held, "vlm", 21) == [], "twenty images are not 21"
-
-
-def test_a_reservoir_is_bounded_and_a_further_row_displaces_at_most_one() -> None:
+def test_a_reservoir_is_bounded_and_a_further_row_displaces_at_most_one_and_a_deleted_one_is_replaced() -> None:
     first = choose_memory(rows(flags=2 * MOST), "clip", 20)["memory.flags"]
     assert len(first) == MOST
     shuffled = rows(flags=2 * MOST).take(list(reversed(range(2 * MOST))))
     assert choose_memory(shuffled, "clip", 20)["memory.flags"] == first
     more = choose_memory(rows(flags=2 * MOST + 1), "clip", 20)["memory.flags"]
     assert len(set(first) - set(more)) <= 1 and len(more) == MOST
-
-
-def test_a_deleted_sample_is_replaced_by_the_next_one() -> None:
-    ids = [f"flags-{i}" for i in range(2 * MOST)]
-    first = reservoir(ids, MOST)
-    without = reservoir([name for name in ids if name != first[0]], MOST)
+    without = reservoir([f"flags-{i}" for i in range(2 * MOST) if f"flags-{i}" != first[0]], MOST)
     assert first[0] not in without and set(first[1:]) < set(without) and len(without) == MOST
 
 
-def test_small_domains_and_samples_without_one_are_one_suite_together() -> None:
-    chosen = choose_memory(rows(flags=30, odd=12, few=9), "clip", 20)
-    assert {name: len(ids) for name, ids in chosen.items()} == {"memory.flags": 30, "memory": 21}
-    assert choose_memory(rows(odd=12), "clip", 20) == {}, "with fewer items no suite could exclude a loss"
-    assert "memory" in choose_memory(pa.table({"id": [str(i) for i in range(20)], "domain": [""] * 20}), "clip", 20)
+def test_small_domains_and_samples_without_one_are_one_suite_together_and_the_number_of_suites_is_bounded() -> None:
+    def sizes(**domains: int) -> dict[str, int]:
+        return {name: len(ids) for name, ids in choose_memory(rows(**domains), "clip", 20).items()}
 
-
-def test_the_number_of_suites_is_bounded() -> None:
-    chosen = choose_memory(rows(**{f"d{n:02d}": 20 + n for n in range(MOST_DOMAINS + 3)}), "clip", 20)
+    assert sizes(flags=30, odd=12, few=9) == {"memory.flags": 30, "memory": 21}
+    assert sizes(odd=12) == {}, "with fewer items no suite could exclude a loss"
+    assert sizes(**{"": 20}) == {"memory": 20}
+    chosen = sizes(**{f"d{n:02d}": 20 + n for n in range(MOST_DOMAINS + 3)})
     assert len(chosen) == MOST_DOMAINS + 1
-    assert len(chosen["memory"]) == 20 + 21 + 22, "the smallest three share one"
-    assert set(choose_memory(rows(**{"a b": 15, "A-b": 15}), "clip", 20)) == {"memory.a-b"}, "names that look alike too"
-
-
-def test_what_is_fresh_is_no_memory() -> None:
-    every = rows(flags=30)
-    assert learned_before(every, every.slice(10)).num_rows == 10
-    assert learned_before(every, every).num_rows == 0
+    assert chosen["memory"] == 20 + 21 + 22, "the smallest three share one"
+    assert sizes(**{"a b": 15, "A-b": 15}) == {"memory.a-b": 30}, "names that look alike too"
 
 
 LEARNED, FRESH, LIMIT = 420, 300, 50
@@ -122,24 +104,17 @@ class RecordingStore(SampleStore):
             self.read.update(row["id"] for row in rows)
         return rows
 
-    def scan(self, *args: Any, **values: Any) -> Any:
-        assert "image" not in (values.get("columns") or ["image"])
-        return super().scan(*args, **values)
-
     def addresses(self, columns: Sequence[str], *args: Any, **values: Any) -> Any:
         assert "image" not in columns
         return super().addresses(columns, *args, **values)
 
 
 def _row(offset: int, family: str) -> dict[str, Any]:
-    words = {"text": f"thing {offset}", "question": "", "answer": ""}
+    words = {"text": f"thing {offset}"}
     if family == "vlm":
         words = {"text": "", "question": f"what is {offset}?", "answer": "it"}
-    return {
-        "kind": "sample", "id": f"{offset:064x}", "image": picture(offset), **words, "label": "", "concept": "",
-        "domain": ("flags", "shop", "common")[min(offset % 20, 2) if offset >= LEARNED else 0], "split": "fresh_eval",
-        "ingested_at": VERSION_TIME, "look": None, "words": 0, "topic": "samples", "partition": 0, "offset": offset,
-    }  # fmt: skip
+    domain = ("flags", "shop", "common")[min(offset % 20, 2) if offset >= LEARNED else 0]
+    return sample(0, offset, split="fresh_eval", id=f"{offset:064x}", image=picture(offset), domain=domain, **words)
 
 
 @pytest.fixture(params=["clip", "vlm"])
@@ -155,22 +130,18 @@ def store(tmp_path: Path, family: str) -> RecordingStore:
     return made
 
 
-def _update(family: str, version: int, begin: int) -> UpdateRow:
-    return UpdateRow(
-        id="u", family=family, state="trained", recipe={}, seed=0, store_version=version,
-        data_from={"samples:0": begin}, data_to={}, incumbent=None, adapter=None,
-        cost={}, error=None, created_at=VERSION_TIME, updated_at=VERSION_TIME,
-    )  # fmt: skip
-
-
 def test_images_of_samples_that_are_not_asked_are_not_read(store: RecordingStore, family: str, tmp_path: Path) -> None:
     settings = Settings(home=tmp_path / "home", gate={"max_items": LIMIT, "min_items": 10})  # type: ignore[arg-type]
-    suites, fresh = update_suites(settings, store, _update(family, store.version(), begin=LEARNED))
+    update = UpdateRow(
+        id="u", family=family, state="trained", recipe={}, seed=0, store_version=store.version(),
+        data_from={"samples:0": LEARNED}, data_to={}, incumbent=None, adapter=None,
+        cost={}, error=None, created_at=VERSION_TIME, updated_at=VERSION_TIME,
+    )  # fmt: skip
+    suites, fresh = update_suites(settings, store, update)
     memory = [suite for suite in suites if suite.name.startswith("memory")]
-    assert [(suite.name, len(suite.items())) for suite in memory] == [("memory.flags", 400 if family == "vlm" else 420)]
-    assert [(suite.name, len(suite.items())) for suite in fresh] == [
-        ("fresh.common", LIMIT), ("fresh.flags", 15), ("fresh.shop", 15),
-    ]  # fmt: skip
+    sizes = {suite.name: len(suite.items()) for suite in (*memory, *fresh)}
+    learned = {"memory.flags": 400 if family == "vlm" else 420}
+    assert sizes == {**learned, "fresh.common": LIMIT, "fresh.flags": 15, "fresh.shop": 15}
     if family == "clip":
         assert not store.read, "captions are units; nothing is known of images before they are asked"
     asked = {item.sample_id for suite in (*memory, *fresh) for item in suite.items()}
@@ -180,33 +151,20 @@ def test_images_of_samples_that_are_not_asked_are_not_read(store: RecordingStore
     assert set(store.read) == asked
 
 
-def test_neighbours_are_read_together_and_by_several_threads(store: RecordingStore, family: str) -> None:
+def test_neighbours_are_read_once_and_a_broken_store_is_no_verdict(store: RecordingStore, family: str) -> None:
     held_out = HeldOut(store, store.version(), "text" if family == "clip" else "question")
-    ids = held_out.rows(TEXT_COLUMNS)["id"].to_pylist()[: 4 * PAGE]
+    every = held_out.rows(TEXT_COLUMNS)["id"].to_pylist()
+    ids, unread = every[: 4 * PAGE], every[-1]
     held_out.expect(ids)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(held_out, ids)) == [picture(int(each, 16)) for each in ids]
     assert set(store.read) == set(ids) and set(store.read.values()) == {1}
-
-
-def test_a_store_that_cannot_be_read_is_no_verdict(store: RecordingStore, family: str) -> None:
-    held_out = HeldOut(store, store.version(), "text" if family == "clip" else "question")
-    first = held_out.rows(["id", "domain"])["id"][0].as_py()
     shutil.rmtree(store.url)
     with pytest.raises(GateError, match="images of held-out samples"):
-        held_out(first)
-
-
-def test_without_rows_there_is_a_table_without_rows(tmp_path: Path) -> None:
-    held_out = HeldOut(SampleStore(str(tmp_path / "lake")), 0, "text")
-    assert held_out.rows(TEXT_COLUMNS).num_rows == 0 and held_out.rows(TEXT_COLUMNS).column_names == list(TEXT_COLUMNS)
+        held_out(unread)
 
 
 # The newest samples
-
-
-def own_words(count: int, domain: str) -> pa.Table:
-    return sample_rows(count, domain, [f"{domain} {i}" for i in range(count)])
 
 
 @pytest.mark.parametrize(
@@ -219,12 +177,10 @@ def own_words(count: int, domain: str) -> pa.Table:
         ({"flags": 0}, 10, {}),
     ],
 )
-def test_fresh_rows_become_gain_suites_by_domain_and_small_domains_one_together(
-    domains: dict[str, int], min_items: int, expected: dict[str, int]
-) -> None:
+def test_small_domains_are_one_gain_suite(domains: dict[str, int], min_items: int, expected: dict[str, int]) -> None:
     """A domain that becomes large enough for its own suite does not take the others' items away."""
-    rows = pa.concat_tables([own_words(count, domain) for domain, count in domains.items()])
-    suites = fresh_suites(rows, min_items=min_items)
+    parts = [sample_rows(count, domain, [f"{domain} {i}" for i in range(count)]) for domain, count in domains.items()]
+    suites = fresh_suites(pa.concat_tables(parts), min_items=min_items)
     assert {suite.name: suite.units() for suite in suites} == expected
     assert {suite.role for suite in suites} <= {"gain"}
 
@@ -271,18 +227,13 @@ def best_releases(ledger: Ledger, suites: list[str], incumbent: str | None) -> d
 
 
 def test_each_suite_has_the_release_with_the_highest_score_above_the_base(ledger: Ledger) -> None:
-    judged(ledger, "clip-1", {"flags": 0.2, "emoji": 0.0})
-    judged(ledger, "clip-2", {"flags": 0.1, "emoji": 0.1})
+    judged(ledger, "clip-1", {"flags": 0.2, "emoji": 0.0, "fresh.facts": 0.2})
+    judged(ledger, "clip-2", {"flags": 0.1, "emoji": 0.1, "memory.facts": 0.1})
     judged(ledger, "clip-3", {"flags": 0.1, "emoji": 0.05})
     found = best_releases(ledger, ["flags", "emoji", "new"], "clip-3")
     assert found == {"flags": "clip-1", "emoji": "clip-2"}
     assert best_releases(ledger, ["flags"], "clip-1") == {}, "the incumbent is compared anyway"
-
-
-def test_a_memory_suite_looks_back_to_when_its_domain_was_new(ledger: Ledger) -> None:
-    judged(ledger, "clip-1", {"fresh.flags": 0.2})
-    judged(ledger, "clip-2", {"memory.flags": 0.1})
-    assert best_releases(ledger, ["memory.flags"], "clip-2") == {"memory.flags": "clip-1"}
+    assert best_releases(ledger, ["memory.facts"], "clip-3") == {"memory.facts": "clip-1"}, "back to when it was new"
 
 
 def test_only_what_answered_everybody_on_this_base_and_was_not_withdrawn_counts(ledger: Ledger) -> None:

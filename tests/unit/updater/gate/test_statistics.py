@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
-from scipy import optimize, stats
+from scipy import stats
 
 from updater.gate import statistics
+from updater.gate.interim_analyses import AnalysisPlan, InterimAnalysis, candidate_alpha, needed_items, spending
 from updater.gate.statistics import (
     bootstrap,
     compare_accuracy,
     compare_clusters,
     holm,
-    items_needed,
     mcnemar_superior,
     pool,
     reciprocal_log_rank,
-    stratified,
     tango_interval,
     tango_z,
 )
@@ -33,28 +31,8 @@ from updater.gate.statistics import (
         (28, 25, 618, 0.05, -0.0148, 0.0247),  # PropCIs::scoreci.mp(25, 28, 618, 0.90)
     ],
 )
-def test_tango_interval_matches_published_values(
-    gained: int, lost: int, n: int, level: float, low: float, high: float
-) -> None:
+def test_tango_matches_published_values(gained: int, lost: int, n: int, level: float, low: float, high: float) -> None:
     assert tango_interval(gained, lost, n, level) == pytest.approx((low, high), abs=6e-4)
-
-
-@pytest.mark.parametrize(
-    ("gained", "lost", "n", "difference"), [(30, 18, 200, 0.0), (12, 9, 80, -0.05), (0, 4, 50, -0.1), (3, 0, 60, 0.02)]
-)
-def test_tango_uses_the_constrained_maximum_likelihood(gained: int, lost: int, n: int, difference: float) -> None:
-    """The closed form for the loss share is the maximum of the likelihood on the line p_gain - p_loss = difference."""
-
-    def negative(loss: float) -> float:
-        parts = ((gained, loss + difference), (lost, loss), (n - gained - lost, 1 - 2 * loss - difference))
-        return -sum(count * math.log(max(p, 1e-300)) for count, p in parts if count)
-
-    bounds = (max(0.0, -difference) + 1e-12, (1 - difference) / 2 - 1e-12)
-    loss = optimize.minimize_scalar(negative, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x
-    variance = n * (2 * loss + difference * (1 - difference))
-    assert tango_z(gained, lost, n, difference) == pytest.approx(
-        (gained - lost - n * difference) / math.sqrt(variance), rel=1e-4
-    )
 
 
 @pytest.mark.parametrize("n", [40, 150, pytest.param(600, marks=pytest.mark.long)])
@@ -83,18 +61,16 @@ def test_mcnemar_is_the_exact_binomial_test() -> None:
     assert mcnemar_superior(0, 0) == 1.0
 
 
-def _recall(rng: np.random.Generator, n: int, loss: float) -> tuple[np.ndarray, np.ndarray]:
+def _change(rng: np.random.Generator, n: int, loss: float) -> np.ndarray:
     """Two correlated views per item; afterwards each view is lost or gained with chances that differ by `loss`."""
     skill = rng.random((n, 1))
     before = (rng.random((n, 2)) < 0.2 + 0.6 * skill).astype(float)
     common = rng.random((n, 1)) < 0.5  # half of the changes hit both views of an item
     draw = np.where(common, rng.random((n, 1)), rng.random((n, 2)))
-    flips = 0.06
-    hit_share = before.mean()
-    fall = (flips + loss / 2) / hit_share
-    rise = (flips - loss / 2) / (1 - hit_share)
+    fall, rise = (0.06 + loss / 2) / before.mean(), (0.06 - loss / 2) / (1 - before.mean())
     after = np.where(before == 1, (draw >= fall).astype(float), (draw < rise).astype(float))
-    return before, after
+    change: np.ndarray = (after - before).mean(axis=1)
+    return change
 
 
 def at_most(shown: int, runs: int, level: float) -> bool:
@@ -105,27 +81,10 @@ def at_most(shown: int, runs: int, level: float) -> bool:
 @pytest.mark.parametrize("loss", [0.05, 0.0], ids=["of the margin is accepted", "of nothing is a gain"])
 def test_a_test_of_recall_keeps_its_level(loss: float) -> None:
     """The true difference varies a little around the loss, by the sampled hit share."""
-    rng, level, runs = np.random.default_rng(0), 0.05, 1500
-    shown = 0
+    rng, level, runs, shown = np.random.default_rng(0), 0.05, 1500, 0
     for seed in range(runs):
-        before, after = _recall(rng, 150, loss)
-        change = after.mean(axis=1) - before.mean(axis=1)
-        shown += bootstrap(change, seed=seed, draws=999).p_above(-loss) <= level
+        shown += bootstrap(_change(rng, 150, loss), seed=seed, draws=999).p_above(-loss) <= level
     assert at_most(shown, runs, level)
-
-
-def _change(rng: np.random.Generator, loss: float) -> np.ndarray:
-    before, after = _recall(rng, 300, loss)
-    change: np.ndarray = after.mean(axis=1) - before.mean(axis=1)
-    return change
-
-
-def test_recall_passes_what_lost_nothing_and_refuses_what_lost_much() -> None:
-    rng = np.random.default_rng(2)
-    runs = 200
-    kept = [bootstrap(_change(rng, 0.0), seed=i, draws=999).p_above(-0.06) <= 0.05 for i in range(runs)]
-    lost = [bootstrap(_change(rng, 0.12), seed=i, draws=999).p_above(-0.06) <= 0.05 for i in range(runs)]
-    assert np.mean(kept) > 0.8 and np.mean(lost) == 0.0
 
 
 def test_two_views_of_one_item_are_not_two_items() -> None:
@@ -149,7 +108,7 @@ def test_bootstrap_agrees_with_students_t_on_many_items() -> None:
 def test_interval_and_test_of_recall_tell_the_same_story() -> None:
     rng = np.random.default_rng(6)
     for _ in range(40):
-        boot = bootstrap(_change(rng, 0.02), draws=1999)
+        boot = bootstrap(_change(rng, 300, 0.02), draws=1999)
         assert (boot.p_above(-0.05) <= 0.05) == (boot.low(0.05) >= -0.05 - 1e-12)
         assert (boot.p_below(0.0) <= 0.05) == (boot.high(0.05) <= 1e-12)
 
@@ -161,6 +120,9 @@ def test_no_change_at_all_is_not_certainty() -> None:
     assert compare_clusters(many, many, margin=0.05, level=0.05).p_noninferior < 0.01
     assert compare_accuracy(few[:, 0], few[:, 0], margin=0.05).p_noninferior > 0.05
     assert compare_accuracy(many[:, 0], many[:, 0], margin=0.05).p_noninferior < 0.01
+    ranks = reciprocal_log_rank(np.arange(100).reshape(50, 2))
+    same = compare_clusters(ranks, ranks, margin=0.05, level=0.03, graded=True)
+    assert same.difference == 0.0 and same.p_superior > 0.3, "no rank changed: that is no gain"
 
 
 @pytest.mark.parametrize(
@@ -176,11 +138,6 @@ def test_holm_matches_its_definition(p_values: list[float], shown: list[bool], s
     assert list(found) == shown and levels == pytest.approx([0.05 / share for share in shares])
 
 
-def test_items_needed_matches_the_normal_formula() -> None:
-    z = stats.norm.isf(0.05) + stats.norm.ppf(0.8)
-    assert items_needed(0.4, 0.05, 0.05) == math.ceil((z * 0.4 / 0.05) ** 2)
-
-
 def test_misaligned_outcomes_are_refused() -> None:
     with pytest.raises(ValueError, match="align"):
         compare_clusters(np.zeros((4, 2)), np.zeros((5, 2)), margin=0.05, level=0.05)
@@ -188,14 +145,7 @@ def test_misaligned_outcomes_are_refused() -> None:
         compare_clusters(np.zeros((4, 2)), np.zeros((4, 2)), np.arange(3), margin=0.05, level=0.05)
 
 
-def _by_image(rng: np.random.Generator, images: int, each: int, loss: float) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Questions about images; what happens to an image happens to all its questions."""
-    before = np.ones(images * each)
-    lost = rng.random(images) < loss
-    return before, before - np.repeat(lost, each), np.repeat(np.arange(images), each)
-
-
-def test_questions_with_an_image_each_are_an_accuracy() -> None:
+def test_questions_with_an_image_each_are_an_accuracy_unless_they_earn_fractions() -> None:
     rng = np.random.default_rng(0)
     before, after = (rng.random((2, 200)) < 0.6).astype(float)
     names = np.arange(200)
@@ -203,42 +153,25 @@ def test_questions_with_an_image_each_are_an_accuracy() -> None:
     two = compare_accuracy(before, after, margin=0.05)
     assert (one.p_noninferior, one.p_superior, one.units) == (two.p_noninferior, two.p_superior, 200)
     assert "Tango" in one.method
-
-
-def test_four_questions_on_one_image_are_not_four_images() -> None:
-    before, after, names = _by_image(np.random.default_rng(1), 100, 4, 0.02)
-    clustered = compare_clusters(before, after, names, margin=0.08, level=0.03)
-    naive = compare_clusters(before, after, np.arange(400), margin=0.08, level=0.03)
-    assert clustered.units == 100 and clustered.n == 400 and "clusters" in clustered.method
-    assert clustered.difference == pytest.approx(naive.difference)
-    assert clustered.p_noninferior > naive.p_noninferior
-    assert clustered.bounds(0.03)[0] < naive.bounds(0.03)[0]
-    assert clustered.needed(0.03) > naive.needed(0.03)
-
-
-def test_fractions_of_right_answers_are_resampled() -> None:
-    rng = np.random.default_rng(3)
-    before = rng.integers(0, 4, 300) / 3
-    after = np.clip(before + rng.choice([-1 / 3, 0, 2 / 3], 300), 0, 1)
-    found = compare_clusters(before, after, np.arange(300), margin=0.05, level=0.03)
-    same = compare_clusters(before, after, margin=0.05, level=0.03)
-    assert found.method == same.method == "studentised bootstrap over items"
-    assert found.p_superior == pytest.approx(same.p_superior)
-    low, high = found.bounds(0.03)
-    assert 0 < low < found.difference < high
+    thirds = rng.integers(0, 4, 200) / 3
+    assert "bootstrap over items" in compare_clusters(thirds, thirds, names, margin=0.05, level=0.03).method
 
 
 def test_clustered_answers_accept_a_loss_of_the_margin_at_most_at_their_level() -> None:
-    rng = np.random.default_rng(2)
+    """Four questions on each of 80 images: what happens to an image happens to all its questions."""
+    rng, before, names = np.random.default_rng(2), np.ones(320), np.repeat(np.arange(80), 4)
     accepted = {"clustered": 0, "naive": 0}
     for _ in range(300):
-        before, after, names = _by_image(rng, 80, 4, 0.1)
+        after = before - np.repeat(rng.random(80) < 0.1, 4)
         clustered = compare_clusters(before, after, names, margin=0.1, level=0.05)
         naive = compare_clusters(before, after, np.arange(320), margin=0.1, level=0.05)
+        assert clustered.difference == pytest.approx(naive.difference)
         accepted["clustered"] += clustered.p_noninferior <= 0.05
         accepted["naive"] += naive.p_noninferior <= 0.05
     assert at_most(accepted["clustered"], 300, 0.05)
     assert accepted["naive"] > 1.5 * accepted["clustered"], "what independence would have claimed"
+    assert (clustered.units, clustered.n) == (80, 320) and "clusters" in clustered.method
+    assert clustered.needed(0.05) > naive.needed(0.05)
 
 
 def test_images_with_many_questions_weigh_more_and_the_mean_is_over_questions() -> None:
@@ -248,30 +181,6 @@ def test_images_with_many_questions_weigh_more_and_the_mean_is_over_questions() 
     found = compare_clusters(before, after, names, margin=0.05, level=0.03)
     assert found.difference == pytest.approx(-0.1) and found.after == pytest.approx(0.9)
     assert found.bounds(0.03)[0] < -0.2, "one image says little"
-
-
-def _by_caption(rng: np.random.Generator, captions: int, each: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    moved = rng.choice([-1, 0, 1], captions, p=[0.15, 0.7, 0.15])
-    share = np.repeat(moved, each)[:, None]
-    before = (rng.random((captions * each, 2)) < 0.5).astype(float)
-    changes = rng.random(before.shape) < 0.6
-    after = np.where((share != 0) & changes, (share > 0).astype(float), before)
-    return before, after, np.repeat(np.arange(captions), each)
-
-
-def test_ten_items_of_a_caption_are_not_ten_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At a nominal 3%, one run of five shows a false gain if items are treated as independent."""
-    monkeypatch.setattr(statistics, "_draws", lambda level, tests: 1999)  # a tenth of what a verdict draws
-    rng = np.random.default_rng(11)
-    runs, level = 150, 0.03
-    shown = {"captions": 0, "items": 0}
-    for seed in range(runs):
-        before, after, captions = _by_caption(rng, 60, 10)
-        for unit, clusters in (("captions", captions), ("items", None)):
-            found = compare_clusters(before, after, clusters, margin=0.05, level=level, seed=seed)
-            shown[unit] += found.p_superior <= level
-    assert at_most(shown["captions"], runs, level)
-    assert shown["items"] / runs > 0.15
 
 
 def test_a_pool_is_the_mean_over_strata_by_their_units() -> None:
@@ -290,17 +199,6 @@ def test_a_pool_is_the_mean_over_strata_by_their_units() -> None:
     low, high = found.bounds(0.05)
     assert (low, high) == pytest.approx(stats.norm.interval(0.9, mean, error), abs=0.006)
     assert pool(strata[:1], 0.05) is strata[0]
-
-
-def test_strata_together_show_a_gain_that_is_none_at_most_at_their_level() -> None:
-    rng = np.random.default_rng(13)
-    level, runs = 0.05, 600
-    shown = 0
-    for seed in range(runs):
-        parts = [rng.choice([-1.0, -0.5, 0.0, 0.5, 1.0], n, p=[0.05, 0.1, 0.7, 0.1, 0.05]) for n in (60, 40, 20)]
-        boots = [bootstrap(part, seed=10 * seed + i, draws=999) for i, part in enumerate(parts)]
-        shown += stratified(boots, [60, 40, 20]).p_above(0.0) <= level
-    assert at_most(shown, runs, level)
 
 
 def _retrieval(rng: np.random.Generator, n: int, drift: float) -> tuple[np.ndarray, np.ndarray]:
@@ -338,15 +236,116 @@ def test_drawing_counts_and_drawing_clusters_are_the_same_bootstrap() -> None:
     assert (many.low(0.03), many.high(0.03)) == pytest.approx((few.low(0.03), few.high(0.03)), abs=2e-3)
 
 
-def test_a_model_that_changes_no_rank_has_no_gain() -> None:
-    ranks = reciprocal_log_rank(np.arange(100).reshape(50, 2))
-    same = compare_clusters(ranks, ranks, margin=0.05, level=0.03, graded=True)
-    assert same.difference == 0.0 and same.p_superior > 0.3
-
-
 def test_draws_reach_the_level_and_what_tests_have_of_it_when_they_share_it() -> None:
     for level, tests in ((0.05, 1), (0.001, 1), (0.001, 60), (1e-9, 1)):
         draws = statistics._draws(level, tests)
         assert statistics.RESAMPLES <= draws <= statistics.MAX_RESAMPLES
         if 25 / level < statistics.MAX_RESAMPLES:
             assert level * draws >= 25 and (level / tests) * draws >= 2
+
+
+def look(alpha: float, loss_alpha: float, tested: list[int], items: int, needed: int) -> InterimAnalysis:
+    return AnalysisPlan(alpha, loss_alpha, needed, tuple(tested)).look(items)
+
+
+def nominal(alpha: float, looks: list[int], needed: int) -> list[float]:
+    return [look(alpha, alpha, looks[:i], items, needed).level for i, items in enumerate(looks)]
+
+
+@pytest.mark.parametrize(
+    ("looks", "bounds"),
+    [
+        ([2, 4], [2.9626, 1.9686]),
+        ([1, 2, 3, 4], [4.3326, 2.9631, 2.3590, 2.0141]),
+        ([1, 2, 3, 4, 5], [4.8769, 3.3569, 2.6803, 2.2898, 2.0310]),
+    ],
+)
+def test_the_bounds_of_looks_are_the_published_ones(looks: list[int], bounds: list[float]) -> None:
+    """Lan and DeMets' function of O'Brien-Fleming type at 2.5%, equally spaced looks (as gsDesign tabulates them)."""
+    levels = nominal(0.025, looks, looks[-1])
+    assert stats.norm.isf(levels) == pytest.approx(bounds, abs=2e-4)
+
+
+@pytest.mark.parametrize("items", [500, 900])
+@pytest.mark.parametrize("failed", [0, 5, 50])
+def test_one_look_is_an_ordinary_test_and_losses_have_all_of_alpha(items: int, failed: int) -> None:
+    share = candidate_alpha(0.05, failed)
+    alone = look(share, 0.05, [], items, 500)
+    assert (alone.level, alone.loss_level) == pytest.approx((share, 0.05), abs=1e-9)
+    assert (alone.number, alone.spent, alone.next) == (1, pytest.approx(share), None)
+
+
+def test_what_looks_spend_adds_up_to_the_candidates_share() -> None:
+    first, last = look(0.03, 0.05, [], 250, 500), look(0.03, 0.05, [250, 375], 500, 500)
+    assert first.spent == pytest.approx(spending(0.03, 0.5)) == pytest.approx(first.level)
+    assert first.before == 0.0 and look(0.03, 0.05, [250], 375, 500).before == first.spent
+    assert (last.number, last.spent, last.next) == (3, pytest.approx(0.03), None)
+    assert 0.8 * 0.03 < last.level < 0.03
+    second = look(0.01, 0.05, [250], 500, 500)
+    assert first.loss_level + second.loss_level >= 0.05 > second.loss_level > first.loss_level > first.level
+
+
+def test_a_look_without_new_items_or_with_hardly_any_spends_nothing() -> None:
+    again = look(0.03, 0.05, [250], 250, 500)
+    assert again.level == 0.0 and again.spent == pytest.approx(spending(0.03, 0.5))
+    assert look(0.03, 0.05, [], 10, 500).level == 0.0
+
+
+def test_a_candidate_is_asked_again_with_each_quarter_of_the_needed_items_and_given_up_after_all() -> None:
+    looks = [60]
+    while (following := look(0.03, 0.05, looks[:-1], looks[-1], 500).next) is not None:
+        looks.append(following)
+    assert looks == [60, 185, 310, 435, 500]
+    assert look(0.03, 0.05, [], 501, 500).next is None
+    assert look(0.03, 0.05, [], 1, 3).next == 2
+
+
+def test_shares_of_all_candidates_together_stay_below_alpha() -> None:
+    shares = [candidate_alpha(0.05, k) for k in range(5000)]
+    assert sum(shares) < 0.05
+    assert sum(shares) == pytest.approx(0.05, rel=1e-3)
+    assert shares[0] == pytest.approx(0.05 * 6 / math.pi**2)
+    with pytest.raises(ValueError, match="candidates is -1"):
+        candidate_alpha(0.05, -1)
+
+
+def test_needed_items_follow_from_spread_power_and_what_is_to_be_seen() -> None:
+    usual = {"detect": 0.03, "alpha": 0.03, "power": 0.8}
+    wanted = needed_items(0.22, **usual)
+    z = stats.norm.isf(0.03) + stats.norm.ppf(0.8)
+    assert wanted == math.ceil((z * 0.22 / 0.03) ** 2)
+    assert needed_items(0.22, **usual | {"detect": 0.015}) == pytest.approx(4 * wanted, abs=4)
+    assert needed_items(0.22, **usual | {"alpha": 0.003}) > wanted
+    assert needed_items(0.22, **usual | {"power": 0.9}) > wanted
+    assert needed_items(None, **usual) > wanted  # the prior is on the safe side
+    assert needed_items(0.01, **usual | {"detect": 0.2}, fewest=50) == 50
+    assert needed_items(0.22, **usual | {"detect": 0.001}, fewest=50, most=2000) == 2000
+    # a gain of 3 points in hits alone has a variance of 0.03 * 0.97, also where earlier candidates changed nothing
+    assert needed_items(0.001, **usual) == needed_items((0.03 * 0.97 / 2.6) ** 0.5, **usual) > 90
+
+
+@pytest.fixture(scope="module")
+def noise() -> np.ndarray:
+    """[runs, items] cumulated differences with mean 0 and deviation 1."""
+    return np.cumsum(np.random.default_rng(7).standard_normal((40_000, 100), dtype=np.float32), axis=1)
+
+
+def accepted(sums: np.ndarray, looks: list[int], levels: list[float], gain: float = 0.0) -> float:
+    z = np.stack([(sums[:, n - 1] + gain * n) / math.sqrt(n) for n in looks], axis=1)
+    return float((z >= stats.norm.isf(levels)).any(axis=1).mean())
+
+
+@pytest.mark.parametrize("looks", [[100], [25, 50, 75, 100], [10, 35, 60, 85, 100], [60, 85, 110], [98, 100]])
+def test_a_candidate_without_gain_passes_with_at_most_its_share(noise: np.ndarray, looks: list[int]) -> None:
+    looks = [min(n, 100) for n in looks]
+    rate, error = accepted(noise, looks, nominal(0.03, looks, 100)), math.sqrt(0.03 * 0.97 / len(noise))
+    assert rate <= 0.03 + 3 * error
+    assert rate >= 0.03 - 3 * error, "it is spent, too"
+
+
+@pytest.mark.parametrize("looks", [[100], [25, 50, 75, 100]])
+def test_a_gain_of_the_wanted_size_is_shown_with_the_wanted_power(noise: np.ndarray, looks: list[int]) -> None:
+    # so large that 100 items of deviation 1 are needed
+    gain = float(stats.norm.isf(0.03) + stats.norm.ppf(0.8)) / 10
+    assert needed_items(1.0, detect=gain * 1.000001, alpha=0.03, power=0.8) == 100
+    assert accepted(noise, looks, nominal(0.03, looks, 100), gain) == pytest.approx(0.8, abs=0.02)
