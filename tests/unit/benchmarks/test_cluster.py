@@ -8,10 +8,9 @@ import pytest
 from ray.scripts import scripts
 
 from benchmarks.cluster import network, ray_service
-from benchmarks.cluster.image import image_environment
 from benchmarks.cluster.network import HOST, HOSTS_BYTES, Network
 from benchmarks.cluster.pod import SECURITY
-from benchmarks.cluster.ray_service import RayCluster, quantity
+from benchmarks.cluster.ray_service import RayCluster
 from benchmarks.cluster.volumes import ConfigObjects, Volumes, mount_points
 from core.errors import RatchetError
 from core.waiting import wait_until
@@ -49,7 +48,7 @@ def ray_words(pod: Any) -> list[str]:
     return str(start).removeprefix("ray start ").split()
 
 
-def test_ray_starts_a_head_and_workers_with_the_resources_of_their_pods(cluster: Any) -> None:
+def test_ray_starts_a_head_and_workers_with_the_resources_of_their_pods_and_one_token(cluster: Any) -> None:
     head = scripts.start.make_context("start", ray_words(cluster.head)).params
     assert (head["head"], head["num_cpus"], head["dashboard_host"]) == (True, 0, "0.0.0.0")
     assert len(cluster.workers) == 2
@@ -60,15 +59,10 @@ def test_ray_starts_a_head_and_workers_with_the_resources_of_their_pods(cluster:
         assert worker.container("wait-gcs-ready")["args"][0].startswith(
             "until ray health-check --address live-1-head-svc"
         )
-
-
-def test_pods_of_a_cluster_share_a_token_and_keep_the_charts_variables(cluster: Any) -> None:
-    tokens = set()
     for pod in (cluster.head, *cluster.workers):
         values = {each["name"]: each.get("value") for each in pod.container("ray")["env"]}
-        assert values["RAY_AUTH_MODE"] == "token" and values["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
-        tokens.add(values["RAY_AUTH_TOKEN"])
-    assert tokens == {cluster.token}
+        assert values["RAY_AUTH_MODE"] == "token" and values["RAY_AUTH_TOKEN"] == cluster.token
+        assert values["RAY_SERVE_ENABLE_HA_PROXY"] == "1", "the chart's variables are kept"
 
 
 def test_a_lost_worker_gets_one_successor(cluster: Any) -> None:
@@ -78,21 +72,6 @@ def test_a_lost_worker_gets_one_successor(cluster: Any) -> None:
     assert wait_until(lambda: cluster.workers[1] is not lost, 10.0, pause=0.01)
     assert cluster.is_ready()
     assert len({pod.name for pod in cluster.pods}) == 3
-
-
-def test_quantities_are_those_of_kubernetes() -> None:
-    assert [quantity(text) for text in ("500m", "4", "10Gi", "256Mi")] == [0.5, 4, 10 * 2**30, 256 * 2**20]
-
-
-def test_the_image_has_the_variables_of_the_dockerfile() -> None:
-    assert image_environment()["RATCHET_HOME"] == "/var/lib/ratchet"
-    assert image_environment()["PYTHONUNBUFFERED"] == "1"
-
-
-def test_every_mount_is_made_and_files_are_files() -> None:
-    folders, files = mount_points([template for _, template in pods(render(profile("cpu")))])
-    assert {"/tmp", "/dev/shm", "/var/lib/ratchet", "/run/ratchet/metrics"} <= folders
-    assert files == {"/etc/ratchet/ratchet.yaml"}
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="files are given to another group")
@@ -109,10 +88,14 @@ def test_a_volume_has_the_files_of_its_secret_or_config_map_for_the_pods_group_a
         Volumes([{"name": "claim", "persistentVolumeClaim": {}}], objects, tmp_path)
 
 
-def test_every_container_of_the_chart_has_the_rights_that_the_runner_gives() -> None:
-    for _, template in pods(render(profile("cpu"))):
+def test_every_container_of_the_chart_has_the_rights_that_the_runner_gives_and_its_mounts() -> None:
+    templates = [template for _, template in pods(render(profile("cpu")))]
+    for template in templates:
         for container in template["spec"]["containers"]:
             assert container["securityContext"] == SECURITY
+    folders, files = mount_points(templates)
+    assert {"/tmp", "/dev/shm", "/var/lib/ratchet", "/run/ratchet/metrics"} <= folders
+    assert files == {"/etc/ratchet/ratchet.yaml"}
 
 
 def test_names_are_written_in_place_and_the_file_keeps_its_size(

@@ -150,8 +150,8 @@ def test_a_killed_run_goes_on_from_the_kept_outcomes(workshop: Workshop, monkeyp
     first = run_all(workshop, wanted)
     assert workshop.engine.resident == ()
     monkeypatch.setattr(TRAIN, Mock(side_effect=AssertionError("trained again")))
-    again = run_all(Workshop(workshop.home, workshop.base, [p.suite for p in workshop.populations.values()],
-                             workshop.out), wanted)  # fmt: skip
+    suites = [population.suite for population in workshop.populations.values()]
+    again = run_all(Workshop(workshop.home, workshop.base, suites, workshop.out), wanted)
     for name, trial in first.items():
         assert again[name].adapter == trial.adapter
         assert all(np.array_equal(again[name].answers[suite], kept) for suite, kept in trial.answers.items())
@@ -172,10 +172,9 @@ def test_outcomes_that_were_kept_as_hits_are_still_read(workshop: Workshop) -> N
     np.savez_compressed(path, about=about, **{name: own.astype(np.uint8) for name, own in hits.items()})
     again = run_all(workshop, [wanted])
     assert all(np.array_equal(again["one"].answers[name], own) for name, own in hits.items())
-    mixed = case(workshop, wanted, again)
-    assert mixed is not None and mixed.before is mixed.base
-    whole = case(workshop, wanted, trials)
-    assert whole is not None and has_ranks(whole.after["held"]) and not has_ranks(mixed.base["held"])
+    mixed, whole = case(workshop, wanted, again), case(workshop, wanted, trials)
+    assert mixed is not None and mixed.before is mixed.base and not has_ranks(mixed.base["held"])
+    assert whole is not None and has_ranks(whole.after["held"])
     assert all(mixed.lost(suite) == whole.lost(suite) for suite in suites.values())
 
 
@@ -189,8 +188,7 @@ def test_what_training_refuses_is_kept_as_such(workshop: Workshop, monkeypatch: 
 
 
 def test_half_of_a_change_is_half_of_it_in_every_layer(base: ClipBase, late: TrainResult, tmp_path: Path) -> None:
-    name = write_scaled(late.directory, base, 0.5, tmp_path / "half")
-    assert name != late.adapter
+    assert write_scaled(late.directory, base, 0.5, tmp_path / "half") != late.adapter
     whole, half = (read_delta(place, base) for place in (late.directory, tmp_path / "half"))
     assert whole and half.keys() == whole.keys()
     for layer, factor in whole.items():
@@ -203,17 +201,13 @@ def test_a_short_run_says_everything_and_trains_nothing_twice(
     """Tiny models on forty pictures: the figures mean nothing."""
     monkeypatch.setattr("benchmarks.gate.power.SIZES", (20,))
     wanted = [short("one"), replace(short("first-00"), kind="first"), replace(short("drift-00"), kind="drift")]
-    rule = Rule.of(Gate(min_items=5))
-    first = measure(workshop, wanted, Extent(1, 1, 1, 1, 2, 2), rule)
+    extent, rule = Extent(1, 1, 1, 1, 2, 2), Rule.of(Gate(min_items=5))
+    first = measure(workshop, wanted, extent, rule)
     assert first["redrawn"]["deals"] >= 6
     assert {"false_accepts_at_margin", "false_rejects_gain3", "drift_caught_before_harm"} <= first.keys()
-    scaled = sorted(path.stem for path in (workshop.out / "outcomes").glob("onex*.npz"))
+    assert len(list((workshop.out / "outcomes").glob("onex*.npz"))) <= 5
     monkeypatch.setattr(TRAIN, Mock(side_effect=AssertionError("trained again")))
-    again = measure(workshop, wanted, Extent(1, 1, 1, 1, 2, 2), rule)
-    timed = {"seconds", "machine"}
-    assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in first.items() if k not in timed}
-    one = workshop.of(wanted[0], None)
-    parent, half = wanted[0], scaled_plan(wanted[0], 0.5)
-    trial = workshop.of_scaled(half, parent)
-    assert trial.adapter != one.adapter and workshop.of_scaled(half, parent).adapter == trial.adapter
-    assert len(scaled) <= 5
+    timed = dict.fromkeys(("seconds", "machine"))
+    assert measure(workshop, wanted, extent, rule) | timed == first | timed
+    trials = [workshop.of_scaled(scaled_plan(wanted[0], 0.5), wanted[0]) for _ in range(2)]
+    assert trials[0].adapter == trials[1].adapter != workshop.of(wanted[0], None).adapter
