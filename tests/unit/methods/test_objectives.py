@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -42,7 +41,7 @@ from updater.families.clip_learner import ClipLearner
 from updater.methods import objectives
 from updater.methods.batches import AnswerBatch, AuxiliaryTexts, Features, TeacherFeatures, summarise
 from updater.methods.objectives import ContrastiveDistillation
-from updater.recipes import Part, Term, load_recipe
+from updater.recipes import Term, load_recipe
 
 
 def with_texts(made: Features, name: str, count: int = 6, teacher: str = "incumbent") -> Features:
@@ -53,7 +52,7 @@ def with_texts(made: Features, name: str, count: int = 6, teacher: str = "incumb
 
 def as_classes(base: ClipBase, texts: list[str]) -> Tensor:
     with torch.no_grad():
-        return F.normalize(base.build_model().encode_text(base.tokenizer()(texts)), dim=1)  # type: ignore[operator]
+        return F.normalize(base.build_model().encode_text(base.tokenizer()(texts)), dim=1)
 
 
 @pytest.mark.parametrize("captions", [[0, 1, 2, 3], [0, 1, 0], [0, 0]])
@@ -136,15 +135,14 @@ def test_a_masked_divergence_is_that_of_what_is_left() -> None:
 @pytest.mark.parametrize("teacher", ["base", "incumbent"])
 def test_contrastive_distillation_equals_the_plain_sum(teacher: str) -> None:
     made = batch([0, 1, 2, 3, 3])
-    old = dots(made.teachers[teacher].image, made.teachers[teacher].text, made.scale / 3)
-    new = dots(made.image, made.text, made.scale / 3)
+    old, new = (dots(side.image, side.text, made.scale / 3) for side in (made.teachers[teacher], made))
     expected = 9 * (cross_entropy(old, new) + cross_entropy(columns(old), columns(new)))
     assert float(ContrastiveDistillation(3.0, teacher)(made)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_images_are_compared_with_frozen_captions_of_the_whole_reference_as_well() -> None:
     new, objective = batch([0, 1, 2, 2]), ContrastiveDistillation(temperature=3.0, captions=2)
-    parts: list[Part] = ["new", *["reference"] * 4]  # type: ignore[list-item]
+    parts = ["new", *["reference"] * 4]
     wanted = objective.further_texts(["a new one", "A car", "a tree", "a car ", "a house"], [], parts)
     assert wanted == [(-1, "a car"), (-1, "a tree")] and objective.frozen_texts
     with_captions = with_texts(new, "contrastive_distillation", teacher="base")
@@ -160,25 +158,6 @@ def test_random_text_distillation_equals_the_plain_sum() -> None:
     old = dots(made.teachers["incumbent"].image, made.texts[NAME].teachers["incumbent"], made.scale / 2)
     new = dots(made.image, made.texts[NAME].text, made.scale / 2)
     assert float(RandomTextDistillation()(made)) == pytest.approx(4 * cross_entropy(old, new), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "term",
-    [
-        ContrastiveDistillation(teacher="incumbent"),
-        RandomTextDistillation(),
-        OffDiagonalDistillation(),
-        TopologyPreservation(),
-    ],
-)
-def test_where_nothing_moved_nothing_pulls(term: Callable[[Features], Tensor]) -> None:
-    made = with_texts(batch([0, 1, 2, 2]), NAME)
-    old, texts = made.teachers["incumbent"], made.texts[NAME].teachers
-    student = [side.clone().requires_grad_() for side in (old.image, old.text, texts["incumbent"])]
-    same = {NAME: replace(made.texts[NAME], text=student[2])}
-    term(replace(made, image=student[0], text=student[1], texts=same)).backward()
-    gradients = [side.grad for side in student if side.grad is not None]
-    assert len(gradients) == 2 and all(float(gradient.abs().max()) < 1e-6 for gradient in gradients)
 
 
 def test_random_texts_follow_the_seed_and_have_as_many_tokens_as_asked() -> None:
@@ -234,25 +213,16 @@ def test_off_diagonal_distillation_leaves_what_belongs_together_to_the_contrast(
     assert float(OffDiagonalDistillation()(batch([0, 0, 0]))) == 0
 
 
-def test_topology_preservation_equals_the_plain_sum() -> None:
+def test_topology_preservation_equals_the_plain_sum_and_one_row_has_none() -> None:
     made = batch([0, 1, 2, 2])
-    old = made.teachers["incumbent"]
+    old, objective = made.teachers["incumbent"], TopologyPreservation(temperature=0.25)
     across = dots(old.image, old.text, 4), dots(made.image, made.text, 4)
     image = dots(old.image, old.image, 4), dots(made.image, made.image, 4)
     text = dots(old.text, old.text, 4), dots(made.text, made.text, 4)
     between = mean_kl(*across) + mean_kl(columns(across[0]), columns(across[1]))
     within = sum(mean_kl(without_diagonal(before), without_diagonal(after)) for before, after in (image, text))
-    assert float(TopologyPreservation(temperature=0.25)(made)) == pytest.approx((between + within) / 2, rel=1e-5)
-
-
-def test_topology_is_kept_when_all_is_turned_alike_and_one_row_has_none() -> None:
-    made = batch([0, 1, 2, 3])
-    turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1)))[0]
-    old = made.teachers["incumbent"]
-    turned = replace(made, image=old.image @ turn, text=old.text @ turn)
-    assert float(TopologyPreservation()(turned)) == pytest.approx(0, abs=1e-5)
-    assert float(TopologyPreservation()(made)) > 0.1
-    assert float(TopologyPreservation()(made.select([2]))) == 0
+    assert float(objective(made)) == pytest.approx((between + within) / 2, rel=1e-5)
+    assert float(objective(made.select([2]))) == 0
 
 
 def exchanged(row: list[float], right: list[int]) -> list[float]:
@@ -336,18 +306,14 @@ def with_parts(captions: list[str], features: Features) -> tuple[Subcaptions, Fe
     objective = Subcaptions()
     objective.begin(captions, [])
     wanted = objective.further_texts(captions, [], ["new"] * len(captions))
-    words = [text for _, text in wanted]
+    words, rows = [text for _, text in wanted], torch.tensor([row for row, _ in wanted])
     own = batch(list(range(9)), seed=50).image.detach()
     text = own[[caption_number(word) % 9 for word in words]].requires_grad_()
-    rows = torch.tensor([row for row, _ in wanted])
-    return (
-        objective,
-        replace(features, texts={"subcaptions": AuxiliaryTexts(text, {}, rows, torch.arange(len(rows)))}),
-        words,
-    )
+    parts = AuxiliaryTexts(text, {}, rows, torch.arange(len(rows)))
+    return objective, replace(features, texts={"subcaptions": parts}), words
 
 
-def test_subcaption_contrast_equals_the_plain_sum() -> None:
+def test_subcaption_contrast_equals_the_plain_sum_and_a_selection_of_rows_keeps_its_own_parts() -> None:
     captions = ["a big tree, in the park", "nothing to split", "in the park, two men wait. a dog runs"]
     objective, made, words = with_parts(captions, batch([0, 1, 2]))
     assert words == ["a big tree", "in the park", "in the park", "two men wait", "a dog runs"]
@@ -361,11 +327,6 @@ def test_subcaption_contrast_equals_the_plain_sum() -> None:
         owners = [math.log(softmax(column)[i]) for i in range(3) if j in contains[i]]
         texts -= sum(owners) / len(owners) / 5
     assert float(objective(made)) == pytest.approx((images + texts) / 2, rel=1e-5)
-
-
-def test_a_selection_of_rows_keeps_its_own_parts() -> None:
-    captions = ["a big tree, in the park", "a red house. a small door", "two men wait. a dog runs"]
-    objective, made, _ = with_parts(captions, batch([0, 1, 2]))
     alone, few, _ = with_parts(captions[1:], batch([0, 1, 2]).select([1, 2]))
     assert float(objective(made.select([1, 2]))) == pytest.approx(float(alone(few)), rel=1e-5)
 
@@ -380,9 +341,8 @@ def test_language_guided_supervision_equals_the_plain_sum_over_labelled_rows() -
     value = objective(made)
     value.backward()
     assert float(value) == pytest.approx(contrast(scores, made.label.tolist(), [0, 1]), rel=1e-5)
-    assert made.image.grad is not None
     assert [bool(row.any()) for row in made.image.grad] == [True, False, True, True]
-    assert made.text.grad is None or float(made.text.grad.abs().max()) == 0
+    assert made.text.grad is None or not made.text.grad.any()
 
 
 def test_without_any_label_captions_are_the_classes() -> None:
@@ -394,24 +354,15 @@ def test_without_any_label_captions_are_the_classes() -> None:
     assert float(objective(made)) == float(labelled(replace(made, label=torch.tensor([0, 1, 0]))))
 
 
-def alone_in_their_class() -> SupervisedContrast:
-    term = SupervisedContrast()
-    term.begin([], [])
-    return term
-
-
-def no_label_here() -> LanguageGuided:
-    term = LanguageGuided()
-    term.further_texts(["x"], ["car"], ["new"])
-    return term
-
-
-@pytest.mark.parametrize("make", [alone_in_their_class, no_label_here, Subcaptions])
-def test_a_batch_that_says_nothing_to_a_term_is_a_step_like_others(make: Callable[[], Callable[..., Tensor]]) -> None:
-    made = with_texts(batch([0, 1, 2]), "language_guided", 1, "base")
-    value = make()(made)
-    value.backward()
-    assert float(value.detach()) == 0 and made.image.grad is not None and not bool(made.image.grad.any())
+def test_a_batch_that_says_nothing_to_a_term_is_a_step_like_others() -> None:
+    alone_in_their_class, no_label_here = SupervisedContrast(), LanguageGuided()
+    alone_in_their_class.begin([], [])
+    no_label_here.further_texts(["x"], ["car"], ["new"])
+    for term in (alone_in_their_class, no_label_here, Subcaptions()):
+        made = with_texts(batch([0, 1, 2]), "language_guided", 1, "base")
+        value = term(made)
+        value.backward()
+        assert float(value.detach()) == 0 and made.image.grad is not None and not bool(made.image.grad.any())
 
 
 def test_targets_stay_the_bases_own_and_images_move_to_them(base: ClipBase) -> None:
@@ -419,14 +370,16 @@ def test_targets_stay_the_bases_own_and_images_move_to_them(base: ClipBase) -> N
     examples = [Pair(p.id, p.text, p.read, COLOURS[i % 6]) for i, p in enumerate(pairs("car", 12))]
     learner.prepare(examples, ["new"] * 12)
     rows = list(range(12))
-    targets = learner.batch(rows).texts["language_guided"].teachers["base"].clone()
-    assert torch.allclose(targets, as_classes(base, [f"a photo of a {each}." for each in sorted(COLOURS)]), atol=1e-5)
-    values = []
+
+    def targets() -> Tensor:
+        return learner.batch(rows).texts["language_guided"].teachers["base"]
+
+    first, values = targets().clone(), []
+    assert torch.allclose(first, as_classes(base, [f"a photo of a {each}." for each in sorted(COLOURS)]), atol=1e-5)
     for step in range(8):
         values.append(learner.forward_backward(rows)[0])
         learner.optimizer_step(1e-2, step, 8)
-    assert values[-1] < values[0]
-    assert torch.equal(learner.batch(rows).texts["language_guided"].teachers["base"], targets)
+    assert values[-1] < values[0] and torch.equal(targets(), first)
     assert all(p.grad is None or not p.grad.any() for n, p in learner.parameters.items() if "visual" not in n)
 
 
