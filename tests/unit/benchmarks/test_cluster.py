@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from ray.scripts import scripts
 
-from benchmarks.cluster import network, ray_service
-from benchmarks.cluster.network import HOST, HOSTS_BYTES, Network
+from benchmarks.cluster import ray_service
+from benchmarks.cluster.network import HOST
 from benchmarks.cluster.pod import SECURITY
 from benchmarks.cluster.ray_service import RayCluster
 from benchmarks.cluster.volumes import ConfigObjects, Volumes, mount_points
@@ -96,19 +96,3 @@ def test_every_container_of_the_chart_has_the_rights_that_the_runner_gives_and_i
     folders, files = mount_points(templates)
     assert {"/tmp", "/dev/shm", "/var/lib/ratchet", "/run/ratchet/metrics"} <= folders
     assert files == {"/etc/ratchet/ratchet.yaml"}
-
-
-def test_names_are_written_in_place_and_the_file_keeps_its_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(network, "ip", lambda *words: None)
-    named = Network(tmp_path / "hosts")
-    file = tmp_path / "hosts"
-    inode = file.stat().st_ino
-    for names in ({"a": [HOST, HOST + 1], "b": [HOST]}, {"b": [HOST]}):
-        named.name(names)
-        lines = file.read_text().strip().splitlines()
-        assert lines[1:] == [f"{address} {name}" for name, all_ in names.items() for address in all_]
-        assert (file.stat().st_size, file.stat().st_ino) == (HOSTS_BYTES, inode)
-    with pytest.raises(RatchetError, match="names"):
-        named.name({f"name-{number}": [HOST] for number in range(2000)})
