@@ -12,7 +12,6 @@ import pytest
 from benchmarks.serving import chaos, chaos_plan
 from benchmarks.serving.chaos_audit import Kill, Refusal, Rollback, StateReport, audit, totals
 from benchmarks.serving.chaos_plan import STATES, states_of
-from benchmarks.serving.chaos_states import faketime_library
 from benchmarks.stream import chaos_audit
 from benchmarks.stream.chaos_audit import Audit, OffsetWatch
 from benchmarks.stream.chaos_plan import plan
@@ -94,11 +93,6 @@ def test_the_slowest_rollback_and_refusal_of_all_states_are_told_and_what_is_wro
     first.rollbacks = [Rollback(0.2, False)]
     wrong = chaos.violations(totals([first, second]))
     assert wrong == ["rollbacks_failed 1", "refusals_not_503 1", "refusal_seconds_max 15.0"]
-
-
-def test_the_clock_of_a_process_can_be_set_ahead() -> None:
-    library = faketime_library()
-    assert library is not None and library.is_file()
 
 
 def test_a_seed_gives_the_same_faults_again_and_those_of_one_target_do_not_overlap() -> None:

@@ -7,8 +7,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from benchmarks.gate.bench import Extent, case, measure
-from benchmarks.gate.cases import Rule, has_ranks, hits_of
+from benchmarks.gate.bench import Extent, measure
+from benchmarks.gate.cases import Rule, has_ranks
 from benchmarks.gate.engine import LateEngine
 from benchmarks.gate.margin import scaled as scaled_plan
 from benchmarks.gate.plans import KNOWN, NEW, GatePlan, plans
@@ -159,23 +159,6 @@ def test_a_killed_run_goes_on_from_the_kept_outcomes(workshop: Workshop, monkeyp
     assert all(has_ranks(kept) for trial in again.values() for kept in trial.answers.values())
     with pytest.raises(AssertionError, match="trained again"):
         workshop.of(replace(wanted[0], new=13), None)  # another plan of that name
-
-
-def test_outcomes_that_were_kept_as_hits_are_still_read(workshop: Workshop) -> None:
-    wanted = short("one")
-    trials = run_all(workshop, [wanted])
-    path = workshop.out / "outcomes" / "one.npz"
-    with np.load(path) as file:
-        about = file["about"]
-    suites = {suite.name: suite for suite in workshop.suites(NEW[0])}
-    hits = {name: hits_of(suite, trials["one"].answers[name]) for name, suite in suites.items()}
-    np.savez_compressed(path, about=about, **{name: own.astype(np.uint8) for name, own in hits.items()})
-    again = run_all(workshop, [wanted])
-    assert all(np.array_equal(again["one"].answers[name], own) for name, own in hits.items())
-    mixed, whole = case(workshop, wanted, again), case(workshop, wanted, trials)
-    assert mixed is not None and mixed.before is mixed.base and not has_ranks(mixed.base["held"])
-    assert whole is not None and has_ranks(whole.after["held"])
-    assert all(mixed.lost(suite) == whole.lost(suite) for suite in suites.values())
 
 
 def test_what_training_refuses_is_kept_as_such(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
