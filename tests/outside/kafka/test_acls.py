@@ -120,9 +120,7 @@ def test_a_resource_without_its_rights_is_named_and_no_other(
     assert f" on {kind} {gone.resource_name}" in missing(settings)
 
 
-def test_writing_to_the_quarantine_topic_is_named_where_reading_is_allowed(
-    kafka: ApacheKafka, settings: Settings
-) -> None:
+def test_writing_to_the_quarantine_topic_is_named_apart_from_reading(kafka: ApacheKafka, settings: Settings) -> None:
     gone = (ACLOperation.WRITE, settings.kafka.quarantine_topic)
     acls = [each for each in chain(*documented()) if (each.operation, each.resource_pattern.resource_name) != gone]
     with_admin(kafka, "create_acls", acls)

@@ -79,9 +79,7 @@ def delete_before(settings: Settings, offset: int) -> None:
         assert done.result(20).low_watermark == offset
 
 
-def test_markers_and_aborted_records_are_neither_lag_nor_lost_when_retention_passes_them(
-    settings: Settings, store: SampleStore
-) -> None:
+def test_markers_and_aborted_records_are_neither_lag_nor_lost(settings: Settings, store: SampleStore) -> None:
     sender = Transactions(settings)
     sender.send(10)
     with read_until(settings, lambda status: status.samples == 10, "10 samples"):
@@ -134,7 +132,7 @@ def test_what_compaction_removes_is_neither_lag_nor_lost(broker: Broker, tmp_pat
     assert store.gaps() == [] and position(settings, store) == end
 
 
-def test_records_that_an_unclean_election_rewrites_after_they_were_stored_are_not_lost(
+def test_records_that_an_unclean_election_rewrites_are_not_lost(
     apache_kafka: ApacheKafka, settings: Settings, store: SampleStore
 ) -> None:
     """One node: its log is truncated while it is down, like that of a replica that was behind and became the leader."""
@@ -156,9 +154,7 @@ def test_records_that_an_unclean_election_rewrites_after_they_were_stored_are_no
     assert store.gaps() == [] and store.tally()["rewritten_offsets"] == 4 and store.count() == 15
 
 
-def test_more_partitions_are_noticed_within_seconds_and_read_from_their_beginning(
-    settings: Settings, store: SampleStore
-) -> None:
+def test_more_partitions_are_noticed_within_seconds_and_read_whole(settings: Settings, store: SampleStore) -> None:
     topic = settings.kafka.topic
     with read_until(settings, lambda status: status.state == "reading", "reading") as ingest:
         admin_of(settings).create_partitions([NewPartitions(topic, 4)])[topic].result(20)

@@ -99,9 +99,7 @@ def test_as_what_somebody_is_let_in(name: str, make_realm: MakeRealm, visitor: h
         assert (role, keys) == ("nobody", [])
 
 
-def test_a_user_who_takes_the_address_of_an_operator_is_turned_away(
-    make_realm: MakeRealm, visitor: httpx.Client
-) -> None:
+def test_who_takes_the_address_of_an_operator_is_turned_away(make_realm: MakeRealm, visitor: httpx.Client) -> None:
     """Keycloak lets users change their address, and then says that it is not verified."""
     roles = {"account": ["manage-account", "view-profile"]}
     realm = make_realm(NAMED, {"username": "eve", "email": "eve@example.com", "clientRoles": roles})

@@ -109,7 +109,7 @@ def test_the_busy_trainer_gets_both_pools_and_an_update_without_an_end(settings:
     assert endless.max_steps >= 10**6
 
 
-def test_an_engine_that_sleeps_answers_for_each_item_after_one_pause(
+def test_a_sleeping_engine_answers_all_items_after_one_pause(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[float] = []

@@ -62,9 +62,7 @@ def test_a_failed_request_counts_unless_it_was_on_a_process_that_was_killed() ->
 
 
 @pytest.mark.parametrize(("process", "excused"), [("ingress", 4), ("controller", 0), ("vlm", 1), ("encoder", 3)])
-def test_a_killed_process_excuses_the_kinds_of_request_that_need_it_but_no_mixed_answer(
-    process: str, excused: int
-) -> None:
+def test_a_killed_process_excuses_requests_that_need_it_but_no_mixed_answer(process: str, excused: int) -> None:
     report = state("killed", 100, Kill(process, "", 110.0, 110.1))
     kinds: tuple[RequestKind, ...] = ("embeddings", "classify", "search", "chat")
     audit([report], [*(sample(109.5, "503", kind) for kind in kinds), sample(109.5, "mixed")])

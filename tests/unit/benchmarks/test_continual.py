@@ -94,9 +94,7 @@ def test_a_schedule_keeps_its_shares_of_the_steps_that_are_paid_for_and_taken(ba
     assert chain.plan.steps == row["cost"]["steps"] == 3
 
 
-def test_a_stopped_chain_and_a_lost_update_are_done_again_and_end_alike(
-    base: ClipBase, results: Path, tmp_path: Path
-) -> None:
+def test_a_stopped_chain_and_a_lost_update_end_alike(base: ClipBase, results: Path, tmp_path: Path) -> None:
     asked = count()
     with pytest.raises(Stopped):
         _chain(base, tmp_path).run(2, stop=lambda: next(asked) >= 6)
@@ -229,7 +227,7 @@ def test_new_queries_meet_the_index_of_the_version_before(base: ClipBase, result
     assert [row["cross"]["new_at_0"] - row["cross"]["old_old"] for row in locked] == [0.0, 0.0]
 
 
-def test_sizes_are_part_of_the_protocol_and_a_base_has_a_budget_unless_another_one_is_wished_for(
+def test_the_protocol_has_the_wanted_sizes_and_the_budget_of_its_base(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: list[Protocol] = []

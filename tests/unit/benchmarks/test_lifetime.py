@@ -69,9 +69,7 @@ def world(sources: dict[str, Source]) -> World:
     return make_world(sources, np.random.default_rng(0))
 
 
-def test_outcomes_need_ranks_and_a_base_and_a_domain_is_learned_as_its_own_candidates_did(
-    sources: dict[str, Source], tmp_path: Path
-) -> None:
+def test_outcomes_have_ranks_a_base_and_candidates_of_each_domain(sources: dict[str, Source], tmp_path: Path) -> None:
     write(tmp_path / "hits", np.uint8)
     refused = {"hits": "hits alone", "": "no outcomes of the base", "none.tar.xz": "cannot be read"}
     for place, words in refused.items():
@@ -186,9 +184,7 @@ def test_a_large_gain_is_released_and_a_harmful_candidate_is_not(world: World) -
     assert harmful.course.harmful >= 3 and harmful.course.harmful_released <= 1
 
 
-def test_a_stream_is_the_same_again_and_ends_with_the_figures_that_are_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_is_the_same_again_and_ends_with_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.lifetime.stream.TRIGGERS", 2)
     settings = Settings(home=tmp_path)
     folder = write(tmp_path / "outcomes")

@@ -69,7 +69,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_domain_is_complete_the_same_on_two_machines_and_made_again_only_when_builders_changed(
+def test_a_domain_is_complete_the_same_everywhere_and_made_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = build(toy(), tmp_path)
@@ -303,9 +303,7 @@ def nothing(_: str) -> bool:
     return False
 
 
-def test_only_wanted_files_are_read_no_links_or_devices_and_nothing_is_written_whatever_a_member_is_called(
-    tmp_path: Path,
-) -> None:
+def test_only_wanted_files_are_read_no_links_and_nothing_is_written_whatever_their_names(tmp_path: Path) -> None:
     inner = tmp_path / "inner"
     inner.mkdir()
     names = ("package/a.png", "b.txt", "./package/c.png", "../evil.png", "/tmp/evil.png")
@@ -326,12 +324,7 @@ def test_only_wanted_files_are_read_no_links_or_devices_and_nothing_is_written_w
     ids=["large file", "files that are not wanted count for the total", "endless tail"],
 )
 def test_an_archive_beyond_a_limit_is_refused(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    limit: str,
-    most: int,
-    wanted: Callable[[str], bool],
-    problem: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, most: int, wanted: Callable[[str], bool], problem: str
 ) -> None:
     monkeypatch.setattr(packages, limit, most)
     archive = tgz(tmp_path / "a.tgz", {"one": b"x" * 11, "two": b"x" * 11})
@@ -392,9 +385,7 @@ def test_a_missing_program_is_named_with_a_fix(path: Path, tmp_path: Path, packa
     assert caught.value.fix
 
 
-def test_a_failed_download_shows_what_was_said_and_leaves_nothing_and_a_package_is_downloaded_once(
-    path: Path, tmp_path: Path
-) -> None:
+def test_a_failed_download_says_why_and_leaves_nothing_a_good_one_is_kept(path: Path, tmp_path: Path) -> None:
     folder = tmp_path / "packages"
     program(path, "npm", "echo 'network is unreachable' >&2; exit 7")
     with pytest.raises(PackageError, match=r"`npm pack .*@scope/toy@1\.2\.3` failed .* 7: network is unreachable"):

@@ -63,9 +63,7 @@ FACTS = Facts(
 )  # fmt: skip
 
 
-def test_the_last_two_lines_are_json_with_every_figure_and_where_the_time_went(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_last_two_lines_are_json_of_times_and_figures(capsys: pytest.CaptureFixture[str]) -> None:
     show(replace(FACTS, first_search_seconds=51.26, chapters={"start": 31.02, "stream": 20.5}, page="demo.html"))
     times, last = map(json.loads, capsys.readouterr().out.splitlines()[-2:])
     assert times == {"first_search_seconds": 51.3, "chapters": {"start": 31.0, "stream": 20.5}, "page": "demo.html"}
@@ -130,9 +128,7 @@ def picture(_: str) -> bytes:
     return png("navy")
 
 
-def test_the_page_needs_nothing_from_outside_runs_nothing_and_tells_of_rejection_swap_and_rollback(
-    tmp_path: Path,
-) -> None:
+def test_the_page_needs_nothing_from_outside_runs_nothing_and_tells_the_loop(tmp_path: Path) -> None:
     text = render(story(tmp_path), picture, tmp_path)
     assert "<script" not in text and "&lt;script&gt;alert(1)" in text
     sources = re.findall(r'(?:src|href)="([^"]*)"', text)
@@ -278,7 +274,7 @@ class Server:
         return stage.await_release("clip", replace(verdict("passed", "passed"), adapter="clip-new", update_id="u"))
 
 
-def test_a_release_is_waited_for_as_long_as_pictures_are_embedded_and_no_part_has_ended(
+def test_a_release_is_waited_for_while_it_gets_further(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock()
@@ -298,9 +294,7 @@ def test_a_release_is_waited_for_as_long_as_pictures_are_embedded_and_no_part_ha
         Server(clock).await_release(ended)
 
 
-def test_a_taken_port_is_replaced_by_a_free_one_none_is_given_out_twice_and_the_settings_have_them(
-    tmp_path: Path,
-) -> None:
+def test_a_taken_port_is_replaced_by_a_free_one_and_none_is_given_out_twice(tmp_path: Path) -> None:
     usual = Settings()
     with socket.create_server(("127.0.0.1", 0)) as first:
         held = first.getsockname()[1]

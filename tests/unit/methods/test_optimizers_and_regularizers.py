@@ -153,9 +153,7 @@ def test_si_adds_up_what_each_step_gained() -> None:
 
 
 @pytest.mark.parametrize("name", ["ewc", "si"])
-def test_importance_is_remembered_and_felt_next_to_the_objectives_of_the_next_update(
-    base: ClipBase, tmp_path: Path, name: str
-) -> None:
+def test_importance_is_remembered_and_felt_in_the_next_update(base: ClipBase, tmp_path: Path, name: str) -> None:
     """With the shipped strength; at strength 1 and damping 1 the penalty's gradient was a millionth of theirs."""
     first = run(base, tmp_path / "first", recipe=recipe(name, **IMAGES))
     assert first.carry_over is not None

@@ -23,6 +23,7 @@ from updater.adapters import Dense, LoraModel, LowRank, WeightDelta, merge, read
 from updater.adapters.kinds import KINDS
 
 Matrix = list[list[float]]
+Starts = dict[str, WeightDelta]
 
 
 def parametrization(
@@ -169,7 +170,7 @@ TEXTS = ["a cat", "two dogs on the beach"]
 
 
 @pytest.fixture(scope="module")
-def starts(base: ClipBase, tmp_path_factory: pytest.TempPathFactory) -> dict[str, WeightDelta]:
+def starts(base: ClipBase, tmp_path_factory: pytest.TempPathFactory) -> Starts:
     folder = tmp_path_factory.mktemp("incumbents")
     tiny_adapter(base, folder / "lora", seed=1, scale=0.2)
     full = model_of(base, "full", {})
@@ -231,8 +232,8 @@ def agree(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("kind", TRAINED_KINDS)
 @pytest.mark.parametrize("begin", ["base", "factors", "whole"])
-def test_what_is_in_training_is_what_it_says_and_what_is_served(
-    base: ClipBase, starts: dict[str, WeightDelta], tmp_path: Path, kind: str, begin: str
+def test_what_is_trained_is_what_it_says_and_what_is_served(
+    base: ClipBase, starts: Starts, tmp_path: Path, kind: str, begin: str
 ) -> None:
     start = starts[begin]
     model = model_of(base, kind, start)
@@ -250,9 +251,7 @@ def test_what_is_in_training_is_what_it_says_and_what_is_served(
 
 @pytest.mark.parametrize("kind", TRAINED_KINDS)
 @pytest.mark.parametrize("begin", ["factors", "whole"])
-def test_inside_base_the_model_is_the_base_bit_by_bit(
-    base: ClipBase, starts: dict[str, WeightDelta], kind: str, begin: str
-) -> None:
+def test_inside_base_the_model_is_the_base_exactly(base: ClipBase, starts: Starts, kind: str, begin: str) -> None:
     model = model_of(base, kind, starts[begin])
     move(model, 0.05)
     before = outputs(model.model, base)
@@ -262,9 +261,7 @@ def test_inside_base_the_model_is_the_base_bit_by_bit(
     assert not torch.allclose(before, outputs(base.build_model(), base), atol=1e-2)
 
 
-def test_ranks_that_add_up_are_written_whole_and_others_as_factors(
-    base: ClipBase, starts: dict[str, WeightDelta], tmp_path: Path
-) -> None:
+def test_ranks_that_add_up_are_written_whole(base: ClipBase, starts: Starts, tmp_path: Path) -> None:
     def update(name: str, start: WeightDelta, **changes: Any) -> tuple[WeightModel, WeightDelta]:
         model = model_of(base, "nusa_cl", start, **changes)
         move(model, 0.05)
@@ -283,8 +280,8 @@ def test_ranks_that_add_up_are_written_whole_and_others_as_factors(
 
 
 @pytest.mark.parametrize("kind", ["full", "bias", "nusa_cl"])
-def test_a_locked_tower_keeps_its_space_though_the_incumbent_changed_it(
-    base: ClipBase, starts: dict[str, WeightDelta], tmp_path: Path, kind: str
+def test_a_locked_tower_keeps_the_space_of_the_incumbent(
+    base: ClipBase, starts: Starts, tmp_path: Path, kind: str
 ) -> None:
     engine = ClipEngine(base)
     incumbent = tiny_adapter(base, tmp_path / "incumbent", seed=1, scale=0.2)
@@ -298,9 +295,7 @@ def test_a_locked_tower_keeps_its_space_though_the_incumbent_changed_it(
     assert after.image != before.image
 
 
-def test_a_merge_of_factors_and_whole_weights_is_between_both(
-    base: ClipBase, starts: dict[str, WeightDelta], tmp_path: Path
-) -> None:
+def test_a_merge_of_factors_and_whole_weights_is_between(base: ClipBase, starts: Starts, tmp_path: Path) -> None:
     model = model_of(base, "full", starts["factors"])
     move(model, 0.05)
     model.write(merge(starts["factors"], model.delta(), 0.25), tmp_path / "merged")
@@ -311,7 +306,7 @@ def test_a_merge_of_factors_and_whole_weights_is_between_both(
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_lora_has_whole_weights_in_force_but_inside_base(
-    base: ClipBase, starts: dict[str, WeightDelta], tmp_path: Path, whole: bool
+    base: ClipBase, starts: Starts, tmp_path: Path, whole: bool
 ) -> None:
     """Also after a pass, in which PEFT makes new parameters of attention."""
     layers = ["visual.transformer.resblocks.0.attn", "transformer.resblocks.1.mlp.c_fc"]
