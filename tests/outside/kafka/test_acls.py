@@ -109,9 +109,7 @@ def test_the_documented_rights_are_enough_to_read_store_and_refuse(kafka: Apache
 
 
 @pytest.mark.parametrize("left_out", range(len(documented())))
-def test_a_resource_without_its_rights_is_named_and_no_other(
-    kafka: ApacheKafka, settings: Settings, left_out: int
-) -> None:
+def test_only_a_resource_without_its_rights_is_named(kafka: ApacheKafka, settings: Settings, left_out: int) -> None:
     lines = documented()
     gone = lines.pop(left_out)[0].resource_pattern
     with_admin(kafka, "create_acls", chain(*lines))

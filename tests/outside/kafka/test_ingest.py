@@ -132,9 +132,7 @@ def test_what_compaction_removes_is_neither_lag_nor_lost(broker: Broker, tmp_pat
     assert store.gaps() == [] and position(settings, store) == end
 
 
-def test_records_that_an_unclean_election_rewrites_are_not_lost(
-    apache_kafka: ApacheKafka, settings: Settings, store: SampleStore
-) -> None:
+def test_an_unclean_election_loses_no_record(apache_kafka: ApacheKafka, settings: Settings, store: SampleStore) -> None:
     """One node: its log is truncated while it is down, like that of a replica that was behind and became the leader."""
     produce(settings.kafka, [good(n) for n in range(6)])
     log = apache_kafka.data / f"{settings.kafka.topic}-0" / f"{0:020}.log"
@@ -198,9 +196,7 @@ def test_a_join_that_polls_leave_half_done_is_completed(broker: Broker, tmp_path
     assert all(assigned(broker.address, settings.kafka.topic, poll_ms=1, fixed=True) for _ in range(10))
 
 
-def test_a_topic_that_a_producers_first_record_made_is_warned_of(
-    broker: Broker, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_topic_that_a_record_made_is_told(broker: Broker, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = broker.settings(tmp_path)
     topic = settings.kafka.topic
     producer = KafkaProducer(bootstrap_servers=broker.address)

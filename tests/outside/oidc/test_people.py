@@ -148,9 +148,7 @@ def test_a_long_way_back_breaks_no_sign_in(make_realm: MakeRealm, visitor: httpx
         assert let_in_as(visitor, console) == "operator"
 
 
-def test_a_browser_signs_in_and_out_again(
-    make_realm: MakeRealm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_browser_signs_in_and_out(make_realm: MakeRealm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two sites, as `ratchet console` is run: with a settings file, and the secret in the environment."""
     realm = make_realm(NAMED)
     found = realm.settings.model_dump(mode="json", exclude_unset=True)

@@ -10,7 +10,6 @@ import torch
 from benchmarks import BENCHMARKS, duty, run, scale, step
 from benchmarks.duty import Phase
 from benchmarks.stream.amplification import Amplification, measure
-from benchmarks.stream.filling import fill
 from benchmarks.stream.growth import Growth
 from benchmarks.stream.ingest import figures_of
 from benchmarks.stream.jpegs import canvas, jpegs
@@ -109,9 +108,7 @@ def test_the_busy_trainer_gets_both_pools_and_an_update_without_an_end(settings:
     assert endless.max_steps >= 10**6
 
 
-def test_a_sleeping_engine_answers_all_items_after_one_pause(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sleeping_engine_answers_all_after_one_pause(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(scale.time, "sleep", pauses.append)
     engine = scale.SleepingEngine.of(settings, threads=1)
@@ -193,14 +190,6 @@ def test_the_settings_of_a_benchmark_reach_its_processes(tmp_path: Path) -> None
     settings = Settings(home=tmp_path, kafka=Kafka(topic="bench", client={"session_timeout_ms": "9000"}))
     loaded = load_settings(write_settings(settings, tmp_path / "settings.json"), environ={})
     assert loaded.model_dump(exclude={"access"}) == settings.model_dump(exclude={"access"})
-
-
-def test_a_filled_store_has_what_was_asked_for_and_goes_on_from_there(tmp_path: Path) -> None:
-    fill(str(tmp_path), 300, 0)
-    fill(str(tmp_path), 500, 300)
-    store = SampleStore(str(tmp_path))
-    ids = store.scan(columns=["id"])["id"].to_pylist()
-    assert store.count(split="train") == len(ids) == len(set(ids)) == 500
 
 
 def test_what_maintenance_writes_is_counted_by_its_files(tmp_path: Path) -> None:

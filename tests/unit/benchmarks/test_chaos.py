@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,10 @@ from benchmarks.serving.chaos_plan import STATES, states_of
 from benchmarks.stream import chaos_audit
 from benchmarks.stream.chaos_audit import Audit, OffsetWatch
 from benchmarks.stream.chaos_plan import plan
-from benchmarks.stream.chaos_records import Made, make_records
+from benchmarks.stream.chaos_records import Made
 from benchmarks.stream.filling import sample_rows
-from core.settings.streams import Ingest
 from demo.load.probes import RequestKind
 from demo.load.traffic import CheckedSample
-from streams.ingest.validate import Accepted, Received, Rules, validate
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 
@@ -103,18 +100,6 @@ def test_a_seed_gives_the_same_faults_again_and_those_of_one_target_do_not_overl
         own = [fault for fault in faults if fault.target == target]
         assert all(first.at + first.seconds < second.at for first, second in pairwise(own))
     assert max(fault.at + fault.seconds for fault in faults) <= 600
-
-
-def test_a_twentieth_of_the_records_is_bad_and_ingest_agrees_on_which() -> None:
-    rules = Rules(Ingest())
-    records = list(make_records(1000, 5))
-    assert 30 <= sum(record.kind == "bad" for record in records) <= 70
-    for number, record in enumerate(records):
-        result = validate(Received("samples", 0, number, record.value, b"chaos", record.headers), rules)
-        assert isinstance(result, Accepted) == (record.kind == "good"), record.headers
-        assert not isinstance(result, Accepted) or result.row["id"] == record.id
-    ids = Counter(record.id for record in records if record.kind == "good")
-    assert max(ids.values()) > 1, "none is a repetition"
 
 
 BAD = Made("bad", b"", [])

@@ -227,9 +227,7 @@ def test_new_queries_meet_the_index_of_the_version_before(base: ClipBase, result
     assert [row["cross"]["new_at_0"] - row["cross"]["old_old"] for row in locked] == [0.0, 0.0]
 
 
-def test_the_protocol_has_the_wanted_sizes_and_the_budget_of_its_base(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_protocol_has_the_wanted_sizes_and_its_bases_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[Protocol] = []
     monkeypatch.setattr(run_continual, "run", lambda settings, wanted, protocol: asked.append(protocol))
     monkeypatch.setattr(run_continual, "show", lambda figures: None)

@@ -1,4 +1,4 @@
-"""The recipes that chains run with: their trials, those of a VLM, and the second base."""
+"""The recipes that chains run with: their trials, and those of a VLM."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from benchmarks.continual import run_tuning, tuning
@@ -19,16 +18,14 @@ from benchmarks.continual.report import figures, read_chains
 from benchmarks.continual.run_continual import methods_of
 from benchmarks.continual.run_tuning import tune
 from benchmarks.continual.runner import Runner
-from benchmarks.continual.second_base import PREPROCESS, Distillation, distilled
 from benchmarks.continual.tuning import ORDER, UPDATES, Trial, chosen_trial, recipe_of, scaled, trials, tried
 from benchmarks.continual.worker import clip_chain, question_chain
 from core.errors import ConfigError
-from serving.engines.clip import ClipEngine
 from streams.publish.folders import FolderItem
 from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.benchmarks.builders import PROTOCOL, stream
-from tests.unit.updater.builders import COLOURS, picture, questions
+from tests.unit.updater.builders import questions
 from updater.recipes import load_recipe
 
 
@@ -136,16 +133,3 @@ def test_recipes_of_a_vlm_learn_in_turn_and_are_asked_in_words(tmp_path: Path) -
     outcome = figures(tmp_path, read_chains(tmp_path, methods, 1, 1, 2), methods, 2, protocol)
     assert outcome["methods"]["vlm-naive"]["against_default"] is not None, "compared with vlm-default"
     assert "nearest" not in outcome["untrained"]
-
-
-@pytest.mark.long
-def test_a_second_base_follows_its_teacher(tmp_path: Path) -> None:
-    teacher = tiny_base(tmp_path)
-    items = [FolderItem(Path(f"{n}.png"), f"a {COLOURS[n % 6]} thing", inline=picture(n % 6)) for n in range(12)]
-    base = distilled(tmp_path, teacher, items, ["seven", "words"], Distillation(epochs=12, batch=6, warmup=2))
-    assert base.dim == teacher.dim
-    own, taught = ClipEngine(base, "cpu"), ClipEngine(teacher, "cpu")
-    texts = [f"a {colour} thing" for colour in COLOURS] + ["seven", "words"]
-    pixels = [np.stack([p.pixels(picture(n)) for n in range(6)]) for p in (PREPROCESS, teacher.preprocess)]
-    assert (own.encode_texts(texts) * taught.encode_texts(texts)).sum(axis=1).min() > 0.8
-    assert (own.encode_images(pixels[0]) * taught.encode_images(pixels[1])).sum(axis=1).min() > 0.8

@@ -13,29 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
-import torch
 from PIL import Image
-from transformers import CLIPModel, CLIPTokenizerFast
 
 from benchmarks.encode.figures import CellFigures, cell_figures, cpu_ms_per_request, ratios
 from benchmarks.encode.generator import Inputs, Order, run
 from benchmarks.encode.grid import Cell, Grid
 from benchmarks.encode.payloads import HEIGHT, WIDTH, BodyTemplate, JpegInput, jpegs, text
 from benchmarks.encode.peers.environment import DONE, Environment
-from benchmarks.encode.peers.hf_clip import hf_weights, write_hf_clip
-from benchmarks.encode.peers.onnx_export import export_onnx
-from benchmarks.encode.peers.servers import openai_template
-from benchmarks.encode.sides import Turn, ratchet_template
+from benchmarks.encode.sides import Turn
 from benchmarks.search.catalog_side import NumberCorpus, id_of, number_of
 from benchmarks.search.mixture import Mixture, map_rows, true_scores, write_rows
-from core.errors import BaseModelError
-from serving.engines.clip import ClipEngine, golden_pixels
-from serving.engines.clip_base import ClipBase
 from serving.engines.tokens import BoundedTokenizer, vocabulary
-from serving.http.embeddings import EmbeddingsRequest
 from serving.messages import Modality
-from tests.support.tiny import tiny_base
 
 
 def test_sides_take_turns_with_batches_as_large_as_the_server_could_make_them() -> None:
@@ -64,18 +53,6 @@ def test_texts_have_ten_to_sixteen_tokens_and_none_comes_twice() -> None:
     assert len(set(texts)) == len(texts)
     lengths = [len(row) for row in BoundedTokenizer(vocabulary(), 77).rows(texts)]
     assert min(lengths) >= 10 and max(lengths) <= 16
-
-
-@pytest.mark.parametrize("kind", ["image", "text"])
-def test_bodies_are_what_the_servers_take(kind: Modality) -> None:
-    inputs = [(b"AA", b"BB"), (b"CC",)]
-    ours = b"".join(ratchet_template(kind).parts(inputs))
-    items = EmbeddingsRequest.model_validate_json(ours).input
-    assert [item if isinstance(item, str) else item.image for item in items] == (
-        ["AABB", "CC"] if kind == "text" else ["data:image/jpeg;base64,AABB", "data:image/jpeg;base64,CC"]
-    )
-    theirs = json.loads(b"".join(openai_template(kind).parts(inputs)))
-    assert theirs["modality"] == kind and [each.rpartition(",")[2] for each in theirs["input"]] == ["AABB", "CC"]
 
 
 @asynccontextmanager
@@ -165,49 +142,6 @@ def test_an_environment_is_made_once_and_another_one_for_other_requirements(tmp_
     one.folder(tmp_path).mkdir(parents=True)
     (one.folder(tmp_path) / DONE).touch()
     assert one.ensure(tmp_path) == one.folder(tmp_path) / "bin" / "python"
-
-
-TEXTS = ["a photo of a cat", "two red birds, at night", "x" * 200]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
-
-
-def test_a_hugging_face_model_of_a_base_gives_its_vectors(base: ClipBase, tmp_path: Path) -> None:
-    folder = write_hf_clip(base, tmp_path / "hf")
-    model = CLIPModel.from_pretrained(folder).eval()
-    tokenizer = CLIPTokenizerFast.from_pretrained(folder)
-    pixels = golden_pixels(base.preprocess.size)
-    inputs = tokenizer(TEXTS, return_tensors="pt", padding=True, truncation=True)
-    assert inputs["input_ids"].shape[1] == base.context_length
-    with torch.inference_mode():
-        answer = model(**inputs, pixel_values=base.preprocess.normalise(pixels))
-    engine = ClipEngine(base)
-    assert np.allclose(answer.image_embeds, engine.encode_images(pixels), atol=1e-5)
-    assert np.allclose(answer.text_embeds, engine.encode_texts(TEXTS), atol=1e-5)
-    assert abs(answer.text_embeds - answer.text_embeds[:1]).max() > 0.01, "texts differ by more than the tolerance"
-    with pytest.raises(BaseModelError, match=r"no place for 'visual.trunk.stem.weight'"):
-        hf_weights({"visual.trunk.stem.weight": torch.zeros(1)})
-
-
-def test_onnx_graphs_of_a_base_give_its_vectors(base: ClipBase, tmp_path: Path) -> None:
-    pytest.importorskip("onnx")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    tokenizers = pytest.importorskip("tokenizers")
-    folder = export_onnx(base, tmp_path / "onnx")
-    engine, pixels = ClipEngine(base), golden_pixels(base.preprocess.size)
-    [images] = onnxruntime.InferenceSession(str(folder / "image.onnx")).run(None, {"pixels": pixels[:3]})
-    assert np.allclose(images, engine.encode_images(pixels[:3]), atol=1e-5)
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    session = onnxruntime.InferenceSession(str(folder / "text.onnx"))
-    for each in TEXTS[:2]:
-        ids = np.zeros((1, base.context_length), np.int64)
-        row = tokenizer.encode(each).ids
-        ids[0, : len(row)] = row
-        [vectors] = session.run(None, {"ids": ids})
-        assert np.allclose(vectors, engine.encode_texts([each]), atol=1e-5)
 
 
 def test_rows_to_search_are_the_same_each_time_with_near_neighbours_among_many_far_ones(tmp_path: Path) -> None:

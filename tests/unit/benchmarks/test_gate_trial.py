@@ -178,9 +178,7 @@ def test_half_of_a_change_is_half_of_it_in_every_layer(base: ClipBase, late: Tra
         assert np.allclose(half[layer].dense(), 0.5 * factor.dense(), atol=1e-7)
 
 
-def test_a_short_run_says_everything_and_trains_nothing_twice(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_short_run_says_all_and_trains_nothing_twice(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models on forty pictures: the figures mean nothing."""
     monkeypatch.setattr("benchmarks.gate.power.SIZES", (20,))
     wanted = [short("one"), replace(short("first-00"), kind="first"), replace(short("drift-00"), kind="drift")]

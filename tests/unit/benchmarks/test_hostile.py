@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import random
-from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 from unittest.mock import AsyncMock, Mock
@@ -82,9 +81,7 @@ def test_what_attackers_send_is_odd_and_the_same_again_and_no_small_picture_come
         (attacks.abandoned_chats, "/v1/chat/completions", 18_000),
     ],
 )
-async def test_an_attack_sends_json_of_its_size(
-    attack: Callable[..., Coroutine[Any, Any, None]], path: str, size: int
-) -> None:
+async def test_an_attack_sends_json_of_its_size(attack: Any, path: str, size: int) -> None:
     came: asyncio.Queue[tuple[bytes, bytes]] = asyncio.Queue()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -69,9 +69,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_domain_is_complete_the_same_everywhere_and_made_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_domain_is_complete_alike_everywhere_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = build(toy(), tmp_path)
     assert folder == tmp_path / "data" / "toy"
     items = read_folder(folder)

@@ -280,9 +280,7 @@ def test_ranks_that_add_up_are_written_whole(base: ClipBase, starts: Starts, tmp
 
 
 @pytest.mark.parametrize("kind", ["full", "bias", "nusa_cl"])
-def test_a_locked_tower_keeps_the_space_of_the_incumbent(
-    base: ClipBase, starts: Starts, tmp_path: Path, kind: str
-) -> None:
+def test_a_locked_tower_keeps_the_incumbents_space(base: ClipBase, starts: Starts, tmp_path: Path, kind: str) -> None:
     engine = ClipEngine(base)
     incumbent = tiny_adapter(base, tmp_path / "incumbent", seed=1, scale=0.2)
     before = engine.load(incumbent, tmp_path / "incumbent")
@@ -305,9 +303,7 @@ def test_a_merge_of_factors_and_whole_weights_is_between(base: ClipBase, starts:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_lora_has_whole_weights_in_force_but_inside_base(
-    base: ClipBase, starts: Starts, tmp_path: Path, whole: bool
-) -> None:
+def test_lora_has_whole_weights_but_inside_base(base: ClipBase, starts: Starts, tmp_path: Path, whole: bool) -> None:
     """Also after a pass, in which PEFT makes new parameters of attention."""
     layers = ["visual.transformer.resblocks.0.attn", "transformer.resblocks.1.mlp.c_fc"]
     start = starts["whole" if whole else "factors"]
