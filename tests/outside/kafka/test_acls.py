@@ -109,9 +109,7 @@ def test_the_documented_rights_are_enough_to_read_store_and_refuse(kafka: Apache
 
 
 @pytest.mark.parametrize("left_out", range(len(documented())))
-def test_a_resource_without_its_rights_is_named_and_no_other(
-    kafka: ApacheKafka, settings: Settings, left_out: int
-) -> None:
+def test_only_a_resource_without_its_rights_is_named(kafka: ApacheKafka, settings: Settings, left_out: int) -> None:
     lines = documented()
     gone = lines.pop(left_out)[0].resource_pattern
     with_admin(kafka, "create_acls", chain(*lines))
@@ -120,9 +118,7 @@ def test_a_resource_without_its_rights_is_named_and_no_other(
     assert f" on {kind} {gone.resource_name}" in missing(settings)
 
 
-def test_writing_to_the_quarantine_topic_is_named_where_reading_is_allowed(
-    kafka: ApacheKafka, settings: Settings
-) -> None:
+def test_writing_to_the_quarantine_topic_is_named_apart_from_reading(kafka: ApacheKafka, settings: Settings) -> None:
     gone = (ACLOperation.WRITE, settings.kafka.quarantine_topic)
     acls = [each for each in chain(*documented()) if (each.operation, each.resource_pattern.resource_name) != gone]
     with_admin(kafka, "create_acls", acls)

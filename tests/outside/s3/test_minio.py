@@ -96,9 +96,7 @@ def test_wrong_keys_are_refused_and_not_shown(name: str, tmp_path: Path, monkeyp
             assert "not-the-one" not in state.detail and os.environ["AWS_SECRET_ACCESS_KEY"] not in state.detail
 
 
-def test_one_that_hangs_is_slow_and_one_that_was_killed_is_away(
-    minio: MinIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hanging_one_is_slow_a_killed_one_away(minio: MinIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dependency_checks, "LOOK_SECONDS", 60.0)
     settings = settings_of(tmp_path)
     with minio.hanging():
@@ -110,9 +108,7 @@ def test_one_that_hangs_is_slow_and_one_that_was_killed_is_away(
     assert {each.state for each in states(settings, monkeypatch).values()} == {"ok"}
 
 
-def test_nothing_is_lost_or_stored_twice_while_it_is_killed_and_hangs(
-    minio: MinIO, kafka: FakeKafka, tmp_path: Path
-) -> None:
+def test_nothing_is_lost_or_stored_twice_when_killed_or_hanging(minio: MinIO, kafka: FakeKafka, tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
     with reading(settings) as ingest:
         for trouble in range(4):
@@ -133,9 +129,7 @@ def test_nothing_is_lost_or_stored_twice_while_it_is_killed_and_hangs(
     assert store.offsets() == {"t:0": RECORDS}
 
 
-def test_a_full_disk_is_told_and_ingest_goes_on_when_there_is_room(
-    kafka: FakeKafka, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_told_and_waited_for(kafka: FakeKafka, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(tmp_path)
     with SmallDisk(tmp_path / "disk", 2 << 30) as disk, started("MinIO", lambda: MinIO(disk.folder / "data")):
         if not disk.mounted:

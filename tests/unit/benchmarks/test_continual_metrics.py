@@ -1,24 +1,31 @@
-"""The papers' figures on matrices whose results are known by hand; intervals against plain loops."""
+"""The papers' figures on matrices whose results are known by hand; intervals, searches and class means against plain
+loops.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.continual.chain import Unit
+from benchmarks.continual.cross_version import SHARES, apply, backfilled, cross_version_recall
+from benchmarks.continual.evaluation import Encoded, Evaluator, Vectors
 from benchmarks.continual.intervals import resampled
 from benchmarks.continual.lead import leads
 from benchmarks.continual.metrics import forgetting, geometric_mean, mtil, tic, trajectory
+from benchmarks.continual.nearest import NearestMean, nearest_means
 from benchmarks.continual.outcomes import Course, Hits, Reference
 from benchmarks.continual.repeated import beside, repeated
-
-MATRIX = np.array([
-    [0.9, 0.2, 0.3],
-    [0.8, 0.7, 0.4],
-    [0.6, 0.5, 1.0],
-])  # fmt: skip
+from benchmarks.continual.stream import Suite
+from core.errors import TrainingError
+from tests.support.tiny import tiny_base
+from tests.unit.benchmarks.builders import stream
+from tests.unit.updater.builders import pairs
 
 
 def test_means_of_both_kinds_of_suites_and_their_geometric_mean() -> None:
@@ -29,31 +36,22 @@ def test_means_of_both_kinds_of_suites_and_their_geometric_mean() -> None:
     assert geometric_mean(np.array([0.0]), np.array([1.0]))[0] == 0
 
 
-def test_transfer_is_what_a_suite_scored_before_its_own_update() -> None:
-    found = mtil(MATRIX)
-    assert found.transfer == pytest.approx((0.2 + (0.3 + 0.4) / 2) / 2)
-    assert found.average == pytest.approx((0.9 + 0.2 + 0.3 + 0.8 + 0.7 + 0.4 + 0.6 + 0.5 + 1.0) / 9)
-    assert found.last == pytest.approx((0.6 + 0.5 + 1.0) / 3)
-    with pytest.raises(ValueError, match="two suites"):
-        mtil(MATRIX[:, :1])
-
-
-def test_in_domain_backward_and_forward_are_the_diagonal_and_the_two_triangles() -> None:
-    found = tic(MATRIX)
-    assert found.in_domain == pytest.approx((0.9 + 0.7 + 1.0) / 3)
-    assert found.backward == pytest.approx((0.8 + 0.6 + 0.5) / 3)
-    assert found.forward == pytest.approx((0.2 + 0.3 + 0.4) / 3)
-    with pytest.raises(ValueError, match="two updates"):
-        tic(MATRIX[:1])
+def test_the_means_of_mtil_and_tic_are_over_the_parts_of_a_matrix_that_the_papers_name() -> None:
+    matrix = np.array([[0.9, 0.2, 0.3], [0.8, 0.7, 0.4], [0.6, 0.5, 1.0]])
+    whole, parts = mtil(matrix), tic(matrix)
+    assert whole.transfer == pytest.approx((0.2 + (0.3 + 0.4) / 2) / 2), "what a suite scored before its own update"
+    assert whole.average == pytest.approx((0.9 + 0.2 + 0.3 + 0.8 + 0.7 + 0.4 + 0.6 + 0.5 + 1.0) / 9)
+    assert whole.last == pytest.approx((0.6 + 0.5 + 1.0) / 3)
+    assert parts.in_domain == pytest.approx((0.9 + 0.7 + 1.0) / 3), "the diagonal"
+    assert parts.backward == pytest.approx((0.8 + 0.6 + 0.5) / 3)
+    assert parts.forward == pytest.approx((0.2 + 0.3 + 0.4) / 3)
+    for kind, few in ((mtil, matrix[:, :1]), (tic, matrix[:1])):
+        with pytest.raises(ValueError, match="two"):
+            kind(few)
 
 
 def test_forgetting_is_the_share_of_what_was_learned_that_later_updates_take() -> None:
-    path = np.array([
-        [0.5, 0.2, 0.3],
-        [0.9, 0.2, 0.3],
-        [0.8, 0.4, 0.3],
-        [0.725, 0.35, 0.3],
-    ])  # fmt: skip
+    path = np.array([[0.5, 0.2, 0.3], [0.9, 0.2, 0.3], [0.8, 0.4, 0.3], [0.725, 0.35, 0.3]])
     sums = forgetting(path)
     assert sums[:, 1] == pytest.approx([0.4**2 + 0.3**2, 0.2**2, 0]), "the last was not learned, and is the last"
     lost, squared = sums.sum(axis=0)
@@ -65,31 +63,25 @@ def test_draws_take_the_same_items_for_all_methods() -> None:
     rng = np.random.default_rng(0)
     one = {"a": rng.random(20), "b": rng.random(10), "z": rng.random(15)}
     worse = {name: hits - 0.25 for name, hits in one.items()}
-    asked = Reference(one, ("a", "b"), ("z",), one)
-    draws = resampled({"base": one, "worse": worse}, asked, draws=200)
+    draws = resampled({"base": one, "worse": worse}, Reference(one, ("a", "b"), ("z",), one), draws=200)
     found = draws.difference("a_ka", "worse", "base")
-    assert (found.value, found.low, found.high) == pytest.approx((-25, -25, -25))
-    assert found.clear
-    gm = draws.difference("gm", "worse", "base")
+    assert (found.value, found.low, found.high) == pytest.approx((-25, -25, -25)) and found.clear
     learned, kept = (one["a"].mean() + one["b"].mean()) / 2, one["z"].mean()
     plain = 100 * (math.sqrt((learned - 0.25) * (kept - 0.25)) - math.sqrt(learned * kept))
-    assert gm.value == pytest.approx(plain)
+    assert draws.difference("gm", "worse", "base").value == pytest.approx(plain)
 
 
 def test_an_interval_is_as_wide_as_that_of_drawing_items_one_by_one() -> None:
     rng = np.random.default_rng(1)
-    base = {"a": (rng.random(30) < 0.5).astype(float), "z": np.ones(5)}
-    other = {"a": (rng.random(30) < 0.6).astype(float), "z": np.ones(5)}
-    found = resampled({"base": base, "other": other}, Reference(base, ("a",), ("z",), base)).difference(
-        "a_ka", "other", "base"
-    )
+    base, other = ({"a": (rng.random(30) < share).astype(float), "z": np.ones(5)} for share in (0.5, 0.6))
+    draws = resampled({"base": base, "other": other}, Reference(base, ("a",), ("z",), base))
+    found = draws.difference("a_ka", "other", "base")
     means = []
     for _ in range(4000):
         rows = [int(rng.integers(30)) for _ in range(30)]
         means.append(100 * sum(other["a"][row] - base["a"][row] for row in rows) / 30)
     means.sort()
-    assert found.low == pytest.approx(means[100], abs=3.5)
-    assert found.high == pytest.approx(means[-100], abs=3.5)
+    assert (found.low, found.high) == pytest.approx((means[100], means[-100]), abs=3.5)
     assert found.clear == (found.low > 0 or found.high < 0)
 
 
@@ -99,11 +91,10 @@ def test_a_figure_without_its_largest_suite_is_that_of_the_others() -> None:
     reference = Reference(base, ("a", "b"), ("z",), base, frozenset("b"), ("z",))
     draws = resampled({"base": base, "better": better}, reference, draws=20)
     assert draws.largest("better", "base") == "a"
-    assert draws.difference("a_ka", "better", "base").value == pytest.approx(25)
+    for figure, value in {"a_ka": 25, "classes": 10, "retrieval": 40}.items():
+        assert draws.difference(figure, "better", "base").value == pytest.approx(value)
     assert draws.difference("a_ka", "better", "base", "a").value == pytest.approx(10)
     assert draws.difference("gm", "better", "base", "a").value == pytest.approx(100 * (math.sqrt(0.6 * 0.5) - 0.5))
-    assert draws.difference("classes", "better", "base").value == pytest.approx(10)
-    assert draws.difference("retrieval", "better", "base").value == pytest.approx(40)
 
 
 def test_a_lead_is_the_mean_over_bases_of_the_chains_that_both_have() -> None:
@@ -116,18 +107,19 @@ def test_a_lead_is_the_mean_over_bases_of_the_chains_that_both_have() -> None:
     first = {"default": [course("default", 0, 0.9), course("default", 1, 0.1)], "other": [course("other", 0, 0.7)]}
     second = {"default": [course("default", 0, 0.7)], "other": [course("other", 0, 0.7), course("other", 3, 0.0)]}
     all_leads = leads({"one": (reference, first), "two": (reference, second)})
-    lead = all_leads["other"]
+    lead, untrained = all_leads["other"], all_leads["zero-shot"]
     gap = 100 * (math.sqrt(0.7 * 0.64) - math.sqrt(0.6 * 0.64)) / 2
     assert lead["gm"]["value"] == pytest.approx(gap, abs=0.01) and lead["gm"]["clear"]
     assert lead["gm_without_largest"]["value"] == 0 and lead["largest"] == ["a"]
     assert lead["chains"] == 2 and lead["orders"] == ["listed"]
     gained = 100 * (math.sqrt(0.5 * 0.64) + math.sqrt(0.6 * 0.64)) / 2 - 100 * math.sqrt(0.5 * 0.64)
-    assert all_leads["zero-shot"]["gm"]["value"] == pytest.approx(gained, abs=0.01)
-    assert all_leads["zero-shot"]["outside"]["value"] == 0 and all_leads["zero-shot"]["chains"] == 3
+    assert untrained["gm"]["value"] == pytest.approx(gained, abs=0.01)
+    assert untrained["outside"]["value"] == 0 and untrained["chains"] == 3
 
 
 RNG = np.random.default_rng(0)
 BASE: Hits = {name: (RNG.random(200) < 0.5).astype(float) for name in ("new", "old")}
+NEW, OLD = BASE["new"].mean(), BASE["old"].mean()
 ASKED = Reference(BASE, ("new",), ("old",), BASE)
 
 
@@ -155,25 +147,17 @@ def test_mean_and_spread_over_chains_and_the_mean_of_each_order() -> None:
     assert {order: (means["a_ka"], means["a_zs"]) for order, means in found["by_order"].items()} == {
         "0": (15.0, -0.5), "2": (15.0, -2.0)
     }  # fmt: skip
-    new, old = BASE["new"].mean(), BASE["old"].mean()
-    assert found["gm_lowest"] == pytest.approx(100 * (np.sqrt((new - 0.05) * old) - np.sqrt(new * old)), abs=0.01)
-
-
-def test_one_chain_has_no_spread() -> None:
-    assert "gm_sd" not in repeated([course("a", 0, 0, 20)], ASKED)
+    assert found["gm_lowest"] == pytest.approx(100 * (np.sqrt((NEW - 0.05) * OLD) - np.sqrt(NEW * OLD)), abs=0.01)
+    assert "gm_sd" not in repeated(courses[:1], ASKED), "one chain has no spread"
 
 
 def test_two_methods_are_compared_over_the_chains_that_both_have() -> None:
     ours = [course("a", 0, 0, 40), course("a", 1, 0, 40), course("a", 1, 1, 0, loss=50)]
     others = [course("b", 1, 0, 20), course("b", 0, 0, 20), course("b", 2, 0, 60)]
     found = beside(ours, others, ASKED)
-    new, old = BASE["new"].mean(), BASE["old"].mean()
-    assert found is not None
-    assert found.value == pytest.approx(100 * (np.sqrt((new + 0.2) * old) - np.sqrt((new + 0.1) * old)))
+    assert found.value == pytest.approx(100 * (np.sqrt((NEW + 0.2) * OLD) - np.sqrt((NEW + 0.1) * OLD)))
     assert found.clear
-    same = beside(ours[:2], ours[:2], ASKED)
-    assert same is not None
-    assert not same.clear
+    assert not beside(ours[:2], ours[:2], ASKED).clear
     assert beside(ours[2:], others, ASKED) is None
 
 
@@ -181,8 +165,87 @@ def test_each_order_is_compared_for_itself() -> None:
     standard = [course("a", 0, 0, 20), course("a", 0, 1, 20), course("a", 1, 0, 0)]
     found = repeated([course("b", 0, 0, 60), course("b", 0, 1, 60), course("b", 1, 0, 0)], ASKED, standard)
     first, second = (found["by_order"][order]["against_default"] for order in ("0", "1"))
-    assert first["clear"]
-    assert first["value"] == round(beside([course("b", 0, 0, 60)], standard[:1], ASKED).value, 2)  # type: ignore[union-attr]
+    assert first["clear"] and first["value"] == round(beside([course("b", 0, 0, 60)], standard[:1], ASKED).value, 2)
     assert (second["value"], second["clear"]) == (0, False)
     assert first["value"] > found["against_default"]["value"] > 0
     assert repeated(standard, ASKED)["against_default"] is None
+
+
+ITEMS, DIM = 64, 6
+SUITE = Suite(
+    "car", "adaptation", "retrieval", tuple(replace(p, text=f"number {n}") for n, p in enumerate(pairs("car", ITEMS)))
+)
+
+
+def _unit(rows: np.ndarray) -> Vectors:
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), dtype=np.float32)
+
+
+def _encoded(images: Vectors, texts: Vectors) -> Encoded:
+    rows = zip(SUITE.items, images, texts, strict=True)
+    both = [(pair.id, image, pair.text, text) for pair, image, text in rows]
+    return Encoded({id_: image for id_, image, _, _ in both}, {words: text for _, _, words, text in both})
+
+
+def test_a_map_takes_new_queries_into_an_index_of_a_space_that_was_turned() -> None:
+    rng = np.random.default_rng(0)
+    images = _unit(rng.normal(size=(ITEMS, DIM)))
+    texts = _unit(images + 0.3 * rng.normal(size=(ITEMS, DIM)))
+    turn = np.linalg.qr(rng.normal(size=(DIM, DIM)))[0]
+    old, new = _encoded(images, texts), _encoded(images @ turn, texts @ turn)
+    assert np.allclose(apply(turn.T, 3 * texts @ turn), texts, atol=1e-6)
+    found = cross_version_recall([SUITE], old, new, old)
+    assert found["old_old"] > 0.9
+    assert found["new_at_1"] == found["mapped_at_1"] == pytest.approx(found["old_old"])
+    assert found["new_at_0"] < 0.4 < found["new_at_0.5"] < found["old_old"]
+    assert found["mapped_at_0"] == found["mapped_base"] == pytest.approx(found["old_old"])
+    assert found["new_base"] == found["new_at_0"]
+
+
+def test_a_search_in_the_old_index_is_a_plain_ranking_and_what_is_backfilled_stays_so() -> None:
+    rng = np.random.default_rng(1)
+    old, new = (_encoded(*(_unit(rng.normal(size=(ITEMS, DIM))) for _ in range(2))) for _ in range(2))
+    right = 0
+    for pair in SUITE.items:
+        ranked = sorted(SUITE.items, key=lambda other: -float(new.texts[pair.text] @ old.images[other.id]))
+        right += pair.id in [other.id for other in ranked[:5]]
+    assert cross_version_recall([SUITE], old, new, old)["new_at_0"] == pytest.approx(right / ITEMS)
+    done = [backfilled(41, share) for share in SHARES]
+    assert [int(rows.sum()) for rows in done] == [0, 10, 20, 41]
+    assert all((later | ~earlier).all() for earlier, later in pairwise(done))
+
+
+def test_class_means_in_any_cut_and_order_are_those_of_all_samples() -> None:
+    made = np.random.default_rng(0)
+    centres = made.normal(size=(3, 8))
+    rows = (centres[np.arange(60) % 3] + 2.0 * made.normal(size=(60, 8))) * made.uniform(0.5, 3, size=(60, 1))
+    labels, unit = ["ant", "bee", "cat"] * 20, _unit(rows)
+    whole, parts = NearestMean(), NearestMean()
+    whole.update(rows, labels)
+    for part in reversed(np.array_split(np.arange(60), 7)):
+        parts.update(rows[part], [labels[row] for row in part])
+    means = {name: unit[np.array(labels) == name].mean(axis=0) for name in whole.classes}
+    plain = [min(means, key=lambda name, row=row: -row @ means[name] / np.linalg.norm(means[name])) for row in unit]
+    assert set(plain) == {"ant", "bee", "cat"}
+    assert whole.predict(rows) == parts.predict(rows) == plain
+    assert np.allclose(parts.scores(rows), whole.scores(rows), rtol=0, atol=1e-12)
+    for value in (0.0, np.nan, np.inf):
+        with pytest.raises(TrainingError, match="not finite or 0"):
+            parts.update(np.full((1, 8), value), ["ant"])
+
+
+def test_class_means_answer_the_suites_whose_updates_have_classes(tmp_path: Path) -> None:
+    plain = stream()
+    evaluator = Evaluator(tiny_base(tmp_path), plain.suites)
+    base = evaluator.encode(None)
+    assert nearest_means(evaluator, plain, base) == {}
+    boat = next(suite for suite in plain.suites if suite.name == "boat")
+    lessons = tuple(replace(pair, label=pair.text.replace("boat", "new boat")) for pair in pairs("boat", 12))
+    hits = nearest_means(evaluator, replace(plain, updates={**plain.updates, "boat": lessons}), base)
+    assert list(hits) == ["boat"] and hits["boat"].shape == (len(boat.items), 1)
+    features, labels = evaluator.features([pair.read() for pair in lessons]), np.array([pair.label for pair in lessons])
+    own = {pair.label for pair in boat.items} & set(labels)
+    means = {name: features[labels == name].mean(axis=0) for name in own}
+    for row, pair in enumerate(boat.items):
+        best = max(means, key=lambda name: float(base.images[pair.id] @ means[name] / np.linalg.norm(means[name])))
+        assert hits["boat"][row, 0] == (best == pair.label)

@@ -1,3 +1,5 @@
+"""Encoding and searching: what is sent and compared, and the figures that come of it."""
+
 from __future__ import annotations
 
 import asyncio
@@ -6,60 +8,44 @@ import io
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pytest
-import torch
 from PIL import Image
-from transformers import CLIPModel, CLIPTokenizerFast
 
-from benchmarks.encode.figures import CellFigures, cell_figures, cpu_ms_per_request, ratios, show
-from benchmarks.encode.generator import Inputs, LoadResult, Order, run
+from benchmarks.encode.figures import CellFigures, cell_figures, cpu_ms_per_request, ratios
+from benchmarks.encode.generator import Inputs, Order, run
 from benchmarks.encode.grid import Cell, Grid
 from benchmarks.encode.payloads import HEIGHT, WIDTH, BodyTemplate, JpegInput, jpegs, text
 from benchmarks.encode.peers.environment import DONE, Environment
-from benchmarks.encode.peers.hf_clip import hf_weights, write_hf_clip
-from benchmarks.encode.peers.onnx_export import export_onnx
-from benchmarks.encode.peers.servers import openai_template
-from benchmarks.encode.run_encode import chosen_peers
-from benchmarks.encode.sides import Turn, ratchet_template
-from core.errors import BaseModelError, ConfigError
-from serving.engines.clip import ClipEngine, golden_pixels
-from serving.engines.clip_base import ClipBase
+from benchmarks.encode.sides import Turn
+from benchmarks.search.catalog_side import NumberCorpus, id_of, number_of
+from benchmarks.search.mixture import Mixture, map_rows, true_scores, write_rows
 from serving.engines.tokens import BoundedTokenizer, vocabulary
-from serving.http.embeddings import EmbeddingsRequest
 from serving.messages import Modality
-from tests.support.tiny import tiny_base
 
 
-def test_the_model_alone_gets_batches_as_large_as_the_server_could_make_them() -> None:
+def test_sides_take_turns_with_batches_as_large_as_the_server_could_make_them() -> None:
     assert [Cell("image", 1, level).batch(16) for level in (1, 8, 128)] == [1, 8, 16]
     assert [Cell("text", 16, level).batch(16) for level in (1, 8)] == [16, 64]
     assert Cell("image", 16, 1).batch(max_batch=8) == 16, "a request is not smaller than itself"
-
-
-def test_sides_take_turns_and_the_order_changes_from_round_to_round() -> None:
     cell = Cell("text", 1, 1)
-    grid = Grid((cell,), rounds=2, seconds=1)
-    assert list(grid.turns(["a", "b"])) == [(cell, "a"), (cell, "b"), (cell, "b"), (cell, "a")]
+    turns = Grid((cell,), rounds=2, seconds=1).turns(["a", "b"])
+    assert list(turns) == [(cell, side) for side in "abba"], "the order changes from round to round"
 
 
-def test_each_sending_of_a_picture_has_other_bytes_and_the_same_pixels() -> None:
-    original = JpegInput(jpegs(1)[0])
+def test_pictures_weigh_what_photographs_do_and_have_other_bytes_each_time_with_the_same_pixels() -> None:
+    pictures = jpegs(3)
+    assert len(set(pictures)) == 3
+    assert all(75_000 < len(each) < 100_000 for each in pictures), [len(each) for each in pictures]
+    original = JpegInput(pictures[0])
     sent = [base64.b64decode(b"".join(original.numbered(number))) for number in (1, 2)]
     assert len({sha256(each).digest() for each in (original.jpeg, *sent)}) == 3
     pixels = [np.asarray(Image.open(io.BytesIO(each))) for each in (original.jpeg, *sent)]
     assert pixels[0].shape == (HEIGHT, WIDTH, 3)
     assert all(np.array_equal(pixels[0], each) for each in pixels[1:])
-
-
-def test_pictures_weigh_what_photographs_do_and_differ() -> None:
-    pictures = jpegs(3)
-    assert len(set(pictures)) == 3
-    assert all(75_000 < len(each) < 100_000 for each in pictures), [len(each) for each in pictures]
 
 
 def test_texts_have_ten_to_sixteen_tokens_and_none_comes_twice() -> None:
@@ -69,22 +55,10 @@ def test_texts_have_ten_to_sixteen_tokens_and_none_comes_twice() -> None:
     assert min(lengths) >= 10 and max(lengths) <= 16
 
 
-@pytest.mark.parametrize("kind", ["image", "text"])
-def test_bodies_are_what_the_servers_take(kind: Modality) -> None:
-    inputs = [(b"AA", b"BB"), (b"CC",)]
-    ours = b"".join(ratchet_template(kind).parts(inputs))
-    items = EmbeddingsRequest.model_validate_json(ours).input
-    assert [item if isinstance(item, str) else item.image for item in items] == (
-        ["AABB", "CC"] if kind == "text" else ["data:image/jpeg;base64,AABB", "data:image/jpeg;base64,CC"]
-    )
-    theirs = json.loads(b"".join(openai_template(kind).parts(inputs)))
-    assert theirs["modality"] == kind and [each.rpartition(",")[2] for each in theirs["input"]] == ["AABB", "CC"]
-
-
 @asynccontextmanager
-async def recording_server(refused: int = 0) -> AsyncIterator[tuple[str, list[dict[str, object]]]]:
+async def recording_server(refused: int = 0) -> AsyncIterator[tuple[str, list[dict[str, Any]]]]:
     """Answer 200 and close each second connection; the first ``refused`` requests get 429. Yields URL and bodies."""
-    bodies: list[dict[str, object]] = []
+    bodies: list[dict[str, Any]] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while head := await reader.readuntil(b"\r\n\r\n"):
@@ -113,7 +87,7 @@ def order(url: str, kind: Modality = "text", items: int = 3) -> Order:
 async def test_the_load_sends_inputs_that_were_never_sent_and_counts_answers_with_their_time() -> None:
     async with recording_server() as (url, bodies):
         result = await run(order(url), Inputs(pictures=2))
-    sent = [each for body in bodies for each in body["input"]]  # type: ignore[attr-defined]
+    sent = [each for body in bodies for each in body["input"]]
     assert len(bodies) == len(result.latencies) >= 4 and len(sent) == 3 * len(bodies) == len(set(sent))
     assert result.failed == 0 and result.seconds >= 0.1
     assert all(latency > 0 for latency in result.latencies)
@@ -124,12 +98,6 @@ async def test_the_load_counts_refusals_and_says_what_they_were() -> None:
         result = await run(order(url, kind="image", items=1), Inputs(pictures=2))
     assert result.failed == 2 and result.latencies
     assert result.problems == ["429 {}", "429 {}"]
-
-
-def test_an_order_survives_its_way_to_the_other_process() -> None:
-    one = order("http://127.0.0.1:1/v1/embeddings")
-    assert Order.of(json.loads(json.dumps(asdict(one)))) == one
-    assert LoadResult(**json.loads(json.dumps(asdict(LoadResult(1.0, [0.5]))))) == LoadResult(1.0, [0.5])
 
 
 def turn(rate: float, outside_ms: float | None = None) -> Turn:
@@ -163,24 +131,9 @@ def test_a_side_is_shown_by_the_median_of_its_rounds() -> None:
     assert row.sides.keys() == {"ratchet"}
     assert (row.sides["ratchet"]["requests_per_second"], row.sides["ratchet"]["items_per_second"]) == (4, 64)
     assert row.ratio("raw") is None
-
-
-def test_a_table_and_then_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [row.to_json() for row in model_cells()]
     raw = Turn(10, 0, 1.0, float("nan"), float("nan"))
-    rows.append(cell_figures("other", Cell("text", 1, 1), {"raw": [raw]}).to_json())
-    show({"cells": rows})
-    out = capsys.readouterr().out
-    assert json.loads(out.splitlines()[-1]) == {"cells": rows}
-    assert "ViT-B-32" in out and "480.0" not in out.splitlines()[-1].partition("{")[0]
-    assert rows[-1]["sides"]["raw"]["p50"] is None, "JSON has no NaN"
-
-
-def test_peers_are_named_with_commas_and_none_is_none() -> None:
-    assert chosen_peers("infinity,mosec") == ["infinity", "mosec"]
-    assert chosen_peers("none") == []
-    with pytest.raises(ConfigError, match="no peer 'triton'"):
-        chosen_peers("infinity,triton")
+    of_raw = cell_figures("m", Cell("text", 1, 1), {"raw": [raw]}).to_json()
+    assert of_raw["sides"]["raw"]["p50"] is None, "JSON has no NaN"
 
 
 def test_an_environment_is_made_once_and_another_one_for_other_requirements(tmp_path: Path) -> None:
@@ -191,47 +144,22 @@ def test_an_environment_is_made_once_and_another_one_for_other_requirements(tmp_
     assert one.ensure(tmp_path) == one.folder(tmp_path) / "bin" / "python"
 
 
-TEXTS = ["a photo of a cat", "two red birds, at night", "x" * 200]
+def test_rows_to_search_are_the_same_each_time_with_near_neighbours_among_many_far_ones(tmp_path: Path) -> None:
+    mixture = Mixture(dimensions=64, clusters=20)
+    write_rows(mixture, tmp_path / "rows", 2000)
+    rows = map_rows(tmp_path / "rows", 64)
+    assert rows.shape == (2000, 64) and np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+    assert np.array_equal(rows[:100], next(mixture.rows(100)))
+    similar = np.sort(rows[:50] @ rows.T, axis=1)
+    assert similar[:, -11].mean() > 3 * abs(similar[:, 1000].mean()) + 0.2
+    queries = mixture.queries(7)
+    assert not np.isin(queries[:, 0], rows[:, 0]).any(), "queries are in no index"
+    expected = -np.sort(-(queries @ rows.T), axis=1)[:, :10]
+    assert np.allclose(true_scores(rows, queries), expected, atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
-
-
-def test_a_hugging_face_model_of_a_base_gives_its_vectors(base: ClipBase, tmp_path: Path) -> None:
-    folder = write_hf_clip(base, tmp_path / "hf")
-    model = CLIPModel.from_pretrained(folder).eval()
-    tokenizer = CLIPTokenizerFast.from_pretrained(folder)
-    pixels = golden_pixels(base.preprocess.size)
-    inputs = tokenizer(TEXTS, return_tensors="pt", padding=True, truncation=True)
-    assert inputs["input_ids"].shape[1] == base.context_length
-    with torch.inference_mode():
-        answer = model(**inputs, pixel_values=base.preprocess.normalise(pixels))
-    engine = ClipEngine(base)
-    assert np.allclose(answer.image_embeds, engine.encode_images(pixels), atol=1e-5)
-    assert np.allclose(answer.text_embeds, engine.encode_texts(TEXTS), atol=1e-5)
-    assert abs(answer.text_embeds - answer.text_embeds[:1]).max() > 0.01, "texts differ by more than the tolerance"
-
-
-def test_a_weight_without_a_place_is_named() -> None:
-    with pytest.raises(BaseModelError, match=r"no place for 'visual.trunk.stem.weight'"):
-        hf_weights({"visual.trunk.stem.weight": torch.zeros(1)})
-
-
-def test_onnx_graphs_of_a_base_give_its_vectors(base: ClipBase, tmp_path: Path) -> None:
-    pytest.importorskip("onnx")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    tokenizers = pytest.importorskip("tokenizers")
-    folder = export_onnx(base, tmp_path / "onnx")
-    engine, pixels = ClipEngine(base), golden_pixels(base.preprocess.size)
-    [images] = onnxruntime.InferenceSession(str(folder / "image.onnx")).run(None, {"pixels": pixels[:3]})
-    assert np.allclose(images, engine.encode_images(pixels[:3]), atol=1e-5)
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    session = onnxruntime.InferenceSession(str(folder / "text.onnx"))
-    for each in TEXTS[:2]:
-        ids = np.zeros((1, base.context_length), np.int64)
-        row = tokenizer.encode(each).ids
-        ids[0, : len(row)] = row
-        [vectors] = session.run(None, {"ids": ids})
-        assert np.allclose(vectors, engine.encode_texts([each]), atol=1e-5)
+def test_ids_of_rows_look_like_digests_and_lead_back() -> None:
+    assert [number_of(id_of(number)) for number in (0, 1, 10**6)] == [0, 1, 10**6] and len(id_of(1)) == 64
+    corpus = NumberCorpus()
+    corpus.rows = 5
+    assert corpus.scan(5, after={"t:0": 3}, columns=["id"])["id"].to_pylist() == [id_of(3), id_of(4)]

@@ -51,12 +51,6 @@ def case(name: str, lost: float, gained: float = 0.25, kind: str = "kind", befor
 GOOD_ONE, BAD_ONE = case("good", 0.02), case("bad", 0.9)
 
 
-def test_truth_is_decided_by_all_items() -> None:
-    assert GOOD_ONE.truth(RULE) == "good"
-    assert BAD_ONE.truth(RULE) == "harmful" and BAD_ONE.beyond(RULE) > 0
-    assert case("idle", 0.0, gained=0.0).truth(RULE) == "idle"
-
-
 def test_what_was_lost_earlier_is_seen_by_the_comparison_with_the_base_alone() -> None:
     """The incumbent has already lost 13 points; the candidate changes nothing."""
     incumbent = {name: after(found, 0.3, 0.0, 30) for name, found in BASE.items()}
@@ -73,26 +67,19 @@ def test_what_was_lost_earlier_is_seen_by_the_comparison_with_the_base_alone() -
     assert not counting.drift([let_in], RULE, {"late": late})["caught_before_harm"]
 
 
-def test_swapping_sides_leaves_no_difference_and_all_disagreement() -> None:
-    before, later = BASE["known"], BAD_ONE.after["known"]
+def test_a_swap_leaves_no_difference_and_all_disagreement_and_lowering_costs_the_margin_exactly_on_average() -> None:
+    before, bad, good = BASE["known"], BAD_ONE.after["known"], GOOD_ONE.after["known"]
     rng = np.random.default_rng(0)
-    means = []
+    same, less = [], []
     for _ in range(300):
-        first, second = swapped(before, later, rng)
-        assert np.array_equal(first != second, before != later)
-        means.append((second - first).mean())
-    assert abs(np.mean(means)) < 4 * np.std(means) / 300**0.5
-    assert abs((later - before).mean()) > 0.05, "the real difference is one that would have been seen"
-
-
-def test_lowering_costs_the_margin_exactly_on_average() -> None:
-    before, later = BASE["known"], GOOD_ONE.after["known"]
-    rng = np.random.default_rng(0)
-    found = []
-    for _ in range(300):
-        first, second = swapped(before, later, rng)
-        found.append((lowered(second, share_to_lose(before, later, 0.08), rng) - first).mean())
-    assert abs(np.mean(found) + 0.08) < 4 * np.std(found) / 300**0.5
+        first, second = swapped(before, bad, rng)
+        assert np.array_equal(first != second, before != bad)
+        same.append((second - first).mean())
+        first, second = swapped(before, good, rng)
+        less.append((lowered(second, share_to_lose(before, good, 0.08), rng) - first).mean())
+    assert abs(np.mean(same)) < 4 * np.std(same) / 300**0.5
+    assert abs((bad - before).mean()) > 0.05, "the real difference is one that would have been seen"
+    assert abs(np.mean(less) + 0.08) < 4 * np.std(less) / 300**0.5
     with pytest.raises(ValueError, match="cannot lose"):
         share_to_lose(np.zeros((9, 1)), np.ones((9, 1)) * 0.1, 0.08)
 
@@ -107,17 +94,13 @@ def test_draws_take_the_same_items_of_all_models() -> None:
         assert len(found) == (50 if name == "known" else N)
 
 
-def test_harmful_candidates_are_kept_out_and_good_ones_let_in_whatever_the_draw() -> None:
-    assert counting.tally(draws([BAD_ONE], RULE, SIZES, 12, seed=0))["passed"]["count"] == 0
-    assert counting.tally(draws([GOOD_ONE], RULE, SIZES, 12, seed=0))["passed"]["count"] == 12
+def test_a_draw_keeps_the_harmful_out_lets_the_good_in_and_shows_no_gain_where_nothing_changed() -> None:
+    for one, passed in ((BAD_ONE, 0), (GOOD_ONE, 12)):
+        assert counting.tally(draws([one], RULE, SIZES, 12, seed=0))["passed"]["count"] == passed
     assert list(draws([], RULE, SIZES, 12, seed=0)) == []
-
-
-def test_without_change_no_gain_is_shown_and_nothing_is_rejected() -> None:
     found = counting.tally(draws_unchanged([GOOD_ONE], RULE, SIZES, 40, seed=3))
     assert found["gain_shown"]["count"] <= 5, "3% of 40 are expected"
-    assert found["all_kept"]["count"] >= 35
-    assert found["rejected"]["count"] <= 2
+    assert found["all_kept"]["count"] >= 35 and found["rejected"]["count"] <= 2
 
 
 def test_at_the_margin_each_suite_in_turn_is_rarely_passed() -> None:
@@ -140,12 +123,8 @@ def test_a_case_with_ranks_is_judged_by_them_and_has_the_truth_of_its_hits() -> 
     hits = Case("hits", "kind", SUITES, BASE, BASE, BASE)
     assert ranked.gained == hits.gained == 0.0 and ranked.lost(KNOWN) == hits.lost(KNOWN)
     assert judge(ranked, RULE).gained and not judge(hits, RULE).gained
-    lost = replace(ranked, after=lowered_all(ranked.after))
-    assert judge(lost, RULE).outcome == "rejected"
-
-
-def lowered_all(outcomes: dict) -> dict:
-    return {name: lowered(found, 0.5, np.random.default_rng(0)) for name, found in outcomes.items()}
+    lost = {name: lowered(found, 0.5, np.random.default_rng(0)) for name, found in ranked.after.items()}
+    assert judge(replace(ranked, after=lost), RULE).outcome == "rejected"
 
 
 def test_shares_carry_exact_intervals() -> None:
@@ -159,6 +138,8 @@ def test_shares_carry_exact_intervals() -> None:
 def test_false_accepts_are_of_the_harmful_and_false_rejects_of_the_good() -> None:
     """Verdicts use the suites' own draw, which may differ from all items."""
     cases = [GOOD_ONE, BAD_ONE, case("unlucky", 0.02), case("lucky", 0.9)]
+    assert [one.truth(RULE) for one in cases] == ["good", "harmful"] * 2 and BAD_ONE.beyond(RULE) > 0
+    assert case("idle", 0.0, gained=0.0).truth(RULE) == "idle"
     seen = [GOOD_ONE, BAD_ONE, replace(BAD_ONE, name="unlucky"), replace(GOOD_ONE, name="lucky")]
     found = counting.counted(counting.rows(cases, seen, RULE))
     assert (found["harmful"], found["good"], found["idle"]) == (2, 2, 0)
@@ -192,12 +173,6 @@ def test_every_kind_is_there_and_an_incumbent_comes_first() -> None:
         plans(14, 2)
 
 
-def test_a_deal_shows_the_gate_some_items_and_keeps_the_others_for_the_truth() -> None:
-    seen, unseen = deal(GOOD_ONE, {"known": 300, "classes": 100, "fresh.new": 399}, np.random.default_rng(0))
-    assert [len(seen[name]) for name in SIZES] == [300, 100, 399]
-    assert all(sorted([*seen[name], *unseen[name]]) == list(range(N)) for name in SIZES)
-
-
 def test_errors_are_counted_where_the_truth_lies() -> None:
     def one(name: str, beyond: float, gained: float, outcome: GateOutcome, worst: float = 0.2) -> Redrawn:
         return Redrawn(name, "kind", beyond, worst, gained, outcome, outcome == "passed")
@@ -214,9 +189,12 @@ def test_errors_are_counted_where_the_truth_lies() -> None:
     assert (found["candidates_at_margin"], found["candidates_gain3"]) == (1, 1)
 
 
-def test_redrawn_items_let_the_good_in_and_keep_the_bad_out() -> None:
-    shown = dict.fromkeys(SIZES, 300)
-    found = list(redraw([GOOD_ONE, BAD_ONE], shown, RULE, 6, seed=0))
+def test_redrawn_items_let_the_good_in_and_keep_the_bad_out_by_a_truth_that_the_gate_was_not_shown() -> None:
+    shown = {"known": 300, "classes": 100, "fresh.new": 399}
+    seen, unseen = deal(GOOD_ONE, shown, np.random.default_rng(0))
+    assert {name: len(items) for name, items in seen.items()} == shown
+    assert all(sorted([*seen[name], *unseen[name]]) == list(range(N)) for name in SIZES)
+    found = list(redraw([GOOD_ONE, BAD_ONE], dict.fromkeys(SIZES, 300), RULE, 6, seed=0))
     assert [one.outcome for one in found] == ["passed"] * 6 + ["rejected"] * 6
     assert all(one.beyond < 0 for one in found[:6]) and all(one.beyond > 0.2 for one in found[6:])
 

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import random
-from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 from unittest.mock import AsyncMock, Mock
 
@@ -19,7 +19,13 @@ from benchmarks.hostile_attacks import Target, bomb, request, sampling
 from demo.load.traffic import CheckedSample, Report
 
 
-def test_requests_count_with_the_attack_that_they_overlap() -> None:
+def figures_of(samples: list[CheckedSample], turn: Turn, began: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the whole run, and of the one attack."""
+    found = figures(Report(len(samples), 1, 0, (1,), tuple(samples)), [turn], began, 2**29, 2**30)
+    return found, found["attacks"][turn.name]
+
+
+def test_requests_and_rollbacks_count_with_the_attack_that_they_overlap() -> None:
     samples = [
         CheckedSample(0.0, 9.0, 0, "failed while it warmed up"),
         *(CheckedSample(10.0 + n / 100, 0.1, 1) for n in range(100)),
@@ -27,29 +33,22 @@ def test_requests_count_with_the_attack_that_they_overlap() -> None:
         CheckedSample(25.0, 0.2, 0, "503"),
         CheckedSample(31.0, 0.1, 1),
     ]
-    turns = [Turn("silent", 20.0, 30.0, {"closed": 3})]
-    result = figures(Report(len(samples), 1, 0, (1,), tuple(samples)), turns, 10.0, 2**29, 2**30)
-    assert (result["good_requests"], result["good_failed"]) == (103, 1)
-    assert result["p99_ratio"] == pytest.approx(3, rel=0.05)
-    assert result["attacks"]["silent"]["good_failed"] == 1
-    assert result["attacks"]["silent"]["answers"] == {"closed": 3}
-    assert (result["rss_quiet_gib"], result["rss_max_gib"], result["rss_ratio"]) == (0.5, 1, 2)
+    whole, attack = figures_of(samples, Turn("silent", 20.0, 30.0, {"closed": 3}), 10.0)
+    assert (whole["good_requests"], whole["good_failed"]) == (103, 1)
+    assert whole["p99_ratio"] == pytest.approx(3, rel=0.05)
+    assert (attack["good_failed"], attack["answers"]) == (1, {"closed": 3})
+    assert (whole["rss_quiet_gib"], whole["rss_max_gib"], whole["rss_ratio"]) == (0.5, 1, 2)
+    turns = [Turn("silent", 20.0, 30.0, {}), Turn("bombs", 40.0, 50.0, {})]
+    back = rollback_figures([(10.0, 0.2), (19.9, 0.4), (25.0, 0.1)], ["rollback: 503"], turns)
+    assert (back["rollbacks"], back["rollbacks_failed"], back["rollback_seconds_max"]) == (3, 1, 0.4)
+    assert back["rollback_seconds"] == {"silent": 0.4, "bombs": None}
 
 
 def test_a_stall_is_the_time_between_two_good_answers() -> None:
     answered = [CheckedSample(n / 10, 0.05, 1) for n in (0, 1, 2, 9, 10)]
     samples = [*answered[:3], CheckedSample(0.5, 0.05, 0, "503"), *answered[3:]]
-    turn = Turn("silent", 0.8, 0.97, {})
-    result = figures(Report(len(samples), 1, 0, (1,), tuple(samples)), [turn], 0.0, 1, 1)
-    assert result["stall_seconds_max"] == pytest.approx(0.7)
-    assert result["attacks"]["silent"]["stall_seconds_max"] == pytest.approx(0.7)
-
-
-def test_rollbacks_count_with_the_attack_that_they_overlap() -> None:
-    turns = [Turn("silent", 20.0, 30.0, {}), Turn("bombs", 40.0, 50.0, {})]
-    result = rollback_figures([(10.0, 0.2), (19.9, 0.4), (25.0, 0.1)], ["rollback: 503"], turns)
-    assert (result["rollbacks"], result["rollbacks_failed"], result["rollback_seconds_max"]) == (3, 1, 0.4)
-    assert result["rollback_seconds"] == {"silent": 0.4, "bombs": None}
+    for found in figures_of(samples, Turn("silent", 0.8, 0.97, {}), 0.0):
+        assert found["stall_seconds_max"] == pytest.approx(0.7)
 
 
 def test_without_a_vlm_nothing_is_asked_of_it() -> None:
@@ -58,15 +57,17 @@ def test_without_a_vlm_nothing_is_asked_of_it() -> None:
     assert len(plan(vlm=True)) == 15
 
 
-def test_what_attackers_send_is_odd_and_the_same_again() -> None:
+def test_what_attackers_send_is_odd_and_the_same_again_and_no_small_picture_comes_twice() -> None:
     data = bomb(4_000_000)
     assert len(data) < 40_000
     with Image.open(io.BytesIO(data)) as image:
         assert (image.size, image.mode) == ((2000, 2000), "RGBA")
-    first, second = random.Random(1), random.Random(1)
-    made = [sampling(first) for _ in range(50)]
-    assert made == [sampling(second) for _ in range(50)]
-    assert all(len(body) > 3 and json.dumps(body) for body in made)
+    first, second = ([sampling(drawn) for _ in range(50)] for drawn in (random.Random(1), random.Random(1)))
+    assert first == second and all(len(body) > 3 and json.dumps(body) for body in first)
+    made = {attacks._small_picture() for _ in range(20)}
+    assert len(made) == 20
+    with Image.open(io.BytesIO(base64.b64decode(made.pop().split(",")[1]))) as image:
+        assert (image.size, image.mode, image.format) == ((16, 16), "RGB", "BMP")
 
 
 @pytest.mark.parametrize(
@@ -80,9 +81,7 @@ def test_what_attackers_send_is_odd_and_the_same_again() -> None:
         (attacks.abandoned_chats, "/v1/chat/completions", 18_000),
     ],
 )
-async def test_an_attack_sends_json_of_its_size(
-    attack: Callable[..., Coroutine[Any, Any, None]], path: str, size: int
-) -> None:
+async def test_an_attack_sends_json_of_its_size(attack: Any, path: str, size: int) -> None:
     came: asyncio.Queue[tuple[bytes, bytes]] = asyncio.Queue()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -108,13 +107,6 @@ async def test_an_attack_sends_json_of_its_size(
         assert all(json.loads(body) for body in bodies)
 
 
-def test_small_pictures_are_taken_and_none_comes_twice() -> None:
-    made = {attacks._small_picture() for _ in range(20)}
-    assert len(made) == 20
-    with Image.open(io.BytesIO(base64.b64decode(made.pop().split(",")[1]))) as image:
-        assert (image.size, image.mode, image.format) == ((16, 16), "RGB", "BMP")
-
-
 async def test_an_attacker_counts_answers_and_closed_connections() -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -122,37 +114,32 @@ async def test_an_attacker_counts_answers_and_closed_connections() -> None:
             writer.write(b"HTTP/1.1 408 Request Time-out\r\nContent-Length: 4\r\n\r\nlate")
         writer.close()
 
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str = "/") -> str:
+        writer.write(request(path))
+        return await attacks.status(reader)
+
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        port = int(server.sockets[0].getsockname()[1])
-        target = Target("127.0.0.1", port)
-        for path in ("/", "/closed"):
-
-            async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str = path) -> str:
-                writer.write(request(path))
-                return await attacks.status(reader)
-
-            await target.attempt(talk)
+        target = Target("127.0.0.1", int(server.sockets[0].getsockname()[1]))
+        await target.attempt(talk)
+        await target.attempt(partial(talk, path="/closed"))
     await target.attempt(talk)
     assert target.counts == {"408": 1, "closed": 1, "refused": 1}
 
 
 @pytest.mark.parametrize("ticks", range(4))
-def test_an_attack_ends_when_it_is_over_also_where_an_answer_comes_at_that_moment(ticks: int) -> None:
-    async def go() -> None:
-        reading = asyncio.StreamReader()
+async def test_an_attack_ends_when_it_is_over_also_where_an_answer_comes_at_that_moment(ticks: int) -> None:
+    reading = asyncio.StreamReader()
 
-        class Fake(Target):
-            async def attempt(self, talk: Any) -> None:
-                await talk(reading, AsyncMock(write=Mock()))
+    class Fake(Target):
+        async def attempt(self, talk: Any) -> None:
+            await talk(reading, AsyncMock(write=Mock()))
 
-        attack = asyncio.create_task(attacks.cancelled_requests(Fake("", 0), 1, vlm=True))
-        while reading._waiter is None:  # type: ignore[attr-defined]
-            await asyncio.sleep(0)
-        reading.feed_data(b"a token")
-        for _ in range(ticks):
-            await asyncio.sleep(0)
-        attack.cancel()
-        done, _ = await asyncio.wait([attack], timeout=5)
-        assert done
-
-    asyncio.run(go())
+    attack = asyncio.create_task(attacks.cancelled_requests(Fake("", 0), 1, vlm=True))
+    while reading._waiter is None:
+        await asyncio.sleep(0)
+    reading.feed_data(b"a token")
+    for _ in range(ticks):
+        await asyncio.sleep(0)
+    attack.cancel()
+    done, _ = await asyncio.wait([attack], timeout=5)
+    assert done

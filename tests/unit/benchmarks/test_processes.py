@@ -1,14 +1,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -16,15 +13,10 @@ from benchmarks import soak
 from benchmarks.bench_home import bench_home, clip_base
 from benchmarks.line_worker import ROOT
 from benchmarks.process_memory import ProcessMemory, child_processes, memory_growth
-from benchmarks.serving import object_store
 from benchmarks.soak import MemoryLog, violations
-from benchmarks.stream import bare
 from core.errors import ConfigError
 from core.loading import load_settings
 from core.settings import Settings
-from core.stop_signals import Stopped
-from demo.load.probes import batch_probes
-from tests.support.inputs import pictures
 from tests.support.tiny import tiny_base
 
 WORKER = """
@@ -38,13 +30,10 @@ for question in questions():
 """
 
 
-def test_a_worker_that_is_computing_ends_with_its_parent(tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
+def test_a_worker_that_is_computing_ends_with_its_parent() -> None:
     worker = subprocess.Popen(
-        [sys.executable, str(script)], cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-c", WORKER], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     assert worker.stdin is not None and worker.stdout is not None
     worker.stdin.write('{"number": 0}\n')
     worker.stdin.flush()
@@ -53,48 +42,7 @@ def test_a_worker_that_is_computing_ends_with_its_parent(tmp_path: Path) -> None
     assert worker.wait(30) == 0
 
 
-POPEN = subprocess.Popen
-
-
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[Any]]:
-    processes: list[subprocess.Popen[Any]] = []
-
-    def start(command: list[str], **given: Any) -> subprocess.Popen[Any]:
-        idle = "import time; print('ready', flush=True); time.sleep(3600)"
-        processes.append(POPEN([sys.executable, "-S", "-c", idle], **given))
-        return processes[-1]
-
-    monkeypatch.setattr(subprocess, "Popen", start)
-    return processes
-
-
-def asked_to_end(*_: Any, **__: Any) -> None:
-    raise Stopped(signal.SIGTERM)
-
-
-def bare_consumer(folder: Path) -> None:
-    bare.run_bare("127.0.0.1:1", "topic", 1, decode=True)
-
-
-def store(folder: Path) -> None:
-    with object_store.ObjectStore(folder / "log.txt"):
-        pass
-
-
-@pytest.mark.parametrize(("starts", "owner", "name"), [
-    (bare_consumer, POPEN, "communicate"), (store, object_store, "wait_for")])  # fmt: skip
-def test_what_a_benchmark_starts_ends_with_it(
-    starts: Any, owner: Any, name: str, started: list[subprocess.Popen[Any]], monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(owner, name, asked_to_end)
-    with pytest.raises(Stopped):
-        starts(tmp_path)
-    assert [process.wait(60) for process in started] == [-signal.SIGKILL]
-
-
-HOLD = "import sys; held = bytearray(b'x') * {bytes}; print(flush=True); sys.stdin.read()"
+HOLD = "import sys; held = bytearray(b'x') * (64 << 20); print(flush=True); sys.stdin.read()"
 MAP = """
 import mmap, sys
 with open({path!r}, "rb") as file:
@@ -103,36 +51,23 @@ sum(held[::4096]), print(flush=True), sys.stdin.read()
 """
 
 
-@pytest.fixture
-def start() -> Iterator[Callable[..., int]]:
-    processes: list[subprocess.Popen[bytes]] = []
-
-    def starts(*command: str) -> int:
-        processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-        assert processes[-1].stdout is not None and processes[-1].stdout.readline() == b"\n"
-        return processes[-1].pid
-
-    yield starts
-    for process in processes:
-        process.kill()
-        process.wait()
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_what_a_child_holds_is_seen_and_a_small_one_is_called_so(start: Callable[..., int]) -> None:
-    large = start(sys.executable, "-c", HOLD.format(bytes=64 << 20))
-    small = start("sh", "-c", "echo; sleep 60")
-    seen = child_processes()
-    assert 64 << 20 <= seen[large].size < 128 << 20
-    assert not seen[large].is_small and seen[small].is_small and os.getpid() not in seen
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_libraries_that_another_process_uses_too_are_no_memory(start: Callable[..., int], tmp_path: Path) -> None:
+def test_a_child_holds_its_own_pages_and_not_libraries_that_another_process_uses_too(tmp_path: Path) -> None:
     """The catalog seemed to have grown by 8% because tests that had mapped the same libraries had ended."""
     (tmp_path / "library").write_bytes(b"x" * (64 << 20))
-    child = start(sys.executable, "-c", MAP.format(path=str(tmp_path / "library")))
-    assert child_processes()[child].is_small
+    mapped = MAP.format(path=str(tmp_path / "library"))
+    commands = [*([sys.executable, "-c", code] for code in (HOLD, mapped)), ["sh", "-c", "echo; sleep 60"]]
+    children = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for command in commands]
+    try:
+        assert [child.stdout.readline() for child in children] == [b"\n"] * 3
+        seen = child_processes()
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    large, mapping, small = (seen[child.pid] for child in children)
+    assert 64 << 20 <= large.size < 128 << 20 and not large.is_small
+    assert mapping.is_small and small.is_small and os.getpid() not in seen
 
 
 def memory(name: str, size: int) -> ProcessMemory:
@@ -182,34 +117,22 @@ def test_a_snapshot_is_the_lowest_reading_of_those_that_are_still_there(monkeypa
     assert {pid: memory.size for pid, memory in lowest.items()} == {1: 800, 2: 50, 4: 9}
 
 
-@pytest.mark.parametrize(
-    ("changed", "wrong"),
-    [({}, []), ({"failed": 1}, ["failed 1"]), ({"mixed": 2}, ["mixed 2"]),
-     ({"memory_growth": 1.02}, ["memory_growth 1.02"]), ({"memory_growth": None}, ["memory_growth None"])],
-)  # fmt: skip
-def test_a_run_fails_by_what_grew_failed_or_mixed(changed: dict[str, object], wrong: list[str]) -> None:
-    assert violations({"failed": 0, "mixed": 0, "processes_ended": [], "memory_growth": 1.019} | changed) == wrong
+def test_a_run_fails_by_what_grew_failed_or_mixed() -> None:
+    fine = {"failed": 0, "mixed": 0, "processes_ended": [], "memory_growth": 1.019}
+    assert violations(fine) == []
+    for name, value in {"failed": 1, "mixed": 2, "processes_ended": ["p 1"]}.items():
+        assert violations(fine | {name: value}) == [f"{name} {value}"]
+    for growth in (1.02, None):
+        assert violations(fine | {"memory_growth": growth}) == [f"memory_growth {growth}"]
 
 
-def test_a_batch_asks_for_images_and_for_texts_in_one_request_each() -> None:
-    images, texts = batch_probes(pictures(3), ["a", "b"], 4)
-    assert (images.items, texts.items) == ((0, 1, 2, 0), (3, 4, 3, 4))
-    assert texts.body["input"] == ["a", "b", "a", "b"] and len(images.body["input"]) == 4
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
+def test_a_home_of_a_run_has_the_base_that_is_asked_for_and_no_guard(tmp_path: Path) -> None:
     tiny_base(tmp_path / "home")
-    return load_settings(overrides={"home": tmp_path / "home", "base.clip": "tiny", "base.vlm": ""}, environ={})
-
-
-def test_a_home_of_a_run_has_the_base_and_no_guard(settings: Settings, tmp_path: Path) -> None:
+    overrides = {"home": tmp_path / "home", "base.clip": "tiny", "base.vlm": ""}
+    settings = load_settings(overrides=overrides, environ={})
     ours = bench_home(settings, tmp_path / "run", clip_base(settings, "tiny"), encoder_replicas=3)
     assert clip_base(ours, "tiny").digest == clip_base(settings, "tiny").digest
     assert (ours.home, ours.serve.encoder_replicas, ours.rollout.guard_seconds) == (tmp_path / "run", 3, 0)
     assert settings.rollout.guard_seconds > 0
-
-
-def test_a_base_that_is_neither_registered_nor_an_architecture_is_refused(settings: Settings) -> None:
     with pytest.raises(ConfigError, match="no base 'ViT-Z'"):
         clip_base(settings, "ViT-Z")

@@ -40,9 +40,7 @@ def expected(settings: Settings) -> ExpectedVectors:
     return ExpectedVectors(settings, IMAGES, TEXTS)
 
 
-def answer(
-    settings: Settings, expected: ExpectedVectors, probe: Probe, release: int, stamped: int | None = None
-) -> dict[str, Any]:
+def answer(settings: Settings, expected: ExpectedVectors, probe: Probe, release: int, stamped: int) -> dict[str, Any]:
     """The generator's line for a server that answers with ``release`` and states ``stamped``."""
     names = {row.number: row.clip or "base" for row in Ledger.open(settings.ledger).releases()}
     vectors = expected.of(names[release])
@@ -50,28 +48,20 @@ def answer(
     value: Any = [[each, float(images[n] @ vectors[probe.items[0]])] for n, each in enumerate(IDS)]
     if probe.kind == "classify":
         value = probabilities(images[list(probe.items)], texts, 1, expected.engine.logit_scale).tolist()
-    number = stamped or release
-    return {"p": 0, "c": 200, "r": number, "a": names[number], "y": value}
-
-
-def difference(settings: Settings, probe: Probe, row: dict[str, Any]) -> str:
-    return AnswerCheck(settings, [probe], IMAGES, TEXTS, (), IDS, [row]).difference(row)
+    return {"p": 0, "c": 200, "r": stamped, "a": names[stamped], "y": value}
 
 
 @pytest.mark.parametrize("probe", [CLASSIFY, SEARCH], ids=["classify", "search"])
 def test_the_answer_of_a_release_is_its_own_and_that_of_another_is_not(
     settings: Settings, expected: ExpectedVectors, probe: Probe
 ) -> None:
-    assert difference(settings, probe, answer(settings, expected, probe, 2)) == ""
-    assert "release 1 (base): differs by" in difference(
-        settings, probe, answer(settings, expected, probe, 2, stamped=1)
-    )
-
-
-def test_a_search_that_finds_a_row_twice_is_wrong(settings: Settings, expected: ExpectedVectors) -> None:
-    row = answer(settings, expected, SEARCH, 1)
-    row["y"] = [row["y"][0], row["y"][0], row["y"][2]]
-    assert "3 hits with 2 different ids; 3 exist" in difference(settings, SEARCH, row)
+    own, mixed = (answer(settings, expected, probe, 2, stamped) for stamped in (2, 1))
+    check = AnswerCheck(settings, [probe], IMAGES, TEXTS, (), IDS, [own, mixed])
+    assert check.difference(own) == ""
+    assert "release 1 (base): differs by" in check.difference(mixed)
+    if probe is SEARCH:
+        own["y"] = [own["y"][0], own["y"][0], own["y"][2]]
+        assert "3 hits with 2 different ids; 3 exist" in check.difference(own)
 
 
 def test_each_kind_of_answer_is_taken_out_of_its_json() -> None:
@@ -88,5 +78,5 @@ def test_each_kind_of_answer_is_taken_out_of_its_json() -> None:
 def test_rounding_of_half_precision_is_no_other_release(precision: Precision, apart: float, problem: str) -> None:
     """Batching changed ViT-B-32 by at most 0.0018, random adapters by at least 0.064."""
     check = AnswerCheck.__new__(AnswerCheck)
-    check.vectors = SimpleNamespace(engine=SimpleNamespace(choice=EngineChoice("torch", precision)))  # type: ignore[assignment]
+    check.vectors = SimpleNamespace(engine=SimpleNamespace(choice=EngineChoice("torch", precision)))
     assert check._apart("release 1", np.zeros((1, 4)), np.full((1, 4), apart)).count("differs") == bool(problem)

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from demo.data.questions_make import Picture, Question, colour_shares, held_out_drawings, main_colour, make_questions
 from demo.data.questions_pictures import basic_name
-from demo.data.questions_words import CATEGORIES, COLOURS, NOUNS, SUBGROUPS, SYNONYMS, with_article
+from demo.data.questions_words import with_article
 
 THINGS = {"animal": "cat dog cow pig", "food": "pear plum bread", "vehicle": "car bus tram boat", "tool": "axe saw"}
 SORTS = "big small old new round flat tall wild tame clean odd plain"
@@ -40,17 +40,16 @@ def of(rows: list[Question], split: str, *kinds: str) -> list[Question]:
     return [row for row in rows if row.split == split and row.kind in kinds]
 
 
-def test_every_kind_is_asked_in_both_splits(rows: list[Question]) -> None:
+def test_every_kind_is_asked_again_alike_in_both_splits_each_picture_in_one(rows: list[Question]) -> None:
     asked = Counter((row.split, row.kind) for row in rows)
     for split in ("train", "test"):
         assert all(asked[split, kind] > 20 for kind in ("name", "colour", "presence", "category")), asked
-
-
-def test_a_picture_is_in_one_split_with_all_its_questions(rows: list[Question]) -> None:
     splits = defaultdict(set)
     for row in rows:
         splits[row.picture.path].add(row.split)
+        assert 1 <= len(row.answers) <= 2 and all(row.answers)
     assert {len(found) for found in splits.values()} == {1}
+    assert make_questions(world()) == rows
 
 
 def test_colour_and_category_are_tested_on_concepts_that_were_never_trained(rows: list[Question]) -> None:
@@ -86,42 +85,25 @@ def test_held_out_drawings_do_not_depend_on_the_other_pictures() -> None:
     assert held_out_drawings(some) == {path for path in chosen if path in {p.path for p in some}}
 
 
-def test_yes_and_no_are_asked_in_the_same_words_as_often(rows: list[Question]) -> None:
-    for split in ("train", "test"):
-        said: dict[str, Counter[str]] = defaultdict(Counter)
-        for row in of(rows, split, "presence"):
-            said[row.question][row.answers[0]] += 1
-        assert said and all(counts["yes"] == counts["no"] for counts in said.values())
-
-
-def test_yes_and_no_are_true(rows: list[Question]) -> None:
+def test_yes_and_no_are_true_and_asked_in_the_same_words_as_often(rows: list[Question]) -> None:
+    said: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for row in (row for row in rows if row.kind == "presence"):
+        said[row.split, row.question][row.answers[0]] += 1
         picture, words = row.picture, row.question.rstrip("?").split()
         named = any(with_article(word) in row.question for word in (picture.name, picture.category))
         shaded = any(share > 0.2 for colour, share in picture.colours.items() if colour in words)
         assert (named or shaded) == (row.answers[0] == "yes"), row
+    assert {split for split, _ in said} == {"train", "test"}
+    assert all(counts["yes"] == counts["no"] for counts in said.values())
 
 
-def test_answers_are_never_empty_and_at_most_two(rows: list[Question]) -> None:
-    assert all(1 <= len(row.answers) <= 2 and all(row.answers) for row in rows)
+def test_a_word_has_the_article_that_it_takes() -> None:
+    words = [with_article(word) for word in ("apple", "bus", "clothing", "skis", "cross")]
+    assert words == ["an apple", "a bus", "clothing", "skis", "a cross"]
 
 
-def test_making_them_again_gives_the_same(rows: list[Question]) -> None:
-    assert make_questions(world()) == rows
-
-
-def test_the_words_fit_together() -> None:
-    assert set(SUBGROUPS.values()) <= CATEGORIES.keys()
-    assert all(kind == names[0] and len(names) <= 2 for kind, names in {**CATEGORIES, **COLOURS}.items())
-    assert SYNONYMS.keys() <= set(NOUNS.values())
-    assert all(name != other for name, other in SYNONYMS.items())
-    assert [with_article(w) for w in ("apple", "bus", "clothing", "skis", "cross")] == [
-        "an apple", "a bus", "clothing", "skis", "a cross",
-    ]  # fmt: skip
-
-
-def drawing(*colours: str, paper: str = "white") -> Image.Image:
-    image = Image.new("RGB", (120, 120), paper)
+def drawing(*colours: str) -> Image.Image:
+    image = Image.new("RGB", (120, 120), "white")
     pen = ImageDraw.Draw(image)
     width = 60 // len(colours)
     for i, colour in enumerate(colours):
@@ -136,25 +118,16 @@ def drawing(*colours: str, paper: str = "white") -> Image.Image:
 )  # fmt: skip
 def test_plain_colours_have_their_names(painted: str, named: str) -> None:
     shares = colour_shares(drawing(painted))
-    assert shares == {named: 1.0}
-    assert main_colour(shares) == named
+    assert shares == {named: 1.0} and main_colour(shares) == named
 
 
-@pytest.mark.parametrize("painted", ["#ffe0bd", "#30c8c8", "#dfe8ee"])
-def test_skin_turquoise_and_pale_are_nothing_to_ask_about(painted: str) -> None:
-    assert main_colour(colour_shares(drawing(painted))) == ""
-
-
-def test_the_white_paper_is_no_colour_and_a_speck_no_drawing() -> None:
-    image = Image.new("RGB", (120, 120), "white")
-    assert colour_shares(image) == {}
-    ImageDraw.Draw(image).rectangle((0, 0, 19, 19), fill="red")
-    assert colour_shares(image) == {}
-    assert main_colour({}) == ""
-
-
-def test_two_colours_of_equal_size_have_no_main_one() -> None:
-    shares = colour_shares(drawing("#d8262c", "#1f6fd0"))
-    assert shares == {"red": 0.5, "blue": 0.5}
-    assert main_colour(shares) == ""
+def test_what_has_no_main_colour_is_nothing_to_ask_about() -> None:
+    for skin_turquoise_or_pale in ("#ffe0bd", "#30c8c8", "#dfe8ee"):
+        assert main_colour(colour_shares(drawing(skin_turquoise_or_pale))) == ""
+    paper = Image.new("RGB", (120, 120), "white")
+    assert colour_shares(paper) == {} and main_colour({}) == ""
+    ImageDraw.Draw(paper).rectangle((0, 0, 19, 19), fill="red")
+    assert colour_shares(paper) == {}, "a speck is no drawing"
+    equal = colour_shares(drawing("#d8262c", "#1f6fd0"))
+    assert equal == {"red": 0.5, "blue": 0.5} and main_colour(equal) == ""
     assert main_colour(colour_shares(drawing("#d8262c", "#d8262c", "#d8262c", "#1f6fd0"))) == "red"

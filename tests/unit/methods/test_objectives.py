@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from core.errors import ConfigError
 from ratchet_methods.objectives.backward_compatible import BackwardCompatible
 from ratchet_methods.objectives.compatible_momentum_contrast import CompatibleMomentumContrast
-from ratchet_methods.objectives.divergence import row_divergence
 from ratchet_methods.objectives.language_guided import LanguageGuided
 from ratchet_methods.objectives.off_diagonal_distillation import OffDiagonalDistillation
 from ratchet_methods.objectives.random_text_distillation import NAME, RandomTextDistillation, random_texts
@@ -42,7 +41,7 @@ from updater.families.clip_learner import ClipLearner
 from updater.methods import objectives
 from updater.methods.batches import AnswerBatch, AuxiliaryTexts, Features, TeacherFeatures, summarise
 from updater.methods.objectives import ContrastiveDistillation
-from updater.recipes import Part, Term, load_recipe
+from updater.recipes import Term, load_recipe
 
 
 def with_texts(made: Features, name: str, count: int = 6, teacher: str = "incumbent") -> Features:
@@ -53,7 +52,7 @@ def with_texts(made: Features, name: str, count: int = 6, teacher: str = "incumb
 
 def as_classes(base: ClipBase, texts: list[str]) -> Tensor:
     with torch.no_grad():
-        return F.normalize(base.build_model().encode_text(base.tokenizer()(texts)), dim=1)  # type: ignore[operator]
+        return F.normalize(base.build_model().encode_text(base.tokenizer()(texts)), dim=1)
 
 
 @pytest.mark.parametrize("captions", [[0, 1, 2, 3], [0, 1, 0], [0, 0]])
@@ -120,31 +119,17 @@ def test_the_momentum_model_of_a_learner_lags_between_student_and_start(base: Cl
     assert not momentum.requires_grad
 
 
-def test_a_masked_divergence_is_that_of_what_is_left() -> None:
-    made = torch.Generator().manual_seed(0)
-    old, new = torch.randn(3, 4, generator=made), torch.randn(3, 4, generator=made).requires_grad_()
-    masked = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
-    found = row_divergence(old, new, masked)
-    kept = [[0, 2, 3], [0, 1, 2, 3], []]
-    expected = [kl([old[i, j].item() for j in js], [new[i, j].item() for j in js]) for i, js in enumerate(kept)]
-    assert found.tolist() == pytest.approx(expected, abs=1e-6)
-    found.sum().backward()
-    assert new.grad is not None and not bool(new.grad[masked].any())
-    assert bool(new.grad[:2][~masked[:2]].all()), "and all the others count"
-
-
 @pytest.mark.parametrize("teacher", ["base", "incumbent"])
 def test_contrastive_distillation_equals_the_plain_sum(teacher: str) -> None:
     made = batch([0, 1, 2, 3, 3])
-    old = dots(made.teachers[teacher].image, made.teachers[teacher].text, made.scale / 3)
-    new = dots(made.image, made.text, made.scale / 3)
+    old, new = (dots(side.image, side.text, made.scale / 3) for side in (made.teachers[teacher], made))
     expected = 9 * (cross_entropy(old, new) + cross_entropy(columns(old), columns(new)))
     assert float(ContrastiveDistillation(3.0, teacher)(made)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_images_are_compared_with_frozen_captions_of_the_whole_reference_as_well() -> None:
     new, objective = batch([0, 1, 2, 2]), ContrastiveDistillation(temperature=3.0, captions=2)
-    parts: list[Part] = ["new", *["reference"] * 4]  # type: ignore[list-item]
+    parts = ["new", *["reference"] * 4]
     wanted = objective.further_texts(["a new one", "A car", "a tree", "a car ", "a house"], [], parts)
     assert wanted == [(-1, "a car"), (-1, "a tree")] and objective.frozen_texts
     with_captions = with_texts(new, "contrastive_distillation", teacher="base")
@@ -160,25 +145,6 @@ def test_random_text_distillation_equals_the_plain_sum() -> None:
     old = dots(made.teachers["incumbent"].image, made.texts[NAME].teachers["incumbent"], made.scale / 2)
     new = dots(made.image, made.texts[NAME].text, made.scale / 2)
     assert float(RandomTextDistillation()(made)) == pytest.approx(4 * cross_entropy(old, new), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "term",
-    [
-        ContrastiveDistillation(teacher="incumbent"),
-        RandomTextDistillation(),
-        OffDiagonalDistillation(),
-        TopologyPreservation(),
-    ],
-)
-def test_where_nothing_moved_nothing_pulls(term: Callable[[Features], Tensor]) -> None:
-    made = with_texts(batch([0, 1, 2, 2]), NAME)
-    old, texts = made.teachers["incumbent"], made.texts[NAME].teachers
-    student = [side.clone().requires_grad_() for side in (old.image, old.text, texts["incumbent"])]
-    same = {NAME: replace(made.texts[NAME], text=student[2])}
-    term(replace(made, image=student[0], text=student[1], texts=same)).backward()
-    gradients = [side.grad for side in student if side.grad is not None]
-    assert len(gradients) == 2 and all(float(gradient.abs().max()) < 1e-6 for gradient in gradients)
 
 
 def test_random_texts_follow_the_seed_and_have_as_many_tokens_as_asked() -> None:
@@ -231,28 +197,22 @@ def test_off_diagonal_distillation_leaves_what_belongs_together_to_the_contrast(
         for x, y, keep in zip(scores, rows, positive, strict=True)
     ]
     assert float(OffDiagonalDistillation()(alike)) == pytest.approx(sum(expected) / 6, rel=1e-5)
-    assert float(OffDiagonalDistillation()(batch([0, 0, 0]))) == 0
+    nothing = batch([0, 0, 0])
+    value = OffDiagonalDistillation()(nothing)
+    value.backward()
+    assert float(value) == 0 and not nothing.image.grad.any() and not nothing.text.grad.any()
 
 
-def test_topology_preservation_equals_the_plain_sum() -> None:
+def test_topology_preservation_equals_the_plain_sum_and_one_row_has_none() -> None:
     made = batch([0, 1, 2, 2])
-    old = made.teachers["incumbent"]
+    old, objective = made.teachers["incumbent"], TopologyPreservation(temperature=0.25)
     across = dots(old.image, old.text, 4), dots(made.image, made.text, 4)
     image = dots(old.image, old.image, 4), dots(made.image, made.image, 4)
     text = dots(old.text, old.text, 4), dots(made.text, made.text, 4)
     between = mean_kl(*across) + mean_kl(columns(across[0]), columns(across[1]))
     within = sum(mean_kl(without_diagonal(before), without_diagonal(after)) for before, after in (image, text))
-    assert float(TopologyPreservation(temperature=0.25)(made)) == pytest.approx((between + within) / 2, rel=1e-5)
-
-
-def test_topology_is_kept_when_all_is_turned_alike_and_one_row_has_none() -> None:
-    made = batch([0, 1, 2, 3])
-    turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1)))[0]
-    old = made.teachers["incumbent"]
-    turned = replace(made, image=old.image @ turn, text=old.text @ turn)
-    assert float(TopologyPreservation()(turned)) == pytest.approx(0, abs=1e-5)
-    assert float(TopologyPreservation()(made)) > 0.1
-    assert float(TopologyPreservation()(made.select([2]))) == 0
+    assert float(objective(made)) == pytest.approx((between + within) / 2, rel=1e-5)
+    assert float(objective(made.select([2]))) == 0
 
 
 def exchanged(row: list[float], right: list[int]) -> list[float]:
@@ -325,9 +285,7 @@ LONG = "A red car on a wet road, seen from above. Two men wait; a dog (brown) ru
         ("one caption with an end.", 1, []),
     ],
 )
-def test_a_caption_is_split_at_sentences_and_clauses_without_short_and_repeated_ones(
-    caption: str, shortest: int, parts: list[str]
-) -> None:
+def test_a_caption_is_split_at_sentences_and_clauses(caption: str, shortest: int, parts: list[str]) -> None:
     assert split(caption, 9, shortest) == parts
 
 
@@ -336,18 +294,14 @@ def with_parts(captions: list[str], features: Features) -> tuple[Subcaptions, Fe
     objective = Subcaptions()
     objective.begin(captions, [])
     wanted = objective.further_texts(captions, [], ["new"] * len(captions))
-    words = [text for _, text in wanted]
+    words, rows = [text for _, text in wanted], torch.tensor([row for row, _ in wanted])
     own = batch(list(range(9)), seed=50).image.detach()
     text = own[[caption_number(word) % 9 for word in words]].requires_grad_()
-    rows = torch.tensor([row for row, _ in wanted])
-    return (
-        objective,
-        replace(features, texts={"subcaptions": AuxiliaryTexts(text, {}, rows, torch.arange(len(rows)))}),
-        words,
-    )
+    parts = AuxiliaryTexts(text, {}, rows, torch.arange(len(rows)))
+    return objective, replace(features, texts={"subcaptions": parts}), words
 
 
-def test_subcaption_contrast_equals_the_plain_sum() -> None:
+def test_subcaption_contrast_equals_the_plain_sum_and_a_selection_of_rows_keeps_its_own_parts() -> None:
     captions = ["a big tree, in the park", "nothing to split", "in the park, two men wait. a dog runs"]
     objective, made, words = with_parts(captions, batch([0, 1, 2]))
     assert words == ["a big tree", "in the park", "in the park", "two men wait", "a dog runs"]
@@ -361,11 +315,6 @@ def test_subcaption_contrast_equals_the_plain_sum() -> None:
         owners = [math.log(softmax(column)[i]) for i in range(3) if j in contains[i]]
         texts -= sum(owners) / len(owners) / 5
     assert float(objective(made)) == pytest.approx((images + texts) / 2, rel=1e-5)
-
-
-def test_a_selection_of_rows_keeps_its_own_parts() -> None:
-    captions = ["a big tree, in the park", "a red house. a small door", "two men wait. a dog runs"]
-    objective, made, _ = with_parts(captions, batch([0, 1, 2]))
     alone, few, _ = with_parts(captions[1:], batch([0, 1, 2]).select([1, 2]))
     assert float(objective(made.select([1, 2]))) == pytest.approx(float(alone(few)), rel=1e-5)
 
@@ -380,9 +329,8 @@ def test_language_guided_supervision_equals_the_plain_sum_over_labelled_rows() -
     value = objective(made)
     value.backward()
     assert float(value) == pytest.approx(contrast(scores, made.label.tolist(), [0, 1]), rel=1e-5)
-    assert made.image.grad is not None
     assert [bool(row.any()) for row in made.image.grad] == [True, False, True, True]
-    assert made.text.grad is None or float(made.text.grad.abs().max()) == 0
+    assert made.text.grad is None or not made.text.grad.any()
 
 
 def test_without_any_label_captions_are_the_classes() -> None:
@@ -394,24 +342,15 @@ def test_without_any_label_captions_are_the_classes() -> None:
     assert float(objective(made)) == float(labelled(replace(made, label=torch.tensor([0, 1, 0]))))
 
 
-def alone_in_their_class() -> SupervisedContrast:
-    term = SupervisedContrast()
-    term.begin([], [])
-    return term
-
-
-def no_label_here() -> LanguageGuided:
-    term = LanguageGuided()
-    term.further_texts(["x"], ["car"], ["new"])
-    return term
-
-
-@pytest.mark.parametrize("make", [alone_in_their_class, no_label_here, Subcaptions])
-def test_a_batch_that_says_nothing_to_a_term_is_a_step_like_others(make: Callable[[], Callable[..., Tensor]]) -> None:
-    made = with_texts(batch([0, 1, 2]), "language_guided", 1, "base")
-    value = make()(made)
-    value.backward()
-    assert float(value.detach()) == 0 and made.image.grad is not None and not bool(made.image.grad.any())
+def test_a_batch_that_says_nothing_to_a_term_is_a_step_like_others() -> None:
+    alone_in_their_class, no_label_here = SupervisedContrast(), LanguageGuided()
+    alone_in_their_class.begin([], [])
+    no_label_here.further_texts(["x"], ["car"], ["new"])
+    for term in (alone_in_their_class, no_label_here, Subcaptions()):
+        made = with_texts(batch([0, 1, 2]), "language_guided", 1, "base")
+        value = term(made)
+        value.backward()
+        assert float(value.detach()) == 0 and made.image.grad is not None and not bool(made.image.grad.any())
 
 
 def test_targets_stay_the_bases_own_and_images_move_to_them(base: ClipBase) -> None:
@@ -419,14 +358,16 @@ def test_targets_stay_the_bases_own_and_images_move_to_them(base: ClipBase) -> N
     examples = [Pair(p.id, p.text, p.read, COLOURS[i % 6]) for i, p in enumerate(pairs("car", 12))]
     learner.prepare(examples, ["new"] * 12)
     rows = list(range(12))
-    targets = learner.batch(rows).texts["language_guided"].teachers["base"].clone()
-    assert torch.allclose(targets, as_classes(base, [f"a photo of a {each}." for each in sorted(COLOURS)]), atol=1e-5)
-    values = []
+
+    def targets() -> Tensor:
+        return learner.batch(rows).texts["language_guided"].teachers["base"]
+
+    first, values = targets().clone(), []
+    assert torch.allclose(first, as_classes(base, [f"a photo of a {each}." for each in sorted(COLOURS)]), atol=1e-5)
     for step in range(8):
         values.append(learner.forward_backward(rows)[0])
         learner.optimizer_step(1e-2, step, 8)
-    assert values[-1] < values[0]
-    assert torch.equal(learner.batch(rows).texts["language_guided"].teachers["base"], targets)
+    assert values[-1] < values[0] and torch.equal(targets(), first)
     assert all(p.grad is None or not p.grad.any() for n, p in learner.parameters.items() if "visual" not in n)
 
 
@@ -457,8 +398,6 @@ def test_sub_captions_of_a_batch_are_of_its_own_rows(base: ClipBase) -> None:
         ("self_distillation", {"keep": 1.1}, "keep is 1.1"),
     ],
 )
-def test_an_option_without_a_meaning_is_refused_by_name(
-    name: str, options: dict[str, float | int | str | bool], said: str
-) -> None:
+def test_an_option_without_a_meaning_is_refused(name: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}.*{said}"):
         objectives.build([Term(name=name, options=options)], "vlm" if name == "self_distillation" else "clip")

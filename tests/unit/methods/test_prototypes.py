@@ -46,23 +46,17 @@ def test_a_prototype_is_the_mean_of_its_label_and_of_its_caption_where_there_is_
     expected = torch.stack([unit_mean(made.image[rows]) for rows in ([1], [0, 2], [3])])  # the one seen last is last
     assert torch.allclose(found.of("image"), expected, atol=1e-6)
     assert torch.allclose(found.of("text")[0], made.text[1], atol=1e-6)
+    assert len(kept(made, ["car"]).means) == 1, "without captions"
+    assert len(kept(taught([-1, -1, -1, -1]), []).means) == 4, "unless no row has a label"
 
 
-def test_rows_without_a_label_make_no_prototype_unless_no_row_has_one() -> None:
-    assert len(kept(taught([0, -1, 0, -1]), ["car"]).means) == 1
-    assert len(kept(taught([-1, -1, -1, -1]), []).means) == 4
-
-
-def test_after_its_window_a_mean_forgets_exponentially() -> None:
+def test_a_mean_forgets_exponentially_after_its_window_and_only_the_concepts_seen_last_are_kept() -> None:
     made = taught([0, 0, 0, 0])
     expected = torch.tensor([0.125, 0.125, 0.25, 0.5]) @ made.image.detach()
     assert torch.allclose(next(iter(kept(made, ["car"], window=2).means.values()))[0], expected, atol=1e-6)
-
-
-def test_only_the_concepts_seen_last_are_kept() -> None:
-    made = taught([0, 1, 2, 0])
-    expected = torch.stack([unit_mean(made.image[rows]) for rows in ([2], [0, 3])])
-    assert torch.allclose(kept(made, ["a", "b", "c"], most=2).of("image"), expected, atol=1e-6)
+    several = taught([0, 1, 2, 0])
+    expected = torch.stack([unit_mean(several.image[rows]) for rows in ([2], [0, 3])])
+    assert torch.allclose(kept(several, ["a", "b", "c"], most=2).of("image"), expected, atol=1e-6)
 
 
 def test_prototypes_are_found_again_by_their_words_when_the_numbers_are_others() -> None:
@@ -146,20 +140,19 @@ def test_prototypes_learn_to_lie_at_their_images_and_to_keep_their_relations() -
 def test_the_term_lowers_in_training_what_it_measures(base: ClipBase, name: str, term: str) -> None:
     """Two updates, the second on other data, with the term strongly and then weakly weighted."""
 
-    def drift(weight: float) -> float:
-        terms = [{"name": "contrastive"}, {"name": term, "weight": weight}]
-        plan = recipe(name, objectives=terms)
-        first = ClipLearner(base, plan, {}, seed=0)
-        steps(first, "car")
-        second = ClipLearner(base, plan, first.model.delta(), seed=1)
-        second.remember(first.remembered())
-        return steps(second, "house")[term]
-
-    def steps(learner: ClipLearner, tag: str) -> dict[str, float]:
+    def steps(learner: ClipLearner, tag: str) -> float:
         learner.prepare(pairs(tag, 12), ["new"] * 12)
         for step in range(8):
             learner.forward_backward(range(12))
             learner.optimizer_step(3e-3, step, 8)
-        return learner.forward_backward(range(12))[1]
+        return learner.forward_backward(range(12))[1][term]
+
+    def drift(weight: float) -> float:
+        plan = recipe(name, objectives=[{"name": "contrastive"}, {"name": term, "weight": weight}])
+        first = ClipLearner(base, plan, {}, seed=0)
+        steps(first, "car")
+        second = ClipLearner(base, plan, first.model.delta(), seed=1)
+        second.remember(first.remembered())
+        return steps(second, "house")
 
     assert drift(50.0) < 0.7 * drift(1e-9)

@@ -1,10 +1,11 @@
-"""Offsets without a readable record, and deleted offsets: lag and losses are reported correctly."""
+"""What ingest meets at a broker: offsets without a readable record, deleted offsets, its group, topics of others."""
 
 from __future__ import annotations
 
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -18,6 +19,7 @@ from core.settings import Settings
 from streams.ingest.consumer import Consumer
 from streams.ingest.ingest_report import IngestStatus
 from streams.store.sample_store import SampleStore
+from tests.outside.kafka.lost_assignment import assigned
 from tests.support.apache_kafka import ApacheKafka
 from tests.support.broker import Broker
 from tests.support.kafka import good, make_topics, produce, read_topic, reading, wait_for
@@ -61,24 +63,23 @@ class Transactions:
         self._producer.begin_transaction()
         for _ in range(count):
             value, headers = good(self._seed)
-            self._producer.produce(self.topic, value=value, headers=headers)  # type: ignore[arg-type]
+            self._producer.produce(self.topic, value=value, headers=headers)
             self._seed += 1
         self._producer.flush()
-        if commit:
-            self._producer.commit_transaction()
-        else:
-            self._producer.abort_transaction()
+        end = self._producer.commit_transaction if commit else self._producer.abort_transaction
+        end()
+
+
+def admin_of(settings: Settings) -> AdminClient:
+    return AdminClient({"bootstrap.servers": settings.kafka.bootstrap})
 
 
 def delete_before(settings: Settings, offset: int) -> None:
-    admin = AdminClient({"bootstrap.servers": settings.kafka.bootstrap})
-    for done in admin.delete_records([ck.TopicPartition(settings.kafka.topic, 0, offset)]).values():
+    for done in admin_of(settings).delete_records([ck.TopicPartition(settings.kafka.topic, 0, offset)]).values():
         assert done.result(20).low_watermark == offset
 
 
-def test_markers_and_aborted_records_are_neither_lag_nor_lost_when_retention_passes_them(
-    settings: Settings, store: SampleStore
-) -> None:
+def test_markers_and_aborted_records_are_neither_lag_nor_lost(settings: Settings, store: SampleStore) -> None:
     sender = Transactions(settings)
     sender.send(10)
     with read_until(settings, lambda status: status.samples == 10, "10 samples"):
@@ -109,9 +110,8 @@ def test_records_that_retention_deletes_unread_are_reported(settings: Settings, 
 def test_what_compaction_removes_is_neither_lag_nor_lost(broker: Broker, tmp_path: Path) -> None:
     settings = broker.settings(tmp_path, kafka={"partitions": 1})
     topic = settings.kafka.topic
-    admin = AdminClient({"bootstrap.servers": settings.kafka.bootstrap})
     compacted = {"cleanup.policy": "compact", "segment.ms": "100", "min.cleanable.dirty.ratio": "0.01"}
-    admin.create_topics([NewTopic(topic, 1, 1, config=compacted)])[topic].result(20)
+    admin_of(settings).create_topics([NewTopic(topic, 1, 1, config=compacted)])[topic].result(20)
     producer = KafkaProducer(bootstrap_servers=settings.kafka.bootstrap)
     seeds = count()
 
@@ -132,9 +132,7 @@ def test_what_compaction_removes_is_neither_lag_nor_lost(broker: Broker, tmp_pat
     assert store.gaps() == [] and position(settings, store) == end
 
 
-def test_records_that_an_unclean_election_rewrites_after_they_were_stored_are_not_lost(
-    apache_kafka: ApacheKafka, settings: Settings, store: SampleStore
-) -> None:
+def test_an_unclean_election_loses_no_record(apache_kafka: ApacheKafka, settings: Settings, store: SampleStore) -> None:
     """One node: its log is truncated while it is down, like that of a replica that was behind and became the leader."""
     produce(settings.kafka, [good(n) for n in range(6)])
     log = apache_kafka.data / f"{settings.kafka.topic}-0" / f"{0:020}.log"
@@ -154,16 +152,58 @@ def test_records_that_an_unclean_election_rewrites_after_they_were_stored_are_no
     assert store.gaps() == [] and store.tally()["rewritten_offsets"] == 4 and store.count() == 15
 
 
-def test_more_partitions_are_noticed_within_seconds_and_read_from_their_beginning(
-    settings: Settings, store: SampleStore
-) -> None:
+def test_more_partitions_are_noticed_within_seconds_and_read_whole(settings: Settings, store: SampleStore) -> None:
     topic = settings.kafka.topic
     with read_until(settings, lambda status: status.state == "reading", "reading") as ingest:
-        admin = AdminClient({"bootstrap.servers": settings.kafka.bootstrap})
-        admin.create_partitions([NewPartitions(topic, 4)])[topic].result(20)
+        admin_of(settings).create_partitions([NewPartitions(topic, 4)])[topic].result(20)
         started = time.monotonic()
         for partition in range(4):
             produce(settings.kafka, [good(partition)], partition)
         wait_for(lambda: ingest.status.samples == 4, "a sample of each partition")
         assert time.monotonic() - started < 60, "metadata is 300 s old before kafka-python asks for it by itself"
     assert store.offsets() == {f"{topic}:{number}": 1 for number in range(4)}
+
+
+AT_ONCE = 4
+WITHIN_SECONDS = 25.0
+"""Less than ingest itself waits before it joins again, so that a failed join shows."""
+
+
+def seconds_to_join(broker: Broker, home: Path) -> float:
+    settings = broker.settings(home)
+    make_topics(settings)
+    with reading(settings) as ingest:
+        started = time.monotonic()
+        while ingest.status.state != "reading" and time.monotonic() - started < WITHIN_SECONDS:
+            time.sleep(0.05)
+        return time.monotonic() - started
+
+
+@pytest.mark.timeout(6000)
+@pytest.mark.parametrize("starts", [8, pytest.param(200, marks=pytest.mark.long)])
+def test_every_start_is_let_into_the_group(broker: Broker, tmp_path: Path, starts: int) -> None:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        took = list(pool.map(lambda number: seconds_to_join(broker, tmp_path / str(number)), range(starts)))
+    stuck = sum(seconds >= WITHIN_SECONDS for seconds in took)
+    print(f"{stuck} of {starts} starts not let in within {WITHIN_SECONDS:.0f} s; the slowest took {max(took):.1f} s")
+    assert stuck == 0
+
+
+def test_a_join_that_polls_leave_half_done_is_completed(broker: Broker, tmp_path: Path) -> None:
+    """kafka-python alone fails nine of ten times; see ``kafka_python_report.md``."""
+    settings = broker.settings(tmp_path)
+    make_topics(settings)
+    assert all(assigned(broker.address, settings.kafka.topic, poll_ms=1, fixed=True) for _ in range(10))
+
+
+def test_a_topic_that_a_record_made_is_told(broker: Broker, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = broker.settings(tmp_path)
+    topic = settings.kafka.topic
+    producer = KafkaProducer(bootstrap_servers=broker.address)
+    producer.send(topic, b"no picture").get(30)
+    producer.close(5)
+    with reading(settings) as ingest:
+        wait_for(lambda: ingest.status.quarantined == 1, "the record")
+    said = [each for each in caplog.messages if each.startswith(f"topic {topic} ")]
+    assert len(said) == 2 and "at most 1,048,588 bytes" in said[0] and "1 partition(s)" in said[1]
+    assert not [each for each in caplog.messages if each.startswith(f"topic {settings.kafka.quarantine_topic} takes")]
