@@ -77,14 +77,10 @@ def received(offset: int, key: bytes | None = None) -> Received:
     return Received("t", 0, offset, value, key, headers, 1_700_000_000_000)
 
 
-def reading() -> PartitionReader:
-    return PartitionReader.of(Claim(Position("t", 0, 0), 1))
-
-
 def results(pool: ValidationPool, records: list[Received]) -> list[Accepted | StoreRow]:
-    mine = reading()
+    reading = PartitionReader.of(Claim(Position("t", 0, 0), 1))
     for record in records:
-        pool.add(mine, record, 0)
+        pool.add(reading, record, 0)
     pool.flush()
     taken = []
     while len(pool):
@@ -189,52 +185,25 @@ def _runs(pid: int) -> bool:
 POISON, NEIGHBOUR = ("t", 0, 7), ("t", 0, 8)
 
 
-def die(folder: Path, how: str, *positions: tuple[str, int, int]) -> None:
+def die(folder: Path, *positions: tuple[str, int, int]) -> None:
+    """In a process of its own: be killed while these records are validated."""
     child = os.fork()
     if child == 0:
         with ExitStack() as stack:
             guard = CrashGuard(folder, 4)
             for position in positions:
                 stack.enter_context(guard.notes.validating(position))
-            os._exit(3) if how == "exit" else os.kill(os.getpid(), signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == (3 if how == "exit" else -signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("how", ["exit", "kill"])
-def test_a_record_at_which_the_process_died_three_times_is_poison(tmp_path: Path, how: str) -> None:
-    for deaths in range(DEATHS):
-        with closing(CrashGuard(tmp_path, 2)) as guard:
-            assert (guard.deaths(POISON), guard.is_poison(POISON)) == (deaths, False)
-        die(tmp_path, how, POISON)
-    with closing(CrashGuard(tmp_path, 2)) as guard:
-        assert guard.is_poison(POISON) and not guard.is_poison(NEIGHBOUR)
-
-
-def test_neighbours_of_one_death_are_not_poison_and_are_forgotten_once_stored(tmp_path: Path) -> None:
-    die(tmp_path, "kill", POISON, NEIGHBOUR)
-    for _ in range(DEATHS - 1):  # it is validated alone from now on
-        die(tmp_path, "kill", POISON)
-    with closing(CrashGuard(tmp_path, 2)) as guard:
-        assert (guard.deaths(POISON), guard.deaths(NEIGHBOUR)) == (DEATHS, 1)
-        guard.forget([NEIGHBOUR, ("t", 0, 99)])
-    with closing(CrashGuard(tmp_path, 2)) as guard:
-        assert (guard.is_poison(POISON), guard.deaths(NEIGHBOUR)) == (True, 0)
-
-
-def test_what_ended_well_or_raised_is_no_death(tmp_path: Path) -> None:
-    with closing(CrashGuard(tmp_path, 1)) as guard:
-        with guard.notes.validating(POISON):
-            pass
-        with pytest.raises(ValueError, match="bad"), guard.notes.validating(POISON):
-            raise ValueError("bad")
-    with closing(CrashGuard(tmp_path, 1)) as guard:
-        assert guard.deaths(POISON) == 0
-
-
-def test_a_process_that_is_stopped_while_a_record_is_validated_has_not_died_of_it(tmp_path: Path) -> None:
+def test_what_ended_well_or_raised_or_is_still_validated_at_a_stop_is_no_death(tmp_path: Path) -> None:
     inside, go_on = threading.Event(), threading.Event()
     guard = CrashGuard(tmp_path, 1)
+    with guard.notes.validating(POISON):
+        pass
+    with pytest.raises(ValueError, match="bad"), guard.notes.validating(POISON):
+        raise ValueError("bad")
 
     def work() -> None:
         with guard.notes.validating(POISON):
@@ -260,7 +229,7 @@ def test_workers_that_live_beside_each_other_do_not_count_each_others_records(tm
 
 
 def test_one_that_takes_over_with_fewer_threads_counts_all_that_was_left(tmp_path: Path) -> None:
-    die(tmp_path, "kill", *(("t", 0, number) for number in range(4)))
+    die(tmp_path, *(("t", 0, number) for number in range(4)))
     with closing(CrashGuard(tmp_path, 1)) as guard:
         assert [guard.deaths(("t", 0, number)) for number in range(5)] == [1, 1, 1, 1, 0]
         with guard.notes.validating(POISON):
@@ -270,7 +239,7 @@ def test_one_that_takes_over_with_fewer_threads_counts_all_that_was_left(tmp_pat
 def test_a_full_disk_is_told_apart_and_loses_no_death_and_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    die(tmp_path, "kill", POISON)
+    die(tmp_path, POISON)
     files = len(list(Path("/proc/self/fd").iterdir()))
 
     def full(*args: object) -> None:
@@ -282,7 +251,7 @@ def test_a_full_disk_is_told_apart_and_loses_no_death_and_no_file(
             for _ in range(3):
                 with pytest.raises(StoreFull, match="full"):
                     CrashGuard(tmp_path, 1)
-        die(tmp_path, "kill", POISON)
+        die(tmp_path, POISON)
     assert len(list(Path("/proc/self/fd").iterdir())) == files
     with closing(CrashGuard(tmp_path, 1)) as guard:
         assert guard.deaths(POISON) == DEATHS
