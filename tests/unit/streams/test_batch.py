@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kafka import TopicPartition
 
 from core.errors import StoreFull, StoreUnavailable, Superseded
 from core.settings.streams import Kafka
+from streams.ingest.membership import Assignment, PartitionReader, new_generation, start_position
 from streams.ingest.validate import Accepted
 from streams.store.rows import Position
+from streams.store.writer import Claim
 from tests.support.kafka import good
 from tests.support.worker import POISON, Worker
 from tests.unit.streams.conftest import Outage
@@ -25,14 +28,6 @@ def outcomes(worker: Worker) -> list[str]:
     return [kind for *_, kind in worker.kinds()]
 
 
-def test_what_is_no_longer_ours_is_not_stored(worker: Worker) -> None:
-    worker.take(1, 2)
-    worker.batch.drop(lambda reading: False)
-    outcome = worker.commit()
-    assert (outcome.readings, outcome.version, len(worker.batch)) == ([], 0, 0)
-    assert (worker.store.count(), worker.store.offsets()) == (0, {"t:0": 0})
-
-
 def test_a_process_that_slept_cannot_store_what_another_stored_meanwhile(tmp_path: Path) -> None:
     sleeper = Worker(tmp_path)
     sleeper.take(1, 2, 3)
@@ -42,8 +37,10 @@ def test_a_process_that_slept_cannot_store_what_another_stored_meanwhile(tmp_pat
     with pytest.raises(Superseded, match="t:0"):
         sleeper.commit()
     assert len(sleeper.batch) == 3, "which partition is lost is the consumer's to say"
-    assert outcomes(other) == ["sample"] * 3
-    assert Worker(tmp_path).reading.next == 3
+    sleeper.batch.drop(lambda reading: False)
+    outcome = sleeper.commit()
+    assert (outcome.readings, outcome.version, len(sleeper.batch)) == ([], 0, 0)
+    assert outcomes(other) == ["sample"] * 3 and Worker(tmp_path).reading.next == 3
 
 
 def test_duplicates_are_found_in_the_batch_and_in_the_store_and_by_the_next_process(tmp_path: Path) -> None:
@@ -61,24 +58,19 @@ def test_duplicates_are_found_in_the_batch_and_in_the_store_and_by_the_next_proc
     assert of - {None} == {each.row["id"] for each in map(again.validated, (1, 2, 3)) if isinstance(each, Accepted)}
 
 
-def test_the_position_the_tally_and_the_rows_are_in_step(worker: Worker) -> None:
+@pytest.mark.parametrize(("unpublished", "published"), [(None, 2), (1, 1), (9, 2)])
+def test_the_position_the_tally_and_the_rows_are_in_step(
+    worker: Worker, unpublished: int | None, published: int
+) -> None:
+    """What is published ends before the first refusal of the batch, and where the publisher has come."""
     worker.take(1, 1, POISON, 2)
     worker.reading.leader_epoch = 7
-    outcome = worker.commit()
+    outcome = worker.commit(unpublished)
     position = worker.store.positions()["t:0"]
-    assert (position.next, position.published, position.leader_epoch) == (4, 2, 7)
+    assert (position.next, position.published, position.leader_epoch) == (4, published, 7)
     assert worker.reading.stored == 4 and outcome.version == worker.store.version()
     assert [position.tally[name] for name in ("sample", "duplicate", "quarantine")] == [2, 1, 1]
     assert (outcome.records, outcome.size, len(outcome.of_kind("quarantine"))) == (4, 400, 1)
-
-
-@pytest.mark.parametrize(("unpublished", "expected"), [(None, 4), (1, 1), (9, 4)])
-def test_published_goes_as_far_as_the_publisher_has_come(
-    worker: Worker, unpublished: int | None, expected: int
-) -> None:
-    worker.take(1, 2, 3, 4)
-    worker.commit(unpublished)
-    assert worker.store.positions()["t:0"].published == expected
 
 
 @pytest.mark.parametrize(
@@ -179,3 +171,94 @@ def test_a_double_that_cannot_be_settled_now_is_settled_with_the_next_batch(work
     worker.commit()
     assert outcomes(worker).count("duplicate") == 1
     assert worker.store.scan(columns=["id"])["id"].to_pylist().count(sample["id"]) == 1
+
+
+ONE = Position("t", 0, 7, "id-1", 5)
+LOGS = [ONE, Position("t", 1, 9, "id-1"), Position("t@1", 0, 2, "id-2")]
+
+
+@pytest.mark.parametrize(
+    ("known", "topic", "topic_id", "partition", "first", "expected"),
+    [
+        ([ONE], "t", "id-1", 0, 3, ONE),  # the same log
+        ([ONE], "t", "id-2", 0, 0, Position("t@1", 0, 0, "id-2", 0)),  # a new one
+        ([], "t", "id-1", 0, 3, Position("t", 0, 3, "id-1", 3)),
+        ([ONE], "u", "id-1", 0, 0, Position("u", 0, 0, "id-1", 0)),
+        ([ONE], "t", "", 0, 0, ONE),  # missing information of the broker is not a reason to start over
+        ([Position("t", 0, 7, "", 5)], "t", "id-1", 0, 0, ONE),
+        (LOGS, "t", "id-2", 1, 0, Position("t@1", 1, 0, "id-2", 0)),  # partitions of one new log share its generation
+        (LOGS, "t", "id-2", 5, 0, Position("t@1", 5, 0, "id-2", 0)),
+        (LOGS, "t", "id-3", 0, 0, Position("t@2", 0, 0, "id-3", 0)),
+    ],
+)
+def test_a_known_log_is_read_on_and_an_unknown_one_from_its_beginning(
+    known: list[Position], topic: str, topic_id: str, partition: int, first: int, expected: Position
+) -> None:
+    assert start_position(known, topic, topic_id, partition, first) == expected
+
+
+def test_a_log_that_was_cut_short_is_a_new_generation_of_its_partition_from_the_divergence_on() -> None:
+    known = [Position("t", 0, 7, "id-1"), Position("t", 1, 9, "id-1")]
+    cut = new_generation(known, known[0], 4)
+    assert (cut.stream, cut.partition, cut.next, cut.published, cut.topic_id) == ("t@1", 0, 4, 4, "id-1")
+    later = [*known, Position("t@1", 0, 6, "id-1")]
+    assert start_position(later, "t", "id-1", 0, 0).next == 6
+    assert start_position(later, "t", "id-1", 1, 0).next == 9
+    assert new_generation(later, later[2], 5).stream == "t@2"
+    assert new_generation(later, known[1], 5).stream == "t@2", "no name is used twice"
+
+
+class Seeks:
+    """Records the calls of an assignment to a kafka-python consumer."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self._subscription = self
+
+    def seek(self, partition: TopicPartition, offset: Any) -> None:
+        self.calls.append(("seek", partition.partition, offset))
+
+    def pause(self, *partitions: TopicPartition) -> None:
+        self.calls += [("pause", each.partition) for each in partitions]
+
+    def resume(self, *partitions: TopicPartition) -> None:
+        self.calls += [("resume", each.partition) for each in partitions]
+
+
+@pytest.fixture
+def assignment() -> Assignment:
+    return Assignment(Seeks(), "t")
+
+
+def reading_of(partition: int, start: int = 0, epoch: int = -1) -> PartitionReader:
+    return PartitionReader.of(Claim(Position("t", partition, start, leader_epoch=epoch), 1))
+
+
+def test_a_partition_is_read_once_it_is_claimed_from_there_and_with_its_epoch(assignment: Assignment) -> None:
+    """Only the leader epoch of a seek lets a truncation be seen."""
+    assert not assignment.joined
+    assignment.on_partitions_assigned([TopicPartition("t", 1), TopicPartition("t", 0)])
+    assert assignment.joined and assignment.unclaimed() == [0, 1]
+    assert ("pause", 0) in assignment.consumer.calls and ("resume", 0) not in assignment.consumer.calls
+    assert assignment.begin(mine := reading_of(0, 7, epoch=3))
+    [*_, (_, _, sought), resumed] = assignment.consumer.calls
+    assert (sought.offset, sought.leader_epoch, resumed) == (7, 3, ("resume", 0))
+    assert (assignment.unclaimed(), assignment.all(), assignment.holds(mine)) == ([1], [mine], True)
+
+
+def test_what_was_read_before_a_partition_came_back_does_not_hold(assignment: Assignment) -> None:
+    partition = TopicPartition("t", 0)
+    assignment.on_partitions_assigned([partition])
+    assignment.begin(old := reading_of(0))
+    assignment.on_partitions_revoked([partition])
+    assert not assignment.joined and not assignment.holds(old) and not assignment.begin(old)
+    assignment.on_partitions_assigned([partition])
+    assert not assignment.holds(old) and assignment.unclaimed() == [0]
+    assignment.begin(new := reading_of(0))
+    assignment.give_up(old)
+    assert assignment.holds(new), "an old reading gives up nothing of a new one"
+    assignment.give_up(new)
+    assert assignment.unclaimed() == [0] and assignment.consumer.calls[-1] == ("pause", 0)
+    assignment.begin(new)
+    assignment.on_partitions_lost([partition])
+    assert assignment.all() == [] == assignment.unclaimed()
