@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from streams.ingest import consumer
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support import consumer as support
+from tests.support.clock import Clock
 from tests.support.fake_kafka import FakeKafka, install
 
 
@@ -117,3 +119,10 @@ def img2dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with tarfile.open(Path(__file__).with_name("img2dataset.tar.xz")) as tar:
         tar.extractall(folder, filter="data")
     return folder
+
+
+def stop_clock(monkeypatch: pytest.MonkeyPatch, module: Any) -> Clock:
+    """A clock for ``module`` that a test moves."""
+    clock = Clock()
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock))
+    return clock

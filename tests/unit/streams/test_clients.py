@@ -3,13 +3,12 @@ from __future__ import annotations
 import base64
 import json
 import socket
-import socketserver
 import ssl
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,21 +17,7 @@ from urllib.parse import parse_qs
 
 import pytest
 import trustme
-from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
-from kafka.errors import (
-    GroupAuthorizationFailedError,
-    GroupIdNotFoundError,
-    InvalidTopicError,
-    KafkaConnectionError,
-    KafkaTimeoutError,
-    LeaderNotAvailableError,
-    NoError,
-    SaslAuthenticationFailedError,
-    TopicAuthorizationFailedError,
-    TransactionalIdAuthorizationFailedError,
-    TransactionalIdNotFoundError,
-    UnknownTopicOrPartitionError,
-)
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, errors
 from kafka.net.sasl.oauth import SaslMechanismOAuth
 
 from core.addresses import free_port
@@ -46,7 +31,9 @@ from streams.kafka import oauth as module
 from streams.kafka.broker import EmbeddedBroker
 from streams.kafka.clients import Admin, check_rights, connect_producer, connection, event_rights, ingest_rights
 from streams.kafka.oauth import TokenProvider, token_provider
+from tests.support.clock import Clock
 from tests.support.web_server import web_server
+from tests.unit.streams.conftest import stop_clock
 
 
 def test_options_are_given_to_the_clients_that_know_them_in_their_type() -> None:
@@ -56,12 +43,9 @@ def test_options_are_given_to_the_clients_that_know_them_in_their_type() -> None
     assert "session_timeout_ms" not in client_options(connection(kafka), KafkaProducer.DEFAULT_CONFIG)
     ingest = {"isolation_level": "read_committed", "auto_offset_reset": "none", "enable_auto_commit": False}
     assert (ingest | {"session_timeout_ms": 7000}).items() <= consumer_options(kafka).items()
-
-
-@pytest.mark.parametrize("client", [{"sasl_pasword": "x"}, {"ssl_check_hostname": "maybe"}, {"retries": "few"}])
-def test_a_wrong_option_is_named(client: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(client))):
-        client_options(connection(Kafka(client=client)), {"ssl_check_hostname": True, "retries": 3})
+    for wrong in ({"sasl_pasword": "x"}, {"ssl_check_hostname": "maybe"}, {"retries": "few"}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            client_options(connection(Kafka(client=wrong)), {"ssl_check_hostname": True, "retries": 3})
 
 
 @pytest.mark.parametrize(
@@ -92,28 +76,28 @@ class Answers:
         """Values left at their default; None: this user may not see them."""
 
     def describe_topics(self, names: list[str]) -> list[dict[str, Any]]:
-        return [self.topics.get(name, topic(UnknownTopicOrPartitionError)) for name in names]
+        return [self.topics.get(name, topic(errors.UnknownTopicOrPartitionError)) for name in names]
 
     def describe_configs(self, resources: list[Any], config_filter: str) -> Any:
         assert config_filter == "default"
         if self.defaults is None:
-            raise TopicAuthorizationFailedError("t")
+            raise errors.TopicAuthorizationFailedError("t")
         return {"topic": {each.name: {name: {"value": v} for name, v in self.defaults.items()} for each in resources}}
 
     def describe_groups(self, names: list[str]) -> dict[str, dict[str, Any]]:
         if not self.groups:
-            raise (GroupIdNotFoundError if self.groups is None else GroupAuthorizationFailedError)(names[0])
+            raise errors.GroupIdNotFoundError if self.groups is None else errors.GroupAuthorizationFailedError
         return {name: {"authorized_operations": self.groups} for name in names}
 
     def describe_transactions(self, ids: list[str]) -> None:
-        raise (TransactionalIdNotFoundError if self.ids else TransactionalIdAuthorizationFailedError)(ids[0])
+        raise errors.TransactionalIdNotFoundError if self.ids else errors.TransactionalIdAuthorizationFailedError
 
     def close(self) -> None:
         pass
 
 
 def topic(
-    error: Any = NoError, id: str | None = None, partitions: int = 0, rights: list[str] | None = None
+    error: Any = errors.NoError, id: str | None = None, partitions: int = 0, rights: list[str] | None = None
 ) -> dict[str, Any]:
     nodes = [{"replica_nodes": [1, 2, 3]}] * partitions
     return {"error_code": error.errno, "topic_id": id, "partitions": nodes, "authorized_operations": rights}
@@ -134,26 +118,26 @@ def membership(admin: Admin, consumer: Any) -> Membership:
 
 
 def test_a_topic_that_may_not_be_described_is_neither_gone_nor_a_new_log() -> None:
-    for error, told in ((TopicAuthorizationFailedError, "ACLs"), (InvalidTopicError, "InvalidTopic")):
+    for error, told in ((errors.TopicAuthorizationFailedError, "ACLs"), (errors.InvalidTopicError, "InvalidTopic")):
         with pytest.raises(BrokerError, match=told):
             answering(error).topic_id("t")
     with pytest.raises(BrokerError) as caught:
-        membership(answering(TopicAuthorizationFailedError), None).look()
+        membership(answering(errors.TopicAuthorizationFailedError), None).look()
     assert not isinstance(caught.value, LogLost)
-    assert answering(UnknownTopicOrPartitionError).topic_id("t") is None
-    assert answering(LeaderNotAvailableError, "id").topic_id("t") == "id", "its leader is elected"
+    assert answering(errors.UnknownTopicOrPartitionError).topic_id("t") is None
+    assert answering(errors.LeaderNotAvailableError, "id").topic_id("t") == "id", "its leader is elected"
     assert answering().topic_id("t") == ""
 
 
-@pytest.mark.parametrize(("there", "known", "asked"), [(2, {0, 1}, 0), (6, {0, 1}, 1), (2, None, 1)])
-def test_metadata_is_asked_for_when_the_topic_has_more_partitions_than_the_consumer_knows(
-    there: int, known: set[int] | None, asked: int
-) -> None:
+def test_metadata_is_asked_for_when_the_topic_has_more_partitions_than_the_consumer_knows() -> None:
     updates: list[int] = []
-    cluster = SimpleNamespace(partitions_for_topic=lambda topic: known, request_update=lambda: updates.append(1))
-    consumer = SimpleNamespace(_client=SimpleNamespace(cluster=cluster))
-    membership(answering(NoError, "id", there), consumer).look()
-    assert len(updates) == asked
+    for there, known, asked in ((2, {0, 1}, 0), (6, {0, 1}, 1), (2, None, 2)):
+        cluster = SimpleNamespace(
+            partitions_for_topic=lambda topic, known=known: known, request_update=lambda: updates.append(1)
+        )
+        consumer = SimpleNamespace(_client=SimpleNamespace(cluster=cluster))
+        membership(answering(errors.NoError, "id", there), consumer).look()
+        assert len(updates) == asked
 
 
 @pytest.mark.parametrize(
@@ -169,7 +153,7 @@ def test_metadata_is_asked_for_when_the_topic_has_more_partitions_than_the_consu
 def test_defaults_that_will_not_do_for_a_topic_are_warned_of_once(
     caplog: pytest.LogCaptureFixture, defaults: dict[str, str] | None, partitions: int, said: list[str]
 ) -> None:
-    client = Answers({"t": topic(NoError, "id", partitions)})
+    client = Answers({"t": topic(errors.NoError, "id", partitions)})
     client.defaults = defaults
     admin = asking(client)
     for _ in range(2):
@@ -179,7 +163,7 @@ def test_defaults_that_will_not_do_for_a_topic_are_warned_of_once(
 
 
 READ, EVERY = ["DESCRIBE", "READ"], ["DESCRIBE", "READ", "WRITE"]
-NO_RIGHT = topic(TopicAuthorizationFailedError)
+NO_RIGHT = topic(errors.TopicAuthorizationFailedError)
 
 
 def test_all_that_is_missing_is_named_at_once() -> None:
@@ -198,16 +182,13 @@ def test_all_that_is_missing_is_named_at_once() -> None:
     assert event_rights(Kafka(events_topic="")) == []
 
 
-@pytest.mark.parametrize(
-    "client",
-    [
+def test_who_has_the_rights_or_is_not_told_of_them_lacks_none() -> None:
+    for answers in (
         Answers({"ratchet.samples": topic(rights=READ), "ratchet.quarantine": topic(rights=EVERY)}, READ),
         Answers({}),  # nothing is there yet
         Answers({"ratchet.samples": topic(), "ratchet.quarantine": topic()}),  # no authorizer
-    ],
-)
-def test_who_has_the_rights_or_is_not_told_of_them_lacks_none(client: Answers) -> None:
-    check_rights(asking(client), ingest_rights(Kafka()))
+    ):
+        check_rights(asking(answers), ingest_rights(Kafka()))
 
 
 @pytest.fixture
@@ -217,38 +198,22 @@ def secure_port(tmp_path: Path) -> Iterator[int]:
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(context)
-
-    class Handshake(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            with suppress(OSError):
-                context.wrap_socket(self.request, server_side=True).recv(1)
-
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handshake) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,)).start()
-        yield server.server_address[1]
-        server.shutdown()
+    with web_server(tls=context) as server:
+        yield server.port
 
 
-@pytest.mark.parametrize("protocol", ["SSL", "SASL_SSL"])
-def test_a_certificate_that_cannot_be_verified_is_named(secure_port: int, protocol: str) -> None:
-    client = {"security_protocol": protocol, "sasl_mechanism": "PLAIN", "sasl_plain_username": "u"}
-    kafka = Kafka(bootstrap=f"localhost:{secure_port}", client={**client, "sasl_plain_password": "hush"})
-    with pytest.raises(BrokerError, match="certificate verify failed") as caught:
-        Admin(kafka, connect_seconds=0.5).topic_id("t")
-    assert "ssl_cafile" in caught.value.fix and "password" not in str(caught.value) + caught.value.fix
-
-
-def test_tls_at_a_port_without_tls_is_named_and_a_certificate_that_is_right_is_not_blamed(
+def test_what_fails_of_tls_is_named_and_a_certificate_that_is_right_is_not_blamed(
     secure_port: int, tmp_path: Path
 ) -> None:
-    error = KafkaTimeoutError("Unable to bootstrap")
-    with socket.create_server(("127.0.0.1", 0)) as plain:
-
-        def answer() -> None:
-            with plain.accept()[0] as caller:
-                caller.sendall(b"not TLS")
-
-        threading.Thread(target=answer, daemon=True).start()
+    for protocol in ("SSL", "SASL_SSL"):
+        client = {"security_protocol": protocol, "sasl_mechanism": "PLAIN", "sasl_plain_username": "u"}
+        kafka = Kafka(bootstrap=f"localhost:{secure_port}", client={**client, "sasl_plain_password": "hush"})
+        with pytest.raises(BrokerError, match="certificate verify failed") as caught:
+            Admin(kafka, connect_seconds=0.5).topic_id("t")
+        assert "ssl_cafile" in caught.value.fix and "password" not in str(caught.value) + caught.value.fix
+    error = errors.KafkaTimeoutError("Unable to bootstrap")
+    with socket.create_server(("127.0.0.1", 0)) as plain, ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: plain.accept()[0].sendall(b"not TLS"))
         kafka = Kafka(bootstrap=f"127.0.0.1:{plain.getsockname()[1]}", client={"security_protocol": "SSL"})
         assert "security_protocol" in explain(error, connection(kafka), "connecting").fix
     client = {"security_protocol": "SSL", "ssl_cafile": str(tmp_path / "ca.pem")}
@@ -310,18 +275,9 @@ def server() -> Iterator[TokenServer]:
         http.shutdown()
 
 
-class Clock:
-    now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(module, "time", clock)
-    return clock
+    return stop_clock(monkeypatch, module)
 
 
 def oauth(server: TokenServer, **more: Any) -> OAuth:
@@ -353,7 +309,7 @@ def test_a_token_is_renewed_before_it_ends_and_used_to_its_end_while_the_endpoin
     clock.now += 0.9 * 3600
     assert provider.token() == "token-2"
     clock.now += 0.2 * 3600
-    with pytest.raises(KafkaConnectionError, match=r"kafka\.oauth\.token_url"):
+    with pytest.raises(errors.KafkaConnectionError, match=r"kafka\.oauth\.token_url"):
         provider.token()
     server.answer = None
     assert provider.token().startswith("token-") and provider.last_error is None
@@ -362,15 +318,15 @@ def test_a_token_is_renewed_before_it_ends_and_used_to_its_end_while_the_endpoin
 @pytest.mark.parametrize(
     ("answer", "error", "named"),
     [
-        ((401, b'{"error": "invalid_client"}'), SaslAuthenticationFailedError, "invalid_client.*client_secret"),
-        ((400, b"no json"), SaslAuthenticationFailedError, "kafka.oauth.client_id"),
-        ((400, b'{"error": "invalid_scope"}'), SaslAuthenticationFailedError, "kafka.oauth.scope"),
-        ((500, b""), KafkaConnectionError, "status 500"),
-        ((302, b""), KafkaConnectionError, "status 302"),
-        ((200, b"[" * 100_000), KafkaConnectionError, "no token"),
-        ((200, b'{"access_token": 7}'), KafkaConnectionError, "no token"),
-        ((200, b'{"access_token": "a\\u0001b=c"}'), KafkaConnectionError, "visible ASCII"),
-        ((200, b" " * 300_000), KafkaConnectionError, "kafka.oauth.token_url .* more than 262144 bytes"),
+        ((401, b'{"error": "invalid_client"}'), errors.SaslAuthenticationFailedError, "invalid_client.*client_secret"),
+        ((400, b"no json"), errors.SaslAuthenticationFailedError, "kafka.oauth.client_id"),
+        ((400, b'{"error": "invalid_scope"}'), errors.SaslAuthenticationFailedError, "kafka.oauth.scope"),
+        ((500, b""), errors.KafkaConnectionError, "status 500"),
+        ((302, b""), errors.KafkaConnectionError, "status 302"),
+        ((200, b"[" * 100_000), errors.KafkaConnectionError, "no token"),
+        ((200, b'{"access_token": 7}'), errors.KafkaConnectionError, "no token"),
+        ((200, b'{"access_token": "a\\u0001b=c"}'), errors.KafkaConnectionError, "visible ASCII"),
+        ((200, b" " * 300_000), errors.KafkaConnectionError, "kafka.oauth.token_url .* more than 262144 bytes"),
     ],
 )
 def test_an_endpoint_that_refuses_or_answers_nonsense_is_told_by_the_setting(
@@ -381,7 +337,7 @@ def test_an_endpoint_that_refuses_or_answers_nonsense_is_told_by_the_setting(
     with pytest.raises(error, match=named) as caught:
         token_provider(kafka.oauth).token()
     # What kafka-python makes of it:
-    shown = str(explain(KafkaTimeoutError("Unable to bootstrap"), connection(kafka), "connecting"))
+    shown = str(explain(errors.KafkaTimeoutError("Unable to bootstrap"), connection(kafka), "connecting"))
     assert "token" in shown and str(caught.value.args[0]) in shown
     assert "hu:sh" not in shown + repr(kafka) + str(caught.value)
 
@@ -392,7 +348,7 @@ def test_an_endpoint_that_never_ends_its_answer_or_is_not_there_is_told_by_the_s
         web.pages["/token"] = web.endless(chunk or b"", 0.02)
         port = web.port if chunk else free_port()
         settings = OAuth(token_url=f"http://{web.host}:{port}/token", client_id="rat", client_secret="hush")
-        with pytest.raises(KafkaConnectionError, match=r"kafka\.oauth\.token_url"):
+        with pytest.raises(errors.KafkaConnectionError, match=r"kafka\.oauth\.token_url"):
             TokenProvider(settings, timeout_seconds=0.5).token()
         assert chunk is None or web.hung_up.wait(20)
 
@@ -400,14 +356,14 @@ def test_an_endpoint_that_never_ends_its_answer_or_is_not_there_is_told_by_the_s
 def test_a_token_file_is_read_again_each_time(tmp_path: Path) -> None:
     file = tmp_path / "token"
     provider = TokenProvider(OAuth(token_file=file))
-    with pytest.raises(KafkaConnectionError, match=r"kafka\.oauth\.token_file"):
+    with pytest.raises(errors.KafkaConnectionError, match=r"kafka\.oauth\.token_file"):
         provider.token()
     for token in ("one", "two"):
         file.write_text(f"{token}\n")
         assert provider.token() == token
     for wrong in (b"", b"two words", b"\xff\xfe", b"x" * (module.MAX_TOKEN_CHARS + 1)):
         file.write_bytes(wrong)
-        with pytest.raises(SaslAuthenticationFailedError, match=r"kafka\.oauth\.token_file"):
+        with pytest.raises(errors.SaslAuthenticationFailedError, match=r"kafka\.oauth\.token_file"):
             provider.token()
 
 
@@ -435,7 +391,6 @@ def test_settings_that_do_not_fit_together_are_named(kafka: dict[str, Any], name
         ("kafka.oauth.token_url", "https://u:hush@a.example/"),
         ("kafka.schema_registry", "https://u:hush@a.example/"),
         ("kafka.schema_registry_auth", "hush"),
-        ("kafka.oauth.client_secret", ["hush"]),
         ("kafka.client", "hush"),
         ("ledger_url", ["hush"]),
         ("kafka.oauth.extensions", {"auth": "hush"}),

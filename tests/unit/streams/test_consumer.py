@@ -25,9 +25,12 @@ from tests.unit.streams.conftest import Ingestion, Outage
 
 
 def test_each_record_has_one_row_and_each_refusal_is_published_once(ingestion: Ingestion, kafka: FakeKafka) -> None:
-    kafka.send(good(1), POISON, good(1), good(2), POISON)
+    kafka.send(good(1), POISON, good(1), good(2), good(4))
+    kafka.logs[0].records[4] = Corrupt("t", 0, 4, -1, "its checksum is wrong", b"\x00broken", 0)
     ingestion.finish(5)
     assert ingestion.kinds() == ["sample", "quarantine", "duplicate", "sample", "quarantine"]
+    refused = ingestion.store.quarantined_record("t", 0, 4)
+    assert refused is not None and (refused["reason"], refused["detail"]) == ("corrupt", "its checksum is wrong")
     assert (kafka.names(), kafka.committed) == (["t:0:1", "t:0:4"], {0: 5})
     position = ingestion.position()
     assert (position.next, position.published) == (5, 5), "what was published is remembered"
@@ -71,15 +74,6 @@ def test_a_record_that_the_log_gives_twice_is_taken_once(ingestion: Ingestion, k
     assert kafka.names() == ["t:0:1"]
 
 
-def test_corrupt_records_are_refused_in_their_place(ingestion: Ingestion, kafka: FakeKafka) -> None:
-    kafka.send(good(1), good(2), good(3))
-    kafka.logs[0].records[1] = Corrupt("t", 0, 1, -1, "its checksum is wrong", b"\x00broken", 0)
-    ingestion.finish(3)
-    assert ingestion.kinds() == ["sample", "quarantine", "sample"]
-    [refused] = ingestion.store.quarantined(1)
-    assert (refused["reason"], refused["detail"]) == ("corrupt", "its checksum is wrong")
-
-
 def test_records_stay_in_order_though_they_are_validated_at_once(
     ingestion: Ingestion, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,28 +113,21 @@ def test_a_refusal_that_the_topic_does_not_take_goes_as_a_claim_check(ingestion:
     assert stored is not None and stored["original"] == b"x" * 3000
 
 
-def test_not_even_a_claim_check_fits_and_reading_goes_on(ingestion: Ingestion, kafka: FakeKafka) -> None:
+def test_reading_goes_on_while_not_even_a_claim_check_fits_or_the_quarantine_topic_is_away(
+    ingestion: Ingestion, kafka: FakeKafka
+) -> None:
     kafka.max_bytes = 10
     kafka.send(POISON, good(1))
     with ingestion.run(2):
         wait_for(lambda: metric("quarantine_failing") == 1, "the problem is exported", 20)
-        kafka.send(good(2))
-        ingestion.wait_for(3)
+        kafka.quarantine_away = True
         kafka.max_bytes = 1 << 20
-        wait_for(lambda: len(kafka.quarantine) == 1, "the refusal", 20)
-        wait_for(lambda: metric("quarantine_failing") == 0, "its end is exported", 20)
-    assert kafka.names() == ["t:0:0"]
-
-
-def test_reading_goes_on_while_the_quarantine_topic_is_away(ingestion: Ingestion, kafka: FakeKafka) -> None:
-    kafka.quarantine_away = True
-    kafka.send(POISON, good(1))
-    with ingestion.run(2):
         kafka.send(POISON, good(2))
         ingestion.wait_for(4)
         assert ingestion.position().published == 0 and kafka.quarantine == []
         kafka.quarantine_away = False
         wait_for(lambda: ingestion.position().published == 4, "both published", 20)
+        wait_for(lambda: metric("quarantine_failing") == 0, "its end is exported", 20)
     assert kafka.names() == ["t:0:0", "t:0:2"]
 
 
@@ -215,9 +202,19 @@ def test_records_that_were_deleted_unread_are_a_gap(ingestion: Ingestion, kafka:
     assert ingestion.store.tally()["gap_offsets"] == 4
 
 
-def test_a_log_that_was_cut_off_is_a_new_generation_from_the_divergence(ingestion: Ingestion, kafka: FakeKafka) -> None:
+def test_a_log_that_was_cut_off_is_a_new_generation_from_the_divergence(
+    ingestion: Ingestion, kafka: FakeKafka, outage: Outage
+) -> None:
+    """It is counted once, though the store is away when the new generation begins."""
     kafka.send(*(good(n) for n in range(5)), POISON, epoch=3)
     before = metric("rewritten_offsets_total") or 0
+    tries: list[Any] = []
+
+    def of(writer: StoreWriter, starts: Sequence[Position], *_: Any) -> bool:
+        tries.extend(each for each in starts if each.stream == "t@1")
+        return starts[0].stream == "t@1" and len(tries) < 4
+
+    outage(StoreWriter, "claim", StoreUnavailable("away"), of)
     with ingestion.run(6) as consumer:
         wait_for(lambda: ingestion.position().published == 6, "the refusal published", 20)
         with kafka.changed:
@@ -225,6 +222,7 @@ def test_a_log_that_was_cut_off_is_a_new_generation_from_the_divergence(ingestio
             kafka.send(good(50), POISON, good(51), epoch=4)
         ingestion.wait_for(9)
         assert (consumer.status.gap_offsets, consumer.status.rewritten_offsets) == (0, 2), "stored before: not lost"
+    assert len(tries) == 4
     assert sorted(ingestion.rows()) == [
         *(("t", n, "sample") for n in range(5)), ("t", 5, "quarantine"),
         ("t@1", 4, "sample"), ("t@1", 5, "quarantine"), ("t@1", 6, "sample"),
@@ -271,27 +269,6 @@ def test_a_new_leader_is_not_taken_for_a_truncation(ingestion: Ingestion, kafka:
         kafka.send(good(5), epoch=4)
         ingestion.wait_for(5)
     assert ingestion.kinds() == ["sample"] * 5
-
-
-def test_a_truncation_is_counted_once_though_the_store_goes_away_in_the_middle(
-    ingestion: Ingestion, kafka: FakeKafka, outage: Outage
-) -> None:
-    kafka.send(*(good(n) for n in range(5)), epoch=3)
-    tries: list[Any] = []
-
-    def of(writer: StoreWriter, starts: Sequence[Position], *_: Any) -> bool:
-        tries.extend(each for each in starts if each.stream == "t@1")
-        return starts[0].stream == "t@1" and len(tries) < 4
-
-    outage(StoreWriter, "claim", StoreUnavailable("away"), of)
-    with ingestion.run(5):
-        with kafka.changed:
-            kafka.cut_off(3)
-            kafka.send(good(9), epoch=4)
-        ingestion.wait_for(6)
-    assert len(tries) == 4
-    assert ingestion.store.tally()["rewritten_offsets"] == 2
-    assert ingestion.store.offsets() == {"t:0": 5, "t@1:0": 4}
 
 
 def test_a_deleted_topic_is_waited_for_and_not_made_again(ingestion: Ingestion, kafka: FakeKafka) -> None:

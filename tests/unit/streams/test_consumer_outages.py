@@ -25,7 +25,7 @@ from tests.support.fake_kafka import FakeKafka
 from tests.support.kafka import good, reading, wait_for
 from tests.support.samples import TOPIC, put, sample
 from tests.unit.streams.conftest import Ingestion, Outage
-from tests.unit.streams.test_validators import die
+from tests.unit.streams.test_validate import die
 
 
 @pytest.mark.parametrize("kafka", [2], indirect=True)
@@ -78,8 +78,8 @@ def test_what_is_away_is_named_and_waited_for_and_nothing_is_lost(
     assert kafka.names() == ["t:0:1"]
 
 
-def test_a_store_that_hangs_is_told_while_the_consumer_waits_for_it(
-    ingestion: Ingestion, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
+def test_a_store_that_hangs_or_is_away_is_told_while_the_consumer_waits_for_it_or_is_idle(
+    ingestion: Ingestion, kafka: FakeKafka, outage: Outage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lance retries for minutes, and the thread that reads the topic waits for it."""
     monkeypatch.setattr(ingest_report, "STORE_SECONDS", 0.2)
@@ -92,6 +92,8 @@ def test_a_store_that_hangs_is_told_while_the_consumer_waits_for_it(
         return real(self, version)
 
     monkeypatch.setattr(SampleTable, "open", silent)
+    away = outage(SampleStore, "version", StoreUnavailable("no route to the store."))
+    away.clear()
     kafka.send(good(1))
     with ingestion.run(1) as consumer:
         hangs.set()
@@ -104,18 +106,8 @@ def test_a_store_that_hangs_is_told_while_the_consumer_waits_for_it(
         ingestion.wait_for(2)
         wait_for(lambda: consumer.status.state == "reading" and dependency_state("store") == "ok", "the end", 20)
         assert metric("waiting", **{"for": "store"}) == 0
-
-
-def test_an_idle_ingest_tells_that_the_store_is_away(
-    ingestion: Ingestion, kafka: FakeKafka, outage: Outage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ingest_report, "STORE_SECONDS", 0.2)
-    away = outage(SampleStore, "version", StoreUnavailable("no route to the store."))
-    away.clear()
-    kafka.send(good(1))
-    with ingestion.run(1) as consumer:
         away.set()
-        wait_for(lambda: consumer.status.waiting_for == "store", "the outage", 20)
+        wait_for(lambda: consumer.status.waiting_for == "store", "the outage of an idle ingest", 20)
         assert (dependency_state("store"), dependency_state("broker")) == ("away", "ok")
         polls = kafka.polls
         wait_for(lambda: kafka.polls > polls + 20, "it asks the broker on and on", 20)
@@ -206,7 +198,7 @@ def test_a_gap_waits_for_the_records_before_it(ingestion: Ingestion, kafka: Fake
     assert ingestion.rows() == [("t", 0, "sample"), ("t", 1, "sample"), ("t", 2, "gap"), ("t", 5, "sample")]
 
 
-def test_one_that_lost_its_partition_claims_it_anew_and_stores_nothing_twice(
+def test_one_that_lost_its_partition_claims_it_anew_and_stores_and_publishes_nothing_twice(
     ingestion: Ingestion, kafka: FakeKafka
 ) -> None:
     kafka.send(good(1), POISON)
@@ -217,31 +209,30 @@ def test_one_that_lost_its_partition_claims_it_anew_and_stores_nothing_twice(
             other.claim([ingestion.position()])
             kafka.send(good(number), POISON)
             ingestion.wait_for(number)
-    assert ingestion.kinds() == ["sample", "quarantine"] * 4
-    assert kafka.names() == [f"t:0:{n}" for n in (1, 3, 5, 7)]
-
-
-def test_one_that_lost_its_partition_publishes_what_waited_though_no_record_comes(
-    ingestion: Ingestion, kafka: FakeKafka
-) -> None:
-    kafka.quarantine_away = True
-    kafka.send(POISON)
-    with ingestion.run(1):
-        StoreWriter(SampleTable(ingestion.settings.lake)).claim([ingestion.position()])
+        wait_for(lambda: ingestion.position().published == 8, "all published", 20)
+        kafka.quarantine_away = True
+        kafka.send(good(10), POISON)
+        ingestion.wait_for(10)
+        other.claim([ingestion.position()])
         kafka.quarantine_away = False
-        wait_for(lambda: ingestion.position().published == 1, "the refusal published", 20)
-    assert kafka.names() == ["t:0:0"]
+        wait_for(lambda: ingestion.position().published == 10, "what waited, though no record comes", 20)
+    assert ingestion.kinds() == ["sample", "quarantine"] * 5
+    assert kafka.names() == [f"t:0:{n}" for n in (1, 3, 5, 7, 9)]
 
 
 # -- the duplicate index, which is built in parallel with the loop --------------------------------------------------
 
 
-def test_the_group_is_joined_and_nothing_is_claimed_while_the_index_is_built(
+def test_the_group_is_joined_and_nothing_is_claimed_while_the_index_is_built_or_tried_again(
     settings: Settings, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, released, follow = threading.Event(), threading.Event(), DuplicateIndex.follow
+    tries: list[Any] = []
 
     def slow(*given: Any) -> Any:
+        tries.append(given)
+        if len(tries) < 3:
+            raise StoreUnavailable("away")
         begun.set()
         assert released.wait(60)
         return follow(*given)
@@ -254,14 +245,6 @@ def test_the_group_is_joined_and_nothing_is_claimed_while_the_index_is_built(
         wait_for(lambda: kafka.polls > polls + 5, "polls while the index is built", 20)
         assert SampleStore(settings.lake).positions() == {}
         released.set()
-        wait_for(lambda: consumer.status.samples == 1, "the record", 20)
-
-
-def test_an_index_that_cannot_be_built_is_tried_again(settings: Settings, kafka: FakeKafka, outage: Outage) -> None:
-    tries: list[Any] = []
-    outage(DuplicateIndex, "follow", StoreUnavailable("away"), lambda *given: tries.append(given) or len(tries) < 3)
-    kafka.send(good(1))
-    with reading(settings) as consumer:
         wait_for(lambda: consumer.status.samples == 1, "the record", 20)
 
 

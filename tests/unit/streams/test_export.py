@@ -118,11 +118,10 @@ def test_stats_count_samples_and_refusals(store: SampleStore, monkeypatch: pytes
 def test_what_a_distance_would_have_dropped_is_counted_before_it_is_switched_on(tmp_path: Path) -> None:
     store = SampleStore(str(tmp_path / "alike"))
     assert near_duplicates(store, 0)["domain"].counts.total() == 0
-    looks = [0b0, 0b0, 0b1, 0b0, 0b111_0000_0000]
-    words = [1000, 1000, 1000, 2000, 1000]
+    kinds = [(0b0, 1000), (0b0, 1000), (0b1, 1000), (0b0, 2000), (0b111_0000_0000, 1000)]
     rows = [
-        sample(0, number, look=look.to_bytes(8, "big") + bytes(27), words=word, domain=f"camera {number % 2}")
-        for number, (look, word) in enumerate(zip(looks, words, strict=True))
+        sample(0, number, look=look.to_bytes(8, "big") + bytes(27), words=words, domain=f"camera {number % 2}")
+        for number, (look, words) in enumerate(kinds)
     ]
     put(store, rows, Position(TOPIC, 0, len(rows)))
     assert near_duplicates(store, 0)["domain"].top(5) == [("camera 1", 1)]

@@ -5,7 +5,6 @@ import gzip
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,7 +16,7 @@ from pydantic import ValidationError
 from core.addresses import AllowRule
 from core.errors import RecordError
 from core.settings.serving import Serve
-from streams.records.fetching import MAX_REDIRECTS, ByteBudget, Fetcher, Rules, is_allowed, networks_of
+from streams.records.fetching import MAX_REDIRECTS, Fetcher, Rules, is_allowed, networks_of
 from tests.support.web_server import WebServer, redirect, reply, web_server
 
 PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 4
@@ -83,15 +82,13 @@ async def test_an_image_comes_from_the_pinned_address_under_its_own_name_and_by_
 
 
 @pytest.mark.parametrize("kind", ["image/webp", "image/png; charset=x", "application/octet-stream", None])
-async def test_types_of_images_and_none_are_taken(web: WebServer, kind: str | None) -> None:
+async def test_types_of_images_and_none_are_taken_with_any_framing(web: WebServer, kind: str | None) -> None:
+    chunks = b"5\r\n" + PICTURE[:5] + b"\r\n0\r\n\r\n"
     web.pages["/typed"] = reply(PICTURE, content_type=kind)
-    web.pages["/chunked"] = reply(
-        b"5\r\n" + PICTURE[:5] + b"\r\n0\r\n\r\n", content_type=kind, content_length=None, transfer_encoding="chunked"
-    )
+    web.pages["/chunked"] = reply(chunks, content_type=kind, content_length=None, transfer_encoding="chunked")
     web.pages["/unlimited"] = reply(PICTURE, content_type=kind, content_length=None)
-    assert await fetcher(web).fetch(url(web, "/typed")) == PICTURE
-    assert await fetcher(web).fetch(url(web, "/chunked")) == PICTURE[:5]
-    assert await fetcher(web).fetch(url(web, "/unlimited")) == PICTURE
+    for path, body in (("/typed", PICTURE), ("/chunked", PICTURE[:5]), ("/unlimited", PICTURE)):
+        assert await fetcher(web).fetch(url(web, path)) == body
 
 
 async def test_a_redirect_is_followed_within_the_list_and_not_in_a_circle(web: WebServer) -> None:
@@ -150,28 +147,22 @@ async def test_the_systems_resolver_is_asked_by_default(web: WebServer, monkeypa
 @pytest.mark.parametrize(
     "to",
     ["file:///etc/passwd", "http://other.test/a.png", "ftp://cdn.test/a.png", "data:image/png;base64,AAAA",
-     "//evil.test/", "http://user:secret@cdn.test/a.png", "http://[::1", "javascript:alert(1)", "http://cdn.test:99999/"],
+     "//evil.test/", "http://user:secret@cdn.test/a.png", "http://[::1", "javascript:alert(1)", "http://cdn.test:99999/",
+     "", "cdn.test", "http://cdn.test/", "http://cdn.test:{port}@evil.test/", "http://user@cdn.test:{port}/a.png",
+     "http://evil.test:{port}/a.png", "http://cdn.test:{port}/" + "a" * 3000, "http://cdn.test:{port}\\@evil.test/",
+     "http://cdn.test:no/", "http://cdn.test.:{port}/a.png", "http:///a.png", "http://cdn.test:{port}/a\r\nx: y"],
 )  # fmt: skip
-async def test_a_redirect_out_of_the_list_is_refused(web: WebServer, to: str) -> None:
-    web.pages["/moved"] = redirect(to)
-    told = await refusal(fetcher(web, places=[f"cdn.test:{web.port}"]), url(web, "/moved"))
-    assert told.startswith("uri_not_allowed")
-    assert "secret" not in told
-    assert len(web.asked) == 1
-
-
-@pytest.mark.parametrize(
-    "address",
-    ["", "cdn.test", "file:///etc/passwd", "gopher://cdn.test:{port}/", "http://cdn.test/", "http://cdn.test:{port}@evil.test/",
-     "http://user@cdn.test:{port}/a.png", "http://evil.test:{port}/a.png", "http://cdn.test:{port}/" + "a" * 3000,
-     "http://cdn.test:{port}\\@evil.test/", "http://cdn.test:no/", "http://cdn.test.:{port}/a.png", "http:///a.png",
-     "http://cdn.test:{port}/a\r\nx: y"],
-)  # fmt: skip
-async def test_addresses_out_of_the_list_are_not_even_looked_up(web: WebServer, address: str) -> None:
-    names = Names(cdn_test=[["127.0.0.1"]])
-    told = await refusal(fetcher(web, names, [f"cdn.test:{web.port}"]), address.format(port=web.port))
-    assert told.startswith("uri_not_allowed")
+async def test_an_address_out_of_the_list_is_refused_and_not_even_looked_up(web: WebServer, to: str) -> None:
+    names, address = Names(cdn_test=[["127.0.0.1"]]), to.format(port=web.port)
+    made = fetcher(web, names, [f"cdn.test:{web.port}"])
+    told = await refusal(made, address)
+    assert told.startswith("uri_not_allowed") and "secret" not in told
     assert names.asked == web.asked == []
+    if to not in ("", "cdn.test", "http:///a.png") and "\r" not in to:  # those would lead to the same host again
+        web.pages["/moved"] = redirect(address)
+        told = await refusal(made, url(web, "/moved"))
+        assert told.startswith("uri_not_allowed") and "secret" not in told
+        assert len(web.asked) == 1
 
 
 async def test_an_endless_body_is_cut_at_the_byte_that_is_too_many(web: WebServer) -> None:
@@ -194,10 +185,9 @@ async def test_a_slow_body_a_slow_head_and_silence_end_with_the_time(web: WebSer
     web.pages["/head"] = web.endless(b"x", 0.05, b"HTTP/1.1 200 OK\r\nx: ")
     web.pages["/silent"] = lambda wire: wire.recv(1)  # type: ignore[assignment,return-value]
     web.pages["/moved"] = redirect("/drip")
-    began = time.monotonic()
     for path in ("/drip", "/head", "/silent", "/moved"):
-        assert (await refusal(fetcher(web, seconds=0.2), url(web, path))).startswith("uri_unreachable")
-    assert time.monotonic() - began < LONG
+        async with asyncio.timeout(LONG):
+            assert (await refusal(fetcher(web, seconds=0.2), url(web, path))).startswith("uri_unreachable")
 
 
 BOMB = gzip.compress(b"\0" * (1 << 20))
@@ -221,14 +211,6 @@ async def test_a_wrong_length_a_compressed_body_and_what_is_not_http_are_refused
 ) -> None:
     web.pages["/wrong"] = answer
     assert told in await refusal(fetcher(web), url(web, "/wrong"))
-
-
-async def test_several_images_spend_from_one_purse(web: WebServer) -> None:
-    budget = ByteBudget(2 * len(PICTURE))
-    made = fetcher(web)
-    assert [await made.fetch(url(web), budget) for _ in range(2)] == [PICTURE, PICTURE]
-    with pytest.raises(RecordError, match="together"):
-        await made.fetch(url(web), budget)
 
 
 async def test_only_so_many_are_fetched_at_once(web: WebServer) -> None:
@@ -268,29 +250,24 @@ def trust(authority: trustme.CA) -> ssl.SSLContext:
     return context
 
 
-async def test_over_tls_name_and_certificate_stay_with_the_host(authority: trustme.CA, trust: ssl.SSLContext) -> None:
+async def test_over_tls_name_and_certificate_stay_with_the_host_and_no_redirect_leads_out_of_it(
+    web: WebServer, authority: trustme.CA, trust: ssl.SSLContext
+) -> None:
     names: list[str | None] = []
     for issuer, name in ((authority, "cdn.test"), (authority, "other.test"), (trustme.CA(), "cdn.test")):
         context = secure(issuer, name)
         context.sni_callback = lambda wire, name, given: names.append(name)  # type: ignore[assignment]
-        with web_server(tls=context) as web:
-            web.pages["/a.png"] = reply(PICTURE)
-            made, address = fetcher(web, trust=trust), url(web, scheme="https")
+        with web_server(tls=context) as safe:
+            safe.pages |= {"/a.png": reply(PICTURE), "/moved": redirect(url(web))}
+            made = fetcher(safe, places=[f"cdn.test:{safe.port}", f"cdn.test:{web.port}"], trust=trust)
             if (issuer, name) == (authority, "cdn.test"):
-                assert await made.fetch(address) == PICTURE
+                assert await made.fetch(url(safe, scheme="https")) == PICTURE
+                told = await refusal(made, url(safe, "/moved", scheme="https"))
+                assert "redirects from https to http" in told and web.asked == []
             else:
-                assert (await refusal(made, address)).startswith("uri_unreachable") and web.asked == []
+                assert (await refusal(made, url(safe, scheme="https"))).startswith("uri_unreachable")
+                assert safe.asked == []
     assert set(names) == {"cdn.test"}
-
-
-async def test_a_redirect_from_https_to_http_is_refused(
-    web: WebServer, authority: trustme.CA, trust: ssl.SSLContext
-) -> None:
-    with web_server(tls=secure(authority, "cdn.test")) as safe:
-        safe.pages["/moved"] = redirect(url(web))
-        made = fetcher(safe, places=[f"cdn.test:{safe.port}", f"cdn.test:{web.port}"], trust=trust)
-        assert "redirects from https to http" in await refusal(made, url(safe, "/moved", scheme="https"))
-    assert web.asked == []
 
 
 PUBLIC = ["8.8.8.8", "1.1.1.1", "100.63.255.255", "172.32.0.1", "2606:4700:4700::1111", "2a00:1450:4001:82b::200e"]
@@ -351,12 +328,9 @@ def test_a_place_covers_what_it_says(rule: str, inside: list[str], outside: list
     assert [url for url in outside if covered(url)] == []
 
 
-@pytest.mark.parametrize(
-    "rule",
-    ["", "file:///etc", "ftp://a.example", "user@a.example", "a.*.example", "*foo.example", "a b", "a.example?x"],
-)
-def test_a_place_or_network_that_means_nothing_stops_the_start(rule: str) -> None:
-    with pytest.raises(ValidationError):
-        Serve(image_hosts=[rule])
+def test_a_place_or_network_that_means_nothing_stops_the_start() -> None:
+    for rule in ("", "file:///etc", "ftp://a.example", "user@a.example", "a.*.example", "*foo.example", "a b", "a?x"):
+        with pytest.raises(ValidationError):
+            Serve(image_hosts=[rule])
     with pytest.raises(ValidationError, match="host bits"):
         Serve(image_networks=["10.1.0.1/16"])
