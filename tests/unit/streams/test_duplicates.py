@@ -165,19 +165,12 @@ def test_a_file_that_another_process_holds_is_waited_for_and_never_thrown_away(
     path = tmp_path / "d.db"
     with closing(DuplicateIndex(path, "store")) as index:
         index.add(item(1))
-    hold = "import sqlite3,sys; db=sqlite3.connect(sys.argv[1], isolation_level=None);" \
-        "db.execute('PRAGMA locking_mode=EXCLUSIVE'); db.execute('BEGIN EXCLUSIVE');" \
-        "db.execute('SELECT * FROM meta').fetchall(); print('held', flush=True); sys.stdin.read()"  # fmt: skip
-    holder = subprocess.Popen(
-        [sys.executable, "-c", hold, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
     monkeypatch.setattr(module, "WAIT_SECONDS", 0.2)
-    try:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with closing(sqlite3.connect(path, isolation_level=None)) as holder:
+        for statement in ("PRAGMA locking_mode=EXCLUSIVE", "BEGIN EXCLUSIVE", "SELECT * FROM meta"):
+            holder.execute(statement).fetchall()
         with pytest.raises(StoreUnavailable, match="locked"):
             DuplicateIndex(path, "store")
-    finally:
-        holder.communicate("", timeout=20)
     with closing(DuplicateIndex(path, "store")) as index:
         assert len(index) == 1
 
