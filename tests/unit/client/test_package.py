@@ -33,15 +33,12 @@ def test_every_exported_name_is_there_and_nothing_else() -> None:
         _ = ratchet_client.Produser
 
 
-def test_every_error_of_the_tree_is_exported_and_drawn() -> None:
+def test_every_error_of_the_tree_is_exported_and_drawn_and_those_of_the_server_have_the_same_base() -> None:
     kinds = {name for name, kind in vars(errors).items() if inspect.isclass(kind)}
     drawn = set(re.findall(r"^[ │├└─]*([A-Z]\w+)", errors.__doc__ or "", re.MULTILINE)) - {"Every", "Errors"}
     assert kinds == drawn == {name for name in ratchet_client.__all__ if name in vars(errors)}
-
-
-def test_the_errors_of_the_server_have_the_same_base() -> None:
-    kinds = [kind for kind in vars(server_errors).values() if inspect.isclass(kind)]
-    assert errors.RatchetError in kinds and all(issubclass(kind, errors.RatchetError) for kind in kinds)
+    theirs = [kind for kind in vars(server_errors).values() if inspect.isclass(kind)]
+    assert errors.RatchetError in theirs and all(issubclass(kind, errors.RatchetError) for kind in theirs)
 
 
 @pytest.mark.parametrize(
@@ -52,11 +49,6 @@ def test_what_a_name_needs_is_loaded_with_it_and_nothing_else(names: str, needs:
     loaded = loaded_by(f"from ratchet_client import {names}")
     assert {"ratchet_client", *needs} <= loaded
     assert not loaded & ({*FORBIDDEN, "kafka", "PIL", "httpx"} - needs)
-
-
-def test_the_methods_of_the_async_client_are_coroutine_functions() -> None:
-    waiting, blocking = AsyncClient("http://nowhere"), Client("http://nowhere")
-    assert inspect.iscoroutinefunction(waiting.embed) and not inspect.iscoroutinefunction(blocking.embed)
 
 
 @pytest.mark.parametrize(("one", "other"), [(Client, AsyncClient), (Producer, AsyncProducer)])

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any, ClassVar
 
@@ -18,39 +17,25 @@ from streams.records.codecs import decode
 from tests.support.kafka import picture, read_topic
 
 
-@pytest.fixture(scope="module")
-def broker() -> Iterator[EmbeddedBroker]:
-    with EmbeddedBroker() as started:
-        started.ensure_topics([TOPIC])
-        yield started
-
-
-def test_what_either_producer_sends_is_in_the_topic_with_its_delivery(broker: EmbeddedBroker) -> None:
-    with Producer(broker.address) as producer:
-        deliveries = [producer.send(image=picture(number), text=f"{number}").result(60) for number in range(2)]
-
-    async def send() -> list[Delivery]:
-        async with AsyncProducer(broker.address) as producer:
+def test_what_either_producer_sends_is_in_the_topic_with_its_delivery() -> None:
+    async def send(address: str) -> list[Delivery]:
+        async with AsyncProducer(address) as producer:
+            (await producer.send(image=picture(9), text="t")).cancel()  # nobody waits for it any more
             sent = [await producer.send(image=picture(number), text=f"{number}") for number in (2, 3)]
             with pytest.raises(RecordError) as caught:
                 await producer.send(image=b"no image", text="x")
             assert caught.value.reason == "image_format"
             return [await each for each in sent]
 
-    deliveries += asyncio.run(send())
-    records = {each.offset: each for each in read_topic(Kafka(bootstrap=broker.address), TOPIC)}
+    with EmbeddedBroker() as broker:
+        broker.ensure_topics([TOPIC])
+        with Producer(broker.address) as producer:
+            deliveries = [producer.send(image=picture(number), text=f"{number}").result(60) for number in range(2)]
+        deliveries += asyncio.run(send(broker.address))
+        records = {each.offset: each for each in read_topic(Kafka(bootstrap=broker.address), TOPIC)}
     for number, delivery in enumerate(deliveries):
         sample = decode(records[delivery.offset].value, records[delivery.offset].headers)
-        assert (sample.text, sample.id) == (str(number), delivery.sample_id)
-
-
-def test_a_delivery_that_nobody_waits_for_any_more_does_no_harm(broker: EmbeddedBroker) -> None:
-    async def send() -> None:
-        async with AsyncProducer(broker.address) as producer:
-            (await producer.send(image=picture(1), text="t")).cancel()
-            assert (await (await producer.send(image=picture(2), text="t"))).topic == TOPIC
-
-    asyncio.run(send())
+        assert (sample.text, sample.id, delivery.topic) == (str(number), delivery.sample_id, TOPIC)
 
 
 class Deaf:
@@ -71,8 +56,13 @@ class Deaf:
         pass
 
 
-def test_leaving_the_block_raises_what_was_not_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ratchet_client.producer.KafkaProducer", Deaf)
+
+
+@pytest.mark.usefixtures("deaf")
+def test_leaving_the_block_raises_what_was_not_delivered_unless_each_record_is_told() -> None:
     with pytest.raises(BrokerError, match="no acknowledgement"), Producer("nowhere:1") as producer:
         producer.send(image=picture(1), text="t")
 
@@ -82,18 +72,14 @@ def test_leaving_the_block_raises_what_was_not_delivered(monkeypatch: pytest.Mon
 
     with pytest.raises(BrokerError, match="no acknowledgement"):
         asyncio.run(send())
-
-
-def test_with_on_delivery_each_record_is_told_and_nothing_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ratchet_client.producer.KafkaProducer", Deaf)
     told: list[Any] = []
     with Producer("nowhere:1", on_delivery=told.append) as producer:
         future: Future[Delivery] = producer.send(image=picture(1), text="t")
     assert [type(each) for each in told] == [BrokerError] and future.exception() is told[0]
 
 
-def test_limits_are_those_that_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ratchet_client.producer.KafkaProducer", Deaf)
+@pytest.mark.usefixtures("deaf")
+def test_limits_are_those_that_were_given() -> None:
     producer = Producer("nowhere:1", limits=Limits(max_text_chars=3, min_side=64))
     for fields, reason in (({"text": "long"}, "text_too_long"), ({"text": "abc"}, "image_too_small")):
         with pytest.raises(RecordError) as caught:
@@ -101,14 +87,11 @@ def test_limits_are_those_that_were_given(monkeypatch: pytest.MonkeyPatch) -> No
         assert caught.value.reason == reason
 
 
-def test_an_option_that_is_wrong_and_a_broker_that_is_away_are_named() -> None:
+def test_an_option_that_is_wrong_and_a_broker_that_is_away_are_named_and_no_password() -> None:
     with pytest.raises(ConfigError, match="sasl_pasword"):
         Producer("127.0.0.1:1", options={"sasl_pasword": "x"})
     address = f"127.0.0.1:{free_port()}"
     with pytest.raises(BrokerError, match=address) as caught:
         Producer(address, connect_seconds=0.5)
     assert caught.value.fix
-
-
-def test_a_connection_does_not_show_its_password() -> None:
     assert "hush" not in repr(Connection("a:1", {"sasl_plain_password": "hush"}))

@@ -22,9 +22,6 @@ PNG = picture(1)
 )  # fmt: skip
 def test_times_may_be_written_in_many_ways(time: Any) -> None:
     assert Sample(image=PNG, time=time).time == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-
-
-def test_a_day_is_its_first_moment() -> None:
     for day in (date(2026, 1, 2), "2026-01-02"):
         assert Sample(image=PNG, time=day).time == datetime(2026, 1, 2, tzinfo=UTC)  # type: ignore[arg-type]
 
@@ -32,7 +29,8 @@ def test_a_day_is_its_first_moment() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("image", "text"), ("text", 7), ("text", None), ("text", b"\xff"), ("answer", "\ud800"), ("domain", "x" * 257),
-     ("source", "x" * 2049), ("concept", "x" * 257), ("label", ["x"]), ("time", "yesterday"), ("time", True),
+     ("source", "x" * 2049), ("concept", "x" * 257), ("label", ["x"]), ("time", "yesterday"),
+     ("time", "0001-01-01T00:00:00+14:00"), ("time", True),
      ("time", "nan"), ("time", 1e300), ("time", float("inf")), ("tags", 7), ("tags", {"a": 1}), ("tags", ["a;b"]),
      ("tags", [""]), ("tags", ["x" * 65]), ("tags", ["a"] * 33), ("tags", [1]), ("extra", 7), ("extra", {"": 1})],
 )  # fmt: skip

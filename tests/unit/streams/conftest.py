@@ -3,8 +3,10 @@ from __future__ import annotations
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,10 @@ import pytest
 from core.ledger import Ledger
 from core.settings import Settings
 from streams.ingest import consumer
+from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
+from tests.support import consumer as support
+from tests.support.clock import Clock
 from tests.support.fake_kafka import FakeKafka, install
 
 
@@ -42,6 +47,43 @@ def kafka(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Fa
     monkeypatch.setattr("streams.ingest.quarantine.BACKOFF_SECONDS", (0.02,))
     monkeypatch.setattr("streams.ingest.membership.LOOK_SECONDS", 0.0)
     return broker
+
+
+@dataclass
+class Ingestion:
+    """One store, and the ingests that fill it from the in-memory broker one after another."""
+
+    settings: Settings
+    store: SampleStore
+
+    def run(self, wanted: int = 0) -> AbstractContextManager[consumer.Consumer]:
+        """Run an ingest during the block, which begins when it has dealt with ``wanted`` records."""
+        return support.run(self.settings, wanted)
+
+    def finish(self, wanted: int) -> None:
+        with self.run(wanted):
+            pass
+
+    def wait_for(self, count: int) -> None:
+        """Wait until this many records are stored."""
+        support.seen(self.store, count)
+
+    def rows(self) -> list[tuple[str, int, str]]:
+        return support.rows(self.store)
+
+    def kinds(self) -> list[str]:
+        """Kinds of the rows, which are those of the topic's offsets from 0 on."""
+        rows = self.rows()
+        assert [row[:2] for row in rows] == [("t", offset) for offset in range(len(rows))]
+        return [kind for *_, kind in rows]
+
+    def position(self) -> Position:
+        return self.store.positions()["t:0"]
+
+
+@pytest.fixture
+def ingestion(settings: Settings, store: SampleStore, kafka: FakeKafka) -> Ingestion:
+    return Ingestion(settings, store)
 
 
 Outage = Callable[..., threading.Event]
@@ -77,3 +119,10 @@ def img2dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with tarfile.open(Path(__file__).with_name("img2dataset.tar.xz")) as tar:
         tar.extractall(folder, filter="data")
     return folder
+
+
+def stop_clock(monkeypatch: pytest.MonkeyPatch, module: Any) -> Clock:
+    """A clock for ``module`` that a test moves."""
+    clock = Clock()
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock))
+    return clock

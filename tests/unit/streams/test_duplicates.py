@@ -4,7 +4,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import chain
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from core.errors import StoreFull, StoreUnavailable
+from core.errors import StoreUnavailable
 from streams.ingest import duplicates as module
 from streams.ingest.duplicates import OFF, Duplicate, DuplicateIndex, KnownSample
 from streams.store import maintenance
@@ -23,11 +23,9 @@ from streams.store.writer import StoreWriter
 from tests.support.samples import TOPIC, put, sample
 from tests.support.worker import Worker
 
-GREY = b"\x80" * 27
 
-
-def look(phash: int, colours: bytes = GREY) -> bytes:
-    return phash.to_bytes(8, "big") + colours
+def look(phash: int) -> bytes:
+    return phash.to_bytes(8, "big") + b"\x80" * 27
 
 
 def item(number: int, phash: int = 0, words: str = "a boat") -> KnownSample:
@@ -48,33 +46,17 @@ def index(tmp_path: Path) -> Iterator[DuplicateIndex]:
         yield opened
 
 
-def test_the_same_content_is_an_exact_duplicate_whatever_it_looks_like(index: DuplicateIndex) -> None:
-    index.add(item(1, 0xFF))
-    assert index.find(item(1, 0x1234, "other")) == Duplicate("exact", name(1))
-    assert index.find(item(2, 0x1234, "other")) is None
-    assert index.find(item(2, 0xFF, "other")) is None, "other words"
-
-
 @pytest.mark.parametrize("distance", [OFF, 0, 1, 5, 16])
 def test_every_look_within_the_distance_is_found_whichever_bits_differ(distance: int) -> None:
     index = DuplicateIndex(":memory:", "store", distance)
     index.add(item(1))
-    assert index.find(item(1)) == Duplicate("exact", name(1))
+    assert index.find(item(1, 0x1234, "other")) == Duplicate("exact", name(1)), "the same content, whatever its look"
+    assert index.find(item(2, words="other")) is None, "other words"
     assert index.find(item(2)) == (None if distance == OFF else Duplicate("perceptual", name(1)))
     for start in range(0, 64, 3):
         bits = sum(1 << (start + step * 7) % 64 for step in range(max(0, distance)))
         assert (index.find(item(2, bits)) is None) == (distance == OFF)
         assert index.find(item(2, bits ^ (1 << (start + 1) % 64))) is None
-
-
-def test_what_is_added_is_forgotten_when_the_commit_fails(index: DuplicateIndex) -> None:
-    with pytest.raises(LookupError), index.deciding():
-        index.add(item(1))
-        raise LookupError
-    assert (len(index), index.find(item(1))) == (0, None)
-    with index.deciding():
-        index.add(item(1))
-    assert len(index) == 1
 
 
 def stored(store: SampleStore, *offsets: int, partition: int = 0) -> None:
@@ -86,29 +68,36 @@ def follow(index: DuplicateIndex, store: SampleStore) -> None:
         index.follow(store.table)
 
 
-def test_the_index_takes_in_only_what_is_new_in_the_store(
+def test_the_index_takes_in_only_what_is_new_in_the_store_and_nothing_of_a_reading_that_fails(
     index: DuplicateIndex, store: SampleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     follow(index, store)
     stored(store, 0, 1)
+    batches, take, taken = module._batches, DuplicateIndex._take, list[int]()
+
+    def failing(dataset: Any, fragment: Any) -> Iterator[Any]:
+        yield from batches(dataset, fragment)
+        raise StoreUnavailable("away", "wait")
+
+    monkeypatch.setattr(module, "_batches", failing)
+    with pytest.raises(StoreUnavailable):
+        follow(index, store)
+    monkeypatch.setattr(module, "_batches", batches)
+    assert index._db.execute("SELECT name FROM temp.sqlite_master").fetchall() == []
     follow(index, store)
+    assert (len(index), index.settled()) == (2, [])
+    assert index._db.execute("SELECT count(*) FROM staged").fetchone() == (0,)
     stored(store, 2, partition=1)
-    taken: list[int] = []
-    take = DuplicateIndex._take
 
     def watch(self: DuplicateIndex, dataset: Any, fragment: Any, *rest: Any) -> None:
         taken.append(fragment.count_rows())
         take(self, dataset, fragment, *rest)
 
     monkeypatch.setattr(DuplicateIndex, "_take", watch)
-    follow(index, store)
-    follow(index, store)
+    for _ in range(2):
+        follow(index, store)
     assert (len(index), taken) == (3, [1])
     assert index.find(stored_item(1, 2)) == Duplicate("exact", sample(1, 2)["id"])
-
-
-def corrupt_whole(path: Path) -> None:
-    path.write_bytes(b"this is no database, and was never one " * 100)
 
 
 def corrupt_pages(path: Path) -> None:
@@ -120,20 +109,31 @@ def corrupt_pages(path: Path) -> None:
     path.write_bytes(data)
 
 
-def emptied(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-@pytest.mark.parametrize("damage", [corrupt_whole, corrupt_pages, emptied, Path.unlink])
-def test_a_lost_or_damaged_index_is_made_anew_from_the_store(tmp_path: Path, store: SampleStore, damage: Any) -> None:
+@pytest.mark.parametrize(
+    ("damage", "opened"),
+    [
+        (lambda path: path.write_bytes(b"this is no database, and was never one " * 100), ("store", 0)),
+        (corrupt_pages, ("store", 0)),
+        (lambda path: path.write_bytes(b""), ("store", 0)),
+        (Path.unlink, ("store", 0)),
+        (Path.touch, ("another", 0)),
+        (Path.touch, ("store", 3)),
+        (Path.touch, ("store", OFF)),
+    ],
+    ids=["no database", "damaged pages", "empty", "lost", "another store", "another distance", "off"],
+)
+def test_a_lost_or_damaged_index_or_one_of_another_store_is_made_anew(
+    tmp_path: Path, store: SampleStore, damage: Callable[[Path], Any], opened: tuple[str, int]
+) -> None:
     path = tmp_path / "d.db"
     stored(store, *range(50))
     with closing(DuplicateIndex(path, "store")) as index:
         follow(index, store)
+        index.add(item(1))  # of which the store knows nothing
     for suffix in ("-wal", "-shm"):
         Path(f"{path}{suffix}").unlink(missing_ok=True)
     damage(path)
-    with closing(DuplicateIndex(path, "store")) as index:
+    with closing(DuplicateIndex(path, *opened)) as index:
         for _ in range(2):  # damage that shows only on use costs one attempt
             try:
                 follow(index, store)
@@ -142,14 +142,6 @@ def test_a_lost_or_damaged_index_is_made_anew_from_the_store(tmp_path: Path, sto
             except StoreUnavailable:
                 continue
         assert (len(index), duplicate) == (50, Duplicate("exact", sample(0, 7)["id"]))
-
-
-@pytest.mark.parametrize(("store_name", "distance"), [("another", 0), ("store", 3), ("store", OFF)])
-def test_an_index_of_another_store_or_distance_is_made_anew(tmp_path: Path, store_name: str, distance: int) -> None:
-    for given, known in ((("store", 0), 0), ((store_name, distance), 0), ((store_name, distance), 1)):
-        with closing(DuplicateIndex(tmp_path / "d.db", *given)) as index:
-            assert len(index) == known
-            index.add(item(1))
 
 
 def test_two_workers_share_a_file_and_never_both_take_a_sample(tmp_path: Path) -> None:
@@ -173,62 +165,35 @@ def test_a_file_that_another_process_holds_is_waited_for_and_never_thrown_away(
     path = tmp_path / "d.db"
     with closing(DuplicateIndex(path, "store")) as index:
         index.add(item(1))
-    hold = "import sqlite3,sys; db=sqlite3.connect(sys.argv[1], isolation_level=None);" \
-        "db.execute('PRAGMA locking_mode=EXCLUSIVE'); db.execute('BEGIN EXCLUSIVE');" \
-        "db.execute('SELECT * FROM meta').fetchall(); print('held', flush=True); sys.stdin.read()"  # fmt: skip
-    holder = subprocess.Popen(
-        [sys.executable, "-c", hold, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
     monkeypatch.setattr(module, "WAIT_SECONDS", 0.2)
-    try:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with closing(sqlite3.connect(path, isolation_level=None)) as holder:
+        for statement in ("PRAGMA locking_mode=EXCLUSIVE", "BEGIN EXCLUSIVE", "SELECT * FROM meta"):
+            holder.execute(statement).fetchall()
         with pytest.raises(StoreUnavailable, match="locked"):
             DuplicateIndex(path, "store")
-    finally:
-        holder.communicate("", timeout=20)
     with closing(DuplicateIndex(path, "store")) as index:
         assert len(index) == 1
 
 
-def test_a_full_disk_is_said_to_be_full_and_nothing_is_added(index: DuplicateIndex) -> None:
-    with index.deciding():
-        index.add(item(1, 1))
-    pages = index._db.execute("PRAGMA page_count").fetchone()[0]
-    index._db.execute(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(StoreFull, match="full"), index.deciding():
-        for number in range(2, 500):
-            index.add(item(number, number))
-    assert len(index) == 1
-    index._db.execute("PRAGMA max_page_count = 1000000")
-    with index.deciding():
-        index.add(item(2, 2))
-    assert len(index) == 2
-
-
-def test_its_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
-    """Tens of thousands of samples, whose index is larger than its cache, within a few megabytes of memory."""
-    script = """
+FILL = """
 import resource, sys
 from streams.ingest import duplicates
 duplicates.CACHE_KIB = 2048
 index = duplicates.DuplicateIndex(sys.argv[1], "store")
-def fill(numbers):
+for start in range(0, 42000, 2000):
     with index.deciding():
-        for n in numbers:
+        for n in range(start, start + 2000):
             id_ = (n * 0x9E3779B97F4A7C15 % 2**256).to_bytes(32, "big")
             index.add(duplicates.KnownSample(id_, f"t:0:{n}", n.to_bytes(8, "big") + bytes(27), 7))
-fill(range(2000))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for start in range(2000, 42000, 2000):
-    fill(range(start, start + 2000))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, len(index))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
-    answer = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "d.db")], capture_output=True, text=True, check=True
-    )
-    grown_kib, count = map(int, answer.stdout.split())
-    assert count == 42_000
-    assert grown_kib < 8 * 1024, "twenty times the samples"
+
+
+def test_its_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
+    """Tens of thousands of samples, whose index is larger than its cache, within a few megabytes of memory."""
+    command = [sys.executable, "-c", FILL, str(tmp_path / "d.db")]
+    first, *_, last = map(int, subprocess.check_output(command, text=True).split())
+    assert last - first < 8 * 1024, "KiB, of twenty times the samples"
     assert (tmp_path / "d.db").stat().st_size > 4 << 20
 
 
@@ -249,38 +214,15 @@ def test_what_is_read_from_the_store_is_found_as_what_was_added(store: SampleSto
         assert read._db.execute(query).fetchall() == added._db.execute(query).fetchall() != []
 
 
+@pytest.mark.parametrize("staged", [1, 1000])
 def test_a_sample_at_two_positions_is_reported_however_many_are_staged_at_once(
-    store: SampleStore, monkeypatch: pytest.MonkeyPatch
+    index: DuplicateIndex, store: SampleStore, monkeypatch: pytest.MonkeyPatch, staged: int
 ) -> None:
+    monkeypatch.setattr(module, "STAGED_ROWS", staged)
     for partition in (0, 1):
         put(store, [sample(0, 1) | {"partition": partition, "offset": 5}], Position(TOPIC, partition, 6))
-    reports = []
-    for staged in (1, 1000):
-        monkeypatch.setattr("streams.ingest.duplicates.STAGED_ROWS", staged)
-        index = DuplicateIndex(":memory:", "store")
-        follow(index, store)
-        reports.append(index.settled())
-    assert reports == [[(sample(0, 1)["id"], (TOPIC, 1, 5))]] * 2
-
-
-def test_a_reading_that_fails_half_way_leaves_nothing_behind(
-    index: DuplicateIndex, store: SampleStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stored(store, 0, 1)
-    batches = module._batches
-
-    def failing(dataset: Any, fragment: Any) -> Iterator[Any]:
-        yield from batches(dataset, fragment)
-        raise StoreUnavailable("away", "wait")
-
-    monkeypatch.setattr(module, "_batches", failing)
-    with pytest.raises(StoreUnavailable):
-        follow(index, store)
-    monkeypatch.setattr(module, "_batches", batches)
-    assert index._db.execute("SELECT name FROM temp.sqlite_master").fetchall() == []
     follow(index, store)
-    assert (len(index), index.settled()) == (2, [])
-    assert index._db.execute("SELECT count(*) FROM staged").fetchone() == (0,)
+    assert index.settled() == [(sample(0, 1)["id"], (TOPIC, 1, 5))]
 
 
 SAME = 1
@@ -291,11 +233,16 @@ def workers(tmp_path: Path) -> tuple[Worker, Worker]:
     return Worker(tmp_path, 0), Worker(tmp_path, 1)
 
 
+def commit(worker: Worker, *seeds: int) -> None:
+    worker.take(*seeds)
+    worker.commit()
+
+
 def store_at_once(first: Worker, second: Worker, *seeds: int) -> None:
     """Both decide before either commits."""
     together = threading.Barrier(2)
 
-    def commit(worker: Worker) -> None:
+    def store(worker: Worker) -> None:
         real: Any = worker.writer.commit
 
         def after_both_decided(*given: Any) -> Any:
@@ -303,12 +250,11 @@ def store_at_once(first: Worker, second: Worker, *seeds: int) -> None:
             worker.writer.commit = real  # type: ignore[method-assign]
             return real(*given)
 
-        worker.take(*seeds)
         worker.writer.commit = after_both_decided  # type: ignore[method-assign]
-        worker.commit()
+        commit(worker, *seeds)
 
     with ThreadPoolExecutor(2) as pool:
-        for each in [pool.submit(commit, worker) for worker in (first, second)]:
+        for each in [pool.submit(store, worker) for worker in (first, second)]:
             each.result(60)
 
 
@@ -318,78 +264,50 @@ def kinds(store: SampleStore) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("noticing", [0, 1])
 def test_whoever_notices_first_makes_the_later_position_a_duplicate(
-    workers: tuple[Worker, Worker], noticing: int
+    workers: tuple[Worker, Worker], tmp_path: Path, noticing: int
 ) -> None:
     store_at_once(*workers, SAME)
     assert kinds(workers[0].store) == [(0, "sample"), (1, "sample")], "neither can know"
     noticed, other = workers[noticing], workers[1 - noticing]
-    noticed.take(2)
-    noticed.commit()
+    commit(noticed, 2)
     store = noticed.store
     [duplicate] = [row for row in store.records().to_pylist() if row["kind"] == "duplicate"]
     assert (duplicate["partition"], duplicate["offset"], duplicate["reason"]) == (1, 0, "duplicate_exact")
     assert duplicate["duplicate_of"] == duplicate["id"]
     assert (store.tally()["sample"], store.tally()["duplicate"]) == (2, 1)
-    other.take(3)
-    other.commit()
+    commit(other, 3)
     assert (store.tally()["sample"], store.tally()["duplicate"]) == (3, 1), "the other one has nothing left to do"
+    for worker in (*workers, Worker(tmp_path, 2)):
+        commit(worker, SAME)
+    assert (store.tally()["sample"], store.tally()["duplicate"]) == (3, 4), "it is known to all from then on"
 
 
 def test_both_may_notice_at_once(workers: tuple[Worker, Worker]) -> None:
     store_at_once(*workers, SAME, 2, 3)
     store_at_once(*workers, 4)
     for worker in workers:  # a conflict between them may leave some to the next batch
-        worker.take(10 + worker.partition)
-        worker.commit()
+        commit(worker, 10 + worker.partition)
     store = workers[0].store
     ids = store.scan(columns=["id"])["id"].to_pylist()
-    assert len(ids) == len(set(ids)) == 6
-    assert (store.tally()["sample"], store.tally()["duplicate"]) == (6, 4)
-    assert {row["partition"] for row in store.records().to_pylist() if row["kind"] == "duplicate"} == {1}
+    assert len(ids) == len(set(ids)) == store.tally()["sample"] == 6
+    assert [partition for partition, kind in kinds(store) if kind == "duplicate"] == [1] * 4
 
 
-def test_after_that_it_is_a_duplicate_for_both_and_for_who_starts_anew(
-    workers: tuple[Worker, Worker], tmp_path: Path
+def test_a_double_that_was_deleted_or_rows_that_were_merged_meanwhile_are_no_doubles(
+    workers: tuple[Worker, Worker],
 ) -> None:
     store_at_once(*workers, SAME)
-    for worker in workers:
-        worker.take(SAME)
-        worker.commit()
-    newcomer = Worker(tmp_path, 2)
-    newcomer.take(SAME)
-    newcomer.commit()
-    store = newcomer.store
-    assert kinds(store) == [
-        (0, "sample"), (0, "duplicate"), (1, "duplicate"), (1, "duplicate"), (2, "duplicate"),
-    ]  # fmt: skip
-
-
-def test_a_double_that_was_deleted_meanwhile_is_no_double(workers: tuple[Worker, Worker]) -> None:
-    store_at_once(*workers, SAME)
-    store = workers[0].store
+    busy, idle = workers
+    store = busy.store
     [sample_id] = set(store.scan(columns=["id"])["id"].to_pylist())
     assert len(StoreWriter(store.table).remove(f"id = '{sample_id}'", "deletion", "d")) == 2
     for worker in workers:
-        worker.take(5 + worker.partition)
-        worker.commit()
+        commit(worker, 5 + worker.partition)
     assert (store.tally()["sample"], store.tally()["duplicate"], store.tally()["deleted"]) == (2, 0, 2)
-    workers[0].take(SAME)
-    workers[0].commit()
+    commit(busy, SAME)
     assert store.tally()["sample"] == 3, "sent again after its deletion, it is a sample again"
-
-
-def test_what_was_merged_before_a_worker_looked_is_known_to_it(workers: tuple[Worker, Worker]) -> None:
-    """Maintenance moves rows; rows that a worker has not seen are still new to it."""
-    busy, idle = workers
-    idle.take(9)
-    idle.commit()
-    for seed in (1, 2):
-        busy.take(seed)
-        busy.commit()
-    StoreWriter(busy.store.table).remove("partition = 1", "deletion", "d")
-    parts = [each.id for each in maintenance._fragments(busy.store)]
-    assert StoreWriter(busy.store.table).merge(parts, 64) > 0
-    idle.take(1, 9)
-    idle.commit()
-    rows = [(row["offset"], row["kind"]) for row in idle.store.records().to_pylist() if row["partition"] == 1]
-    assert rows == [(0, "deleted"), (1, "duplicate"), (2, "sample")]
+    commit(busy, 2)
+    parts = [each.id for each in maintenance._fragments(store)]
+    assert StoreWriter(store.table).merge(parts, 64) > 0
+    commit(idle, 2, 9)
+    assert [kind for partition, kind in kinds(store) if partition == 1][-2:] == ["duplicate", "sample"]

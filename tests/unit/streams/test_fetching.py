@@ -5,7 +5,6 @@ import gzip
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,7 +16,7 @@ from pydantic import ValidationError
 from core.addresses import AllowRule
 from core.errors import RecordError
 from core.settings.serving import Serve
-from streams.records.fetching import MAX_REDIRECTS, ByteBudget, Fetcher, Rules, is_allowed, networks_of
+from streams.records.fetching import MAX_REDIRECTS, Fetcher, Rules, is_allowed, networks_of
 from tests.support.web_server import WebServer, redirect, reply, web_server
 
 PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 4
@@ -71,60 +70,61 @@ async def refusal(made: Fetcher, address: str) -> str:
     return f"{caught.value.reason}: {caught.value.message}"
 
 
-async def test_an_image_comes_from_the_pinned_address_under_its_own_name(web: WebServer) -> None:
+async def test_an_image_comes_from_the_pinned_address_under_its_own_name_and_by_no_proxy(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
     assert await fetcher(web).fetch(url(web, "/a.png?size=9#top")) == PICTURE
     (asked,) = web.asked
     assert asked.startswith("GET /a.png?size=9 HTTP/1.1\r\n")
-    assert f"Host: cdn.test:{web.port}\r\n" in asked
-    assert "Accept-Encoding: identity\r\n" in asked
+    assert f"Host: cdn.test:{web.port}\r\n" in asked and "Accept-Encoding: identity\r\n" in asked
 
 
 @pytest.mark.parametrize("kind", ["image/webp", "image/png; charset=x", "application/octet-stream", None])
-async def test_types_of_images_and_none_are_taken(web: WebServer, kind: str | None) -> None:
+async def test_types_of_images_and_none_are_taken_with_any_framing(web: WebServer, kind: str | None) -> None:
+    chunks = b"5\r\n" + PICTURE[:5] + b"\r\n0\r\n\r\n"
     web.pages["/typed"] = reply(PICTURE, content_type=kind)
-    web.pages["/chunked"] = reply(
-        b"5\r\n" + PICTURE[:5] + b"\r\n0\r\n\r\n", content_type=kind, content_length=None, transfer_encoding="chunked"
-    )
+    web.pages["/chunked"] = reply(chunks, content_type=kind, content_length=None, transfer_encoding="chunked")
     web.pages["/unlimited"] = reply(PICTURE, content_type=kind, content_length=None)
-    assert await fetcher(web).fetch(url(web, "/typed")) == PICTURE
-    assert await fetcher(web).fetch(url(web, "/chunked")) == PICTURE[:5]
-    assert await fetcher(web).fetch(url(web, "/unlimited")) == PICTURE
+    for path, body in (("/typed", PICTURE), ("/chunked", PICTURE[:5]), ("/unlimited", PICTURE)):
+        assert await fetcher(web).fetch(url(web, path)) == body
 
 
-async def test_a_redirect_is_followed_within_the_list(web: WebServer) -> None:
+async def test_a_redirect_is_followed_within_the_list_and_not_in_a_circle(web: WebServer) -> None:
     web.pages |= {"/moved": redirect("/b/../a.png"), "/far": redirect(url(web, "/moved"), "308 Permanent Redirect")}
     assert await fetcher(web).fetch(url(web, "/far")) == PICTURE
+    web.asked.clear()
+    web.pages["/circle"] = redirect("/circle")
+    assert "redirected more than" in await refusal(fetcher(web), url(web, "/circle"))
+    assert len(web.asked) == MAX_REDIRECTS + 1
 
 
-async def test_a_name_with_an_address_inside_is_not_connected_to(web: WebServer, inside: WebServer) -> None:
+async def test_an_address_inside_is_not_connected_to_whether_named_or_redirected_to(
+    web: WebServer, inside: WebServer
+) -> None:
     for addresses in (["127.0.0.2"], ["127.0.0.1", "127.0.0.2"], ["::ffff:127.0.0.1"], ["10.0.0.1"]):
         told = await refusal(fetcher(web, Names(cdn_test=[addresses])), url(web))
         assert told == "uri_not_allowed: cdn.test has an address that is not public."  # and not which one
-    assert "uri_not_allowed" in await refusal(
-        fetcher(web, Names(**{"127_0_0_2": [["127.0.0.2"]]})), url(inside, host="127.0.0.2")
-    )
-    assert web.asked == inside.asked == []
-
-
-async def test_a_redirect_to_an_address_inside_is_refused(web: WebServer, inside: WebServer) -> None:
     names = {"cdn_test": [["127.0.0.1"]], "inner_test": [["127.0.0.2"]], "127_0_0_2": [["127.0.0.2"]]}
+    assert "uri_not_allowed" in await refusal(fetcher(web, Names(**names)), url(inside, host="127.0.0.2"))
+    assert web.asked == []
     for to in (url(inside, "/secret", "inner.test"), url(inside, "/secret", "127.0.0.2")):
         web.pages["/moved"] = redirect(to)
         assert "not public" in await refusal(fetcher(web, Names(**names)), url(web, "/moved"))
     assert inside.asked == []
 
 
-async def test_dns_that_changes_after_the_check_changes_nothing(web: WebServer, inside: WebServer) -> None:
+async def test_dns_that_changes_after_the_check_changes_nothing_and_is_checked_at_each_hop(
+    web: WebServer, inside: WebServer
+) -> None:
     names = Names(cdn_test=[["127.0.0.1"], ["127.0.0.2"]])
     assert await fetcher(web, names).fetch(url(web)) == PICTURE
     assert (names.asked, len(web.asked), inside.asked) == (["cdn.test"], 1, [])
-
-
-async def test_dns_that_changes_between_hops_is_checked_again(web: WebServer, inside: WebServer) -> None:
     web.pages["/moved"] = redirect("/secret")
     names = Names(cdn_test=[["127.0.0.1"], ["127.0.0.2"]])
     assert "not public" in await refusal(fetcher(web, names), url(web, "/moved"))
-    assert (len(web.asked), inside.asked) == (1, [])
+    assert (len(web.asked), inside.asked) == (2, [])
 
 
 async def test_the_systems_resolver_is_asked_by_default(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,45 +133,36 @@ async def test_the_systems_resolver_is_asked_by_default(web: WebServer, monkeypa
 
     def getaddrinfo(host: Any, *rest: Any, **options: Any) -> Any:
         seen.append(host)
+        if host == "nowhere.test":
+            raise socket.gaierror(-2, "Name or service not known")
         return real("127.0.0.1", *rest, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    made = Fetcher(Rules([f"cdn.test:{web.port}"], ["127.0.0.1"], MAX, LONG))
+    made = Fetcher(Rules([f"*:{web.port}"], ["127.0.0.1"], MAX, LONG))
     assert await made.fetch(url(web)) == PICTURE
     assert seen.count("cdn.test") == 1
-
-
-async def test_redirects_in_a_circle_end(web: WebServer) -> None:
-    web.pages["/circle"] = redirect("/circle")
-    assert "redirected more than" in await refusal(fetcher(web), url(web, "/circle"))
-    assert len(web.asked) == MAX_REDIRECTS + 1
+    assert (await refusal(made, url(web, host="nowhere.test"))).startswith("uri_unreachable")
 
 
 @pytest.mark.parametrize(
     "to",
     ["file:///etc/passwd", "http://other.test/a.png", "ftp://cdn.test/a.png", "data:image/png;base64,AAAA",
-     "//evil.test/", "http://user:secret@cdn.test/a.png", "http://[::1", "javascript:alert(1)", "http://cdn.test:99999/"],
+     "//evil.test/", "http://user:secret@cdn.test/a.png", "http://[::1", "javascript:alert(1)", "http://cdn.test:99999/",
+     "", "cdn.test", "http://cdn.test/", "http://cdn.test:{port}@evil.test/", "http://user@cdn.test:{port}/a.png",
+     "http://evil.test:{port}/a.png", "http://cdn.test:{port}/" + "a" * 3000, "http://cdn.test:{port}\\@evil.test/",
+     "http://cdn.test:no/", "http://cdn.test.:{port}/a.png", "http:///a.png", "http://cdn.test:{port}/a\r\nx: y"],
 )  # fmt: skip
-async def test_a_redirect_out_of_the_list_is_refused(web: WebServer, to: str) -> None:
-    web.pages["/moved"] = redirect(to)
-    told = await refusal(fetcher(web, places=[f"cdn.test:{web.port}"]), url(web, "/moved"))
-    assert told.startswith("uri_not_allowed")
-    assert "secret" not in told
-    assert len(web.asked) == 1
-
-
-@pytest.mark.parametrize(
-    "address",
-    ["", "cdn.test", "file:///etc/passwd", "gopher://cdn.test:{port}/", "http://cdn.test/", "http://cdn.test:{port}@evil.test/",
-     "http://user@cdn.test:{port}/a.png", "http://evil.test:{port}/a.png", "http://cdn.test:{port}/" + "a" * 3000,
-     "http://cdn.test:{port}\\@evil.test/", "http://cdn.test:no/", "http://cdn.test.:{port}/a.png", "http:///a.png",
-     "http://cdn.test:{port}/a\r\nx: y"],
-)  # fmt: skip
-async def test_addresses_out_of_the_list_are_not_even_looked_up(web: WebServer, address: str) -> None:
-    names = Names(cdn_test=[["127.0.0.1"]])
-    told = await refusal(fetcher(web, names, [f"cdn.test:{web.port}"]), address.format(port=web.port))
-    assert told.startswith("uri_not_allowed")
+async def test_an_address_out_of_the_list_is_refused_and_not_even_looked_up(web: WebServer, to: str) -> None:
+    names, address = Names(cdn_test=[["127.0.0.1"]]), to.format(port=web.port)
+    made = fetcher(web, names, [f"cdn.test:{web.port}"])
+    told = await refusal(made, address)
+    assert told.startswith("uri_not_allowed") and "secret" not in told
     assert names.asked == web.asked == []
+    if to not in ("", "cdn.test", "http:///a.png") and "\r" not in to:  # those would lead to the same host again
+        web.pages["/moved"] = redirect(address)
+        told = await refusal(made, url(web, "/moved"))
+        assert told.startswith("uri_not_allowed") and "secret" not in told
+        assert len(web.asked) == 1
 
 
 async def test_an_endless_body_is_cut_at_the_byte_that_is_too_many(web: WebServer) -> None:
@@ -183,11 +174,9 @@ async def test_an_endless_body_is_cut_at_the_byte_that_is_too_many(web: WebServe
         web.hung_up.clear()
         assert (await refusal(fetcher(web), url(web, path))).startswith("image_too_large")
         assert web.hung_up.wait(LONG)
-
-
-async def test_what_comes_beyond_the_declared_size_is_not_read(web: WebServer) -> None:
+    web.hung_up.clear()
     web.pages["/more"] = web.endless(b"x", 0.01, reply(PICTURE))
-    assert await fetcher(web).fetch(url(web, "/more")) == PICTURE
+    assert await fetcher(web).fetch(url(web, "/more")) == PICTURE, "what comes beyond the declared size is not read"
     assert web.hung_up.wait(LONG)
 
 
@@ -196,10 +185,9 @@ async def test_a_slow_body_a_slow_head_and_silence_end_with_the_time(web: WebSer
     web.pages["/head"] = web.endless(b"x", 0.05, b"HTTP/1.1 200 OK\r\nx: ")
     web.pages["/silent"] = lambda wire: wire.recv(1)  # type: ignore[assignment,return-value]
     web.pages["/moved"] = redirect("/drip")
-    began = time.monotonic()
     for path in ("/drip", "/head", "/silent", "/moved"):
-        assert (await refusal(fetcher(web, seconds=0.2), url(web, path))).startswith("uri_unreachable")
-    assert time.monotonic() - began < LONG
+        async with asyncio.timeout(LONG):
+            assert (await refusal(fetcher(web, seconds=0.2), url(web, path))).startswith("uri_unreachable")
 
 
 BOMB = gzip.compress(b"\0" * (1 << 20))
@@ -223,29 +211,6 @@ async def test_a_wrong_length_a_compressed_body_and_what_is_not_http_are_refused
 ) -> None:
     web.pages["/wrong"] = answer
     assert told in await refusal(fetcher(web), url(web, "/wrong"))
-
-
-async def test_a_name_that_is_not_there_is_unreachable(web: WebServer) -> None:
-    async def nowhere(host: str, port: int) -> list[str]:
-        raise socket.gaierror(-2, "Name or service not known")
-
-    made = fetcher(web)
-    made.resolve = nowhere
-    assert (await refusal(made, url(web))).startswith("uri_unreachable")
-
-
-async def test_a_proxy_in_the_environment_is_not_used(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:1")
-    assert await fetcher(web).fetch(url(web)) == PICTURE
-
-
-async def test_several_images_spend_from_one_purse(web: WebServer) -> None:
-    budget = ByteBudget(2 * len(PICTURE))
-    made = fetcher(web)
-    assert [await made.fetch(url(web), budget) for _ in range(2)] == [PICTURE, PICTURE]
-    with pytest.raises(RecordError, match="together"):
-        await made.fetch(url(web), budget)
 
 
 async def test_only_so_many_are_fetched_at_once(web: WebServer) -> None:
@@ -285,34 +250,24 @@ def trust(authority: trustme.CA) -> ssl.SSLContext:
     return context
 
 
-async def test_over_tls_name_and_certificate_stay_with_the_host(authority: trustme.CA, trust: ssl.SSLContext) -> None:
-    names: list[str | None] = []
-    context = secure(authority, "cdn.test")
-    context.sni_callback = lambda wire, name, given: names.append(name)  # type: ignore[assignment]
-    with web_server(tls=context) as web:
-        web.pages["/a.png"] = reply(PICTURE)
-        made = fetcher(web, trust=trust)
-        assert await made.fetch(url(web, scheme="https")) == PICTURE
-    assert names == ["cdn.test"]
-
-
-async def test_a_certificate_of_another_name_or_nobody_is_refused(authority: trustme.CA, trust: ssl.SSLContext) -> None:
-    for issuer, name in ((authority, "other.test"), (trustme.CA(), "cdn.test")):
-        with web_server(tls=secure(issuer, name)) as web:
-            web.pages["/a.png"] = reply(PICTURE)
-            told = await refusal(fetcher(web, trust=trust), url(web, scheme="https"))
-            assert told.startswith("uri_unreachable")
-            assert web.asked == []
-
-
-async def test_a_redirect_from_https_to_http_is_refused(
+async def test_over_tls_name_and_certificate_stay_with_the_host_and_no_redirect_leads_out_of_it(
     web: WebServer, authority: trustme.CA, trust: ssl.SSLContext
 ) -> None:
-    with web_server(tls=secure(authority, "cdn.test")) as safe:
-        safe.pages["/moved"] = redirect(url(web))
-        made = fetcher(safe, places=[f"cdn.test:{safe.port}", f"cdn.test:{web.port}"], trust=trust)
-        assert "redirects from https to http" in await refusal(made, url(safe, "/moved", scheme="https"))
-    assert web.asked == []
+    names: list[str | None] = []
+    for issuer, name in ((authority, "cdn.test"), (authority, "other.test"), (trustme.CA(), "cdn.test")):
+        context = secure(issuer, name)
+        context.sni_callback = lambda wire, name, given: names.append(name)  # type: ignore[assignment]
+        with web_server(tls=context) as safe:
+            safe.pages |= {"/a.png": reply(PICTURE), "/moved": redirect(url(web))}
+            made = fetcher(safe, places=[f"cdn.test:{safe.port}", f"cdn.test:{web.port}"], trust=trust)
+            if (issuer, name) == (authority, "cdn.test"):
+                assert await made.fetch(url(safe, scheme="https")) == PICTURE
+                told = await refusal(made, url(safe, "/moved", scheme="https"))
+                assert "redirects from https to http" in told and web.asked == []
+            else:
+                assert (await refusal(made, url(safe, scheme="https"))).startswith("uri_unreachable")
+                assert safe.asked == []
+    assert set(names) == {"cdn.test"}
 
 
 PUBLIC = ["8.8.8.8", "1.1.1.1", "100.63.255.255", "172.32.0.1", "2606:4700:4700::1111", "2a00:1450:4001:82b::200e"]
@@ -332,29 +287,16 @@ INSIDE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("address", PUBLIC)
-def test_public_addresses_are_allowed(address: str) -> None:
-    assert is_allowed(address)
-
-
-@pytest.mark.parametrize("address", [each for group in INSIDE.values() for each in group])
-def test_all_others_are_not(address: str) -> None:
-    assert not is_allowed(address)
-
-
-def test_a_named_network_is_allowed_and_nothing_else() -> None:
-    networks = networks_of(["10.1.0.0/16", "fd00:1::/32", "192.0.2.7"])
-    assert all(is_allowed(address, networks) for address in ("10.1.2.3", "fd00:1::9", "192.0.2.7", "8.8.8.8"))
-    assert not any(
-        is_allowed(address, networks) for address in ("10.2.0.1", "fd00:2::9", "192.0.2.8", "::ffff:a01:203")
-    )
-
-
-def test_the_prefix_of_nat64_opens_public_addresses_only() -> None:
-    networks = networks_of(["64:ff9b::/96"])
-    assert is_allowed("64:ff9b::808:808", networks)
-    assert not is_allowed("64:ff9b::7f00:1", networks)
-    assert is_allowed("64:ff9b::a01:203", [*networks, *networks_of(["10.1.0.0/16"])])
+def test_only_public_addresses_and_those_of_named_networks_are_allowed() -> None:
+    assert [each for each in PUBLIC if not is_allowed(each)] == []
+    assert [each for group in INSIDE.values() for each in group if is_allowed(each)] == []
+    named = networks_of(["10.1.0.0/16", "fd00:1::/32", "192.0.2.7"])
+    assert all(is_allowed(address, named) for address in ("10.1.2.3", "fd00:1::9", "192.0.2.7", "8.8.8.8"))
+    others = ("10.2.0.1", "fd00:2::9", "192.0.2.8", "::ffff:a01:203")
+    assert not any(is_allowed(address, named) for address in others)
+    nat64 = networks_of(["64:ff9b::/96"])
+    assert is_allowed("64:ff9b::808:808", nat64) and not is_allowed("64:ff9b::7f00:1", nat64)
+    assert is_allowed("64:ff9b::a01:203", [*nat64, *networks_of(["10.1.0.0/16"])])
 
 
 @pytest.mark.parametrize(
@@ -386,15 +328,9 @@ def test_a_place_covers_what_it_says(rule: str, inside: list[str], outside: list
     assert [url for url in outside if covered(url)] == []
 
 
-@pytest.mark.parametrize(
-    "rule",
-    ["", "file:///etc", "ftp://a.example", "user@a.example", "a.*.example", "*foo.example", "a b", "a.example?x"],
-)
-def test_a_place_that_means_nothing_stops_the_start(rule: str) -> None:
-    with pytest.raises(ValidationError):
-        Serve(image_hosts=[rule])
-
-
-def test_a_network_with_host_bits_stops_the_start() -> None:
+def test_a_place_or_network_that_means_nothing_stops_the_start() -> None:
+    for rule in ("", "file:///etc", "ftp://a.example", "user@a.example", "a.*.example", "*foo.example", "a b", "a?x"):
+        with pytest.raises(ValidationError):
+            Serve(image_hosts=[rule])
     with pytest.raises(ValidationError, match="host bits"):
         Serve(image_networks=["10.1.0.1/16"])

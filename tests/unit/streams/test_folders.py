@@ -2,24 +2,22 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from core.errors import RecordError
-from streams.publish.datasets import read_dataset
+from core.errors import BrokerError, ConfigError, RecordError
+from core.settings import Settings
+from ops.cli.main import app
 from streams.publish.folders import INDEX, FolderItem, read_folder, write_folder
+from streams.publish.publisher import MAX_BYTES, MAX_ROWS, InFlight, ProgressFile, _checked, publish
+from tests.support.datasets import items_and_errors, items_of
 from tests.support.pictures import png
-
-
-def read_items(path: Path) -> list[FolderItem]:
-    """Read all rows of a data set; raises the first error."""
-    items = []
-    for row in read_dataset(path):
-        if isinstance(row.content, RecordError):
-            raise row.content
-        items.append(row.content)
-    return items
 
 
 @pytest.fixture
@@ -36,53 +34,46 @@ def index(root: Path, *lines: str) -> Path:
     return root
 
 
-def test_every_column_is_read_in_any_order(folder: Path) -> None:
+def test_every_column_is_read_in_any_order_and_question_and_answer_come_together(folder: Path) -> None:
     header = "text,file,tags,time,source,domain,split,concept,label,answer,question,colour"
     row = "a crane,photos/a.png,red; tall ;,2026-01-31T13:00:00+01:00,zoo,zoos,test,crane,bird,two,how many legs,x"
     (item,) = read_folder(index(folder, header, row))
     assert (item.label, item.concept, item.split, item.domain, item.source) == ("bird", "crane", "test", "zoos", "zoo")
-    assert (item.question, item.answer) == ("how many legs", "two")
-    assert item.tags == ("red", "tall")
+    assert (item.question, item.answer, item.tags) == ("how many legs", "two", ("red", "tall"))
     assert item.time == "2026-01-31T12:00:00+00:00"
+    with pytest.raises(RecordError, match="the limit is 10"):
+        item.bytes(max_bytes=10)
+    with pytest.raises(RecordError, match="field 'answer'"):
+        read_folder(index(folder, "file,text,question", "photos/a.png,,what is it?"))
+    header, row = "file,text,question,answer,answers", "photos/a.png,,what colour?,grey,grey; gray;"
+    (item,) = read_folder(index(folder, header, row))
+    assert (item.text, item.answer, item.answers) == ("", "grey", ("grey", "gray"))
 
 
-def test_a_row_without_split_belongs_to_every_split(folder: Path) -> None:
+def test_a_row_without_split_belongs_to_every_split_and_an_unknown_one_lists_those_there_are(folder: Path) -> None:
     index(folder, "file,text,split", "photos/a.png,one,test", "photos/b.png,two,")
     assert [item.text for item in read_folder(folder, "test")] == ["one", "two"]
     assert [item.text for item in read_folder(folder, "train")] == ["two"]
-
-
-def test_an_unknown_split_lists_those_there_are(folder: Path) -> None:
     index(folder, "file,text,split", "photos/a.png,one,test", "photos/b.png,two,train")
     with pytest.raises(RecordError, match=r"nothing in split 'dev'; it has: test, train"):
         read_folder(folder, "dev")
 
 
 def test_what_is_written_reads_back_and_is_the_same_bytes_again(tmp_path: Path) -> None:
-    items = [
-        FolderItem(
-            path=Path("in/a.png"),
-            text='a "red"\nsquare, é',
-            label="square",
-            concept="square",
-            split="train",
-            domain="shapes",
-            source="test",
-            time="2026-01-31T12:00:00+00:00",
-            tags=("red", "flat"),
-            question="which colour?",
-            answer="red",
-            inline=png(),
-        )
-    ]
-    first = write_folder(tmp_path / "one", items)
-    second = write_folder(tmp_path / "two", items)
+    fields = {
+        "text": 'a "red"\nsquare, é', "label": "square", "concept": "square", "split": "train", "domain": "shapes",
+        "source": "test", "time": "2026-01-31T12:00:00+00:00", "tags": ("red", "flat"), "question": "which colour?",
+        "answer": "red", "answers": ("red", "rot"),
+    }  # fmt: skip
+    items = [FolderItem(path=Path("in/a.png"), **fields, inline=png())]
+    first, second = (write_folder(tmp_path / name, items) for name in ("one", "two"))
     (item,) = read_folder(first)
-    assert item.bytes() == png()
-    for name in ("text", "label", "concept", "split", "domain", "source", "time", "tags", "question", "answer"):
-        assert getattr(item, name) == getattr(items[0], name), name
+    assert item.bytes() == png() and {name: getattr(item, name) for name in fields} == fields
     assert (first / INDEX).read_bytes() == (second / INDEX).read_bytes()
     assert sorted(path.name for path in first.iterdir()) == [INDEX, "in"]
+    with pytest.raises(RecordError, match="leads out"):
+        write_folder(tmp_path / "in", [FolderItem(path=Path("../a.png"), text="x", inline=png())])
+    assert not (tmp_path / "a.png").exists() and not (tmp_path / "in" / INDEX).exists()
 
 
 @pytest.mark.parametrize(
@@ -107,41 +98,21 @@ def test_an_error_names_file_line_field_and_fix(folder: Path, row: str, field: s
     index(folder, "file,text,time", "photos/a.png,fine,", row)
     with pytest.raises(RecordError) as caught:
         read_folder(folder)
-    assert f"{folder / INDEX}, line 3, field '{field}'" in caught.value.message
-    assert said in caught.value.message
-    assert caught.value.fix
-    assert caught.value.reason == "dataset"
+    assert f"{folder / INDEX}, line 3, field '{field}'" in caught.value.message and said in caught.value.message
+    assert caught.value.fix and caught.value.reason == "dataset"
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
+def test_a_file_that_is_no_such_table_is_refused(folder: Path) -> None:
+    for content, said in (
         (b"file;text\nphotos/a.png;x\n", "separate the columns by commas"),
         (b"path,caption\na,b\n", "no such column"),
         (b"", "no such column"),
         (b"file,text\nphotos/a.png,caf\xe9\n", "not UTF-8"),
         (b'file,text\nphotos/a.png,"never closed\n', "after line 1"),
-    ],
-)
-def test_a_file_that_is_no_such_table_is_refused(folder: Path, content: bytes, said: str) -> None:
-    (folder / INDEX).write_bytes(content)
-    with pytest.raises(RecordError, match=f"(?i){said}"):
-        read_folder(folder)
-
-
-def test_question_and_answer_come_together(folder: Path) -> None:
-    with pytest.raises(RecordError, match="field 'answer'"):
-        read_folder(index(folder, "file,text,question", "photos/a.png,,what is it?"))
-    (item,) = read_folder(index(folder, "file,text,question,answer", "photos/a.png,,what is it?,a crane"))
-    assert item.text == ""
-
-
-def test_a_question_may_have_several_answers(folder: Path) -> None:
-    header, row = "file,text,question,answer,answers", "photos/a.png,,what colour?,grey,grey; gray;"
-    (item,) = read_folder(index(folder, header, row))
-    assert (item.answer, item.answers) == ("grey", ("grey", "gray"))
-    (again,) = read_folder(write_folder(folder, [item]))
-    assert again == item
+    ):
+        (folder / INDEX).write_bytes(content)
+        with pytest.raises(RecordError, match=f"(?i){said}"):
+            read_folder(folder)
 
 
 def test_jsonl_holds_paths_and_images(folder: Path) -> None:
@@ -151,72 +122,153 @@ def test_jsonl_holds_paths_and_images(folder: Path) -> None:
         {"image": encoded, "text": "in the row"},
         {"image": f"data:image/png;base64,{encoded}", "text": "as a URI"},
     ]
-    file = folder / "more.jsonl"
-    file.write_text("\n\n".join(map(json.dumps, rows)))
-    items = read_items(file)
+    (folder / "more.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    items = items_of(folder / "more.jsonl")
     assert [item.bytes() for item in items] == [png(), png("blue"), png("blue")]
-    assert items[0].tags == ("red", "flat")
-    assert {item.domain for item in items} == {"more"}
+    assert items[0].tags == ("red", "flat") and {item.domain for item in items} == {"more"}
 
 
-@pytest.mark.parametrize(
-    ("row", "said"),
-    [
-        ('{"image": "%%%", "text": "x"}', "field 'image': not base64"),
-        ('{"image": "data:image/png,xx", "text": "x"}', "field 'image': is a data: URI, not in base64"),
-        ('{"image": "AAAA", "file": "photos/a.png", "text": "x"}', "both file and image"),
-        ('{"file": "photos/a.png", "text": 3}', "field 'text': is a int"),
-        ('{"file": "photos/a.png", "text": "x", "tags": [1]}', "field 'tags'"),
-        ('{"text": "x"}', "field 'file': is empty"),
-        ("[1, 2]", "holds a list"),
-        ("{", "not JSON"),
-        ("[" * 100_000, "not JSON"),
-    ],
-)
-def test_a_wrong_jsonl_row_is_named(folder: Path, row: str, said: str) -> None:
+def test_a_wrong_jsonl_row_is_named(folder: Path) -> None:
+    rows = {
+        '{"image": "%%%", "text": "x"}': "field 'image': not base64",
+        '{"image": "data:image/png,xx", "text": "x"}': "field 'image': is a data: URI, not in base64",
+        '{"image": "AAAA", "file": "photos/a.png", "text": "x"}': "both file and image",
+        '{"file": "photos/a.png", "text": 3}': "field 'text': is a int",
+        '{"file": "photos/a.png", "text": "x", "tags": [1]}': "field 'tags'",
+        '{"text": "x"}': "field 'file': is empty",
+        "[1, 2]": "holds a list",
+        "{": "not JSON",
+        "[" * 100_000: "not JSON",
+    }
     file = folder / "more.jsonl"
-    file.write_text('{"file": "photos/a.png", "text": "fine"}\n' + row)
-    with pytest.raises(RecordError) as caught:
-        read_items(file)
-    assert "line 2" in caught.value.message
-    assert said in caught.value.message
-
-
-def test_a_csv_cell_may_hold_an_image_beyond_pythons_own_limit(tmp_path: Path) -> None:
-    noise = bytes(range(256)) * 1024
-    file = tmp_path / "inline.csv"
-    file.write_text(f"image,text\n{base64.b64encode(noise).decode()},noise\n")
-    (item,) = read_items(file)
-    assert item.bytes() == noise
-
-
-def test_an_image_over_the_limit_is_not_read(folder: Path) -> None:
-    (item,) = read_folder(index(folder, "file,text", "photos/a.png,x"))
-    with pytest.raises(RecordError, match="the limit is 10"):
-        item.bytes(max_bytes=10)
+    file.write_text("\n".join(rows) + '\n{"file": "photos/a.png", "text": "fine"}\n')
+    items, errors = items_and_errors(file)
+    assert [item.text for item in items] == ["fine"]
+    for line, (error, said) in enumerate(zip(errors, rows.values(), strict=True), 1):
+        assert f"line {line}" in error.message and said in error.message
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty", "notes.txt"])
 def test_what_is_no_dataset_is_refused_with_a_fix(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(RecordError) as caught:
-        read_items(tmp_path / name)
-    assert name in caught.value.message
+    with pytest.raises(RecordError, match=name) as caught:
+        items_of(tmp_path / name)
     assert caught.value.fix
 
 
-def test_writing_does_not_lead_out_of_the_folder(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match="leads out"):
-        write_folder(tmp_path / "in", [FolderItem(path=Path("../a.png"), text="x", inline=png())])
-    assert not (tmp_path / "a.png").exists()
-    assert not (tmp_path / "in" / INDEX).exists()
-
-
 @pytest.mark.parametrize("name", ["more.csv", "more.jsonl"])
-def test_a_row_without_end_is_not_read_into_memory(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_may_hold_an_image_and_without_end_is_not_read(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = bytes(range(256)) * 1024  # beyond the limit of Python's own reader
+    begin, end = {"more.csv": ('image,text\n"', '",noise\n'), "more.jsonl": ('{"image": "', '", "text": "noise"}')}[
+        name
+    ]
+    (tmp_path / name).write_text(begin + base64.b64encode(noise).decode() + end)
+    assert [item.bytes() for item in items_of(tmp_path / name)] == [noise]
     monkeypatch.setattr("streams.publish.folders.MAX_ROW_CHARS", 1000)
-    rows = {"more.csv": 'image,text\nAAAA,"', "more.jsonl": '{"image": "'}
-    (tmp_path / name).write_text(rows[name] + "x" * 5000)
+    (tmp_path / name).write_text(begin + "x" * 5000)
     with pytest.raises(RecordError, match="1000"):
-        read_items(tmp_path / name)
+        items_of(tmp_path / name)
+
+
+PICTURE = base64.b64encode(png()).decode()
+
+
+def rows(path: Path, count: int = 3, bad: Iterable[int] = ()) -> Path:
+    """A JSON Lines file; the texts of bad rows are empty."""
+    texts = ["" if number in bad else f"row {number}" for number in range(count)]
+    path.write_text("".join(json.dumps({"image": PICTURE, "text": text}) + "\n" for text in texts))
+    return path
+
+
+def dry(tmp_path: Path, path: Path, **options: Any) -> Any:
+    return publish(Settings(home=tmp_path / "home"), path, dry_run=True, **options)
+
+
+def test_a_dry_run_checks_all_rows_counts_shows_some_and_writes_what_is_refused(tmp_path: Path) -> None:
+    report = dry(tmp_path, rows(tmp_path / "a.jsonl", 8, bad=[2, 4]), rejects=tmp_path / "bad.jsonl")
+    assert (report.delivered, report.format, report.size) == (6, "jsonl", 6 * len(png()))
+    assert len(report.samples) == 5 and "line 1: row 0" in report.samples[0]
+    assert report.refused == {"dataset": 2} and "line 3, field 'text': is empty" in report.examples[0]
+    assert "nothing was sent" in str(report)
+    assert not (tmp_path / "home/publish").exists()
+    written = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [(each["row"], each["place"].rpartition(", ")[2]) for each in written] == [(3, "line 3"), (5, "line 5")]
+    assert all(each["reason"] == "dataset" and "is empty" in each["message"] and each["fix"] for each in written)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        dry(tmp_path, tmp_path / "a.jsonl", rejects=tmp_path / "none/bad.jsonl")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(RecordError, match="has no rows"):
+        dry(tmp_path, tmp_path / "empty.jsonl")
+
+
+def test_a_dry_run_refuses_what_ingest_would_and_all_answers_of_a_question_are_sent(tmp_path: Path) -> None:
+    tiny = base64.b64encode(png(size=(2, 2))).decode()
+    contents = [{"image": tiny, "text": "x"}, {"image": "AAAA", "text": "x"}, {"image": PICTURE, "text": "x" * 3000}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, contents)))
+    report = dry(tmp_path, tmp_path / "a.jsonl")
+    assert report.refused == {"image_too_small": 1, "image_format": 1, "text_too_long": 1}
+    assert "line 1, field 'image'" in report.examples[0] and "line 3, field 'text'" in report.examples[2]
+    item = FolderItem(Path("a.png"), "", question="what?", answer="boat", answers=("boat", "ship"), inline=png())
+    assert _checked(item, "row 1", Settings(), None).extra == {"answers": ["boat", "ship"]}
+    assert _checked(replace(item, answers=("boat",)), "row 1", Settings(), None).extra == {}
+
+
+@pytest.mark.parametrize(("bad", "status"), [([], 0), ([1], 3), ([0, 1, 2], 4)])
+def test_the_exit_status_tells_what_was_refused(tmp_path: Path, bad: list[int], status: int) -> None:
+    file = rows(tmp_path / "a.jsonl", bad=bad)
+    result = CliRunner().invoke(app, ["--set", f"home={tmp_path}", "publish", str(file), "--dry-run"])
+    assert result.exit_code == status, result.output
+
+
+def test_done_is_what_lies_before_the_first_row_in_flight() -> None:
+    window = InFlight(done=10)
+    for number in (11, 12, 13):
+        window.add(number, 1)
+    window.pass_over(14)
+    for number, done in ((12, 10), (11, 12), (13, 14)):
+        window.acknowledged(number)
+        assert window.done == done
+
+
+@pytest.mark.parametrize(("sizes", "more"), [([1] * MAX_ROWS, 1), ([MAX_BYTES - 5], 6)])
+def test_a_row_waits_while_too_many_rows_or_bytes_are_in_flight(sizes: list[int], more: int) -> None:
+    window = InFlight()
+    for number, size in enumerate(sizes, start=1):
+        window.add(number, size)
+    waiting = threading.Thread(target=window.add, args=(len(sizes) + 1, more))
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    window.acknowledged(1)
+    waiting.join(60)
+    assert not waiting.is_alive()
+
+
+def test_a_row_that_was_not_delivered_ends_it_and_is_not_done() -> None:
+    window = InFlight()
+    for number in (1, 2):
+        window.add(number, 1)
+    window.failed(BrokerError("no"))
+    window.acknowledged(2)
+    assert window.done == 0
+    for go_on in (lambda: window.add(3, 1), lambda: window.wait_empty(1)):
+        with pytest.raises(BrokerError):
+            go_on()
+
+
+def test_progress_is_written_when_enough_rows_are_done_and_damaged_it_is_an_error_with_a_fix(tmp_path: Path) -> None:
+    progress = ProgressFile(tmp_path, "a", "jsonl", "t", "", "b:1")
+    for number in range(1, 6):
+        progress.note(number, f"line {number}")
+    progress.save(2, every=3)
+    assert progress.load().done == 0
+    progress.save(4, every=3)
+    assert (progress.load().done, progress.load().place) == (4, "line 4")
+    assert [path.name for path in progress.file.parent.iterdir()] == [progress.file.name]
+    for content in ("", "{}", '{"done": "x"}', '{"done": -1}', "[1]"):
+        progress.file.write_text(content)
+        with pytest.raises(ConfigError, match="Delete it"):
+            progress.load()

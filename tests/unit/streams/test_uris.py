@@ -21,7 +21,9 @@ from core.settings.streams import Ingest
 from streams.records import uris
 from streams.records.fetching import TransientFetchError, parse_retry_after
 from streams.records.uris import PROBE_SECONDS, FetchLimits, UriFetcher, pause_before
+from tests.support.clock import Clock
 from tests.support.web_server import Answer, WebServer, reply, web_server
+from tests.unit.streams.conftest import stop_clock
 
 LOOPBACK = ["127.0.0.1/32"]
 
@@ -43,9 +45,6 @@ def test_what_lies_under_a_listed_address_is_fetched(web: WebServer) -> None:
     web.pages["/images/a"] = reply(PICTURE)
     for prefix in ("/images/", "/images", "/images/a", ""):
         assert fetch(url(web, "/images/a"), ["file:///nowhere", url(web, prefix)]) == PICTURE
-
-
-def test_an_address_inside_is_refused_unless_its_network_is_named(web: WebServer) -> None:
     with pytest.raises(RecordError, match=r"not public.*ingest\.allowed_networks"):
         fetch(url(web), [url(web, "")], networks=())
 
@@ -59,12 +58,14 @@ def test_files_stay_inside_their_folder(tmp_path: Path) -> None:
     allowed = f"file://{inside}"
     assert fetch(f"file://{inside}/a%20b.png", [allowed], 5) == b"12345"
     assert reason(f"file://{inside}/a%20b.png", allowed, max_bytes=4) == "image_too_large"
-    assert reason(f"file://{outside}/a%20b.png", allowed) == "uri_not_allowed"
-    assert reason(f"file://{inside}/link", allowed) == "uri_not_allowed"
-    assert reason(f"file://{inside}/%2e%2e/in-secret/a%20b.png", allowed) == "uri_not_allowed"
-    assert reason(f"file://host{inside}/a%20b.png", allowed) == "uri_not_allowed"
-    assert reason(f"file://{inside}/none.png", allowed) == "uri_unreachable"
-    assert reason(f"file://{inside}", allowed) == "uri_unreachable"
+    for path in (
+        f"{outside}/a%20b.png",
+        f"{inside}/link",
+        f"{inside}/%2e%2e/in-secret/a%20b.png",
+        f"host{inside}/a%20b.png",
+    ):
+        assert reason(f"file://{path}", allowed) == "uri_not_allowed"
+    assert reason(f"file://{inside}/none.png", allowed) == reason(f"file://{inside}", allowed) == "uri_unreachable"
     assert reason("file:///dev/zero", "file:///dev") == "uri_unreachable"
 
 
@@ -133,32 +134,6 @@ def silent_until(event: threading.Event, arrived: threading.Event | None = None)
     return wait_for_it
 
 
-def test_as_many_as_the_setting_says_are_in_flight_on_one_thread(web: WebServer, make: Make) -> None:
-    lock, now, most = threading.Lock(), 0, 0
-    threads: set[str] = set()
-    few, many = threading.Barrier(8), threading.Barrier(32)
-
-    def together(barrier: threading.Barrier) -> Callable[[socket.socket], None]:
-        def send(wire: socket.socket) -> None:
-            nonlocal now, most
-            with lock:
-                now += 1
-                most = max(most, now)
-            barrier.wait(LONG)  # passes only when this many are in flight
-            with lock:
-                now -= 1
-            threads.update(each.name for each in threading.enumerate() if each.name == "uris")
-            wire.sendall(reply(PICTURE))
-
-        return send
-
-    web.pages |= {"/few": together(few), "/many": together(many)}
-    fetcher = make(web, seconds=4 * LONG)  # a second try of one would be one too many at a barrier
-    fetches = [fetcher.submit(url(web, path)) for path in ["/few"] * 32 + ["/many"] * 64]
-    assert [each.result(4 * LONG) for each in fetches] == [PICTURE] * 96
-    assert (most, threads) == (32, {"uris"})
-
-
 def test_a_host_that_does_not_answer_holds_up_no_other(web: WebServer, make: Make) -> None:
     release = threading.Event()
     with web_server("127.0.0.2") as silent:
@@ -180,22 +155,18 @@ def test_a_host_that_does_not_answer_holds_up_no_other(web: WebServer, make: Mak
      reply(PICTURE, content_length="5000")],
 )  # fmt: skip
 def test_what_may_pass_is_tried_again(web: WebServer, make: Make, failure: Answer) -> None:
-    web.pages["/b.png"] = first(failure, failure, reply(PICTURE))
-    assert make(web).fetch(url(web, "/b.png")) == PICTURE
+    web.pages |= {"/b.png": first(failure, failure, reply(PICTURE)), "/c.png": reply(status="503 x")}
+    fetcher = make(web)
+    assert fetcher.fetch(url(web, "/b.png")) == PICTURE
     assert len(web.asked) == 3
-
-
-def test_the_number_of_tries_is_bounded_and_told(web: WebServer, make: Make) -> None:
-    web.pages["/b.png"] = reply(status="503 x")
-    error = refusal(make(web), url(web, "/b.png"))
-    assert (error.reason, len(web.asked)) == ("uri_unreachable", 4)
+    error = refusal(fetcher, url(web, "/c.png"))
+    assert (error.reason, len(web.asked)) == ("uri_unreachable", 3 + 4)
     assert "answers 503. Tries: 4." in error.message
 
 
 def test_a_server_that_stalls_is_tried_again_within_the_deadline(web: WebServer, make: Make) -> None:
     silence = threading.Event()
-    web.pages["/late"] = first(silent_until(silence), reply(PICTURE))
-    web.pages["/never"] = silent_until(silence)
+    web.pages |= {"/late": first(silent_until(silence), reply(PICTURE)), "/never": silent_until(silence)}
     fetcher = make(web, seconds=0.4)
     assert fetcher.fetch(url(web, "/late")) == PICTURE
     assert refusal(fetcher, url(web, "/never")).reason == "uri_unreachable"
@@ -232,18 +203,9 @@ def test_without_a_list_nothing_is_fetched_and_no_thread_is_started(web: WebServ
 HOST = "cdn.test:80"
 
 
-class Clock:
-    now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(uris, "time", made)
-    return made
+    return stop_clock(monkeypatch, uris)
 
 
 async def use(limits: FetchLimits, outcome: Exception | None = None, host: str = HOST) -> None:
@@ -301,22 +263,19 @@ async def test_a_host_that_is_down_is_tried_by_one_at_a_time_and_refused_to_othe
     await use(limits)
 
 
-def test_pauses_grow_are_spread_and_are_at_least_what_the_server_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uris, "FIRST_PAUSE_SECONDS", 0.25)
-    pauses = {retry: [pause_before(retry) for _ in range(50)] for retry in (1, 3, 9)}
-    assert all(0.125 <= each <= 0.25 for each in pauses[1])
-    assert all(0.5 <= each <= 1.0 for each in pauses[3])
-    assert all(4.0 <= each <= 8.0 for each in pauses[9])
-    assert len(set(pauses[1])) > 10
-    assert pause_before(1, 7.0) == 7.0
-
-
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [("0", 0.0), (" 120 ", 120.0), ("Thu, 01 Jan 2026 00:00:30 GMT", 30.0), ("Wed, 31 Dec 2025 23:00:00 GMT", 0.0),
      ("", None), ("soon", None), ("-5", None), ("1.5", None), ("²", None), ("9" * 400, 999999999.0)],
 )  # fmt: skip
-def test_retry_after_is_a_number_or_a_date(text: str, seconds: float | None) -> None:
+def test_pauses_grow_are_spread_and_are_at_least_what_the_server_asks(
+    monkeypatch: pytest.MonkeyPatch, text: str, seconds: float | None
+) -> None:
+    monkeypatch.setattr(uris, "FIRST_PAUSE_SECONDS", 0.25)
+    for retry, longest in ((1, 0.25), (3, 1.0), (9, 8.0)):
+        pauses = [pause_before(retry) for _ in range(50)]
+        assert all(longest / 2 <= each <= longest for each in pauses) and len(set(pauses)) > 10
+    assert pause_before(1, 7.0) == 7.0
     assert parse_retry_after(text, datetime(2026, 1, 1, tzinfo=UTC)) == seconds
 
 
@@ -354,11 +313,7 @@ def objects(monkeypatch: pytest.MonkeyPatch) -> Iterator[UriFetcher]:
         yield made
 
 
-def test_an_object_under_the_prefix_is_read(objects: UriFetcher) -> None:
-    assert objects.fetch("gs://pictures/in/a.png") == objects.fetch("gs://pictures/in") == b"12345"
-
-
-def test_others_are_not_even_asked_for(objects: UriFetcher) -> None:
+def test_an_object_under_the_prefix_is_read_and_others_are_not_even_asked_for(objects: UriFetcher) -> None:
     others = [
         "s3://pictures/in/a.png", "gs://other/in/a.png", "gs://pictures/inside/a.png", "gs://pictures/",
         "gs://pictures/in/../a.png", "gs://pictures/in/./a", "gs://pictures/in\\..\\a", "gs:///in/a",
@@ -367,11 +322,9 @@ def test_others_are_not_even_asked_for(objects: UriFetcher) -> None:
     ]  # fmt: skip
     assert {refusal(objects, each).reason for each in others} == {"uri_not_allowed"}
     assert Store.asked == []
-
-
-def test_a_large_object_is_refused_by_its_size_and_one_that_has_grown_is_cut(objects: UriFetcher) -> None:
-    assert refusal(objects, "gs://pictures/in/large").reason == "image_too_large"
-    assert refusal(objects, "gs://pictures/in/grown").reason == "image_too_large"
+    assert objects.fetch("gs://pictures/in/a.png") == objects.fetch("gs://pictures/in") == b"12345"
+    for name in ("large", "grown"):
+        assert refusal(objects, f"gs://pictures/in/{name}").reason == "image_too_large"
 
 
 @pytest.mark.parametrize(
@@ -382,17 +335,14 @@ def test_only_what_may_pass_is_tried_again(objects: UriFetcher, key: str, tries:
     assert len(Store.asked) == tries
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_and_an_entry_that_cannot_be_meant_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(_registry, "s3", raising=False)
     with closing(UriFetcher(Ingest(allowed_uris=["s3://pictures/"]))) as fetcher:
         error = refusal(fetcher, "s3://pictures/a.png")
     assert error.reason == "uri_not_allowed" and 'pip install "ratchet-server[s3]"' in error.fix
-
-
-@pytest.mark.parametrize(
-    "text", ["s3://", "s3:///a", "s3://b", "s3://bucket/../x", "s3://*/x", "S3://bucket", "s3://b c/x"]
-)
-def test_an_entry_that_cannot_be_meant_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="s3://"):
-        ObjectRule.parse(text)
+    for text in ("s3://", "s3:///a", "s3://b", "s3://bucket/../x", "s3://*/x", "S3://bucket", "s3://b c/x"):
+        with pytest.raises(ValueError, match="s3://"):
+            ObjectRule.parse(text)
