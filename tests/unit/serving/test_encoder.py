@@ -205,9 +205,11 @@ async def test_retiring_does_not_hold_up_requests_while_an_adapter_is_loaded(wor
     assert await retiring == ["clip-old"]
 
 
-async def test_background_calls_take_turns_chunk_by_chunk(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_background_calls_take_turns_chunk_by_chunk_and_give_the_same_vectors(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inside, most = 0, 0
-    compute = worker.encode_now
+    compute, submit = worker.encode_now, asyncio.get_running_loop().run_in_executor
 
     def counted(requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
         nonlocal inside
@@ -215,8 +217,6 @@ async def test_background_calls_take_turns_chunk_by_chunk(worker: Worker, monkey
             return compute(requests)
         finally:
             inside -= 1
-
-    submit = asyncio.get_running_loop().run_in_executor
 
     def submitted(pool: Any, function: Any, *arguments: Any) -> Any:
         nonlocal inside, most
@@ -226,41 +226,24 @@ async def test_background_calls_take_turns_chunk_by_chunk(worker: Worker, monkey
 
     monkeypatch.setattr(worker, "encode_now", counted)
     monkeypatch.setattr(asyncio.get_running_loop(), "run_in_executor", submitted)
-    await asyncio.gather(*(worker.encode_background("image", pixels(10, seed), None) for seed in range(3)))
+    answers = await asyncio.gather(*(worker.encode_background("image", pixels(10, seed), None) for seed in range(3)))
     assert most == 1, "a request that comes now waits for one chunk"
+    for seed, answer in enumerate(answers):
+        np.testing.assert_allclose(answer.vectors, worker.engine.encode_images(pixels(10, seed)), atol=1e-5)
 
 
-async def test_background_work_gives_the_same_vectors(worker: Worker) -> None:
-    batch = pixels(11)
-    answer = await worker.encode_background("image", batch, None)
-    np.testing.assert_allclose(answer.vectors, worker.engine.encode_images(batch), atol=1e-5)
-
-
-class ThreadsSeen:
-    """Implements what a worker needs of an engine, and records the allowed threads of each call."""
-
-    def __init__(self, engine: ClipEngine) -> None:
-        self._engine = engine
-        self.golden_threads: set[int] = set()
-        self.pass_threads: set[int] = set()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def golden(self, clip: str | None) -> Any:
-        self.golden_threads.add(torch.get_num_threads())
-        return self._engine.golden(clip)
-
-    def encode_images(self, *arguments: Any) -> Any:
-        self.pass_threads.add(torch.get_num_threads())
-        return self._engine.encode_images(*arguments)
-
-
-async def test_only_the_thread_of_the_passes_computes_with_several(base: ClipBase, tmp_path: Path) -> None:
+async def test_only_the_thread_of_the_passes_computes_with_several(
+    base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = torch.get_num_threads()
+    threads: dict[str, set[int]] = {"golden": set(), "encode_images": set()}
+    engine: Any = ClipEngine(base)
+    for name, seen in threads.items():
+        method = getattr(engine, name)
+        noting = lambda *given, method=method, seen=seen: seen.add(torch.get_num_threads()) or method(*given)  # noqa: E731
+        monkeypatch.setattr(engine, name, noting)
     try:
         torch.set_num_threads(2)
-        engine = ThreadsSeen(ClipEngine(base))
         worker = Worker(base, tmp_path, engine)
         name = worker.stored(1)
         assert not (await worker.prepare(name)).error
@@ -268,7 +251,7 @@ async def test_only_the_thread_of_the_passes_computes_with_several(base: ClipBas
             await worker.encode_batch([EncodeRequest("image", pixels(1), adapter, soon())])
     finally:
         torch.set_num_threads(before)
-    assert (engine.golden_threads, engine.pass_threads) == ({1}, {2})
+    assert threads == {"golden": {1}, "encode_images": {2}}
 
 
 @pytest.fixture
