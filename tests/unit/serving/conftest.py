@@ -9,6 +9,7 @@ from core.artifacts import Artifacts
 from core.ledger import Ledger
 from streams.store.sample_store import SampleStore
 from tests.unit.serving.auth_app import AuthApp, Keys
+from tests.unit.serving.catalog_world import World
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +46,8 @@ def artifacts(tmp_path: Path) -> Artifacts:
         (folder / "adapter_model.safetensors").write_bytes(name.encode() * 1000)
         made.put_directory(folder, f"adapters/{name}")
     return made
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> World:
+    return World(tmp_path)
