@@ -1,7 +1,16 @@
+"""How a server starts, scales and ends: its deployments, its processes, and what it says meanwhile."""
+
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
+import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,9 +19,11 @@ import pytest
 from ray import serve
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import serving
 from core.errors import ConfigError, LedgerUnavailable
 from core.files import replace_file
 from core.ledger import Family, Ledger
+from core.loading import load_settings
 from core.settings import Settings
 from core.settings.section import MIB
 from core.settings.serving import Serve
@@ -23,7 +34,10 @@ from serving.app import build, drain, drain_seconds, encoder_calls, encoder_scal
 from serving.http import ingress
 from serving.http.ingress import SHARED, Ingress, share_of, token_texts
 from serving.messages import IMAGE_COST, IMAGES_PER_REQUEST, PROMPTS_PER_TEXT, TEXTS_PER_REQUEST
+from serving.ray import ray_session, replica_process
 from serving.ray.deployment_status import DeploymentStatus
+from serving.ray.ray_session import end_leftovers
+from serving.ray.replica_process import freeze_gc
 from serving.releases.residency import encode_copy, read_residency, residency_path
 from serving.start_progress import StartProgress, Statuses
 from tests.support.clock import Clock
@@ -108,34 +122,10 @@ def test_the_start_says_when_clients_need_keys_or_nobody_does(tmp_path: Path, mo
 SCALES = {"ingress": (ingress_scale, 32), "encoder": (encoder_scale, 48), "vlm": (vlm_scale, 5)}
 
 
-class Idle:
-    """Shadow traffic that never compares, and probes that never ask."""
-
-    async def run(self) -> None:
-        await asyncio.Event().wait()
-
-    watch = run
-
-    @property
-    def probes(self) -> Idle:
-        return self
-
-    state = probes
-
-
-def starting(monkeypatch: pytest.MonkeyPatch, refresh: Any) -> Any:
-    replica: Any = object.__new__(Ingress)
-    replica._tasks, replica.vlms = {}, None
-    replica.shadow_traffic, replica.http_app = Idle(), Idle()
-    monkeypatch.setattr(replica, "refresh", refresh)
-    for name in ("_follow", "_read_keys"):
-        monkeypatch.setattr(replica, name, Idle().run)
-    return replica
-
-
-async def test_it_is_not_healthy_before_it_knows_what_is_live(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, answered = asyncio.Event(), asyncio.Event()
-    count = 0
+@pytest.mark.parametrize("known", [True, False], ids=["and then follows", "or nobody can tell in time"])
+async def test_it_is_not_healthy_before_it_knows_what_is_live(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingress, "FIRST_SECONDS", 60.0 if known else 0.0)
+    asked, answered, count = asyncio.Event(), asyncio.Event(), 0
 
     async def refresh() -> None:
         nonlocal count
@@ -143,21 +133,21 @@ async def test_it_is_not_healthy_before_it_knows_what_is_live(monkeypatch: pytes
         asked.set()
         await answered.wait()
 
-    replica = starting(monkeypatch, refresh)
+    forever = lambda: asyncio.Event().wait()  # noqa: E731
+    replica: Any = object.__new__(Ingress)
+    replica._tasks, replica.vlms = {}, None
+    replica.shadow_traffic = SimpleNamespace(run=forever)
+    replica.http_app = SimpleNamespace(state=SimpleNamespace(probes=SimpleNamespace(watch=forever)))
+    for name, method in (("refresh", refresh), ("_follow", forever), ("_read_keys", forever)):
+        monkeypatch.setattr(replica, name, method)
     health = asyncio.create_task(replica.check_health())
     await asked.wait()
-    assert not health.done()
-    answered.set()
+    if known:
+        assert not health.done()
+        answered.set()
     await health
     await replica.check_health()
-    assert count == 1  # from now on it follows
-
-
-async def test_it_starts_without_that_where_nobody_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingress, "FIRST_SECONDS", 0.0)
-    replica = starting(monkeypatch, asyncio.Event().wait)
-    await replica.check_health()
-    assert "follow" in replica._tasks
+    assert count == 1 and "follow" in replica._tasks  # from now on it follows
 
 
 def test_what_all_requests_share_is_divided_and_what_one_may_have_is_not() -> None:
@@ -197,14 +187,11 @@ def test_tokens_put_together_are_the_text(tmp_path: Path) -> None:
     assert "".join(text_of(token) for token in made.encode("a red bus").ids) == "a red bus"
     assert [text_of(token) for token in made.encode("é").ids] == ["\ufffd", "\ufffd"]
     assert text_of(10_000) == "token_id:10000"
-
-
-def test_a_space_before_a_word_stays(tmp_path: Path) -> None:
-    made = Tokenizer(models.WordLevel({"\u2581red": 0, "\u2581bus": 1, "es": 2}, unk_token="es"))
-    made.decoder = decoders.Metaspace()
-    made.save(str(tmp_path / "tokenizer.json"))
-    assert "".join(token_texts(tmp_path)(token) for token in (0, 1, 2)) == " red buses"
     assert token_texts(tmp_path / "none")(7) == token_texts(None)(7) == "token_id:7"
+    spaced = Tokenizer(models.WordLevel({"\u2581red": 0, "\u2581bus": 1, "es": 2}, unk_token="es"))
+    spaced.decoder = decoders.Metaspace()
+    spaced.save(str(tmp_path / "tokenizer.json"))
+    assert "".join(token_texts(tmp_path)(token) for token in (0, 1, 2)) == " red buses", "a space before a word stays"
 
 
 UP = DeploymentStatus({"RUNNING": 1}, failed=False, cause="")
@@ -247,9 +234,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_it_says_when_each_model_answers_and_once_why_it_does_not(capsys: pytest.CaptureFixture[str]) -> None:
-    server = ScriptedServer(
-        clip=["nobody listens.", ""], vlm=["it is starting.", "it is starting.", "it is starting.", ""]
-    )
+    server = ScriptedServer(clip=["nobody listens.", ""], vlm=[*["it is starting."] * 3, ""])
     progress = server.progress("clip", "vlm")
     progress.wait_for("clip", int)
     words = said(capsys)
@@ -278,18 +263,13 @@ def test_a_server_that_does_nothing_is_given_up_and_one_that_computes_in_vain_la
         ScriptedServer(clip=["it is starting"]).progress("clip").wait_for("clip", lambda: clock.now * computes)
 
 
-def test_a_check_ends_the_wait() -> None:
+def test_a_check_and_a_deployment_that_serve_gave_up_end_the_start_of_clip() -> None:
     def ended() -> None:
         raise ConfigError("serve ended while starting")
 
     with pytest.raises(ConfigError, match="ended while starting"):
         ScriptedServer(clip=["nobody listens."]).progress("clip").wait_for("clip", int, ended)
-
-
-def test_a_deployment_that_serve_gave_up_ends_the_start_of_clip() -> None:
-    def statuses() -> Mapping[str, DeploymentStatus]:
-        return {"Encoder": FAILED, "Vlm": STARTS}
-
+    statuses = lambda: {"Encoder": FAILED, "Vlm": STARTS}  # noqa: E731
     with pytest.raises(ConfigError, match="Encoder cannot start: OSError: no file"):
         ScriptedServer(clip=["no release"]).progress("clip", statuses=statuses).look()
 
@@ -312,3 +292,80 @@ def test_a_controller_of_serve_that_cannot_be_asked_delays_nothing() -> None:
         raise ConnectionError("busy")
 
     assert ScriptedServer(clip=[""]).progress("clip", statuses=statuses).look()
+
+
+TITLED = "exec -a VLLM::EngineCore sleep 60"
+UNTITLED = f"exec {shlex.quote(sys.executable)} -c 'import time; time.sleep(60)' --multiprocessing-fork"
+
+
+def engine(log: Path, command: str) -> subprocess.Popen[bytes]:
+    """A process with a command line of vLLM's, whose owner only its output tells."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as out:
+        made = subprocess.Popen(["bash", "-c", command], stdout=out, stderr=out, env={"PATH": "/usr/bin:/bin"})
+    while Path(f"/proc/{made.pid}/cmdline").read_bytes().split(b"\0")[0] in (b"bash", b""):  # empty amid exec
+        assert made.poll() is None
+    return made
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+@pytest.mark.parametrize("command", [TITLED, UNTITLED])
+def test_an_engine_of_this_session_is_ended_and_that_of_another_is_not(tmp_path: Path, command: str) -> None:
+    ours = engine(tmp_path / "session" / "logs" / "worker.out", command)
+    other = engine(tmp_path / "elsewhere" / "worker.out", command)
+    try:
+        end_leftovers(tmp_path / "session")
+        assert ours.wait(60) == -9
+        assert other.poll() is None
+    finally:
+        other.kill()
+        ours.kill()
+        other.wait(60)
+
+
+def test_every_variable_for_serve_is_one_that_this_version_of_serve_reads() -> None:
+    told = set(re.findall(r'"(RAY_SERVE_\w+)"', Path(ray_session.__file__).read_text()))
+    spec = find_spec("ray.serve._private.constants")
+    assert spec is not None and spec.origin is not None
+    read = set(re.findall(r'"(RAY_SERVE_\w+)"', Path(spec.origin).read_text()))
+    assert len(told) > 15
+    assert told <= read
+
+
+def test_the_servers_environment_lets_large_messages_pass_and_commands_read_their_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environ = {"TMPDIR": str(tmp_path)}
+    monkeypatch.setattr(os, "environ", environ)
+    settings = load_settings(overrides={"home": tmp_path}, environ={})
+    ray_session.prepare_environment(settings)
+    pictures = 3 * settings.serve.max_pixels  # gRPC's default, 4 MiB, is a picture of 1.4 megapixels
+    assert int(environ["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"]) > pictures + 2**20
+    assert environ[replica_process.SWITCH] == "1"
+    load_settings(overrides={"home": tmp_path}, environ=environ)
+
+
+def test_the_collector_looks_at_what_comes_later_alone_and_collects_it_by_itself() -> None:
+    """The imports of a replica are no measure of the garbage worth collecting: adapters leave a few megabytes each."""
+    gc.disable()  # to make these would collect them again and again
+    imported: list[list[object]] = [[] for _ in range(400_000)]
+    gc.enable()
+    freeze_gc()
+    collections = gc.get_stats()[2]["collections"]
+    later: list[list[object]] = []
+    try:
+        assert len(gc.get_objects()) < len(imported) / 100
+        for _ in range(100_000):
+            later.append([later])
+        assert gc.get_stats()[2]["collections"] > collections
+    finally:
+        later.clear()
+        imported.clear()
+        gc.unfreeze()
+
+
+def test_every_replica_freezes_once_it_has_started() -> None:
+    texts = {path.stem: path.read_text() for path in Path(serving.__file__).parent.rglob("*.py")}
+    replicas = {name for name, text in texts.items() if "        begin_replica(" in text}
+    assert replicas == {"catalog", "controller", "encoder", "ingress", "vlm"}
+    assert [name for name in replicas if "        freeze_gc()\n" not in texts[name]] == []
