@@ -1,3 +1,5 @@
+"""What a server says of itself: probes, its models, and what is told while the VLM starts or the ledger is away."""
+
 from __future__ import annotations
 
 import asyncio
@@ -6,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
-import httpx
 import pytest
 
 from core import dependencies
@@ -15,12 +16,11 @@ from core.metrics import declared
 from serving.errors import QueueFull, Unavailable
 from serving.http import health, operations
 from serving.http.app_state import AppState
-from serving.http.health import Recent
 from serving.http.operations import LastReleases
 from serving.releases.admission import Admission
 from tests.support.waiting import until
 from tests.unit.serving.auth_app import OPERATOR, AuthApp, Keys, refusal
-from tests.unit.serving.scripted_vlms import ScriptedVlms, app_state, client
+from tests.unit.serving.scripted_vlms import ScriptedVlms, about_image, app_state, client
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Models:
 
     async def encode(self, *_: Any) -> None:
         self.passes += 1
+        await asyncio.sleep(0)
         if self.clip is not None:
             raise self.clip
 
@@ -52,9 +53,8 @@ def state_of(models: Models, vlms: ScriptedVlms | None = None) -> AppState:
 
 
 DEAD = Unavailable("no replica answered.")
-
-
 FULL = QueueFull("the queue is full.")
+STARTING = "the VLM is starting again, after it failed: MemoryError: no room"
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,9 @@ FULL = QueueFull("the queue is full.")
         (Models(), ScriptedVlms(failure=DEAD), dict.fromkeys(["ready/vlm", "ready?model=vlm", "live", "state"], 503)),
         (Models(catalog=DEAD), ScriptedVlms(), {"state": 503}),
         (Models(clip=DEAD), ScriptedVlms(), dict.fromkeys(["ready", "ready/clip", "live", "state"], 503)),
+        (Models(), ScriptedVlms(start_problem=STARTING), dict.fromkeys(["ready/vlm", "ready?model=vlm", "state"], 503)),
     ],
+    ids=["all", "full", "no VLM", "VLM away", "catalog away", "CLIP away", "VLM starting"],
 )
 async def test_each_probe_says_whether_what_it_is_about_answers(
     models: Models, vlms: ScriptedVlms | None, others: dict[str, int]
@@ -85,6 +87,21 @@ async def test_a_part_that_does_not_answer_is_named_with_the_reason() -> None:
         state = await http.get("/health/state")
     assert refusal(state, 503, "not_ready") == "not ready: clip, catalog."
     assert state.json()["parts"]["vlm"] == {"ready": True, "detail": "busy"}
+
+
+async def test_requests_to_a_vlm_that_starts_are_refused_at_once_with_the_reason_and_it_is_not_listed() -> None:
+    question = {"image": "", "question": "what?", "model": "vlm"}
+    chat = {"model": "vlm", "messages": about_image()}
+    async with client(state_of(Models(), ScriptedVlms(start_problem=STARTING))) as http:
+        answers = [await http.post("/v1/chat/completions", json={**chat, "stream": stream}) for stream in (False, True)]
+        answers += [await http.post("/v1/vqa", json=question), await http.get("/health/ready/vlm")]
+        state = (await http.get("/health/state")).json()
+        models = [row["id"] for row in (await http.get("/v1/models")).json()["data"]]
+    for answer in answers:
+        assert STARTING in refusal(answer, 503, "vlm_starting")
+        assert answer.headers["retry-after"] == "5"
+    assert STARTING in state["parts"]["vlm"]["detail"]
+    assert models and not any(name.startswith("vlm") for name in models)
 
 
 async def test_health_names_the_state_of_each_dependency_and_stays_ready(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,33 +137,22 @@ async def test_before_a_release_is_live_nothing_is_ready() -> None:
         assert "no release is live" in refusal(await http.get("/health/ready"), 503, "not_ready")
 
 
-async def test_a_flood_of_probes_costs_one_forward_pass() -> None:
-    models = Models()
-    async with client(state_of(models)) as http:
-        answers: list[httpx.Response] = await asyncio.gather(*(http.get("/health/ready") for _ in range(200)))
-    assert {answer.status_code for answer in answers} == {200}
-    assert models.passes == 1
-
-
-async def test_a_value_is_computed_again_when_it_is_old_and_a_caller_that_leaves_ends_it_for_no_other(
+async def test_a_flood_of_probes_costs_one_forward_pass_and_a_caller_that_leaves_ends_it_for_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    clock = {"now": 0.0}
-    monkeypatch.setattr(health.time, "monotonic", lambda: clock["now"])
-    computed = iter(range(10))
-
-    async def compute() -> int:
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        return next(computed)
-
-    recent = Recent(compute, seconds=1.0)
-    leaving, staying = asyncio.create_task(recent.get()), asyncio.create_task(recent.get())
-    await asyncio.sleep(0)
-    leaving.cancel()
-    assert [await staying, await recent.get()] == [0, 0]
-    clock["now"] = 1.0
-    assert await recent.get() == 1
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
+    monkeypatch.setattr(health, "time", clock)
+    models = Models()
+    async with client(state_of(models)) as http:
+        leaving, *staying = [asyncio.create_task(http.get("/health/ready")) for _ in range(200)]
+        await until(lambda: models.passes)
+        leaving.cancel()
+        assert {answer.status_code for answer in await asyncio.gather(*staying)} == {200}
+        assert models.passes == 1
+        now[0] = health.FRESH_SECONDS
+        await http.get("/health/ready")
+        assert models.passes == 2, "computed again when it is old"
 
 
 async def test_what_answers_is_exported_though_nobody_asks() -> None:
@@ -209,22 +215,17 @@ async def numbers(releases: LastReleases, limit: int = 1) -> list[int]:
     return [row.number for row in await releases.get(limit)]
 
 
-async def test_each_caller_has_what_was_there_when_he_came() -> None:
-    releases = LastReleases(GrowingLedger().read)
-    assert [await numbers(releases), await numbers(releases, 2)] == [[1], [2, 1]]
-
-
-async def test_while_the_ledger_is_silent_the_last_ones_are_told_and_no_second_reading_begins(
+async def test_each_caller_has_what_was_there_when_he_came_and_while_the_ledger_is_silent_the_last_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ledger = GrowingLedger()
     releases = LastReleases(ledger.read)
-    assert [await numbers(releases), await numbers(releases)] == [[1], [2]]
+    assert [await numbers(releases), await numbers(releases, 2)] == [[1], [2, 1]]
     monkeypatch.setattr(operations, "READ_SECONDS", 0.05)
     ledger.go.clear()
     try:
         assert await asyncio.gather(*(numbers(releases, 5) for _ in range(50))) == [[2, 1]] * 50
-        assert ledger.inside == 1
+        assert ledger.inside == 1, "no second reading begins"
     finally:
         ledger.go.set()
 
