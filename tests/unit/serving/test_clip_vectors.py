@@ -83,15 +83,13 @@ def test_several_ingress_processes_share_what_keeps_the_encoders_busy() -> None:
 
 
 class Tokens:
-    """One token for each character up to twenty, and start and end."""
-
-    pad_id = 0
+    """One token for each character, and start and end."""
 
     def rows(self, texts: list[str]) -> list[list[int]]:
-        return [[1, *map(ord, text[:20]), 2] for text in texts]
+        return [[1, *map(ord, text), 2] for text in texts]
 
     def cuts(self, text: str, row: list[int]) -> bool:
-        return len(text) > 20
+        return False
 
 
 class Encoders:
@@ -111,10 +109,9 @@ class Encoders:
         return EncodeResult(vectors, snapshot.clip, *self.spaces[snapshot.clip], 7.0, sum(map(len, payload)))
 
 
-def clip_vectors(max_bytes: int = 1 << 20) -> tuple[ClipVectors, Encoders]:
+def clip_vectors() -> tuple[ClipVectors, Encoders]:
     encoders, tokens = Encoders(), Tokens()
-    loader = ImageLoader(Preprocess(size=16), Serve())
-    return ClipVectors(encoders, loader, tokens, Serve(cache_bytes=max_bytes)), encoders  # type: ignore[arg-type]
+    return ClipVectors(encoders, ImageLoader(Preprocess(size=16), Serve()), tokens, Serve()), encoders  # type: ignore[arg-type]
 
 
 def entry(number: float = 0.0) -> CachedVector:
@@ -166,29 +163,6 @@ async def test_a_release_is_answered_by_vectors_of_its_own_spaces_only() -> None
     assert encoders.encoded == {"text": 2, "image": 1}
 
 
-@pytest.mark.parametrize("max_bytes", [0, 1 << 20])
-async def test_texts_that_are_cut_are_named_also_when_they_come_again(max_bytes: int) -> None:
-    vectors, encoders = clip_vectors(max_bytes)
-    texts = ["short", "x" * 21, "y" * 20, "x" * 21]
-    for _ in range(2):
-        answer = await vectors.of_texts(texts, LIVE, 0.0, "")
-        assert (answer.cut, answer.headers) == ((1, 3), {"x-ratchet-truncated": "2"})
-    assert encoders.encoded["text"] == (3 if max_bytes else 8)
-    assert (await vectors.of_texts(texts[:1], LIVE, 0.0, "")).headers == {}
-
-
-@pytest.mark.parametrize("seen", [False, True])
-async def test_a_text_that_may_not_be_cut_is_refused_by_its_name(seen: bool) -> None:
-    vectors, encoders = clip_vectors()
-    if seen:
-        await vectors.of_texts(["x" * 21], LIVE, 0.0, "")
-    before = encoders.encoded.total()
-    with pytest.raises(ApiError, match="more tokens") as caught:
-        await vectors.of_texts(["x" * 20, "x" * 21], LIVE, 0.0, "", ["input.0", "input.4"])
-    assert (caught.value.param, caught.value.code, caught.value.status_code) == ("input.4", "text_too_long", 400)
-    assert seen or encoders.encoded.total() == before
-
-
 async def test_an_image_that_is_cached_is_checked_all_the_same() -> None:
     vectors, encoders = clip_vectors()
     await vectors.of_images([("images.0", png(20, 20))], LIVE, 0.0, "")
@@ -209,10 +183,11 @@ CALLS: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppClient]:
+@pytest.fixture(scope="module", params=[Serve().cache_bytes, 0], ids=["cached", "not cached"])
+def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppClient]:
     with asyncio.Runner() as runner:
-        _, app = runner.run(open_in_process_app(tmp_path_factory.mktemp("app"), Serve()))
+        settings = Serve(cache_bytes=request.param)
+        _, app = runner.run(open_in_process_app(tmp_path_factory.mktemp("app"), settings))
         yield AppClient(runner, app)
 
 
@@ -237,12 +212,10 @@ def test_embeddings_name_the_places_of_long_texts_and_count_what_was_read(client
     single = [client.post("/v1/embeddings", json={"input": text}).json() for text in ("a cat", LONG, "a dog")]
     cat, long, dog = (each["usage"]["prompt_tokens"] for each in single)
     assert answer["usage"]["prompt_tokens"] == answer["usage"]["total_tokens"] == cat + 2 * long + dog
-    assert answer["data"][1]["embedding"] == answer["data"][4]["embedding"] == single[1]["data"][0]["embedding"]
-
-
-@pytest.mark.parametrize("truncate", [True, False])
-def test_short_texts_are_answered_without_a_word_about_it(client: AppClient, truncate: bool) -> None:
-    for path, body in (("/v1/embeddings", {"input": ["a cat", "a dog"]}), ("/v1/search", {"text": "a cat"})):
-        answer = client.post(path, json={**body, "truncate": truncate})
-        assert (answer.status_code, CUT in answer.headers) == (200, False)
-        assert "truncated" not in answer.json().get("usage", {})
+    alone = pytest.approx(single[1]["data"][0]["embedding"], abs=1e-5)
+    assert answer["data"][1]["embedding"] == alone and answer["data"][4]["embedding"] == alone
+    for truncate in (True, False):
+        for path, body in (("/v1/embeddings", {"input": ["a cat", "a dog"]}), ("/v1/search", {"text": "a cat"})):
+            short = client.post(path, json={**body, "truncate": truncate})
+            assert (short.status_code, CUT in short.headers) == (200, False)
+            assert "truncated" not in short.json().get("usage", {})

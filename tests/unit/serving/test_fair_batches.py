@@ -64,36 +64,52 @@ class Engine:
         del self.batches[0]
         return results
 
-    @property
-    def adapters(self) -> list[set[str | None]]:
-        return [{request.adapter for request in batch} for batch in self.batches]
-
-    @property
-    def callers(self) -> list[list[str]]:
-        return [[request.caller for request in batch] for batch in self.batches]
-
 
 @pytest.fixture
 async def engine() -> Engine:
     return Engine()
 
 
-async def test_two_releases_are_answered_each_by_its_own_adapter_in_batches_that_are_full(engine: Engine) -> None:
-    results = await engine.behind_a_batch(*({"adapter": adapter} for adapter in (STABLE, CANARY) * MAX_TEXTS))
-    assert [result.adapter for result in results] == [STABLE, CANARY] * MAX_TEXTS
-    assert engine.adapters == [{STABLE}, {CANARY}]
-    assert [len(batch) for batch in engine.batches] == [MAX_TEXTS, MAX_TEXTS]
+IMAGE = {"kind": "image"}
+assert MAX_TEXTS // IMAGE_COST == 1
 
 
-async def test_a_flood_of_one_adapter_lets_another_wait_for_one_batch(engine: Engine) -> None:
-    await engine.behind_a_batch(*[{}] * 100, {"adapter": CANARY})
-    assert engine.adapters[:3] == [{STABLE}, {CANARY}, {STABLE}]
-
-
-async def test_a_flood_of_one_caller_lets_another_wait_for_one_batch(engine: Engine) -> None:
-    await engine.behind_a_batch(*[{"texts": MAX_TEXTS, "caller": "flood"}] * 100, *[{"caller": "good"}] * 2)
-    assert engine.callers[:3] == [["flood"], ["good", "good"], ["flood"]]
-    assert len(engine.batches) == 100 + 1
+@pytest.mark.parametrize(
+    ("asked", "shown", "batches"),
+    [
+        ([{"adapter": each} for each in (STABLE, CANARY) * 4], "adapter", [[STABLE] * 4, [CANARY] * 4]),
+        ([{}] * 100 + [{"adapter": CANARY}], "adapter", [[STABLE] * 4, [CANARY], [STABLE] * 4]),
+        ([{"texts": 4, "caller": "a"}] * 100 + [{"caller": "b"}] * 2, "caller", [["a"], ["b", "b"], ["a"]]),
+        ([{"caller": caller} for caller in "aaaaaabbc"], "caller", [["a", "b", "c", "a"], ["b", "a", "a", "a"], ["a"]]),
+        (
+            [{"caller": caller, "texts": texts} for caller, texts in zip("abccc", (1, 4, 1, 2, 1), strict=True)],
+            "caller",
+            [["a", "c", "c"], ["b"], ["c"]],
+        ),
+        ([{"texts": count} for count in (3, 2, 1)], "size", [[3], [2, 1]]),
+        ([{"texts": 12}, {}], "size", [[12], [1]]),
+        ([{}, IMAGE, IMAGE, {}], "kind", [["text", "text"], ["image"], ["image"]]),
+        ([{"left": -1}, {"adapter": CANARY, "left": -1}, {}], "adapter", [[STABLE]]),
+    ],
+    ids=[
+        "two releases have full batches of their own", "a flood of one adapter lets another wait for one batch",
+        "a flood of one caller lets another wait for one batch", "a batch takes one request of each caller in turn",
+        "what did not fit is the first of the next batch", "a caller's requests keep their order",
+        "what is larger than a batch runs alone", "images and texts take turns", "late ones are not computed",
+    ],
+)  # fmt: skip
+async def test_requests_behind_a_batch_run_in_turns(
+    engine: Engine, asked: list[dict[str, Any]], shown: str, batches: list[list[Any]]
+) -> None:
+    results = await engine.behind_a_batch(*asked)
+    assert [result.code for result in results] == ["late" if "left" in each else "" for each in asked]
+    assert [result.adapter for result in results] == [each.get("adapter", STABLE) for each in asked]
+    made = [
+        [len(request.payload) if shown == "size" else getattr(request, shown) for request in batch]
+        for batch in engine.batches
+    ]
+    assert made[: len(batches)] == batches
+    assert len(made) == len(batches) or len(asked) > 100
 
 
 async def test_while_others_ask_batches_are_short_and_large_requests_are_encoded_in_parts(engine: Engine) -> None:
@@ -147,39 +163,6 @@ async def test_every_image_has_its_vector_whatever_a_turn_amounts_to(engine: Eng
         sizes = {"flood": 7, "good": 8}
         results = await asyncio.gather(*(engine.submit(STABLE, n, "image", caller=who) for who, n in sizes.items()))
         assert [len(result.vectors) for result in results if result.vectors is not None] == [7, 8]
-
-
-async def test_a_batch_is_filled_with_one_request_of_each_caller_in_turn(engine: Engine) -> None:
-    await engine.behind_a_batch(*({"caller": caller} for caller in "aaaaaabbc"))
-    assert ["".join(callers) for callers in engine.callers] == ["abca", "baaa", "a"]
-
-
-async def test_a_request_that_did_not_fit_is_the_first_of_the_next_batch(engine: Engine) -> None:
-    sizes = [("a", 1), ("b", MAX_TEXTS), ("c", 1), ("c", 2), ("c", 1)]
-    await engine.behind_a_batch(*({"texts": texts, "caller": caller} for caller, texts in sizes))
-    assert engine.callers == [["a", "c", "c"], ["b"], ["c"]]
-
-
-async def test_requests_of_a_caller_run_in_the_order_of_their_arrival(engine: Engine) -> None:
-    await engine.behind_a_batch(*({"texts": count} for count in (3, 2, 1)))
-    assert [[len(request.payload) for request in batch] for batch in engine.batches] == [[3], [2, 1]]
-
-
-async def test_images_and_texts_take_turns(engine: Engine) -> None:
-    assert MAX_TEXTS // IMAGE_COST == 1
-    await engine.behind_a_batch({}, *[{"kind": "image"}] * 2, {})
-    assert [(batch[0].kind, len(batch)) for batch in engine.batches] == [("text", 2), ("image", 1), ("image", 1)]
-
-
-async def test_a_request_that_is_larger_than_a_batch_runs_alone(engine: Engine) -> None:
-    result = await engine.submit(STABLE, texts=3 * MAX_TEXTS)
-    assert result.vectors is not None and len(result.vectors) == 3 * MAX_TEXTS
-
-
-async def test_late_requests_are_dropped_without_compute(engine: Engine) -> None:
-    results = await engine.behind_a_batch({"left": -1}, {"adapter": CANARY, "left": -1}, {})
-    assert [result.code for result in results] == ["late", "late", ""]
-    assert engine.adapters == [{STABLE}] and len(engine.batches[0]) == 1
 
 
 async def test_a_client_that_goes_away_is_not_computed_for(engine: Engine) -> None:
