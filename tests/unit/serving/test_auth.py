@@ -100,7 +100,9 @@ async def test_a_key_opens_what_its_scopes_name_and_the_bootstrap_key_everything
         ("GET", "/v1/models", operate, "`infer`"), ("GET", "/v1/models", search, "`infer`"),
         ("POST", "/v1/search", infer, "`search`"), ("GET", "/v1/samples/some/image", infer, "`search`"),
         ("POST", "/admin/v1/hold", infer, "`operate`"), ("POST", "/admin/v1/hold", publish, "`operate`"),
+        ("POST", "/admin/v1/deletions", publish, "`operate`"), ("GET", "/admin/v1/deletions/d1", publish, "`operate`"),
         ("GET", "/admin/v1/quarantine", infer, "`publish` or `operate`"),
+        ("GET", "/v1/records/t/0/0", infer, "`publish` or `operate`"),
     ]:  # fmt: skip
         answer = await closed.send(method, path, key, **held)
         assert scope in refusal(answer, 403, "insufficient_scope")
