@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from serving.http.image_loader import ImageLoader
 from serving.messages import EncodeRequest, EncodeResult
 from serving.ray.ray_session import tracing_environment
 from serving.replicas.fair_batches import FairBatches
-from tests.unit.serving.scripted_vlms import ScriptedVlms, app_state, client, png
+from tests.unit.serving.scripted_vlms import ScriptedVlms, about_image, app_state, client, png
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT = "00f067aa0ba902b7"
@@ -58,11 +57,9 @@ def ids(span: ReadableSpan) -> tuple[str, str]:
 
 
 async def test_a_chat_with_an_image_has_its_intake_in_the_trace_of_its_client(spans: InMemorySpanExporter) -> None:
-    uri = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": uri}}]
-    body = {"model": "vlm", "messages": [{"role": "user", "content": content}]}
     with traced():
         async with client(app_state(ScriptedVlms())) as http:
+            body = {"model": "vlm", "messages": about_image()}
             answer = await http.post("/v1/chat/completions", json=body, headers={"x-request-id": "r1"})
     assert answer.status_code == 200
     finished = spans.get_finished_spans()

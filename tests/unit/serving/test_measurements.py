@@ -1,15 +1,19 @@
-"""Measurements of a catalog, on real tables: fragments and drift of the live space, and the statistics of drift."""
+"""What is measured: fragments and drift of a catalog, and the gain and forgetting of what is live."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from prometheus_client import REGISTRY
 
+from core.ledger import Family, Ledger
 from core.settings.watching import Watch
 from serving.catalog.watch import Moments, Watcher, frechet_distance, mean_shift
+from serving.releases.controller import tell_of_live
 from tests.unit.serving.catalog_world import HERE, THERE, World
 
 DIM = 64
@@ -18,11 +22,6 @@ SMALL = Watch(drift_window=16)
 
 def value(name: str, **labels: str) -> float | None:
     return REGISTRY.get_sample_value(f"ratchet_{name}", labels)
-
-
-@pytest.fixture
-def catalog(tmp_path: Path) -> World:
-    return World(tmp_path)
 
 
 async def test_samples_of_another_kind_are_drift_and_after_a_while_are_not(
@@ -73,12 +72,9 @@ def windows(shift: float = 0.0, scale: float = 1.0, seed: int = 0) -> tuple[Mome
     return Moments.of(before.astype(np.float32)), Moments.of(now.astype(np.float32))
 
 
-def test_without_drift_the_mean_shift_is_about_one() -> None:
-    squares = [mean_shift(*windows(seed=seed)) ** 2 for seed in range(20)]
-    assert np.mean(squares) == pytest.approx(1.0, abs=0.15)
-
-
 def test_another_mean_is_seen_by_both_and_grows_with_the_shift() -> None:
+    squares = [mean_shift(*windows(seed=seed)) ** 2 for seed in range(20)]
+    assert np.mean(squares) == pytest.approx(1.0, abs=0.15), "without drift"
     calm, little, much = windows(), windows(shift=0.5), windows(shift=2.0)
     assert mean_shift(*calm) < 1.5 < 4 < mean_shift(*little) < mean_shift(*much)
     assert frechet_distance(*calm) < frechet_distance(*little) < frechet_distance(*much)
@@ -92,3 +88,48 @@ def test_the_frechet_distance_is_that_of_the_formula() -> None:
     assert frechet_distance(one, one) == 0
     same = Moments.of(np.ones((16, 4), np.float32))
     assert mean_shift(same, same) == 0
+
+
+FAMILIES: tuple[Family, ...] = ("clip", "vlm")
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
+
+
+def release(ledger: Ledger, number: int, clip: str | None) -> tuple[Any, Any]:
+    """Gain and forgetting of CLIP once this release is live."""
+    ledger.commit_release(number, clip=clip, vlm=None, actor="test", reason="test", proposal_id=None)
+    tell_of_live(ledger, FAMILIES)
+    return value("release_gain_ratio", family="clip"), value("release_forgetting_ratio", family="clip")
+
+
+def judge(ledger: Ledger, adapter: str, after: float) -> None:
+    """A verdict: on new data the base had 0.2; on old data it had 0.6, of which 0.02 were lost."""
+    update = f"update-{adapter}-{after}"
+    ledger.begin_update(
+        update, family="clip", recipe={}, seed=0, store_version=1, data_from={}, data_to={}, incumbent=None
+    )
+    suites = {
+        "fresh": {"role": "gain", "base": 0.2, "after": after},
+        "old": {"role": "retention", "base": 0.6, "after": 0.58},
+    }
+    ledger.record_verdict(update, adapter, "passed", "", {"suites": suites})
+
+
+def test_each_live_release_shows_its_own_gain_and_forgetting_by_the_newest_verdict_on_its_adapter(
+    ledger: Ledger,
+) -> None:
+    judge(ledger, "clip-a", 0.5)
+    assert release(ledger, 1, None) == (0, 0)
+    assert release(ledger, 2, "clip-a") == (pytest.approx(0.3), pytest.approx(0.02))
+    assert value("release_gain_ratio", family="vlm") == 0
+    assert release(ledger, 3, None)[0] == 0
+    live = ledger.live()
+    assert live is not None and value("release_committed_timestamp_seconds") == live.created_at.timestamp()
+    assert value("release_live", part="controller") == 3
+    assert math.isnan(release(ledger, 4, "clip-b")[0]), "without a verdict nothing is claimed"
+    judge(ledger, "clip-b", 0.3)
+    judge(ledger, "clip-b", 0.4)
+    assert release(ledger, 5, "clip-b")[0] == pytest.approx(0.2)
