@@ -9,7 +9,10 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +22,7 @@ import pytest
 from ray import serve
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import serving
-from core.errors import ConfigError, LedgerUnavailable
-from core.files import replace_file
+from core.errors import ConfigError
 from core.ledger import Family, Ledger
 from core.loading import load_settings
 from core.settings import Settings
@@ -32,13 +33,17 @@ from serving import app as module
 from serving import start_progress
 from serving.app import build, drain, drain_seconds, encoder_calls, encoder_scale, ingress_scale, vlm_scale
 from serving.http import ingress
+from serving.http.clip_vectors import ClipVectors
 from serving.http.ingress import SHARED, Ingress, share_of, token_texts
+from serving.http.store_services import DeletionService, QuarantineService
 from serving.messages import IMAGE_COST, IMAGES_PER_REQUEST, PROMPTS_PER_TEXT, TEXTS_PER_REQUEST
+from serving.own_threads import OwnThreads
 from serving.ray import ray_session, replica_process
 from serving.ray.deployment_status import DeploymentStatus
 from serving.ray.ray_session import end_leftovers
 from serving.ray.replica_process import freeze_gc
-from serving.releases.residency import encode_copy, read_residency, residency_path
+from serving.releases.residency import ResidencyRows
+from serving.replicas.follower import ResidencyFollower, ResidencyReader
 from serving.start_progress import StartProgress, Statuses
 from tests.support.clock import Clock
 
@@ -85,19 +90,6 @@ def test_every_replica_that_ends_has_until_the_last_deadline(tmp_path: Path) -> 
     assert {"Ingress", "Encoder", "Catalog", "Controller"} <= seen.keys()
     assert set(seen.values()) == {drain_seconds(settings)}
     assert drain_seconds(settings) > settings.serve.deadline_seconds
-
-
-def test_a_start_without_a_ledger_needs_a_copy_of_the_residency(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ledger = Ledger.open(f"sqlite:///{tmp_path / 'other.db'}")
-    ledger.commit_release(1, clip=None, vlm=None, actor="t", reason="r", proposal_id=None)
-    settings = Settings(home=tmp_path, ledger_url="postgresql://nobody@127.0.0.1:1/none")
-    with pytest.raises(LedgerUnavailable):
-        module._migrate(settings)
-    replace_file(residency_path(tmp_path), encode_copy(read_residency(ledger, 2), {}))
-    module._migrate(settings)
-    assert "starting with release 1, the last known one (file)" in " ".join("".join(capsys.readouterr()).split())
 
 
 def test_the_start_says_when_clients_need_keys_or_nobody_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,24 +266,25 @@ def test_a_check_and_a_deployment_that_serve_gave_up_end_the_start_of_clip() -> 
         ScriptedServer(clip=["no release"]).progress("clip", statuses=statuses).look()
 
 
-def test_once_clip_answers_a_deployment_that_fails_is_said_and_ends_nothing(
+def test_once_clip_answers_a_deployment_that_fails_or_cannot_be_asked_for_is_said_and_ends_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     states = {"Encoder": UP, "Catalog": STARTS}
-    progress = ScriptedServer(clip=[""], vlm=["it is starting."]).progress("clip", "vlm", statuses=lambda: states)
+
+    def statuses() -> Mapping[str, DeploymentStatus]:
+        if not states:
+            raise ConnectionError("busy")
+        return states
+
+    progress = ScriptedServer(clip=[""], vlm=[*["it is starting."] * 3, ""]).progress("clip", "vlm", statuses=statuses)
     assert not progress.look()
     states["Catalog"] = FAILED
     assert not progress.look()
     words = said(capsys)
     assert "Encoder runs after" in words
     assert words.count("Catalog cannot start: OSError: no file") == 1
-
-
-def test_a_controller_of_serve_that_cannot_be_asked_delays_nothing() -> None:
-    def statuses() -> Mapping[str, DeploymentStatus]:
-        raise ConnectionError("busy")
-
-    assert ScriptedServer(clip=[""]).progress("clip", statuses=statuses).look()
+    states.clear()
+    assert not progress.look() and progress.look()
 
 
 TITLED = "exec -a VLLM::EngineCore sleep 60"
@@ -364,8 +357,52 @@ def test_the_collector_looks_at_what_comes_later_alone_and_collects_it_by_itself
         gc.unfreeze()
 
 
-def test_every_replica_freezes_once_it_has_started() -> None:
-    texts = {path.stem: path.read_text() for path in Path(serving.__file__).parent.rglob("*.py")}
-    replicas = {name for name, text in texts.items() if "        begin_replica(" in text}
-    assert replicas == {"catalog", "controller", "encoder", "ingress", "vlm"}
-    assert [name for name in replicas if "        freeze_gc()\n" not in texts[name]] == []
+ROWS = ResidencyRows((), None, ())
+
+
+def deletions() -> Awaitable[Any]:
+    ledger = cast(Any, SimpleNamespace(deletions=lambda *_: []))
+    return DeletionService(Settings(), ledger).newest(5, None)
+
+
+def quarantine(monkeypatch: pytest.MonkeyPatch) -> Awaitable[Any]:
+    monkeypatch.setattr("streams.ingest.resubmit.list_quarantine", lambda *_: [])
+    return QuarantineService(Settings(), cast(Any, None)).newest(5, None, None)
+
+
+def reading() -> Awaitable[Any]:
+    unused = cast(Any, None)
+    return ResidencyReader(lambda: ROWS, unused, unused).read()
+
+
+def following() -> Awaitable[Any]:
+    async def load(_: ResidencyRows) -> list[Any]:
+        return []
+
+    return ResidencyFollower("encoder", lambda: ROWS, load, lambda _: None).step()
+
+
+def heads() -> Awaitable[Any]:
+    head = cast(Any, SimpleNamespace(classify=lambda _: "answers"))
+    unused = cast(Any, None)
+    return ClipVectors(unused, unused, unused, Serve()).classify(head, unused)
+
+
+@pytest.mark.parametrize("purpose", [deletions, quarantine, reading, following, heads])
+async def test_each_purpose_runs_while_the_threads_of_others_wait(
+    purpose: Callable[..., Awaitable[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+    pool = ThreadPoolExecutor(1)
+    asyncio.get_running_loop().set_default_executor(pool)
+    pool.submit(over.wait, 60)
+    try:
+        await asyncio.wait_for(purpose(monkeypatch) if purpose is quarantine else purpose(), 60)
+    finally:
+        over.set()
+
+
+async def test_a_call_sees_the_context_of_its_task() -> None:
+    request: ContextVar[str] = ContextVar("request")
+    request.set("r1")
+    assert await OwnThreads("test").run(request.get) == "r1"

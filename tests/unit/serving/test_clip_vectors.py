@@ -142,25 +142,18 @@ def test_the_bound_covers_what_an_entry_really_takes() -> None:
     assert used < cache.bytes
 
 
-async def test_a_text_that_comes_again_is_not_encoded_and_counts_its_tokens() -> None:
-    vectors, encoders = clip_vectors()
-    first = await vectors.of_texts(["cat", "a dog", "cat"], LIVE, 0.0, "")
-    again = await vectors.of_texts(["a dog", "cat", "cat"], LIVE, 0.0, "")
-    assert encoders.encoded == {"text": 2}
-    np.testing.assert_array_equal(again.rows, first.rows[[1, 0, 2]])
-    assert (first.tokens, again.tokens, again.logit_scale) == (5 + 7 + 5, 7 + 5 + 5, 7.0)
-
-
 async def test_a_release_is_answered_by_vectors_of_its_own_spaces_only() -> None:
     vectors, encoders = clip_vectors()
     picture = [("image", png(20, 20))]
     for _ in range(2):
         for snapshot in (LIVE, TEXT_CHANGED):
-            texts = await vectors.of_texts(["cat"], snapshot, 0.0, "")
+            texts = await vectors.of_texts(["cat", "a dog", "cat"], snapshot, 0.0, "")
             images = await vectors.of_images(picture, snapshot, 0.0, "")
-            assert texts.rows[0, 0] == snapshot.release
+            assert (texts.tokens, texts.logit_scale) == (5 + 7 + 5, 7.0)
+            assert texts.rows[:, 0].tolist() == [snapshot.release] * 3
+            assert (texts.rows[0] == texts.rows[2]).all() and (texts.rows[0] != texts.rows[1]).any()
             assert images.rows[0, 0] == 1  # of both: the image tower is the same
-    assert encoders.encoded == {"text": 2, "image": 1}
+    assert encoders.encoded == {"text": 4, "image": 1}
 
 
 async def test_an_image_that_is_cached_is_checked_all_the_same() -> None:

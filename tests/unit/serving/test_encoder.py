@@ -18,12 +18,12 @@ import torch
 from core import priority
 from core.artifacts import Artifacts
 from core.errors import ArtifactsUnavailable
-from serving.engines.backends import EngineChoice
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.layers import can_pack
 from serving.engines.tokens import BoundedTokenizer, vocabulary
 from serving.messages import EncodeRequest, EncodeResult, Modality
+from serving.releases.types import Prepared
 from serving.replicas import encoder as module
 from serving.replicas.encoder import SHAPES, VARIABLES, EncoderWorker, bound_kernel_caches
 from tests.support.tiny import tiny_adapter, tiny_base
@@ -88,15 +88,6 @@ def ids(*texts: str) -> list[list[int]]:
 
 def soon() -> float:
     return time.monotonic() + 60
-
-
-async def test_the_status_names_engine_precision_base_and_what_is_resident(base: ClipBase, tmp_path: Path) -> None:
-    worker = Worker(base, tmp_path, ClipEngine(base, choice=EngineChoice("torch", "bfloat16")))
-    name = worker.stored(1)
-    worker.prepare_now(name)
-    found = await worker.status()
-    assert (found["engine"], found["precision"], found["device"]) == ("torch", "bfloat16", worker.engine.device.type)
-    assert (found["base"], found["base_digest"], found["resident"]) == (base.name, base.digest, [name])
 
 
 @pytest.mark.parametrize("kind", ["image", "text"])
@@ -254,59 +245,40 @@ async def test_only_the_thread_of_the_passes_computes_with_several(
     assert threads == {"golden": {1}, "encode_images": {2}}
 
 
-@pytest.fixture
-def patient_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("BUSY_SECONDS", "PACED_SECONDS"):
-        monkeypatch.setattr(module, name, 600.0)
-
-
-@pytest.fixture
-def rests(patient_pace: None, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    slept: list[float] = []
-    monkeypatch.setattr(priority, "time", SimpleNamespace(sleep=slept.append, thread_time=time.thread_time))
-    return slept
-
-
-async def test_a_load_rests_while_requests_come_and_not_when_one_waits_for_it_or_it_takes_long(
-    worker: Worker, rests: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, second, third, fourth = map(worker.stored, (1, 2, 3, 4))
-    assert not (await worker.prepare(first)).error
-    assert not rests, "nobody asks for anything"
-    await worker.encode_texts(adapter=first)
-    assert not (await worker.prepare(second)).error
-    assert len(rests) > 10, "each weight, its digest and each golden input is a part"
-    rests.clear()
-    await worker.encode_texts(adapter=first)
-    assert await worker._load_missing(third) is None
-    monkeypatch.setattr(module, "PACED_SECONDS", 0.0)
-    await worker.encode_texts()
-    assert not (await worker.prepare(fourth)).error
-    assert not rests
-
-
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="only Linux has it")
-@pytest.mark.usefixtures("patient_pace")
-async def test_while_requests_come_a_load_gives_way_at_once_until_it_has_waited_long_enough(
+async def test_a_load_gives_way_while_requests_come_and_not_when_one_waits_for_it_or_it_takes_long(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second, third = map(worker.stored, (1, 2, 3))
+    for name in ("BUSY_SECONDS", "PACED_SECONDS"):
+        monkeypatch.setattr(module, name, 600.0)
+    rests: list[float] = []
     policies: list[int] = []
-    golden = worker.engine.golden
+    monkeypatch.setattr(priority, "time", SimpleNamespace(sleep=rests.append, thread_time=time.thread_time))
+    golden, (first, second, third, fourth, fifth) = worker.engine.golden, map(worker.stored, range(1, 6))
 
     def noting(adapter: str | None) -> dict[str, Any]:
         policies.append(os.sched_getscheduler(0))
-        if adapter == third and len(policies) == 3:  # its time is over by now
+        if adapter == fourth:  # its time is over by now
             worker._paced_until = 0.0
         return golden(adapter)
 
+    async def load(adapter: str, hurried: bool = False) -> list[int]:
+        rests.clear()
+        policies.clear()
+        loaded = await (worker._load_missing(adapter) if hurried else worker.prepare(adapter))
+        assert loaded is None or (isinstance(loaded, Prepared) and not loaded.error)
+        await worker.encode_texts(adapter=adapter)
+        return policies
+
     monkeypatch.setattr(worker.engine, "golden", noting)
-    assert not (await worker.prepare(first)).error
-    await worker.encode_texts(adapter=first)
-    for name in (second, third):
-        assert not (await worker.prepare(name)).error
-    assert policies == [os.SCHED_OTHER, os.SCHED_IDLE, os.SCHED_IDLE, os.SCHED_OTHER]
-    assert set(worker.engine.resident) == {first, second, third}
+    assert await load(first) == [os.SCHED_OTHER] and not rests, "nobody asks for anything"
+    assert await load(second) == [os.SCHED_IDLE]
+    assert len(rests) > 10, "each weight, its digest and each golden input is a part"
+    assert await load(third, hurried=True) == [os.SCHED_OTHER] and not rests
+    assert await load(fourth) == [os.SCHED_IDLE, os.SCHED_OTHER], "it has waited long enough"
+    monkeypatch.setattr(module, "PACED_SECONDS", 0.0)
+    assert await load(fifth) == [os.SCHED_OTHER] and not rests
+    assert len(worker.engine.resident) == 5
 
 
 @pytest.mark.skipif(not (can_pack(torch.float32) and sys.platform == "linux"), reason="needs oneDNN, and /proc")
