@@ -62,9 +62,7 @@ class Draining:
         return self.counts.pop(0) if len(self.counts) > 1 else self.counts[0]
 
 
-async def test_a_drain_ends_when_no_replica_has_a_request_in_flight_or_at_its_deadline(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_drain_ends_when_no_request_is_in_flight_or_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     for handle, seconds, drained in (
         (Draining([{3: 1}, {}], [{}, {3: 2}], [{}, {}]), 60, True), (Draining([{3: 1}]), 0.2, False),
     ):  # fmt: skip
@@ -248,9 +246,7 @@ def test_a_server_that_says_something_new_is_waited_for_beyond_any_limit(clock: 
     [(False, r"CLIP does not start: nothing has moved for 121 s; last: it is starting"),
      (True, r"nothing has come of what is computed for 9\d\d s; last: it is starting")],
 )  # fmt: skip
-def test_a_server_that_does_nothing_is_given_up_and_one_that_computes_in_vain_later(
-    clock: Clock, computes: bool, told: str
-) -> None:
+def test_a_server_that_is_idle_is_given_up_and_one_that_computes_later(clock: Clock, computes: bool, told: str) -> None:
     with pytest.raises(ServerError, match=told):
         ScriptedServer(clip=["it is starting"]).progress("clip").wait_for("clip", lambda: clock.now * computes)
 
@@ -266,9 +262,7 @@ def test_a_check_and_a_deployment_that_serve_gave_up_end_the_start_of_clip() -> 
         ScriptedServer(clip=["no release"]).progress("clip", statuses=statuses).look()
 
 
-def test_once_clip_answers_a_deployment_that_fails_or_cannot_be_asked_for_is_said_and_ends_nothing(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_once_clip_answers_a_failed_deployment_is_said_and_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     states = {"Encoder": UP, "Catalog": STARTS}
 
     def statuses() -> Mapping[str, DeploymentStatus]:
@@ -325,9 +319,7 @@ def test_every_variable_for_serve_is_one_that_this_version_of_serve_reads() -> N
     assert told <= read
 
 
-def test_the_servers_environment_lets_large_messages_pass_and_commands_read_their_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_environment_lets_large_messages_and_commands_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environ = {"TMPDIR": str(tmp_path)}
     monkeypatch.setattr(os, "environ", environ)
     settings = load_settings(overrides={"home": tmp_path}, environ={})

@@ -76,9 +76,7 @@ async def test_on_loopback_all_may_infer_but_not_operate_and_a_wrong_key_is_told
         {"x-forwarded-proto": "https"},
     ],
 )  # fmt: skip
-async def test_what_a_proxy_on_this_machine_forwards_needs_a_key(
-    local: AuthApp, keys: Keys, headers: dict[str, str]
-) -> None:
+async def test_what_a_local_proxy_forwards_needs_a_key(local: AuthApp, keys: Keys, headers: dict[str, str]) -> None:
     for path in ("/v1/models", "/metrics"):
         assert (await local.send("GET", path, headers=headers)).status_code == 401, path
         assert (await local.send("GET", path, keys.of("infer"), headers=headers)).status_code == 200, path
@@ -132,9 +130,7 @@ async def test_metrics_are_open_on_loopback_or_when_told(
     assert (await auth_app.get("/metrics", keys.of("publish"))).status_code == 200  # any key will do
 
 
-async def test_a_revoked_key_is_refused_within_seconds_and_a_new_one_works_though_the_keys_have_just_been_read(
-    closed: AuthApp, keys: Keys
-) -> None:
+async def test_a_revoked_key_is_refused_and_a_new_one_works_within_seconds(closed: AuthApp, keys: Keys) -> None:
     row, token = keys.ledger.create_key("leaver", ["infer"], actor="t")
     assert (await closed.get("/v1/models", token)).status_code == 200
     keys.ledger.revoke_key(row.id, actor="t", reason="left")
@@ -149,9 +145,7 @@ async def test_a_revoked_key_is_refused_within_seconds_and_a_new_one_works_thoug
     assert (await waiting).status_code == 200
 
 
-async def test_a_ledger_that_hangs_holds_nobody_up_for_long(
-    closed: AuthApp, keys: Keys, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_hanging_ledger_holds_nobody_up(closed: AuthApp, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
     token = keys.of("infer")
     assert (await closed.get("/v1/models", token)).status_code == 200
     closed.clock.now += KEYS_SECONDS
@@ -201,9 +195,7 @@ async def test_a_silent_ledger_makes_no_known_key_that_is_in_use_wait(closed: Au
         closed.slow.set()
 
 
-async def test_the_audit_names_the_key_and_its_holder_behind_it_and_nobody_acts_under_the_name_of_a_key_or_of_a_part(
-    closed: AuthApp, keys: Keys
-) -> None:
+async def test_the_audit_names_the_key_and_its_holder_and_nobody_takes_such_a_name(closed: AuthApp, keys: Keys) -> None:
     operate, path, body = keys.of("operate"), "/admin/v1/hold", {"reason": "r"}
     for key, said in [(operate, ""), (operate, "ann"), (OPERATOR, "j\u00f6rg"), (OPERATOR, "")]:
         raw = cast(Any, said.encode())

@@ -152,9 +152,7 @@ def test_scores_of_old_vectors_are_shifted_to_those_of_new_ones() -> None:
     ],
     ids=["allowed", "the incumbent is gone", "not allowed", "no verdict", "the ledger is away"],
 )
-async def test_a_space_is_searched_by_that_of_the_incumbent_where_a_verdict_allows_it(
-    measured: Any, found: dict[str, str]
-) -> None:
+async def test_a_space_is_searched_by_the_incumbents_where_allowed(measured: Any, found: dict[str, str]) -> None:
     def verdict_on(clip: str) -> Any:
         if isinstance(measured, Exception):
             raise measured

@@ -284,9 +284,7 @@ async def test_a_controller_that_stands_still_is_named_after_a_while(monkeypatch
             await asyncio.wait_for(controllers(never, never).change(command), 30)
 
 
-async def test_a_release_that_takes_long_is_waited_for_while_its_controller_answers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_long_release_is_waited_for_while_its_controller_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CONTROLLER_SECONDS", 0.02)
     prepared, looks = asyncio.Event(), 0
 
@@ -315,9 +313,7 @@ STARTING = "the VLM is starting."
 RUNNING = DeploymentStatus({"RUNNING": 1}, False, "")
 
 
-async def test_why_the_vlm_cannot_start_is_said_until_a_replica_runs(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_vlm_start_problem_is_said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOOK_SECONDS", 0.001)
     serve: list[DeploymentStatus | None] = [None]
     looks: list[DeploymentStatus | None] = []

@@ -50,9 +50,7 @@ async def test_retire_drops_what_no_release_needs(catalog: World) -> None:
         await catalog.texts(0)
 
 
-async def test_a_space_that_was_retired_in_the_middle_of_a_batch_is_made_anew_when_it_comes_back(
-    catalog: World,
-) -> None:
+async def test_a_space_that_was_retired_during_a_batch_is_made_anew_when_it_comes_back(catalog: World) -> None:
     catalog.put(0, 6)
     await catalog.adopt([HERE])
     catalog.encoder.gate = asyncio.Event()
@@ -126,9 +124,7 @@ def test_an_empty_space_finds_nothing_and_another_dimension_is_an_error(tmp_path
         tables.search("../x", vector(0), 5, ALL)
 
 
-async def test_a_deleted_sample_leaves_every_table_and_is_embedded_again_only_when_it_is_sent_again(
-    catalog: World,
-) -> None:
+async def test_a_deleted_sample_leaves_every_table_until_it_is_sent_again(catalog: World) -> None:
     catalog.put(0, 6)
     await catalog.hold(THERE, HERE)
     assert catalog.delete("offset IN (1, 4)") == 2
@@ -150,9 +146,7 @@ async def test_a_deleted_sample_leaves_every_table_and_is_embedded_again_only_wh
     assert len(catalog.encoder.calls) == calls, "what was followed once is not followed again"
 
 
-async def test_what_is_deleted_later_by_a_clock_that_is_behind_is_followed(
-    catalog: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_a_clock_behind_deletes_is_followed(catalog: World, monkeypatch: pytest.MonkeyPatch) -> None:
     catalog.put(0, 4)
     await catalog.hold(HERE)
     catalog.delete("offset = 0")
@@ -169,9 +163,7 @@ async def test_what_is_deleted_later_by_a_clock_that_is_behind_is_followed(
     assert len(catalog.stored()) == 2
 
 
-async def test_a_sample_that_was_deleted_before_it_was_embedded_and_sent_again_is_found(
-    catalog: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_sample_deleted_before_it_was_embedded_returns(catalog: World, monkeypatch: pytest.MonkeyPatch) -> None:
     catalog.put(0, 2)
     await catalog.adopt([HERE])
     read = catalog.reconciler.embedder._read
@@ -212,9 +204,7 @@ async def test_what_was_deleted_while_nobody_followed_leaves_tables_that_nobody_
     assert len(await third.texts(3)) == 62, "searches and appends go on"
 
 
-async def test_bytes_go_in_two_passes_and_a_failing_one_is_tried_again(
-    catalog: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_bytes_go_in_two_passes_and_failures_are_retried(catalog: World, monkeypatch: pytest.MonkeyPatch) -> None:
     now, passes = [100.0], list[str]()
     monkeypatch.setattr("serving.catalog.reconcile.time.monotonic", lambda: now[0])
     catalog.put(0, 3)
@@ -294,9 +284,7 @@ async def refuse(catalog: World, times: int) -> None:
         time.sleep(0.1)
 
 
-async def test_searches_end_within_a_bound_and_are_answered_again_when_the_store_is(
-    catalog: World, hung: HungStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_searches_of_a_hung_store_end(catalog: World, hung: HungStore, monkeypatch: pytest.MonkeyPatch) -> None:
     began = time.monotonic()
     await refuse(catalog, 10)  # more than there are threads
     assert time.monotonic() - began < 10 and hung.reads < 5
@@ -316,9 +304,7 @@ async def test_searches_end_within_a_bound_and_are_answered_again_when_the_store
         assert await ask(catalog) == [HIT]
 
 
-async def test_a_space_with_an_index_is_searched_without_the_store(
-    catalog: World, hung: HungStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_index_needs_no_store(catalog: World, hung: HungStore, monkeypatch: pytest.MonkeyPatch) -> None:
     await refuse(catalog, 10)
     monkeypatch.setattr(catalog.tables.indexes, "usable", lambda space: ("index", "effort"))
     monkeypatch.setattr(catalog.tables, "search_index", lambda *_: ([HIT], [HIT.id]))

@@ -110,9 +110,7 @@ async def maintained(tables: Tables) -> IndexMaintainer:
     return made
 
 
-async def test_an_index_is_made_of_enough_rows_and_used_when_its_recall_is_enough(
-    tables: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_index_of_enough_rows_and_recall_is_used(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     small = maintainer_of(tables)
     monkeypatch.setattr(index_maintainer, "INDEX_ROWS", 1000)
     await settle(small)
@@ -151,9 +149,7 @@ async def test_rows_that_another_catalog_adds_and_removes_are_followed(
         add(other, ROWS + 48 + number, 1)
 
 
-async def test_searches_and_changes_go_on_while_an_index_is_made(
-    tables: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_searches_and_changes_go_on_beside_a_build(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     build, during = space_indexes.build_index, list[str]()
 
     def build_beside_changes(dataset: lance.LanceDataset, most_bytes: float) -> MemoryIndex:
@@ -201,9 +197,7 @@ async def test_searches_beside_changes_answer_correctly(tables: Tables) -> None:
     assert wrong == [] and index_of(tables).rows == ROWS + 500
 
 
-async def test_an_index_that_finds_too_little_or_whose_table_has_outgrown_it_is_made_anew(
-    tables: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_index_that_is_too_bad_or_small_is_made_anew(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_maintainer, "LEVELS", (EASY,))
     maintainer = maintainer_of(tables, CatalogSettings(min_recall=0.99))
     await settle(maintainer)
@@ -231,9 +225,7 @@ async def test_an_index_that_finds_too_little_or_whose_table_has_outgrown_it_is_
 
 
 @pytest.mark.usefixtures("maintained")
-async def test_filters_find_all_that_meets_them_through_the_index(
-    tables: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_filters_find_what_meets_them_in_the_index(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     query = vectors(2000, 1)
     day = datetime(2024, 1, 4, tzinfo=UTC)
     for few in (True, False):

@@ -207,9 +207,7 @@ async def test_the_deadline_holds_for_the_first_chunk_too(path: str, body: dict[
 
 
 @each_call
-async def test_a_client_that_hangs_up_before_the_first_chunk_aborts_the_request(
-    path: str, body: dict[str, Any]
-) -> None:
+async def test_a_client_that_hangs_up_before_the_first_chunk_aborts_it(path: str, body: dict[str, Any]) -> None:
     vlms = ScriptedVlms(hangs_at=0)
     at, visitor = visit(vlms, body, path)
     task = visitor.start()

@@ -104,9 +104,7 @@ async def test_a_batch_answers_each_request_under_its_adapter(worker: Worker, ki
             np.testing.assert_allclose(answer.vectors, encode(payload, name), atol=1e-5)
 
 
-async def test_an_adapter_that_is_not_resident_is_loaded_by_the_request_that_needs_it(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_adapter_is_loaded_by_the_request_for_it(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     name = worker.stored(3)
     (answer,) = await worker.encode_texts(adapter=name)
     assert answer.code == "" and worker.engine.resident == (name,)
@@ -121,9 +119,7 @@ async def test_an_adapter_that_is_not_resident_is_loaded_by_the_request_that_nee
     assert (missing.code, missing.vectors) == ("adapter", None)
 
 
-async def test_artifacts_that_hang_hold_up_nobody_who_asks_for_what_is_resident(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_hanging_artifacts_hold_up_only_what_is_missing(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     fetching, answers = threading.Event(), threading.Event()
 
     def fetch(key: str) -> Path:
@@ -154,9 +150,7 @@ async def test_prepare_tells_spaces_and_says_what_is_wrong_with_a_damaged_file(w
     assert bad not in worker.engine.resident
 
 
-async def test_the_request_whose_forward_pass_fails_fails_alone(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_request_whose_forward_pass_fails_is_alone(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     encode, poison = worker.engine.encode_tokens, ids("poison")[0]
 
     def poisoned(rows: list[list[int]], adapter: str | None = None) -> np.ndarray:
@@ -173,9 +167,7 @@ async def test_the_request_whose_forward_pass_fails_fails_alone(
     await worker.check_health()  # its own pass works: the requests were at fault
 
 
-async def test_an_encoder_whose_device_is_lost_is_unhealthy_at_once(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_encoder_that_lost_its_device_is_unhealthy(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     def lost(rows: list[list[int]], adapter: str | None = None) -> np.ndarray:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -196,9 +188,7 @@ async def test_retiring_does_not_hold_up_requests_while_an_adapter_is_loaded(wor
     assert await retiring == ["clip-old"]
 
 
-async def test_background_calls_take_turns_chunk_by_chunk_and_give_the_same_vectors(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_background_calls_take_turns_chunk_by_chunk(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     inside, most = 0, 0
     compute, submit = worker.encode_now, asyncio.get_running_loop().run_in_executor
 

@@ -206,9 +206,7 @@ async def test_requests_one_at_a_time_do_not_wait(engine: Engine) -> None:
         await engine.submit(STABLE)
 
 
-async def test_a_caller_whose_requests_wait_for_long_still_asks(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_caller_whose_requests_wait_long_still_asks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another caller's next batch is short, although the requests that it meets are old."""
     monkeypatch.setattr(fair_batches, "ASKS_SECONDS", 0.05)
     engine.queue = FairBatches(engine.run, MAX_TEXTS, wait_seconds=0.0, turn_seconds=0.0)

@@ -133,9 +133,7 @@ async def test_a_sample_that_ingest_accepted_has_a_png_as_its_thumbnail_however_
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
-def test_transparency_of_a_large_image_is_resolved_as_that_of_its_parts(
-    mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_transparent_images_are_those_of_their_parts(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (50, 40, 4), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).convert(mode).save(buffer, "PNG", **({"transparency": 7} if mode in "PL" else {}))
@@ -409,9 +407,7 @@ async def test_the_deadline_of_the_request_ends_the_fetch(web: WebServer) -> Non
     assert await asyncio.to_thread(web.hung_up.wait, 10)
 
 
-async def test_others_are_answered_while_a_slow_server_is_waited_for_and_a_client_that_goes_ends_its_fetch(
-    web: WebServer,
-) -> None:
+async def test_a_slow_fetch_holds_up_nobody_and_ends_when_its_client_goes(web: WebServer) -> None:
     at, vlms = serving(web, deadline_seconds=60)
     visitor = Visitor(app_of(at), CHAT, json.dumps({"messages": about_image(image=address(web, "/drip"))}).encode())
     running = visitor.start()

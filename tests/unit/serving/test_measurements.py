@@ -44,9 +44,7 @@ def value(name: str, **labels: str) -> float | None:
     return REGISTRY.get_sample_value(f"ratchet_{name}", labels)
 
 
-async def test_samples_of_another_kind_are_drift_and_after_a_while_are_not(
-    catalog: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_samples_of_another_kind_are_drift_for_a_while(catalog: World, monkeypatch: pytest.MonkeyPatch) -> None:
     async def encode(batch: np.ndarray, clip: str | None) -> np.ndarray:
         seeds = batch[:, 0, 0, 0].astype(int)
         made = np.stack([np.random.default_rng(seed).normal(size=8) for seed in seeds]).astype(np.float32)
@@ -138,9 +136,7 @@ def judge(ledger: Ledger, adapter: str, after: float) -> None:
     ledger.record_verdict(update, adapter, "passed", "", {"suites": suites})
 
 
-def test_each_live_release_shows_its_own_gain_and_forgetting_by_the_newest_verdict_on_its_adapter(
-    ledger: Ledger,
-) -> None:
+def test_each_live_release_shows_its_gain_and_forgetting_by_the_newest_verdict(ledger: Ledger) -> None:
     judge(ledger, "clip-a", 0.5)
     assert release(ledger, 1, None) == (0, 0)
     assert release(ledger, 2, "clip-a") == (pytest.approx(0.3), pytest.approx(0.02))

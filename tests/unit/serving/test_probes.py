@@ -137,9 +137,7 @@ async def test_before_a_release_is_live_nothing_is_ready() -> None:
         assert "no release is live" in refusal(await http.get("/health/ready"), 503, "not_ready")
 
 
-async def test_a_flood_of_probes_costs_one_forward_pass_and_a_caller_that_leaves_ends_it_for_no_other(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_flood_of_probes_costs_one_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
     monkeypatch.setattr(health, "time", clock)
@@ -215,9 +213,7 @@ async def numbers(releases: LastReleases, limit: int = 1) -> list[int]:
     return [row.number for row in await releases.get(limit)]
 
 
-async def test_each_caller_has_what_was_there_when_he_came_and_while_the_ledger_is_silent_the_last_ones(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_releases_are_as_new_as_the_ledger_or_the_last_ones_known(monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = GrowingLedger()
     releases = LastReleases(ledger.read)
     assert [await numbers(releases), await numbers(releases, 2)] == [[1], [2, 1]]

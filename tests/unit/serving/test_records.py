@@ -179,9 +179,7 @@ async def test_they_are_listed_by_state_newest_first_and_found_by_name(server: A
         ({}, "selector"),
     ],
 )  # fmt: skip
-async def test_what_is_wrong_is_named_and_nothing_is_requested(
-    server: AuthApp, body: dict[str, Any], param: str
-) -> None:
+async def test_what_is_wrong_is_named_and_not_requested(server: AuthApp, body: dict[str, Any], param: str) -> None:
     before = server.ledger.deletions()
     answer = await ask(server, **body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)

@@ -86,9 +86,7 @@ async def test_a_replica_that_lags_for_too_long_is_unhealthy_unless_another_one_
     task.cancel()
 
 
-async def test_a_ledger_that_is_away_is_no_lag_and_the_next_reading_goes_on(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_ledger_that_is_away_is_no_lag(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follower, "LAG_SECONDS", -1.0)
     replica = Replica(ledger, away=True)
     following = replica.follower()
@@ -158,9 +156,7 @@ async def test_a_lost_device_makes_unhealthy_at_once_and_for_good_and_a_lack_of_
         await health.check(device.run, busy=False)
 
 
-async def test_a_busy_replica_is_found_out_when_its_passes_never_end_and_not_when_it_is_only_slow(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_busy_replica_whose_passes_never_end_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward_health, "PROBE_LIMIT_SECONDS", 0.01)
     health, device = ForwardHealth(stall_seconds=0.0), Device()
     for _ in range(MAX_FAILURES + 1):
@@ -192,9 +188,7 @@ def test_what_was_fetched_once_is_there_while_the_artifacts_are_gone(cache: Adap
         other.fetch("adapters/b")
 
 
-def test_a_damaged_copy_is_fetched_again_and_other_contents_than_those_that_were_released_are_refused(
-    cache: AdapterCache,
-) -> None:
+def test_a_damaged_copy_is_fetched_again_and_other_contents_are_refused(cache: AdapterCache) -> None:
     weights(cache).write_bytes(b"damaged")
     assert weights(cache).read_bytes() == b"a" * 1000
     cache.expect({"a": "0" * 64})
@@ -217,9 +211,7 @@ def test_contents_are_compared_with_the_digest_in_the_ledger_and_taken_while_tha
     assert AdapterCache(artifacts, tmp_path / "other", away).fetch("adapters/b").is_dir()
 
 
-def test_artifacts_that_hang_fail_in_a_bounded_time_and_hold_one_thread(
-    cache: AdapterCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hanging_artifacts_fail_soon_and_hold_one_thread(cache: AdapterCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter_cache, "FETCH_SECONDS", 0.02)
     monkeypatch.setattr(adapter_cache, "RETRY_SECONDS", 0.0)
     release, before = threading.Event(), threading.active_count()

@@ -153,9 +153,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-async def test_one_byte_a_second_is_too_slow_and_a_body_at_the_least_rate_is_not(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_slow_body_is_408_and_one_at_the_rate_is_not(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_bodies, "BODY_BYTES_PER_SECOND", 100)
     app = limited(EchoApp())
     slow, steady = RawRequest(app), RawRequest(app, length=2000)

@@ -224,9 +224,7 @@ def test_token_ids_are_refused_in_words(tokens: Any) -> None:
         ({"input_type": "query"}, "input_type"), ({"encoding_format": "int8"}, "encoding_format"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_or_would_change_the_answer_of_an_embeddings_request_is_named(
-    fields: dict[str, Any], param: str
-) -> None:
+def test_what_is_wrong_with_an_embeddings_request_is_named(fields: dict[str, Any], param: str) -> None:
     assert error_of(EmbeddingsRequest, {"input": "x"} | fields).param == param
 
 

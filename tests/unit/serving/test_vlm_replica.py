@@ -130,9 +130,7 @@ async def test_answers_come_from_the_adapter_that_was_asked_for(worker: VlmWorke
     assert await worker.score(ASK, ["yes", "no"], "a", SOON) == [-3.0, -2.0]
 
 
-async def test_prepare_loads_once_says_what_is_wrong_and_takes_away_nothing_that_is_served(
-    worker: VlmWorker, engine: MemoryVlm
-) -> None:
+async def test_prepare_loads_once_and_takes_away_nothing_served(worker: VlmWorker, engine: MemoryVlm) -> None:
     for _ in range(2):
         assert (await worker.prepare("a")).error == ""
     assert engine.loads == ["a"]
@@ -147,9 +145,7 @@ async def test_prepare_loads_once_says_what_is_wrong_and_takes_away_nothing_that
     assert "c" in engine.resident()
 
 
-async def test_what_is_retired_goes_when_its_last_request_has_ended_and_comes_back_for_a_late_one(
-    worker: VlmWorker, engine: MemoryVlm
-) -> None:
+async def test_what_is_retired_goes_after_its_last_request_and_comes_back(worker: VlmWorker, engine: MemoryVlm) -> None:
     await worker.prepare("a")
     await worker.prepare("b")
     engine.gate = asyncio.Event()
@@ -177,9 +173,7 @@ async def test_what_is_being_prepared_is_not_swept_before_it_is_adopted(worker: 
     assert engine.loads == ["a", "b", "c"]  # none was swept and loaded again
 
 
-async def test_a_full_engine_makes_room_of_idle_ones_and_waits_for_busy_ones(
-    worker: VlmWorker, engine: MemoryVlm
-) -> None:
+async def test_a_full_engine_drops_idle_ones_and_waits_for_busy_ones(worker: VlmWorker, engine: MemoryVlm) -> None:
     await worker.adopt(["a", "b"])
     for name in ("a", "b"):
         await worker.prepare(name)
@@ -222,9 +216,7 @@ async def test_expected_failures_are_values_and_a_dead_engine_is_raised(worker: 
             await call(worker, None)
 
 
-async def test_an_answer_that_takes_too_long_and_a_stream_that_is_closed_leave_the_engine(
-    worker: VlmWorker, engine: MemoryVlm
-) -> None:
+async def test_late_answers_and_closed_streams_leave_the_engine(worker: VlmWorker, engine: MemoryVlm) -> None:
     engine.gate = asyncio.Event()
     assert await ask(worker, None, 0.05) == "late"
     assert await words(worker, None, 0.05) == ["late"]
@@ -269,9 +261,7 @@ async def busy(artifacts: Artifacts, engine: MemoryVlm, monkeypatch: pytest.Monk
     waiting.cancel()
 
 
-async def test_a_busy_replica_that_makes_progress_says_so_and_one_that_hangs_does_not(
-    busy: VlmWorker, engine: MemoryVlm
-) -> None:
+async def test_a_busy_replica_says_so_unless_it_hangs(busy: VlmWorker, engine: MemoryVlm) -> None:
     for seconds, code in ((SOON, "busy"), (0.05, "late")):
         engine.passed_at = time.monotonic() - (0.0 if code == "busy" else 0.15)
         answer = await busy.probe(None, seconds)
@@ -279,9 +269,7 @@ async def test_a_busy_replica_that_makes_progress_says_so_and_one_that_hangs_doe
         await asyncio.sleep(0.15)
 
 
-async def test_a_replica_whose_requests_are_all_late_is_healthy_while_its_engine_makes_progress(
-    busy: VlmWorker, engine: MemoryVlm
-) -> None:
+async def test_a_replica_of_late_requests_is_healthy_unless_it_hangs(busy: VlmWorker, engine: MemoryVlm) -> None:
     for _ in range(5):
         engine.passed_at = time.monotonic()
         await busy.check_health()
