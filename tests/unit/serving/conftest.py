@@ -7,7 +7,6 @@ import pytest
 
 from core.artifacts import Artifacts
 from core.ledger import Ledger
-from streams.store.sample_store import SampleStore
 from tests.unit.serving.auth_app import AuthApp, Keys
 from tests.unit.serving.catalog_world import World
 
@@ -29,11 +28,6 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def closed(keys: Keys, tmp_path: Path) -> AuthApp:
     return AuthApp(keys.ledger, tmp_path)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> SampleStore:
-    return SampleStore(str(tmp_path / "lake"))
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from ray import serve
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from core.errors import ConfigError
@@ -31,7 +30,7 @@ from core.settings.serving import Serve
 from ratchet_client import ServerError
 from serving import app as module
 from serving import start_progress
-from serving.app import build, drain, drain_seconds, encoder_calls, encoder_scale, ingress_scale, vlm_scale
+from serving.app import build, drain_seconds, encoder_calls, encoder_scale, ingress_scale, vlm_scale
 from serving.http import ingress
 from serving.http.clip_vectors import ClipVectors
 from serving.http.ingress import SHARED, Ingress, share_of, token_texts
@@ -46,30 +45,6 @@ from serving.releases.residency import ResidencyRows
 from serving.replicas.follower import ResidencyFollower, ResidencyReader
 from serving.start_progress import StartProgress, Statuses
 from tests.support.clock import Clock
-
-
-class Draining:
-    """Answers each call of ``drain`` with the next counts of two replicas, then repeats the last ones."""
-
-    def __init__(self, *counts: list[dict[int, int]]) -> None:
-        self.counts = list(counts)
-
-    def broadcast(self, method: str) -> Draining:
-        assert method == "drain"
-        return self
-
-    async def results_async(self, return_exceptions: bool) -> list[dict[int, int]]:
-        return self.counts.pop(0) if len(self.counts) > 1 else self.counts[0]
-
-
-async def test_a_drain_ends_when_no_request_is_in_flight_or_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    for handle, seconds, drained in (
-        (Draining([{3: 1}, {}], [{}, {3: 2}], [{}, {}]), 60, True), (Draining([{3: 1}]), 0.2, False),
-    ):  # fmt: skip
-        monkeypatch.setattr(serve, "get_deployment_handle", lambda name, app, handle=handle: handle)
-        async with asyncio.timeout(30):
-            assert await drain(seconds) is drained
-        assert len(handle.counts) == 1
 
 
 def test_every_replica_that_ends_has_until_the_last_deadline(tmp_path: Path) -> None:
@@ -107,9 +82,6 @@ def test_the_start_says_when_clients_need_keys_or_nobody_does(tmp_path: Path, mo
     ledger.create_key("page", ["infer"], actor="t")
     ledger.close()
     assert told("0.0.0.0") == ""
-
-
-SCALES = {"ingress": (ingress_scale, 32), "encoder": (encoder_scale, 48), "vlm": (vlm_scale, 5)}
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["and then follows", "or nobody can tell in time"])
@@ -156,9 +128,11 @@ def test_no_piece_of_a_request_waits_in_front_of_the_encoders(batch: int, pieces
     assert encoder_calls(Serve(queue=10, max_batch=batch)) > 10 * pieces
 
 
-@pytest.mark.parametrize("kind", SCALES)
-def test_the_number_of_processes_is_fixed_or_follows_the_requests_in_flight(kind: str) -> None:
-    scale_of, busy = SCALES[kind]
+@pytest.mark.parametrize(
+    ("kind", "scale_of", "busy"),
+    [("ingress", ingress_scale, 32), ("encoder", encoder_scale, 48), ("vlm", vlm_scale, 5)],
+)
+def test_the_number_of_processes_is_fixed_or_follows_what_is_in_flight(kind: str, scale_of: Any, busy: int) -> None:
     bounds = {f"{kind}_replicas": 2, "queue": 256, "max_batch": 24, "vlm_batch": 5}
     for most in (0, 1, 2):
         assert scale_of(Serve.model_validate({**bounds, f"{kind}_max_replicas": most})) == {"num_replicas": 2}

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
 from core.errors import ReleaseConflict, ReleaseError
+from serving.app import drain
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, Message, TokenChunk
 from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, QueueFull, Unavailable, WrongSpace
 from serving.http import calls as module
@@ -114,8 +116,7 @@ async def test_the_stamps_adapter_is_asked_with_the_time_left_because_clocks_may
 
 async def test_an_answer_whose_replica_died_is_asked_again_and_a_stream_after_its_first_chunk_is_broken_off() -> None:
     calls, _ = vlm([DIED], [REPLY], [DIED], [ONE, LAST])
-    assert await calls.reply(ASK, VLM_STAMP, soon()) == REPLY
-    assert await texts(calls) == ["y", "es"]
+    assert (await calls.reply(ASK, VLM_STAMP, soon()), await texts(calls)) == (REPLY, ["y", "es"])
     for script in ([ONE, DIED], [ONE]):  # the second ended without its last chunk
         calls, handle = vlm(script, [ONE, LAST])
         with pytest.raises(Unavailable, match="broke off"):
@@ -141,10 +142,9 @@ async def test_more_than_the_limit_is_overload_but_a_health_check_gets_in() -> N
     calls, handle = vlm([never], [REPLY], [FULL], limit=1)
     waiting = asyncio.create_task(calls.reply(ASK, VLM_STAMP, soon()))
     await until(lambda: handle.made)
-    with pytest.raises(QueueFull):
-        await calls.reply(ASK, VLM_STAMP, soon())
-    with pytest.raises(QueueFull):
-        await texts(calls)
+    for refused in (calls.reply(ASK, VLM_STAMP, soon()), texts(calls)):
+        with pytest.raises(QueueFull):
+            await refused
     await calls.probe(VLM_STAMP, soon())
     waiting.cancel()
     with suppress(asyncio.CancelledError):
@@ -213,6 +213,17 @@ async def test_a_broadcast_is_made_again_until_every_replica_answered() -> None:
     broken: Any = Rounds(*[[DIED]] * 20)
     with pytest.raises(ReleaseError, match=r"not every replica answered 'adopt': RuntimeError: replica died"):
         await call_every_replica(broken, "adopt", seconds=0.05)
+
+
+async def test_a_drain_ends_when_no_request_is_in_flight_or_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rounds, seconds, drained in (
+        ([[{3: 1}, {}], [{}, {3: 2}], [{}, {}]], 60, True), ([[{3: 1}]] * 1000, 0.2, False),
+    ):  # fmt: skip
+        handle = Rounds(*rounds)
+        monkeypatch.setattr(serve, "get_deployment_handle", lambda name, app, handle=handle: handle)
+        async with asyncio.timeout(30):
+            assert await drain(seconds) is drained
+        assert (handle.rounds == []) is drained
 
 
 def encoders(*answers: EncodeResult, max_batch: int = 16) -> tuple[EncoderCalls, Handle]:
@@ -315,19 +326,19 @@ RUNNING = DeploymentStatus({"RUNNING": 1}, False, "")
 
 async def test_a_vlm_start_problem_is_said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOOK_SECONDS", 0.001)
-    serve: list[DeploymentStatus | None] = [None]
+    statuses: list[DeploymentStatus | None] = [None]
     looks: list[DeploymentStatus | None] = []
     handle: Any = Handle()
-    vlms = VlmCalls(handle, 1, lambda: looks.append(serve[-1]) or serve[-1])
+    vlms = VlmCalls(handle, 1, lambda: looks.append(statuses[-1]) or statuses[-1])
     assert vlms.start_problem == STARTING
     waiting = asyncio.create_task(vlms.wait_started())
     await until(lambda: len(looks) > 1)
     assert vlms.start_problem == STARTING
-    serve.append(DeploymentStatus({"STARTING": 1}, False, "MemoryError: no room"))
+    statuses.append(DeploymentStatus({"STARTING": 1}, False, "MemoryError: no room"))
     await until(lambda: len(looks) > 5)
     assert vlms.start_problem == "the VLM is starting again, after it failed: MemoryError: no room"
     assert [record.levelname for record in caplog.records] == ["ERROR"]  # once, not with each look
-    serve.append(RUNNING)
+    statuses.append(RUNNING)
     await waiting
     assert vlms.start_problem == ""
 

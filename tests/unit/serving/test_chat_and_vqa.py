@@ -25,8 +25,8 @@ from serving.http.vqa import normalised
 from serving.releases.types import ReleaseSnapshot
 from tests.unit.serving.scripted_vlms import (
     SETTINGS,
+    RawRequest,
     ScriptedVlms,
-    Visitor,
     about_image,
     app_of,
     app_state,
@@ -51,9 +51,9 @@ async def post(vlms: ScriptedVlms | None, body: Any, path: str = CHAT, settings:
         return await http.post(path, json=body)
 
 
-def visit(vlms: ScriptedVlms, body: Any, path: str = CHAT, **settings: Any) -> tuple[AppState, Visitor]:
+def visit(vlms: ScriptedVlms, body: Any, path: str = CHAT, **settings: Any) -> tuple[AppState, RawRequest]:
     at = app_state(vlms, SETTINGS.model_copy(update=settings))
-    return at, Visitor(app_of(at), path, json.dumps(body).encode())
+    return at, RawRequest(app_of(at), path, json.dumps(body).encode())
 
 
 def kept(at: AppState) -> tuple[dict[int, int], int]:
@@ -210,11 +210,10 @@ async def test_the_deadline_holds_for_the_first_chunk_too(path: str, body: dict[
 async def test_a_client_that_hangs_up_before_the_first_chunk_aborts_it(path: str, body: dict[str, Any]) -> None:
     vlms = ScriptedVlms(hangs_at=0)
     at, visitor = visit(vlms, body, path)
-    task = visitor.start()
     await vlms.waiting.wait()
     assert kept(at) == ({3: 1}, PIXELS)
-    visitor.gone.set()
-    await asyncio.wait_for(task, 5)
+    visitor.hang_up()
+    await asyncio.wait_for(visitor.task, 5)
     assert (vlms.closed, kept(at)) == (1, ({}, 0))
     assert visitor.sent[0]["status"] == 499
     vlms.hangs_at = None
@@ -227,13 +226,12 @@ async def test_a_client_that_hangs_up_before_the_first_chunk_aborts_it(path: str
 async def test_a_server_that_cancels_a_request_aborts_it_and_is_obeyed(gone: bool) -> None:
     vlms = ScriptedVlms(hangs_at=0)
     at, visitor = visit(vlms, {"messages": about_image()})
-    task = visitor.start()
     await vlms.waiting.wait()
     if gone:  # Ray tells of a client that left, and cancels at the same time
-        visitor.gone.set()
-    task.cancel()
+        visitor.hang_up()
+    visitor.task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await task
+        await visitor.task
     assert (vlms.closed, kept(at)) == (1, ({}, 0))
 
 
@@ -323,12 +321,11 @@ async def test_an_answer_that_breaks_off_without_a_reason_is_an_error() -> None:
 async def test_a_stream_keeps_its_release_when_another_goes_live_until_its_client_hangs_up() -> None:
     vlms = ScriptedVlms(hangs_at=2)
     at, visitor = visit(vlms, STREAM)
-    task = visitor.start()
     await vlms.waiting.wait()
     at.admission.adopt([ReleaseSnapshot(4, None, "i", "t", "vlm-c"), *at.admission.window])
     assert kept(at) == ({3: 1}, PIXELS)
-    visitor.gone.set()
-    await asyncio.wait_for(task, 5)
+    visitor.hang_up()
+    await asyncio.wait_for(visitor.task, 5)
     assert (vlms.closed, kept(at)) == (1, ({}, 0))
     start, *bodies = visitor.sent
     assert start["status"] == 200 and bodies[-1]["more_body"]
@@ -346,7 +343,7 @@ async def test_a_connection_that_breaks_aborts_the_request_before_its_release_ma
             raise OSError("broken pipe")
 
     visitor.send = broken  # type: ignore[method-assign]
-    await asyncio.wait_for(visitor.start(), 5)
+    await asyncio.wait_for(visitor.task, 5)
     assert held == [{3: 1}]
     assert kept(at) == ({}, 0)
 
@@ -363,10 +360,9 @@ async def test_a_client_that_reads_too_slowly_is_cut_off(monkeypatch: pytest.Mon
             await asyncio.Event().wait()
 
     visitor.send = stuck  # type: ignore[method-assign]
-    task = visitor.start()
     await reading.wait()
     skip(3600)
-    await asyncio.wait_for(task, 60)
+    await asyncio.wait_for(visitor.task, 60)
     assert (vlms.closed, kept(at)) == (1, ({}, 0))
 
 

@@ -33,8 +33,8 @@ from tests.support.waiting import until
 from tests.support.web_server import WebServer, redirect, reply, web_server
 from tests.unit.serving.scripted_vlms import (
     SETTINGS,
+    RawRequest,
     ScriptedVlms,
-    Visitor,
     about_image,
     app_of,
     app_state,
@@ -409,12 +409,12 @@ async def test_the_deadline_of_the_request_ends_the_fetch(web: WebServer) -> Non
 
 async def test_a_slow_fetch_holds_up_nobody_and_ends_when_its_client_goes(web: WebServer) -> None:
     at, vlms = serving(web, deadline_seconds=60)
-    visitor = Visitor(app_of(at), CHAT, json.dumps({"messages": about_image(image=address(web, "/drip"))}).encode())
-    running = visitor.start()
+    body = json.dumps({"messages": about_image(image=address(web, "/drip"))}).encode()
+    visitor = RawRequest(app_of(at), CHAT, body)
     await until(lambda: web.asked)
     assert (await asyncio.wait_for(chat(at, address(web)), 30)).status_code == 200
-    assert not running.done()
-    visitor.gone.set()
-    await asyncio.wait_for(running, 10)
+    assert not visitor.task.done()
+    visitor.hang_up()
+    await asyncio.wait_for(visitor.task, 10)
     assert await asyncio.to_thread(web.hung_up.wait, 10)
     assert len(vlms.asked) == 1

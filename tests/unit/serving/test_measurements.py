@@ -212,15 +212,12 @@ async def test_requests_of_one_batch_have_each_their_own_queue_and_forward(spans
     others = ["1" * 32, "2" * 32, "3" * 32]
     await asyncio.gather(*map(one, others))
     finished = spans.get_finished_spans()
-    assert sorted((span.name, *ids(span)) for span in finished) == sorted(
-        (name, each, PARENT) for name in ("queue", "forward") for each in others
-    )
+    told = [(name, each, PARENT) for name in ("forward", "queue") for each in others]
+    assert sorted((span.name, *ids(span)) for span in finished) == told
     for span in finished:
         attributes = dict(span.attributes or {})
-        assert attributes["ratchet.adapter"] == "clip-a"
-        assert attributes["ratchet.request_id"] == ids(span)[0][:4]
+        assert attributes["ratchet.adapter"] == "clip-a" and attributes["ratchet.request_id"] == ids(span)[0][:4]
         assert span.name == "queue" or attributes["requests"] == 3
-        assert span.start_time is not None and span.end_time is not None and span.start_time <= span.end_time
 
 
 async def test_a_request_that_is_not_sampled_has_no_spans_and_none_begins_a_trace(spans: InMemorySpanExporter) -> None:

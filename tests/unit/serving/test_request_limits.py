@@ -9,14 +9,14 @@ from typing import Any
 import httpx
 import pytest
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from core.settings.serving import Serve
 from serving.http import request_bodies
 from serving.http.request_bodies import RequestBodies, RequestLimits
 from tests.support.clock import Clock
 from tests.unit.serving.auth_app import refusal
-from tests.unit.serving.scripted_vlms import skip
+from tests.unit.serving.scripted_vlms import RawRequest, skip
 
 
 class EchoApp:
@@ -51,48 +51,8 @@ def client(
     return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
 
-class RawRequest:
-    """One request at the ASGI level, whose client sends its body in pieces, or never."""
-
-    def __init__(self, app: ASGIApp, path: str = "/v1/embeddings", peer: str = "127.0.0.1", length: int = 100) -> None:
-        headers = [(b"host", b"localhost"), (b"content-length", str(length).encode())]
-        self.scope: dict[str, Any] = {
-            "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
-            "headers": headers, "client": (peer, 1), "server": ("localhost", 80), "scheme": "http",
-            "http_version": "1.1", "root_path": "", "asgi": {"version": "3.0", "spec_version": "2.3"},
-        }  # fmt: skip
-        self.messages: asyncio.Queue[Message] = asyncio.Queue()
-        self.sent: list[Message] = []
-        self.reads = asyncio.Event()
-        self.reads.set()
-        self.task = asyncio.create_task(self._run(app))
-
-    async def _run(self, app: ASGIApp) -> None:
-        await app(self.scope, self.messages.get, self._send)
-
-    async def _send(self, message: Message) -> None:
-        await self.reads.wait()
-        self.sent.append(message)
-
-    def send_body(self, data: bytes, more: bool = True) -> None:
-        self.messages.put_nowait({"type": "http.request", "body": data, "more_body": more})
-
-    def hang_up(self) -> None:
-        self.messages.put_nowait({"type": "http.disconnect"})
-
-    async def status(self) -> int:
-        await self.task
-        return int(self.sent[0]["status"])
-
-    def body(self) -> str:
-        return b"".join(message.get("body", b"") for message in self.sent).decode()
-
-
 def ask(app: ASGIApp, *paths: str, peer: str = "127.0.0.1") -> list[RawRequest]:
-    made = [RawRequest(app, path, peer, length=0) for path in paths]
-    for request in made:
-        request.send_body(b"", more=False)
-    return made
+    return [RawRequest(app, path, b"", peer) for path in paths]
 
 
 async def settled() -> None:
@@ -237,9 +197,8 @@ async def test_one_caller_leaves_slots_to_the_others() -> None:
 
 async def test_an_answer_that_is_not_read_gives_its_slot_back() -> None:
     app = limited(EchoApp(), queue=1, caller_share=1, deadline_seconds=1)
-    unread = RawRequest(app, length=0)
+    [unread] = ask(app, "/v1/embeddings")
     unread.reads.clear()
-    unread.send_body(b"", more=False)
     await settled()
     skip(1 + request_bodies.SEND_SECONDS)
     await unread.task

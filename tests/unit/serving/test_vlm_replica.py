@@ -40,9 +40,6 @@ class MemoryVlm:
     inside: int = 0
     passed_at: float = 0.0
 
-    async def start(self) -> None:
-        pass
-
     async def load(self, name: str, directory: Path) -> None:
         if not (directory / "adapter_model.safetensors").is_file():
             raise AdapterError(f"{directory} is no adapter directory.")
@@ -88,9 +85,6 @@ class MemoryVlm:
 
     def last_error(self) -> str:
         return self.dead
-
-    async def close(self) -> None:
-        self.dead = "closed"
 
     def _words(self, ask: GenerationRequest, adapter: str | None) -> list[str]:
         if self.dead:
