@@ -291,26 +291,15 @@ async def test_requests_behind_a_batch_run_in_turns(
     assert len(made) == len(batches) or len(asked) > 100
 
 
-async def test_while_others_ask_batches_are_short_and_large_requests_are_encoded_in_parts(engine: Engine) -> None:
-    """A batch of one caller's 16 images would take 140 ms, and another caller's image would wait for it."""
-    engine.queue = FairBatches(engine.run, MAX_TEXTS, wait_seconds=0.0, turn_seconds=0.0)
-    for _ in range(2):
-        await engine.submit(STABLE, MAX_TEXTS, caller="flood")
-    assert [len(batch[0].payload) for batch in engine.batches] == [MAX_TEXTS] * 2, "it asks alone"
-    await engine.submit(STABLE, caller="good")
-    engine.batches.clear()
-    result = await engine.submit(STABLE, 3 * MAX_TEXTS, caller="flood")
-    assert [len(part.payload) for batch in engine.batches for part in batch] == [1] * (3 * MAX_TEXTS)
-    assert result.vectors is not None and len(result.vectors) == 3 * MAX_TEXTS
-
-
 async def test_while_others_ask_batches_are_as_large_as_the_engine_is_fast(engine: Engine) -> None:
     engine.queue = FairBatches(engine.run, 4 * MAX_TEXTS, wait_seconds=0.0, turn_seconds=60.0)
     await asyncio.gather(*(engine.submit(STABLE, 32 * MAX_TEXTS, caller=caller) for caller in ("flood", "good")))
     assert [sum(part.cost for part in batch) for batch in engine.batches][:4] == [2, 4, 8, 16]
 
 
-async def test_the_parts_of_a_request_are_joined_in_their_order_and_a_failure_ends_it(engine: Engine) -> None:
+async def test_while_others_ask_large_requests_are_encoded_in_parts_and_a_failure_ends_them(engine: Engine) -> None:
+    """A batch of one caller's 16 images would take 140 ms, and another caller's image would wait for it."""
+
     async def run(requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
         engine.batches.append(list(requests))
         broken = engine.failure is not None and requests[0].payload == [2]
@@ -319,18 +308,23 @@ async def test_the_parts_of_a_request_are_joined_in_their_order_and_a_failure_en
             for r in requests
         ]
 
-    def submit(payload: list[int], caller: str) -> asyncio.Task[EncodeResult]:
-        return asyncio.create_task(queue.submit(EncodeRequest("text", payload, STABLE, time.monotonic() + 60, caller)))
+    async def submit(payload: list[int], caller: str = "flood") -> EncodeResult:
+        return await queue.submit(EncodeRequest("text", payload, STABLE, time.monotonic() + 60, caller))
+
+    def parts() -> list[list[int]]:
+        return [list(batch[0].payload) for batch in engine.batches]
 
     queue = FairBatches(run, MAX_TEXTS, wait_seconds=0.0, turn_seconds=0.0)
-    for caller in ("flood", "good", "flood"):
-        await submit([9], caller)
-    result = await submit([0, 1, 2, 3], "flood")
+    await submit([0, 1, 2, 3])
+    assert parts() == [[0, 1, 2, 3]], "it asks alone"
+    await submit([9], "good")
+    engine.batches = []
+    result = await submit([0, 1, 2, 3])
     assert result.vectors is not None and result.vectors.tolist() == [[0], [1], [2], [3]]
+    assert parts() == [[0], [1], [2], [3]]
     engine.failure, engine.batches = RuntimeError(), []
-    assert (await submit([0, 1, 2, 3], "flood")).code == "failed"
-    assert (await submit([5], "flood")).code == ""
-    assert [batch[0].payload for batch in engine.batches] == [[0], [1], [2], [5]]
+    assert [(await submit([0, 1, 2, 3])).code, (await submit([5])).code] == ["failed", ""]
+    assert parts() == [[0], [1], [2], [5]]
 
 
 async def test_every_image_has_its_vector_whatever_a_turn_amounts_to(engine: Engine) -> None:

@@ -240,37 +240,32 @@ async def test_answers_that_fail_again_and_again_make_a_replica_unhealthy(
     await worker.check_health()  # what passes by itself is no reason to be replaced
 
 
-@pytest.fixture
-async def busy(artifacts: Artifacts, engine: MemoryVlm, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[VlmWorker]:
-    """A replica whose only request gets no answer; passes end further apart than allowed."""
+async def test_a_busy_replica_is_healthy_and_says_that_it_is_busy_until_its_engine_hangs(
+    artifacts: Artifacts, engine: MemoryVlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("serving.replicas.forward_health.PROBE_LIMIT_SECONDS", 0.01)
     monkeypatch.setattr("serving.replicas.vlm.STALL_SECONDS", 0.1)
     worker = VlmWorker(engine, artifacts, "r1", PLACES, batch=2, deadline_seconds=0.1)
     assert isinstance(await worker.probe(None, SOON), GenerationResult)
     engine.gate = asyncio.Event()
-    waiting = asyncio.create_task(ask(worker, None))
+    waiting = asyncio.create_task(ask(worker, None))  # gets no answer
     await until(lambda: engine.running())
-    await asyncio.sleep(0.15)
-    yield worker
-    waiting.cancel()
 
+    async def probed(seconds: float) -> str:
+        answer = await worker.probe(None, seconds)
+        return answer.code if isinstance(answer, Refusal) else "answered"
 
-async def test_a_busy_replica_says_so_unless_it_hangs(busy: VlmWorker, engine: MemoryVlm) -> None:
-    for seconds, code in ((SOON, "busy"), (0.05, "late")):
-        engine.passed_at = time.monotonic() - (0.0 if code == "busy" else 0.15)
-        answer = await busy.probe(None, seconds)
-        assert isinstance(answer, Refusal) and answer.code == code
+    for _ in range(3):
         await asyncio.sleep(0.15)
-
-
-async def test_a_replica_of_late_requests_is_healthy_unless_it_hangs(busy: VlmWorker, engine: MemoryVlm) -> None:
-    for _ in range(5):
-        engine.passed_at = time.monotonic()
-        await busy.check_health()
+        engine.passed_at = time.monotonic()  # though all requests are late, passes end
+        await worker.check_health()
+        assert await probed(SOON) == "busy"
     await asyncio.sleep(0.15)
+    assert await probed(0.05) == "late"
     with pytest.raises(RuntimeError, match="3 forward passes in a row failed"):
         for _ in range(3):
-            await busy.check_health()
+            await worker.check_health()
+    waiting.cancel()
 
 
 async def test_status_counts_what_waits_for_a_place_in_the_batch(worker: VlmWorker, engine: MemoryVlm) -> None:
