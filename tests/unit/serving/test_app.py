@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -226,12 +227,10 @@ def test_a_server_that_is_idle_is_given_up_and_one_that_computes_later(clock: Cl
 
 
 def test_a_check_and_a_deployment_that_serve_gave_up_end_the_start_of_clip() -> None:
-    def ended() -> None:
-        raise ConfigError("serve ended while starting")
-
+    ended = Mock(side_effect=ConfigError("serve ended while starting"))
     with pytest.raises(ConfigError, match="ended while starting"):
         ScriptedServer(clip=["nobody listens."]).progress("clip").wait_for("clip", int, ended)
-    statuses = lambda: {"Encoder": FAILED, "Vlm": STARTS}  # noqa: E731
+    statuses = Mock(return_value={"Encoder": FAILED, "Vlm": STARTS})
     with pytest.raises(ConfigError, match="Encoder cannot start: OSError: no file"):
         ScriptedServer(clip=["no release"]).progress("clip", statuses=statuses).look()
 

@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import numpy as np
 import pytest
@@ -276,9 +277,7 @@ def controllers(*answers: Any) -> ControllerCalls:
 
 
 async def test_a_rollback_is_asked_of_another_controller_when_one_dies_and_a_release_is_not() -> None:
-    async def conflict() -> Any:
-        return ReleaseConflict("release 3 is live, not 2", "look")
-
+    conflict = AsyncMock(return_value=ReleaseConflict("release 3 is live, not 2", "look"))
     assert await controllers(RayActorError(), OUTCOME).change(ROLLBACK) == OUTCOME
     with pytest.raises(Unavailable, match="ended during the call, and now release 3 is live"):  # it may be carried out
         await controllers(RayActorError(), conflict).change(ROLLBACK)

@@ -11,8 +11,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -26,7 +26,7 @@ from serving.catalog.queries import Filters, Hit, as_filters
 from serving.catalog.tables import Tables
 from serving.engines.preprocess import Preprocess
 from serving.messages import EncodeResult
-from serving.releases.types import ReleaseSnapshot, Residency
+from serving.releases.types import Residency
 from serving.replicas import catalog as catalog_replica
 from serving.replicas.catalog import CatalogReplica
 from streams.store.rows import Position
@@ -313,27 +313,13 @@ async def test_an_index_needs_no_store(catalog: World, hung: HungStore, monkeypa
         assert await ask(catalog) == [HIT]
 
 
-class Ledger:
-    """Has one release, or is unavailable."""
-
-    def __init__(self, *window: ReleaseSnapshot) -> None:
-        self.window = window
-
-    async def read(self, newer_than: int) -> Residency | None:
-        if not self.window:
-            raise TimeoutError
-        return Residency(self.window, self.window, ()) if self.window[0].release > newer_than else None
-
-
-def replica(catalog: Catalog, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Any:
+def replica(catalog: Catalog, read: AsyncMock, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``read``: of the ledger, as a residency."""
     one: Any = object.__new__(CatalogReplica)
-    one.catalog, one._residency_reader, one._adopting, one._adopted = catalog, ledger, asyncio.Lock(), 1
-
-    async def started() -> Catalog:
-        return catalog
-
+    one.catalog, one._adopting, one._adopted = catalog, asyncio.Lock(), 1
+    one._residency_reader = SimpleNamespace(read=read)
     monkeypatch.setattr(one, "_adopt", catalog.adopt)
-    monkeypatch.setattr(one, "_started", started)
+    monkeypatch.setattr(one, "_started", AsyncMock(return_value=catalog))
     return one
 
 
@@ -344,8 +330,10 @@ async def test_a_space_that_another_server_released_is_searched_at_once_and_whil
     other.put(0, 6)
     await other.hold(THERE, HERE)
     await catalog.adopt([HERE])
-    assert "has no index here" in await replica(catalog, Ledger(), monkeypatch).search("bbbb", vector(3), 1, ALL)
-    one = replica(catalog, Ledger(THERE, HERE), monkeypatch)
+    one = replica(catalog, AsyncMock(side_effect=TimeoutError), monkeypatch)
+    assert "has no index here" in await one.search("bbbb", vector(3), 1, ALL)
+    window = (THERE, HERE)
+    one = replica(catalog, AsyncMock(return_value=Residency(window, window, ())), monkeypatch)
     (hit,) = await one.search(THERE.image_space, vector(1003), 1, ALL)
     assert hit.text == "text 3"
 
@@ -358,19 +346,11 @@ async def test_a_sample_that_ingest_accepted_is_indexed_though_a_request_may_not
     Image.effect_noise((40, 30), 90).save(buffer, "JPEG", quality=100)
     assert len(buffer.getvalue()) > settings.serve.max_image_bytes
     catalog.put(0, 1, image=buffer.getvalue())
-    for name in ("begin_replica", "freeze_gc"):
-        monkeypatch.setattr(catalog_replica, name, lambda *_: None)
-
-    async def at_once() -> None:
-        pass
-
-    monkeypatch.setattr(catalog_replica, "wait_for_clip", at_once)
+    for name, stand_in in (("begin_replica", Mock()), ("freeze_gc", Mock()), ("wait_for_clip", AsyncMock())):
+        monkeypatch.setattr(catalog_replica, name, stand_in)
     base = SimpleNamespace(preprocess=Preprocess(size=16))
     monkeypatch.setattr("serving.engines.clip_base.load_base", lambda *_: base)
-
-    async def encode(_: str, batch: np.ndarray, __: str | None) -> EncodeResult:
-        return EncodeResult(np.stack([vector(3) for _ in batch]), None)
-
+    encode = AsyncMock(return_value=EncodeResult(vector(3)[None], None))
     encoder: Any = SimpleNamespace(encode_background=SimpleNamespace(remote=encode))
     one = object.__new__(CatalogReplica)
     await one.__init__(settings, encoder)  # type: ignore[misc]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -168,9 +169,7 @@ async def test_a_request_whose_forward_pass_fails_is_alone(worker: Worker, monke
 
 
 async def test_an_encoder_that_lost_its_device_is_unhealthy(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(rows: list[list[int]], adapter: str | None = None) -> np.ndarray:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
+    lost = Mock(side_effect=RuntimeError("CUDA error: an illegal memory access was encountered"))
     await worker.check_health()
     monkeypatch.setattr(worker.engine, "encode_tokens", lost)
     with pytest.raises(RuntimeError, match="CUDA error"):  # so that the call is made again on another replica

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import json
 import os
@@ -13,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import numpy as np
@@ -196,20 +196,20 @@ async def test_what_a_request_took_is_given_back_and_all_get_in_by_turns() -> No
         inside += counted
         order.append(caller)
         assert counted <= 60 and inside < 100 + 60
-        for _ in range(values.randrange(4)):
-            await asyncio.sleep(0)
-        inside -= counted
-        room.leave(caller, counted)
+        try:
+            for _ in range(values.randrange(4)):
+                await asyncio.sleep(0)
+        finally:
+            inside -= counted
+            room.leave(caller, counted)
 
     tasks = [asyncio.create_task(one(f"caller {n % 5}", values.randint(1, 90))) for n in range(300)]
-    for task in tasks[::7]:
-        task.cancel()
-    for task in tasks:
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-    assert inside == 0 and len(order) == 300 - len(tasks[::7])
+    while not all(task.done() for task in tasks):
+        await asyncio.sleep(0)
+        values.choice(tasks).cancel()  # while it waits, is admitted or is inside
+    assert inside == 0 and len(order) > 100
     assert len(set(order[:5])) == 5
-    assert (await entered(room, "last", 60)).done()
+    assert all([(await entered(room, f"later {n}", 10)).done() for n in range(10)])
 
 
 class Gate:
@@ -322,14 +322,10 @@ def web() -> Iterator[WebServer]:
 def serving(web: WebServer, seconds: float = 60, **more: Any) -> tuple[AppState, ScriptedVlms]:
     fetching = {"image_hosts": [f"cdn.test:{web.port}"], "image_networks": ["127.0.0.1/32"], "max_image_bytes": 32_768}
     settings = Serve(**{**SETTINGS.model_dump(), **fetching, **more})
-
-    async def loopback(host: str, port: int) -> Sequence[str]:
-        return ["127.0.0.1"]
-
     vlms = ScriptedVlms()
     fetcher = fetcher_of(settings, seconds)
     assert fetcher is not None
-    fetcher.resolve = loopback
+    fetcher.resolve = AsyncMock(return_value=["127.0.0.1"])
     return replace(app_state(vlms, settings), image_loader=ImageLoader(Preprocess(size=16), settings, fetcher)), vlms
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
@@ -36,11 +37,13 @@ class Models:
     clip: Exception | None = None
     catalog: Exception | None = None
     passes: int = 0
+    gate: asyncio.Event | None = None
     dependencies: dict[str, str] = field(default_factory=dict)
 
     async def encode(self, *_: Any) -> None:
         self.passes += 1
-        await asyncio.sleep(0)
+        if self.gate is not None:
+            await self.gate.wait()
         if self.clip is not None:
             raise self.clip
 
@@ -135,10 +138,7 @@ async def test_a_server_that_drains_is_not_ready_and_is_alive() -> None:
 
 
 async def test_before_a_release_is_live_nothing_is_ready() -> None:
-    async def nothing() -> None:
-        return
-
-    state = replace(state_of(Models()), admission=Admission(), refresh=nothing)
+    state = replace(state_of(Models()), admission=Admission(), refresh=AsyncMock())
     async with client(state) as http:
         assert "no release is live" in refusal(await http.get("/health/ready"), 503, "not_ready")
 
@@ -147,11 +147,14 @@ async def test_a_flood_of_probes_costs_one_forward_pass(monkeypatch: pytest.Monk
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
     monkeypatch.setattr(health, "time", clock)
-    models = Models()
+    models, gate = Models(), asyncio.Event()
+    models.gate = gate
     async with client(state_of(models)) as http:
         leaving, *staying = [asyncio.create_task(http.get("/health/ready")) for _ in range(200)]
         await until(lambda: models.passes)
         leaving.cancel()
+        await asyncio.wait([leaving])
+        gate.set()
         assert {answer.status_code for answer in await asyncio.gather(*staying)} == {200}
         assert models.passes == 1
         now[0] = health.FRESH_SECONDS
@@ -172,11 +175,8 @@ async def test_what_answers_is_exported_though_nobody_asks() -> None:
 
 
 async def test_releases_are_503_while_the_ledger_is_away(closed: AuthApp, keys: Keys) -> None:
-    def away(*_: Any) -> Any:
-        raise LedgerUnavailable("the ledger does not answer.", "Try again.")
-
-    closed.ledger = cast(Any, type("Away", (), {"releases": away, "api_keys": keys.ledger.api_keys}))
-    app = AuthApp(cast(Any, closed.ledger), closed.settings.home)
+    away = Mock(releases=Mock(side_effect=LedgerUnavailable("away.", "Try again.")), api_keys=keys.ledger.api_keys)
+    app = AuthApp(away, closed.settings.home)
     refusal(await app.get("/v1/releases", OPERATOR), 503, "ledger_unavailable")
 
 
@@ -185,7 +185,7 @@ async def test_a_rollback_is_refused_at_once_while_the_ledger_hangs(
 ) -> None:
     hung = threading.Event()
     monkeypatch.setattr("serving.releases.rollback.ANSWER_SECONDS", 0.01)
-    silent = cast(Any, type("Silent", (), {"live": lambda *_: hung.wait(30), "api_keys": keys.ledger.api_keys}))
+    silent = Mock(live=lambda *_: hung.wait(30), api_keys=keys.ledger.api_keys)
     app = AuthApp(silent, closed.settings.home)
     try:
         answer = await app.send("POST", "/admin/v1/rollback", OPERATOR, json={"reason": "r"})

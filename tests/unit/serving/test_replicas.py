@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
@@ -118,50 +119,42 @@ def test_a_replica_starts_when_it_can_serve_what_every_other_one_could(answers: 
         check_start(answers, ["a"])
 
 
-@dataclass
-class Device:
-    passes: int = 0
-
-    async def run(self) -> None:
-        self.passes += 1
-
-
 async def test_an_idle_replica_runs_a_pass_now_and_then_and_a_busy_one_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    health, device = ForwardHealth(), Device()
-    await health.check(device.run, busy=False)
-    assert device.passes == 0  # it has just started
+    health, run = ForwardHealth(), AsyncMock()
+    await health.check(run, busy=False)
+    assert run.await_count == 0  # it has just started
     monkeypatch.setattr(forward_health, "PROBE_SECONDS", 0.0)
-    await health.check(device.run, busy=True)
-    assert device.passes == 0
-    await health.check(device.run, busy=False)
-    assert device.passes == 1
+    await health.check(run, busy=True)
+    assert run.await_count == 0
+    await health.check(run, busy=False)
+    assert run.await_count == 1
 
 
 async def test_failures_between_passes_that_work_are_those_of_the_requests() -> None:
-    health, device = ForwardHealth(), Device()
+    health, run = ForwardHealth(), AsyncMock()
     for _ in range(5):
         health.failed(ValueError("this request"))
-        await health.check(device.run, busy=True)
-    assert device.passes == 5
+        await health.check(run, busy=True)
+    assert run.await_count == 5
 
 
 async def test_a_lost_device_makes_unhealthy_at_once_and_for_good_and_a_lack_of_memory_does_not() -> None:
-    health, device = ForwardHealth(), Device()
+    health, run = ForwardHealth(), AsyncMock()
     health.failed(RuntimeError("CUDA error: out of memory"))
-    await health.check(device.run, busy=False)
-    assert device.passes == 1
+    await health.check(run, busy=False)
+    assert run.await_count == 1
     health.failed(RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED"))
     health.succeeded()
     with pytest.raises(RuntimeError, match="does not work any more"):
-        await health.check(device.run, busy=False)
+        await health.check(run, busy=False)
 
 
 async def test_a_busy_replica_whose_passes_never_end_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward_health, "PROBE_LIMIT_SECONDS", 0.01)
-    health, device = ForwardHealth(stall_seconds=0.0), Device()
+    health, run = ForwardHealth(stall_seconds=0.0), AsyncMock()
     for _ in range(MAX_FAILURES + 1):
-        await health.check(device.run, busy=True)
-    assert device.passes == MAX_FAILURES + 1
+        await health.check(run, busy=True)
+    assert run.await_count == MAX_FAILURES + 1
     for _ in range(MAX_FAILURES - 1):
         await health.check(asyncio.Event().wait, busy=True)
     with pytest.raises(RuntimeError, match="3 forward passes in a row failed: TimeoutError"):
@@ -224,17 +217,12 @@ def test_hanging_artifacts_fail_soon_and_hold_one_thread(cache: AdapterCache, mo
 
 
 def test_after_a_failure_the_next_request_fails_at_once(cache: AdapterCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-
-    def away(key: str) -> Path:
-        calls.append(key)
-        raise OSError("no route to host")
-
+    away = Mock(side_effect=OSError("no route to host"))
     monkeypatch.setattr(cache.artifacts, "fetch", away)
     for _ in range(3):
         with pytest.raises(StoreUnavailable, match="no route"):
             cache.fetch("adapters/a")
-    assert len(calls) == 1
+    assert away.call_count == 1
 
 
 def test_the_cache_is_bounded_and_what_is_resident_stays(artifacts: Artifacts, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
+from unittest.mock import Mock
 
 import pytest
 
@@ -226,11 +227,8 @@ async def test_late_answers_and_closed_streams_leave_the_engine(worker: VlmWorke
 async def test_answers_that_fail_again_and_again_make_a_replica_unhealthy(
     worker: VlmWorker, engine: MemoryVlm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(ask: GenerationRequest, adapter: str | None) -> list[str]:
-        raise ValueError("the device answers nonsense")
-
     await worker.check_health()
-    monkeypatch.setattr(engine, "_words", broken)
+    monkeypatch.setattr(engine, "_words", Mock(side_effect=ValueError("the device answers nonsense")))
     for _ in range(2):
         with pytest.raises(ValueError, match="nonsense"):
             await ask(worker, None)
