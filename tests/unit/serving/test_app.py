@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -323,46 +323,24 @@ def test_the_collector_looks_at_what_comes_later_alone_and_collects_it_by_itself
 
 
 ROWS = ResidencyRows((), None, ())
+UNUSED: Any = Mock()
+PURPOSES: dict[str, Callable[[], Awaitable[Any]]] = {
+    "deletions": lambda: DeletionService(Settings(), Mock(deletions=Mock(return_value=[]))).newest(5, None),
+    "quarantine": lambda: QuarantineService(Settings(), UNUSED).newest(5, None, None),
+    "reading": lambda: ResidencyReader(lambda: ROWS, UNUSED, UNUSED).read(),
+    "following": lambda: ResidencyFollower("encoder", lambda: ROWS, AsyncMock(return_value=[]), Mock()).step(),
+    "heads": lambda: ClipVectors(UNUSED, UNUSED, UNUSED, Serve()).classify(Mock(), UNUSED),
+}
 
 
-def deletions() -> Awaitable[Any]:
-    ledger = cast(Any, SimpleNamespace(deletions=lambda *_: []))
-    return DeletionService(Settings(), ledger).newest(5, None)
-
-
-def quarantine(monkeypatch: pytest.MonkeyPatch) -> Awaitable[Any]:
+@pytest.mark.parametrize("purpose", PURPOSES)
+async def test_no_purpose_waits_for_the_threads_of_others(purpose: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streams.ingest.resubmit.list_quarantine", lambda *_: [])
-    return QuarantineService(Settings(), cast(Any, None)).newest(5, None, None)
-
-
-def reading() -> Awaitable[Any]:
-    unused = cast(Any, None)
-    return ResidencyReader(lambda: ROWS, unused, unused).read()
-
-
-def following() -> Awaitable[Any]:
-    async def load(_: ResidencyRows) -> list[Any]:
-        return []
-
-    return ResidencyFollower("encoder", lambda: ROWS, load, lambda _: None).step()
-
-
-def heads() -> Awaitable[Any]:
-    head = cast(Any, SimpleNamespace(classify=lambda _: "answers"))
-    unused = cast(Any, None)
-    return ClipVectors(unused, unused, unused, Serve()).classify(head, unused)
-
-
-@pytest.mark.parametrize("purpose", [deletions, quarantine, reading, following, heads])
-async def test_each_purpose_runs_while_the_threads_of_others_wait(
-    purpose: Callable[..., Awaitable[Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    over = threading.Event()
-    pool = ThreadPoolExecutor(1)
+    over, pool = threading.Event(), ThreadPoolExecutor(1)
     asyncio.get_running_loop().set_default_executor(pool)
     pool.submit(over.wait, 60)
     try:
-        await asyncio.wait_for(purpose(monkeypatch) if purpose is quarantine else purpose(), 60)
+        await asyncio.wait_for(PURPOSES[purpose](), 60)
     finally:
         over.set()
 

@@ -132,31 +132,39 @@ def said(content: Any, **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content, **more}]}
 
 
+REFUSED_CHATS: list[tuple[dict[str, Any], str]] = [
+    ({"tools": [{"type": "function"}]}, "tools"), ({"tool_choice": "required"}, "tool_choice"),
+    ({"response_format": {"type": "json_object"}}, "response_format"), ({"n": 2}, "n"),
+    ({"presence_penalty": 0.5}, "presence_penalty"), ({"audio": {}}, "audio"), ({"wat": 1}, "wat"),
+    ({"max_tokens": 33}, "max_tokens"), ({"max_completion_tokens": 33}, "max_completion_tokens"),
+    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"), ({"max_tokens": 0}, "max_tokens"),
+    ({"temperature": 2.1}, "temperature"), ({"temperature": -0.1}, "temperature"), ({"top_p": 0}, "top_p"),
+    ({"stop": ["a", "b", "c", "d", "e"]}, "stop"), ({"stop": ""}, "stop"), ({"stop": [""]}, "stop"),
+    ({"seed": 2**63}, "seed"), ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"messages": []}, "messages"), (said(""), "messages"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"), (said(None), "messages.0.content"),
+    (said("x", tool_calls=[{}]), "messages.0.tool_calls"), (said("x" * 2001), "messages.0.content.0"),
+    (said([{"type": "input_audio"}]), "messages.0.content.0.type"),
+    (said([{"type": "text"}]), "messages.0.content.0"),
+    ({"messages": [{**about_image()[0], "role": "system"}]}, "messages.0.content.0"),
+    ({"messages": about_image(image="https://example.org/a.png")}, "messages.0.content.0.image_url"),
+    ({"messages": about_image(image="data:image/png;base64,AAAA")}, "messages.0.content.0.image_url"),
+    ({"messages": about_image() * (MAX_IMAGES + 1)}, "messages"),
+]  # fmt: skip
+REFUSED_QUESTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"choices": ["yes"]}, "choices"), ({"choices": ["yes", "yes "]}, "choices"), ({"choices": ["", "a"]}, "choices"),
+    ({"choices": [str(n) for n in range(17)]}, "choices"), ({"question": ""}, "question"), ({"tools": []}, "tools"),
+    ({"question": "x" * 2001}, "question"), ({"image": "https://x/a.png"}, "image"), ({"image": None}, "image"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("extra", "param"),
-    [
-        ({"tools": [{"type": "function"}]}, "tools"), ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"), ({"n": 2}, "n"),
-        ({"presence_penalty": 0.5}, "presence_penalty"), ({"audio": {}}, "audio"), ({"wat": 1}, "wat"),
-        ({"max_tokens": 33}, "max_tokens"), ({"max_completion_tokens": 33}, "max_completion_tokens"),
-        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"), ({"max_tokens": 0}, "max_tokens"),
-        ({"temperature": 2.1}, "temperature"), ({"temperature": -0.1}, "temperature"), ({"top_p": 0}, "top_p"),
-        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"), ({"stop": ""}, "stop"), ({"stop": [""]}, "stop"),
-        ({"seed": 2**63}, "seed"), ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"messages": []}, "messages"), (said(""), "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"), (said(None), "messages.0.content"),
-        (said("x", tool_calls=[{}]), "messages.0.tool_calls"), (said("x" * 2001), "messages.0.content.0"),
-        (said([{"type": "input_audio"}]), "messages.0.content.0.type"),
-        (said([{"type": "text"}]), "messages.0.content.0"),
-        ({"messages": [{**about_image()[0], "role": "system"}]}, "messages.0.content.0"),
-        ({"messages": about_image(image="https://example.org/a.png")}, "messages.0.content.0.image_url"),
-        ({"messages": about_image(image="data:image/png;base64,AAAA")}, "messages.0.content.0.image_url"),
-        ({"messages": about_image() * (MAX_IMAGES + 1)}, "messages"),
-    ],
-)  # fmt: skip
-async def test_what_cannot_be_honoured_is_refused_by_name(extra: dict[str, Any], param: str) -> None:
-    vlms = ScriptedVlms()
-    answer = await post(vlms, {"messages": about_image(), **extra})
+    ("call", "extra", "param"),
+    [*(("chat", *row) for row in REFUSED_CHATS), *(("vqa", *row) for row in REFUSED_QUESTIONS)],
+)
+async def test_what_cannot_be_honoured_is_refused_by_name(call: str, extra: dict[str, Any], param: str) -> None:
+    vlms, (path, body) = ScriptedVlms(), CALLS[call]
+    answer = await post(vlms, body | extra, path)
     error = answer.json()["error"]
     assert answer.status_code == 400, answer.text
     assert (error["param"] or "").startswith(param), error
@@ -442,21 +450,6 @@ async def test_multipart_says_the_same_and_takes_one_file_of_its_name(choices: A
     assert vlms.asked[0][0].images[0].shape == (4, 6, 3)
     assert (wrong.status_code, two.status_code) == (400, 400)
     assert wrong.json()["error"]["code"] == "unknown_field"
-
-
-@pytest.mark.parametrize(
-    ("change", "param"),
-    [
-        ({"choices": ["yes"]}, "choices"), ({"choices": ["yes", "yes "]}, "choices"),
-        ({"choices": ["", "a"]}, "choices"), ({"choices": [str(n) for n in range(17)]}, "choices"),
-        ({"question": ""}, "question"), ({"question": "x" * 2001}, "question"), ({"image": "https://x/a.png"}, "image"),
-        ({"image": None}, "image"), ({"tools": []}, "tools"),
-    ],
-)  # fmt: skip
-async def test_what_is_wrong_with_a_question_is_named(change: dict[str, Any], param: str) -> None:
-    answer = await post(ScriptedVlms(), {**QUESTION, **change}, VQA)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"].startswith(param)
 
 
 @settings(deadline=None)

@@ -14,7 +14,7 @@ import pytest
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.responses import PlainTextResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from core.access import OPERATOR, Principal
 from core.log_format import JsonFormatter
@@ -78,20 +78,10 @@ async def test_refusals_before_any_route_have_one_too_and_ids_that_are_not_sane_
 async def test_around_rays_middleware_there_is_still_one_id_and_it_is_the_sane_one() -> None:
     seen: list[str] = []
 
-    async def application(scope: Scope, receive: Receive, send: Send) -> None:
-        seen.append(dict(scope["headers"])[b"x-request-id"].decode())
-        await PlainTextResponse("ok")(scope, receive, send)
-
     async def rays(scope: Scope, receive: Receive, send: Send) -> None:
-        """As in ray.serve._private.http_util.RequestIdMiddleware: adds the client's ID again, unchecked."""
-        own = dict(scope["headers"])[b"x-request-id"]
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"].append((b"X-Request-ID", own))
-            await send(message)
-
-        await application(scope, receive, send_with_id)
+        """As ray.serve._private.http_util.RequestIdMiddleware: adds the client's ID again, unchecked."""
+        seen.append(dict(scope["headers"])[b"x-request-id"].decode())
+        await PlainTextResponse("ok", headers={"X-Request-ID": seen[0]})(scope, receive, send)
 
     (middleware,) = middlewares()
     assert middleware.cls is RequestIds
@@ -105,13 +95,8 @@ async def test_around_rays_middleware_there_is_still_one_id_and_it_is_the_sane_o
 async def test_lines_about_a_request_have_its_id_release_and_adapter() -> None:
     lines: list[str] = []
     before = current()
-    formatter = JsonFormatter({"role": "ingress"})
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(formatter.format(record))
-
-    handler = Keep()
+    formatter, handler = JsonFormatter({"role": "ingress"}), logging.Handler()
+    handler.emit = lambda record: lines.append(formatter.format(record))  # type: ignore[method-assign]
     logging.getLogger("ratchet.http").addHandler(handler)
     try:
         async with app_client(ScriptedVlms(failure=RuntimeError("out of order"))) as http:

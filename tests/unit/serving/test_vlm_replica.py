@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,9 @@ from core.errors import AdapterError
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, Message, TokenChunk, whole
 from serving.errors import EngineDead, InvalidRequest
 from serving.messages import Refusal
-from serving.replicas.vlm import VlmWorker, coalesce
+from serving.replicas import forward_health
+from serving.replicas.vlm import STALL_SECONDS, VlmWorker, coalesce
+from tests.support.clock import Clock
 from tests.support.waiting import until
 
 ASK = GenerationRequest((Message("user", ("is it?",)),))
@@ -239,11 +240,11 @@ async def test_answers_that_fail_again_and_again_make_a_replica_unhealthy(
 
 
 async def test_a_busy_replica_is_healthy_and_says_that_it_is_busy_until_its_engine_hangs(
-    artifacts: Artifacts, engine: MemoryVlm, monkeypatch: pytest.MonkeyPatch
+    worker: VlmWorker, engine: MemoryVlm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.replicas.forward_health.PROBE_LIMIT_SECONDS", 0.01)
-    monkeypatch.setattr("serving.replicas.vlm.STALL_SECONDS", 0.1)
-    worker = VlmWorker(engine, artifacts, "r1", PLACES, batch=2, deadline_seconds=0.1)
+    clock = Clock()
+    monkeypatch.setattr(forward_health, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(forward_health, "PROBE_LIMIT_SECONDS", 0.01)
     assert isinstance(await worker.probe(None, SOON), GenerationResult)
     engine.gate = asyncio.Event()
     waiting = asyncio.create_task(ask(worker, None))  # gets no answer
@@ -253,12 +254,12 @@ async def test_a_busy_replica_is_healthy_and_says_that_it_is_busy_until_its_engi
         answer = await worker.probe(None, seconds)
         return answer.code if isinstance(answer, Refusal) else "answered"
 
-    for _ in range(3):
-        await asyncio.sleep(0.15)
-        engine.passed_at = time.monotonic()  # though all requests are late, passes end
+    for _ in range(5):
+        clock.now += STALL_SECONDS
+        engine.passed_at = clock.now  # though its requests are late, its passes end
         await worker.check_health()
         assert await probed(SOON) == "busy"
-    await asyncio.sleep(0.15)
+    clock.now += STALL_SECONDS
     assert await probed(0.05) == "late"
     with pytest.raises(RuntimeError, match="3 forward passes in a row failed"):
         for _ in range(3):
