@@ -10,6 +10,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -83,22 +84,8 @@ async def test_a_backfill_goes_on_after_a_kill(tmp_path: Path) -> None:
     assert len(second.stored()) == ROWS
 
 
-class Failing(Encoder):
-    """Fails at the calls of these numbers."""
-
-    def __init__(self, *calls: int) -> None:
-        super().__init__()
-        self.failing = calls
-
-    async def __call__(self, batch: np.ndarray, clip: str | None) -> np.ndarray:
-        if len(self.calls) in self.failing:
-            self.calls.append((0, clip))
-            raise StoreError("the replica died", "")
-        return await super().__call__(batch, clip)
-
-
 async def test_what_was_embedded_stays_when_another_chunk_fails(tmp_path: Path) -> None:
-    catalog = world(tmp_path, Failing(2))
+    catalog = world(tmp_path, Encoder(2))
     await catalog.adopt([HERE])
     with pytest.raises(StoreError, match="died"):
         await catalog.settle()
@@ -109,7 +96,7 @@ async def test_what_was_embedded_stays_when_another_chunk_fails(tmp_path: Path) 
 
 
 async def test_a_release_fails_when_its_backfill_stands_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    catalog = world(tmp_path, Failing(0))
+    catalog = world(tmp_path, Encoder(0))
     await catalog.adopt([THERE])
     with pytest.raises(StoreError):
         await catalog.reconciler.step()
@@ -144,21 +131,14 @@ def test_scores_of_old_vectors_are_shifted_to_those_of_new_ones() -> None:
 @pytest.mark.parametrize(
     ("measured", "found"),
     [
-        ({"allowed": True, "incumbent": None}, {"bbbb": "aaaa"}),
-        ({"allowed": True, "incumbent": "clip-gone"}, {}),
-        ({"allowed": False, "incumbent": None}, {}),
-        (None, {}),
-        (LedgerUnavailable("away", ""), {}),
+        ({"allowed": True, "incumbent": None}, {"bbbb": "aaaa"}), ({"allowed": True, "incumbent": "clip-gone"}, {}),
+        ({"allowed": False, "incumbent": None}, {}), ({}, {}), (LedgerUnavailable("away", ""), {}),
     ],
     ids=["allowed", "the incumbent is gone", "not allowed", "no verdict", "the ledger is away"],
-)
+)  # fmt: skip
 async def test_a_space_is_searched_by_the_incumbents_where_allowed(measured: Any, found: dict[str, str]) -> None:
-    def verdict_on(clip: str) -> Any:
-        if isinstance(measured, Exception):
-            raise measured
-        return measured and SimpleNamespace(summary={"cross_version": measured})
-
-    ledger: Any = SimpleNamespace(verdict_on=verdict_on)
+    verdict = SimpleNamespace(summary={"cross_version": measured}) if measured else None
+    ledger = Mock(verdict_on=Mock(side_effect=[measured if isinstance(measured, Exception) else verdict]))
     verdicts = CrossVersionVerdicts(ledger)
     verdicts.remember([HERE])
     assert await verdicts.read([THERE], {"aaaa"}) == found
