@@ -9,6 +9,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest.mock import AsyncMock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from serving.engines.preprocess import Preprocess
 from serving.errors import DeadlineExceeded
 from serving.http.clip_vectors import BATCHES_IN_WORK, ENTRY_BYTES, CachedVector, ClipVectors, VectorCache, room_for
 from serving.http.errors import ApiError
-from serving.http.image_loader import ImageLoader, ImageSource, InspectedImage
+from serving.http.image_loader import ImageLoader, ImageSource
 from serving.messages import IMAGE_COST, EncodeRequest, EncodeResult, Modality
 from serving.releases.types import ReleaseSnapshot
 from serving.replicas import fair_batches
@@ -33,18 +34,6 @@ DIM = 8
 SETTINGS = Serve(max_batch=4, caller_share=0.75)
 LIVE = ReleaseSnapshot(1, None, "image-1", "text-1")
 TEXT_CHANGED = ReleaseSnapshot(2, "clip-b", "image-1", "text-2")
-
-
-class Loader(ImageLoader):
-    """Records whose images were opened."""
-
-    def __init__(self) -> None:
-        super().__init__(Preprocess(size=16), SETTINGS)
-        self.opened: list[str] = []
-
-    async def inspect(self, images: Sequence[ImageSource], caller: str = "") -> list[InspectedImage]:
-        self.opened.append(caller)
-        return await super().inspect(images, caller)
 
 
 class Encoders:
@@ -66,8 +55,8 @@ class Encoders:
         return EncodeResult(vectors, snapshot.clip, snapshot.image_space, snapshot.text_space, 7.0)
 
 
-def clip_vectors(settings: Serve = SETTINGS) -> tuple[ClipVectors, Encoders, Loader]:
-    encoders, loader = Encoders(), Loader()
+def clip_vectors(settings: Serve = SETTINGS) -> tuple[ClipVectors, Encoders, Any]:
+    encoders, loader = Encoders(), ImageLoader(Preprocess(size=16), settings)
     return ClipVectors(encoders, loader, Words(), settings), encoders, loader  # type: ignore[arg-type]
 
 
@@ -77,21 +66,25 @@ async def test_images_of_a_flood_wait_unopened_and_others_go_ahead_of_them() -> 
     """
     vectors, encoders, loader = clip_vectors(SETTINGS.model_copy(update={"cache_bytes": 0}))
     encoders.go.clear()
+    inspect = loader.inspect = AsyncMock(wraps=loader.inspect)
     pictures: list[ImageSource] = [("image", png(4, 4))] * 4
 
     def ask(caller: str, seconds: float = 60.0) -> asyncio.Task[Any]:
         return asyncio.create_task(vectors.of_images(pictures, LIVE, time.monotonic() + seconds, caller))
 
+    def opened(caller: str) -> int:
+        return sum(call.args[1] == caller for call in inspect.await_args_list)
+
     flood = [ask("flood") for _ in range(40)]
-    await until(lambda: len(loader.opened) == int(BATCHES_IN_WORK * 3 / 4))  # each request is a batch
+    await until(lambda: opened("flood") == int(BATCHES_IN_WORK * 3 / 4))  # each request is a batch
     good = ask("good")
-    await until(lambda: "good" in loader.opened)
-    assert loader.opened.count("flood") == int(BATCHES_IN_WORK * 3 / 4)
+    await until(lambda: opened("good"))
+    assert opened("flood") == int(BATCHES_IN_WORK * 3 / 4)
     with pytest.raises(DeadlineExceeded, match="turn"):
         await ask("flood", 0.05)
     encoders.go.set()
     assert [len(found.rows) for found in await asyncio.gather(good, *flood)] == [4] * 41
-    assert loader.opened.count("flood") == 40
+    assert opened("flood") == 40
     alone, one_of_two = room_for(SETTINGS), room_for(SETTINGS.model_copy(update={"ingress_replicas": 2}))
     assert alone.size == 2 * one_of_two.size, "ingress processes share what keeps the encoders busy"
     assert room_for(SETTINGS.model_copy(update={"encoder_max_replicas": 3})).size == 3 * alone.size

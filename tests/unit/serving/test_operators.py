@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 from unittest.mock import AsyncMock, Mock
 
 import pytest
@@ -30,35 +30,13 @@ from tests.unit.serving.auth_app import OPERATOR, AuthApp, Keys, refusal
 from tests.unit.serving.scripted_vlms import ScriptedVlms, about_image, app_of, app_state, client
 
 
-@dataclass
-class Models:
-    """Encoders and a catalog that fail as told and count calls, and a tokenizer."""
-
-    clip: Exception | None = None
-    catalog: Exception | None = None
-    passes: int = 0
-    gate: asyncio.Event | None = None
-    dependencies: dict[str, str] = field(default_factory=dict)
-
-    async def encode(self, *_: Any) -> None:
-        self.passes += 1
-        if self.gate is not None:
-            await self.gate.wait()
-        if self.clip is not None:
-            raise self.clip
-
-    def rows(self, texts: list[str]) -> list[list[int]]:
-        return [[1, 2] for _ in texts]
-
-    async def status(self) -> dict[str, Any]:
-        if self.catalog is not None:
-            raise self.catalog
-        return {"dependencies": self.dependencies}
-
-
-def state_of(models: Models, vlms: ScriptedVlms | None = None) -> AppState:
-    both = cast(Any, models)
-    return replace(app_state(vlms), encoders=both, index=both, tokenizer=both)
+def state_of(
+    vlms: ScriptedVlms | None = None, clip: Any = None, catalog: Any = None, dependencies: dict[str, str] | None = None
+) -> AppState:
+    """Encoders, with a tokenizer, and a catalog that fail as told."""
+    encoders = Mock(encode=AsyncMock(side_effect=clip), rows=Mock(return_value=[[1, 2]]))
+    index = Mock(status=AsyncMock(side_effect=catalog, return_value={"dependencies": dependencies or {}}))
+    return replace(app_state(vlms), encoders=encoders, index=index, tokenizer=encoders)
 
 
 DEAD = Unavailable("no replica answered.")
@@ -67,23 +45,22 @@ STARTING = "the VLM is starting again, after it failed: MemoryError: no room"
 
 
 @pytest.mark.parametrize(
-    ("models", "vlms", "others"),
+    ("vlms", "failing", "others"),
     [
-        (Models(), ScriptedVlms(), {}),
-        (Models(clip=FULL), ScriptedVlms(failure=FULL), {}),  # is no outage
-        (Models(), None, {"ready/vlm": 404, "ready?model=vlm": 404}),
-        (Models(), ScriptedVlms(failure=DEAD), dict.fromkeys(["ready/vlm", "ready?model=vlm", "live", "state"], 503)),
-        (Models(catalog=DEAD), ScriptedVlms(), {"state": 503}),
-        (Models(clip=DEAD), ScriptedVlms(), dict.fromkeys(["ready", "ready/clip", "live", "state"], 503)),
-        (Models(), ScriptedVlms(start_problem=STARTING), dict.fromkeys(["ready/vlm", "ready?model=vlm", "state"], 503)),
+        (ScriptedVlms(), {}, {}), (ScriptedVlms(failure=FULL), {"clip": FULL}, {}),  # is no outage
+        (None, {}, {"ready/vlm": 404, "ready?model=vlm": 404}),
+        (ScriptedVlms(failure=DEAD), {}, dict.fromkeys(["ready/vlm", "ready?model=vlm", "live", "state"], 503)),
+        (ScriptedVlms(), {"catalog": DEAD}, {"state": 503}),
+        (ScriptedVlms(), {"clip": DEAD}, dict.fromkeys(["ready", "ready/clip", "live", "state"], 503)),
+        (ScriptedVlms(start_problem=STARTING), {}, dict.fromkeys(["ready/vlm", "ready?model=vlm", "state"], 503)),
     ],
     ids=["all", "full", "no VLM", "VLM away", "catalog away", "CLIP away", "VLM starting"],
-)
+)  # fmt: skip
 async def test_each_probe_says_whether_what_it_is_about_answers(
-    models: Models, vlms: ScriptedVlms | None, others: dict[str, int]
+    vlms: ScriptedVlms | None, failing: dict[str, Exception], others: dict[str, int]
 ) -> None:
     names = ("ready", "ready/clip", "ready/vlm", "ready?model=vlm", "live", "state")
-    async with client(state_of(models, vlms)) as http:
+    async with client(state_of(vlms, **failing)) as http:
         answers = {name: await http.get(f"/health/{name}") for name in names}
     assert {name: answer.status_code for name, answer in answers.items()} == dict.fromkeys(names, 200) | others
     if answers["live"].status_code == 200:
@@ -91,7 +68,7 @@ async def test_each_probe_says_whether_what_it_is_about_answers(
 
 
 async def test_a_part_that_does_not_answer_is_named_with_the_reason() -> None:
-    async with client(state_of(Models(clip=DEAD, catalog=DEAD), ScriptedVlms(failure=FULL))) as http:
+    async with client(state_of(ScriptedVlms(failure=FULL), DEAD, DEAD)) as http:
         assert "no replica answered" in refusal(await http.get("/health/ready"), 503, "not_ready")
         state = await http.get("/health/state")
     assert refusal(state, 503, "not_ready") == "not ready: clip, catalog."
@@ -101,7 +78,7 @@ async def test_a_part_that_does_not_answer_is_named_with_the_reason() -> None:
 async def test_requests_to_a_vlm_that_starts_are_refused_at_once_with_the_reason_and_it_is_not_listed() -> None:
     question = {"image": "", "question": "what?", "model": "vlm"}
     chat = {"model": "vlm", "messages": about_image()}
-    async with client(state_of(Models(), ScriptedVlms(start_problem=STARTING))) as http:
+    async with client(state_of(ScriptedVlms(start_problem=STARTING))) as http:
         answers = [await http.post("/v1/chat/completions", json={**chat, "stream": stream}) for stream in (False, True)]
         answers += [await http.post("/v1/vqa", json=question), await http.get("/health/ready/vlm")]
         state = (await http.get("/health/state")).json()
@@ -116,8 +93,7 @@ async def test_requests_to_a_vlm_that_starts_are_refused_at_once_with_the_reason
 async def test_health_names_the_state_of_each_dependency_and_stays_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dependencies, "_current", {})
     dependencies.noted(LedgerUnavailable("the ledger does not answer.", state="slow"))
-    models = Models(dependencies={"store": "refused"})
-    async with client(state_of(models)) as http:
+    async with client(state_of(dependencies={"store": "refused"})) as http:
         assert (await http.get("/health/ready")).json()["dependencies"] == {"ledger": "slow"}
         state = await http.get("/health/state")
         assert (state.status_code, state.json()["dependencies"]) == (200, {"ledger": "slow", "store": "refused"})
@@ -126,7 +102,7 @@ async def test_health_names_the_state_of_each_dependency_and_stays_ready(monkeyp
 
 
 async def test_a_server_that_drains_is_not_ready_and_is_alive() -> None:
-    state = state_of(Models(), ScriptedVlms())
+    state = state_of(ScriptedVlms())
     async with client(state) as http:
         assert (await http.get("/health/ready")).status_code == 200
         state.admission.closed = True
@@ -138,7 +114,7 @@ async def test_a_server_that_drains_is_not_ready_and_is_alive() -> None:
 
 
 async def test_before_a_release_is_live_nothing_is_ready() -> None:
-    state = replace(state_of(Models()), admission=Admission(), refresh=AsyncMock())
+    state = replace(state_of(), admission=Admission(), refresh=AsyncMock())
     async with client(state) as http:
         assert "no release is live" in refusal(await http.get("/health/ready"), 503, "not_ready")
 
@@ -147,24 +123,29 @@ async def test_a_flood_of_probes_costs_one_forward_pass(monkeypatch: pytest.Monk
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
     monkeypatch.setattr(health, "time", clock)
-    models, gate = Models(), asyncio.Event()
-    models.gate = gate
-    async with client(state_of(models)) as http:
+    gate = asyncio.Event()
+
+    async def encode(*_: Any) -> None:
+        await gate.wait()
+
+    state = state_of(clip=encode)
+    passes: Any = state.encoders.encode
+    async with client(state) as http:
         leaving, *staying = [asyncio.create_task(http.get("/health/ready")) for _ in range(200)]
-        await until(lambda: models.passes)
+        await until(lambda: passes.await_count)
         leaving.cancel()
         await asyncio.wait([leaving])
         gate.set()
         assert {answer.status_code for answer in await asyncio.gather(*staying)} == {200}
-        assert models.passes == 1
+        assert passes.await_count == 1
         now[0] = health.FRESH_SECONDS
         await http.get("/health/ready")
-        assert models.passes == 2, "computed again when it is old"
+        assert passes.await_count == 2, "computed again when it is old"
 
 
 async def test_what_answers_is_exported_though_nobody_asks() -> None:
-    models = Models(catalog=DEAD)
-    watching = asyncio.create_task(health.Probes(state_of(models, ScriptedVlms(failure=DEAD))).watch())
+    state = state_of(ScriptedVlms(failure=DEAD), catalog=DEAD)
+    watching = asyncio.create_task(health.Probes(state).watch())
 
     def exported() -> dict[str, float]:
         samples = declared.SERVING_UP.collect()[0].samples
@@ -195,53 +176,39 @@ async def test_a_rollback_is_refused_at_once_while_the_ledger_hangs(
         hung.set()
 
 
-class GrowingLedger:
-    """Has one more release at each read. Waits while ``go`` is not set."""
-
-    def __init__(self) -> None:
-        self.newest = 0
-        self.inside = 0
-        self.away = False
-        self.go = threading.Event()
-        self.go.set()
-
-    def read(self, limit: int) -> list[Any]:
-        self.inside += 1
-        assert self.go.wait(60)
-        self.inside -= 1
-        if self.away:
-            raise LedgerUnavailable("away.")
-        self.newest += 1
-        return [SimpleNamespace(number=number) for number in range(self.newest, 0, -1)][:limit]
-
-
 async def numbers(releases: LastReleases, limit: int = 1) -> list[int]:
     return [row.number for row in await releases.get(limit)]
 
 
 async def test_releases_are_as_new_as_the_ledger_or_the_last_ones_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger = GrowingLedger()
-    releases = LastReleases(ledger.read)
-    assert [await numbers(releases), await numbers(releases, 2)] == [[1], [2, 1]]
-    monkeypatch.setattr(operations, "READ_SECONDS", 0.05)
-    ledger.go.clear()
-    try:
-        assert await asyncio.gather(*(numbers(releases, 5) for _ in range(50))) == [[2, 1]] * 50
-        assert ledger.inside == 1, "no second reading begins"
-    finally:
-        ledger.go.set()
+    newest, reading, away, go = 0, 0, True, threading.Event()
 
+    def read(limit: int) -> list[Any]:
+        """One more release at each read."""
+        nonlocal newest, reading
+        reading += 1
+        assert go.wait(60)
+        reading -= 1
+        if away:
+            raise LedgerUnavailable("away.")
+        newest += 1
+        return [SimpleNamespace(number=number) for number in range(newest, 0, -1)][:limit]
 
-async def test_while_the_ledger_is_away_the_last_ones_are_told_and_without_one_why() -> None:
-    ledger = GrowingLedger()
-    releases = LastReleases(ledger.read)
-    ledger.away = True
+    releases = LastReleases(read)
+    go.set()
     with pytest.raises(LedgerUnavailable):
         await numbers(releases)
-    ledger.away = False
-    assert await numbers(releases) == [1]
-    ledger.away = True
-    assert await numbers(releases) == [1]
+    away = False
+    assert [await numbers(releases), await numbers(releases, 2)] == [[1], [2, 1]]
+    away = True
+    assert await numbers(releases) == [2]
+    monkeypatch.setattr(operations, "READ_SECONDS", 0.05)
+    go.clear()
+    try:
+        assert await asyncio.gather(*(numbers(releases, 5) for _ in range(50))) == [[2, 1]] * 50
+        assert reading == 1, "no second reading begins"
+    finally:
+        go.set()
 
 
 PATH = "/admin/v1/deletions"
