@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import httpx
-import numpy as np
 from fastapi import FastAPI
-from PIL import Image
 from pydantic import SecretStr
 from starlette.types import ASGIApp, Message
 
@@ -26,6 +23,7 @@ from serving.http.app_state import AppState
 from serving.http.image_loader import ImageLoader
 from serving.releases.admission import Admission
 from serving.releases.types import ReleaseSnapshot
+from tests.support import pictures
 
 SETTINGS = Serve(vlm_max_tokens=32, deadline_seconds=5, max_pixels=1_000_000)
 WINDOW = (ReleaseSnapshot(3, "clip-a", "i3", "t3", "vlm-b"), ReleaseSnapshot(2, "clip-a", "i3", "t3", None))
@@ -115,9 +113,7 @@ def client(at: AppState) -> httpx.AsyncClient:
 
 
 def png(width: int = 6, height: int = 4, colour: tuple[int, int, int] = (200, 30, 30)) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((height, width, 3), colour, np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return pictures.png(colour, (width, height))
 
 
 def uri(data: bytes | None = None) -> str:
