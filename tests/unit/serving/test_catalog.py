@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock, Mock
 
-import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -22,8 +21,7 @@ from core.settings import Settings
 from core.settings.serving import Serve
 from serving.catalog import catalog as catalogs
 from serving.catalog.catalog import Catalog, repeat
-from serving.catalog.queries import Filters, Hit, as_filters
-from serving.catalog.tables import Tables
+from serving.catalog.queries import Hit, as_filters
 from serving.engines.preprocess import Preprocess
 from serving.messages import EncodeResult
 from serving.releases.types import Residency
@@ -101,27 +99,22 @@ async def test_filters_are_conditions_and_not_code(catalog: World) -> None:
     catalog.put(0, 12)
     await catalog.hold(HERE)
 
-    async def texts(filters: Filters) -> set[str]:
-        return set(await catalog.texts(0, filters=filters))
+    async def texts(**conditions: Any) -> set[str]:
+        return set(await catalog.texts(0, filters=as_filters(**conditions)))
 
-    assert await texts(as_filters(domain=["even"])) == {f"text {n}" for n in range(0, 12, 2)}
-    assert len(await texts(as_filters(source=["o'test"]))) == 12
-    assert await texts(as_filters(source=["' OR 1=1 --"])) == set()
-    since, until = datetime(2024, 1, 3, tzinfo=UTC), datetime(2024, 1, 5)
-    assert await texts(as_filters(since=since, until=until)) == {"text 2", "text 3"}
+    assert await texts(domain=["even"]) == {f"text {n}" for n in range(0, 12, 2)}
+    assert len(await texts(source=["o'test"])) == 12
+    assert await texts(source=["' OR 1=1 --"]) == set()
+    assert await texts(since=datetime(2024, 1, 3, tzinfo=UTC), until=datetime(2024, 1, 5)) == {"text 2", "text 3"}
 
 
-def test_an_empty_space_finds_nothing_and_another_dimension_is_an_error(tmp_path: Path) -> None:
-    tables = Tables(str(tmp_path / "c"), tmp_path / "index")
-    assert tables.search("cccc", vector(0), 5, ALL) == []
-    one = pa.table(
-        {"id": ["a"], "domain": [""], "source": [""], "time": pa.array([None], pa.timestamp("us", "UTC")), "text": [""]}
-    )
-    tables.merge("cccc", one, vector(1)[None])
-    with pytest.raises(StoreError, match="dimension"):
-        tables.search("cccc", vector(0)[:4], 5, ALL)
-    with pytest.raises(StoreError, match="not the name"):
-        tables.search("../x", vector(0), 5, ALL)
+async def test_an_empty_space_finds_nothing_and_another_dimension_is_an_error(catalog: World) -> None:
+    catalog.put(0, 1)
+    await catalog.hold(HERE)
+    assert catalog.tables.search("cccc", vector(0), 5, ALL) == []
+    for space, query, told in (("aaaa", vector(0)[:4], "dimension"), ("../x", vector(0), "not the name")):
+        with pytest.raises(StoreError, match=told):
+            catalog.tables.search(space, query, 5, ALL)
 
 
 async def test_a_deleted_sample_leaves_every_table_until_it_is_sent_again(catalog: World) -> None:
@@ -249,28 +242,17 @@ async def test_a_late_window_does_not_change_the_live_space(catalog: World) -> N
 HIT = Hit("id", 0.5, "", "", "", None)
 
 
-class HungStore:
-    """Reads wait until the store answers again."""
-
-    def __init__(self) -> None:
-        self.answers = threading.Event()
-        self.reads = 0
-
-    def read(self, *_: Any) -> list[Hit]:
-        self.reads += 1
-        self.answers.wait(60)
-        return [HIT]
-
-
 @pytest.fixture
-async def hung(catalog: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HungStore]:
+async def hung(catalog: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Mock]:
+    """Reads wait until the store ``answers`` again."""
     monkeypatch.setattr(catalogs, "READ_SECONDS", 0.3)
     monkeypatch.setattr(catalogs, "RETRY_SECONDS", 0.5)
     await catalog.adopt([HERE])
-    store = HungStore()
-    monkeypatch.setattr(catalog.tables, "search", store.read)
+    answers = threading.Event()
+    store = Mock(side_effect=lambda *_, **__: answers.wait(60) and [HIT], answers=answers)
+    monkeypatch.setattr(catalog.tables, "search", store)
     yield store
-    store.answers.set()
+    answers.set()
 
 
 async def ask(catalog: World) -> list[Hit]:
@@ -284,11 +266,11 @@ async def refuse(catalog: World, times: int) -> None:
         time.sleep(0.1)
 
 
-async def test_searches_of_a_hung_store_end(catalog: World, hung: HungStore, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_searches_of_a_hung_store_end(catalog: World, hung: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
     began = time.monotonic()
     await refuse(catalog, 10)  # more than there are threads
-    assert time.monotonic() - began < 10 and hung.reads < 5
-    monkeypatch.setattr(catalog, "corpus", SimpleNamespace(scan=lambda **_: hung.read()))
+    assert time.monotonic() - began < 10 and hung.call_count < 5
+    monkeypatch.setattr(catalog, "corpus", SimpleNamespace(scan=hung))
     with pytest.raises(StoreUnavailable):
         await catalog.image("f" * 64)
     hung.answers.set()
@@ -304,11 +286,11 @@ async def test_searches_of_a_hung_store_end(catalog: World, hung: HungStore, mon
         assert await ask(catalog) == [HIT]
 
 
-async def test_an_index_needs_no_store(catalog: World, hung: HungStore, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_index_needs_no_store(catalog: World, hung: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
     await refuse(catalog, 10)
     monkeypatch.setattr(catalog.tables.indexes, "usable", lambda space: ("index", "effort"))
     monkeypatch.setattr(catalog.tables, "search_index", lambda *_: ([HIT], [HIT.id]))
-    monkeypatch.setattr(catalog.tables, "with_texts", hung.read)
+    monkeypatch.setattr(catalog.tables, "with_texts", hung)
     for _ in range(10):
         assert await ask(catalog) == [HIT]
 
