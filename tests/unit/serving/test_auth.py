@@ -91,6 +91,7 @@ async def test_a_key_opens_what_its_scopes_name_and_the_bootstrap_key_everything
     assert (await closed.get("/v1/samples/some/image", search)).status_code not in (401, 403)
     for key in (publish, operate):
         assert (await closed.get("/admin/v1/quarantine", key)).status_code == 200
+        assert (await closed.get("/v1/records/t/0/x", key)).status_code == 400  # no offset
     for path in ("/v1/models", "/admin/v1/quarantine", "/metrics", "/docs", "/openapi.json"):
         assert (await closed.get(path, OPERATOR)).status_code == 200
     refusal(await closed.get("/v1/models", OPERATOR + "x"), 401, "invalid_api_key")
