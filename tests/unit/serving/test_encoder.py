@@ -108,7 +108,7 @@ async def test_a_batch_answers_each_request_under_its_adapter(worker: Worker, ki
 async def test_an_adapter_is_loaded_by_the_request_for_it(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     name = worker.stored(3)
     (answer,) = await worker.encode_texts(adapter=name)
-    assert answer.code == "" and worker.engine.resident == (name,)
+    assert answer.code == "" and (await worker.status())["resident"] == [name]
     returned: list[None] = []
     monkeypatch.setattr(module, "return_free_memory", lambda: returned.append(None))
     assert await worker.retire([None]) == [name]
