@@ -351,8 +351,11 @@ async def test_a_batch_that_fails_fails_its_own_requests_only(engine: Engine) ->
     assert (await engine.submit(CANARY)).code == ""
 
 
-async def test_after_a_batch_of_several_the_next_one_waits_to_fill(engine: Engine) -> None:
+async def test_requests_one_at_a_time_do_not_wait_and_after_a_batch_of_several_the_next_fills(engine: Engine) -> None:
     engine.queue = FairBatches(engine.run, MAX_TEXTS, wait_seconds=60.0)
+    for _ in range(3):
+        await engine.submit(STABLE)
+    engine.batches = []
     first = await engine.busy()
     several = [engine.submit(STABLE) for _ in range(2)]
     await asyncio.sleep(0)
@@ -364,12 +367,6 @@ async def test_after_a_batch_of_several_the_next_one_waits_to_fill(engine: Engin
     assert len(engine.batches) == 2
     await asyncio.gather(*tasks, engine.submit(STABLE))  # full: no request waits any longer
     assert len(engine.batches) == 3
-
-
-async def test_requests_one_at_a_time_do_not_wait(engine: Engine) -> None:
-    engine.queue = FairBatches(engine.run, MAX_TEXTS, wait_seconds=60.0)
-    for _ in range(3):
-        await engine.submit(STABLE)
 
 
 async def test_a_caller_whose_requests_wait_long_still_asks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
