@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import AsyncMock, Mock
@@ -69,9 +70,7 @@ async def test_what_answering_needs_is_loaded_the_stable_side_of_a_canary_too(le
     assert (rows.needed("clip"), rows.needed("vlm")) == ((None,), (None,)), "the base, before the first release"
 
 
-async def test_a_replica_that_lags_for_too_long_is_unhealthy_unless_another_one_would_not_have_the_adapter_either(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_replica_behind_is_unhealthy_unless_all_are(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger.commit_release(2, clip="a", vlm=None, actor="t", reason="r", proposal_id=None)
     replica = Replica(ledger, broken={"a"})
     following, before = replica.follower(), asyncio.all_tasks()
@@ -112,10 +111,7 @@ async def test_a_ledger_that_is_away_is_no_lag(ledger: Ledger, monkeypatch: pyte
     ids=["live adapter gone", "replica at fault", "nothing can be served", "an older release cannot be loaded"],
 )
 def test_a_replica_starts_when_it_can_serve_what_every_other_one_could(answers: list[Prepared], starts: bool) -> None:
-    if starts:
-        check_start(answers, ["a"])
-        return
-    with pytest.raises(RuntimeError, match="cannot be loaded"):
+    with nullcontext() if starts else pytest.raises(RuntimeError, match="cannot be loaded"):
         check_start(answers, ["a"])
 
 
