@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from core.errors import RecordError
+from core.errors import RecordError, StoreError
 from serving.catalog.catalog import Catalog
 from serving.catalog.queries import Filters
 from serving.catalog.tables import Tables
@@ -49,13 +49,17 @@ def pixels(data: bytes) -> np.ndarray:
 
 
 class Encoder:
-    """Vectors that depend on image and adapter; counts calls."""
+    """Vectors that depend on image and adapter; counts calls, and fails at those of the numbers ``failing``."""
 
-    def __init__(self) -> None:
+    def __init__(self, *failing: int) -> None:
+        self.failing = failing
         self.calls: list[tuple[int, str | None]] = []
         self.gate: asyncio.Event | None = None
 
     async def __call__(self, batch: np.ndarray, clip: str | None) -> np.ndarray:
+        if len(self.calls) in self.failing:
+            self.calls.append((0, clip))
+            raise StoreError("the replica died", "")
         self.calls.append((len(batch), clip))
         if self.gate is not None:
             await self.gate.wait()

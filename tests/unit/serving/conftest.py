@@ -7,8 +7,8 @@ import pytest
 
 from core.artifacts import Artifacts
 from core.ledger import Ledger
-from streams.store.sample_store import SampleStore
 from tests.unit.serving.auth_app import AuthApp, Keys
+from tests.unit.serving.catalog_world import World
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +31,6 @@ def closed(keys: Keys, tmp_path: Path) -> AuthApp:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> SampleStore:
-    return SampleStore(str(tmp_path / "lake"))
-
-
-@pytest.fixture
 def artifacts(tmp_path: Path) -> Artifacts:
     """Have adapters a to f, of 1,000 bytes each."""
     made = Artifacts(str(tmp_path / "artifacts"))
@@ -45,3 +40,8 @@ def artifacts(tmp_path: Path) -> Artifacts:
         (folder / "adapter_model.safetensors").write_bytes(name.encode() * 1000)
         made.put_directory(folder, f"adapters/{name}")
     return made
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> World:
+    return World(tmp_path)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import httpx
-import numpy as np
 from fastapi import FastAPI
-from PIL import Image
 from pydantic import SecretStr
+from starlette.types import ASGIApp, Message
 
 from core.access import Access
 from core.settings import Settings
@@ -25,6 +23,7 @@ from serving.http.app_state import AppState
 from serving.http.image_loader import ImageLoader
 from serving.releases.admission import Admission
 from serving.releases.types import ReleaseSnapshot
+from tests.support import pictures
 
 SETTINGS = Serve(vlm_max_tokens=32, deadline_seconds=5, max_pixels=1_000_000)
 WINDOW = (ReleaseSnapshot(3, "clip-a", "i3", "t3", "vlm-b"), ReleaseSnapshot(2, "clip-a", "i3", "t3", None))
@@ -114,9 +113,7 @@ def client(at: AppState) -> httpx.AsyncClient:
 
 
 def png(width: int = 6, height: int = 4, colour: tuple[int, int, int] = (200, 30, 30)) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((height, width, 3), colour, np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return pictures.png(colour, (width, height))
 
 
 def uri(data: bytes | None = None) -> str:
@@ -137,34 +134,53 @@ def skip(seconds: float) -> None:
     loop.time = lambda: now() + seconds  # type: ignore[method-assign]
 
 
-class Visitor:
-    """One request at the ASGI level, whose client can hang up."""
+class RawRequest:
+    """One request at the ASGI level, whose client sends its body at once, in pieces or never, and can hang up."""
 
-    def __init__(self, app: FastAPI, path: str, body: bytes) -> None:
+    def __init__(
+        self, app: ASGIApp, path: str = "/v1/embeddings", body: bytes | None = None, peer: str = "127.0.0.1",
+        length: int = 100,
+    ) -> None:  # fmt: skip
+        length = length if body is None else len(body)
         self.scope: dict[str, Any] = {
             "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
-            "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())],
-            "client": ("127.0.0.1", 1), "server": ("ratchet", 80), "scheme": "http", "http_version": "1.1",
-            "root_path": "", "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "headers": [
+                (b"host", b"localhost"), (b"content-type", b"application/json"),
+                (b"content-length", str(length).encode()),
+            ],
+            "client": (peer, 1), "server": ("localhost", 80), "scheme": "http", "http_version": "1.1", "root_path": "",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
         }  # fmt: skip
-        self.app = app
-        self.body: bytes | None = body
-        self.sent: list[Any] = []
-        self.gone = asyncio.Event()
+        self.messages: asyncio.Queue[Message] = asyncio.Queue()
+        self.sent: list[Message] = []
+        self.reads = asyncio.Event()
+        self.reads.set()
+        if body is not None:
+            self.send_body(body, more=False)
+        self.task = asyncio.create_task(self._run(app))
 
-    async def receive(self) -> dict[str, Any]:
-        if self.body is not None:
-            body, self.body = self.body, None
-            return {"type": "http.request", "body": body, "more_body": False}
-        await self.gone.wait()
-        return {"type": "http.disconnect"}
+    async def _run(self, app: ASGIApp) -> None:
+        await app(self.scope, self.receive, self.send)
 
-    async def send(self, message: Any) -> None:
+    async def receive(self) -> Message:
+        message = await self.messages.get()
+        if message["type"] == "http.disconnect":
+            self.hang_up()  # told whenever it is asked for
+        return message
+
+    async def send(self, message: Message) -> None:
+        await self.reads.wait()
         self.sent.append(message)
 
-    def start(self) -> asyncio.Task[None]:
+    def send_body(self, data: bytes, more: bool = True) -> None:
+        self.messages.put_nowait({"type": "http.request", "body": data, "more_body": more})
 
-        async def run() -> None:
-            await self.app(self.scope, self.receive, self.send)
+    def hang_up(self) -> None:
+        self.messages.put_nowait({"type": "http.disconnect"})
 
-        return asyncio.create_task(run())
+    async def status(self) -> int:
+        await self.task
+        return int(self.sent[0]["status"])
+
+    def body(self) -> str:
+        return b"".join(message.get("body", b"") for message in self.sent).decode()

@@ -1,58 +1,51 @@
+"""How a server starts, scales and ends: its deployments, its processes, and what it says meanwhile."""
+
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import gc
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import AsyncMock, Mock
 
 import pytest
-from ray import serve
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from core.errors import ConfigError, LedgerUnavailable
-from core.files import replace_file
+from core.errors import ConfigError
 from core.ledger import Family, Ledger
+from core.loading import load_settings
 from core.settings import Settings
 from core.settings.section import MIB
 from core.settings.serving import Serve
 from ratchet_client import ServerError
 from serving import app as module
 from serving import start_progress
-from serving.app import build, drain, drain_seconds, encoder_calls, encoder_scale, ingress_scale, vlm_scale
+from serving.app import build, drain_seconds, encoder_calls, encoder_scale, ingress_scale, vlm_scale
 from serving.http import ingress
+from serving.http.clip_vectors import ClipVectors
 from serving.http.ingress import SHARED, Ingress, share_of, token_texts
+from serving.http.store_services import DeletionService, QuarantineService
 from serving.messages import IMAGE_COST, IMAGES_PER_REQUEST, PROMPTS_PER_TEXT, TEXTS_PER_REQUEST
+from serving.own_threads import OwnThreads
+from serving.ray import ray_session, replica_process
 from serving.ray.deployment_status import DeploymentStatus
-from serving.releases.residency import encode_copy, read_residency, residency_path
+from serving.ray.ray_session import end_leftovers
+from serving.ray.replica_process import freeze_gc
+from serving.releases.residency import ResidencyRows
+from serving.replicas.follower import ResidencyFollower, ResidencyReader
 from serving.start_progress import StartProgress, Statuses
 from tests.support.clock import Clock
-
-
-class Draining:
-    """Answers each call of ``drain`` with the next counts of two replicas, then repeats the last ones."""
-
-    def __init__(self, *counts: list[dict[int, int]]) -> None:
-        self.counts = list(counts)
-
-    def broadcast(self, method: str) -> Draining:
-        assert method == "drain"
-        return self
-
-    async def results_async(self, return_exceptions: bool) -> list[dict[int, int]]:
-        return self.counts.pop(0) if len(self.counts) > 1 else self.counts[0]
-
-
-async def test_a_drain_ends_when_no_replica_has_a_request_in_flight_or_at_its_deadline(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for handle, seconds, drained in (
-        (Draining([{3: 1}, {}], [{}, {3: 2}], [{}, {}]), 60, True), (Draining([{3: 1}]), 0.2, False),
-    ):  # fmt: skip
-        monkeypatch.setattr(serve, "get_deployment_handle", lambda name, app, handle=handle: handle)
-        async with asyncio.timeout(30):
-            assert await drain(seconds) is drained
-        assert len(handle.counts) == 1
 
 
 def test_every_replica_that_ends_has_until_the_last_deadline(tmp_path: Path) -> None:
@@ -71,19 +64,6 @@ def test_every_replica_that_ends_has_until_the_last_deadline(tmp_path: Path) -> 
     assert {"Ingress", "Encoder", "Catalog", "Controller"} <= seen.keys()
     assert set(seen.values()) == {drain_seconds(settings)}
     assert drain_seconds(settings) > settings.serve.deadline_seconds
-
-
-def test_a_start_without_a_ledger_needs_a_copy_of_the_residency(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ledger = Ledger.open(f"sqlite:///{tmp_path / 'other.db'}")
-    ledger.commit_release(1, clip=None, vlm=None, actor="t", reason="r", proposal_id=None)
-    settings = Settings(home=tmp_path, ledger_url="postgresql://nobody@127.0.0.1:1/none")
-    with pytest.raises(LedgerUnavailable):
-        module._migrate(settings)
-    replace_file(residency_path(tmp_path), encode_copy(read_residency(ledger, 2), {}))
-    module._migrate(settings)
-    assert "starting with release 1, the last known one (file)" in " ".join("".join(capsys.readouterr()).split())
 
 
 def test_the_start_says_when_clients_need_keys_or_nobody_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,37 +85,10 @@ def test_the_start_says_when_clients_need_keys_or_nobody_does(tmp_path: Path, mo
     assert told("0.0.0.0") == ""
 
 
-SCALES = {"ingress": (ingress_scale, 32), "encoder": (encoder_scale, 48), "vlm": (vlm_scale, 5)}
-
-
-class Idle:
-    """Shadow traffic that never compares, and probes that never ask."""
-
-    async def run(self) -> None:
-        await asyncio.Event().wait()
-
-    watch = run
-
-    @property
-    def probes(self) -> Idle:
-        return self
-
-    state = probes
-
-
-def starting(monkeypatch: pytest.MonkeyPatch, refresh: Any) -> Any:
-    replica: Any = object.__new__(Ingress)
-    replica._tasks, replica.vlms = {}, None
-    replica.shadow_traffic, replica.http_app = Idle(), Idle()
-    monkeypatch.setattr(replica, "refresh", refresh)
-    for name in ("_follow", "_read_keys"):
-        monkeypatch.setattr(replica, name, Idle().run)
-    return replica
-
-
-async def test_it_is_not_healthy_before_it_knows_what_is_live(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, answered = asyncio.Event(), asyncio.Event()
-    count = 0
+@pytest.mark.parametrize("known", [True, False], ids=["and then follows", "or nobody can tell in time"])
+async def test_it_is_not_healthy_before_it_knows_what_is_live(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingress, "FIRST_SECONDS", 60.0 if known else 0.0)
+    asked, answered, count = asyncio.Event(), asyncio.Event(), 0
 
     async def refresh() -> None:
         nonlocal count
@@ -143,21 +96,21 @@ async def test_it_is_not_healthy_before_it_knows_what_is_live(monkeypatch: pytes
         asked.set()
         await answered.wait()
 
-    replica = starting(monkeypatch, refresh)
+    forever = lambda: asyncio.Event().wait()  # noqa: E731
+    replica: Any = object.__new__(Ingress)
+    replica._tasks, replica.vlms = {}, None
+    replica.shadow_traffic = SimpleNamespace(run=forever)
+    replica.http_app = SimpleNamespace(state=SimpleNamespace(probes=SimpleNamespace(watch=forever)))
+    for name, method in (("refresh", refresh), ("_follow", forever), ("_read_keys", forever)):
+        monkeypatch.setattr(replica, name, method)
     health = asyncio.create_task(replica.check_health())
     await asked.wait()
-    assert not health.done()
-    answered.set()
+    if known:
+        assert not health.done()
+        answered.set()
     await health
     await replica.check_health()
-    assert count == 1  # from now on it follows
-
-
-async def test_it_starts_without_that_where_nobody_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingress, "FIRST_SECONDS", 0.0)
-    replica = starting(monkeypatch, asyncio.Event().wait)
-    await replica.check_health()
-    assert "follow" in replica._tasks
+    assert count == 1 and "follow" in replica._tasks  # from now on it follows
 
 
 def test_what_all_requests_share_is_divided_and_what_one_may_have_is_not() -> None:
@@ -177,9 +130,11 @@ def test_no_piece_of_a_request_waits_in_front_of_the_encoders(batch: int, pieces
     assert encoder_calls(Serve(queue=10, max_batch=batch)) > 10 * pieces
 
 
-@pytest.mark.parametrize("kind", SCALES)
-def test_the_number_of_processes_is_fixed_or_follows_the_requests_in_flight(kind: str) -> None:
-    scale_of, busy = SCALES[kind]
+@pytest.mark.parametrize(
+    ("kind", "scale_of", "busy"),
+    [("ingress", ingress_scale, 32), ("encoder", encoder_scale, 48), ("vlm", vlm_scale, 5)],
+)
+def test_the_number_of_processes_is_fixed_or_follows_what_is_in_flight(kind: str, scale_of: Any, busy: int) -> None:
     bounds = {f"{kind}_replicas": 2, "queue": 256, "max_batch": 24, "vlm_batch": 5}
     for most in (0, 1, 2):
         assert scale_of(Serve.model_validate({**bounds, f"{kind}_max_replicas": most})) == {"num_replicas": 2}
@@ -198,14 +153,11 @@ def test_tokens_put_together_are_the_text(tmp_path: Path) -> None:
     assert "".join(text_of(token) for token in made.encode("a red bus").ids) == "a red bus"
     assert [text_of(token) for token in made.encode("é").ids] == ["\ufffd", "\ufffd"]
     assert text_of(10_000) == "token_id:10000"
-
-
-def test_a_space_before_a_word_stays(tmp_path: Path) -> None:
-    made = Tokenizer(models.WordLevel({"\u2581red": 0, "\u2581bus": 1, "es": 2}, unk_token="es"))
-    made.decoder = decoders.Metaspace()
-    made.save(str(tmp_path / "tokenizer.json"))
-    assert "".join(token_texts(tmp_path)(token) for token in (0, 1, 2)) == " red buses"
     assert token_texts(tmp_path / "none")(7) == token_texts(None)(7) == "token_id:7"
+    spaced = Tokenizer(models.WordLevel({"\u2581red": 0, "\u2581bus": 1, "es": 2}, unk_token="es"))
+    spaced.decoder = decoders.Metaspace()
+    spaced.save(str(tmp_path / "tokenizer.json"))
+    assert "".join(token_texts(tmp_path)(token) for token in (0, 1, 2)) == " red buses", "a space before a word stays"
 
 
 UP = DeploymentStatus({"RUNNING": 1}, failed=False, cause="")
@@ -248,9 +200,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_it_says_when_each_model_answers_and_once_why_it_does_not(capsys: pytest.CaptureFixture[str]) -> None:
-    server = ScriptedServer(
-        clip=["nobody listens.", ""], vlm=["it is starting.", "it is starting.", "it is starting.", ""]
-    )
+    server = ScriptedServer(clip=["nobody listens.", ""], vlm=[*["it is starting."] * 3, ""])
     progress = server.progress("clip", "vlm")
     progress.wait_for("clip", int)
     words = said(capsys)
@@ -272,44 +222,131 @@ def test_a_server_that_says_something_new_is_waited_for_beyond_any_limit(clock: 
     [(False, r"CLIP does not start: nothing has moved for 121 s; last: it is starting"),
      (True, r"nothing has come of what is computed for 9\d\d s; last: it is starting")],
 )  # fmt: skip
-def test_a_server_that_does_nothing_is_given_up_and_one_that_computes_in_vain_later(
-    clock: Clock, computes: bool, told: str
-) -> None:
+def test_a_server_that_is_idle_is_given_up_and_one_that_computes_later(clock: Clock, computes: bool, told: str) -> None:
     with pytest.raises(ServerError, match=told):
         ScriptedServer(clip=["it is starting"]).progress("clip").wait_for("clip", lambda: clock.now * computes)
 
 
-def test_a_check_ends_the_wait() -> None:
-    def ended() -> None:
-        raise ConfigError("serve ended while starting")
-
+def test_a_check_and_a_deployment_that_serve_gave_up_end_the_start_of_clip() -> None:
+    ended = Mock(side_effect=ConfigError("serve ended while starting"))
     with pytest.raises(ConfigError, match="ended while starting"):
         ScriptedServer(clip=["nobody listens."]).progress("clip").wait_for("clip", int, ended)
-
-
-def test_a_deployment_that_serve_gave_up_ends_the_start_of_clip() -> None:
-    def statuses() -> Mapping[str, DeploymentStatus]:
-        return {"Encoder": FAILED, "Vlm": STARTS}
-
+    statuses = Mock(return_value={"Encoder": FAILED, "Vlm": STARTS})
     with pytest.raises(ConfigError, match="Encoder cannot start: OSError: no file"):
         ScriptedServer(clip=["no release"]).progress("clip", statuses=statuses).look()
 
 
-def test_once_clip_answers_a_deployment_that_fails_is_said_and_ends_nothing(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_once_clip_answers_a_failed_deployment_is_said_and_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     states = {"Encoder": UP, "Catalog": STARTS}
-    progress = ScriptedServer(clip=[""], vlm=["it is starting."]).progress("clip", "vlm", statuses=lambda: states)
+
+    def statuses() -> Mapping[str, DeploymentStatus]:
+        if not states:
+            raise ConnectionError("busy")
+        return states
+
+    progress = ScriptedServer(clip=[""], vlm=[*["it is starting."] * 3, ""]).progress("clip", "vlm", statuses=statuses)
     assert not progress.look()
     states["Catalog"] = FAILED
     assert not progress.look()
     words = said(capsys)
     assert "Encoder runs after" in words
     assert words.count("Catalog cannot start: OSError: no file") == 1
+    states.clear()
+    assert not progress.look() and progress.look()
 
 
-def test_a_controller_of_serve_that_cannot_be_asked_delays_nothing() -> None:
-    def statuses() -> Mapping[str, DeploymentStatus]:
-        raise ConnectionError("busy")
+TITLED = "exec -a VLLM::EngineCore sleep 60"
+UNTITLED = f"exec {shlex.quote(sys.executable)} -c 'import time; time.sleep(60)' --multiprocessing-fork"
 
-    assert ScriptedServer(clip=[""]).progress("clip", statuses=statuses).look()
+
+def engine(log: Path, command: str) -> subprocess.Popen[bytes]:
+    """A process with a command line of vLLM's, whose owner only its output tells."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as out:
+        made = subprocess.Popen(["bash", "-c", command], stdout=out, stderr=out, env={"PATH": "/usr/bin:/bin"})
+    while Path(f"/proc/{made.pid}/cmdline").read_bytes().split(b"\0")[0] in (b"bash", b""):  # empty amid exec
+        assert made.poll() is None
+    return made
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+@pytest.mark.parametrize("command", [TITLED, UNTITLED])
+def test_an_engine_of_this_session_is_ended_and_that_of_another_is_not(tmp_path: Path, command: str) -> None:
+    ours = engine(tmp_path / "session" / "logs" / "worker.out", command)
+    other = engine(tmp_path / "elsewhere" / "worker.out", command)
+    try:
+        end_leftovers(tmp_path / "session")
+        assert ours.wait(60) == -9
+        assert other.poll() is None
+    finally:
+        other.kill()
+        ours.kill()
+        other.wait(60)
+
+
+def test_every_variable_for_serve_is_one_that_this_version_of_serve_reads() -> None:
+    told = set(re.findall(r'"(RAY_SERVE_\w+)"', Path(ray_session.__file__).read_text()))
+    spec = find_spec("ray.serve._private.constants")
+    assert spec is not None and spec.origin is not None
+    read = set(re.findall(r'"(RAY_SERVE_\w+)"', Path(spec.origin).read_text()))
+    assert len(told) > 15
+    assert told <= read
+
+
+def test_the_environment_lets_large_messages_and_commands_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environ = {"TMPDIR": str(tmp_path)}
+    monkeypatch.setattr(os, "environ", environ)
+    settings = load_settings(overrides={"home": tmp_path}, environ={})
+    ray_session.prepare_environment(settings)
+    pictures = 3 * settings.serve.max_pixels  # gRPC's default, 4 MiB, is a picture of 1.4 megapixels
+    assert int(environ["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"]) > pictures + 2**20
+    assert environ[replica_process.SWITCH] == "1"
+    load_settings(overrides={"home": tmp_path}, environ=environ)
+
+
+def test_the_collector_looks_at_what_comes_later_alone_and_collects_it_by_itself() -> None:
+    """The imports of a replica are no measure of the garbage worth collecting: adapters leave a few megabytes each."""
+    gc.disable()  # to make these would collect them again and again
+    imported: list[list[object]] = [[] for _ in range(400_000)]
+    gc.enable()
+    freeze_gc()
+    collections = gc.get_stats()[2]["collections"]
+    later: list[list[object]] = []
+    try:
+        assert len(gc.get_objects()) < len(imported) / 100
+        for _ in range(100_000):
+            later.append([later])
+        assert gc.get_stats()[2]["collections"] > collections
+    finally:
+        later.clear()
+        imported.clear()
+        gc.unfreeze()
+
+
+ROWS = ResidencyRows((), None, ())
+UNUSED: Any = Mock()
+PURPOSES: dict[str, Callable[[], Awaitable[Any]]] = {
+    "deletions": lambda: DeletionService(Settings(), Mock(deletions=Mock(return_value=[]))).newest(5, None),
+    "quarantine": lambda: QuarantineService(Settings(), UNUSED).newest(5, None, None),
+    "reading": lambda: ResidencyReader(lambda: ROWS, UNUSED, UNUSED).read(),
+    "following": lambda: ResidencyFollower("encoder", lambda: ROWS, AsyncMock(return_value=[]), Mock()).step(),
+    "heads": lambda: ClipVectors(UNUSED, UNUSED, UNUSED, Serve()).classify(Mock(), UNUSED),
+}
+
+
+@pytest.mark.parametrize("purpose", PURPOSES)
+async def test_no_purpose_waits_for_the_threads_of_others(purpose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.ingest.resubmit.list_quarantine", lambda *_: [])
+    over, pool = threading.Event(), ThreadPoolExecutor(1)
+    asyncio.get_running_loop().set_default_executor(pool)
+    pool.submit(over.wait, 60)
+    try:
+        await asyncio.wait_for(PURPOSES[purpose](), 60)
+    finally:
+        over.set()
+
+
+async def test_a_call_sees_the_context_of_its_task() -> None:
+    request: ContextVar[str] = ContextVar("request")
+    request.set("r1")
+    assert await OwnThreads("test").run(request.get) == "r1"

@@ -1,26 +1,33 @@
-"""Calls to replicas through Ray's real handle: timeouts, retries, and broadcasts that reach every replica."""
+"""Calls to replicas and controllers through a scripted handle: time limits, retries, and broadcasts."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import numpy as np
 import pytest
+from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
-from core.errors import ReleaseError
+from core.errors import ReleaseConflict, ReleaseError
+from serving.app import drain
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, Message, TokenChunk
 from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, QueueFull, Unavailable, WrongSpace
-from serving.http.calls import CatalogCalls, VlmCalls
+from serving.http import calls as module
+from serving.http.calls import CatalogCalls, ControllerCalls, VlmCalls
 from serving.http.clip_vectors import EncoderCalls
 from serving.http.errors import ApiError
 from serving.messages import EncodeResult, Refusal
+from serving.ray.deployment_status import DeploymentStatus, cause_of
 from serving.ray.replica_calls import Attempts, call_every_replica, call_replica
-from serving.releases.types import ReleaseSnapshot
+from serving.releases.types import HoldCommand, ReleaseCommand, ReleaseResult, ReleaseSnapshot, RollbackCommand
 from tests.support.waiting import until
 from tests.unit.serving.scripted_vlms import app_state
 
@@ -28,6 +35,7 @@ ASK = GenerationRequest((Message("user", ("is it?",)),))
 VLM_STAMP = ReleaseSnapshot(3, None, "i", "t", "vlm-a")
 REPLY = GenerationResult("yes", (1,), (-0.1,), 5, "stop")
 ONE, LAST = TokenChunk("y", (1,), (-0.1,), 5, 1), TokenChunk("es", (2,), (-0.1,), 5, 2, "stop")
+DIED, FULL = RuntimeError("replica died"), BackPressureError(1, 1)
 
 
 class Response:
@@ -53,16 +61,14 @@ class Response:
         step = self.script.pop(0)
         if isinstance(step, BaseException):
             raise step
-        if callable(step):
-            return await step()
-        return step
+        return await step() if callable(step) else step
 
     def cancel(self) -> None:
         self.cancelled = True
 
 
 class Handle:
-    """Plays one script per call, and records the responses."""
+    """Plays one script per call, whatever the method, and records the responses."""
 
     def __init__(self, *scripts: list[Any]) -> None:
         self.scripts = list(scripts)
@@ -73,13 +79,18 @@ class Handle:
         assert stream
         return self
 
-    def __getattr__(self, _method: str) -> Handle:
+    def __getattr__(self, _method: str) -> Any:
         return self
 
     def remote(self, *arguments: Any) -> Response:
         self.asked.append(arguments)
         self.made.append(Response(self.scripts.pop(0)))
         return self.made[-1]
+
+
+def vlm(*scripts: list[Any], limit: int = 8) -> tuple[VlmCalls, Handle]:
+    handle: Any = Handle(*scripts)
+    return VlmCalls(handle, limit), handle
 
 
 def soon() -> float:
@@ -95,8 +106,7 @@ async def never() -> None:
 
 
 async def test_the_stamps_adapter_is_asked_with_the_time_left_because_clocks_may_differ() -> None:
-    handle = Handle([REPLY], [ONE, LAST], [[-1.0, -2.0]])
-    calls = VlmCalls(handle, limit=8)
+    calls, handle = vlm([REPLY], [ONE, LAST], [[-1.0, -2.0]])
     assert await calls.reply(ASK, VLM_STAMP, soon()) == REPLY
     assert await texts(calls) == ["y", "es"]
     assert await calls.score(ASK, ["yes", "no"], VLM_STAMP, soon()) == [-1.0, -2.0]
@@ -105,43 +115,37 @@ async def test_the_stamps_adapter_is_asked_with_the_time_left_because_clocks_may
     assert calls.running == 0
 
 
-async def test_a_reply_whose_replica_died_is_asked_again() -> None:
-    calls = VlmCalls(Handle([RuntimeError("replica died")], [REPLY]), limit=8)
-    assert await calls.reply(ASK, VLM_STAMP, soon()) == REPLY
-
-
-async def test_a_stream_is_asked_again_before_its_first_chunk_and_broken_off_after_it() -> None:
-    calls = VlmCalls(Handle([RuntimeError("died")], [ONE, LAST]), limit=8)
-    assert await texts(calls) == ["y", "es"]
-    handle = Handle([ONE, RuntimeError("died")], [ONE, LAST])
-    with pytest.raises(Unavailable, match="broke off"):
-        await texts(VlmCalls(handle, limit=8))
-    assert len(handle.made) == 1
-    with pytest.raises(Unavailable, match="broke off"):  # it ended without its last chunk
-        await texts(VlmCalls(Handle([ONE]), limit=8))
+async def test_an_answer_whose_replica_died_is_asked_again_and_a_stream_after_its_first_chunk_is_broken_off() -> None:
+    calls, _ = vlm([DIED], [REPLY], [DIED], [ONE, LAST])
+    assert (await calls.reply(ASK, VLM_STAMP, soon()), await texts(calls)) == (REPLY, ["y", "es"])
+    for script in ([ONE, DIED], [ONE]):  # the second ended without its last chunk
+        calls, handle = vlm(script, [ONE, LAST])
+        with pytest.raises(Unavailable, match="broke off"):
+            await texts(calls)
+        assert len(handle.made) == 1
 
 
 @pytest.mark.parametrize(
     ("refusal", "error"),
     [(Refusal("ask", "too long.", "cut it"), InvalidRequest), (Refusal("late", "late."), DeadlineExceeded),
-     (Refusal("adapter", "its file is damaged."), Unavailable)],
+     (Refusal("adapter", "its file is damaged."), Unavailable), (Refusal("busy", "it answers others"), QueueFull)],
 )  # fmt: skip
 async def test_refusals_are_raised_here(refusal: Refusal, error: type[Exception]) -> None:
+    calls, _ = vlm([refusal], [refusal], [refusal])
     with pytest.raises(error):
-        await VlmCalls(Handle([refusal], [refusal], [refusal]), limit=8).reply(ASK, VLM_STAMP, soon())
-    with pytest.raises(error):
-        await texts(VlmCalls(Handle([ONE, refusal]), limit=8))
+        await calls.probe(VLM_STAMP, soon())
+    calls, _ = vlm([ONE, refusal])
+    with pytest.raises(error if refusal.code != "busy" else Unavailable):
+        await texts(calls)
 
 
 async def test_more_than_the_limit_is_overload_but_a_health_check_gets_in() -> None:
-    handle = Handle([never], [REPLY], [BackPressureError(1, 1)])
-    calls = VlmCalls(handle, limit=1)
+    calls, handle = vlm([never], [REPLY], [FULL], limit=1)
     waiting = asyncio.create_task(calls.reply(ASK, VLM_STAMP, soon()))
     await until(lambda: handle.made)
-    with pytest.raises(QueueFull):
-        await calls.reply(ASK, VLM_STAMP, soon())
-    with pytest.raises(QueueFull):
-        await texts(calls)
+    for refused in (calls.reply(ASK, VLM_STAMP, soon()), texts(calls)):
+        with pytest.raises(QueueFull):
+            await refused
     await calls.probe(VLM_STAMP, soon())
     waiting.cancel()
     with suppress(asyncio.CancelledError):
@@ -152,36 +156,22 @@ async def test_more_than_the_limit_is_overload_but_a_health_check_gets_in() -> N
     assert calls.running == 0
 
 
-async def test_a_probe_of_a_busy_replica_is_answered_as_a_full_queue_is() -> None:
-    calls = VlmCalls(Handle([Refusal("busy", "it answers others")]), limit=1)
-    with pytest.raises(QueueFull):
-        await calls.probe(VLM_STAMP, soon())
-
-
 @pytest.mark.parametrize("stream", [True, False])
 async def test_after_the_deadline_it_is_late_or_says_what_went_wrong(stream: bool) -> None:
-    async def go(*scripts: list[Any]) -> Handle:
-        handle = Handle(*scripts)
-        calls = VlmCalls(handle, limit=8)
+    for scripts, error, told in (([[never]], DeadlineExceeded, ""), ([[DIED]] * 20, Unavailable, "replica died")):
+        calls, handle = vlm(*map(list, scripts))
         end = time.monotonic() + 0.1
-        await (texts(calls, end) if stream else calls.reply(ASK, VLM_STAMP, end))
-        return handle
-
-    with pytest.raises(DeadlineExceeded):
-        await go([never])
-    died: Callable[[], list[Any]] = lambda: [RuntimeError("engine died")]  # noqa: E731
-    with pytest.raises(Unavailable, match="engine died"):
-        await go(*(died() for _ in range(20)))
+        with pytest.raises(error, match=told):
+            await (texts(calls, end) if stream else calls.reply(ASK, VLM_STAMP, end))
+        assert told or handle.made[0].cancelled
 
 
 async def test_closing_a_stream_cancels_it_in_the_replica() -> None:
-    handle = Handle([ONE, never])
-    calls = VlmCalls(handle, limit=8)
+    calls, handle = vlm([ONE, never])
     stream = calls.stream(ASK, VLM_STAMP, soon())
     assert await anext(stream) == ONE
     await stream.aclose()  # type: ignore[attr-defined]
-    assert handle.made[0].cancelled
-    assert calls.running == 0
+    assert (handle.made[0].cancelled, calls.running) == (True, 0)
 
 
 SNAPSHOT = ReleaseSnapshot(3, "clip-a", "i", "t")
@@ -211,34 +201,35 @@ class Rounds:
         return list(self.current)
 
 
-async def test_a_full_queue_is_refused_at_once_or_tried_again() -> None:
-    full = BackPressureError(1, 1)
+async def test_a_full_queue_is_refused_at_once_or_tried_again_and_a_replica_that_died_too() -> None:
     with pytest.raises(QueueFull):
-        await call_replica(Handle([full]).remote, Attempts(60, "encoder"))
-    assert await call_replica(Handle([full], ["rows"]).remote, Attempts(60, "catalog"), retry_full=True) == "rows"
-
-
-async def test_when_the_time_is_over_the_last_failure_is_named() -> None:
-    handle = Handle(*[[RuntimeError("replica died")] for _ in range(20)])
-    with pytest.raises(Unavailable, match=r"no encoder answered .*replica died"):
-        await call_replica(handle.remote, Attempts(0.05, "encoder"))
-    waiting = Handle([never])
-    with pytest.raises(DeadlineExceeded, match="Send less"):
-        await call_replica(waiting.remote, Attempts(0.01, "encoder", "Send less."))
-    assert waiting.made[0].cancelled
+        await call_replica(Handle([FULL]).remote, Attempts(60, "encoder"))
+    handle: Any = Handle([FULL], [DIED], [{"rows": 1}])
+    assert await CatalogCalls(handle, 60.0).status() == {"rows": 1}
 
 
 async def test_a_broadcast_is_made_again_until_every_replica_answered() -> None:
-    handle: Any = Rounds(RuntimeError("no replica yet"), [], [1, RuntimeError("died")], [1, 2])
+    handle: Any = Rounds(RuntimeError("no replica yet"), [], [1, DIED], [1, 2])
     assert await call_every_replica(handle, "adopt", seconds=60) == [1, 2]
-    broken: Any = Rounds(*[[RuntimeError("died")]] * 20)
-    with pytest.raises(ReleaseError, match=r"not every replica answered 'adopt': RuntimeError: died"):
+    broken: Any = Rounds(*[[DIED]] * 20)
+    with pytest.raises(ReleaseError, match=r"not every replica answered 'adopt': RuntimeError: replica died"):
         await call_every_replica(broken, "adopt", seconds=0.05)
 
 
+async def test_a_drain_ends_when_no_request_is_in_flight_or_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rounds, seconds, drained in (
+        ([[{3: 1}, {}], [{}, {3: 2}], [{}, {}]], 60, True), ([[{3: 1}]] * 1000, 0.2, False),
+    ):  # fmt: skip
+        handle = Rounds(*rounds)
+        monkeypatch.setattr(serve, "get_deployment_handle", lambda name, app, handle=handle: handle)
+        async with asyncio.timeout(30):
+            assert await drain(seconds) is drained
+        assert (handle.rounds == []) is drained
+
+
 def encoders(*answers: EncodeResult, max_batch: int = 16) -> tuple[EncoderCalls, Handle]:
-    handle = Handle(*([answer] for answer in answers))
-    return EncoderCalls(handle, max_batch), handle  # type: ignore[arg-type]
+    handle: Any = Handle(*([answer] for answer in answers))
+    return EncoderCalls(handle, max_batch), handle
 
 
 @pytest.mark.parametrize("bad", [refused("adapter"), refused("failed"), STRAY])
@@ -267,13 +258,104 @@ async def test_pieces_of_a_large_request_are_joined_in_order_and_each_has_its_tu
         assert caller == "key:7" and 0 < left <= 60
 
 
-async def test_a_search_is_asked_again_when_the_catalog_is_replaced() -> None:
-    calls = CatalogCalls(Handle([RuntimeError("replica died")], [{"rows": 1}]), 60.0)  # type: ignore[arg-type]
-    assert await calls.status() == {"rows": 1}
-
-
 async def test_a_clock_that_is_set_ends_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     deadline = app_state(None).deadline()
     monkeypatch.setattr("time.time", lambda: 4e9)
     calls, _ = encoders(GOOD)
     assert (await calls.encode("text", [[1]], SNAPSHOT, deadline)).vectors is VECTOR
+
+
+ROLLBACK = RollbackCommand(actor="ann", reason="r", expected_live=2)
+RELEASE = ReleaseCommand(adapters={"clip": "a"}, actor="ann", reason="r", expected_live=2)
+OUTCOME = ReleaseResult(3, None, None, "rollback", "clip", 1, 0.0, 0.0, 1)
+
+
+def controllers(*answers: Any) -> ControllerCalls:
+    """Controllers that answer one after the other; an exception stands for one that dies."""
+    handle: Any = Handle(*([answer] for answer in answers))
+    return ControllerCalls(handle)
+
+
+async def test_a_rollback_is_asked_of_another_controller_when_one_dies_and_a_release_is_not() -> None:
+    conflict = AsyncMock(return_value=ReleaseConflict("release 3 is live, not 2", "look"))
+    assert await controllers(RayActorError(), OUTCOME).change(ROLLBACK) == OUTCOME
+    with pytest.raises(Unavailable, match="ended during the call, and now release 3 is live"):  # it may be carried out
+        await controllers(RayActorError(), conflict).change(ROLLBACK)
+    with pytest.raises(Unavailable, match="ended during the call"):
+        await controllers(RayActorError(), OUTCOME).change(RELEASE)
+    await controllers(RayActorError(), None).hold(HoldCommand(actor="ann", reason="incident"))
+    assert await controllers(RayActorError(), {"started": True}).status() == {"started": True}
+
+
+async def test_a_controller_that_stands_still_is_named_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CONTROLLER_SECONDS", 0.05)
+    for command in (ROLLBACK, RELEASE):
+        with pytest.raises(Unavailable, match=r"the release controller has not answered for 0\.05 s"):
+            await asyncio.wait_for(controllers(never, never).change(command), 30)
+
+
+async def test_a_long_release_is_waited_for_while_its_controller_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CONTROLLER_SECONDS", 0.02)
+    prepared, looks = asyncio.Event(), 0
+
+    async def change(_: Any) -> ReleaseResult:
+        await prepared.wait()
+        return OUTCOME
+
+    async def status() -> dict[str, Any]:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            prepared.set()
+        return {}
+
+    handle: Any = SimpleNamespace(change=SimpleNamespace(remote=change), status=SimpleNamespace(remote=status))
+    assert await ControllerCalls(handle).change(RELEASE) == OUTCOME
+
+
+TRACEBACK = """A replica failed to start with exception. Retrying 999998 more time(s). Error:
+Traceback (most recent call last):
+  File "/app/serving/replicas/vlm.py", line 60, in _start
+    engine = open_engine(base)
+core.errors.BaseModelError: Base 'tiny-vlm': model.safetensors is missing. Fix: build it again.
+"""
+STARTING = "the VLM is starting."
+RUNNING = DeploymentStatus({"RUNNING": 1}, False, "")
+
+
+async def test_a_vlm_start_problem_is_said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.001)
+    statuses: list[DeploymentStatus | None] = [None]
+    looks: list[DeploymentStatus | None] = []
+    handle: Any = Handle()
+    vlms = VlmCalls(handle, 1, lambda: looks.append(statuses[-1]) or statuses[-1])
+    assert vlms.start_problem == STARTING
+    waiting = asyncio.create_task(vlms.wait_started())
+    await until(lambda: len(looks) > 1)
+    assert vlms.start_problem == STARTING
+    statuses.append(DeploymentStatus({"STARTING": 1}, False, "MemoryError: no room"))
+    await until(lambda: len(looks) > 5)
+    assert vlms.start_problem == "the VLM is starting again, after it failed: MemoryError: no room"
+    assert [record.levelname for record in caplog.records] == ["ERROR"]  # once, not with each look
+    statuses.append(RUNNING)
+    await waiting
+    assert vlms.start_problem == ""
+
+
+async def test_a_new_process_knows_at_once_that_the_vlm_runs_and_a_serve_that_does_not_answer_holds_up_nothing() -> (
+    None
+):
+    hangs, handle = threading.Event(), Handle()
+    for read, seconds, problem in ((lambda: RUNNING, 60, ""), (lambda: hangs.wait() and None, 0.01, STARTING)):
+        vlms = VlmCalls(handle, 1, read)  # type: ignore[arg-type]
+        await vlms.look(seconds)
+        assert vlms.start_problem == problem
+    hangs.set()
+
+
+def test_the_cause_of_a_start_that_failed_is_its_last_exception() -> None:
+    assert cause_of(TRACEBACK).startswith("core.errors.BaseModelError: Base 'tiny-vlm': model.safetensors is missing")
+    assert cause_of("") == cause_of("Upscaling from 0 to 1 replicas.") == ""
+    assert cause_of("It failed. Error:\nThe actor died unexpectedly before finishing this task.\n\n") == (
+        "The actor died unexpectedly before finishing this task."
+    )

@@ -1,52 +1,41 @@
+"""A catalog: what is searched and deleted, a store that hangs, and its replica."""
+
 from __future__ import annotations
 
 import asyncio
+import io
+import threading
+import time
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 
-import pyarrow as pa
 import pytest
+from PIL import Image
 
-from core.errors import StoreError
-from serving.catalog.catalog import repeat
-from serving.catalog.queries import Filters, as_filters
-from serving.catalog.space_fill import CHUNK_ROWS
-from serving.catalog.tables import Tables
+from core.errors import StoreError, StoreUnavailable
+from core.settings import Settings
+from core.settings.serving import Serve
+from serving.catalog import catalog as catalogs
+from serving.catalog.catalog import Catalog, repeat
+from serving.catalog.queries import Hit, as_filters
+from serving.engines.preprocess import Preprocess
+from serving.messages import EncodeResult
+from serving.releases.types import Residency
+from serving.replicas import catalog as catalog_replica
+from serving.replicas.catalog import CatalogReplica
 from streams.store.rows import Position
 from tests.support.disk import holds
 from tests.support.waiting import until
 from tests.unit.serving.catalog_world import ALL, HERE, THERE, World, rows, vector
 
 
-@pytest.fixture
-def catalog(tmp_path: Path) -> World:
-    return World(tmp_path)
-
-
 def covered(catalog: World) -> tuple[int, float]:
     status = catalog.status()
     return status["corpus_rows"], status["coverage"]
-
-
-async def test_every_row_is_in_every_resident_space(catalog: World) -> None:
-    catalog.put(0, CHUNK_ROWS + 5)
-    await catalog.hold(THERE, HERE)
-    for space in ("aaaa", "bbbb"):
-        assert len(catalog.stored(space)) == CHUNK_ROWS + 4  # one image cannot be read
-    assert catalog.status()["coverage"] == 1.0
-    catalog.put(50, 1)
-    await catalog.settle()
-    assert set(catalog.encoder.calls[-2:]) == {(1, "clip-x"), (1, None)}  # only what is new; both spaces at once
-
-
-async def test_cover_returns_when_the_space_is_complete(catalog: World) -> None:
-    catalog.put(0, 10)
-    running = asyncio.create_task(catalog.run())
-    assert await asyncio.wait_for(catalog.cover(HERE), 20) == 10
-    hits = await catalog.search("aaaa", vector(3), 1, ALL)
-    assert (hits[0].text, round(hits[0].score, 4)) == ("text 3", 1.0)
-    running.cancel()
 
 
 async def test_retire_drops_what_no_release_needs(catalog: World) -> None:
@@ -59,9 +48,7 @@ async def test_retire_drops_what_no_release_needs(catalog: World) -> None:
         await catalog.texts(0)
 
 
-async def test_a_space_that_was_retired_in_the_middle_of_a_batch_is_made_anew_when_it_comes_back(
-    catalog: World,
-) -> None:
+async def test_a_space_that_was_retired_during_a_batch_is_made_anew_when_it_comes_back(catalog: World) -> None:
     catalog.put(0, 6)
     await catalog.adopt([HERE])
     catalog.encoder.gate = asyncio.Event()
@@ -112,30 +99,25 @@ async def test_filters_are_conditions_and_not_code(catalog: World) -> None:
     catalog.put(0, 12)
     await catalog.hold(HERE)
 
-    async def texts(filters: Filters) -> set[str]:
-        return set(await catalog.texts(0, filters=filters))
+    async def texts(**conditions: Any) -> set[str]:
+        return set(await catalog.texts(0, filters=as_filters(**conditions)))
 
-    assert await texts(as_filters(domain=["even"])) == {f"text {n}" for n in range(0, 12, 2)}
-    assert len(await texts(as_filters(source=["o'test"]))) == 12
-    assert await texts(as_filters(source=["' OR 1=1 --"])) == set()
-    since, until = datetime(2024, 1, 3, tzinfo=UTC), datetime(2024, 1, 5)
-    assert await texts(as_filters(since=since, until=until)) == {"text 2", "text 3"}
-
-
-def test_an_empty_space_finds_nothing_and_another_dimension_is_an_error(tmp_path: Path) -> None:
-    tables = Tables(str(tmp_path / "c"), tmp_path / "index")
-    assert tables.search("cccc", vector(0), 5, ALL) == []
-    one = pa.table(
-        {"id": ["a"], "domain": [""], "source": [""], "time": pa.array([None], pa.timestamp("us", "UTC")), "text": [""]}
-    )
-    tables.merge("cccc", one, vector(1)[None])
-    with pytest.raises(StoreError, match="dimension"):
-        tables.search("cccc", vector(0)[:4], 5, ALL)
-    with pytest.raises(StoreError, match="not the name"):
-        tables.search("../x", vector(0), 5, ALL)
+    assert await texts(domain=["even"]) == {f"text {n}" for n in range(0, 12, 2)}
+    assert len(await texts(source=["o'test"])) == 12
+    assert await texts(source=["' OR 1=1 --"]) == set()
+    assert await texts(since=datetime(2024, 1, 3, tzinfo=UTC), until=datetime(2024, 1, 5)) == {"text 2", "text 3"}
 
 
-async def test_a_deleted_sample_leaves_every_table_and_is_not_embedded_again(catalog: World) -> None:
+async def test_an_empty_space_finds_nothing_and_another_dimension_is_an_error(catalog: World) -> None:
+    catalog.put(0, 1)
+    await catalog.hold(HERE)
+    assert catalog.tables.search("cccc", vector(0), 5, ALL) == []
+    for space, query, told in (("aaaa", vector(0)[:4], "dimension"), ("../x", vector(0), "not the name")):
+        with pytest.raises(StoreError, match=told):
+            catalog.tables.search(space, query, 5, ALL)
+
+
+async def test_a_deleted_sample_leaves_every_table_until_it_is_sent_again(catalog: World) -> None:
     catalog.put(0, 6)
     await catalog.hold(THERE, HERE)
     assert catalog.delete("offset IN (1, 4)") == 2
@@ -145,11 +127,19 @@ async def test_a_deleted_sample_leaves_every_table_and_is_not_embedded_again(cat
         assert set(catalog.stored(space)) == {row["id"] for row in rows(0, 6) if row["offset"] not in (1, 4)}
     assert catalog.encoder.calls == [] and covered(catalog) == (4, 1.0)
     assert set(await catalog.texts(4)) == {"text 0", "text 2", "text 3", "text 5"}
+    catalog.put(1, 1, offset=6, source="new")
+    await catalog.settle()
+    hits = await catalog.search("aaaa", vector(1), 1, ALL)
+    assert (hits[0].id, hits[0].source) == (rows(1, 1)[0]["id"], "new")
+    assert covered(catalog) == (5, 1.0)
+    catalog.put(7, 1)
+    catalog.delete("offset = 7")
+    calls = len(catalog.encoder.calls)
+    await catalog.settle()
+    assert len(catalog.encoder.calls) == calls, "what was followed once is not followed again"
 
 
-async def test_what_is_deleted_later_by_a_clock_that_is_behind_is_followed(
-    catalog: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_a_clock_behind_deletes_is_followed(catalog: World, monkeypatch: pytest.MonkeyPatch) -> None:
     catalog.put(0, 4)
     await catalog.hold(HERE)
     catalog.delete("offset = 0")
@@ -166,25 +156,7 @@ async def test_what_is_deleted_later_by_a_clock_that_is_behind_is_followed(
     assert len(catalog.stored()) == 2
 
 
-async def test_a_deleted_sample_that_is_sent_again_is_embedded_with_what_it_says_now(catalog: World) -> None:
-    catalog.put(0, 3)
-    await catalog.hold(HERE)
-    catalog.delete("offset = 1")
-    catalog.put(1, 1, offset=3, source="new")
-    await catalog.settle()
-    hits = await catalog.search("aaaa", vector(1), 1, ALL)
-    assert (hits[0].id, hits[0].source) == (rows(1, 1)[0]["id"], "new")
-    assert covered(catalog) == (3, 1.0)
-    catalog.put(5, 1)
-    catalog.delete("offset = 5")
-    calls = len(catalog.encoder.calls)
-    await catalog.settle()
-    assert len(catalog.encoder.calls) == calls, "what was followed once is not followed again"
-
-
-async def test_a_sample_that_was_deleted_before_it_was_embedded_and_sent_again_is_found(
-    catalog: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_sample_deleted_before_it_was_embedded_returns(catalog: World, monkeypatch: pytest.MonkeyPatch) -> None:
     catalog.put(0, 2)
     await catalog.adopt([HERE])
     read = catalog.reconciler.embedder._read
@@ -202,7 +174,7 @@ async def test_a_sample_that_was_deleted_before_it_was_embedded_and_sent_again_i
     assert len(catalog.stored()) == 2 and covered(catalog)[1] == 1.0
 
 
-async def test_what_was_deleted_while_nobody_followed_leaves_tables_that_nobody_holds_too(
+async def test_what_was_deleted_while_nobody_followed_leaves_tables_that_nobody_holds_too_and_its_bytes_go(
     catalog: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     catalog.put(0, 60)
@@ -216,30 +188,16 @@ async def test_what_was_deleted_while_nobody_followed_leaves_tables_that_nobody_
     assert holds(tmp_path / "catalog", b"recognisable words")
     # It dies, too: the next one does not know what was removed, and still removes the bytes.
     monkeypatch.setattr("serving.catalog.reconcile.EXPUNGE_SECONDS", 0.0)
-    await World(tmp_path).hold(HERE)
+    third = World(tmp_path)
+    await third.hold(HERE)
     assert not holds(tmp_path / "catalog", b"recognisable words")
     assert holds(tmp_path / "catalog", b"text 59")
+    third.put(61, 3)
+    await third.settle()
+    assert len(await third.texts(3)) == 62, "searches and appends go on"
 
 
-async def test_the_bytes_of_one_deleted_row_of_many_go_while_searches_and_appends_go_on(
-    catalog: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    catalog.put(0, 60)
-    catalog.put(60, 1, text="recognisable words")
-    await catalog.hold(HERE)
-    monkeypatch.setattr("serving.catalog.reconcile.EXPUNGE_SECONDS", 0.0)
-    catalog.delete("offset = 60")
-    await catalog.settle()
-    assert not holds(tmp_path / "catalog", b"recognisable words")
-    assert len(await catalog.texts(3)) == 59
-    catalog.put(61, 3)
-    await catalog.settle()
-    assert len(await catalog.texts(3)) == 62
-
-
-async def test_bytes_go_in_two_passes_and_a_failing_one_is_tried_again(
-    catalog: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_bytes_go_in_two_passes_and_failures_are_retried(catalog: World, monkeypatch: pytest.MonkeyPatch) -> None:
     now, passes = [100.0], list[str]()
     monkeypatch.setattr("serving.catalog.reconcile.time.monotonic", lambda: now[0])
     catalog.put(0, 3)
@@ -273,3 +231,113 @@ async def test_two_samples_with_one_id_are_one_until_they_are_settled(catalog: W
     catalog.corpus.put([row, {**row, "partition": 1}], [Position("t", 0, 1), Position("t", 1, 1)])
     await catalog.hold(HERE)
     assert covered(catalog) == (1, 1.0)
+
+
+async def test_a_late_window_does_not_change_the_live_space(catalog: World) -> None:
+    await catalog.adopt([THERE, HERE])
+    await catalog.adopt([HERE])
+    assert catalog.searchable()[0] == THERE.image_space
+
+
+HIT = Hit("id", 0.5, "", "", "", None)
+
+
+@pytest.fixture
+async def hung(catalog: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Mock]:
+    """Reads wait until the store ``answers`` again."""
+    monkeypatch.setattr(catalogs, "READ_SECONDS", 0.3)
+    monkeypatch.setattr(catalogs, "RETRY_SECONDS", 0.5)
+    await catalog.adopt([HERE])
+    answers = threading.Event()
+    store = Mock(side_effect=lambda *_, **__: answers.wait(60) and [HIT], answers=answers)
+    monkeypatch.setattr(catalog.tables, "search", store)
+    yield store
+    answers.set()
+
+
+async def ask(catalog: World) -> list[Hit]:
+    return await catalog.search(HERE.image_space, vector(0), 1, ALL)
+
+
+async def refuse(catalog: World, times: int) -> None:
+    for _ in range(times):
+        with pytest.raises(StoreUnavailable, match="does not answer"):
+            await ask(catalog)
+        time.sleep(0.1)
+
+
+async def test_searches_of_a_hung_store_end(catalog: World, hung: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.monotonic()
+    await refuse(catalog, 10)  # more than there are threads
+    assert time.monotonic() - began < 10 and hung.call_count < 5
+    monkeypatch.setattr(catalog, "corpus", SimpleNamespace(scan=hung))
+    with pytest.raises(StoreUnavailable):
+        await catalog.image("f" * 64)
+    hung.answers.set()
+    end = time.monotonic() + 30
+    while True:
+        try:
+            assert await ask(catalog) == [HIT]
+            break
+        except StoreUnavailable:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    for _ in range(10):
+        assert await ask(catalog) == [HIT]
+
+
+async def test_an_index_needs_no_store(catalog: World, hung: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
+    await refuse(catalog, 10)
+    monkeypatch.setattr(catalog.tables.indexes, "usable", lambda space: ("index", "effort"))
+    monkeypatch.setattr(catalog.tables, "search_index", lambda *_: ([HIT], [HIT.id]))
+    monkeypatch.setattr(catalog.tables, "with_texts", hung)
+    for _ in range(10):
+        assert await ask(catalog) == [HIT]
+
+
+def replica(catalog: Catalog, read: AsyncMock, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``read``: of the ledger, as a residency."""
+    one: Any = object.__new__(CatalogReplica)
+    one.catalog, one._adopting, one._adopted = catalog, asyncio.Lock(), 1
+    one._residency_reader = SimpleNamespace(read=read)
+    monkeypatch.setattr(one, "_adopt", catalog.adopt)
+    monkeypatch.setattr(one, "_started", AsyncMock(return_value=catalog))
+    return one
+
+
+async def test_a_space_that_another_server_released_is_searched_at_once_and_while_the_ledger_is_away_is_not_here(
+    tmp_path: Path, catalog: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = World(tmp_path)
+    other.put(0, 6)
+    await other.hold(THERE, HERE)
+    await catalog.adopt([HERE])
+    one = replica(catalog, AsyncMock(side_effect=TimeoutError), monkeypatch)
+    assert "has no index here" in await one.search("bbbb", vector(3), 1, ALL)
+    window = (THERE, HERE)
+    one = replica(catalog, AsyncMock(return_value=Residency(window, window, ())), monkeypatch)
+    (hit,) = await one.search(THERE.image_space, vector(1003), 1, ALL)
+    assert hit.text == "text 3"
+
+
+async def test_a_sample_that_ingest_accepted_is_indexed_though_a_request_may_not_be_so_large(
+    tmp_path: Path, catalog: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(home=tmp_path, serve=Serve(max_image_bytes=1024, max_pixels=100))
+    buffer = io.BytesIO()
+    Image.effect_noise((40, 30), 90).save(buffer, "JPEG", quality=100)
+    assert len(buffer.getvalue()) > settings.serve.max_image_bytes
+    catalog.put(0, 1, image=buffer.getvalue())
+    for name, stand_in in (("begin_replica", Mock()), ("freeze_gc", Mock()), ("wait_for_clip", AsyncMock())):
+        monkeypatch.setattr(catalog_replica, name, stand_in)
+    base = SimpleNamespace(preprocess=Preprocess(size=16))
+    monkeypatch.setattr("serving.engines.clip_base.load_base", lambda *_: base)
+    encode = AsyncMock(return_value=EncodeResult(vector(3)[None], None))
+    encoder: Any = SimpleNamespace(encode_background=SimpleNamespace(remote=encode))
+    one = object.__new__(CatalogReplica)
+    await one.__init__(settings, encoder)  # type: ignore[misc]
+    await one.catalog.adopt([HERE])
+    while await one.catalog.reconciler.step():
+        pass
+    (hit,) = await one.catalog.search(HERE.image_space, vector(3), 1, ALL)
+    assert hit.text == "text 0"

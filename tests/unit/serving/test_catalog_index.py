@@ -102,9 +102,15 @@ def restarted(tmp_path: Path) -> Callable[[], Tables]:
     return lambda: Tables(str(tmp_path / "lake"), tmp_path / "index")
 
 
-async def test_an_index_is_made_of_enough_rows_and_used_when_its_recall_is_enough(
-    tables: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+async def maintained(tables: Tables) -> IndexMaintainer:
+    """The maintainer of tables that have their index."""
+    made = maintainer_of(tables)
+    await settle(made)
+    return made
+
+
+async def test_an_index_of_enough_rows_and_recall_is_used(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     small = maintainer_of(tables)
     monkeypatch.setattr(index_maintainer, "INDEX_ROWS", 1000)
     await settle(small)
@@ -126,39 +132,24 @@ async def test_an_index_is_made_of_enough_rows_and_used_when_its_recall_is_enoug
     assert replace(hits[0], score=1.0) == replace(exact[0], score=1.0)
 
 
-async def test_what_came_after_the_index_was_made_is_in_it_at_once(tables: Tables) -> None:
-    await settle(maintainer_of(tables))
-    index = index_of(tables)
-    for number in range(COMPACT_EVERY + 1):  # small files are merged on the way
-        add(tables, ROWS + number, 1)
-        assert nearest(tables, ROWS + number) == f"text {ROWS + number}"
-    assert index_of(tables) is index and index.rows == ROWS + COMPACT_EVERY + 1
-
-
 async def test_rows_that_another_catalog_adds_and_removes_are_followed(
-    tables: Tables, restarted: Callable[[], Tables]
+    tables: Tables, maintained: IndexMaintainer, restarted: Callable[[], Tables]
 ) -> None:
-    maintainer = maintainer_of(tables)
-    await settle(maintainer)
     other = restarted()
     add(other, ROWS, 50)
-    await settle(maintainer)
+    await settle(maintained)
     assert index_of(tables).rows == ROWS + 50 and nearest(tables, ROWS + 3) == f"text {ROWS + 3}"
     add(other, ROWS + 50, 1)
     assert tables.present(SPACE, names(ROWS + 50, 2)) == set(names(ROWS + 50, 1))
     assert nearest(tables, ROWS + 50) == f"text {ROWS + 50}", "who asks for it finds it"
-    other.remove(SPACE, names(3, 1))
-    await settle(maintainer)
-    assert index_of(tables).rows == ROWS + 50 and nearest(tables, 3) != "text 3"
-    add(other, ROWS + 51, 1)
-    other.remove(SPACE, names(4, 1))
-    await settle(maintainer)
-    assert index_of(tables).rows == ROWS + 50 and nearest(tables, ROWS + 51) == f"text {ROWS + 51}"
+    for number in (3, 4):
+        other.remove(SPACE, names(number, 1))
+        await settle(maintained)
+        assert index_of(tables).rows == ROWS + 50 and nearest(tables, number) != f"text {number}"
+        add(other, ROWS + 48 + number, 1)
 
 
-async def test_searches_and_changes_go_on_while_an_index_is_made(
-    tables: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_searches_and_changes_go_on_beside_a_build(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     build, during = space_indexes.build_index, list[str]()
 
     def build_beside_changes(dataset: lance.LanceDataset, most_bytes: float) -> MemoryIndex:
@@ -184,8 +175,8 @@ async def test_searches_and_changes_go_on_while_an_index_is_made(
     assert nearest(tables, 5) == "again 5"
 
 
+@pytest.mark.usefixtures("maintained")
 async def test_searches_beside_changes_answer_correctly(tables: Tables) -> None:
-    await settle(maintainer_of(tables))
     wrong, ended = list[str](), threading.Event()
 
     def search() -> None:
@@ -206,25 +197,7 @@ async def test_searches_beside_changes_answer_correctly(tables: Tables) -> None:
     assert wrong == [] and index_of(tables).rows == ROWS + 500
 
 
-async def test_an_index_is_made_anew_when_its_table_has_outgrown_it(
-    tables: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(index_maintainer, "GROWTH", 1.5)
-    maintainer = maintainer_of(tables)
-    await settle(maintainer)
-    first = index_of(tables)
-    add(tables, ROWS, ROWS // 4)
-    await settle(maintainer)
-    assert index_of(tables) is first
-    add(tables, 2 * ROWS, ROWS // 2)
-    await settle(maintainer)
-    assert index_of(tables) is not first and index_of(tables).partitions.nlist > first.partitions.nlist
-    assert nearest(tables, 2 * ROWS + 5) == f"text {2 * ROWS + 5}"
-
-
-async def test_an_index_that_finds_too_little_is_not_used_until_it_is_made_anew(
-    tables: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_index_that_is_too_bad_or_small_is_made_anew(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_maintainer, "LEVELS", (EASY,))
     maintainer = maintainer_of(tables, CatalogSettings(min_recall=0.99))
     await settle(maintainer)
@@ -239,13 +212,20 @@ async def test_an_index_that_finds_too_little_is_not_used_until_it_is_made_anew(
     before = index_of(tables)
     add(tables, ROWS, ROWS // 5)
     await settle(maintainer)
-    assert index_of(tables) is not before and maintainer.status(SPACE)["used"]
+    second = index_of(tables)
+    assert second is not before and maintainer.status(SPACE)["used"]
+    monkeypatch.setattr(index_maintainer, "GROWTH", 1.5)
+    add(tables, 2 * ROWS, ROWS // 4)
+    await settle(maintainer)
+    assert index_of(tables) is second
+    add(tables, 3 * ROWS, ROWS // 2)
+    await settle(maintainer)
+    assert index_of(tables) is not second and index_of(tables).partitions.nlist > second.partitions.nlist
+    assert nearest(tables, 3 * ROWS + 5) == f"text {3 * ROWS + 5}"
 
 
-async def test_filters_find_all_that_meets_them_through_the_index(
-    tables: Tables, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await settle(maintainer_of(tables))
+@pytest.mark.usefixtures("maintained")
+async def test_filters_find_what_meets_them_in_the_index(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     query = vectors(2000, 1)
     day = datetime(2024, 1, 4, tzinfo=UTC)
     for few in (True, False):
@@ -267,11 +247,10 @@ async def test_filters_find_all_that_meets_them_through_the_index(
     assert nearest(tables, ROWS + 3, as_filters(domain=["d3"])) == f"text {ROWS + 3}"
 
 
+@pytest.mark.usefixtures("maintained")
 async def test_rows_that_are_removed_are_not_found_and_their_bytes_go_everywhere(
     tables: Tables, tmp_path: Path, restarted: Callable[[], Tables]
 ) -> None:
-    maintainer = maintainer_of(tables)
-    await settle(maintainer)
     digest = bytes.fromhex(names(7, 1)[0])
     assert holds(tmp_path / "index", digest), "the index is kept on the disk"
     index = index_of(tables)
@@ -294,10 +273,10 @@ async def test_rows_that_are_removed_are_not_found_and_their_bytes_go_everywhere
     assert nearest(again, 7) != "text 7" and index_of(again).rows == ROWS - 1
 
 
+@pytest.mark.usefixtures("maintained")
 async def test_no_code_of_a_removed_row_is_left_behind_the_end_of_its_list(tables: Tables) -> None:
     import faiss
 
-    await settle(maintainer_of(tables))
     tables.remove(SPACE, names(0, ROWS // 2))
     partitions = index_of(tables).partitions
     lists = faiss.downcast_InvertedLists(partitions.invlists)
@@ -314,11 +293,10 @@ async def test_no_code_of_a_removed_row_is_left_behind_the_end_of_its_list(table
 
 
 async def test_an_index_that_was_kept_is_taken_at_the_next_start(
-    tables: Tables, tmp_path: Path, restarted: Callable[[], Tables], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    maintainer = maintainer_of(tables)
-    await settle(maintainer)
-    assert maintainer.status(SPACE)["saved"]
+    tables: Tables, maintained: IndexMaintainer, tmp_path: Path, restarted: Callable[[], Tables],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    assert maintained.status(SPACE)["saved"]
     writer = Tables(tables.url, tmp_path / "elsewhere")  # of another machine, while this one does not run
     add(writer, ROWS, 30)
     writer.remove(SPACE, names(9, 2))
@@ -331,19 +309,17 @@ async def test_an_index_that_was_kept_is_taken_at_the_next_start(
     assert nearest(again, 30, as_filters(domain=["d0"])) == "text 30"
 
 
+@pytest.mark.usefixtures("maintained")
 @pytest.mark.parametrize("damage", ["cut", "changed", "of another version"])
 async def test_a_damaged_file_is_made_anew(
-    tables: Tables, tmp_path: Path, restarted: Callable[[], Tables], damage: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, restarted: Callable[[], Tables], damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await settle(maintainer_of(tables))
     [path] = (tmp_path / "index").rglob("*.index")
     content = path.read_bytes()
     middle = len(content) // 2
-    if damage == "cut":
-        path.write_bytes(content[:middle])
-    elif damage == "changed":
-        path.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
-    else:
+    changed = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+    path.write_bytes({"cut": content[:middle], "changed": changed}.get(damage, content))
+    if damage == "of another version":
         monkeypatch.setattr(index_files, "FORMAT", -1)
     again = restarted()
     maintainer = maintainer_of(again)
@@ -399,38 +375,30 @@ async def test_a_long_text_is_not_kept_in_memory_and_comes_whole(tables: Tables)
 
 
 async def test_a_space_that_is_dropped_leaves_no_index(
-    tables: Tables, restarted: Callable[[], Tables], tmp_path: Path
+    tables: Tables, maintained: IndexMaintainer, restarted: Callable[[], Tables], tmp_path: Path
 ) -> None:
-    maintainer = maintainer_of(tables)
-    await settle(maintainer)
     restarted().drop(SPACE)
-    await settle(maintainer)
-    assert tables.indexes.usable(SPACE) is None and maintainer.status(SPACE)["rows"] == 0
+    await settle(maintained)
+    assert tables.indexes.usable(SPACE) is None and maintained.status(SPACE)["rows"] == 0
     assert not holds(tmp_path / "index", bytes.fromhex(names(1, 1)[0]))
 
 
-async def test_queries_of_clients_count_for_recall(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
-    maintainer = maintainer_of(tables)
-    await settle(maintainer)
-    maintainer.searched(SPACE, vectors(5000, 1)[0])
-    plain, filtered = maintainer._questions(SPACE)
-    assert len(plain.vectors) == 41 and np.allclose(plain.vectors[-1], vectors(5000, 1)[0])
-    assert filtered.filters == as_filters(domain=["d0"])
-    effort = tables.indexes.of(SPACE).effort
-    assert effort is not None
-    before = maintainer._recall(SPACE, index_of(tables), plain, effort, ROWS)
-    search, client = tables.search_index, plain.vectors[-1]
+async def test_queries_of_clients_count_for_recall(
+    tables: Tables, maintained: IndexMaintainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = vectors(5000, 1)[0]
+    maintained.searched(SPACE, client)
+    before, search = maintained._choose_effort(SPACE, index_of(tables))[1], tables.search_index
     monkeypatch.setattr(
         tables, "search_index", lambda *args: ([], []) if np.array_equal(args[3], client) else search(*args)
     )  # the index finds nothing for it
-    assert maintainer._recall(SPACE, index_of(tables), plain, effort, ROWS) < before
+    assert maintained._choose_effort(SPACE, index_of(tables))[1] < before
 
 
 async def test_rows_that_come_while_recall_is_measured_do_not_lower_it(
-    tables: Tables, monkeypatch: pytest.MonkeyPatch
+    tables: Tables, maintained: IndexMaintainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await settle(maintainer_of(tables))
-    maintainer, nearest_of, at = maintainer_of(tables), tables.nearest, [ROWS]
+    nearest_of, at = tables.nearest, [ROWS]
 
     def nearest_and_later(space: str, queries: np.ndarray, *args: Any) -> Any:
         exact = nearest_of(space, queries, *args)
@@ -441,22 +409,20 @@ async def test_rows_that_come_while_recall_is_measured_do_not_lower_it(
             at[0] += 6
         return exact
 
-    before = maintainer._choose_effort(SPACE, index_of(tables))[1]
+    before = maintained._choose_effort(SPACE, index_of(tables))[1]
     monkeypatch.setattr(tables, "nearest", nearest_and_later)
-    assert maintainer._choose_effort(SPACE, index_of(tables))[1] >= before - 0.05
+    assert maintained._choose_effort(SPACE, index_of(tables))[1] >= before - 0.05
     assert at[0] > ROWS
 
 
 async def test_an_index_that_cannot_be_changed_is_made_again(
-    tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tables: Tables, maintained: IndexMaintainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    maintainer = maintainer_of(tables)
-    await settle(maintainer)
     with pytest.raises(StoreError, match="dimension"):
         tables.search(SPACE, vectors(0, 1)[0][:8], 1, Filters())
     monkeypatch.setattr(index_of(tables).columns, "write", None)
     add(tables, ROWS, 1)
     assert tables.indexes.usable(SPACE) is None and not list((tmp_path / "index").rglob("*.faiss"))
     assert nearest(tables, ROWS) == f"text {ROWS}", "exactly"
-    await settle(maintainer)
-    assert maintainer.status(SPACE)["used"] and nearest(tables, ROWS) == f"text {ROWS}"
+    await settle(maintained)
+    assert maintained.status(SPACE)["used"] and nearest(tables, ROWS) == f"text {ROWS}"

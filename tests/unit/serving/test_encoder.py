@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,12 +19,12 @@ import torch
 from core import priority
 from core.artifacts import Artifacts
 from core.errors import ArtifactsUnavailable
-from serving.engines.backends import EngineChoice
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.layers import can_pack
 from serving.engines.tokens import BoundedTokenizer, vocabulary
 from serving.messages import EncodeRequest, EncodeResult, Modality
+from serving.releases.types import Prepared
 from serving.replicas import encoder as module
 from serving.replicas.encoder import SHAPES, VARIABLES, EncoderWorker, bound_kernel_caches
 from tests.support.tiny import tiny_adapter, tiny_base
@@ -90,15 +91,6 @@ def soon() -> float:
     return time.monotonic() + 60
 
 
-async def test_the_status_names_engine_precision_base_and_what_is_resident(base: ClipBase, tmp_path: Path) -> None:
-    worker = Worker(base, tmp_path, ClipEngine(base, choice=EngineChoice("torch", "bfloat16")))
-    name = worker.stored(1)
-    worker.prepare_now(name)
-    found = await worker.status()
-    assert (found["engine"], found["precision"], found["device"]) == ("torch", "bfloat16", worker.engine.device.type)
-    assert (found["base"], found["base_digest"], found["resident"]) == (base.name, base.digest, [name])
-
-
 @pytest.mark.parametrize("kind", ["image", "text"])
 async def test_a_batch_answers_each_request_under_its_adapter(worker: Worker, kind: Modality) -> None:
     payloads: list[Any] = [pixels(2), pixels(1, 1)] if kind == "image" else [ids("a cat", "a dog"), ids("a bird")]
@@ -113,12 +105,10 @@ async def test_a_batch_answers_each_request_under_its_adapter(worker: Worker, ki
             np.testing.assert_allclose(answer.vectors, encode(payload, name), atol=1e-5)
 
 
-async def test_an_adapter_that_is_not_resident_is_loaded_by_the_request_that_needs_it(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_adapter_is_loaded_by_the_request_for_it(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     name = worker.stored(3)
     (answer,) = await worker.encode_texts(adapter=name)
-    assert answer.code == "" and worker.engine.resident == (name,)
+    assert answer.code == "" and (await worker.status())["resident"] == [name]
     returned: list[None] = []
     monkeypatch.setattr(module, "return_free_memory", lambda: returned.append(None))
     assert await worker.retire([None]) == [name]
@@ -130,9 +120,7 @@ async def test_an_adapter_that_is_not_resident_is_loaded_by_the_request_that_nee
     assert (missing.code, missing.vectors) == ("adapter", None)
 
 
-async def test_artifacts_that_hang_hold_up_nobody_who_asks_for_what_is_resident(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_hanging_artifacts_hold_up_only_what_is_missing(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     fetching, answers = threading.Event(), threading.Event()
 
     def fetch(key: str) -> Path:
@@ -163,9 +151,7 @@ async def test_prepare_tells_spaces_and_says_what_is_wrong_with_a_damaged_file(w
     assert bad not in worker.engine.resident
 
 
-async def test_the_request_whose_forward_pass_fails_fails_alone(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_request_whose_forward_pass_fails_is_alone(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     encode, poison = worker.engine.encode_tokens, ids("poison")[0]
 
     def poisoned(rows: list[list[int]], adapter: str | None = None) -> np.ndarray:
@@ -182,12 +168,8 @@ async def test_the_request_whose_forward_pass_fails_fails_alone(
     await worker.check_health()  # its own pass works: the requests were at fault
 
 
-async def test_an_encoder_whose_device_is_lost_is_unhealthy_at_once(
-    worker: Worker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def lost(rows: list[list[int]], adapter: str | None = None) -> np.ndarray:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
+async def test_an_encoder_that_lost_its_device_is_unhealthy(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = Mock(side_effect=RuntimeError("CUDA error: an illegal memory access was encountered"))
     await worker.check_health()
     monkeypatch.setattr(worker.engine, "encode_tokens", lost)
     with pytest.raises(RuntimeError, match="CUDA error"):  # so that the call is made again on another replica
@@ -207,7 +189,7 @@ async def test_retiring_does_not_hold_up_requests_while_an_adapter_is_loaded(wor
 
 async def test_background_calls_take_turns_chunk_by_chunk(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     inside, most = 0, 0
-    compute = worker.encode_now
+    compute, submit = worker.encode_now, asyncio.get_running_loop().run_in_executor
 
     def counted(requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
         nonlocal inside
@@ -215,8 +197,6 @@ async def test_background_calls_take_turns_chunk_by_chunk(worker: Worker, monkey
             return compute(requests)
         finally:
             inside -= 1
-
-    submit = asyncio.get_running_loop().run_in_executor
 
     def submitted(pool: Any, function: Any, *arguments: Any) -> Any:
         nonlocal inside, most
@@ -226,41 +206,24 @@ async def test_background_calls_take_turns_chunk_by_chunk(worker: Worker, monkey
 
     monkeypatch.setattr(worker, "encode_now", counted)
     monkeypatch.setattr(asyncio.get_running_loop(), "run_in_executor", submitted)
-    await asyncio.gather(*(worker.encode_background("image", pixels(10, seed), None) for seed in range(3)))
+    answers = await asyncio.gather(*(worker.encode_background("image", pixels(10, seed), None) for seed in range(3)))
     assert most == 1, "a request that comes now waits for one chunk"
+    for seed, answer in enumerate(answers):
+        np.testing.assert_allclose(answer.vectors, worker.engine.encode_images(pixels(10, seed)), atol=1e-5)
 
 
-async def test_background_work_gives_the_same_vectors(worker: Worker) -> None:
-    batch = pixels(11)
-    answer = await worker.encode_background("image", batch, None)
-    np.testing.assert_allclose(answer.vectors, worker.engine.encode_images(batch), atol=1e-5)
-
-
-class ThreadsSeen:
-    """Implements what a worker needs of an engine, and records the allowed threads of each call."""
-
-    def __init__(self, engine: ClipEngine) -> None:
-        self._engine = engine
-        self.golden_threads: set[int] = set()
-        self.pass_threads: set[int] = set()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def golden(self, clip: str | None) -> Any:
-        self.golden_threads.add(torch.get_num_threads())
-        return self._engine.golden(clip)
-
-    def encode_images(self, *arguments: Any) -> Any:
-        self.pass_threads.add(torch.get_num_threads())
-        return self._engine.encode_images(*arguments)
-
-
-async def test_only_the_thread_of_the_passes_computes_with_several(base: ClipBase, tmp_path: Path) -> None:
+async def test_only_the_thread_of_the_passes_computes_with_several(
+    base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = torch.get_num_threads()
+    threads: dict[str, set[int]] = {"golden": set(), "encode_images": set()}
+    engine: Any = ClipEngine(base)
+    for name, seen in threads.items():
+        method = getattr(engine, name)
+        noting = lambda *given, method=method, seen=seen: seen.add(torch.get_num_threads()) or method(*given)  # noqa: E731
+        monkeypatch.setattr(engine, name, noting)
     try:
         torch.set_num_threads(2)
-        engine = ThreadsSeen(ClipEngine(base))
         worker = Worker(base, tmp_path, engine)
         name = worker.stored(1)
         assert not (await worker.prepare(name)).error
@@ -268,62 +231,43 @@ async def test_only_the_thread_of_the_passes_computes_with_several(base: ClipBas
             await worker.encode_batch([EncodeRequest("image", pixels(1), adapter, soon())])
     finally:
         torch.set_num_threads(before)
-    assert (engine.golden_threads, engine.pass_threads) == ({1}, {2})
-
-
-@pytest.fixture
-def patient_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("BUSY_SECONDS", "PACED_SECONDS"):
-        monkeypatch.setattr(module, name, 600.0)
-
-
-@pytest.fixture
-def rests(patient_pace: None, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    slept: list[float] = []
-    monkeypatch.setattr(priority, "time", SimpleNamespace(sleep=slept.append, thread_time=time.thread_time))
-    return slept
-
-
-async def test_a_load_rests_while_requests_come_and_not_when_one_waits_for_it_or_it_takes_long(
-    worker: Worker, rests: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, second, third, fourth = map(worker.stored, (1, 2, 3, 4))
-    assert not (await worker.prepare(first)).error
-    assert not rests, "nobody asks for anything"
-    await worker.encode_texts(adapter=first)
-    assert not (await worker.prepare(second)).error
-    assert len(rests) > 10, "each weight, its digest and each golden input is a part"
-    rests.clear()
-    await worker.encode_texts(adapter=first)
-    assert await worker._load_missing(third) is None
-    monkeypatch.setattr(module, "PACED_SECONDS", 0.0)
-    await worker.encode_texts()
-    assert not (await worker.prepare(fourth)).error
-    assert not rests
+    assert threads == {"golden": {1}, "encode_images": {2}}
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="only Linux has it")
-@pytest.mark.usefixtures("patient_pace")
-async def test_while_requests_come_a_load_gives_way_at_once_until_it_has_waited_long_enough(
+async def test_a_load_gives_way_while_requests_come_and_not_when_one_waits_for_it_or_it_takes_long(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second, third = map(worker.stored, (1, 2, 3))
+    for name in ("BUSY_SECONDS", "PACED_SECONDS"):
+        monkeypatch.setattr(module, name, 600.0)
+    rests: list[float] = []
     policies: list[int] = []
-    golden = worker.engine.golden
+    monkeypatch.setattr(priority, "time", SimpleNamespace(sleep=rests.append, thread_time=time.thread_time))
+    golden, (first, second, third, fourth, fifth) = worker.engine.golden, map(worker.stored, range(1, 6))
 
     def noting(adapter: str | None) -> dict[str, Any]:
         policies.append(os.sched_getscheduler(0))
-        if adapter == third and len(policies) == 3:  # its time is over by now
+        if adapter == fourth:  # its time is over by now
             worker._paced_until = 0.0
         return golden(adapter)
 
+    async def load(adapter: str, hurried: bool = False) -> list[int]:
+        rests.clear()
+        policies.clear()
+        loaded = await (worker._load_missing(adapter) if hurried else worker.prepare(adapter))
+        assert loaded is None or (isinstance(loaded, Prepared) and not loaded.error)
+        await worker.encode_texts(adapter=adapter)
+        return policies
+
     monkeypatch.setattr(worker.engine, "golden", noting)
-    assert not (await worker.prepare(first)).error
-    await worker.encode_texts(adapter=first)
-    for name in (second, third):
-        assert not (await worker.prepare(name)).error
-    assert policies == [os.SCHED_OTHER, os.SCHED_IDLE, os.SCHED_IDLE, os.SCHED_OTHER]
-    assert set(worker.engine.resident) == {first, second, third}
+    assert await load(first) == [os.SCHED_OTHER] and not rests, "nobody asks for anything"
+    assert await load(second) == [os.SCHED_IDLE]
+    assert len(rests) > 10, "each weight, its digest and each golden input is a part"
+    assert await load(third, hurried=True) == [os.SCHED_OTHER] and not rests
+    assert await load(fourth) == [os.SCHED_IDLE, os.SCHED_OTHER], "it has waited long enough"
+    monkeypatch.setattr(module, "PACED_SECONDS", 0.0)
+    assert await load(fifth) == [os.SCHED_OTHER] and not rests
+    assert len(worker.engine.resident) == 5
 
 
 @pytest.mark.skipif(not (can_pack(torch.float32) and sys.platform == "linux"), reason="needs oneDNN, and /proc")

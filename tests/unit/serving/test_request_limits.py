@@ -1,23 +1,58 @@
+"""Bounds of a request, in the middlewares around an application that answers with the size of the body."""
+
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
+import httpx
 import pytest
-from starlette.types import ASGIApp
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from core.settings.serving import Serve
 from serving.http import request_bodies
+from serving.http.request_bodies import RequestBodies, RequestLimits
 from tests.support.clock import Clock
 from tests.unit.serving.auth_app import refusal
-from tests.unit.serving.echo_app import EchoApp, RawRequest, client, limited
-from tests.unit.serving.scripted_vlms import skip
+from tests.unit.serving.scripted_vlms import RawRequest, skip
+
+
+class EchoApp:
+    """Answers at once or, with ``waits``, when ``go`` is set."""
+
+    def __init__(self, waits: bool = False) -> None:
+        self.go = asyncio.Event()
+        if not waits:
+            self.go.set()
+        self.clients: list[str] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.clients.append(scope["client"][0])
+        size, more = 0, True
+        while more:
+            message = await receive()
+            size += len(message.get("body", b""))
+            more = message.get("more_body", False)
+        await self.go.wait()
+        await PlainTextResponse(str(size))(scope, receive, send)
+
+
+def limited(app: ASGIApp, proxies: Sequence[str] = (), **serve: Any) -> RequestLimits:
+    settings = Serve(**{"max_body_bytes": 4096, **serve})
+    return RequestLimits(RequestBodies(app, settings), settings, proxies)
+
+
+def client(
+    app: ASGIApp | None = None, peer: str = "127.0.0.1", proxies: Sequence[str] = (), **serve: Any
+) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(limited(app or EchoApp(), proxies, **serve), client=(peer, 1))
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
 
 def ask(app: ASGIApp, *paths: str, peer: str = "127.0.0.1") -> list[RawRequest]:
-    made = [RawRequest(app, path, peer, length=0) for path in paths]
-    for request in made:
-        request.send_body(b"", more=False)
-    return made
+    return [RawRequest(app, path, b"", peer) for path in paths]
 
 
 async def settled() -> None:
@@ -42,9 +77,9 @@ async def test_a_body_is_counted_with_and_without_a_length() -> None:
 
 async def test_a_compressed_body_is_refused_and_a_plain_one_that_says_so_is_not() -> None:
     async with client() as http:
-        packed = await http.post("/", content=b"x", headers={"content-encoding": "gzip"})
-        plain = [
-            await http.post("/", content=b"x", headers={"content-encoding": value}) for value in ("Identity", "", " ")
+        packed, *plain = [
+            await http.post("/", content=b"x", headers={"content-encoding": value})
+            for value in ("gzip", "Identity", "", " ")
         ]
     assert "gzip" in refusal(packed, 415, "content_encoding")
     assert packed.headers["accept-encoding"] == "identity"
@@ -55,8 +90,7 @@ async def test_silent_requests_hold_no_slot() -> None:
     app = limited(EchoApp(), queue=4)
     silent = [RawRequest(app, peer="127.0.0.2") for _ in range(300)]
     await settled()
-    good = RawRequest(app, length=2)
-    good.send_body(b"ok", more=False)
+    [good] = ask(app, "/v1/embeddings")
     assert await good.status() == 200
     for request in silent:
         request.hang_up()
@@ -79,9 +113,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-async def test_one_byte_a_second_is_too_slow_and_a_body_at_the_least_rate_is_not(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_slow_body_is_408_and_one_at_the_rate_is_not(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_bodies, "BODY_BYTES_PER_SECOND", 100)
     app = limited(EchoApp())
     slow, steady = RawRequest(app), RawRequest(app, length=2000)
@@ -92,8 +124,7 @@ async def test_one_byte_a_second_is_too_slow_and_a_body_at_the_least_rate_is_not
             slow.send_body(b"x")
         steady.send_body(b"x" * 200, more=second < 10)
     assert await slow.status() == 408
-    assert await steady.status() == 200
-    assert steady.body() == "2000"
+    assert (await steady.status(), steady.body()) == (200, "2000")
 
 
 async def test_a_whole_body_has_a_time_limit_whatever_its_rate(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,63 +159,51 @@ async def test_bodies_share_a_budget_that_is_given_back() -> None:
     assert await again.status() == 200
 
 
-async def test_one_caller_leaves_slots_to_the_others_and_operators_have_their_own() -> None:
+@pytest.mark.parametrize(
+    ("paths", "refused"),
+    [
+        (["/v1/embeddings"] * 4 + ["/admin/v1/rollback", "/health/live", "/metrics"], 3),
+        (["/v1/search"] * 4 + ["/v1/embeddings"] * 3, 3),
+        (["/v1/samples/ab/image"] * 4 + ["/v1/embeddings"] * 3, 3),
+        (["/admin/v1/status"] * 3 + ["/admin/v1/rollback"], 2),
+    ],
+    ids=["operators and probes", "searches that wait for a store", "images of samples", "a rollback"],
+)
+async def test_what_waits_leaves_other_kinds_of_requests_their_slots(
+    paths: list[str], refused: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_bodies, "OPERATOR_SLOTS", 2)
+    echo = EchoApp(waits=True)
+    requests = ask(limited(echo, queue=4, caller_share=0.75), *paths)
+    await settled()
+    assert [number for number, request in enumerate(requests) if request.task.done()] == [refused]
+    echo.go.set()
+    assert [await request.status() for request in requests] == [200] * refused + [429] + [200] * (
+        len(paths) - refused - 1
+    )
+
+
+async def test_one_caller_leaves_slots_to_the_others() -> None:
     echo = EchoApp(waits=True)
     app = limited(echo, queue=4, caller_share=0.75)
     greedy = ask(app, *["/v1/embeddings"] * 4, peer="127.0.0.2")
+    others = ask(app, "/v1/models", "/v1/models")
     await settled()
-    [refused] = [request for request in greedy if request.task.done()]
-    assert await refused.status() == 429
-    first, second, rollback = others = ask(app, "/v1/models", "/v1/models", "/admin/v1/rollback")
-    await settled()
-    assert [request.task.done() for request in others] == [False, True, False]
-    assert await second.status() == 429  # all four are taken
+    assert [request.task.done() for request in (*greedy, *others)] == [False, False, False, True, False, True]
+    assert [await greedy[3].status(), await others[1].status()] == [429, 429]  # all four are taken
     echo.go.set()
-    assert [await first.status(), await rollback.status()] == [200, 200]
-
-
-@pytest.mark.parametrize("path", ["/v1/search", "/v1/samples/ab/image"])
-async def test_searches_that_wait_for_a_store_leave_embeddings_their_slots(path: str) -> None:
-    echo = EchoApp(waits=True)
-    app = limited(echo, queue=4, caller_share=0.75)
-    searches, embeddings = ask(app, *[path] * 4), ask(app, *["/v1/embeddings"] * 3)
-    await settled()
-    assert [request.task.done() for request in searches] == [False, False, False, True]
-    assert await searches[3].status() == 429
-    echo.go.set()
-    assert [await request.status() for request in embeddings] == [200, 200, 200]
-
-
-async def test_a_rollback_has_a_slot_while_other_operator_calls_hold_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_bodies, "OPERATOR_SLOTS", 2)
-    echo = EchoApp(waits=True)
-    calls = ask(limited(echo), *["/admin/v1/status"] * 3, "/admin/v1/rollback")
-    await settled()
-    assert [request.task.done() for request in calls] == [False, False, True, False]
-    echo.go.set()
-    assert await calls[-1].status() == 200
+    assert await others[0].status() == 200
 
 
 async def test_an_answer_that_is_not_read_gives_its_slot_back() -> None:
     app = limited(EchoApp(), queue=1, caller_share=1, deadline_seconds=1)
-    unread = RawRequest(app, length=0)
+    [unread] = ask(app, "/v1/embeddings")
     unread.reads.clear()
-    unread.send_body(b"", more=False)
     await settled()
     skip(1 + request_bodies.SEND_SECONDS)
     await unread.task
     [good] = ask(app, "/v1/models")
     assert await good.status() == 200
-
-
-async def test_health_and_metrics_take_no_slot() -> None:
-    echo = EchoApp(waits=True)
-    app = limited(echo, queue=1)
-    busy = ask(app, "/v1/models")
-    await settled()
-    health = ask(app, "/health/live", "/metrics")
-    echo.go.set()
-    assert [await request.status() for request in [*health, *busy]] == [200, 200, 200]
 
 
 async def test_other_machines_are_refused_when_the_host_is_loopback() -> None:
@@ -194,21 +213,23 @@ async def test_other_machines_are_refused_when_the_host_is_loopback() -> None:
         assert (await http.get("/")).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost", "LOCALHOST:1", "[::1]:8000", "127.0.0.2", ""])
-async def test_names_of_this_machine_are_answered(host: str) -> None:
-    async with client() as http:
-        assert (await http.get("/", headers={"host": host})).status_code == 200
+OURS = ["127.0.0.1:8000", "localhost", "LOCALHOST:1", "[::1]:8000", "127.0.0.2", ""]
+OTHERS = ["evil.example:8000", "localhost.evil.example", "192.0.2.1", "[2001:db8::1]", "127.1"]
 
 
-@pytest.mark.parametrize("host", ["evil.example:8000", "localhost.evil.example", "192.0.2.1", "[2001:db8::1]", "127.1"])
-async def test_a_name_that_was_made_to_resolve_to_loopback_is_refused(host: str) -> None:
-    async with client() as http:
-        refusal(await http.get("/", headers={"host": host}), 403, "host_not_allowed")
-    async with client(allowed_hosts=["evil.example", "localhost.evil.example", "192.0.2.1"]) as http:
-        allowed = (await http.get("/", headers={"host": host})).status_code
-    assert allowed == (200 if host[0] in "el1" and host != "127.1" else 403)
-    async with client(host="0.0.0.0") as http:
-        assert (await http.get("/", headers={"host": host})).status_code == 200
+@pytest.mark.parametrize("host", [*OURS, *OTHERS])
+async def test_names_of_this_machine_and_listed_ones_are_answered_and_others_refused(host: str) -> None:
+    async def ask_by_name(**serve: Any) -> int:
+        async with client(**serve) as http:
+            answer = await http.get("/", headers={"host": host})
+        if answer.status_code != 200:
+            refusal(answer, 403, "host_not_allowed")
+        return answer.status_code
+
+    listed = ["evil.example", "localhost.evil.example", "192.0.2.1"]
+    assert await ask_by_name() == (200 if host in OURS else 403)
+    assert await ask_by_name(allowed_hosts=listed) == (403 if host in OTHERS[3:] else 200)
+    assert await ask_by_name(host="0.0.0.0") == 200
 
 
 async def test_x_forwarded_for_counts_only_from_a_proxy_of_ours() -> None:
@@ -217,8 +238,7 @@ async def test_x_forwarded_for_counts_only_from_a_proxy_of_ours() -> None:
     async with client(direct, host="0.0.0.0", peer="203.0.113.9", proxies=["127.0.0.0/8"]) as http:
         await http.get("/", headers=said)
     async with client(behind, peer="127.0.0.1", proxies=["127.0.0.0/8"]) as http:
-        await http.get("/", headers=said)
-        await http.get("/", headers={"x-forwarded-for": "unknown"})
-        await http.get("/", headers={"x-forwarded-for": "::ffff:192.0.2.5"})
+        for headers in (said, [("x-forwarded-for", "unknown")], [("x-forwarded-for", "::ffff:192.0.2.5")]):
+            await http.get("/", headers=headers)
     assert direct.clients == ["203.0.113.9"]
     assert behind.clients == ["198.51.100.7", "127.0.0.1", "::ffff:192.0.2.5"]

@@ -1,34 +1,111 @@
+"""A VLM's replica around an engine in memory, which answers with its adapter's name."""
+
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+from unittest.mock import Mock
 
 import pytest
 
 from core.artifacts import Artifacts
-from serving.engines.vlm.generation import GenerationRequest, GenerationResult, Message, TokenChunk
-from serving.errors import EngineDead
+from core.errors import AdapterError
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, Message, TokenChunk, whole
+from serving.errors import EngineDead, InvalidRequest
 from serving.messages import Refusal
-from serving.replicas.vlm import VlmWorker, coalesce
+from serving.replicas import forward_health
+from serving.replicas.vlm import STALL_SECONDS, VlmWorker, coalesce
+from tests.support.clock import Clock
 from tests.support.waiting import until
-from tests.unit.serving.memory_vlm import MemoryVlm
 
 ASK = GenerationRequest((Message("user", ("is it?",)),))
 PLACES = 4
+SOON = 60.0
+
+
+@dataclass
+class MemoryVlm:
+    """Holds at most ``PLACES`` adapters. ``gate`` delays answers; ``bad`` adapters fail golden inputs."""
+
+    kind: Literal["vllm", "transformers"] = "transformers"
+    precision = "float32"
+    base: Any = field(default_factory=lambda: SimpleNamespace(name="memory"))
+    names: set[str] = field(default_factory=set)
+    bad: set[str] = field(default_factory=set)
+    loads: list[str] = field(default_factory=list)
+    gate: asyncio.Event | None = None
+    dead: str = ""
+    inside: int = 0
+    passed_at: float = 0.0
+
+    async def load(self, name: str, directory: Path) -> None:
+        if not (directory / "adapter_model.safetensors").is_file():
+            raise AdapterError(f"{directory} is no adapter directory.")
+        if len(self.names) >= PLACES:
+            raise AdapterError(f"there is no room for {name}.")
+        await asyncio.sleep(0)
+        self.names.add(name)
+        self.loads.append(name)
+
+    async def unload(self, name: str) -> None:
+        await asyncio.sleep(0)
+        self.names.discard(name)
+
+    def resident(self) -> frozenset[str]:
+        return frozenset(self.names)
+
+    async def stream(self, ask: GenerationRequest, adapter: str | None) -> AsyncIterator[TokenChunk]:
+        words = self._words(ask, adapter)
+        self.inside += 1
+        try:
+            for index, word in enumerate(words):
+                if self.gate is not None:
+                    await self.gate.wait()
+                last = index == len(words) - 1
+                yield TokenChunk(word, (index,), (-0.5,), 7, index + 1, "stop" if last else "")
+        finally:
+            self.inside -= 1
+
+    async def reply(self, ask: GenerationRequest, adapter: str | None) -> GenerationResult:
+        return await whole(self.stream(ask, adapter))
+
+    async def score(self, ask: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
+        self._words(ask, adapter)
+        return [-float(len(choice)) for choice in choices]
+
+    async def golden(self, adapter: str | None) -> str:
+        if adapter in self.bad:
+            raise AdapterError(f"{adapter}: log-probabilities are not finite.")
+        return f"golden-{adapter}"
+
+    def running(self) -> int:
+        return self.inside
+
+    def last_error(self) -> str:
+        return self.dead
+
+    def _words(self, ask: GenerationRequest, adapter: str | None) -> list[str]:
+        if self.dead:
+            raise EngineDead(self.dead)
+        if adapter is not None and adapter not in self.names:
+            raise AdapterError(f"{adapter} is not resident.")
+        if ask.max_tokens > 100:
+            raise InvalidRequest("too many tokens.", "Ask for fewer.")
+        return [adapter or "base", " ", "says", " ", "yes"]
 
 
 @pytest.fixture
 def engine() -> MemoryVlm:
-    return MemoryVlm(most=PLACES)
+    return MemoryVlm()
 
 
 @pytest.fixture
 def worker(engine: MemoryVlm, artifacts: Artifacts) -> VlmWorker:
     return VlmWorker(engine, artifacts, "r1", PLACES, batch=2)
-
-
-SOON = 60.0
 
 
 async def ask(worker: VlmWorker, adapter: str | None, seconds: float = SOON) -> str:
@@ -49,27 +126,22 @@ async def test_answers_come_from_the_adapter_that_was_asked_for(worker: VlmWorke
     assert await worker.score(ASK, ["yes", "no"], "a", SOON) == [-3.0, -2.0]
 
 
-async def test_prepare_loads_once_and_says_what_is_wrong(worker: VlmWorker, engine: MemoryVlm) -> None:
-    assert (await worker.prepare("a")).error == ""
-    await worker.prepare("a")
+async def test_prepare_loads_once_and_takes_away_nothing_served(worker: VlmWorker, engine: MemoryVlm) -> None:
+    for _ in range(2):
+        assert (await worker.prepare("a")).error == ""
     assert engine.loads == ["a"]
     engine.bad.add("b")
     assert "not finite" in (await worker.prepare("b")).error
     assert "nowhere" in (await worker.prepare("nowhere")).error
     assert engine.resident() == {"a"}
+    await ask(worker, "c")
+    await worker.adopt(["c"])
+    engine.bad.add("c")
+    assert (await worker.prepare("c")).error
+    assert "c" in engine.resident()
 
 
-async def test_a_served_adapter_that_fails_its_golden_inputs_again_is_not_taken_away(
-    worker: VlmWorker, engine: MemoryVlm
-) -> None:
-    await ask(worker, "a")
-    await worker.adopt(["a"])
-    engine.bad.add("a")
-    assert (await worker.prepare("a")).error
-    assert "a" in engine.resident()
-
-
-async def test_what_is_retired_goes_when_its_last_request_has_ended(worker: VlmWorker, engine: MemoryVlm) -> None:
+async def test_what_is_retired_goes_after_its_last_request_and_comes_back(worker: VlmWorker, engine: MemoryVlm) -> None:
     await worker.prepare("a")
     await worker.prepare("b")
     engine.gate = asyncio.Event()
@@ -80,15 +152,8 @@ async def test_what_is_retired_goes_when_its_last_request_has_ended(worker: VlmW
     engine.gate.set()
     assert (await asked).startswith("a ")
     await until(lambda: engine.resident() == {"b"})
-
-
-async def test_a_late_request_for_a_retired_adapter_loads_it_again(worker: VlmWorker, engine: MemoryVlm) -> None:
-    await worker.prepare("a")
-    await worker.adopt(["b"])
-    await worker.retire(["b"])
-    assert engine.resident() == frozenset()
     assert (await ask(worker, "a")).startswith("a ")
-    await until(lambda: engine.resident() == frozenset())
+    await until(lambda: engine.resident() == {"b"})
 
 
 async def test_what_is_being_prepared_is_not_swept_before_it_is_adopted(worker: VlmWorker, engine: MemoryVlm) -> None:
@@ -104,9 +169,7 @@ async def test_what_is_being_prepared_is_not_swept_before_it_is_adopted(worker: 
     assert engine.loads == ["a", "b", "c"]  # none was swept and loaded again
 
 
-async def test_a_full_engine_makes_room_of_idle_ones_and_waits_for_busy_ones(
-    worker: VlmWorker, engine: MemoryVlm
-) -> None:
+async def test_a_full_engine_drops_idle_ones_and_waits_for_busy_ones(worker: VlmWorker, engine: MemoryVlm) -> None:
     await worker.adopt(["a", "b"])
     for name in ("a", "b"):
         await worker.prepare(name)
@@ -149,78 +212,59 @@ async def test_expected_failures_are_values_and_a_dead_engine_is_raised(worker: 
             await call(worker, None)
 
 
-async def test_an_answer_that_takes_too_long_is_late_and_leaves_the_engine(
-    worker: VlmWorker, engine: MemoryVlm
-) -> None:
+async def test_late_answers_and_closed_streams_leave_the_engine(worker: VlmWorker, engine: MemoryVlm) -> None:
     engine.gate = asyncio.Event()
     assert await ask(worker, None, 0.05) == "late"
     assert await words(worker, None, 0.05) == ["late"]
     assert (engine.running(), (await worker.status())["waiting"]) == (0, 0)
+    engine.gate.set()
+    stream = worker.stream(ASK, None, SOON)
+    assert isinstance(await anext(stream), TokenChunk)
+    engine.gate.clear()
+    await stream.aclose()  # type: ignore[attr-defined]
+    assert engine.running() == 0
 
 
 async def test_answers_that_fail_again_and_again_make_a_replica_unhealthy(
     worker: VlmWorker, engine: MemoryVlm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(ask: GenerationRequest, adapter: str | None) -> list[str]:
-        raise ValueError("the device answers nonsense")
-
     await worker.check_health()
-    monkeypatch.setattr(engine, "_words", broken)
+    monkeypatch.setattr(engine, "_words", Mock(side_effect=ValueError("the device answers nonsense")))
     for _ in range(2):
         with pytest.raises(ValueError, match="nonsense"):
             await ask(worker, None)
-    with pytest.raises(RuntimeError, match="3 forward passes in a row failed"):
+    with pytest.raises(RuntimeError, match="3 forward passes in a row failed: ValueError"):
         await worker.check_health()
     monkeypatch.undo()
     await worker.check_health()  # what passes by itself is no reason to be replaced
 
 
-@pytest.fixture
-async def busy(artifacts: Artifacts, engine: MemoryVlm, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[VlmWorker]:
-    """A replica whose only request gets no answer; passes end further apart than allowed."""
-    monkeypatch.setattr("serving.replicas.forward_health.PROBE_LIMIT_SECONDS", 0.01)
-    monkeypatch.setattr("serving.replicas.vlm.STALL_SECONDS", 0.1)
-    worker = VlmWorker(engine, artifacts, "r1", PLACES, batch=2, deadline_seconds=0.1)
+async def test_a_busy_replica_is_healthy_and_says_that_it_is_busy_until_its_engine_hangs(
+    worker: VlmWorker, engine: MemoryVlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(forward_health, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(forward_health, "PROBE_LIMIT_SECONDS", 0.01)
     assert isinstance(await worker.probe(None, SOON), GenerationResult)
     engine.gate = asyncio.Event()
-    waiting = asyncio.create_task(ask(worker, None))
+    waiting = asyncio.create_task(ask(worker, None))  # gets no answer
     await until(lambda: engine.running())
-    await asyncio.sleep(0.15)
-    yield worker
-    waiting.cancel()
 
+    async def probed(seconds: float) -> str:
+        answer = await worker.probe(None, seconds)
+        return answer.code if isinstance(answer, Refusal) else "answered"
 
-async def test_a_busy_replica_that_makes_progress_says_so_and_one_that_hangs_does_not(
-    busy: VlmWorker, engine: MemoryVlm
-) -> None:
-    for seconds, code in ((SOON, "busy"), (0.05, "late")):
-        engine.passed_at = time.monotonic() - (0.0 if code == "busy" else 0.15)
-        answer = await busy.probe(None, seconds)
-        assert isinstance(answer, Refusal) and answer.code == code
-        await asyncio.sleep(0.15)
-
-
-async def test_a_replica_whose_requests_are_all_late_is_healthy_while_its_engine_makes_progress(
-    busy: VlmWorker, engine: MemoryVlm
-) -> None:
     for _ in range(5):
-        engine.passed_at = time.monotonic()
-        await busy.check_health()
-    await asyncio.sleep(0.15)
+        clock.now += STALL_SECONDS
+        engine.passed_at = clock.now  # though its requests are late, its passes end
+        await worker.check_health()
+        assert await probed(SOON) == "busy"
+    clock.now += STALL_SECONDS
+    assert await probed(0.05) == "late"
     with pytest.raises(RuntimeError, match="3 forward passes in a row failed"):
         for _ in range(3):
-            await busy.check_health()
-
-
-async def test_closing_a_stream_aborts_its_request(worker: VlmWorker, engine: MemoryVlm) -> None:
-    engine.gate = asyncio.Event()
-    engine.gate.set()
-    stream = worker.stream(ASK, None, SOON)
-    first = await anext(stream)
-    assert isinstance(first, TokenChunk)
-    engine.gate.clear()
-    await stream.aclose()  # type: ignore[attr-defined]
-    assert engine.running() == 0
+            await worker.check_health()
+    waiting.cancel()
 
 
 async def test_status_counts_what_waits_for_a_place_in_the_batch(worker: VlmWorker, engine: MemoryVlm) -> None:
@@ -229,7 +273,6 @@ async def test_status_counts_what_waits_for_a_place_in_the_batch(worker: VlmWork
     await until(lambda: engine.running() == 5)
     told = await worker.status()
     assert (told["running"], told["waiting"], told["engine"], told["base"]) == (5, 3, "transformers", "memory")
-    assert told["precision"] == "float32"
     engine.gate.set()
     await asyncio.gather(*asked)
     assert (await worker.status())["running"] == 0
