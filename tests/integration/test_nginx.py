@@ -13,7 +13,7 @@ from core.addresses import free_port
 from core.settings import Settings
 from tests.support.console_server import console_server
 from tests.support.nginx import BINARY, documented, nginx
-from tests.unit.console.test_security import Links
+from tests.unit.ops.console.test_security import Links
 
 pytestmark = [
     pytest.mark.integration,

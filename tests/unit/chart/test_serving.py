@@ -23,7 +23,6 @@ from tests.support.chart import (
     EVERYTHING,
     PROFILES,
     cluster_groups,
-    merged,
     of_kind,
     pods,
     profile,
@@ -33,8 +32,6 @@ from tests.support.chart import (
 )
 from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
-
-WITHOUT_VLM = {"settings": {"base": {"vlm": ""}}}
 
 
 def serve_config(objects: list[dict[str, Any]]) -> ServeDeploySchema:
@@ -56,22 +53,21 @@ def settings_of(objects: list[dict[str, Any]], folder: Path) -> Settings:
 
 def test_a_pod_loads_the_settings_and_the_secrets_and_has_their_ports(tmp_path: Path) -> None:
     objects = render(profile("cpu"), EVERYTHING)
-    settings = settings_of(objects, tmp_path)
-    assert settings.artifacts == "s3://models/ratchet"
-    assert settings.serve.host == settings.metrics_host == settings.console.host == "0.0.0.0"
-    assert settings.kafka.client["sasl_plain_password"] == "p: {#'"
-    assert settings.server == "http://live-ratchet-serve-svc:8000"
+    at = settings_of(objects, tmp_path)
+    assert at.artifacts == "s3://models/ratchet"
+    assert at.serve.host == at.metrics_host == at.console.host == "0.0.0.0"
+    assert at.kafka.client["sasl_plain_password"] == "p: {#'"
+    assert at.server == "http://live-ratchet-serve-svc:8000"
     ports = {
         (component, port["name"]): port["containerPort"]
         for component, template in pods(objects)
         for container in template["spec"]["containers"]
         for port in container.get("ports", [])
     }
-    assert ports["ingest", "metrics"] == settings.ingest.metrics_port
-    assert ports["maintain", "metrics"] == settings.maintain.metrics_port
-    assert ports["updater", "metrics"] == settings.updater.metrics_port
-    assert ports["console", "http"] == settings.console.port
-    assert ports["serving-worker", "serve"] == settings.serve.port == serve_config(objects).http_options.port
+    for part, settings in (("ingest", at.ingest), ("maintain", at.maintain), ("updater", at.updater)):
+        assert ports[part, "metrics"] == settings.metrics_port
+    assert ports["console", "http"] == at.console.port
+    assert ports["serving-worker", "serve"] == at.serve.port == serve_config(objects).http_options.port
 
 
 def deployments(application: Any) -> dict[str, Any]:
@@ -92,50 +88,45 @@ def test_ray_serve_builds_the_application_and_finds_its_deployments(
     file.write_text(yaml.safe_dump({"home": str(tmp_path), "base": {"clip": "tiny", "vlm": "tiny-vlm"}}))
     monkeypatch.setenv("RATCHET_CONFIG", str(file))
     application = serve_config(render()).applications[0]
-    module, _, function = str(application.import_path).partition(":")
-    assert (module, function) == (build.__module__, build.__name__)
+    assert application.import_path == f"{build.__module__}:{build.__name__}"
     graph = deployments(call_user_app_builder_with_args_if_necessary(build, application.args))
     assert {"Encoder", "Vlm", "Ingress"} <= graph.keys()
-    counted = re.findall(
-        r'"?(\w+)"? (?::= )?(0\.\d)\b', (CHART / "templates" / "_ray.tpl").read_text().split("roomForReplicas")[1]
-    )
-    assert {name.capitalize().replace("Total", "Catalog"): float(cpus) for name, cpus in counted} == {
+    room = (CHART / "templates" / "_ray.tpl").read_text().split("roomForReplicas")[1]
+    counted = dict(re.findall(r'"?(\w+)"? (?::= )?(0\.\d)\b', room))
+    assert {name.capitalize().replace("Total", "Catalog"): float(cpus) for name, cpus in counted.items()} == {
         name: deployment.ray_actor_options["num_cpus"] for name, deployment in graph.items()
     }
     for name in PROFILES:
         config = serve_config(render(profile(name)))
         assert config.proxy_location == ProxyLocation.EveryNode
-        for each in config.applications[0].deployments:
-            assert each.name in graph
-            if each.name in ("Encoder", "Vlm"):
-                assert each.ray_actor_options.num_cpus > 0  # it replaces what the code says
+        configured = {each.name: each for each in config.applications[0].deployments}
+        assert configured.keys() <= graph.keys()
+        for each in configured.keys() & {"Encoder", "Vlm"}:
+            assert configured[each].ray_actor_options.num_cpus > 0  # it replaces what the code says
 
 
 def test_without_a_vlm_none_is_configured_or_built() -> None:
-    objects = render(WITHOUT_VLM)
-    config = serve_config(objects)
-    assert {each.name for each in config.applications[0].deployments} == {"Controller", "Encoder", "Ingress"}
+    objects = render({"settings": {"base": {"vlm": ""}}})
+    names = {each.name for each in serve_config(objects).applications[0].deployments}
+    assert names == {"Controller", "Encoder", "Ingress"}
     for _, template in pods(objects):
         for container in template["spec"].get("initContainers", []):
             assert container["command"] == ["ratchet", "base", "build", "--family", "clip"]
 
 
-@pytest.mark.parametrize(
-    ("replicas", "workers", "most", "surge"), [(4, 2, 2, 0), (3, 2, 2, None), (1, 2, 1, None), (4, 1, None, None)]
-)
-def test_no_worker_has_more_replicas_than_its_share_and_new_code_finds_room(
-    replicas: int, workers: int, most: int | None, surge: int | None
-) -> None:
+def test_no_worker_has_more_replicas_than_its_share_and_new_code_finds_room() -> None:
     """Serve fills the first worker. Once all workers have their share, new code may fit without another worker."""
-    values = {
-        "serving": {"workers": {"replicas": workers, "resources": {"limits": {"cpu": 4}}}},
-        "settings": {"serve": {"encoder_replicas": replicas, "ingress_replicas": 1, "ingress_max_replicas": replicas}},
-    }
-    config = serve_config(render(values)).applications[0]
-    set_ = {each.name: each.model_dump(exclude_unset=True) for each in config.deployments}
-    for name in ("Encoder", "Ingress") if most else ("Encoder",):
-        assert set_[name].get("max_replicas_per_node") == most
-        assert set_[name].get("max_surge_percent") == surge
+    for replicas, workers, most, surge in ((4, 2, 2, 0), (3, 2, 2, None), (1, 2, 1, None), (4, 1, None, None)):
+        ingress = {"ingress_replicas": 1, "ingress_max_replicas": replicas}
+        values = {
+            "serving": {"workers": {"replicas": workers, "resources": {"limits": {"cpu": 4}}}},
+            "settings": {"serve": {"encoder_replicas": replicas, **ingress}},
+        }
+        config = serve_config(render(values)).applications[0]
+        told = {each.name: each.model_dump(exclude_unset=True) for each in config.deployments}
+        for name in ("Encoder", "Ingress") if most else ("Encoder",):
+            found = (told[name].get("max_replicas_per_node"), told[name].get("max_surge_percent"))
+            assert found == (most, surge), (replicas, workers, name)
 
 
 class Kind(NamedTuple):
@@ -193,10 +184,9 @@ def stuck_on_workers(objects: list[dict[str, Any]], folder: Path) -> list[tuple[
         "Encoder": at.encoder_replicas, "Vlm": at.vlm_replicas,
         "Ingress": at.ingress_replicas, "Controller": min(2, at.ingress_replicas),
     }  # fmt: skip
+    configured = {each.name: each for each in serve_config(objects).applications[0].deployments}
     kinds = []
-    for each in sorted(
-        serve_config(objects).applications[0].deployments, key=lambda each: [*replicas].index(each.name)
-    ):
+    for each in [configured[name] for name in replicas if name in configured]:
         options = each.ray_actor_options if each.name in ("Encoder", "Vlm") else None
         most = each.max_replicas_per_node if isinstance(each.max_replicas_per_node, int) else 1000
         cpus, gpus = (options.num_cpus, options.num_gpus) if options else (0.2, 0)
@@ -209,6 +199,13 @@ def stuck_on_workers(objects: list[dict[str, Any]], folder: Path) -> list[tuple[
 @pytest.mark.parametrize("name", PROFILES)
 def test_all_replicas_fit_on_the_workers_in_whatever_order_they_are_placed(name: str, tmp_path: Path) -> None:
     assert stuck_on_workers(render(profile(name)), tmp_path) is None
+
+
+def test_without_a_limit_for_each_node_encoders_can_take_the_room_of_a_vlm(tmp_path: Path) -> None:
+    """Eight encoders of 0.05 GPU on the first of four GPUs leave 0.6 there for a VLM that wants 0.9."""
+    unlimited = {"serving": {"actors": {"encoder": {"maxPerNode": 100}, "vlm": {"maxPerNode": 100}}}}
+    placed = stuck_on_workers(render(profile("multigpu"), unlimited), tmp_path)
+    assert placed is not None and max(encoders for encoders, *_ in placed) > 2
 
 
 NODE = {"cpu": 7.5, "memory": 29 * 2**30}
@@ -269,27 +266,16 @@ def test_helm_test_asks_the_pods_of_this_version_and_not_those_that_still_serve(
     assert in_place == before
 
 
-def test_without_a_limit_for_each_node_encoders_can_take_the_room_of_a_vlm(tmp_path: Path) -> None:
-    """Eight encoders of 0.05 GPU on the first of four GPUs leave 0.6 there for a VLM that wants 0.9."""
-    unlimited = {"serving": {"actors": {"encoder": {"maxPerNode": 100}, "vlm": {"maxPerNode": 100}}}}
-    placed = stuck_on_workers(render(profile("multigpu"), unlimited), tmp_path)
-    assert placed is not None
-    assert max(encoders for encoders, *_ in placed) > 2
-
-
-@pytest.mark.parametrize(
-    ("source", "command"),
-    [
+def test_each_pod_has_the_bases_before_it_starts() -> None:
+    for source, command in (
         ({"source": "build"}, ["build"]),
         ({"source": "artifacts"}, ["pull", "b16", "smol"]),
         ({"source": "volume", "existingClaim": "bases"}, ["show", "b16", "smol"]),
-    ],
-)
-def test_each_pod_has_the_bases_before_it_starts(source: dict[str, str], command: list[str]) -> None:
-    objects = render({"bases": source, "settings": {"base": {"clip": "b16", "vlm": "smol"}}})
-    first = {c: t["spec"]["initContainers"][0] for c, t in pods(objects) if t["spec"].get("initContainers")}
-    assert first.keys() == {"serving-head", "serving-worker", "updater"}
-    assert all(container["command"] == ["ratchet", "base", *command] for container in first.values())
+    ):
+        objects = render({"bases": source, "settings": {"base": {"clip": "b16", "vlm": "smol"}}})
+        first = {c: t["spec"]["initContainers"][0] for c, t in pods(objects) if t["spec"].get("initContainers")}
+        assert first.keys() == {"serving-head", "serving-worker", "updater"}
+        assert all(container["command"] == ["ratchet", "base", *command] for container in first.values())
 
 
 def test_the_exporter_reads_the_folder_that_the_replicas_write_into(service: dict[str, Any], tmp_path: Path) -> None:
@@ -309,29 +295,11 @@ def test_the_exporter_reads_the_folder_that_the_replicas_write_into(service: dic
 def test_a_node_that_ends_has_time_to_start_successors_and_to_finish_what_is_in_flight(
     deadline: float, tmp_path: Path
 ) -> None:
+    assert hasattr(ray_constants, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")  # Ray reads the variable of this name
     objects = render(profile("cpu"), {"settings": {"serve": {"deadline_seconds": deadline}}})
     in_flight = drain_seconds(settings_of(objects, tmp_path))
-    for component, pod in pods(objects):
-        if not component.startswith("serving"):
-            continue
-        ray = next(each for each in pod["spec"]["containers"] if each["name"] == "ray")
-        drain = int(variables(ray)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+    for group in cluster_groups(of_kind(objects, "RayService")[0]):
+        spec = group["template"]["spec"]
+        drain = int(variables(spec["containers"][0])["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
         assert drain >= in_flight + 60  # Serve stops replicas that long before the end of the drain
-        assert pod["spec"]["terminationGracePeriodSeconds"] > drain
-    assert hasattr(ray_constants, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")  # Ray reads the variable of this name
-
-
-@pytest.mark.parametrize(
-    "workers",
-    [
-        {"replicas": 2},
-        {"replicas": 1, "maxReplicas": 2},
-        {"replicas": 1, "resources": {"limits": {"cpu": "1100m"}}},
-        {"replicas": 1, "resources": {"requests": {"cpu": 2}}},
-    ],
-)
-def test_workers_have_room_by_their_number_or_their_cpus(workers: dict[str, Any]) -> None:
-    small = {"replicas": 1, "resources": {"requests": {"cpu": "200m"}}}
-    scale = {"base": {"vlm": ""}, "serve": {"ingress_replicas": 2}}
-    values = {"settings": scale, "serving": {"workers": merged(small, workers)}}
-    assert of_kind(render(values), "RayService")
+        assert spec["terminationGracePeriodSeconds"] > drain

@@ -22,8 +22,8 @@ from streams.store.maintenance import Maintainer
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, sample
-from tests.unit.console.conftest import settings as console_settings
 from tests.unit.gate.builders import changed, fresh_suite, outcomes, picture, scores, suite_over
+from tests.unit.ops.console.conftest import settings as console_settings
 from updater.gate.decision import Scores, conclude, decide
 from updater.gate.interim_analyses import AnalysisPlan
 from updater.gate.report import render, render_body, samples_of, with_samples, write_report

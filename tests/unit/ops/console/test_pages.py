@@ -11,7 +11,7 @@ from core.ledger import Ledger
 from ops.console.app import build_console
 from ops.console.request_context import NAV
 from tests.support.story import EVIL, Story, tell
-from tests.unit.console.conftest import LOCAL, csrf, settings
+from tests.unit.ops.console.conftest import LOCAL, csrf, settings
 
 PAGES = (*(link for link, _ in NAV), "/audit/deletions", "/tour", "/sign-in")
 

@@ -20,7 +20,7 @@ from streams.store.sample_store import SampleStore
 from tests.support.pictures import png
 from tests.support.samples import refusal, sample
 from tests.support.story import EVIL, tell
-from tests.unit.console.conftest import release, settings, text
+from tests.unit.ops.console.conftest import release, settings, text
 
 STATUS: dict[str, Any] = {
     "controller": {

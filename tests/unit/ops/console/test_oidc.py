@@ -21,7 +21,7 @@ from core.ledger import Ledger
 from core.settings import Settings
 from core.settings.identity import Oidc
 from ops.console.pages.sign_in import READ, scopes_of
-from tests.unit.console.conftest import FAR, csrf, visit
+from tests.unit.ops.console.conftest import FAR, csrf, visit
 
 RULES = {
     "client_id": "ratchet", "client_secret": "s3cret", "console_url": FAR, "reader_groups": ["team"],

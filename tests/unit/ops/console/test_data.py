@@ -16,7 +16,7 @@ from ops.console.data import ConsoleData, short_texts
 from ops.console.pages.overview import backfills, problems
 from ops.console.template_filters import ago, duration, number, pairs, percent, points
 from streams.store.rows import SampleTable
-from tests.unit.console.conftest import LOCAL, settings
+from tests.unit.ops.console.conftest import LOCAL, settings
 
 
 def test_many_viewers_cost_one_question(tmp_path: Path) -> None:

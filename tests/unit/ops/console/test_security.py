@@ -13,7 +13,7 @@ from core.settings import Settings
 from ops.console import security
 from ops.console.request_context import local_path
 from ops.console.security import COOKIE, Session, Sessions
-from tests.unit.console.conftest import FAR, csrf, from_afar, signed_in, visit
+from tests.unit.ops.console.conftest import FAR, csrf, from_afar, signed_in, visit
 
 TLS = {"x-forwarded-proto": "https"}
 

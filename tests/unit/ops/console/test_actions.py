@@ -20,7 +20,7 @@ from streams.store.sample_store import SampleStore
 from tests.support.pictures import png
 from tests.support.samples import refusal
 from tests.support.story import Story, seen, tell, withdraw
-from tests.unit.console.conftest import PARTIAL, release, settings, signed_in, text
+from tests.unit.ops.console.conftest import PARTIAL, release, settings, signed_in, text
 
 ACTIONS = ("rollback", "release", "promote", "hold", "resume")
 Sent = list[tuple[str, dict[str, Any]]]

@@ -27,8 +27,8 @@ from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.samples import put, sample
 from tests.support.story import EVIL, Story, tell, withdraw
-from tests.unit.console.conftest import LOCAL, settings, signed_in
-from tests.unit.console.test_pages import PAGES
+from tests.unit.ops.console.conftest import LOCAL, settings, signed_in
+from tests.unit.ops.console.test_pages import PAGES
 
 OPEN = ("/", "/releases", "/models", "/gate", "/stream", "/budget")
 SECRETS = ("the customer complained", "cam-7", "postgres://", "deletion-", "key:")
