@@ -87,10 +87,8 @@ def add_adapter(folder: Path, artifacts: Artifacts, ledger: Ledger, name: str) -
 
 
 def begin(ledger: Ledger, name: str, version: int, incumbent: str | None, adapter: str | None = None) -> None:
-    ledger.begin_update(
-        name, family="clip", recipe={"name": "r"}, seed=0, store_version=version, data_from={}, data_to={"t:0": 4},
-        incumbent=incumbent, adapter=adapter,
-    )  # fmt: skip
+    what: dict[str, Any] = {"recipe": {"name": "r"}, "seed": 0, "data_from": {}, "data_to": {"t:0": 4}}
+    ledger.begin_update(name, family="clip", store_version=version, incumbent=incumbent, adapter=adapter, **what)
 
 
 @pytest.fixture
@@ -108,6 +106,19 @@ def rows(url: str) -> dict[str, Any]:
         }  # fmt: skip
 
 
+@pytest.fixture
+def target(tmp_path: Path) -> str:
+    return str(tmp_path / "backup")
+
+
+def same(one: Settings, other: Settings) -> bool:
+    """Whether two installations have the same rows, files and samples."""
+    assert rows(one.ledger) == rows(other.ledger)
+    assert files(Path(one.artifacts)) == files(Path(other.artifacts))
+    assert samples(one) == samples(other)
+    return True
+
+
 def samples(settings: Settings, version: int | None = None) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = SampleStore(settings.lake).scan(version).to_pylist()
     return found
@@ -117,57 +128,50 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_restored_installation_has_the_same_rows_files_and_samples(
-    settings: Settings, elsewhere: Settings, tmp_path: Path
+def test_a_restored_installation_has_the_same_rows_files_and_samples_and_goes_on(
+    settings: Settings, elsewhere: Settings, tmp_path: Path, target: str
 ) -> None:
-    report = back_up(settings, str(tmp_path / "backup"), "ann")
-    assert restore(elsewhere, str(tmp_path / "backup"), "bob") == report
-    assert rows(elsewhere.ledger) == rows(settings.ledger)
-    assert files(Path(elsewhere.artifacts)) == files(Path(settings.artifacts))
-    old, new = SampleStore(settings.lake), SampleStore(elsewhere.lake)
-    assert samples(elsewhere) == samples(settings)
-    assert (new.version(), new.offsets(), new.tally()) == (old.version(), old.offsets(), old.tally())
-    assert new.table.identity() == old.table.identity()
-    opened = Ledger.open(elsewhere.ledger)
-    [restored] = opened.audit_rows(actor="bob")
-    assert (restored.action, restored.detail["release"]) == ("restore", 2)
-    assert opened.acquire_lease("events", "new", 60) == 1, "the old installation's lease is not taken over"
-    opened.close()
+    report = back_up(settings, target, "ann")
+    assert restore(elsewhere, target, "bob") == report
+    assert same(elsewhere, settings)
+    old, store = SampleStore(settings.lake), SampleStore(elsewhere.lake)
+    assert (store.version(), store.offsets(), store.tally()) == (old.version(), old.offsets(), old.tally())
+    assert store.table.identity() == old.table.identity()
+    with closing(Ledger.open(elsewhere.ledger)) as opened:
+        [restored] = opened.audit_rows(actor="bob")
+        assert (restored.action, restored.detail["release"]) == ("restore", 2)
+        assert opened.acquire_lease("events", "new", 60) == 1, "the old installation's lease is not taken over"
+        add_adapter(tmp_path, Artifacts(elsewhere.artifacts), opened, "clip-3")
+        assert opened.propose("release", clip="clip-1", actor="a", reason="r").id == 1
+        begin(opened, "u-2", 1, None, adapter="clip-3")
+        assert opened.record_verdict("u-2", "clip-3", "passed", "reports/u-2", {}).id == 2
+        put(store, [sample(0, 4)], Position(TOPIC, 0, 5))
+        assert store.offsets() == {f"{TOPIC}:0": 5, f"{TOPIC}:1": 1}
+        pinned = opened.update("u-open").store_version
+        assert [row["offset"] for row in samples(elsewhere, pinned)] == [0, 1]
+        Maintainer(elsewhere, opened, store).run_once()
+        assert (store.pins(), store.count()) == ({"u-open": pinned}, 5)
 
 
-def test_after_a_restore_the_ledger_and_the_store_go_on(
-    settings: Settings, elsewhere: Settings, tmp_path: Path
+def test_a_ledger_restored_into_a_database_of_the_other_kind_is_the_same(
+    settings: Settings, tmp_path: Path, target: str
 ) -> None:
-    back_up(settings, str(tmp_path / "backup"), "ann")
-    restore(elsewhere, str(tmp_path / "backup"), "bob")
-    opened, store = Ledger.open(elsewhere.ledger), SampleStore(elsewhere.lake)
-    add_adapter(tmp_path, Artifacts(elsewhere.artifacts), opened, "clip-3")
-    proposal = opened.propose("release", clip="clip-1", actor="a", reason="r")
-    assert proposal.id == 1
-    begin(opened, "u-2", 1, None, adapter="clip-3")
-    assert opened.record_verdict("u-2", "clip-3", "passed", "reports/u-2", {}).id == 2
-    put(store, [sample(0, 4)], Position(TOPIC, 0, 5))
-    assert store.offsets() == {f"{TOPIC}:0": 5, f"{TOPIC}:1": 1}
-    pinned = opened.update("u-open").store_version
-    assert [row["offset"] for row in samples(elsewhere, pinned)] == [0, 1]
-    Maintainer(elsewhere, opened, store).run_once()
-    assert store.pins() == {"u-open": pinned}
-    assert store.count() == 5
-    opened.close()
-
-
-def test_a_ledger_restored_into_a_database_of_the_other_kind_is_the_same(settings: Settings, tmp_path: Path) -> None:
     """The portable form of PostgreSQL's rows restores into SQLite; SQLite's file does under another name."""
-    target = settings_of(tmp_path / "new", f"sqlite:///{tmp_path}/other.db")
-    back_up(settings, str(tmp_path / "backup"), "ann")
-    restore(target, str(tmp_path / "backup"), "bob")
-    assert rows(target.ledger) == rows(settings.ledger)
-    assert rows(target.ledger)["verdicts"][0].created_at == WHEN
+    other = settings_of(tmp_path / "new", f"sqlite:///{tmp_path}/other.db")
+    back_up(settings, target, "ann")
+    restore(other, target, "bob")
+    assert rows(other.ledger) == rows(settings.ledger)
+    assert rows(other.ledger)["verdicts"][0].created_at == WHEN
 
 
 @on_sqlite
 def test_what_happens_during_a_backup_does_not_break_it(
-    settings: Settings, elsewhere: Settings, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings,
+    elsewhere: Settings,
+    ledger: Ledger,
+    tmp_path: Path,
+    target: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """After the ledger is copied: a release, a commit of ingest, compaction, a collector."""
     artifacts, store = Artifacts(settings.artifacts), SampleStore(settings.lake)
@@ -192,10 +196,10 @@ def test_what_happens_during_a_backup_does_not_break_it(
 
     monkeypatch.setattr(backup, "write_ledger", written)
     monkeypatch.setattr(backup, "version_files", listed)
-    report = back_up(settings, str(tmp_path / "backup"), "ann")
+    report = back_up(settings, target, "ann")
     assert meanwhile == [None], "the collector waits"
     assert report.missing == ()
-    restore(elsewhere, str(tmp_path / "backup"), "bob")
+    restore(elsewhere, target, "bob")
     restored = rows(elsewhere.ledger)
     assert restored["live"].clip == "clip-2"
     kept = Artifacts(elsewhere.artifacts)
@@ -207,24 +211,20 @@ def test_what_happens_during_a_backup_does_not_break_it(
 
 
 @on_sqlite
-def test_a_file_that_goes_while_it_is_copied_is_named(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_file_that_goes_while_it_is_copied_is_named_and_a_killed_backup_lets_its_pin_go(
+    settings: Settings, ledger: Ledger, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backup, "_artifact_files", lambda _: {"reports/u-9/report.json": 2})
     with pytest.raises(StoreError, match=r"report\.json was deleted while"):
-        back_up(settings, str(tmp_path / "backup"), "ann")
-    assert SampleStore(settings.lake).pins().keys() == {"u-open"}
-
-
-@on_sqlite
-def test_the_pin_of_a_backup_that_was_killed_is_let_go(settings: Settings, ledger: Ledger) -> None:
+        back_up(settings, target, "ann")
     store = SampleStore(settings.lake)
+    assert store.pins().keys() == {"u-open"}
     store.pin("backup-1", store.version())
     epoch = ledger.acquire_lease(COLLECT_LEASE, "backup", 60)
     assert epoch is not None
     maintainer = Maintainer(settings, ledger, store)
     maintainer.run_once()
-    assert "backup-1" in store.pins()
+    assert "backup-1" in store.pins(), "it still runs"
     ledger.release_lease(COLLECT_LEASE, epoch)
     maintainer.run_once()
     assert store.pins().keys() == {"u-open"}
@@ -258,18 +258,16 @@ class Mortal(Place):
 @on_sqlite
 @pytest.mark.parametrize("writes", [1, 4, 9, 14])
 def test_a_backup_that_was_interrupted_is_completed(
-    settings: Settings, elsewhere: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+    settings: Settings, elsewhere: Settings, target: str, monkeypatch: pytest.MonkeyPatch, writes: int
 ) -> None:
-    target = str(tmp_path / "backup")
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         Mortal.left = writes
         patch.setattr(backup, "Place", Mortal)
-        with pytest.raises(Killed):
-            back_up(settings, target, "ann")
+        back_up(settings, target, "ann")
     with pytest.raises(ConfigError, match="no complete backup"):
         restore(elsewhere, target, "bob")
     report = back_up(settings, target, "ann")
-    assert report.files == len(files(tmp_path / "backup")) - 3, "the ledger, the list of files and the summary"
+    assert report.files == len(files(Path(target))) - 3, "the ledger, the list of files and the summary"
     restore(elsewhere, target, "bob")
     assert rows(elsewhere.ledger) == rows(settings.ledger)
 
@@ -277,25 +275,21 @@ def test_a_backup_that_was_interrupted_is_completed(
 @on_sqlite
 @pytest.mark.parametrize("writes", [0, 3, 8])
 def test_a_restore_that_was_interrupted_is_completed(
-    settings: Settings, elsewhere: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+    settings: Settings, elsewhere: Settings, target: str, monkeypatch: pytest.MonkeyPatch, writes: int
 ) -> None:
-    target = str(tmp_path / "backup")
     back_up(settings, target, "ann")
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         Mortal.left = writes
         patch.setattr("ops.recovery.restoration.Place", Mortal)
-        with pytest.raises(Killed):
-            restore(elsewhere, target, "bob")
+        restore(elsewhere, target, "bob")
     restore(elsewhere, target, "bob")
-    assert rows(elsewhere.ledger) == rows(settings.ledger)
-    assert samples(elsewhere) == samples(settings)
-    assert files(Path(elsewhere.artifacts)) == files(Path(settings.artifacts))
+    assert same(elsewhere, settings)
     with pytest.raises(ConfigError, match="not empty"):
         restore(elsewhere, target, "bob")
 
 
-def test_nothing_is_restored_over_something_else(settings: Settings, url: str, tmp_path: Path) -> None:
-    target, make = str(tmp_path / "backup"), databases(url)
+def test_nothing_is_restored_over_something_else(settings: Settings, url: str, tmp_path: Path, target: str) -> None:
+    make = databases(url)
     back_up(settings, target, "ann")
     with pytest.raises(ConfigError, match="the ledger is not empty"):
         restore(settings_of(tmp_path / "a", settings.ledger), target, "bob")
@@ -317,15 +311,14 @@ def test_nothing_is_restored_over_something_else(settings: Settings, url: str, t
 @on_sqlite
 @pytest.mark.parametrize("which", ["adapter.safetensors", "samples.lance/data", "report.json", "ledger", "files.json"])
 def test_a_damaged_file_is_found_before_the_ledger_names_it(
-    settings: Settings, elsewhere: Settings, tmp_path: Path, which: str
+    settings: Settings, elsewhere: Settings, target: str, which: str
 ) -> None:
-    back_up(settings, str(tmp_path / "backup"), "ann")
-    damaged = tmp_path / "backup" / next(name for name in files(tmp_path / "backup") if which in name)
-    data = bytearray(damaged.read_bytes())
+    back_up(settings, target, "ann")
+    name, data = next((name, bytearray(data)) for name, data in files(Path(target)).items() if which in name)
     data[len(data) // 2] ^= 1
-    damaged.write_bytes(data)
+    (Path(target) / name).write_bytes(data)
     with pytest.raises(StoreError, match="damaged"):
-        restore(elsewhere, str(tmp_path / "backup"), "bob")
+        restore(elsewhere, target, "bob")
     assert not rows(elsewhere.ledger)["releases"]
 
 
@@ -358,16 +351,16 @@ def test_a_backup_of_an_older_migration_is_migrated(settings: Settings, elsewher
     assert rows(elsewhere.ledger) == rows(settings.ledger)
 
 
-def test_a_ledger_of_a_newer_version_is_not_backed_up(settings: Settings, ledger: Ledger, tmp_path: Path) -> None:
+def test_a_ledger_of_a_newer_version_is_not_backed_up(settings: Settings, ledger: Ledger, target: str) -> None:
     with ledger.database.write() as session:
         session.execute(text("update alembic_version set version_num = '9999'"))
     with pytest.raises(LedgerError, match="9999"):
-        back_up(settings, str(tmp_path / "backup"), "ann")
+        back_up(settings, target, "ann")
 
 
 @on_sqlite
 def test_a_data_set_that_changes_faster_than_it_is_copied_is_tried_again(
-    settings: Settings, elsewhere: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, elsewhere: Settings, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     catalog = f"{settings.lake}/catalog/clip_1.lance"
     lance.write_dataset(pa.table({"a": [1]}), catalog)
@@ -382,16 +375,16 @@ def test_a_data_set_that_changes_faster_than_it_is_copied_is_tried_again(
         return found
 
     monkeypatch.setattr(backup, "version_files", listed)
-    back_up(settings, str(tmp_path / "backup"), "ann")
+    back_up(settings, target, "ann")
     assert calls == ["catalog/clip_1.lance"]
-    restore(elsewhere, str(tmp_path / "backup"), "bob")
+    restore(elsewhere, target, "bob")
     assert lance.dataset(f"{elsewhere.lake}/catalog/clip_1.lance").to_table().to_pydict() == {"a": [2]}
 
 
-def test_the_commands_end_with_json(settings: Settings, elsewhere: Settings, tmp_path: Path) -> None:
+def test_the_commands_end_with_json(settings: Settings, elsewhere: Settings, target: str) -> None:
     reports = []
     for name, each in (("backup", settings), ("restore", elsewhere)):
-        done = ratchet(each.home, "--set", f"ledger_url={each.ledger}", "admin", name, str(tmp_path / "backup"))
+        done = ratchet(each.home, "--set", f"ledger_url={each.ledger}", "admin", name, target)
         assert done.exit_code == 0, done.output
         reports.append(json.loads(done.stdout.splitlines()[-1]))
     assert reports[0] == reports[1] and reports[0]["release"] == 2

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
-from typer.testing import CliRunner
 
 from core import metrics
 from core.addresses import free_port
@@ -16,12 +14,13 @@ from core.ledger import Ledger
 from core.ledger import rows as t
 from core.metrics import declared
 from core.settings import Settings
-from ops.cli.main import app
 from ops.cli.status import maintenance_line
 from ops.console.app import build_console
 from ops.stream_state import StreamState, stream_state
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
+from tests.support.command_line import ratchet
+from tests.support.samples import put, sample
 
 LOST = {
     "kind": "gap", "topic": "t", "partition": 0, "offset": 100, "until": 612, "reason": "retention",
@@ -40,16 +39,13 @@ def ports() -> tuple[int, int]:
 @pytest.fixture
 def settings(tmp_path: Path, ports: tuple[int, int]) -> Settings:
     home = {"home": tmp_path, "base": {"vlm": ""}, "serve": {"port": 1}, "kafka": {"bootstrap": "127.0.0.1:1"}}
-    return Settings.model_validate(
-        {**home, "ingest": {"metrics_port": ports[0]}, "maintain": {"metrics_port": ports[1]}}
-    )
+    ingest, maintain = ({"metrics_port": port} for port in ports)
+    return Settings.model_validate({**home, "ingest": ingest, "maintain": maintain})
 
 
 @pytest.fixture
 def store(settings: Settings) -> SampleStore:
-    made = SampleStore(settings.lake)
-    made.put([LOST], [Position("t", 0, 612)])
-    return made
+    return SampleStore(settings.lake)
 
 
 @pytest.fixture
@@ -61,30 +57,29 @@ def ledger(settings: Settings) -> Iterator[Ledger]:
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
+    metrics.ingest.waiting("")
     yield
     metrics.ingest.waiting("")
     declared.MAINTAIN_LAST.clear()
 
 
-def test_a_gap_is_told_with_its_offsets_and_its_reason(settings: Settings, store: SampleStore, ledger: Ledger) -> None:
+def test_a_gap_is_told_with_its_offsets_and_its_reason_and_counts_are_those_of_the_positions(
+    settings: Settings, store: SampleStore, ledger: Ledger
+) -> None:
+    put(store, [LOST], Position("t", 0, 612))
     state = stream_state(settings, store, ledger)
     assert (state.lost, state.offsets) == (512, {"t:0": 612})
     assert [gap.shown for gap in state.gaps] == ["t:0 100..611 (retention)"]
     assert state.problems() == ["Records were lost before they were read: t:0 100..611 (retention)."]
-
-
-def test_counts_are_those_of_the_positions(settings: Settings, ledger: Ledger) -> None:
-    made = SampleStore(settings.lake)
-    row = {"kind": "sample", "id": "0" * 64, "image": b"x", "split": "train", "topic": "t", "partition": 0, "offset": 0}
-    made.put([row], [Position("t", 0, 900)])
-    state = stream_state(settings, made, ledger)
+    put(store, [sample(0, 612, topic="t")], Position("t", 0, 900))
+    state = stream_state(settings, store, ledger)
     assert state.samples == {"train": 1, "fresh_eval": 0}
     assert (state.records, state.offsets) == (1, {"t:0": 900}), "markers and aborted records are offsets, not records"
 
 
-def test_what_ingest_and_maintenance_do_is_read_from_their_metrics(settings: Settings, ledger: Ledger) -> None:
-    store = SampleStore(settings.lake)
-    metrics.ingest.waiting("")
+def test_what_ingest_and_maintenance_do_is_read_from_their_metrics(
+    settings: Settings, store: SampleStore, ledger: Ledger
+) -> None:
     assert stream_state(settings, store, ledger) == StreamState(waiting_for="", maintenance_known=True)
     metrics.ingest.waiting("store")
     metrics.dependency.state("store", "full")
@@ -95,19 +90,28 @@ def test_what_ingest_and_maintenance_do_is_read_from_their_metrics(settings: Set
     assert state.problems() == ["Ingest waits for the store: full."]
     metrics.maintain.ran("failed", 1.0)
     assert "The last run of maintenance failed." in stream_state(settings, store, ledger).problems()
-
-
-def test_refused_records_that_cannot_be_published_are_a_problem(settings: Settings, ledger: Ledger) -> None:
+    metrics.maintain.ran("done", 1.0)
+    metrics.ingest.waiting("")
     metrics.ingest.quarantine_failing(True)
-    state = stream_state(settings, SampleStore(settings.lake), ledger)
-    [problem] = state.problems()
+    [problem] = stream_state(settings, store, ledger).problems()
     assert "Refused records cannot be published" in problem
     metrics.ingest.quarantine_failing(False)
-    assert stream_state(settings, SampleStore(settings.lake), ledger).problems() == []
+    assert stream_state(settings, store, ledger).problems() == []
+    ports = {"ingest": {"metrics_port": free_port()}, "maintain": {"metrics_port": 0}}
+    away = Settings.model_validate({**settings.model_dump(), **ports})
+    state = stream_state(away, store, ledger)
+    assert (state.waiting_for, state.maintained, state.maintenance_known, state.problems()) == (None, None, False, [])
 
 
-def test_deletions_that_wait_are_known_wherever_maintenance_runs(settings: Settings, ledger: Ledger) -> None:
-    store = SampleStore(settings.lake)
+def request(ledger: Ledger, name: str, age: timedelta) -> None:
+    ledger.request_deletion(name, {"source": "cam"}, actor="ann", reason="r")
+    with ledger.database.write() as session:
+        session.get_one(t.DeletionRow, name).requested_at -= age
+
+
+def test_deletions_that_wait_are_known_wherever_maintenance_runs(
+    settings: Settings, store: SampleStore, ledger: Ledger
+) -> None:
     for number in range(3):
         request(ledger, f"d{number}", timedelta(hours=25 * number))
     ledger.deletion_removed("d1", samples=1, refusals=0, adapters={}, store_version=1)
@@ -121,53 +125,38 @@ def test_deletions_that_wait_are_known_wherever_maintenance_runs(settings: Setti
     assert (state.deletions, state.oldest_deletion, state.problems()) == (0, timedelta(0), [])
 
 
-def request(ledger: Ledger, name: str, age: timedelta) -> None:
-    ledger.request_deletion(name, {"source": "cam"}, actor="ann", reason="r")
-    with ledger.database.write() as session:
-        session.get_one(t.DeletionRow, name).requested_at -= age
-
-
 def test_the_line_about_maintenance_says_what_is_known() -> None:
     now = datetime.now(UTC)
-    assert maintenance_line(StreamState()) == ("maintenance: no metrics here", "dim")
-    assert maintenance_line(StreamState(maintenance_known=True)) == ("no maintenance yet", "dim")
-    fails = StreamState(maintenance_known=True, maintenance_failing=True)
-    assert maintenance_line(fails) == ("maintenance fails", "red")
-    assert maintenance_line(StreamState(maintained=now)) == ("maintained 0 s ago", "")
-    failing = StreamState(maintained=now - timedelta(seconds=90), maintenance_failing=True)
-    assert maintenance_line(failing) == ("maintained 90 s ago, failing since", "red")
+    for told, line in (
+        ({}, ("maintenance: no metrics here", "dim")),
+        ({"maintenance_known": True}, ("no maintenance yet", "dim")),
+        ({"maintenance_known": True, "maintenance_failing": True}, ("maintenance fails", "red")),
+        ({"maintained": now}, ("maintained 0 s ago", "")),
+        (
+            {"maintained": now - timedelta(seconds=90), "maintenance_failing": True},
+            ("maintained 90 s ago, failing since", "red"),
+        ),
+    ):
+        assert maintenance_line(StreamState(**told)) == line  # type: ignore[arg-type]
 
 
-def test_parts_that_do_not_answer_are_not_known_and_no_problem(settings: Settings, ledger: Ledger) -> None:
-    ingest = settings.ingest.model_copy(update={"metrics_port": free_port()})
-    maintain = settings.maintain.model_copy(update={"metrics_port": 0})
-    away = settings.model_copy(update={"ingest": ingest, "maintain": maintain})
-    state = stream_state(away, SampleStore(away.lake), ledger)
-    assert (state.waiting_for, state.maintained, state.maintenance_known, state.problems()) == (None, None, False, [])
-
-
-@pytest.mark.usefixtures("store")
-def test_status_and_the_console_tell_the_same(settings: Settings, ledger: Ledger) -> None:
+def test_status_and_the_console_tell_the_same(settings: Settings, store: SampleStore, ledger: Ledger) -> None:
+    put(store, [LOST], Position("t", 0, 612))
     metrics.ingest.waiting("store")
     metrics.dependency.state("store", "refused")
     metrics.maintain.ran("done", 1.0)
     request(ledger, "d1", timedelta(hours=2))
-    flags = [
-        f"home={settings.home}", "serve.port=1", f"ingest.metrics_port={settings.ingest.metrics_port}",
-        f"maintain.metrics_port={settings.maintain.metrics_port}",
-    ]  # fmt: skip
-    words = [word for flag in flags for word in ("--set", flag)]
-    done = CliRunner().invoke(app, [*words, "status"], env={"COLUMNS": "200"})
-    assert done.exit_code == 0, done.exception
-    shown = " ".join(done.output.split())
+    ports = [f"{name}.metrics_port={getattr(settings, name).metrics_port}" for name in ("ingest", "maintain")]
+    words = [word for flag in ("serve.port=1", *ports) for word in ("--set", flag)]
+    shown = " ".join(ratchet(settings.home, *words, "status", columns=200).output.split())
     for told in ("512 offsets lost, last: t:0 100..611 (retention)", "ingest waits for the store: refused",
                  "maintained", "deletions waiting: 1, the oldest for 2.0 h"):  # fmt: skip
         assert told in shown
-    facts = json.loads(CliRunner().invoke(app, [*words, "status", "--json"]).output)
+    facts = json.loads(ratchet(settings.home, *words, "status", "--json").output)
     assert (facts["lost"], facts["waiting_for"], facts["gaps"][0]["first"]) == (512, "store", 100)
     with TestClient(build_console(settings), base_url="http://127.0.0.1:8001") as visitor:
         page = visitor.get("/").text
     problems = ("t:0 100..611 (retention)", "Ingest waits for the store: refused", "1 deletion is", "512 offsets were")
     for told in problems:
         assert told in page
-    assert Counter(page.split())["Maintenance"] == 0, "it runs"
+    assert "Maintenance" not in page.split(), "it runs"
