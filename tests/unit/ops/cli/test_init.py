@@ -66,25 +66,19 @@ def pictures_of(split: str, home: Path = Path(".ratchet"), name: str = "things")
     return {item.bytes() for item in read_folder(home / "data" / name, split=split)}
 
 
-def test_everything_commented_out_is_the_default_and_can_be_taken_in() -> None:
+def test_everything_commented_out_is_the_default_and_what_is_chosen_is_set_and_nothing_else(tmp_path: Path) -> None:
     text = settings_yaml({})
     assert yaml.safe_load(text) is None
     taken_in = yaml.safe_load(re.sub(r"^( *)#(?! )", r"\1", text, flags=re.M))
-    defaults = Settings()
-    read = Settings.model_validate(taken_in)
-    assert [row[:2] for row in describe(read)] == [row[:2] for row in describe(defaults)]
-    for name, _, _, meaning in describe(defaults):
+    defaults = list(describe(Settings()))
+    assert [row[:2] for row in describe(Settings.model_validate(taken_in))] == [row[:2] for row in defaults]
+    for name, _, _, meaning in defaults:
         assert f"# {meaning}\n" in text, name
-
-
-def test_what_is_chosen_is_set_and_nothing_else(tmp_path: Path) -> None:
     chosen = {"home": Path("there"), "serve.port": 9000, "kafka.oauth.scope": "a: b", "gate.suites": [Path("s")]}
     file = tmp_path / "ratchet.yaml"
     file.write_text(settings_yaml(chosen))
-    changed = {
-        name: value for name, value, origin, _ in describe(load_settings(file, environ={})) if origin != "default"
-    }
-    assert changed == chosen
+    described = describe(load_settings(file, environ={}))
+    assert {name: value for name, value, origin, _ in described if origin != "default"} == chosen
 
 
 def test_a_folder_of_classes_becomes_a_suite_and_a_reference_pool(run: Run) -> None:
@@ -105,24 +99,25 @@ def test_a_folder_of_classes_becomes_a_suite_and_a_reference_pool(run: Run) -> N
     assert set(told) == {"base", "gate", "updater"}
     for fact in ("24 pictures: 12 held out", "with fewer than 50", "513 fresh items", "3,420 new pairs"):
         assert fact in done.output, done.output
-
-
-def test_the_same_pictures_are_held_out_again_wherever_they_lie(run: Run) -> None:
-    class_folders(Path("a") / "things")
-    run("init", "--model", "tiny", "--data", "a/things", "--yes")
-    first = pictures_of("test")
-    Path("a").rename("b")
-    assert run("init", "--model", "tiny", "--data", "b/things", "--yes", "--force").exit_code == 0
-    assert pictures_of("test") == first
+    Path("moved").mkdir()
+    Path("things").rename("moved/things")
+    assert run("init", "--model", "tiny", "--data", "moved/things", "--yes", "--force").exit_code == 0
+    assert pictures_of("test") == held, "the same pictures are held out again wherever they lie"
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_a_labelled_sample_with_captions_makes_both_suites(run: Run, suffix: str) -> None:
-    folder = class_folders(Path("things"))
-    names = [(path.parent.name, path.stem) for path in sorted(folder.rglob("*.png"))]
-    rows = [{"file": f"{kind}/{stem}.png", "label": kind, "caption": f"{stem} {kind}"} for kind, stem in names]
-    labels = Path(f"sample{suffix}")
+    files = sorted(class_folders(Path("things")).rglob("*.png"))
+    rows = [
+        {
+            "file": f"{each.parent.name}/{each.name}",
+            "label": each.parent.name,
+            "caption": f"{each.stem} {each.parent.name}",
+        }
+        for each in files
+    ]
     lines = [",".join(row.values()) for row in rows] if suffix == ".csv" else [json.dumps(row) for row in rows]
+    labels = Path(f"sample{suffix}")
     labels.write_text("\n".join(["file,label,caption", *lines] if suffix == ".csv" else lines))
     done = run("init", "--model", "tiny", "--data", "things", "--labels", str(labels), "--yes")
     assert done.exit_code == 0, done.exception
@@ -225,28 +220,22 @@ def test_an_error_names_the_option_and_the_fix_and_nothing_is_written(
     assert list_bases(Path(".ratchet"), "clip") == ["tiny"]
 
 
-def test_a_broker_that_is_away_is_not_asked_offline(run: Run) -> None:
+def test_a_broker_that_is_away_is_not_asked_offline_and_nothing_is_overwritten_without_force(run: Run) -> None:
     class_folders(Path("things"))
-    words = ("--model", "tiny", "--data", "things", "--broker", "127.0.0.1:1", "--topic", "pairs")
-    done = run("--set", "serve.port=9000", "init", *words, "--yes", "--offline")
+    made = ("init", "--model", "tiny", "--data", "things", "--yes")
+    broker = ("--broker", "127.0.0.1:1", "--topic", "pairs", "--offline")
+    done = run("--set", "serve.port=9000", *made, *broker)
     assert done.exit_code == 0, done.exception
     settings = load_settings(environ={})
-    assert (settings.kafka.bootstrap, settings.kafka.topic, settings.serve.port) == (words[5], "pairs", 9000)
-
-
-def test_nothing_is_overwritten_without_force(run: Run) -> None:
-    class_folders(Path("things"))
-    words = ("init", "--model", "tiny", "--data", "things", "--yes")
-    assert run(*words).exit_code == 0
+    assert (settings.kafka.bootstrap, settings.kafka.topic, settings.serve.port) == ("127.0.0.1:1", "pairs", 9000)
+    before = Path("ratchet.yaml").read_text()
     for kept in ("ratchet.yaml", "things"):
-        before = Path("ratchet.yaml").read_text() if Path("ratchet.yaml").exists() else ""
-        error = run(*words).exception
+        error = run(*made).exception
         assert isinstance(error, ConfigError)
-        assert f"{kept} exists already" in error.message
-        assert "--force" in error.fix
-        assert not before or Path("ratchet.yaml").read_text() == before
+        assert f"{kept} exists already" in error.message and "--force" in error.fix
+        assert kept == "things" or Path("ratchet.yaml").read_text() == before
         Path("ratchet.yaml").unlink(missing_ok=True)
-    assert run(*words, "--force").exit_code == 0
+    assert run(*made, "--force").exit_code == 0
 
 
 def test_a_secret_is_not_written(run: Run) -> None:
