@@ -25,17 +25,8 @@ from ray.serve._private import constants
 from benchmarks.cluster.ray_service import compared_by_kuberay
 from core.settings import Settings
 from serving.ray import ray_session
-from tests.support.chart import (
-    EVERYTHING,
-    ROOT,
-    cluster_groups,
-    named,
-    of_kind,
-    profile,
-    render,
-    settings_text,
-    variables,
-)
+from tests.support import chart
+from tests.support.chart import EVERYTHING, ROOT, cluster_groups, named, of_kind, profile, render
 
 VERSIONS = {"1.5.1": "RayService-1.5.1.json", "1.6.2": "RayService-1.6.2.json", "1.7": "RayService.json"}
 MAX_NAME = 53 - len("-xxxxx")
@@ -129,7 +120,7 @@ def test_its_variables_are_those_that_ray_reads_and_none_that_kuberay_refuses_or
         ray_session.prepare_environment(Settings(home=tmp_path))
     source = inspect.getsource(constants)
     for group in cluster_groups(service):
-        told = variables(ray_container(group))
+        told = chart.variables(ray_container(group))
         assert len(told) == len(ray_container(group)["env"]) and not told.keys() & (REFUSED | MANAGED)
         assert [name for name in told if name.startswith("RAY_SERVE_") and f'"{name}"' not in source] == []
         for name in ("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"):
@@ -137,9 +128,7 @@ def test_its_variables_are_those_that_ray_reads_and_none_that_kuberay_refuses_or
         assert float(told["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) > constants.RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S
 
 
-def test_what_the_operator_and_the_api_server_would_fill_in_is_said(
-    service: dict[str, Any], cluster: dict[str, Any]
-) -> None:
+def test_what_the_api_server_would_fill_in_is_said(service: dict[str, Any], cluster: dict[str, Any]) -> None:
     """Defaults of KubeRay's definitions, in lists that are compared as a whole: Argo CD would see a difference, and
     applying the same objects again would conflict. Workers have both bounds also where nothing scales them.
     """
@@ -182,25 +171,20 @@ def test_ray_adds_workers_where_more_are_allowed() -> None:
     assert {"ports": [{"protocol": "TCP", "port": 443}]} in policy["spec"]["egress"]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"workers": {"replicas": 4}}, {"workers": {"maxReplicas": 9}}, {"requestTimeoutSeconds": 60},
-        {"workers": {"tolerations": [{"operator": "Exists"}]}}, {"head": {"tolerations": [{"operator": "Exists"}]}},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_what_kuberay_and_serve_would_not_change_in_a_running_cluster_makes_a_new_one(change: Any) -> None:
+def test_what_kuberay_and_serve_would_not_change_in_a_running_cluster_makes_a_new_one() -> None:
     """KubeRay compares neither numbers of workers nor tolerations, and Serve reads HTTP options only when it starts."""
     autoscaled = {"serving": {"workers": {"replicas": 2, "maxReplicas": 8}}}
-    before, after = (ray_service(autoscaled, each)["spec"]["rayClusterConfig"] for each in ({}, {"serving": change}))
-    assert compared_by_kuberay(before) != compared_by_kuberay(after)
-
-
-def test_what_serve_changes_in_a_running_cluster_makes_no_new_one() -> None:
-    before, after = (ray_service({"serving": {"actors": {"encoder": {"cpus": cpus}}}})["spec"] for cpus in (0.5, 0.25))
-    assert before["serveConfigV2"] != after["serveConfigV2"]
-    assert before["rayClusterConfig"] == after["rayClusterConfig"]
+    before = ray_service(autoscaled)["spec"]
+    anywhere = {"tolerations": [{"operator": "Exists"}]}
+    for change in (
+        {"workers": {"replicas": 4}}, {"workers": {"maxReplicas": 9}}, {"requestTimeoutSeconds": 60},
+        {"workers": anywhere}, {"head": anywhere},
+    ):  # fmt: skip
+        after = ray_service(autoscaled, {"serving": change})["spec"]
+        assert compared_by_kuberay(before["rayClusterConfig"]) != compared_by_kuberay(after["rayClusterConfig"]), change
+    served = ray_service(autoscaled, {"serving": {"actors": {"encoder": {"cpus": 0.25}}}})["spec"]
+    assert before["serveConfigV2"] != served["serveConfigV2"]
+    assert before["rayClusterConfig"] == served["rayClusterConfig"], "Serve changes it in the running cluster"
 
 
 def test_a_token_is_of_the_ray_in_the_image_and_an_upgrade_is_one_of_kuberays(service: dict[str, Any]) -> None:
@@ -212,9 +196,7 @@ def test_a_token_is_of_the_ray_in_the_image_and_an_upgrade_is_one_of_kuberays(se
     assert "upgradeStrategy" not in cluster  # ValidateRayClusterUpgradeOptions
 
 
-def test_what_kuberay_would_add_to_a_pod_is_there_already_and_resources_come_from_one_place(
-    service: dict[str, Any],
-) -> None:
+def test_what_kuberay_would_add_to_a_pod_is_there_already(service: dict[str, Any]) -> None:
     """It adds probes that call wget, which the image lacks, and shared memory of the size of all memory if there is
     none; it replaces command and arguments by ``ray start``. validateRayGroupResources and validateRayGroupLabels;
     generateRayStartCommand takes CPUs from the requests.
@@ -240,7 +222,7 @@ def test_what_kuberay_would_add_to_a_pod_is_there_already_and_resources_come_fro
 # The cluster that trains
 
 
-def test_the_cluster_that_trains_has_no_worker_while_nothing_trains(
+def test_the_cluster_that_trains_begins_without_workers(
     training: list[dict[str, Any]], cluster: dict[str, Any]
 ) -> None:
     spec = cluster["spec"]
@@ -266,10 +248,8 @@ def test_the_cluster_that_trains_has_no_worker_while_nothing_trains(
         render({"updater": {"workers": {"enabled": True}}})
 
 
-def test_the_updater_finds_the_cluster_that_trains_and_its_token(
-    training: list[dict[str, Any]], cluster: dict[str, Any]
-) -> None:
-    settings = Settings.model_validate(yaml.safe_load(settings_text(training)))
+def test_the_updater_finds_the_cluster_and_its_token(training: list[dict[str, Any]], cluster: dict[str, Any]) -> None:
+    settings = Settings.model_validate(yaml.safe_load(chart.settings_text(training)))
     assert settings.updater.ray_address == f"ray://{cluster['metadata']['name']}-head-svc:10001"
     (container,) = named(training, "Deployment", "updater")["spec"]["template"]["spec"]["containers"]
     env = {each["name"]: each for each in container["env"]}

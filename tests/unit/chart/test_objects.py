@@ -46,9 +46,7 @@ def ports_of(objects: list[dict[str, Any]], component: str) -> set[str]:
     return {port["name"] for container in template["spec"]["containers"] for port in container["ports"]}
 
 
-def test_services_budgets_and_monitors_select_pods_with_their_ports(
-    everything: list[dict[str, Any]], labels: Labels
-) -> None:
+def test_services_budgets_and_monitors_select_their_pods(everything: list[dict[str, Any]], labels: Labels) -> None:
     services = of_kind(everything, "Service")
     assert services
     for service in services:
@@ -106,9 +104,7 @@ def test_secrets_come_from_secrets_and_only_where_they_are_needed(everything: li
             assert component.startswith("training-") or told["RATCHET_CONFIG"] == "/etc/ratchet/ratchet.yaml"
 
 
-def test_migration_runs_before_install_and_upgrade_and_a_failure_says_so_within_a_minute(
-    everything: list[dict[str, Any]],
-) -> None:
+def test_migration_runs_before_everything_and_a_failure_says_so_soon(everything: list[dict[str, Any]]) -> None:
     """It needs nothing that is created later. Pauses of 10 and 20 s between three attempts of a few seconds; Helm 4
     prints the log of the last one, and never deletes hooks of uninstalled releases.
     """
@@ -140,9 +136,7 @@ def test_keda_scales_ingest_by_lag_up_to_the_partitions(everything: list[dict[st
     assert "replicas" not in ingest["spec"], "each upgrade would undo what KEDA decided"
 
 
-def test_who_administers_a_namespace_can_install_everything_and_two_namespaces_share_no_object(
-    everything: list[dict[str, Any]],
-) -> None:
+def test_who_administers_a_namespace_can_install_everything(everything: list[dict[str, Any]]) -> None:
     """With Kubernetes' role ``admin`` and the editor roles of the operators; no object is cluster-scoped."""
     admin = {
         "ConfigMap", "Service", "ServiceAccount", "Deployment", "Job", "Pod", "NetworkPolicy", "PodDisruptionBudget",
@@ -186,9 +180,7 @@ def outward(objects: list[dict[str, Any]], component: str) -> set[int]:
     return {port["port"] for rule in found for port in rule.get("ports", [])}
 
 
-def test_every_pod_is_closed_both_ways_and_calls_and_is_called_by_only_what_is_named(
-    everything: list[dict[str, Any]], labels: Labels
-) -> None:
+def test_every_pod_is_closed_but_for_what_is_named(everything: list[dict[str, Any]], labels: Labels) -> None:
     dns, ledger, kafka, redis, serve = 53, 5432, 9092, 6379, 8000
     store = {443, 80}  # and the credentials of the cloud, from its metadata
     for component in labels:

@@ -11,19 +11,8 @@ from ray._private import ray_constants
 
 from core.settings.watching import Traces
 from serving.ray.ray_session import tracing_environment
-from tests.support.chart import (
-    CHART,
-    EVERYTHING,
-    NEEDED,
-    ROOT,
-    containers,
-    merged,
-    named,
-    of_kind,
-    pods,
-    render,
-    variables,
-)
+from tests.support import chart
+from tests.support.chart import EVERYTHING, ROOT, containers, named, of_kind, pods, render, variables
 
 KUBERNETES = ("1.28", "1.32", "1.37")
 """The oldest that the docs name, one between, and the newest that has schemas."""
@@ -59,7 +48,7 @@ def check(text: str) -> None:
 
 
 def test_every_profile_passes_helms_lint_and_every_object_is_valid(values: Any, objects: list[dict[str, Any]]) -> None:
-    report = lint(CHART, merged(NEEDED, values), strict=True)
+    report = lint(chart.CHART, chart.merged(chart.NEEDED, values), strict=True)
     assert report["total_charts_linted"] == 1 and not report["errors"]
     assert [found["error"] for found in report["messages"] if found["severity"] > 1] == []
     for each in objects:
@@ -102,9 +91,7 @@ def test_each_part_has_its_pods_which_are_probed_and_spread_over_nodes(objects: 
             assert each["labelSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
 
 
-def test_ray_pods_have_haproxys_limits_log_to_standard_error_and_get_requests_once_their_models_answer(
-    objects: list[dict[str, Any]],
-) -> None:
+def test_ray_pods_get_requests_once_their_models_answer_and_log_where_pods_do(objects: list[dict[str, Any]]) -> None:
     """As Ray's workers and Ray Serve read it: ray_constants and ray.serve._private.constants."""
     wanted = {
         "RAY_SERVE_HAPROXY_BINARY_PATH": "/usr/local/bin/ratchet-haproxy", "FORWARDED_ALLOW_IPS": "none",

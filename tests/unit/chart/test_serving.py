@@ -18,18 +18,8 @@ from core.loading import load_settings
 from core.settings import Settings
 from ops.cli import metrics
 from serving.app import build, drain_seconds
-from tests.support.chart import (
-    CHART,
-    EVERYTHING,
-    PROFILES,
-    cluster_groups,
-    of_kind,
-    pods,
-    profile,
-    render,
-    settings_text,
-    variables,
-)
+from tests.support import chart
+from tests.support.chart import EVERYTHING, PROFILES, cluster_groups, of_kind, pods, profile, render
 from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
 
@@ -40,7 +30,7 @@ def serve_config(objects: list[dict[str, Any]]) -> ServeDeploySchema:
 
 def settings_of(objects: list[dict[str, Any]], folder: Path) -> Settings:
     file = folder / "mounted.yaml"
-    file.write_text(settings_text(objects))
+    file.write_text(chart.settings_text(objects))
     return load_settings(
         environ={
             "RATCHET_CONFIG": str(file),
@@ -79,9 +69,7 @@ def deployments(application: Any) -> dict[str, Any]:
     return found
 
 
-def test_ray_serve_builds_the_application_and_finds_its_deployments(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ray_serve_builds_the_application_of_the_chart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_base(tmp_path)
     tiny_vlm_base(tmp_path)
     file = tmp_path / "ratchet.yaml"
@@ -91,7 +79,7 @@ def test_ray_serve_builds_the_application_and_finds_its_deployments(
     assert application.import_path == f"{build.__module__}:{build.__name__}"
     graph = deployments(call_user_app_builder_with_args_if_necessary(build, application.args))
     assert {"Encoder", "Vlm", "Ingress"} <= graph.keys()
-    room = (CHART / "templates" / "_ray.tpl").read_text().split("roomForReplicas")[1]
+    room = (chart.CHART / "templates" / "_ray.tpl").read_text().split("roomForReplicas")[1]
     counted = dict(re.findall(r'"?(\w+)"? (?::= )?(0\.\d)\b', room))
     assert {name.capitalize().replace("Total", "Catalog"): float(cpus) for name, cpus in counted.items()} == {
         name: deployment.ray_actor_options["num_cpus"] for name, deployment in graph.items()
@@ -230,9 +218,9 @@ def test_each_pod_has_the_bases_before_it_starts() -> None:
 def test_the_exporter_reads_the_folder_that_the_replicas_write_into(service: dict[str, Any], tmp_path: Path) -> None:
     for group in cluster_groups(service):
         by_name = {each["name"]: each for each in group["template"]["spec"]["containers"]}
-        exporter, folder = by_name["exporter"], variables(by_name["ray"])["PROMETHEUS_MULTIPROC_DIR"]
+        exporter, folder = by_name["exporter"], chart.variables(by_name["ray"])["PROMETHEUS_MULTIPROC_DIR"]
         assert folder in [mount["mountPath"] for mount in exporter["volumeMounts"]]
-        assert "PROMETHEUS_MULTIPROC_DIR" not in variables(exporter)
+        assert "PROMETHEUS_MULTIPROC_DIR" not in chart.variables(exporter)
         assert exporter["command"][:3] == ["ratchet", "metrics", "serve"]
         words = [str(tmp_path) if word == folder else word for word in exporter["command"][3:]]
         command = typer.main.get_command(metrics.app)
@@ -241,14 +229,12 @@ def test_the_exporter_reads_the_folder_that_the_replicas_write_into(service: dic
 
 
 @pytest.mark.parametrize("deadline", [30, 600.5])
-def test_a_node_that_ends_has_time_to_start_successors_and_to_finish_what_is_in_flight(
-    deadline: float, tmp_path: Path
-) -> None:
+def test_a_node_that_ends_has_time_for_successors_and_what_is_in_flight(deadline: float, tmp_path: Path) -> None:
     assert hasattr(ray_constants, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")  # Ray reads the variable of this name
     objects = render(profile("cpu"), {"settings": {"serve": {"deadline_seconds": deadline}}})
     in_flight = drain_seconds(settings_of(objects, tmp_path))
     for group in cluster_groups(of_kind(objects, "RayService")[0]):
         spec = group["template"]["spec"]
-        drain = int(variables(spec["containers"][0])["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+        drain = int(chart.variables(spec["containers"][0])["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
         assert drain >= in_flight + 60  # Serve stops replicas that long before the end of the drain
         assert spec["terminationGracePeriodSeconds"] > drain

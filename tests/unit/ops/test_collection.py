@@ -207,9 +207,7 @@ def test_the_other_base_and_an_upgrade_that_waits_stay(made: Installation) -> No
     assert made.stored() == {"clip-other", "clip-upgraded", "clip-5", "clip-6"}
 
 
-def test_carry_over_stays_only_where_an_update_may_begin_and_reports_of_what_was_never_released_go_after_a_year(
-    made: Installation,
-) -> None:
+def test_carry_over_stays_where_an_update_may_begin_and_reports_for_a_year(made: Installation) -> None:
     for name in released(made, 2):
         made.judged(name, 800)
     for days in (370, 360, 10, 5):
@@ -278,7 +276,7 @@ def test_a_default_rollback_passes_over_what_was_collected(made: Installation) -
 
 
 @pytest.mark.parametrize("step", ["delete", "finish_collection"])
-def test_a_collection_that_was_interrupted_is_completed(
+def test_an_interrupted_collection_is_completed(
     either: Installation, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     released(either)
@@ -311,9 +309,7 @@ def test_of_two_collectors_one_works_and_what_is_proposed_between_plan_and_delet
         made.ledger.begin_collection(names, live=5, epoch=epoch, actor="a")
 
 
-def test_a_release_in_the_middle_of_the_decision_makes_a_new_one(
-    made: Installation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_release_during_the_decision_makes_a_new_one(made: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
     released(made)
     plans = iter([lambda: made.release("clip-2", 0), lambda: None])
     whole = collection.make_plan

@@ -66,11 +66,9 @@ def install(folder: Path, pip: dict[str, str]) -> tuple[str, str]:
     python = folder / "venv" / "bin" / "python"
     subprocess.run([UV, "venv", "-q", "--seed", python.parents[1]], check=True)
     subprocess.run([UV, "pip", "install", "-q", "--python", python, "uv>=0.13,<1"], check=True)
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
-    done = subprocess.run(
-        [python, ROOT / "install.py", "local"], cwd=write_project(folder), env={**clean, **pip},
-        stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
+    env = {**{name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}, **pip}
+    words = [python, ROOT / "install.py", "local"]
+    done = subprocess.run(words, cwd=write_project(folder), env=env, stdout=subprocess.PIPE, text=True, check=True)
     version = "from importlib.metadata import version; print(version('torch'))"
     return done.stdout, subprocess.run([python, "-c", version], capture_output=True, text=True, check=True).stdout
 
@@ -126,25 +124,19 @@ def test_the_builds_for_processors_are_taken_from_where_pip_was_told_to_look(tmp
     assert installed.strip() == "2.13.0+cpu"
 
 
-def test_an_index_that_pip_was_told_to_use_alone_is_the_only_one_asked(
+def test_pips_only_index_comes_first_then_pytorchs_and_then_pypi(
     script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "torch").mkdir(parents=True)
     stub_wheel(tmp_path / "torch", "2.13.1")
     monkeypatch.chdir(write_project(tmp_path))
-    with serve_folder(tmp_path) as url:
-        monkeypatch.setitem(script["choose"].__globals__, "PYTORCH_INDEX", url)  # which answers
-        plan, source = script["choose"](Path(UV), "local", {**os.environ, "UV_DEFAULT_INDEX": url, "UV_NO_CONFIG": "1"})
-    assert (plan.torch, plan.packages, plan.options) == ("2.13.1", 1, ())
-    assert source == "from 127.0.0.1, which has no build for processors"
-
-
-def test_the_own_index_of_pytorch_is_used_when_it_answers_and_otherwise_pypis_build(
-    script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     uv = recording_uv(tmp_path)
     with serve_folder(tmp_path) as url:
-        monkeypatch.setitem(script["choose"].__globals__, "PYTORCH_INDEX", url)
+        monkeypatch.setitem(script["choose"].__globals__, "PYTORCH_INDEX", url)  # which answers
+        alone = {**os.environ, "UV_DEFAULT_INDEX": url, "UV_NO_CONFIG": "1"}
+        plan, source = script["choose"](Path(UV), "local", alone)
+        assert (plan.torch, plan.packages, plan.options) == ("2.13.1", 1, ())
+        assert source == "from 127.0.0.1, which has no build for processors"
         plan, source = script["choose"](uv, "local", dict(os.environ))
     assert plan.options[0] == "--torch-backend" and source.startswith("from PyTorch's own index")
     first, second = (tmp_path / "commands").read_text().splitlines()
@@ -156,11 +148,10 @@ def test_the_own_index_of_pytorch_is_used_when_it_answers_and_otherwise_pypis_bu
 
 
 def test_a_disk_that_is_too_small_ends_it_before_anything_is_downloaded(script: dict[str, Any], tmp_path: Path) -> None:
-    uv = recording_uv(tmp_path)
-    plan = script["Plan"]("2.13.0", 300, 10**15)
-    problem = script["missing_space"](plan, uv, dict(os.environ))
+    uv, plan = recording_uv(tmp_path), script["Plan"]
+    problem = script["missing_space"](plan("2.13.0", 300, 10**15), uv, dict(os.environ))
     assert "2200000.0 GB are needed for 300 packages" in problem and "UV_CACHE_DIR" in problem
-    assert not script["missing_space"](script["Plan"]("2.13.0", 300, 1), uv, dict(os.environ))
+    assert not script["missing_space"](plan("2.13.0", 300, 1), uv, dict(os.environ))
 
 
 def test_an_old_python_is_named_before_an_environment_is_made(tmp_path: Path) -> None:

@@ -135,9 +135,7 @@ def test_releases_tell_whom_each_answers_and_what_was_forced_or_withdrawn(tmp_pa
         ratchet(tmp_path, "releases", "create", "--clip", "x", "-r", "y", "--shadow", "--share", "0.5")
 
 
-def test_names_are_whole_in_a_narrow_terminal_and_what_people_wrote_is_shown_as_it_is(
-    tmp_path: Path, ledger: Ledger
-) -> None:
+def test_a_narrow_terminal_shows_whole_names_and_texts_as_written(tmp_path: Path, ledger: Ledger) -> None:
     names = {"clip": "clip-0123456789ab", "vlm": "vlm-ba9876543210"}
     ledger.commit_release(1, **names, actor="ann", reason="[/b] why", proposal_id=None)
     for words in (("releases", "list"), ("releases", "show", "1"), ("status",)):

@@ -61,9 +61,7 @@ def test_a_record_is_traced_by_position_or_id(home: Path) -> None:
         assert "give a position, or --id" in shown(home, "samples", "trace", *words)
 
 
-def test_samples_are_listed_counted_and_exported_and_text_from_outside_is_shown_as_text(
-    home: Path, tmp_path: Path
-) -> None:
+def test_samples_are_listed_counted_and_exported_and_texts_stay_texts(home: Path, tmp_path: Path) -> None:
     assert [row["id"] for row in as_json(home, "samples", "list", "--source", "cam 0")] == [IDS[2], IDS[0]]
     recent = ("--text", "boat 1", "--since", "2020-01-01")
     assert [row["id"] for row in as_json(home, "samples", "list", *recent)] == [IDS[1]]
@@ -125,9 +123,7 @@ def requested(ledger: Ledger) -> DeletionRow:
     return row
 
 
-def test_a_deletion_is_requested_once_it_was_confirmed_and_a_dry_run_says_how_much(
-    tmp_path: Path, ledger: Ledger
-) -> None:
+def test_a_dry_run_says_how_much_and_a_deletion_is_confirmed_first(tmp_path: Path, ledger: Ledger) -> None:
     words = ("samples", "delete", "--source", "cam", "--reason", "consent withdrawn")
     assert "2 samples and 1 refused records are selected" in shown(tmp_path, *words, "--dry-run")
     for key, selected in (("user-1", 1), ("0x757365722D31", 1), ("user-2", 0)):

@@ -218,7 +218,7 @@ def test_what_the_guard_saw_is_shown_while_it_watches(
 
 
 @after_release_2
-def test_a_release_that_the_guard_took_back_says_why_and_to_release_it_again_warns(
+def test_a_release_that_the_guard_took_back_says_why_and_warns(
     ledger: Ledger, operator: TestClient, sent: Sent
 ) -> None:
     release(ledger, "clip-b")
@@ -247,7 +247,7 @@ def test_a_release_that_the_guard_took_back_says_why_and_to_release_it_again_war
 
 
 @after_release_2
-def test_a_release_by_hand_goes_to_everybody_to_a_share_or_to_nobody(
+def test_a_release_by_hand_goes_to_all_to_a_share_or_to_nobody(
     ledger: Ledger, operator: TestClient, sent: Sent
 ) -> None:
     release(ledger, "clip-b")
@@ -271,9 +271,7 @@ def test_a_release_by_hand_goes_to_everybody_to_a_share_or_to_nobody(
 
 
 @after_release_2
-def test_a_promotion_a_hold_and_its_end_are_asked_of_the_server_but_not_for_who_may_only_look(
-    ledger: Ledger, operator: TestClient, key: str, sent: Sent
-) -> None:
+def test_operators_act_and_readers_look(ledger: Ledger, operator: TestClient, key: str, sent: Sent) -> None:
     release(ledger, "clip-b", share=0.25)
     form = {"reason": "a quiet day", "expected_live": "3", "clip": "base"}
     for action in ("promote", "hold", "resume"):
@@ -294,7 +292,7 @@ def test_a_promotion_a_hold_and_its_end_are_asked_of_the_server_but_not_for_who_
     assert len(sent) == 3
 
 
-def test_refused_records_are_shown_and_one_that_cannot_be_sent_stays_where_it_is(
+def test_refused_records_are_shown_and_sent(
     operator: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("streams.ingest.resubmit.CONNECT_SECONDS", 0.3)

@@ -107,9 +107,7 @@ def test_many_viewers_cost_one_question(tmp_path: Path) -> None:
     assert data.cached("x", lambda: 7) == 7, "one that failed is asked again"
 
 
-def test_a_store_that_hangs_or_refuses_is_a_page_that_says_so(
-    visitor: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_hangs_is_said_so(visitor: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise StoreUnavailable("the bucket does not exist.", "Make it.", "refused")
 
@@ -129,9 +127,7 @@ def test_a_store_that_hangs_or_refuses_is_a_page_that_says_so(
         answers.set()
 
 
-def test_the_stream_page_counts_kinds_sources_gaps_and_refusals(
-    visitor: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_stream_page_counts_by_kind(visitor: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "No samples yet" in text(visitor, "/stream")
     store = SampleStore(settings(tmp_path).lake)
     place = {"topic": "samples", "partition": 0, "ingested_at": datetime.now(UTC)}
@@ -209,9 +205,7 @@ def test_each_deletion_is_listed_with_who_when_what_why_and_how_much(visitor: Te
     assert f'href="/audit/deletions/{quote(TOMBSTONE)}"' in stream and "31 samples, 4 refused records" in stream
 
 
-def test_the_receipt_names_what_learned_from_it_and_the_first_update_without_it(
-    visitor: TestClient, ledger: Ledger
-) -> None:
+def test_the_receipt_names_what_learned_from_it_and_what_does_not(visitor: TestClient, ledger: Ledger) -> None:
     ledger.request_deletion(TOMBSTONE, {"key": "6b6579"}, actor="producer", reason="a tombstone in the topic")
     link = f"/audit/deletions/{quote(TOMBSTONE)}"
     assert link in visitor.get("/audit/deletions").text

@@ -69,7 +69,7 @@ def test_the_cookie_is_for_this_site_and_for_tls_alone(tmp_path: Path, key: str)
 
 
 @pytest.mark.usefixtures("at_once")
-def test_a_new_key_is_not_called_wrong_while_the_ledger_is_away_and_a_revoked_one_ends_its_sessions(
+def test_a_new_key_and_a_revoked_one_are_known_at_once(
     tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(_ledger: Ledger) -> list[KeyRow]:
