@@ -105,15 +105,11 @@ def test_a_vllm_that_is_missing_or_broken_has_a_fix(tmp_path: Path, monkeypatch:
     assert found.state == "fail" and "libc10_cuda.so" in found.found and "pip uninstall torchaudio" in found.fix
 
 
-# What status says
+def test_status_says_what_is_not_searchable_not_running_on_trial_and_not_enough_for_a_verdict() -> None:
+    def space(missing: int, left: float | None = None, building: bool = False) -> dict[str, Any]:
+        rate = {"rows_per_second": 80.2, "seconds_left": left}
+        return {"missing": missing, "coverage": 1 - missing / 1000, **rate, "index": {"building": building}}
 
-
-def space(missing: int, left: float | None = None, building: bool = False) -> dict[str, Any]:
-    rate = {"rows_per_second": 80.2, "seconds_left": left}
-    return {"missing": missing, "coverage": 1 - missing / 1000, **rate, "index": {"building": building}}
-
-
-def test_a_complete_catalog_takes_one_line_a_backfill_says_when_it_ends_and_replicas_that_do_not_run_are_told() -> None:
     catalog = {"corpus_rows": 1000, "coverage": 1.0, "spaces": {"aaaa": space(0)}}
     assert catalog_lines(catalog) == "catalog: 1,000 samples, 100.0% searchable everywhere\n"
     catalog["spaces"] = {"aaaa": space(0), "bbbb": space(250, 3725.4), "cccc": space(250), "dddd": space(0, 0.0, True)}
@@ -122,25 +118,18 @@ def test_a_complete_catalog_takes_one_line_a_backfill_says_when_it_ends_and_repl
         "  cccc is embedded: 75.0%, 80 rows/s, no estimate yet",
         "  dddd: its index is being made",
     ]
-    assert catalog_lines(None) == replica_lines({}) == ""
     replicas = {"Encoder": {"RUNNING": 2}, "Vlm": {"STARTING": 1, "RUNNING": 1}, "Catalog": {"STOPPING": 1}}
     assert replica_lines(replicas) == "Catalog: 1 stopping\nVlm: 1 running, 1 starting\n"
-
-
-def test_fresh_items_alpha_and_what_is_on_trial_are_told() -> None:
-    items = {"fresh_items": 1120, "fresh_items_needed": 1400, "lacks": ""}
+    assert catalog_lines(None) == replica_lines({}) == rollout_line({"state": "idle"}) == ""
     kept = {"adapter": "clip-a", "looks": 2, "asked_again_with": 1300}
-    told = {**items, "alpha": 0.05, "alpha_spent": 0.038, "kept": kept}
-    lines = [
+    told = {"fresh_items": 1120, "fresh_items_needed": 1400, "lacks": "", "alpha": 0.05, "alpha_spent": 0.038}
+    assert learning_line("clip", {**told, "kept": kept}).splitlines() == [
         "clip: 1,120 of 1,400 fresh items",
         "  alpha 0.05: 0.038 spent on gains since the last release, 0.012 left",
         "  clip-a: 2 looks, the next with 1,300 fresh items",
     ]
-    assert learning_line("clip", told).splitlines() == lines
-    assert learning_line("clip", {**told, "kept": None}).splitlines() == lines[:2]
-    compared = {"clip": {"agreed": 39, "inputs": 40}}
-    trial = {"state": "canary", "release": 7, "incumbent": 6, "share": 0.1, "seconds_left": None, "compared": compared}
-    assert rollout_line(trial) == "canary 10% release 7 against 6: clip agrees on 39 of 40\n"
+    trial = {"release": 7, "incumbent": 6, "compared": {"clip": {"agreed": 39, "inputs": 40}}}
+    canary = {**trial, "state": "canary", "share": 0.1, "seconds_left": None}
+    assert rollout_line(canary) == "canary 10% release 7 against 6: clip agrees on 39 of 40\n"
     watched = {**trial, "state": "guard", "share": 1.0, "seconds_left": 61.4}
     assert rollout_line(watched) == "guard watches release 7 against 6: clip agrees on 39 of 40, 61 s left\n"
-    assert rollout_line({"state": "idle"}) == ""

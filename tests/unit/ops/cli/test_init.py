@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,14 @@ def model_folder(path: Path) -> None:
     (path / "open_clip_config.json").write_text(json.dumps(config))
 
 
-def pictures_of(split: str, home: Path = Path(".ratchet"), name: str = "things") -> set[bytes]:
-    return {item.bytes() for item in read_folder(home / "data" / name, split=split)}
+def pictures_of(split: str) -> set[bytes]:
+    return {item.bytes() for item in read_folder(Path(".ratchet/data/things"), split=split)}
+
+
+def made(run: Run, *words: str, data: str = "things") -> Result:
+    done = run("init", "--model", "tiny", "--data", data, "--yes", *words)
+    assert done.exit_code == 0, done.exception
+    return done
 
 
 def test_everything_commented_out_is_the_default_and_what_is_chosen_is_set_and_nothing_else(tmp_path: Path) -> None:
@@ -83,8 +90,7 @@ def test_everything_commented_out_is_the_default_and_what_is_chosen_is_set_and_n
 
 def test_a_folder_of_classes_becomes_a_suite_and_a_reference_pool(run: Run) -> None:
     class_folders(Path("things"))
-    done = run("init", "--model", "tiny", "--data", "things", "--yes")
-    assert done.exit_code == 0, done.exception
+    done = made(run)
     settings = load_settings(environ={})
     (suite,) = load_suites(settings.gate.suites, settings.home)
     named = (suite.name, suite.task, suite.role, suite.margin)
@@ -101,26 +107,18 @@ def test_a_folder_of_classes_becomes_a_suite_and_a_reference_pool(run: Run) -> N
         assert fact in done.output, done.output
     Path("moved").mkdir()
     Path("things").rename("moved/things")
-    assert run("init", "--model", "tiny", "--data", "moved/things", "--yes", "--force").exit_code == 0
+    made(run, "--force", data="moved/things")
     assert pictures_of("test") == held, "the same pictures are held out again wherever they lie"
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_a_labelled_sample_with_captions_makes_both_suites(run: Run, suffix: str) -> None:
-    files = sorted(class_folders(Path("things")).rglob("*.png"))
-    rows = [
-        {
-            "file": f"{each.parent.name}/{each.name}",
-            "label": each.parent.name,
-            "caption": f"{each.stem} {each.parent.name}",
-        }
-        for each in files
-    ]
+    names = [(path.parent.name, path.stem) for path in sorted(class_folders(Path("things")).rglob("*.png"))]
+    rows = [{"file": f"{kind}/{stem}.png", "label": kind, "caption": f"{stem} {kind}"} for kind, stem in names]
     lines = [",".join(row.values()) for row in rows] if suffix == ".csv" else [json.dumps(row) for row in rows]
     labels = Path(f"sample{suffix}")
     labels.write_text("\n".join(["file,label,caption", *lines] if suffix == ".csv" else lines))
-    done = run("init", "--model", "tiny", "--data", "things", "--labels", str(labels), "--yes")
-    assert done.exit_code == 0, done.exception
+    made(run, "--labels", str(labels))
     settings = load_settings(environ={})
     tasks = {suite.task: suite for suite in load_suites(settings.gate.suites, settings.home)}
     assert set(tasks) == {"classification", "retrieval"}
@@ -134,8 +132,7 @@ def test_a_picture_that_is_there_twice_is_on_one_side(run: Run) -> None:
     (folder / "green_thing" / "also_blue.png").write_bytes((folder / "blue_thing" / "0.png").read_bytes())
     (folder / "blue_thing" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
     (folder / "notes.txt").write_text("no picture")
-    done = run("init", "--model", "tiny", "--data", "things", "--yes")
-    assert done.exit_code == 0, done.exception
+    done = made(run)
     held, rest = pictures_of("test"), pictures_of("train")
     assert (len(held | rest), held & rest) == (23, set())
     assert "2 cannot be used" in done.output
@@ -145,7 +142,7 @@ def test_a_picture_that_is_there_twice_is_on_one_side(run: Run) -> None:
 def test_what_a_suite_can_show_is_what_the_gate_needs_turned_round(run: Run) -> None:
     class_folders(Path("things"), each=30)
     gate = Gate(min_items=10, margin=0.1)
-    run("init", "--model", "tiny", "--data", "things", "--yes", "--margin", "0.1", "--held-out", "1.0")
+    made(run, "--margin", "0.1", "--held-out", "1.0")
     assert load_settings(environ={}).updater.reference == []
     (suite,) = load_suites([Path("suites")], Path(".ratchet"))
     shown = suite_power(suite, gate)
@@ -155,8 +152,8 @@ def test_what_a_suite_can_show_is_what_the_gate_needs_turned_round(run: Run) -> 
         distance = smallest_difference(0.25, items, level)
         assert items_needed(0.25, distance + 1e-9, level) == items
     assert shown.excludes == pytest.approx(0.0655, abs=0.0005)
-    assert not suite_power(suite.model_copy(update={"margin": 0.05}), gate).enough
-    assert "--margin 0.07" in suite_power(suite.model_copy(update={"margin": 0.05}), gate).advice
+    narrow = suite_power(suite.model_copy(update={"margin": 0.05}), gate)
+    assert not narrow.enough and "--margin 0.07" in narrow.advice
     page = (ROOT / "docs" / "quickstart.md").read_text()
     defaults = suite_power(suite.model_copy(update={"margin": None}), Gate())
     assert f"it takes {defaults.needed}" in page
@@ -203,10 +200,7 @@ def test_an_error_names_the_option_and_the_fix_and_nothing_is_written(
 ) -> None:
     monkeypatch.setattr("ops.cli.init.BROKER_SECONDS", 0.3)
     class_folders(Path("things"), each=4)
-    class_folders(Path("one"), each=8)
-    for other in ("green_thing", "blue_thing"):
-        for path in (Path("one") / other).iterdir():
-            path.unlink()
+    shutil.copytree(class_folders(Path("more")) / "red_thing", "one/red_thing")
     Path("empty").mkdir()
     model_folder(Path("my-clip"))
     Path("wrong.csv").write_text("name,number\na,1\n")

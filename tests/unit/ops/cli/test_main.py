@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import httpx
@@ -96,9 +95,6 @@ def test_the_ledger_is_migrated_as_often_as_one_likes_and_its_password_is_not_sh
     assert "hunter2" not in str(away.value)
 
 
-# Updates and maintenance
-
-
 def test_an_update_is_abandoned_with_a_reason_and_taken_up_again_unless_another_one_followed(tmp_path: Path) -> None:
     ledger = Ledger.open(load_settings(overrides={"home": tmp_path}).ledger)
     ledger.begin_update("update-1", family="clip", **GIVEN)
@@ -119,16 +115,6 @@ def test_an_update_is_abandoned_with_a_reason_and_taken_up_again_unless_another_
         with pytest.raises(LedgerError, match=message):
             ratchet(tmp_path, "trainer", "retry", name)
     assert ledger.update("update-1").state == "failed"
-
-
-def test_maintain_runs_maintenance_under_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[tuple[Path, bool]] = []
-    part = ModuleType("streams.store.maintenance")
-    part.run_maintain = lambda settings, *, once, collect: ran.append((settings.home, once))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "streams.store.maintenance", part)
-    for words in ((), ("--once",)):
-        assert ratchet(tmp_path, "maintain", *words).exit_code == 0
-    assert ran == [(tmp_path, False), (tmp_path, True)]
 
 
 # Bases

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -55,9 +56,8 @@ def story(home: Path) -> Story:
     reason = f"the customer complained {EVIL}"
     ledger.commit_release(3, clip=None, vlm=None, actor="key:ana/console", reason=reason, proposal_id=None)
     ledger.hold("key:ana", reason)
-    ledger.begin_update(
-        "update-failed", family="clip", recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None
-    )
+    data: dict[str, Any] = {"recipe": {}, "seed": 0, "store_version": 0, "data_from": {}, "data_to": {}}
+    ledger.begin_update("update-failed", family="clip", incumbent=None, **data)
     ledger.advance_update("update-failed", "failed", error="postgres://db is away")
     request_deletion(ledger, {"source": "cam-7"}, actor="key:ana", reason=reason)
     ledger.close()
