@@ -29,8 +29,6 @@ from tests.support import chart
 from tests.support.chart import EVERYTHING, ROOT, cluster_groups, named, of_kind, profile, render
 
 VERSIONS = {"1.5.1": "RayService-1.5.1.json", "1.6.2": "RayService-1.6.2.json", "1.7": "RayService.json"}
-MAX_NAME = 53 - len("-xxxxx")
-"""MaxRayServiceNameLength: a cluster's 53, less what KubeRay appends."""
 REFUSED = {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME", "RAY_enable_autoscaler_v2"}
 """ValidateRayClusterSpec rejects a head with one of them together with GcsFaultToleranceOptions."""
 MANAGED = {
@@ -89,11 +87,11 @@ def test_each_version_knows_every_field_and_the_first_one_without_a_token(servic
 
 
 def test_its_name_is_a_label_that_is_short_enough(service: dict[str, Any]) -> None:
-    """ValidateRayServiceMetadata."""
+    """ValidateRayServiceMetadata; MaxRayServiceNameLength is a cluster's 53, less what KubeRay appends."""
     assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", service["metadata"]["name"])
     longest = render({"fullnameOverride": "a" * 40})
     assert all(len(each["metadata"]["name"]) <= 63 for each in longest)
-    assert len(of_kind(longest, "RayService")[0]["metadata"]["name"]) <= MAX_NAME
+    assert len(of_kind(longest, "RayService")[0]["metadata"]["name"]) <= 53 - len("-xxxxx")
     for refused in ("2nd", "v1.2"):
         with pytest.raises(HelmError, match=rf"{refused}-ratchet cannot be the name .* Set fullnameOverride"):
             render(name=refused)
@@ -141,6 +139,11 @@ def test_what_the_api_server_would_fill_in_is_said(service: dict[str, Any], clus
     assert spec["enableInTreeAutoscaling"] is False and "autoscalerOptions" not in spec
     for group in spec["workerGroupSpecs"]:
         assert 0 < group["minReplicas"] == group["replicas"] == group["maxReplicas"]
+    assert spec["authOptions"] == {"mode": "token"}  # RayService has no enableK8sTokenAuth
+    assert tuple(map(int, spec["rayVersion"].split("."))) >= (2, 52, 0)
+    assert spec["rayVersion"] == importlib.metadata.version("ray"), "the one in the image"
+    assert service["spec"]["upgradeStrategy"]["type"] in ("NewCluster", "None")
+    assert "upgradeStrategy" not in spec  # ValidateRayClusterUpgradeOptions
 
 
 def test_ray_adds_workers_where_more_are_allowed() -> None:
@@ -167,8 +170,6 @@ def test_ray_adds_workers_where_more_are_allowed() -> None:
     deployments = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["deployments"]
     encoder = next(each for each in deployments if each["name"] == "Encoder")
     assert encoder["max_replicas_per_node"] == 2  # 12 on 6
-    policy = named(objects, "NetworkPolicy", "serving")
-    assert {"ports": [{"protocol": "TCP", "port": 443}]} in policy["spec"]["egress"]
 
 
 def test_what_kuberay_and_serve_would_not_change_in_a_running_cluster_makes_a_new_one() -> None:
@@ -185,15 +186,6 @@ def test_what_kuberay_and_serve_would_not_change_in_a_running_cluster_makes_a_ne
     served = ray_service(autoscaled, {"serving": {"actors": {"encoder": {"cpus": 0.25}}}})["spec"]
     assert before["serveConfigV2"] != served["serveConfigV2"]
     assert before["rayClusterConfig"] == served["rayClusterConfig"], "Serve changes it in the running cluster"
-
-
-def test_a_token_is_of_the_ray_in_the_image_and_an_upgrade_is_one_of_kuberays(service: dict[str, Any]) -> None:
-    cluster = service["spec"]["rayClusterConfig"]
-    assert cluster["authOptions"] == {"mode": "token"}  # RayService has no enableK8sTokenAuth
-    assert tuple(map(int, cluster["rayVersion"].split("."))) >= (2, 52, 0)
-    assert cluster["rayVersion"] == importlib.metadata.version("ray")
-    assert service["spec"]["upgradeStrategy"]["type"] in ("NewCluster", "None")
-    assert "upgradeStrategy" not in cluster  # ValidateRayClusterUpgradeOptions
 
 
 def test_what_kuberay_would_add_to_a_pod_is_there_already(service: dict[str, Any]) -> None:

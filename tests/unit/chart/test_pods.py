@@ -58,7 +58,9 @@ def test_every_profile_passes_helms_lint_and_every_object_is_valid(values: Any, 
 
 
 def test_every_container_has_few_rights_a_read_only_root_and_bounds(objects: list[dict[str, Any]]) -> None:
+    assert of_kind(objects, "ServiceAccount")[0]["automountServiceAccountToken"] is False
     for component, spec, container in containers(objects):
+        assert spec["automountServiceAccountToken"] is (component == "training-head"), "where Ray adds pods"
         assert spec["securityContext"]["runAsNonRoot"] is True and spec["securityContext"]["runAsUser"] > 0, component
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
@@ -115,12 +117,6 @@ def test_traces_are_off_unless_a_collector_is_named() -> None:
             assert {name: each for name, each in variables(container).items() if name in expected} == told
         egress = named(objects, "NetworkPolicy", "serving")["spec"]["egress"]
         assert (4318 in [port["port"] for rule in egress for port in rule.get("ports", ())]) is bool(told)
-
-
-def test_no_pod_gets_a_token_of_the_cluster_but_where_ray_adds_pods(objects: list[dict[str, Any]]) -> None:
-    for component, template in pods(objects):
-        assert template["spec"]["automountServiceAccountToken"] is (component == "training-head")
-    assert of_kind(objects, "ServiceAccount")[0]["automountServiceAccountToken"] is False
 
 
 def test_serving_goes_before_training() -> None:

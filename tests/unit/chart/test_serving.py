@@ -44,10 +44,9 @@ def settings_of(objects: list[dict[str, Any]], folder: Path) -> Settings:
 def test_a_pod_loads_the_settings_and_the_secrets_and_has_their_ports(tmp_path: Path) -> None:
     objects = render(profile("cpu"), EVERYTHING)
     at = settings_of(objects, tmp_path)
-    assert at.artifacts == "s3://models/ratchet"
+    assert (at.artifacts, at.server) == ("s3://models/ratchet", "http://live-ratchet-serve-svc:8000")
     assert at.serve.host == at.metrics_host == at.console.host == "0.0.0.0"
     assert at.kafka.client["sasl_plain_password"] == "p: {#'"
-    assert at.server == "http://live-ratchet-serve-svc:8000"
     ports = {
         (component, port["name"]): port["containerPort"]
         for component, template in pods(objects)

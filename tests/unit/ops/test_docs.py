@@ -164,7 +164,7 @@ def test_the_reference_has_every_setting_command_call_error_and_metric(site: Pat
     lines = [
         line for block in re.findall(r"```bash\n(.*?)```", cli_reference.page(), re.S) for line in block.splitlines()
     ]
-    assert len(lines) > 50
+    assert len(lines) > 50 and len({line for page in ALL for line in page.commands("ratchet")}) > 60
     for line in lines:
         here = line.replace("/var/run/ratchet-metrics", str(tmp_path))  # a folder that must exist
         resolve(re.split(r"\s[|>]", here)[0])

@@ -67,31 +67,22 @@ def quiet() -> Iterator[None]:
     declared.MAINTAIN_LAST.clear()
 
 
-def test_a_gap_is_told_with_its_offsets_and_counts_are_those_of_the_positions(made: Installation) -> None:
-    put(made.store, [LOST], Position("t", 0, 612))
+def test_a_gap_is_a_problem_and_counts_are_those_of_the_positions(made: Installation) -> None:
+    put(made.store, [LOST, sample(0, 612, topic="t")], Position("t", 0, 900))
     state = made.state()
-    assert (state.lost, state.offsets) == (512, {"t:0": 612})
-    assert [gap.shown for gap in state.gaps] == ["t:0 100..611 (retention)"]
-    assert state.problems() == ["Records were lost before they were read: t:0 100..611 (retention)."]
-    put(made.store, [sample(0, 612, topic="t")], Position("t", 0, 900))
-    state = made.state()
-    assert state.samples == {"train": 1, "fresh_eval": 0}
+    assert (state.lost, state.samples) == (512, {"train": 1, "fresh_eval": 0})
     assert (state.records, state.offsets) == (1, {"t:0": 900}), "markers and aborted records are offsets, not records"
+    assert state.problems() == ["Records were lost before they were read: t:0 100..611 (retention)."]
 
 
 def test_what_ingest_and_maintenance_do_is_read_from_their_metrics(made: Installation) -> None:
     assert made.state() == StreamState(waiting_for="", maintenance_known=True)
-    metrics.ingest.waiting("store")
-    metrics.dependency.state("store", "full")
     metrics.maintain.ran("done", 1.0)
     state = made.state()
-    assert (state.waiting_for, state.waiting_state) == ("store", "full")
     assert state.maintained is not None and datetime.now(UTC) - state.maintained < timedelta(minutes=1)
-    assert state.problems() == ["Ingest waits for the store: full."]
     metrics.maintain.ran("failed", 1.0)
     assert "The last run of maintenance failed." in made.state().problems()
     metrics.maintain.ran("done", 1.0)
-    metrics.ingest.waiting("")
     metrics.ingest.quarantine_failing(True)
     [problem] = made.state().problems()
     assert "Refused records cannot be published" in problem

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,9 +167,8 @@ def test_waiting_returns_with_the_receipt_when_no_file_has_it(
 
     def maintain() -> None:
         assert polled.wait(30)
-        maintainer = Maintainer(settings, ledger)
-        maintainer.run_once()
-        maintainer.close()
+        with closing(Maintainer(settings, ledger)) as maintainer:
+            maintainer.run_once()
 
     thread = threading.Thread(target=maintain)
     thread.start()
