@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from core.errors import ConfigError, LedgerError, ReleaseError
 from core.ledger import Ledger
 from core.loading import load_settings
-from ops.cli.main import app
 from tests.support.command_line import ratchet
 from tests.support.web_server import WebServer, reply, web_server
 
@@ -43,34 +41,25 @@ def heads(server: WebServer) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("by", ["setting", "option"])
-def test_what_operators_do_is_sent_to_the_server_of_the_settings_under_their_name(
-    by: str, far: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RATCHET_HOME", str(tmp_path))
-    monkeypatch.setenv("RATCHET_SERVE__OPERATOR_KEY", "s3cret")
-    monkeypatch.setenv("RATCHET_SERVER_URL", url(far) if by == "setting" else "http://127.0.0.1:9")
-    option = [] if by == "setting" else ["--server", url(far)]
+def test_what_operators_do_is_sent_to_the_server_under_their_name(by: str, far: WebServer, tmp_path: Path) -> None:
+    setting, option = (url(far), []) if by == "setting" else ("http://127.0.0.1:9", ["--server", url(far)])
+    flags = ["--set", "serve.operator_key=s3cret", "--set", f"server_url={setting}"]
     for words in ASKING.values():
-        done = CliRunner().invoke(app, ["releases", *words, "--reason", "why", *option])
+        done = ratchet(tmp_path, *flags, "releases", *words, "--reason", "why", *option)
         assert done.exit_code == 0, done.output
     assert [head[0] for head in heads(far)] == [f"post {path} http/1.1" for path in ASKING]
     for head in heads(far):
         assert {"authorization: bearer s3cret", "x-ratchet-actor: ann"} <= set(head)
 
 
-def test_status_asks_the_server_of_the_settings_and_says_when_it_is_refused(
+def test_status_asks_the_server_and_says_when_it_is_refused(
     far: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    far.pages = {
-        "/health/ready": reply(b'{"release": 4}'),
-        "/admin/v1/status": reply(b'{"error": {"message": "this key is not valid."}}', "401 Unauthorized"),
-    }
-    monkeypatch.setenv("RATCHET_HOME", str(tmp_path))
-    monkeypatch.setenv("RATCHET_SERVE__OPERATOR_KEY", "of-before")
+    refused = reply(b'{"error": {"message": "this key is not valid."}}', "401 Unauthorized")
+    far.pages = {"/health/ready": reply(b'{"release": 4}'), "/admin/v1/status": refused}
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    done = CliRunner().invoke(app, ["status", "--json", "--server", url(far)])
-    assert done.exit_code == 0, done.output
-    facts = json.loads(done.stdout)
+    monkeypatch.setenv("RATCHET_SERVE__OPERATOR_KEY", "of-before")
+    facts = json.loads(ratchet(tmp_path, "status", "--json", "--server", url(far)).stdout)
     assert facts["health"] == {"ready": True, "release": 4}
     assert facts["trouble"] == "this key is not valid."
     assert "authorization: bearer of-before" in heads(far)[1]

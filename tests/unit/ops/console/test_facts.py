@@ -21,7 +21,6 @@ from ops.console.pages.budget import UpdateSummary, costs, update_summaries
 from ops.console.pages.models import served_models
 from ops.console.pages.overview import backfills, problems
 from ops.console.pages.stream import origins
-from ops.console.template_filters import ago, duration, number, pairs, percent, points
 from streams.store.deletion import request_deletion
 from streams.store.rows import Position, SampleTable
 from streams.store.sample_store import SampleStore
@@ -219,12 +218,3 @@ def test_each_deletion_is_listed_and_its_receipt_names_what_learned_from_it(
     for name in ("deletion-nowhere", "x" * 400, "deletion-nowhere/receipt"):
         answer = visitor.get(f"/audit/deletions/{name}")
         assert answer.status_code == 404 and "no such deletion" in answer.text
-
-
-def test_numbers_are_written_for_people() -> None:
-    now = datetime(2026, 1, 2, tzinfo=UTC)
-    assert [ago(now - timedelta(seconds=s), now) for s in (1, 61, 7200)] == ["just now", "1 minute ago", "2 hours ago"]
-    words = [duration(seconds) for seconds in (None, 0.02, 3.0, 100, 600, 9000)]
-    assert words == ["–", "20 ms", "3.0 s", "100 s", "10 min", "2.5 h"]
-    shown = (number(5801.5), number(0.25), points(-0.05), percent(0.5), pairs({"a": 1, "b": None}))
-    assert shown == ("5,802", "0.2", "−5.0", "50%", "a 1")
