@@ -13,7 +13,7 @@ from core.addresses import free_port
 from core.settings import Settings
 from tests.support.console_server import console_server
 from tests.support.nginx import BINARY, documented, nginx
-from tests.unit.console.test_security import Links
+from tests.unit.ops.console.test_security import links
 
 pytestmark = [
     pytest.mark.integration,
@@ -49,7 +49,7 @@ def test_a_visitor_signs_in_and_uses_it(console: tuple[Settings, int], proxy: st
         assert answer.status_code == 303 and "Secure" in answer.headers["set-cookie"]
         page = client.get(answer.headers["location"])
         assert page.status_code == 200
-        for link in {each for each in Links(page.text).found if "/static/" in each}:
+        for link in {each for each in links(page.text) if "/static/" in each}:
             assert client.get(link).status_code == 200, link
         token = re.findall(r'"x-csrf-token": "([^"]+)"', page.text)[0]
         picture = {"picture": ("big.png", bytes(5 << 20), "image/png")}

@@ -25,21 +25,10 @@ from ray.serve._private import constants
 from benchmarks.cluster.ray_service import compared_by_kuberay
 from core.settings import Settings
 from serving.ray import ray_session
-from tests.support.chart import (
-    EVERYTHING,
-    ROOT,
-    cluster_groups,
-    named,
-    of_kind,
-    profile,
-    render,
-    settings_text,
-    variables,
-)
+from tests.support import chart
+from tests.support.chart import EVERYTHING, ROOT, cluster_groups, named, of_kind, profile, render
 
 VERSIONS = {"1.5.1": "RayService-1.5.1.json", "1.6.2": "RayService-1.6.2.json", "1.7": "RayService.json"}
-MAX_NAME = 53 - len("-xxxxx")
-"""MaxRayServiceNameLength: a cluster's 53, less what KubeRay appends."""
 REFUSED = {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME", "RAY_enable_autoscaler_v2"}
 """ValidateRayClusterSpec rejects a head with one of them together with GcsFaultToleranceOptions."""
 MANAGED = {
@@ -86,14 +75,11 @@ def schema(file: str) -> Draft202012Validator:
     return Draft202012Validator(json.loads((ROOT / "tests" / "support" / "crds" / file).read_text()))
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_the_resource_of_each_version_has_every_field(service: dict[str, Any], version: str) -> None:
-    schema(VERSIONS[version]).validate(service)
-
-
-def test_the_first_version_takes_it_without_a_token_only() -> None:
-    of_first, with_token = schema("RayService-1.5.0.json"), ray_service(EVERYTHING)
-    assert [error for error in of_first.iter_errors(with_token) if "authOptions" in error.message]
+def test_each_version_knows_every_field_and_the_first_one_without_a_token(service: dict[str, Any]) -> None:
+    for file in VERSIONS.values():
+        schema(file).validate(service)
+    of_first = schema("RayService-1.5.0.json")
+    assert [each for each in of_first.iter_errors(ray_service(EVERYTHING)) if "authOptions" in each.message]
     without = ray_service(EVERYTHING, {"serving": {"rayAuth": "disabled"}})
     of_first.validate(without)
     assert "authOptions" not in without["spec"]["rayClusterConfig"]
@@ -101,18 +87,15 @@ def test_the_first_version_takes_it_without_a_token_only() -> None:
 
 
 def test_its_name_is_a_label_that_is_short_enough(service: dict[str, Any]) -> None:
-    """ValidateRayServiceMetadata."""
+    """ValidateRayServiceMetadata; MaxRayServiceNameLength is a cluster's 53, less what KubeRay appends."""
     assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", service["metadata"]["name"])
     longest = render({"fullnameOverride": "a" * 40})
     assert all(len(each["metadata"]["name"]) <= 63 for each in longest)
-    assert len(of_kind(longest, "RayService")[0]["metadata"]["name"]) <= MAX_NAME
-
-
-@pytest.mark.parametrize("name", ["2nd", "v1.2"])
-def test_a_release_whose_name_kuberay_would_refuse_is_not_installed(name: str) -> None:
-    with pytest.raises(HelmError, match=rf"{name}-ratchet cannot be the name .* Set fullnameOverride"):
-        render(name=name)
-    assert render({"fullnameOverride": "second"}, name=name)
+    assert len(of_kind(longest, "RayService")[0]["metadata"]["name"]) <= 53 - len("-xxxxx")
+    for refused in ("2nd", "v1.2"):
+        with pytest.raises(HelmError, match=rf"{refused}-ratchet cannot be the name .* Set fullnameOverride"):
+            render(name=refused)
+        assert render({"fullnameOverride": "second"}, name=refused)
 
 
 def test_the_head_has_the_ports_that_services_are_made_of(service: dict[str, Any]) -> None:
@@ -120,7 +103,6 @@ def test_the_head_has_the_ports_that_services_are_made_of(service: dict[str, Any
     head, *workers = cluster_groups(service)
     assert ports(head).items() >= PORTS.items()
     for group in workers:
-        assert ports(group)["serve"] == 8000
         assert {"name": "serve", "containerPort": 8000, "protocol": "TCP"} in ray_container(group)["ports"]
     assert "headService" not in head  # ValidateRayServiceSpec refuses a name of its own
     assert service["spec"]["excludeHeadPodFromServeSvc"] is True  # it has no replicas, and its probe asks none
@@ -136,7 +118,7 @@ def test_its_variables_are_those_that_ray_reads_and_none_that_kuberay_refuses_or
         ray_session.prepare_environment(Settings(home=tmp_path))
     source = inspect.getsource(constants)
     for group in cluster_groups(service):
-        told = variables(ray_container(group))
+        told = chart.variables(ray_container(group))
         assert len(told) == len(ray_container(group)["env"]) and not told.keys() & (REFUSED | MANAGED)
         assert [name for name in told if name.startswith("RAY_SERVE_") and f'"{name}"' not in source] == []
         for name in ("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"):
@@ -144,19 +126,33 @@ def test_its_variables_are_those_that_ray_reads_and_none_that_kuberay_refuses_or
         assert float(told["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) > constants.RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S
 
 
-def test_workers_have_both_bounds_also_where_nothing_scales_them(service: dict[str, Any]) -> None:
-    cluster = service["spec"]["rayClusterConfig"]
-    assert cluster["enableInTreeAutoscaling"] is False and "autoscalerOptions" not in cluster
-    for group in cluster["workerGroupSpecs"]:
+def test_what_the_api_server_would_fill_in_is_said(service: dict[str, Any], cluster: dict[str, Any]) -> None:
+    """Defaults of KubeRay's definitions, in lists that are compared as a whole: Argo CD would see a difference, and
+    applying the same objects again would conflict. Workers have both bounds also where nothing scales them.
+    """
+    for owner in (service, cluster):
+        groups = cluster_groups(owner)
+        assert {group["numOfHosts"] for group in groups[1:]} == {1}
+        containers = [each for group in groups for each in group["template"]["spec"]["containers"]]
+        assert {port["protocol"] for each in containers for port in each.get("ports", [])} == {"TCP"}
+    spec = service["spec"]["rayClusterConfig"]
+    assert spec["enableInTreeAutoscaling"] is False and "autoscalerOptions" not in spec
+    for group in spec["workerGroupSpecs"]:
         assert 0 < group["minReplicas"] == group["replicas"] == group["maxReplicas"]
+    assert spec["authOptions"] == {"mode": "token"}  # RayService has no enableK8sTokenAuth
+    assert tuple(map(int, spec["rayVersion"].split("."))) >= (2, 52, 0)
+    assert spec["rayVersion"] == importlib.metadata.version("ray"), "the one in the image"
+    assert service["spec"]["upgradeStrategy"]["type"] in ("NewCluster", "None")
+    assert "upgradeStrategy" not in spec  # ValidateRayClusterUpgradeOptions
 
 
 def test_ray_adds_workers_where_more_are_allowed() -> None:
     """DefaultHeadPodTemplate puts the autoscaler next to the head, which must have access to the Kubernetes API."""
     serve = {"encoder_replicas": 2, "encoder_max_replicas": 12}
-    more = {"settings": {"serve": serve}, "serving": {"workers": {"replicas": 2, "maxReplicas": 6}}}
-    objects = render(profile("cpu"), EVERYTHING, more)
-    (service,) = of_kind(objects, "RayService")
+    resources = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "3Gi"}}
+    serving = {"workers": {"replicas": 2, "maxReplicas": 6}, "autoscaler": {"resources": resources}}
+    objects = render(profile("cpu"), EVERYTHING, {"settings": {"serve": serve}, "serving": serving})
+    (service,), (training,) = of_kind(objects, "RayService"), of_kind(objects, "RayCluster")
     for file in VERSIONS.values():
         schema(file).validate(service)
     cluster = service["spec"]["rayClusterConfig"]
@@ -165,6 +161,7 @@ def test_ray_adds_workers_where_more_are_allowed() -> None:
     assert (workers["minReplicas"], workers["replicas"], workers["maxReplicas"]) == (2, 2, 6)
     autoscaler = cluster["autoscalerOptions"]
     assert autoscaler["image"] == ray_container(head)["image"] and autoscaler["idleTimeoutSeconds"] == 600
+    assert autoscaler["resources"] == training["spec"]["autoscalerOptions"]["resources"] == resources
     assert autoscaler["securityContext"]["readOnlyRootFilesystem"] is True
     mounted = {mount["name"] for mount in autoscaler["volumeMounts"]}
     assert mounted <= {volume["name"] for volume in head["template"]["spec"]["volumes"]} and "tmp" in mounted
@@ -173,82 +170,32 @@ def test_ray_adds_workers_where_more_are_allowed() -> None:
     deployments = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["deployments"]
     encoder = next(each for each in deployments if each["name"] == "Encoder")
     assert encoder["max_replicas_per_node"] == 2  # 12 on 6
-    policy = named(objects, "NetworkPolicy", "serving")
-    assert {"ports": [{"protocol": "TCP", "port": 443}]} in policy["spec"]["egress"]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"workers": {"replicas": 4}},
-        {"workers": {"maxReplicas": 9}},
-        {"workers": {"tolerations": [{"operator": "Exists"}]}},
-        {"head": {"tolerations": [{"operator": "Exists"}]}},
-        {"requestTimeoutSeconds": 60},
-    ],
-    ids=str,
-)
-def test_what_kuberay_and_serve_would_not_change_in_a_running_cluster_makes_a_new_one(change: Any) -> None:
+def test_what_kuberay_and_serve_would_not_change_in_a_running_cluster_makes_a_new_one() -> None:
     """KubeRay compares neither numbers of workers nor tolerations, and Serve reads HTTP options only when it starts."""
     autoscaled = {"serving": {"workers": {"replicas": 2, "maxReplicas": 8}}}
-    before, after = (ray_service(autoscaled, each)["spec"]["rayClusterConfig"] for each in ({}, {"serving": change}))
-    assert compared_by_kuberay(before) != compared_by_kuberay(after)
-
-
-def test_what_serve_changes_in_a_running_cluster_makes_no_new_one() -> None:
-    before, after = (ray_service({"serving": {"actors": {"encoder": {"cpus": cpus}}}})["spec"] for cpus in (0.5, 0.25))
-    assert before["serveConfigV2"] != after["serveConfigV2"]
-    assert before["rayClusterConfig"] == after["rayClusterConfig"]
-
-
-def test_what_the_api_server_would_fill_in_is_said(service: dict[str, Any], cluster: dict[str, Any]) -> None:
-    """Defaults of KubeRay's definitions, in lists that are compared as a whole: Argo CD would see a difference, and
-    applying the same objects again would conflict.
-    """
-    for owner in (service, cluster):
-        _, *workers = groups = cluster_groups(owner)
-        assert {group["numOfHosts"] for group in workers} == {1}
-        for group in groups:
-            for container in group["template"]["spec"]["containers"]:
-                assert {port["protocol"] for port in container.get("ports", [])} == {"TCP"}
-
-
-def test_rays_autoscaler_gets_the_resources_that_are_set() -> None:
-    resources = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "3Gi"}}
-    autoscaled = {"serving": {"workers": {"maxReplicas": 4}, "autoscaler": {"resources": resources}}}
-    objects = render(EVERYTHING, autoscaled)
-    (service,), (cluster,) = of_kind(objects, "RayService"), of_kind(objects, "RayCluster")
-    for spec in (service["spec"]["rayClusterConfig"], cluster["spec"]):
-        assert spec["autoscalerOptions"]["resources"] == resources
-
-
-def test_parameters_of_ray_start_are_text_and_resources_come_from_one_place(service: dict[str, Any]) -> None:
-    """validateRayGroupResources and validateRayGroupLabels; generateRayStartCommand takes CPUs from the requests."""
-    for group in cluster_groups(service):
-        parameters = group["rayStartParams"]
-        assert all(isinstance(value, str) for value in parameters.values())
-        assert not {"labels", "redis-password", "redis-username"} & parameters.keys()
-        assert not {"resources", "labels"} & group.keys()
-        resources = ray_container(group)["resources"]
-        assert "num-cpus" in parameters or {**resources["requests"], **resources["limits"]}.get("cpu")
-
-
-def test_a_token_is_of_the_ray_in_the_image_and_an_upgrade_is_one_of_kuberays(service: dict[str, Any]) -> None:
-    cluster = service["spec"]["rayClusterConfig"]
-    assert cluster["authOptions"] == {"mode": "token"}  # RayService has no enableK8sTokenAuth
-    assert tuple(map(int, cluster["rayVersion"].split("."))) >= (2, 52, 0)
-    assert cluster["rayVersion"] == importlib.metadata.version("ray")
-    assert service["spec"]["upgradeStrategy"]["type"] in ("NewCluster", "None")
-    assert "upgradeStrategy" not in cluster  # ValidateRayClusterUpgradeOptions
+    before = ray_service(autoscaled)["spec"]
+    anywhere = {"tolerations": [{"operator": "Exists"}]}
+    for change in (
+        {"workers": {"replicas": 4}}, {"workers": {"maxReplicas": 9}}, {"requestTimeoutSeconds": 60},
+        {"workers": anywhere}, {"head": anywhere},
+    ):  # fmt: skip
+        after = ray_service(autoscaled, {"serving": change})["spec"]
+        assert compared_by_kuberay(before["rayClusterConfig"]) != compared_by_kuberay(after["rayClusterConfig"]), change
+    served = ray_service(autoscaled, {"serving": {"actors": {"encoder": {"cpus": 0.25}}}})["spec"]
+    assert before["serveConfigV2"] != served["serveConfigV2"]
+    assert before["rayClusterConfig"] == served["rayClusterConfig"], "Serve changes it in the running cluster"
 
 
 def test_what_kuberay_would_add_to_a_pod_is_there_already(service: dict[str, Any]) -> None:
     """It adds probes that call wget, which the image lacks, and shared memory of the size of all memory if there is
-    none; it replaces command and arguments by ``ray start``.
+    none; it replaces command and arguments by ``ray start``. validateRayGroupResources and validateRayGroupLabels;
+    generateRayStartCommand takes CPUs from the requests.
     """
     units = {"Mi": 2**20, "Gi": 2**30}
     for group in cluster_groups(service):
-        container, spec = ray_container(group), group["template"]["spec"]
+        container, spec, parameters = ray_container(group), group["template"]["spec"], group["rayStartParams"]
         assert {"livenessProbe", "readinessProbe"} <= container.keys()
         assert not {"command", "args"} & container.keys()
         assert not [name for name in group["template"]["metadata"]["labels"] if name.startswith("ray.io/")]
@@ -256,19 +203,26 @@ def test_what_kuberay_would_add_to_a_pod_is_there_already(service: dict[str, Any
         assert "/dev/shm" in [mount["mountPath"] for mount in container["volumeMounts"]]
         shm = next(volume["emptyDir"] for volume in spec["volumes"] if volume["name"] == "shm")
         size = int(shm["sizeLimit"][:-2]) * units[shm["sizeLimit"][-2:]]
-        assert shm["medium"] == "Memory" and size >= int(group["rayStartParams"]["object-store-memory"])
+        assert shm["medium"] == "Memory" and size >= int(parameters["object-store-memory"])
+        assert all(isinstance(value, str) for value in parameters.values())
+        assert not {"labels", "redis-password", "redis-username"} & parameters.keys()
+        assert not {"resources", "labels"} & group.keys()
+        resources = container["resources"]
+        assert "num-cpus" in parameters or {**resources["requests"], **resources["limits"]}.get("cpu")
 
 
 # The cluster that trains
 
 
-def test_the_cluster_that_trains_has_no_worker_while_nothing_trains(
+def test_the_cluster_that_trains_begins_without_workers(
     training: list[dict[str, Any]], cluster: dict[str, Any]
 ) -> None:
     spec = cluster["spec"]
     for version in ("1.6.2", "1.7"):  # with its upgradeStrategy; a RayService has the same specification inside
         whole: Any = schema(VERSIONS[version]).schema
         Draft202012Validator(whole["properties"]["spec"]["properties"]["rayClusterConfig"]).validate(spec)
+    assert "1.6 to 1.7 for `updater.workers`" in DEPLOYER
+    assert spec["upgradeStrategy"] == {"type": "Recreate"}, "steps would continue with the old code otherwise"
     head, workers = cluster_groups(cluster)
     assert (workers["replicas"], workers["minReplicas"], workers["maxReplicas"]) == (0, 0, 8)
     assert spec["enableInTreeAutoscaling"] is True and spec["autoscalerOptions"]["idleTimeoutSeconds"] == 300
@@ -281,18 +235,13 @@ def test_the_cluster_that_trains_has_no_worker_while_nothing_trains(
         assert home["persistentVolumeClaim"]["claimName"] == "updater"
         places = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
         assert places.items() >= {m["name"]: m["mountPath"] for m in trainer["containers"][0]["volumeMounts"]}.items()
+    assert not of_kind(render(), "RayCluster")
+    with pytest.raises(HelmError, match=r"updater\.storage\.existingClaim"):
+        render({"updater": {"workers": {"enabled": True}}})
 
 
-def test_an_upgrade_replaces_the_pods_of_the_cluster_that_trains(cluster: dict[str, Any]) -> None:
-    """KubeRay changes no pod of a RayCluster otherwise: steps would continue with the old code."""
-    assert cluster["spec"]["upgradeStrategy"] == {"type": "Recreate"}
-    assert "1.6 to 1.7 for `updater.workers`" in DEPLOYER
-
-
-def test_the_updater_finds_the_cluster_that_trains_and_its_token(
-    training: list[dict[str, Any]], cluster: dict[str, Any]
-) -> None:
-    settings = Settings.model_validate(yaml.safe_load(settings_text(training)))
+def test_the_updater_finds_the_cluster_and_its_token(training: list[dict[str, Any]], cluster: dict[str, Any]) -> None:
+    settings = Settings.model_validate(yaml.safe_load(chart.settings_text(training)))
     assert settings.updater.ray_address == f"ray://{cluster['metadata']['name']}-head-svc:10001"
     (container,) = named(training, "Deployment", "updater")["spec"]["template"]["spec"]["containers"]
     env = {each["name"]: each for each in container["env"]}
@@ -303,12 +252,6 @@ def test_the_updater_finds_the_cluster_that_trains_and_its_token(
     assert into["ports"] == [{"protocol": "TCP", "port": 10001}]
     assert into["from"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "updater"
     assert named(training, "NetworkPolicy", "updater")["spec"]["egress"][-1]["ports"] == into["ports"]
-
-
-def test_a_cluster_that_trains_needs_a_home_that_all_see() -> None:
-    assert not of_kind(render(), "RayCluster")
-    with pytest.raises(HelmError, match=r"updater\.storage\.existingClaim"):
-        render({"updater": {"workers": {"enabled": True}}})
 
 
 def test_what_the_clean_up_of_redis_mounts_and_runs_as_outlives_an_uninstall() -> None:

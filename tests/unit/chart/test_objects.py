@@ -1,18 +1,25 @@
+"""Services, budgets, secrets, network policies, monitoring and what else the chart makes beside its pods."""
+
 from __future__ import annotations
 
+import json
+import re
+import runpy
+from itertools import product
 from typing import Any
 
 import pytest
+import yaml
 
 from core.loading import load_settings
 from ops.cli.metrics import targets_of
-from tests.support.chart import EVERYTHING, NEEDED, merged, named, of_kind, pods, profile, render, variables
+from tests.support.chart import EVERYTHING, NEEDED, ROOT, merged, named, of_kind, pods, profile, render, variables
 
-Selector = dict[str, Any]
 Labels = dict[str, dict[str, str]]
+RULES = {"monitoring": {"rules": True}}
 
 
-def selects(selector: Selector, labels: dict[str, str]) -> bool:
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
     """Evaluate a label selector (of the operators, ``In`` is the only one used here)."""
     for each in selector.get("matchExpressions", []):
         assert each["operator"] == "In"
@@ -30,7 +37,7 @@ def labels(everything: list[dict[str, Any]]) -> Labels:
     return labels_of(everything)
 
 
-def chosen(selector: Selector, labels: Labels) -> set[str]:
+def chosen(selector: dict[str, Any], labels: Labels) -> set[str]:
     return {component for component, found in labels.items() if selects(selector, found)}
 
 
@@ -39,9 +46,7 @@ def ports_of(objects: list[dict[str, Any]], component: str) -> set[str]:
     return {port["name"] for container in template["spec"]["containers"] for port in container["ports"]}
 
 
-def test_services_budgets_and_monitors_select_pods_with_their_ports(
-    everything: list[dict[str, Any]], labels: Labels
-) -> None:
+def test_services_budgets_and_monitors_select_their_pods(everything: list[dict[str, Any]], labels: Labels) -> None:
     services = of_kind(everything, "Service")
     assert services
     for service in services:
@@ -51,29 +56,32 @@ def test_services_budgets_and_monitors_select_pods_with_their_ports(
     for part, component in (("serving", "serving-worker"), ("ingest", "ingest")):
         budget = named(everything, "PodDisruptionBudget", part)
         assert chosen(budget["spec"]["selector"], labels) == {component}
+    made = set()
     for monitor in of_kind(everything, "PodMonitor"):
-        port = monitor["spec"]["podMetricsEndpoints"][0]["port"]
+        endpoint = monitor["spec"]["podMetricsEndpoints"][0]
+        made.add(tuple(rule["replacement"] for rule in endpoint["relabelings"]))
         for component in chosen(monitor["spec"]["selector"], labels):
-            assert port in ports_of(everything, component)
+            assert endpoint["port"] in ports_of(everything, component)
+    on_one_machine = targets_of(load_settings(environ={}, overrides={"serve.ray_metrics_port": 8089}), "here")
+    assert made == {("ratchet", each["labels"]["process"]) for each in on_one_machine}
 
 
-@pytest.mark.parametrize(("replicas", "kept"), [(1, []), (2, [1]), (5, [4])])
-def test_a_budget_leaves_a_drain_possible(replicas: int, kept: list[int]) -> None:
+def test_a_budget_leaves_a_drain_possible() -> None:
     """Ray pods have no scale, so a budget is a number that stays available; with one worker there is none."""
-    budgets = of_kind(render({"serving": {"workers": {"replicas": replicas}}}), "PodDisruptionBudget")
-    found = [each["spec"]["minAvailable"] for each in budgets if each["metadata"]["name"].endswith("-serving")]
-    assert found == kept
+    for replicas, kept in ((1, []), (2, [1]), (5, [4])):
+        budgets = of_kind(render({"serving": {"workers": {"replicas": replicas}}}), "PodDisruptionBudget")
+        of_serving = [each["spec"] for each in budgets if each["metadata"]["name"].endswith("-serving")]
+        assert [each["minAvailable"] for each in of_serving] == kept
 
 
 def test_secrets_come_from_secrets_and_only_where_they_are_needed(everything: list[dict[str, Any]]) -> None:
     names: dict[str, set[str]] = {}
     for component, template in pods(everything):
-        for container in template["spec"]["containers"]:
-            for variable in container["env"]:
-                reference = variable.get("valueFrom", {}).get("secretKeyRef")
-                if reference:
-                    names.setdefault(component, set()).add(reference["name"])
-                assert reference or not any(word in variable["name"] for word in ("KEY", "SECRET", "LEDGER", "CLIENT"))
+        for variable in (each for container in template["spec"]["containers"] for each in container["env"]):
+            reference = variable.get("valueFrom", {}).get("secretKeyRef")
+            if reference:
+                names.setdefault(component, set()).add(reference["name"])
+            assert reference or not any(word in variable["name"] for word in ("KEY", "SECRET", "LEDGER", "CLIENT"))
     ledger, store, operator, kafka = "ratchet-ledger", "ratchet-s3", "ratchet-operator", "ratchet-kafka"
     expected = {
         "migration": {ledger},
@@ -88,177 +96,41 @@ def test_secrets_come_from_secrets_and_only_where_they_are_needed(everything: li
     }
     assert {name: names[name] for name in expected} == expected
     assert not of_kind(everything, "Secret")
-
-
-def test_the_stores_of_all_pods_are_the_same(everything: list[dict[str, Any]]) -> None:
-    stores = {"AWS_ENDPOINT_URL": "http://seaweedfs:8333", "AWS_ALLOW_HTTP": "true"}
     for component, template in pods(everything):
-        told = variables(template["spec"]["containers"][0])
         if component not in ("migration", "test"):
-            assert stores.items() <= told.items()
+            told = variables(template["spec"]["containers"][0])
+            assert (told["AWS_ENDPOINT_URL"], told["AWS_ALLOW_HTTP"]) == ("http://seaweedfs:8333", "true")
             # what a step of training needs comes with the call
             assert component.startswith("training-") or told["RATCHET_CONFIG"] == "/etc/ratchet/ratchet.yaml"
 
 
-def test_migration_runs_before_install_and_upgrade_and_a_failure_says_so_within_a_minute(
-    everything: list[dict[str, Any]],
-) -> None:
+def test_migration_runs_before_everything_and_a_failure_says_so_soon(everything: list[dict[str, Any]]) -> None:
     """It needs nothing that is created later. Pauses of 10 and 20 s between three attempts of a few seconds; Helm 4
     prints the log of the last one, and never deletes hooks of uninstalled releases.
     """
     (job,) = of_kind(everything, "Job")
-    annotations = job["metadata"]["annotations"]
+    annotations, spec = job["metadata"]["annotations"], job["spec"]["template"]["spec"]
     assert annotations["helm.sh/hook"] == "pre-install,pre-upgrade"
     assert annotations["helm.sh/hook-output-log-policy"] == "hook-failed"
     assert (job["spec"]["backoffLimit"], job["spec"]["ttlSecondsAfterFinished"]) == (2, 24 * 3600)
-    spec = job["spec"]["template"]["spec"]
     (container,) = spec["containers"]
     assert container["command"] == ["ratchet", "admin", "migrate"]
     assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
     assert not {"serviceAccountName", "priorityClassName"} & spec.keys()
     maps = [each["configMap"]["name"] for each in spec["volumes"] if "configMap" in each]
     assert maps == ["company-ca"]  # not the chart's
-
-
-def test_migration_and_test_go_where_they_are_told_and_before_training_where_a_class_is_named() -> None:
-    placed = {
-        "nodeSelector": {"pool": "small"},
-        "tolerations": [{"key": "pool", "operator": "Exists"}],
-        "affinity": {"nodeAffinity": {}},
-    }
+    tolerations = [{"key": "pool", "operator": "Exists"}]
+    placed = {"nodeSelector": {"pool": "small"}, "tolerations": tolerations, "affinity": {"nodeAffinity": {}}}
     templates = dict(pods(render({"migration": placed, "priorityClasses": {"serving": "important"}})))
     for component in ("migration", "test"):
-        spec = templates[component]["spec"]
-        assert {**placed, "priorityClassName": "important"}.items() <= spec.items(), component
-
-
-# Network policies
-
-
-def policies(objects: list[dict[str, Any]], component: str, labels: Labels) -> list[Any]:
-    found = [each["spec"] for each in of_kind(objects, "NetworkPolicy")]
-    return [spec for spec in found if selects(spec["podSelector"], labels[component])]
-
-
-def rules(objects: list[dict[str, Any]], direction: str, component: str = "") -> list[Any]:
-    labels = labels_of(objects)
-    specs = [each["spec"] for each in of_kind(objects, "NetworkPolicy")]
-    chosen = policies(objects, component, labels) if component else specs
-    return [rule for spec in chosen for rule in spec.get(direction, [])]
-
-
-def outward(objects: list[dict[str, Any]], component: str) -> set[int]:
-    found = rules(objects, "egress", component)
-    assert all("ports" in rule or "podSelector" in rule["to"][0] for rule in found), "an opening without a port"
-    return {port["port"] for rule in found for port in rule.get("ports", [])}
-
-
-def test_every_pod_is_closed_both_ways_and_calls_only_what_is_named(
-    everything: list[dict[str, Any]], labels: Labels
-) -> None:
-    dns, ledger, kafka, redis, serve = 53, 5432, 9092, 6379, 8000
-    store = {443, 80}  # and the credentials of the cloud, from its metadata
-    for component in labels:
-        assert {"policyTypes": ["Ingress", "Egress"]}.items() <= policies(everything, component, labels)[0].items()
-    expected = {
-        "migration": {dns, ledger},
-        "test": {dns, serve},
-        "ingest": {dns, ledger, kafka, *store},
-        "maintain": {dns, ledger, kafka, *store},
-        "updater": {dns, ledger, *store, serve, 10001},
-        "training-worker": {dns, *store, 6443},  # a policy of its head, too
-        "console": {dns, ledger, kafka, *store, serve},
-        "serving-worker": {dns, ledger, *store, redis},
-    }
-    assert {component: outward(everything, component) for component in expected} == expected
-
-
-@pytest.mark.parametrize("off", ["", "console", "updater"])
-def test_serving_lets_in_the_parts_that_call_it(off: str) -> None:
-    """With clients of another namespace only: the console, and the trainer, which reads request latencies."""
-    values = {"networkPolicy": {"ingress": {"clients": [{"namespaceSelector": {"matchLabels": {"a": "b"}}}]}}}
-    objects = render(values, {off: {"enabled": False}} if off else {})
-    found = {
-        name
-        for rule in rules(objects, "ingress", "serving-head")
-        if any(each["port"] == 8000 for each in rule.get("ports", []))
-        for peer in rule["from"]
-        if peer.get("podSelector") and "namespaceSelector" not in peer
-        for name in chosen(peer["podSelector"], labels_of(objects))
-    }
-    assert found == {"console", "updater", "test"} - {off}
-
-
-@pytest.mark.parametrize(
-    ("ingress", "published"),
-    [
-        ({}, set()),
-        ({"enabled": True, "host": "a.example"}, {8000}),
-        ({"enabled": True, "host": "a.example", "consoleHost": "c.example"}, {8000, 8001}),
-    ],
-)
-def test_the_ingress_controller_reaches_what_is_published(ingress: dict[str, Any], published: set[int]) -> None:
-    controller = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress-nginx"}}}
-    found = rules(render({"ingress": ingress}), "ingress")
-    assert {port["port"] for rule in found if controller in rule["from"] for port in rule["ports"]} == published
-
-
-def test_rays_autoscaler_reaches_the_api_server_also_where_policies_see_its_own_port() -> None:
-    """Most network plugins look at a packet after the Service's address and port have been replaced."""
-    autoscaled = {"serving": {"workers": {"replicas": 2, "maxReplicas": 4}}}
-    objects = render(EVERYTHING, autoscaled)
-    for head in ("serving-head", "training-head"):
-        assert {443, 6443} <= outward(objects, head)
-    to = [{"ipBlock": {"cidr": "10.0.0.1/32"}}]
-    told = {"networkPolicy": {"egress": {"kubernetes": {"to": to, "ports": [16443]}}}}
-    opened = {"to": to, "ports": [{"protocol": "TCP", "port": 16443}]}
-    assert opened in rules(render(autoscaled, told), "egress", "serving-head")
-
-
-@pytest.mark.parametrize("name", ["kuberay-operator", "kuberay"], ids=["its chart", "its kustomize manifests"])
-def test_kuberay_reaches_ray_however_it_was_installed(name: str, everything: list[dict[str, Any]]) -> None:
-    """Labels of the operator's pods in helm-chart/kuberay-operator and in ray-operator/config/manager of KubeRay."""
-    operator = {"app.kubernetes.io/name": name, "app.kubernetes.io/component": "kuberay-operator"}
-    for part in ("serving", "training"):
-        let_in = {
-            port["port"]
-            for rule in named(everything, "NetworkPolicy", part)["spec"]["ingress"]
-            for peer in rule["from"]
-            if peer.get("namespaceSelector") == {} and selects(peer["podSelector"], operator)
-            for port in rule["ports"]
-        }
-        assert {8265, 52365} <= let_in, part
-
-
-@pytest.mark.parametrize(
-    ("cidr", "port"), [("169.254.169.254/32", 80), ("169.254.169.252/32", 988), ("169.254.170.23/32", 80)]
-)
-def test_cloud_identities_are_reached_by_the_users_of_the_object_store_alone(cidr: str, port: int) -> None:
-    objects = render({"networkPolicy": {"egress": {"cloudIdentity": [{"cidr": cidr, "port": port}]}}})
-    opened = {"to": [{"ipBlock": {"cidr": cidr}}], "ports": [{"protocol": "TCP", "port": port}]}
-    components = labels_of(objects).keys()
-    found = {name for name in components if opened in rules(objects, "egress", name)}
-    assert found == components - {"migration", "test"}
-    closed = rules(render(), "egress")
-    assert not [peer for rule in closed for peer in rule.get("to", []) if "ipBlock" in peer], "by default"
-
-
-def test_rays_ports_are_open_to_ray_alone_and_those_of_metrics_to_prometheus(
-    everything: list[dict[str, Any]], labels: Labels
-) -> None:
-    without_port = [rule["from"] for rule in rules(everything, "ingress", "serving-head") if "ports" not in rule]
-    let_in = [chosen(peer["podSelector"], labels) for peers in without_port for peer in peers]
-    assert let_in == [{"serving-head", "serving-worker"}]
-    for component in ("ingest", "maintain", "updater"):
-        assert [rule["ports"][0]["port"] for rule in rules(everything, "ingress", component)] == ["metrics"]
+        assert {**placed, "priorityClassName": "important"}.items() <= templates[component]["spec"].items(), component
 
 
 def test_keda_scales_ingest_by_lag_up_to_the_partitions(everything: list[dict[str, Any]]) -> None:
     (scaler,), (authentication,) = of_kind(everything, "ScaledObject"), of_kind(everything, "TriggerAuthentication")
     assert scaler["spec"]["maxReplicaCount"] == EVERYTHING["settings"]["kafka"]["partitions"]
     trigger = scaler["spec"]["triggers"][0]
-    assert trigger["type"] == "kafka"
-    assert trigger["metadata"]["bootstrapServers"] == NEEDED["kafka"]["bootstrap"]
+    assert (trigger["type"], trigger["metadata"]["bootstrapServers"]) == ("kafka", NEEDED["kafka"]["bootstrap"])
     assert trigger["authenticationRef"]["name"] == authentication["metadata"]["name"]
     ingest = named(everything, "Deployment", "ingest")
     assert "replicas" not in ingest["spec"], "each upgrade would undo what KEDA decided"
@@ -272,15 +144,12 @@ def test_who_administers_a_namespace_can_install_everything(everything: list[dic
     optional = {"Ingress", "RayCluster", "ScaledObject", "TriggerAuthentication", "PodMonitor", "PrometheusRule"}
     assert {each["kind"] for each in everything} == admin | {"RayService"} | optional
     assert optional.isdisjoint(each["kind"] for each in render()), "off by default"
-
-
-def test_two_releases_of_one_name_in_two_namespaces_share_no_object() -> None:
-    one, other = (
-        {each["metadata"]["name"] for each in of_kind(objects, "PriorityClass")}
-        for objects in (
-            render({"priorityClasses": {"create": True}}, namespace=namespace) for namespace in ("ml", "other")
-        )
-    )
+    for each in render(merged(profile("multigpu"), EVERYTHING)):
+        known = each["metadata"]["labels"]
+        assert known["app.kubernetes.io/instance"] == "live"
+        assert {"helm.sh/chart", "app.kubernetes.io/name", "app.kubernetes.io/managed-by"} <= known.keys()
+    installed = [render({"priorityClasses": {"create": True}}, namespace=namespace) for namespace in ("ml", "other")]
+    one, other = ({each["metadata"]["name"] for each in of_kind(made, "PriorityClass")} for made in installed)
     assert one and other and not one & other
 
 
@@ -289,19 +158,155 @@ def test_what_is_published_is_neither_metrics_nor_the_operators_calls(everything
     paths = {path["path"] for rule in hosts if rule["host"] == "a.example" for path in rule["http"]["paths"]}
     assert "/v1" in paths
     assert not [path for path in paths if "/admin".startswith(path) or "/metrics".startswith(path)]
+    controller = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress-nginx"}}}
+    on = {"enabled": True, "host": "a.example"}
+    for ingress, published in (({}, set()), (on, {8000}), ({**on, "consoleHost": "c.example"}, {8000, 8001})):
+        found = rules(render({"ingress": ingress}), "ingress")
+        assert {port["port"] for rule in found if controller in rule["from"] for port in rule["ports"]} == published
 
 
-def test_job_and_processes_have_the_names_that_they_have_on_one_machine(everything: list[dict[str, Any]]) -> None:
-    made = {
-        tuple(rule["replacement"] for rule in each["spec"]["podMetricsEndpoints"][0]["relabelings"])
-        for each in of_kind(everything, "PodMonitor")
+# Network policies
+
+
+def policies(objects: list[dict[str, Any]], component: str = "") -> list[Any]:
+    """Those of all pods, or those that select one component."""
+    labels = labels_of(objects)
+    specs = [each["spec"] for each in of_kind(objects, "NetworkPolicy")]
+    return [spec for spec in specs if not component or selects(spec["podSelector"], labels[component])]
+
+
+def rules(objects: list[dict[str, Any]], direction: str, component: str = "") -> list[Any]:
+    return [rule for spec in policies(objects, component) for rule in spec.get(direction, [])]
+
+
+def outward(objects: list[dict[str, Any]], component: str) -> set[int]:
+    found = rules(objects, "egress", component)
+    assert all("ports" in rule or "podSelector" in rule["to"][0] for rule in found), "an opening without a port"
+    return {port["port"] for rule in found for port in rule.get("ports", [])}
+
+
+def test_every_pod_is_closed_but_for_what_is_named(everything: list[dict[str, Any]], labels: Labels) -> None:
+    dns, ledger, kafka, redis, serve = 53, 5432, 9092, 6379, 8000
+    store = {443, 80}  # and the credentials of the cloud, from its metadata
+    for component in labels:
+        assert {"policyTypes": ["Ingress", "Egress"]}.items() <= policies(everything, component)[0].items()
+    expected = {
+        "migration": {dns, ledger},
+        "test": {dns, serve},
+        "ingest": {dns, ledger, kafka, *store},
+        "maintain": {dns, ledger, kafka, *store},
+        "updater": {dns, ledger, *store, serve, 10001},
+        "training-worker": {dns, *store, 6443},  # a policy of its head, too
+        "console": {dns, ledger, kafka, *store, serve},
+        "serving-worker": {dns, ledger, *store, redis},
     }
-    known = targets_of(load_settings(environ={}, overrides={"serve.ray_metrics_port": 8089}), "here")
-    assert made == {("ratchet", each["labels"]["process"]) for each in known}
+    assert {component: outward(everything, component) for component in expected} == expected
+    without_port = [rule["from"] for rule in rules(everything, "ingress", "serving-head") if "ports" not in rule]
+    let_in = [chosen(peer["podSelector"], labels) for peers in without_port for peer in peers]
+    assert let_in == [{"serving-head", "serving-worker"}], "Ray's own ports"
+    for component in ("ingest", "maintain", "updater"):
+        assert [rule["ports"][0]["port"] for rule in rules(everything, "ingress", component)] == ["metrics"]
 
 
-def test_every_object_says_which_release_it_is_of() -> None:
-    for each in render(merged(profile("multigpu"), EVERYTHING)):
-        labels = each["metadata"]["labels"]
-        assert labels["app.kubernetes.io/instance"] == "live"
-        assert {"helm.sh/chart", "app.kubernetes.io/name", "app.kubernetes.io/managed-by"} <= labels.keys()
+def test_serving_lets_in_the_parts_that_call_it() -> None:
+    """With clients of another namespace only: the console, and the trainer, which reads request latencies."""
+    values = {"networkPolicy": {"ingress": {"clients": [{"namespaceSelector": {"matchLabels": {"a": "b"}}}]}}}
+    for off in ("", "console", "updater"):
+        objects = render(values, {off: {"enabled": False}} if off else {})
+        found = {
+            name
+            for rule in rules(objects, "ingress", "serving-head")
+            if any(each["port"] == 8000 for each in rule.get("ports", []))
+            for peer in rule["from"]
+            if peer.get("podSelector") and "namespaceSelector" not in peer
+            for name in chosen(peer["podSelector"], labels_of(objects))
+        }
+        assert found == {"console", "updater", "test"} - {off}
+
+
+def test_rays_autoscaler_reaches_the_api_server_also_where_policies_see_its_own_port() -> None:
+    """Most network plugins look at a packet after the Service's address and port have been replaced."""
+    autoscaled = {"serving": {"workers": {"replicas": 2, "maxReplicas": 4}}}
+    for head in ("serving-head", "training-head"):
+        assert {443, 6443} <= outward(render(EVERYTHING, autoscaled), head)
+    to = [{"ipBlock": {"cidr": "10.0.0.1/32"}}]
+    told = {"networkPolicy": {"egress": {"kubernetes": {"to": to, "ports": [16443]}}}}
+    opened = {"to": to, "ports": [{"protocol": "TCP", "port": 16443}]}
+    assert opened in rules(render(autoscaled, told), "egress", "serving-head")
+
+
+def test_kuberay_reaches_ray_however_it_was_installed(everything: list[dict[str, Any]]) -> None:
+    """Labels of the operator's pods in helm-chart/kuberay-operator and in ray-operator/config/manager of KubeRay."""
+    for name, part in product(("kuberay-operator", "kuberay"), ("serving", "training")):
+        operator = {"app.kubernetes.io/name": name, "app.kubernetes.io/component": "kuberay-operator"}
+        let_in = {
+            port["port"]
+            for rule in named(everything, "NetworkPolicy", part)["spec"]["ingress"]
+            for peer in rule["from"]
+            if peer.get("namespaceSelector") == {} and selects(peer["podSelector"], operator)
+            for port in rule["ports"]
+        }
+        assert {8265, 52365} <= let_in, (name, part)
+
+
+def test_cloud_identities_are_reached_by_the_users_of_the_object_store_alone() -> None:
+    cidr, port = "169.254.170.23/32", 988
+    objects = render({"networkPolicy": {"egress": {"cloudIdentity": [{"cidr": cidr, "port": port}]}}})
+    opened = {"to": [{"ipBlock": {"cidr": cidr}}], "ports": [{"protocol": "TCP", "port": port}]}
+    components = labels_of(objects).keys()
+    found = {name for name in components if opened in rules(objects, "egress", name)}
+    assert found == components - {"migration", "test"}
+    closed = rules(render(), "egress")
+    assert not [peer for rule in closed for peer in rule.get("to", []) if "ipBlock" in peer], "by default"
+
+
+# Rules and dashboards
+
+
+def rules_of(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    groups = of_kind(objects, "PrometheusRule")[0]["spec"]["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def test_the_copies_in_the_chart_are_not_stale() -> None:
+    generator = runpy.run_path(str(ROOT / "helm" / "generate.py"))
+    wanted, there = generator["generate"](), generator["existing"]()
+    stale = [path for path, text in wanted.items() if path not in there or path.read_text() != text]
+    assert [*stale, *(there - wanted.keys())] == [], "run `make chart`"
+
+
+def test_the_rules_are_those_that_promtool_checks_each_of_one_namespace() -> None:
+    files = sorted((ROOT / "ops" / "alerts").glob("*.yaml"))
+    known = [rule for file in files for group in yaml.safe_load(file.read_text())["groups"] for rule in group["rules"]]
+    assert known
+    scope = "namespace='ml'"
+    for rule, origin in zip(rules_of(render(RULES)), known, strict=True):
+        assert (rule.get("alert"), rule.get("record")) == (origin.get("alert"), origin.get("record"))
+        assert rule["labels"] == {**origin.get("labels", {}), "namespace": "ml"}
+        metrics = re.findall(r"\bratchet[_:][a-z0-9_:]+", origin["expr"])
+        assert len(re.findall(rf"\bratchet[_:][a-z0-9_:]+\{{{scope}", rule["expr"])) == len(metrics), rule["expr"]
+        assert rule["expr"].replace(f"{{{scope}}}", "").replace(f"{scope}, ", "") == origin["expr"]
+        queries = re.findall(r"\bratchet[_:][a-z0-9_:]+", json.dumps(origin.get("annotations")))
+        assert json.dumps(rule.get("annotations")).count(scope) == len(queries)
+
+
+def test_a_part_that_is_switched_off_is_not_missed() -> None:
+    every = {"RatchetServingAbsent", "RatchetIngestAbsent", "RatchetUpdaterAbsent", "RatchetMaintenanceAbsent"}
+    for values, missing in (
+        ({}, set()),
+        ({"ingest": {"enabled": False}}, {"RatchetIngestAbsent"}),
+        ({"ingest": {"keda": {"enabled": True, "minReplicas": 0}}}, {"RatchetIngestAbsent"}),
+        ({"updater": {"enabled": False}}, {"RatchetUpdaterAbsent"}),
+        ({"maintain": {"enabled": False}}, {"RatchetMaintenanceAbsent"}),
+    ):
+        made = {rule.get("alert", "") for rule in rules_of(render(RULES, values))}
+        assert {name for name in made if name.endswith("Absent")} == every - missing
+
+
+def test_alerts_link_to_the_runbooks_and_every_dashboard_is_a_config_map(everything: list[dict[str, Any]]) -> None:
+    for rule in rules_of(everything):
+        if "alert" in rule:
+            assert rule["annotations"]["runbook_url"] == f"https://git.example/runbooks/{rule['alert']}.md"
+    found = {name: text for each in of_kind(everything, "ConfigMap") for name, text in each["data"].items()}
+    boards = {path.name: path.read_text().strip() for path in (ROOT / "ops" / "dashboards" / "json").glob("*.json")}
+    assert boards and {name: found[name].strip() for name in boards} == boards

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import json
+from functools import cache
 from typing import Any
 
-import pytest
+import kubernetes_validate
+from helm_python import lint
+from jsonschema import Draft202012Validator
 from ray._private import ray_constants
 
 from core.settings.watching import Traces
 from serving.ray.ray_session import tracing_environment
-from tests.support.chart import EVERYTHING, containers, named, of_kind, pods, render, variables
+from tests.support import chart
+from tests.support.chart import EVERYTHING, ROOT, containers, named, of_kind, pods, render, variables
 
+KUBERNETES = ("1.28", "1.32", "1.37")
+"""The oldest that the docs name, one between, and the newest that has schemas."""
 TRAINING = {"training-head", "training-worker"}
 SERVING = {"serving-head", "serving-worker"}
 WORKLOADS = {*SERVING, "ingest", "maintain", "updater", "console"}
@@ -18,13 +25,42 @@ def ray_pods(objects: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {component: pod["spec"]["containers"][0] for component, pod in pods(objects) if component in SERVING}
 
 
-def test_every_part_of_the_product_has_its_pods(objects: list[dict[str, Any]]) -> None:
-    training = TRAINING if of_kind(objects, "RayCluster") else set()
-    assert {component for component, _ in pods(objects)} == {*WORKLOADS, *training, "migration", "test"}
+@cache
+def custom(kind: str) -> Draft202012Validator | None:
+    folder = ROOT / "tests" / "support" / "crds"
+    if kind == "RayCluster":  # a RayService has one inside
+        spec = json.loads((folder / "RayService.json").read_text())["properties"]["spec"]
+        return Draft202012Validator({"properties": {"spec": spec["properties"]["rayClusterConfig"]}})
+    path = folder / f"{kind}.json"
+    return Draft202012Validator(json.loads(path.read_text())) if path.exists() else None
+
+
+@cache
+def check(text: str) -> None:
+    """Raise when an object is not valid. Most objects are the same in all profiles and are checked once."""
+    found = json.loads(text)
+    schema = custom(found["kind"])
+    if schema is not None:
+        schema.validate(found)
+        return
+    for version in KUBERNETES:
+        kubernetes_validate.validate(found, version, strict=True)
+
+
+def test_every_profile_passes_helms_lint_and_every_object_is_valid(values: Any, objects: list[dict[str, Any]]) -> None:
+    report = lint(chart.CHART, chart.merged(chart.NEEDED, values), strict=True)
+    assert report["total_charts_linted"] == 1 and not report["errors"]
+    assert [found["error"] for found in report["messages"] if found["severity"] > 1] == []
+    for each in objects:
+        check(json.dumps(each, sort_keys=True))
+    for _, template in pods([each for each in objects if each["kind"] in ("RayService", "RayCluster")]):
+        check(json.dumps({"apiVersion": "v1", "kind": "Pod", **template}, sort_keys=True))
 
 
 def test_every_container_has_few_rights_a_read_only_root_and_bounds(objects: list[dict[str, Any]]) -> None:
+    assert of_kind(objects, "ServiceAccount")[0]["automountServiceAccountToken"] is False
     for component, spec, container in containers(objects):
+        assert spec["automountServiceAccountToken"] is (component == "training-head"), "where Ray adds pods"
         assert spec["securityContext"]["runAsNonRoot"] is True and spec["securityContext"]["runAsUser"] > 0, component
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
@@ -41,65 +77,59 @@ def test_every_container_has_few_rights_a_read_only_root_and_bounds(objects: lis
         assert "memory" in container["resources"]["limits"], component
 
 
-def test_every_container_that_stays_has_three_probes(objects: list[dict[str, Any]]) -> None:
+def test_each_part_has_its_pods_which_are_probed_and_spread_over_nodes(objects: list[dict[str, Any]]) -> None:
+    training = TRAINING if of_kind(objects, "RayCluster") else set()
+    assert {component for component, _ in pods(objects)} == {*WORKLOADS, *training, "migration", "test"}
     for component, template in pods(objects):
-        for container in template["spec"]["containers"] if component in WORKLOADS else []:
+        if component not in WORKLOADS:
+            continue
+        for container in template["spec"]["containers"]:
             ports = {port["name"] for port in container["ports"]}
             for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
                 assert container[probe]["httpGet"]["port"] in ports, (component, container["name"], probe)
+        spread = template["spec"]["topologySpreadConstraints"]
+        assert {each["topologyKey"] for each in spread} == {"kubernetes.io/hostname", "topology.kubernetes.io/zone"}
+        for each in spread:
+            assert each["labelSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
 
 
-def test_requests_go_to_workers_whose_models_answer(objects: list[dict[str, Any]]) -> None:
-    ray = ray_pods(objects)
-    assert ray["serving-worker"]["readinessProbe"]["httpGet"] == {"path": "/health/ready", "port": "serve"}
-    # KubeRay deploys the application when the head is ready: it cannot wait for the application.
-    assert ray["serving-head"]["readinessProbe"]["httpGet"]["path"] == "/api/healthz"
-
-
-def test_every_ray_pod_has_haproxys_limits_and_logs_to_standard_error(objects: list[dict[str, Any]]) -> None:
+def test_ray_pods_get_requests_once_their_models_answer_and_log_where_pods_do(objects: list[dict[str, Any]]) -> None:
     """As Ray's workers and Ray Serve read it: ray_constants and ray.serve._private.constants."""
     wanted = {
         "RAY_SERVE_HAPROXY_BINARY_PATH": "/usr/local/bin/ratchet-haproxy", "FORWARDED_ALLOW_IPS": "none",
         ray_constants.LOGGING_REDIRECT_STDERR_ENVIRONMENT_VARIABLE: "1", "RAY_SERVE_LOG_TO_STDERR": "1",
         "RAY_BACKEND_LOG_LEVEL": "warning", "RAY_LOGGER_LEVEL": "warning",
     }  # fmt: skip
-    for container in ray_pods(objects).values():
+    ray = ray_pods(objects)
+    for container in ray.values():
         assert wanted.items() <= variables(container).items()
+    assert ray["serving-worker"]["readinessProbe"]["httpGet"] == {"path": "/health/ready", "port": "serve"}
+    # KubeRay deploys the application when the head is ready: it cannot wait for the application.
+    assert ray["serving-head"]["readinessProbe"]["httpGet"]["path"] == "/api/healthz"
 
 
 def test_traces_are_off_unless_a_collector_is_named() -> None:
     traces = Traces(endpoint="http://collector:4318/v1/traces", share=0.5)
     expected = tracing_environment(traces)
-    for values, on in (({}, False), ({"settings": {"traces": traces.model_dump()}}, True)):
+    for values, told in (({}, {}), ({"settings": {"traces": traces.model_dump()}}, expected)):
         objects = render(values)
         for container in ray_pods(objects).values():
-            assert {name: each for name, each in variables(container).items() if name in expected} == (
-                expected if on else {}
-            )
+            assert {name: each for name, each in variables(container).items() if name in expected} == told
         egress = named(objects, "NetworkPolicy", "serving")["spec"]["egress"]
-        assert (4318 in [port["port"] for rule in egress for port in rule.get("ports", ())]) is on
+        assert (4318 in [port["port"] for rule in egress for port in rule.get("ports", ())]) is bool(told)
 
 
-def test_no_pod_gets_a_token_of_the_cluster_but_where_ray_adds_pods(objects: list[dict[str, Any]]) -> None:
-    for component, template in pods(objects):
-        assert template["spec"]["automountServiceAccountToken"] is (component == "training-head")
-    assert of_kind(objects, "ServiceAccount")[0]["automountServiceAccountToken"] is False
-
-
-@pytest.mark.parametrize("made", [True, False], ids=["made by the chart", "named"])
-def test_serving_goes_before_training(made: bool) -> None:
-    named_ = {"serving": "important", "training": "unimportant"}
-    objects = render(EVERYTHING, {"priorityClasses": {"create": True} if made else named_})
-    of_pod = {component: template["spec"].get("priorityClassName") for component, template in pods(objects)}
+def test_serving_goes_before_training() -> None:
     training = {"updater", *TRAINING}
-    (high,) = {of_pod[component] for component in WORKLOADS - training}
-    (low,) = {of_pod[component] for component in training}
-    classes = {each["metadata"]["name"]: each for each in of_kind(objects, "PriorityClass")}
-    if not made:
-        assert (high, low, classes) == ("important", "unimportant", {})
-        return
-    assert classes[low]["preemptionPolicy"] == "Never"
-    assert classes[high]["value"] > classes[low]["value"]
+    for given in ({"create": True}, {"serving": "important", "training": "unimportant"}):
+        objects = render(EVERYTHING, {"priorityClasses": given})
+        of_pod = {component: template["spec"].get("priorityClassName") for component, template in pods(objects)}
+        (high,), (low,) = ({of_pod[each] for each in group} for group in (WORKLOADS - training, training))
+        classes = {each["metadata"]["name"]: each for each in of_kind(objects, "PriorityClass")}
+        if "create" in given:
+            assert classes[low]["preemptionPolicy"] == "Never" and classes[high]["value"] > classes[low]["value"]
+        else:
+            assert (high, low, classes) == ("important", "unimportant", {})
 
 
 def test_one_process_trains_and_one_maintains_and_no_upgrade_adds_a_writer(objects: list[dict[str, Any]]) -> None:
@@ -114,55 +144,33 @@ def test_one_process_trains_and_one_maintains_and_no_upgrade_adds_a_writer(objec
     assert scaled <= {"live-ratchet-ingest"} and not of_kind(objects, "HorizontalPodAutoscaler")
 
 
-@pytest.mark.parametrize(
-    ("storage", "volume"),
-    [
+def test_each_ingest_pod_has_a_disk_of_its_own_for_the_index_of_duplicates() -> None:
+    claim = {
+        "accessModes": ["ReadWriteOnce"], "storageClassName": "fast", "resources": {"requests": {"storage": "20Gi"}},
+    }  # fmt: skip
+    for storage, volume in (
         ({}, {"emptyDir": {"sizeLimit": "10Gi"}}),
-        (
-            {"storageClass": "fast", "sizeLimit": "20Gi"},
-            {"ephemeral": {"volumeClaimTemplate": {"spec": {
-                "accessModes": ["ReadWriteOnce"], "storageClassName": "fast",
-                "resources": {"requests": {"storage": "20Gi"}},
-            }}}},
-        ),
-    ],
-)  # fmt: skip
-def test_each_ingest_pod_has_a_disk_of_its_own_for_the_index_of_duplicates(storage: Any, volume: Any) -> None:
-    spec = dict(pods(render({"ingest": {"replicas": 3, "storage": storage}})))["ingest"]["spec"]
-    assert {"name": "home", "mountPath": "/var/lib/ratchet"} in spec["containers"][0]["volumeMounts"]
-    (home,) = [each for each in spec["volumes"] if each["name"] == "home"]
-    assert home == {"name": "home", **volume}
-
-
-def test_pods_spread_over_nodes_and_zones(objects: list[dict[str, Any]]) -> None:
-    for component, template in pods(objects):
-        if component in WORKLOADS:
-            spread = template["spec"]["topologySpreadConstraints"]
-            assert {each["topologyKey"] for each in spread} == {"kubernetes.io/hostname", "topology.kubernetes.io/zone"}
-            for each in spread:
-                assert each["labelSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+        ({"storageClass": "fast", "sizeLimit": "20Gi"}, {"ephemeral": {"volumeClaimTemplate": {"spec": claim}}}),
+    ):
+        spec = dict(pods(render({"ingest": {"replicas": 3, "storage": storage}})))["ingest"]["spec"]
+        assert {"name": "home", "mountPath": "/var/lib/ratchet"} in spec["containers"][0]["volumeMounts"]
+        assert [each for each in spec["volumes"] if each["name"] == "home"] == [{"name": "home", **volume}]
 
 
 def test_every_pod_has_what_the_installation_adds() -> None:
-    objects = render(EVERYTHING)
-    ca = "/etc/ratchet/ca/ca.crt"
-    for component, template in pods(objects):
+    for component, template in pods(render(EVERYTHING)):
         assert template["metadata"]["annotations"]["example.org/team"] == "ml", component
         assert template["spec"]["runtimeClassName"] == "nvidia"
-    for component, spec, container in containers(objects):
+    ca = dict.fromkeys(("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE"), "/etc/ratchet/ca/ca.crt")
+    for component, spec, container in containers(render(EVERYTHING)):
         told = variables(container)
-        wanted = {**dict.fromkeys(("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE"), ca),
-                  "HTTPS_PROXY": "http://proxy:3128"}  # fmt: skip
-        assert wanted.items() <= told.items(), (component, container["name"])
+        assert {**ca, "HTTPS_PROXY": "http://proxy:3128"}.items() <= told.items(), (component, container["name"])
         assert len(told) == len(container["env"]), "a name twice"
         mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
         assert (mounts["ca"], mounts["cache"]) == ("/etc/ratchet/ca", "/cache")
         (volume,) = [volume for volume in spec["volumes"] if volume["name"] == "ca"]
         assert volume["configMap"] == {"name": "company-ca", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
-
-
-def test_the_bundle_of_cas_may_be_in_a_secret() -> None:
     for _, spec, container in containers(render({"caBundle": {"secret": "company-ca", "key": "bundle.pem"}})):
-        volume = next(volume for volume in spec["volumes"] if volume["name"] == "ca")
+        (volume,) = [volume for volume in spec["volumes"] if volume["name"] == "ca"]
         assert volume["secret"]["secretName"] == "company-ca"
         assert variables(container)["SSL_CERT_FILE"] == "/etc/ratchet/ca/bundle.pem"

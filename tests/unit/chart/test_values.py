@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,62 +8,60 @@ import pytest
 import yaml
 from helm_python import HelmError
 
-from tests.support.chart import CHART, EVERYTHING, NEEDED, PROFILES, ROOT, chart, merged, profile
+from tests.support.chart import CHART, EVERYTHING, NEEDED, PROFILES, ROOT, chart, merged, profile, render
 from tests.support.kubernetes_api import cluster_with, render_on
 
-WRONG: list[tuple[str, Any, list[str]]] = [
-    ("a name that does not exist", {"serving": {"worker": {"replicas": 2}}}, ["/serving", "worker"]),
-    ("no ledger", {"ledger": {"existingSecret": {"name": ""}}}, ["/ledger/existingSecret/name"]),
-    ("a secret as a value", {"ledger": {"url": "postgresql://me:secret@db/x"}}, ["/ledger", "url"]),
-    ("a secret among the settings", {"settings": {"ledger_url": "postgresql://x"}}, ["/settings", "ledger_url"]),
-    ("the split's key as a value", {"settings": {"ingest": {"split_key": "k"}}}, ["/settings/ingest", "split_key"]),
-    ("a setting that does not exist", {"settings": {"serve": {"prt": 1}}}, ["/settings/serve", "prt"]),
-    ("a setting out of range", {"settings": {"gate": {"alpha": 0.7}}}, ["/settings/gate/alpha", "0.5"]),
-    ("a port that the chart sets", {"settings": {"serve": {"port": 9000}}}, ["/settings/serve", "port"]),
-    ("a local folder as a store", {"objectStore": {"lake": "/var/lake"}}, ["/objectStore/lake", "s3|gs|az"]),
-    ("a broker without a port", {"kafka": {"bootstrap": "kafka"}}, ["/kafka/bootstrap"]),
-    ("two trainers", {"updater": {"replicas": 2}}, ["/updater", "replicas"]),
-    ("two that maintain", {"maintain": {"replicas": 2}}, ["/maintain", "replicas"]),
-    ("a claim that pods of ingest would share", {"ingest": {"storage": {"existingClaim": "x"}}}, ["/ingest/storage"]),
-    (
-        "too many replicas on a node",
-        {"serving": {"actors": {"vlm": {"maxPerNode": 101}}}},
-        ["/serving/actors/vlm/maxPerNode"],
-    ),
-    ("no worker", {"serving": {"workers": {"replicas": 0}}}, ["/serving/workers/replicas", "minimum"]),
-    (
-        "a worker without room for the replicas",
-        {
-            "settings": {"base": {"vlm": ""}, "serve": {"ingress_replicas": 2}},
-            "serving": {"workers": {"replicas": 1, "resources": {"requests": {"cpu": "200m"}}}},
-        },
-        ["serving.workers has no room", "1.2 CPUs", "1 worker(s) have 1 each"],
-    ),
-    ("text for a number", {"ingest": {"replicas": "two"}}, ["/ingest/replicas", "integer"]),
-    ("an image that is not built", {"image": {"flavour": "rocm"}}, ["/image/flavour", "cpu", "gpu"]),
-    ("a container without a bound", {"console": {"resources": {"limits": None}}}, ["/console/resources", "limits"]),
-    ("a quantity with a wrong unit", {"updater": {"sharedMemory": "1GB"}}, ["/updater/sharedMemory"]),
-    ("fault tolerance without Redis", {"serving": {"gcsFaultTolerance": {"enabled": True}}}, ["redisAddress"]),
-    ("a volume without a claim", {"bases": {"source": "volume"}}, ["/bases/existingClaim"]),
-    ("an ingress without a host", {"ingress": {"enabled": True}}, ["/ingress/host"]),
-    (
-        "an ingress for anybody",
-        {"networkPolicy": {"ingress": {"controller": []}}},
-        ["/networkPolicy/ingress/controller"],
-    ),
-    ("CAs in two places", {"caBundle": {"configMap": "a", "secret": "b"}}, ["/caBundle/secret"]),
-    ("a variable without a name", {"extraEnv": [{"value": "x"}]}, ["/extraEnv/0", "name"]),
-    ("a variable that KubeRay refuses", {"extraEnv": [{"name": "REDIS_PASSWORD", "value": "x"}]}, ["/extraEnv/0/name"]),
-    ("an open peer", {"networkPolicy": {"ingress": {"clients": [{}]}}}, ["/networkPolicy/ingress/clients/0"]),
+WRONG: list[tuple[Any, list[str]]] = [
+    ({"serving": {"worker": {"replicas": 2}}}, ["/serving", "worker"]),
+    ({"ledger": {"existingSecret": {"name": ""}}}, ["/ledger/existingSecret/name"]),
+    ({"ledger": {"url": "postgresql://me:secret@db/x"}}, ["/ledger", "url"]),
+    ({"settings": {"ledger_url": "postgresql://x"}}, ["/settings", "ledger_url"]),
+    ({"settings": {"ingest": {"split_key": "k"}}}, ["/settings/ingest", "split_key"]),
+    ({"settings": {"serve": {"prt": 1}}}, ["/settings/serve", "prt"]),
+    ({"settings": {"gate": {"alpha": 0.7}}}, ["/settings/gate/alpha", "0.5"]),
+    ({"settings": {"serve": {"port": 9000}}}, ["/settings/serve", "port"]),
+    ({"objectStore": {"lake": "/var/lake"}}, ["/objectStore/lake", "s3|gs|az"]),
+    ({"kafka": {"bootstrap": "kafka"}}, ["/kafka/bootstrap"]),
+    ({"updater": {"replicas": 2}}, ["/updater", "replicas"]),
+    ({"maintain": {"replicas": 2}}, ["/maintain", "replicas"]),
+    ({"ingest": {"storage": {"existingClaim": "x"}}}, ["/ingest/storage"]),  # its pods would share the index
+    ({"serving": {"actors": {"vlm": {"maxPerNode": 101}}}}, ["/serving/actors/vlm/maxPerNode"]),
+    ({"serving": {"workers": {"replicas": 0}}}, ["/serving/workers/replicas", "minimum"]),
+    ({"ingest": {"replicas": "two"}}, ["/ingest/replicas", "integer"]),
+    ({"image": {"flavour": "rocm"}}, ["/image/flavour", "cpu", "gpu"]),
+    ({"console": {"resources": {"limits": None}}}, ["/console/resources", "limits"]),
+    ({"updater": {"sharedMemory": "1GB"}}, ["/updater/sharedMemory"]),
+    ({"serving": {"gcsFaultTolerance": {"enabled": True}}}, ["redisAddress"]),
+    ({"bases": {"source": "volume"}}, ["/bases/existingClaim"]),
+    ({"ingress": {"enabled": True}}, ["/ingress/host"]),
+    ({"networkPolicy": {"ingress": {"controller": []}}}, ["/networkPolicy/ingress/controller"]),  # anybody
+    ({"networkPolicy": {"ingress": {"clients": [{}]}}}, ["/networkPolicy/ingress/clients/0"]),
+    ({"caBundle": {"configMap": "a", "secret": "b"}}, ["/caBundle/secret"]),
+    ({"extraEnv": [{"value": "x"}]}, ["/extraEnv/0", "name"]),
+    ({"extraEnv": [{"name": "REDIS_PASSWORD", "value": "x"}]}, ["/extraEnv/0/name"]),  # KubeRay refuses it
 ]
 
 
-@pytest.mark.parametrize(("wrong", "names"), [(wrong, names) for _, wrong, names in WRONG], ids=[w[0] for w in WRONG])
+@pytest.mark.parametrize(("wrong", "names"), WRONG, ids=[json.dumps(wrong)[:60] for wrong, _ in WRONG])
 def test_a_wrong_value_is_refused_by_name(wrong: Any, names: list[str]) -> None:
     with pytest.raises(HelmError) as caught:
         chart().render(merged(NEEDED, wrong), name="live")
     for name in names:
         assert name in str(caught.value)
+
+
+def test_workers_have_room_for_the_replicas_by_their_number_or_their_cpus() -> None:
+    small = {"replicas": 1, "resources": {"requests": {"cpu": "200m"}}}
+    settings = {"base": {"vlm": ""}, "serve": {"ingress_replicas": 2}}
+    with pytest.raises(HelmError, match=r"serving\.workers has no room.*1\.2 CPUs.*1 worker\(s\) have 1 each"):
+        render({"settings": settings, "serving": {"workers": small}})
+    for workers in (
+        {"replicas": 2},
+        {"replicas": 1, "maxReplicas": 2},
+        {"replicas": 1, "resources": {"limits": {"cpu": "1100m"}}},
+        {"replicas": 1, "resources": {"requests": {"cpu": 2}}},
+    ):
+        assert render({"settings": settings, "serving": {"workers": merged(small, workers)}}), workers
 
 
 @pytest.mark.parametrize("missing", NEEDED)
@@ -100,6 +99,7 @@ def test_the_example_of_the_deployers_page_is_a_valid_one_and_refusals_read_as_i
     example = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
     assert example.keys() >= NEEDED.keys()
     for name in PROFILES:
+        assert profile(name).keys().isdisjoint(NEEDED), "an installation has to say it"
         assert chart().render(merged(profile(name), example), name="ratchet")
     with pytest.raises(HelmError) as caught:
         chart().render(merged(example, {"serving": {"workers": {"replicas": 0}}}), name="ratchet")
@@ -107,33 +107,21 @@ def test_the_example_of_the_deployers_page_is_a_valid_one_and_refusals_read_as_i
     assert shown in str(caught.value)
 
 
-@pytest.mark.parametrize("name", PROFILES)
-def test_profiles_set_nothing_that_an_installation_has_to_say(name: str) -> None:
-    assert profile(name).keys().isdisjoint(NEEDED)
-
-
 # What the chart asks the cluster before it changes anything
 
 
-def ray(kind: str, name: str, **metadata: Any) -> dict[str, Any]:
-    return {"apiVersion": "ray.io/v1", "kind": kind, "metadata": {"name": name, "namespace": "ml", **metadata}}
-
-
-@pytest.mark.parametrize(("kind", "name"), [("RayService", "live-ratchet"), ("RayCluster", "live-ratchet-training")])
-def test_what_is_still_being_deleted_is_not_taken_over(kind: str, name: str) -> None:
+def test_what_is_still_being_deleted_is_not_taken_over_and_what_runs_is_upgraded() -> None:
     """Helm would adopt it and say "deployed"; a minute later it is gone."""
     training = {"updater": {"workers": {"enabled": True}, "storage": {"existingClaim": "updates"}}}
-    dying = ray(kind, name, deletionTimestamp="2026-11-30T08:00:00Z")
-    with cluster_with([dying]) as config, pytest.raises(HelmError) as caught:
-        render_on(config, training)
-    wait = f"kubectl -n ml wait --for=delete {kind.lower()}/{name} --timeout=10m"
-    assert f"{kind} {name} of an earlier installation is still being deleted" in str(caught.value)
-    assert wait in str(caught.value)
-
-
-def test_a_running_rayservice_is_upgraded() -> None:
-    with cluster_with([ray("RayService", "live-ratchet")]) as config:
-        assert "kind: RayService" in render_on(config, is_upgrade=True)["ratchet/templates/rayservice.yaml"]
+    for kind, name in (("RayService", "live-ratchet"), ("RayCluster", "live-ratchet-training")):
+        running = {"apiVersion": "ray.io/v1", "kind": kind, "metadata": {"name": name, "namespace": "ml"}}
+        dying = merged(running, {"metadata": {"deletionTimestamp": "2026-11-30T08:00:00Z"}})
+        with cluster_with([dying]) as config, pytest.raises(HelmError) as caught:
+            render_on(config, training)
+        assert f"{kind} {name} of an earlier installation is still being deleted" in str(caught.value)
+        assert f"kubectl -n ml wait --for=delete {kind.lower()}/{name} --timeout=10m" in str(caught.value)
+        with cluster_with([running]) as config:
+            assert render_on(config, training, is_upgrade=True)
 
 
 NAMESPACE = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default", "namespace": "ml"}}
@@ -172,14 +160,9 @@ def test_an_install_does_not_wait_for_a_secret_that_is_not_there(value: str) -> 
     assert f"Secret {name}, which {value}.existingSecret names, has no key {key}" in str(caught.value)
 
 
-def test_an_install_goes_on_where_all_secrets_are_there_or_nothing_can_be_asked() -> None:
-    for objects in ([NAMESPACE, *SECRETS.values()], []):
-        with cluster_with(objects) as config:
-            assert render_on(config, EVERYTHING)
-
-
-def test_the_secrets_of_parts_that_are_off_are_not_asked_for() -> None:
+def test_an_install_goes_on_where_all_needed_secrets_are_there_or_nothing_can_be_asked() -> None:
     off = {"ingest": {"enabled": False}, "console": {"enabled": False}}
     needed = [secret for value, secret in SECRETS.items() if value not in ("ingest.splitKey", "console.oidc")]
-    with cluster_with([NAMESPACE, *needed]) as config:
-        assert render_on(config, EVERYTHING, off)
+    for objects, values in (([NAMESPACE, *SECRETS.values()], {}), ([], {}), ([NAMESPACE, *needed], off)):
+        with cluster_with(objects) as config:
+            assert render_on(config, EVERYTHING, values)

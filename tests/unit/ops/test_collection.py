@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from core.ledger.collection import COLLECT_LEASE
 from core.metrics import declared
 from core.settings import Settings
 from ops import collection
-from ops.cli.admin import collect_garbage
 from ops.collection import CollectionPlan, Collector
 from serving.releases.rollback import rollback_target
 from streams.store.maintenance import Maintainer
@@ -61,10 +61,10 @@ class Installation:
         return name
 
     def begin(self, name: str, incumbent: str | None = None, adapter: str | None = None) -> None:
+        data: dict[str, Any] = {"store_version": 1, "data_from": {}, "data_to": {}}
         self.ledger.begin_update(
-            name, family="clip", recipe={"name": "r"}, seed=0, store_version=1, data_from={}, data_to={},
-            incumbent=incumbent, adapter=adapter,
-        )  # fmt: skip
+            name, family="clip", recipe={"name": "r"}, seed=0, incumbent=incumbent, adapter=adapter, **data
+        )
 
     def release(self, clip: str | None, days: float, vlm: str | None = None, share: float = 1.0) -> int:
         live = self.ledger.live()
@@ -123,25 +123,19 @@ def test_adapters_outside_of_the_window_go_with_their_carry_over(either: Install
     assert either.run().items == ()
 
 
-def test_what_is_young_stays_and_a_plan_deletes_nothing(made: Installation) -> None:
-    names = {*released(made), made.adapter("clip-young", 80), made.adapter("clip-old", 100)}
-    assert "used 80 days ago" in made.reason("clip-young")
+def test_what_was_used_lately_stays_and_a_plan_deletes_nothing(made: Installation) -> None:
+    """An adapter counts as used until another one replaced it."""
+    for number, days in enumerate((1000, 50, 40, 0)):
+        made.release(made.adapter(f"clip-{number}", days), days)
+    names = {made.adapter("clip-young", 80), made.adapter("clip-old", 100), *(f"clip-{number}" for number in range(4))}
+    assert "used 50 days ago" in made.reason("clip-0") and "used 80 days ago" in made.reason("clip-young")
     assert made.reason("clip-old").startswith("goes")
     assert made.stored() == names and not made.ledger.collected(list(names))
 
 
-def test_an_adapter_counts_as_used_until_another_one_replaced_it(made: Installation) -> None:
-    made.adapter("clip-long", 1000)
-    made.release("clip-long", 1000)
-    for number, days in enumerate((50, 40, 0), 1):
-        made.release(made.adapter(f"clip-{number}", days), days)
-    assert "used 50 days ago" in made.reason("clip-long")
-
-
 def test_what_a_canary_runs_beside_and_what_a_rollback_goes_back_to_stays(made: Installation) -> None:
-    old, stable = made.adapter("clip-old", 900), made.adapter("clip-stable", 800)
-    made.release(old, 900)
-    made.release(stable, 800)
+    for name, days in (("clip-old", 900), ("clip-stable", 800)):
+        made.release(made.adapter(name, days), days)
     for days in (400, 300, 200, 0):  # one trial after another, and nothing was promoted
         made.release(made.adapter(f"clip-canary-{days}", days), days, share=0.1)
     made.run()
@@ -162,42 +156,33 @@ def test_a_rollback_of_one_model_stays_possible_after_many_releases_of_the_other
 
 def test_the_best_releases_of_a_suite_stay(made: Installation) -> None:
     scores = {"clip-1": 0.9, "clip-2": 0.2, "clip-3": 0.3, "clip-4": 0.3, "clip-5": 0.3, "clip-6": 0.3}
-    names = released(made)
-    for number, name in enumerate(names, 1):
+    for number, name in enumerate(released(made), 1):
         suites = {
             "flags": {"after": scores[name], "base": 0.1, "role": "retention"},
             "mine": {"after": 1.0 if name == "clip-3" else 0.0, "base": 0.0, "role": "gain"},
             f"fresh.{'emoji' if name == 'clip-2' else 'other'}": {"after": 0.5, "base": 0.1, "role": "gain"},
         }
-        made.judged(name, 200.0 * (len(names) - number), "passed", suites=suites)
+        made.judged(name, 200.0 * (6 - number), "passed", suites=suites)
     assert made.reason("clip-1") == "stays: best release on flags"
     assert made.reason("clip-2") == "stays: best release on fresh.emoji"
     assert made.reason("clip-3").startswith("goes")
     assert "its adapter stays" in made.reason("clip-1", "carry-over")
 
 
-def test_what_is_not_decided_stays(made: Installation) -> None:
+def test_what_is_not_decided_the_other_base_and_an_upgrade_that_waits_stay(made: Installation) -> None:
+    third = "d" * 64
+    made.release(made.adapter("clip-other", 900, base="c" * 64), 900)
     released(made)
-    for name in ("clip-candidate", "clip-incumbent", "clip-proposed", "clip-newest", "clip-named"):
+    kept = {"clip-candidate", "clip-incumbent", "clip-proposed", "clip-newest", "clip-named"}
+    for name in kept:
         made.adapter(name, 500)
     made.begin("u1", incumbent="clip-incumbent")
     made.begin("u2", adapter="clip-candidate")
     made.ledger.propose("release", clip="clip-proposed", actor="a", reason="r")
     made._set(t.UpdateRow, t.UpdateRow.id.in_(["u1", "u2"]), 0, "created_at", "updated_at")
     made.judged("clip-newest", -0.01, "inconclusive")
-    made.settings = made.settings.model_copy(
-        update={"gc": made.settings.gc.model_copy(update={"keep_adapters": ["clip-named"]})}
-    )
-    made.run()
-    kept = {"clip-candidate", "clip-incumbent", "clip-proposed", "clip-newest", "clip-named"}
-    assert kept <= made.stored()
-    assert made.stored() - kept == {"clip-5", "clip-6"}
-
-
-def test_the_other_base_and_an_upgrade_that_waits_stay(made: Installation) -> None:
-    other, third = "c" * 64, "d" * 64
-    made.release(made.adapter("clip-other", 900, base=other), 900)
-    released(made)
+    gc = made.settings.gc.model_copy(update={"keep_adapters": ["clip-named"]})
+    made.settings = made.settings.model_copy(update={"gc": gc})
     made.adapter("clip-upgraded", 500, base=third)
     made.ledger.begin_base_upgrade(
         "up", recipe={}, seed=0, store_version=1, data_to={}, incumbent=None, old=(BASE, "b"), new=(third, "d"),
@@ -206,70 +191,43 @@ def test_the_other_base_and_an_upgrade_that_waits_stay(made: Installation) -> No
     made.ledger.advance_update("up", "done", adapter="clip-upgraded")
     made.ledger.record_verdict("up", "clip-upgraded", "passed", "reports/up", {})
     made._set(t.UpdateRow, t.UpdateRow.id == "up", 500, "created_at", "updated_at")
-    made.begin("u-later")  # so that it is not the newest
-    made.ledger.advance_update("u-later", "failed")
-    made._set(t.UpdateRow, t.UpdateRow.id == "u-later", 0, "created_at", "updated_at")
     made.run()
-    assert made.stored() == {"clip-other", "clip-upgraded", "clip-5", "clip-6"}
+    assert made.stored() == {*kept, "clip-other", "clip-upgraded", "clip-5", "clip-6"}
 
 
-def test_carry_over_stays_only_where_an_update_may_begin(made: Installation) -> None:
-    released(made, 2)
-    made.judged(made.adapter("clip-rejected", 10), 10)
-    made.judged(made.adapter("clip-newest", 5), 5)
-    made.run()
-    assert {"clip-rejected", "clip-newest"} <= made.stored()
-    assert made.stored("memories") == {"clip-1", "clip-2", "clip-newest"}
-
-
-def test_reports_of_what_was_never_released_go_after_a_year(made: Installation) -> None:
+def test_carry_over_stays_where_an_update_may_begin_and_reports_for_a_year(made: Installation) -> None:
     for name in released(made, 2):
         made.judged(name, 800)
-    for days in (370, 360):
-        made.judged(made.adapter(f"clip-{days}", days), days)
-    made.artifacts.write_bytes("reports/gate-by-hand/report.json", b"{}")
-    made.run()
-    assert made.stored("reports") == {"u-clip-1", "u-clip-2", "u-clip-360", "gate-by-hand"}
-
-
-def test_what_the_ledger_does_not_know_stays(made: Installation) -> None:
-    released(made)
-    for folder in ("adapters", "memories"):
+    for days in (370, 360, 10, 5):
+        made.judged(made.adapter(f"clip-{days}-days", days), days)
+    for folder in ("adapters", "memories"):  # what the ledger does not know
         made.artifacts.put_directory(made.settings.home / "made" / "clip-1", f"{folder}/clip-unknown")
-    made.artifacts.write_bytes("residency.json", b"{}")
+    for name in ("reports/gate-by-hand/report.json", "residency.json"):
+        made.artifacts.write_bytes(name, b"{}")
     made.run()
-    assert "clip-unknown" in made.stored() & made.stored("memories")
+    assert {"clip-10-days", "clip-5-days", "clip-unknown"} <= made.stored()
+    assert made.stored("memories") == {"clip-1", "clip-2", "clip-5-days", "clip-unknown"}
+    young = {f"u-clip-{days}-days" for days in (360, 10, 5)}
+    assert made.stored("reports") == {"u-clip-1", "u-clip-2", *young, "gate-by-hand"}
     assert made.artifacts.exists("residency.json")
 
 
-def test_an_empty_ledger_deletes_nothing(tmp_path: Path) -> None:
-    """A wrong ledger_url with the right artifacts_url."""
-    full = Ledger.open(f"sqlite:///{tmp_path}/full.db")
-    made = Installation(tmp_path, full)
-    names = released(made)
-    made.ledger = Ledger.open(f"sqlite:///{tmp_path}/empty.db")
-    assert made.run().items == ()
-    assert made.stored() == set(names)
-    full.close()
-    made.ledger.close()
-
-
-def test_a_ledger_with_an_entry_of_the_future_deletes_nothing(made: Installation) -> None:
-    names = released(made)
-    made._set(t.ReleaseRow, t.ReleaseRow.number == 6, -10_000, "created_at")
-    with pytest.raises(LedgerError, match="clock"):
-        made.run()
-    assert made.stored() == set(names)
-
-
-def test_a_ledger_that_is_away_deletes_nothing(either: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = released(either)
-
+def test_a_ledger_that_is_empty_ahead_of_time_or_away_deletes_nothing(
+    either: Installation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def away(*_: object, **__: object) -> None:
         raise LedgerUnavailable("the ledger is away.")
 
-    monkeypatch.setattr(either.ledger, "begin_collection", away)
-    with pytest.raises(LedgerUnavailable):
+    names, full = released(either), either.ledger
+    with closing(Ledger.open(f"sqlite:///{tmp_path}/empty.db")) as empty:  # a wrong ledger_url with the right artifacts
+        either.ledger = empty
+        assert either.run().items == ()
+    either.ledger = full
+    with monkeypatch.context() as patch, pytest.raises(LedgerUnavailable):
+        patch.setattr(full, "begin_collection", away)
+        either.run()
+    either._set(t.ReleaseRow, t.ReleaseRow.number == 6, -10_000, "created_at")
+    with pytest.raises(LedgerError, match="clock"):
         either.run()
     assert either.stored() == set(names)
 
@@ -306,7 +264,7 @@ def test_a_default_rollback_passes_over_what_was_collected(made: Installation) -
 
 
 @pytest.mark.parametrize("step", ["delete", "finish_collection"])
-def test_a_collection_that_was_interrupted_is_completed(
+def test_an_interrupted_collection_is_completed(
     either: Installation, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     released(either)
@@ -325,20 +283,21 @@ def test_a_collection_that_was_interrupted_is_completed(
     either.ledger.register_adapter("clip-1", "clip", BASE, "i", "t", {})
 
 
-def test_what_is_proposed_between_plan_and_deletion_stays(made: Installation) -> None:
+def test_of_two_collectors_one_works_and_what_is_proposed_between_plan_and_deletion_stays(made: Installation) -> None:
     released(made)
     made.ledger.propose("release", clip="clip-1", actor="a", reason="r")
-    epoch = made.ledger.acquire_lease(COLLECT_LEASE, "me", 60)
+    epoch = made.ledger.acquire_lease(COLLECT_LEASE, "another", 60)
+    assert made.collector().run() is None and len(made.stored()) == 6
     assert epoch is not None
+    with pytest.raises(LeaseLost):
+        made.ledger.begin_collection({}, live=6, epoch=epoch - 1, actor="a")
     names = {"clip-1": "old", "clip-2": "old"}
     assert made.ledger.begin_collection(names, live=6, epoch=epoch, actor="a") == ["clip-2"]
     with pytest.raises(ReleaseConflict):
         made.ledger.begin_collection(names, live=5, epoch=epoch, actor="a")
 
 
-def test_a_release_in_the_middle_of_the_decision_makes_a_new_one(
-    made: Installation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_release_during_the_decision_makes_a_new_one(made: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
     released(made)
     plans = iter([lambda: made.release("clip-2", 0), lambda: None])
     whole = collection.make_plan
@@ -352,16 +311,6 @@ def test_a_release_in_the_middle_of_the_decision_makes_a_new_one(
     made.run()
     assert "clip-2" in made.stored()
     assert "clip-1" not in made.stored()
-
-
-def test_of_two_collectors_one_works(made: Installation) -> None:
-    released(made)
-    epoch = made.ledger.acquire_lease(COLLECT_LEASE, "another", 60)
-    assert made.collector().run() is None
-    assert len(made.stored()) == 6
-    assert epoch is not None
-    with pytest.raises(LeaseLost):
-        made.ledger.begin_collection({}, live=6, epoch=epoch - 1, actor="a")
 
 
 def test_work_folders_of_updates_that_are_over_and_unused_caches_go(made: Installation) -> None:
@@ -383,26 +332,7 @@ def test_work_folders_of_updates_that_are_over_and_unused_caches_go(made: Instal
 
 
 @on_sqlite
-def test_maintenance_collects_every_so_often(made: Installation) -> None:
-    released(made)
-    total = declared.COLLECTED.labels("adapter")._value
-    before, calls = total.get(), []
-
-    def collect() -> None:
-        calls.append(1)
-        collect_garbage(made.settings)
-
-    maintainer = Maintainer(made.settings, collect=collect)
-    for _ in range(2):
-        maintainer.run_once()
-    maintainer.close()
-    assert len(calls) == 1
-    assert made.stored() == {"clip-5", "clip-6"}
-    assert total.get() - before == 4 * 60
-
-
-@on_sqlite
-def test_the_command_says_what_goes_and_what_stays_and_ends_with_json(made: Installation) -> None:
+def test_the_command_says_what_goes_and_what_stays_and_maintenance_collects_as_well(made: Installation) -> None:
     def run(*words: str) -> str:
         return ratchet(made.settings.home, "--set", "gc.keep_releases=2", *words).output
 
@@ -415,8 +345,16 @@ def test_the_command_says_what_goes_and_what_stays_and_ends_with_json(made: Inst
     assert summary["stays"] == {"adapter": 2, "carry-over": 2}
     assert summary["adapters"] == ["clip-1", "clip-2", "clip-3", "clip-4"]
     assert len(made.stored()) == 6
+
+    total = declared.COLLECTED.labels("adapter")._value
+    before, calls = total.get(), []
     done = json.loads(run("admin", "gc").splitlines()[-1])
     assert done["freed_bytes"] == summary["freed_bytes"]
-    assert len(made.stored()) == 2
+    assert (made.stored(), total.get() - before) == ({"clip-5", "clip-6"}, 4 * 60)
     assert "collected" in run("releases", "list")
     assert "clip-1 was collected" in run("releases", "show", "1")
+
+    with closing(Maintainer(made.settings, collect=lambda: calls.append(1))) as maintainer:
+        for _ in range(2):
+            maintainer.run_once()
+    assert len(calls) == 1, "maintenance collects every so often"

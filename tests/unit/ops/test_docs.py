@@ -1,4 +1,4 @@
-"""Each command, setting, default, code, call and link on the pages exists."""
+"""Each command, setting, default, code, call and link on the pages exists, and the reference of the site has all."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ import ast
 import json
 import re
 from fnmatch import fnmatch
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 from core.loading import describe, load_settings
+from core.metrics import declared
 from core.settings import Settings
+from docs.site import cli_reference
+from docs.site.__main__ import build, collect
+from ops.cli.main import app
+from ratchet_client.records import REASONS
+from serving.errors import ServingError
+from serving.http.app import openapi
+from serving.http.errors import KNOWN
 from tests.support.pages import PAGES, ROOT, Page, resolve
 
 ALL = [Page(path) for path in PAGES]
@@ -47,41 +57,22 @@ def is_value(name: str) -> bool:
 
 
 @pages
-def test_each_command_exists_with_its_arguments(page: Page) -> None:
+def test_each_command_stands_in_a_code_block_and_exists_with_its_arguments(page: Page) -> None:
     for line in page.commands("ratchet"):
-        context = resolve(line)
-        flags = context.find_root().params["settings"] or []
+        flags = resolve(line).find_root().params["settings"] or []
         assert {flag.split("=")[0] for flag in flags} <= set(DEFAULTS), line
-
-
-def test_tables_of_settings_are_found() -> None:
-    (page,) = [page for page in ALL if page.name == "docs/operator.md"]
-    assert page.prose.count("| setting | default | |") > 3
-
-
-def test_commands_are_found_in_blocks_in_lists_in_prose_and_inside_of_others() -> None:
-    found = {line for page in ALL for line in page.commands("ratchet")}
-    assert len(found) > 60
-    assert {
-        "ratchet status --watch",
-        "ratchet keys create ann --scope infer --scope operate",
-        "ratchet --set serve.vlm_batch=32 serve",
-        "ratchet up",
-    } <= found
-
-
-@pages
-def test_a_command_stands_in_a_code_block(page: Page) -> None:
     assert not re.findall(r"^ *(?:ratchet|curl|kcat|prometheus|kubectl|helm|docker) .*$", page.prose, re.M)
 
 
 @pages
-def test_each_setting_exists(page: Page) -> None:
+def test_each_name_of_a_setting_and_each_name_in_code_exists(page: Page) -> None:
     for span in page.spans:
         name = span.split("=")[0].removeprefix("settings.")
-        if not re.fullmatch(r"[a-z]+(\.[A-Za-z_*]+)+", name) or name.split(".")[0] not in SECTIONS | set(VALUES):
-            continue
-        assert any(fnmatch(each, name) for each in DEFAULTS) or is_value(name), span
+        if re.fullmatch(r"[a-z]+(\.[A-Za-z_*]+)+", name) and name.split(".")[0] in SECTIONS | set(VALUES):
+            assert any(fnmatch(each, name) for each in DEFAULTS) or is_value(name), span
+        if re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+", span) and span not in OF_OTHERS:
+            reasons = {span, span.replace("image_url_", "uri_", 1)}  # the client's names of the records' uri_... codes
+            assert reasons & WORDS or any(word.startswith(f"{span}_") for word in WORDS), span
 
 
 @pages
@@ -98,8 +89,12 @@ def test_each_default_in_a_table_is_that_of_the_setting(page: Page) -> None:
 
 
 @pages
-def test_each_setting_of_a_yaml_block_is_accepted(page: Page, tmp_path: Path) -> None:
+def test_each_block_is_well_formed_and_its_settings_are_accepted(page: Page, tmp_path: Path) -> None:
     for block in page.blocks:
+        if block.language == "python":
+            ast.parse(block.text)
+        elif block.language == "json":
+            json.loads(block.text)
         told = yaml.safe_load(block.text) if block.language == "yaml" else None
         if isinstance(told, dict) and set(told) <= set(Settings.model_fields):
             file = tmp_path / "ratchet.yaml"
@@ -108,7 +103,7 @@ def test_each_setting_of_a_yaml_block_is_accepted(page: Page, tmp_path: Path) ->
 
 
 @pages
-def test_each_link_leads_to_a_file_and_a_heading(page: Page) -> None:
+def test_each_link_leads_to_a_file_and_a_heading_and_each_call_exists(page: Page) -> None:
     for link in page.links:
         if link.startswith(("http://", "https://")):
             continue
@@ -116,27 +111,60 @@ def test_each_link_leads_to_a_file_and_a_heading(page: Page) -> None:
         target = (page.path.parent / name).resolve() if name else page.path
         assert target.is_file(), link
         assert not anchor or anchor in BY_PATH[target].headings, link
-
-
-@pages
-def test_each_call_exists(page: Page) -> None:
     for path in re.findall(r"(/(?:v1|admin/v1|health)/[a-z_/]+)", page.path.read_text()):
         call = path.rstrip("/")
         assert call in CALLS or f"{call.rpartition('/')[0]}/{{model}}" in WITH_MODEL, path
 
 
-@pages
-def test_each_name_in_code_is_in_the_source(page: Page) -> None:
-    for span in page.spans:
-        if re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+", span) and span not in OF_OTHERS:
-            reasons = {span, span.replace("image_url_", "uri_", 1)}  # the client's names of the records' uri_... codes
-            assert reasons & WORDS or any(word.startswith(f"{span}_") for word in WORDS), span
+# The site
 
 
-@pages
-def test_python_and_json_are_well_formed(page: Page) -> None:
-    for block in page.blocks:
-        if block.language == "python":
-            ast.parse(block.text)
-        elif block.language == "json":
-            json.loads(block.text)
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built once. Raises SiteError for a warning, such as a dead link."""
+    config = collect(tmp_path_factory.mktemp("site") / "build")
+    build(config)
+    return config.parent / "site"
+
+
+def commands(command: object, path: str = "ratchet") -> list[str]:
+    children = getattr(command, "commands", {})
+    return [path, *(each for name, child in children.items() for each in commands(child, f"{path} {name}"))]
+
+
+def test_the_site_fetches_nothing_from_elsewhere_and_code_stays_code(site: Path) -> None:
+    """A block that the site takes for a paragraph has its commands in running text."""
+    source = r"<(?:script|img|iframe|source)[^>]* src=\"?(?:https?:)?//[^\">]+"
+    link = r"<link(?=[^>]* rel=\"?(?:stylesheet|preconnect|icon))[^>]* href=\"?(?:https?:)?//[^>]+"
+    made = list(site.rglob("*.html"))
+    assert len(made) > 40
+    for page in made:
+        text = page.read_text()
+        assert re.findall(f"{source}|{link}", text) == [], page
+        prose = re.sub(r"<(pre|code)\b.*?</\1>", "", text, flags=re.S)
+        assert not re.findall(r"<(?:p|li)>\s*(?:ratchet|kubectl|curl|kcat) .*", prose) and "```" not in prose, page
+
+
+def test_the_reference_has_every_setting_command_call_error_and_metric(site: Path, tmp_path: Path) -> None:
+    settings = list(describe(Settings()))
+    assert all(meaning for _, _, _, meaning in settings)
+    calls = [f"{method.upper()} {path}" for path, item in openapi()["paths"].items() for method in item]
+    codes = {kind.code for kind in ServingError.__subclasses__()} | {code for _, code, _ in KNOWN.values()}
+    expected = {
+        "settings": {each for name, *_ in settings for each in (name, f"RATCHET_{name.upper().replace('.', '__')}")},
+        "cli": set(commands(typer.main.get_command(app))),
+        "api": set(calls),
+        "errors": {*codes, *REASONS, "LedgerUnavailable"},
+        "metrics": {re.sub(r"_(bucket|sum|count)$", "", name) for name in declared.names()},
+    }
+    assert len(expected["cli"]) > 40
+    for name, words in expected.items():
+        text = unescape(re.sub(r"<[^>]+>", "", (site / "reference" / f"{name}.html").read_text()))
+        assert [word for word in words if word not in text] == [], name
+    lines = [
+        line for block in re.findall(r"```bash\n(.*?)```", cli_reference.page(), re.S) for line in block.splitlines()
+    ]
+    assert len(lines) > 50 and len({line for page in ALL for line in page.commands("ratchet")}) > 60
+    for line in lines:
+        here = line.replace("/var/run/ratchet-metrics", str(tmp_path))  # a folder that must exist
+        resolve(re.split(r"\s[|>]", here)[0])

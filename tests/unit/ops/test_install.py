@@ -29,31 +29,29 @@ def script() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "install.py"))
 
 
-def stub_wheel(folder: Path, name: str, version: str) -> None:
-    """An empty package as a wheel."""
-    info = f"{name}-{version}.dist-info"
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"{name}/__init__.py", "")
-        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+def stub_wheel(folder: Path, version: str) -> None:
+    """A wheel of torch without contents."""
+    info = f"torch-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"torch-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
 
 
 @contextmanager
 def serve_folder(folder: Path) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(SimpleHTTPRequestHandler, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/"
-    finally:
-        server.shutdown()
-        server.server_close()
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
 
 
 def write_project(folder: Path) -> Path:
     project = folder / "a project"
     (project / "package").mkdir(parents=True)
-    (project / "package" / "__init__.py").touch()
     (project / "pyproject.toml").write_text(
         '[project]\nname = "package"\nversion = "1"\ndependencies = ["torch>=2.13,<2.14"]\n'
         "[project.optional-dependencies]\nlocal = []\n"
@@ -68,11 +66,9 @@ def install(folder: Path, pip: dict[str, str]) -> tuple[str, str]:
     python = folder / "venv" / "bin" / "python"
     subprocess.run([UV, "venv", "-q", "--seed", python.parents[1]], check=True)
     subprocess.run([UV, "pip", "install", "-q", "--python", python, "uv>=0.13,<1"], check=True)
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
-    done = subprocess.run(
-        [python, ROOT / "install.py", "local"], cwd=write_project(folder), env={**clean, **pip},
-        stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
+    env = {**{name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}, **pip}
+    words = [python, ROOT / "install.py", "local"]
+    done = subprocess.run(words, cwd=write_project(folder), env=env, stdout=subprocess.PIPE, text=True, check=True)
     version = "from importlib.metadata import version; print(version('torch'))"
     return done.stdout, subprocess.run([python, "-c", version], capture_output=True, text=True, check=True).stdout
 
@@ -120,7 +116,7 @@ def test_the_builds_for_processors_are_taken_from_where_pip_was_told_to_look(tmp
     wheels = tmp_path / "wheels" / "torch"
     wheels.mkdir(parents=True)
     for version in ("2.13.0", "2.13.0+cpu"):
-        stub_wheel(wheels, "torch", version)
+        stub_wheel(wheels, version)
     with serve_folder(wheels.parent) as url:
         pip = {"PIP_FIND_LINKS": str(wheels)} if kind == "folder" else {"PIP_EXTRA_INDEX_URL": url}
         said, installed = install(tmp_path, pip)
@@ -128,64 +124,45 @@ def test_the_builds_for_processors_are_taken_from_where_pip_was_told_to_look(tmp
     assert installed.strip() == "2.13.0+cpu"
 
 
-def test_an_index_that_pip_was_told_to_use_alone_is_the_only_one_asked(
+def test_pips_only_index_comes_first_then_pytorchs_and_then_pypi(
     script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "torch").mkdir(parents=True)
-    stub_wheel(tmp_path / "torch", "torch", "2.13.1")
+    stub_wheel(tmp_path / "torch", "2.13.1")
     monkeypatch.chdir(write_project(tmp_path))
-    with serve_folder(tmp_path) as url:
-        monkeypatch.setitem(script["choose"].__globals__, "PYTORCH_INDEX", url)  # which answers
-        plan, source = script["choose"](Path(UV), "local", {**os.environ, "UV_DEFAULT_INDEX": url, "UV_NO_CONFIG": "1"})
-    assert (plan.torch, plan.packages, plan.options) == ("2.13.1", 1, ())
-    assert source == "from 127.0.0.1, which has no build for processors"
-
-
-def test_the_own_index_of_pytorch_is_used_when_it_answers(
-    script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     uv = recording_uv(tmp_path)
     with serve_folder(tmp_path) as url:
-        monkeypatch.setitem(script["choose"].__globals__, "PYTORCH_INDEX", url)
+        monkeypatch.setitem(script["choose"].__globals__, "PYTORCH_INDEX", url)  # which answers
+        alone = {**os.environ, "UV_DEFAULT_INDEX": url, "UV_NO_CONFIG": "1"}
+        plan, source = script["choose"](Path(UV), "local", alone)
+        assert (plan.torch, plan.packages, plan.options) == ("2.13.1", 1, ())
+        assert source == "from 127.0.0.1, which has no build for processors"
         plan, source = script["choose"](uv, "local", dict(os.environ))
     assert plan.options[0] == "--torch-backend" and source.startswith("from PyTorch's own index")
     first, second = (tmp_path / "commands").read_text().splitlines()
     assert "--torch-backend" not in first and f"--torch-backend {plan.options[1]}" in second
-
-
-def test_without_any_other_build_that_of_pypi_is_taken_and_the_line_says_why(
-    script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setitem(script["choose"].__globals__, "PYTORCH_INDEX", f"http://127.0.0.1:{free_port()}/")
-    plan, source = script["choose"](recording_uv(tmp_path), "local", dict(os.environ))
+    plan, source = script["choose"](uv, "local", dict(os.environ))
     assert (plan.options, plan.torch, plan.packages, plan.size) == ((), "2.13.0", 2, 3_000_000)
     assert source.startswith("PyPI's build")
 
 
 def test_a_disk_that_is_too_small_ends_it_before_anything_is_downloaded(script: dict[str, Any], tmp_path: Path) -> None:
-    uv = recording_uv(tmp_path)
-    plan = script["Plan"]("2.13.0", 300, 10**15)
-    problem = script["missing_space"](plan, uv, dict(os.environ))
+    uv, plan = recording_uv(tmp_path), script["Plan"]
+    problem = script["missing_space"](plan("2.13.0", 300, 10**15), uv, dict(os.environ))
     assert "2200000.0 GB are needed for 300 packages" in problem and "UV_CACHE_DIR" in problem
-    assert not script["missing_space"](script["Plan"]("2.13.0", 300, 1), uv, dict(os.environ))
+    assert not script["missing_space"](plan("2.13.0", 300, 1), uv, dict(os.environ))
 
 
 def test_an_old_python_is_named_before_an_environment_is_made(tmp_path: Path) -> None:
     old = tmp_path / "python3.9"
-    old.write_text(
-        f'#!/bin/sh\nexec "{sys.executable}" -c "import sys; sys.version_info = (3, 9); exec(sys.argv[1])" "$2"\n'
-    )
+    program = "import sys; sys.version_info = (3, 9); exec(sys.argv[1])"
+    old.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{program}" "$2"\n')
     old.chmod(0o755)
     command = ["make", "-C", str(ROOT), "demo", f"VENV={tmp_path}/venv", f"PYTHON={old}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0 and "Python 3.11 or later is needed" in done.stderr
     assert not (tmp_path / "venv").exists()
-
-
-def test_the_tests_need_all_that_the_demo_needs_and_the_demo_needs_no_test_tool() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert "local" in re.findall(r"[\w-]+", extras["dev"][0])
-    assert not any(tool in " ".join(extras["local"]) for tool in ("pytest", "mypy", "ruff", "playwright"))
 
 
 def test_the_demo_installs_its_own_extra_unless_that_of_the_tests_is_there(tmp_path: Path) -> None:
@@ -199,4 +176,7 @@ def test_the_demo_installs_its_own_extra_unless_that_of_the_tests_is_there(tmp_p
     assert "install.py dev" in planned("test")
     (tmp_path / ".installed-local").unlink()
     (tmp_path / ".installed-dev").touch()
-    assert "install.py" not in planned("demo") + planned("test")
+    assert "install.py" not in planned("demo") + planned("test"), "the tests need all that the demo needs"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "local" in re.findall(r"[\w-]+", extras["dev"][0])
+    assert not any(tool in " ".join(extras["local"]) for tool in ("pytest", "mypy", "ruff", "playwright"))

@@ -1,3 +1,5 @@
+"""API keys, the audit log and the claims of refused records, in the ledger and on the command line."""
+
 from __future__ import annotations
 
 import hashlib
@@ -5,6 +7,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,62 +27,48 @@ def test_a_token_is_told_once_and_only_its_digest_is_kept(ledger: Ledger) -> Non
     key_id, secret = parsed
     assert token == f"rk_{key_id}_{secret}"
     assert (row.id, row.scopes, row.requests_per_minute) == (key_id, ["infer", "operate"], 60)
-    assert row.digest == hashlib.sha256(secret.encode()).hexdigest()
-    assert ledger.api_keys() == [row]
+    assert row.digest == hashlib.sha256(secret.encode()).hexdigest() and row.digest not in repr(row)
+    assert ledger.api_keys() == [row] and row.last_used_at is None
     with ledger.database.engine.connect() as connection:
-        everything = connection.exec_driver_sql("select * from api_keys").fetchall()
-        everything += connection.exec_driver_sql("select * from audit").fetchall()
-    assert secret not in str(everything)
-    assert row.digest not in repr(row)
+        for table in ("api_keys", "audit"):
+            assert secret not in str(connection.exec_driver_sql(f"select * from {table}").fetchall())
     assert ledger.create_key("other", ["infer"], actor="ann")[1].split("_")[2] != secret
+    when = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
+    ledger.touch_keys({row.id: when, "unknown": when})
+    assert ledger.api_keys()[1].last_used_at == when
 
 
-def test_a_name_that_could_be_taken_for_another_is_refused(ledger: Ledger) -> None:
-    for name in ("", "Ann", "a b", "key:x", "a/b", "-x", "x" * 65, "é", *RESERVED):
-        with pytest.raises(LedgerError, match="name of a key"):
-            ledger.create_key(name, ["infer"], actor="ann")
+def test_names_that_could_be_taken_for_others_unknown_scopes_and_wrong_limits_are_refused(ledger: Ledger) -> None:
+    names = ("", "Ann", "a b", "key:x", "a/b", "-x", "x" * 65, "é", *RESERVED)
+    wrong: list[tuple[dict[str, Any], str]] = [({"name": name}, "name of a key") for name in names]
+    wrong += [({"scopes": scopes}, "Scopes are infer, search, publish, operate") for scopes in ([], ["infer", "fly"])]
+    wrong += [({"days": days}, "cannot be valid for") for days in (0, -1, float("nan"), float("inf"), 1e9)]
+    for what, message in [*wrong, ({"requests_per_minute": -1}, "-1 requests per minute")]:
+        with pytest.raises(LedgerError, match=message):
+            ledger.create_key(**{"name": "x", "scopes": ["infer"], "actor": "ann", **what})
     assert ledger.api_keys(ended=True) == ledger.audit_rows() == []
 
 
-def test_scopes_and_limits_are_checked(ledger: Ledger) -> None:
-    for scopes in ([], ["infer", "fly"]):
-        with pytest.raises(LedgerError, match="Scopes are infer, search, publish, operate"):
-            ledger.create_key("x", scopes, actor="ann")
-    with pytest.raises(LedgerError, match="-1 requests per minute"):
-        ledger.create_key("x", ["infer"], actor="ann", requests_per_minute=-1)
-    for days in (0, -1, float("nan"), float("inf"), 1e9):
-        with pytest.raises(LedgerError, match="cannot be valid for"):
-            ledger.create_key("x", ["infer"], actor="ann", days=days)
-
-
-def test_a_key_that_has_expired_is_none(ledger: Ledger) -> None:
-    short, _ = ledger.create_key("short", ["infer"], actor="ann", days=1e-9)
-    long, _ = ledger.create_key("long", ["infer"], actor="ann", days=90)
+def test_a_key_that_expired_or_was_revoked_is_none_and_its_name_stays_taken(ledger: Ledger) -> None:
+    short, _ = ledger.create_key("short", ["infer"], actor="root", days=1e-9)
+    long, _ = ledger.create_key("long", ["infer"], actor="root", days=90)
     assert long.expires_at is not None and timedelta(days=89) < long.expires_at - datetime.now(UTC) < timedelta(days=91)
     assert short.expired() and not long.expired()
-    assert ledger.api_keys() == [long]
-    assert ledger.api_keys(ended=True) == [long, short]
-    assert ledger.audit_rows()[0].detail["expires_at"] == long.expires_at.isoformat(timespec="seconds")
-
-
-def test_a_revoked_key_is_gone_and_its_name_stays_taken(ledger: Ledger) -> None:
-    first, _ = ledger.create_key("ann", ["infer"], actor="root")
-    other, _ = ledger.create_key("bob", ["infer"], actor="root")
-    revoked = ledger.revoke_key("ann", actor="root", reason="left")
+    assert ledger.api_keys() == [long] and ledger.api_keys(ended=True) == [long, short]
+    revoked = ledger.revoke_key("long", actor="root", reason="left")
     assert revoked.revoked_at is not None
-    assert ledger.api_keys() == [other]
-    assert ledger.api_keys(ended=True) == [other, revoked]
-    with pytest.raises(LedgerError, match="was revoked at"):
-        ledger.revoke_key(first.id, actor="root", reason="again")
-    with pytest.raises(LedgerError, match="is or was a key named 'ann'"):
-        ledger.create_key("ann", ["infer"], actor="root")
-    with pytest.raises(LedgerError, match="no key 'eve'"):
-        ledger.revoke_key("eve", actor="root", reason="?")
-    told = [(row.actor, row.action, row.subject, row.detail.get("reason")) for row in ledger.audit_rows()]
-    assert told == [
-        ("root", "revoke key", "key ann", "left"), ("root", "create key", "key bob", None),
-        ("root", "create key", "key ann", None),
-    ]  # fmt: skip
+    assert ledger.api_keys() == [] and ledger.api_keys(ended=True) == [revoked, short]
+    for key, message in ((long.id, "was revoked at"), ("eve", "no key 'eve'")):
+        with pytest.raises(LedgerError, match=message):
+            ledger.revoke_key(key, actor="root", reason="again")
+    for name in ("long", "short"):
+        with pytest.raises(LedgerError, match=f"is or was a key named '{name}'"):
+            ledger.create_key(name, ["infer"], actor="root")
+    rows = [(row.actor, row.action, row.subject) for row in ledger.audit_rows()]
+    made = [("root", "create key", "key long"), ("root", "create key", "key short")]
+    assert rows == [("root", "revoke key", "key long"), *made]
+    told = [row.detail for row in ledger.audit_rows(limit=2)]
+    assert told[0]["reason"] == "left" and told[1]["expires_at"] == long.expires_at.isoformat(timespec="seconds")
 
 
 def test_of_two_keys_of_one_name_made_at_once_one_is_made(ledger: Ledger) -> None:
@@ -93,14 +82,6 @@ def test_of_two_keys_of_one_name_made_at_once_one_is_made(ledger: Ledger) -> Non
     with ThreadPoolExecutor(4) as pool:
         assert sorted(pool.map(make, range(4))) == [False, False, False, True]
     assert len(ledger.audit_rows()) == 1
-
-
-def test_when_a_key_was_used_is_kept_in_utc(ledger: Ledger) -> None:
-    row, _ = ledger.create_key("ann", ["infer"], actor="root")
-    assert row.last_used_at is None
-    when = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
-    ledger.touch_keys({row.id: when, "unknown": when})
-    assert ledger.api_keys()[0].last_used_at == when
 
 
 def test_the_audit_log_is_asked_by_subject_and_by_actor(ledger: Ledger) -> None:
@@ -127,17 +108,17 @@ def test_a_record_is_claimed_once_and_again_after_a_failure_or_by_force(ledger: 
     assert set(ledger.resubmissions([PLACE, "t:0:8"])) == {PLACE}
     with pytest.raises(LedgerError, match="never claimed"):
         ledger.end_resubmission("t:0:8")
+    longest = f"{'t' * 249}@999:999999999:{10**17}"  # that Kafka allows
+    ledger.begin_resubmission(longest, actor="ann", reason="r")
+    assert ledger.resubmissions([longest])[longest].state == "sending"
 
 
-def test_a_place_as_long_as_kafka_allows_is_claimed(ledger: Ledger) -> None:
-    place = f"{'t' * 249}@999:999999999:{10**17}"
-    ledger.begin_resubmission(place, actor="ann", reason="r")
-    assert ledger.resubmissions([place])[place].state == "sending"
-
-
-def test_the_commands_make_keys_list_them_revoke_them_and_tell_the_audit_log(
+def test_the_commands_make_list_and_revoke_keys_and_show_the_audit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("controller", "key:page", ""):
+        monkeypatch.setattr(context.getpass, "getuser", lambda name=name: name)
+        assert context.person() == "operator", "a system user with the name of a part of Ratchet"
     monkeypatch.setattr(context.getpass, "getuser", lambda: "ann")
 
     def run(*words: str) -> str:
@@ -159,11 +140,3 @@ def test_the_commands_make_keys_list_them_revoke_them_and_tell_the_audit_log(
     assert "revoke key" in shown and "in a [red]screenshot" in shown and "ann" in shown
     rows = json.loads(run("audit", "--json", "--subject", "key page", "--limit", "1"))
     assert [(row["actor"], row["action"]) for row in rows] == [("ann", "revoke key")]
-
-
-@pytest.mark.parametrize("name", ["controller", "key:page", ""])
-def test_a_system_user_with_the_name_of_a_part_is_recorded_as_operator(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setattr(context.getpass, "getuser", lambda: name)
-    assert context.person() == "operator"

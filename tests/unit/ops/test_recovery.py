@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,11 @@ WEIGHTS = bytes(range(256)) * 40_000
 """Larger than what is copied in one piece."""
 
 
-def databases(url: str) -> Callable[[str], str]:
-    """Makes empty databases of the kind of ``url``."""
-
-    def make(name: str) -> str:
-        if url.startswith("sqlite"):
-            return url.replace("ledger.db", f"{name}.db")
-        return create_database(url, f"{url.rsplit('/', 1)[1]}_{name}")
-
-    return make
+def database(url: str, name: str) -> str:
+    """An empty database of the kind of ``url``."""
+    if url.startswith("sqlite"):
+        return url.replace("ledger.db", f"{name}.db")
+    return create_database(url, f"{url.rsplit('/', 1)[1]}_{name}")
 
 
 def settings_of(home: Path, ledger: str, **values: Any) -> Settings:
@@ -56,19 +52,41 @@ def settings_of(home: Path, ledger: str, **values: Any) -> Settings:
     )
 
 
+class Move:
+    """An installation, the place of its backup, and an empty installation elsewhere."""
+
+    def __init__(self, folder: Path, url: str, ledger: Ledger) -> None:
+        self.folder, self.ledger, self.url = folder, ledger, url
+        self.here = settings_of(folder / "old", url)
+        self.there = settings_of(folder / "new", database(url, "restored"))
+        self.target = str(folder / "backup")
+        self.artifacts, self.store = Artifacts(self.here.artifacts), SampleStore(self.here.lake)
+
+    def back_up(self) -> backup.Report:
+        return back_up(self.here, self.target, "ann")
+
+    def restore(self) -> backup.Report:
+        return restore(self.there, self.target, "bob")
+
+    def check(self) -> None:
+        """Both installations have the same rows, files and samples."""
+        assert rows(self.there.ledger) == rows(self.here.ledger)
+        assert files(Path(self.there.artifacts)) == files(Path(self.here.artifacts))
+        assert samples(self.there) == samples(self.here)
+
+
 @pytest.fixture
-def settings(tmp_path: Path, url: str, ledger: Ledger) -> Settings:
-    made = settings_of(tmp_path / "old", url)
-    artifacts, store = Artifacts(made.artifacts), SampleStore(made.lake)
+def move(tmp_path: Path, url: str, ledger: Ledger) -> Move:
+    made = Move(tmp_path, url, ledger)
     for name in ("clip-1", "clip-2"):
-        add_adapter(tmp_path, artifacts, ledger, name)
-    version = put(store, [sample(0, 0), sample(0, 1)], Position(TOPIC, 0, 2))
-    store.pin("u-open", version)
-    put(store, [sample(0, 2), refusal(0, 3), sample(1, 0)], Position(TOPIC, 0, 4), Position(TOPIC, 1, 1))
+        add_adapter(tmp_path, made.artifacts, ledger, name)
+    version = put(made.store, [sample(0, 0), sample(0, 1)], Position(TOPIC, 0, 2))
+    made.store.pin("u-open", version)
+    put(made.store, [sample(0, 2), refusal(0, 3), sample(1, 0)], Position(TOPIC, 0, 4), Position(TOPIC, 1, 1))
     begin(ledger, "u-open", version, "clip-2")
     begin(ledger, "u-1", 1, None, adapter="clip-1")
     ledger.record_verdict("u-1", "clip-1", "passed", "reports/u-1", {"suites": {"a": {"after": 0.5}}, "x": None})
-    artifacts.write_bytes("reports/u-1/report.json", b'{"a": 1}')
+    made.artifacts.write_bytes("reports/u-1/report.json", b'{"a": 1}')
     with ledger.database.write() as session:
         session.execute(update(t.VerdictRow).values(created_at=WHEN))
     ledger.acquire_lease("events", "old", 600)
@@ -87,15 +105,8 @@ def add_adapter(folder: Path, artifacts: Artifacts, ledger: Ledger, name: str) -
 
 
 def begin(ledger: Ledger, name: str, version: int, incumbent: str | None, adapter: str | None = None) -> None:
-    ledger.begin_update(
-        name, family="clip", recipe={"name": "r"}, seed=0, store_version=version, data_from={}, data_to={"t:0": 4},
-        incumbent=incumbent, adapter=adapter,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path, url: str) -> Settings:
-    return settings_of(tmp_path / "new", databases(url)("restored"))
+    what: dict[str, Any] = {"recipe": {"name": "r"}, "seed": 0, "data_from": {}, "data_to": {"t:0": 4}}
+    ledger.begin_update(name, family="clip", store_version=version, incumbent=incumbent, adapter=adapter, **what)
 
 
 def rows(url: str) -> dict[str, Any]:
@@ -117,114 +128,87 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_restored_installation_has_the_same_rows_files_and_samples(
-    settings: Settings, elsewhere: Settings, tmp_path: Path
-) -> None:
-    report = back_up(settings, str(tmp_path / "backup"), "ann")
-    assert restore(elsewhere, str(tmp_path / "backup"), "bob") == report
-    assert rows(elsewhere.ledger) == rows(settings.ledger)
-    assert files(Path(elsewhere.artifacts)) == files(Path(settings.artifacts))
-    old, new = SampleStore(settings.lake), SampleStore(elsewhere.lake)
-    assert samples(elsewhere) == samples(settings)
-    assert (new.version(), new.offsets(), new.tally()) == (old.version(), old.offsets(), old.tally())
-    assert new.table.identity() == old.table.identity()
-    opened = Ledger.open(elsewhere.ledger)
-    [restored] = opened.audit_rows(actor="bob")
-    assert (restored.action, restored.detail["release"]) == ("restore", 2)
-    assert opened.acquire_lease("events", "new", 60) == 1, "the old installation's lease is not taken over"
-    opened.close()
+def test_a_restored_installation_has_the_same_rows_files_and_samples_and_goes_on(move: Move) -> None:
+    report = move.back_up()
+    assert move.restore() == report
+    move.check()
+    old, store = move.store, SampleStore(move.there.lake)
+    assert (store.version(), store.offsets(), store.tally()) == (old.version(), old.offsets(), old.tally())
+    assert store.table.identity() == old.table.identity()
+    with closing(Ledger.open(move.there.ledger)) as opened:
+        [restored] = opened.audit_rows(actor="bob")
+        assert (restored.action, restored.detail["release"]) == ("restore", 2)
+        assert opened.acquire_lease("events", "new", 60) == 1, "the old installation's lease is not taken over"
+        add_adapter(move.folder, Artifacts(move.there.artifacts), opened, "clip-3")
+        assert opened.propose("release", clip="clip-1", actor="a", reason="r").id == 1
+        begin(opened, "u-2", 1, None, adapter="clip-3")
+        assert opened.record_verdict("u-2", "clip-3", "passed", "reports/u-2", {}).id == 2
+        put(store, [sample(0, 4)], Position(TOPIC, 0, 5))
+        assert store.offsets() == {f"{TOPIC}:0": 5, f"{TOPIC}:1": 1}
+        pinned = opened.update("u-open").store_version
+        assert [row["offset"] for row in samples(move.there, pinned)] == [0, 1]
+        Maintainer(move.there, opened, store).run_once()
+        assert (store.pins(), store.count()) == ({"u-open": pinned}, 5)
 
 
-def test_after_a_restore_the_ledger_and_the_store_go_on(
-    settings: Settings, elsewhere: Settings, tmp_path: Path
-) -> None:
-    back_up(settings, str(tmp_path / "backup"), "ann")
-    restore(elsewhere, str(tmp_path / "backup"), "bob")
-    opened, store = Ledger.open(elsewhere.ledger), SampleStore(elsewhere.lake)
-    add_adapter(tmp_path, Artifacts(elsewhere.artifacts), opened, "clip-3")
-    proposal = opened.propose("release", clip="clip-1", actor="a", reason="r")
-    assert proposal.id == 1
-    begin(opened, "u-2", 1, None, adapter="clip-3")
-    assert opened.record_verdict("u-2", "clip-3", "passed", "reports/u-2", {}).id == 2
-    put(store, [sample(0, 4)], Position(TOPIC, 0, 5))
-    assert store.offsets() == {f"{TOPIC}:0": 5, f"{TOPIC}:1": 1}
-    pinned = opened.update("u-open").store_version
-    assert [row["offset"] for row in samples(elsewhere, pinned)] == [0, 1]
-    Maintainer(elsewhere, opened, store).run_once()
-    assert store.pins() == {"u-open": pinned}
-    assert store.count() == 5
-    opened.close()
-
-
-def test_a_ledger_restored_into_a_database_of_the_other_kind_is_the_same(settings: Settings, tmp_path: Path) -> None:
+def test_a_ledger_restored_into_a_database_of_the_other_kind_is_the_same(move: Move) -> None:
     """The portable form of PostgreSQL's rows restores into SQLite; SQLite's file does under another name."""
-    target = settings_of(tmp_path / "new", f"sqlite:///{tmp_path}/other.db")
-    back_up(settings, str(tmp_path / "backup"), "ann")
-    restore(target, str(tmp_path / "backup"), "bob")
-    assert rows(target.ledger) == rows(settings.ledger)
-    assert rows(target.ledger)["verdicts"][0].created_at == WHEN
+    other = settings_of(move.folder / "new", f"sqlite:///{move.folder}/other.db")
+    move.back_up()
+    restore(other, move.target, "bob")
+    assert rows(other.ledger) == rows(move.here.ledger)
+    assert rows(other.ledger)["verdicts"][0].created_at == WHEN
 
 
 @on_sqlite
-def test_what_happens_during_a_backup_does_not_break_it(
-    settings: Settings, elsewhere: Settings, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_happens_during_a_backup_does_not_break_it(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the ledger is copied: a release, a commit of ingest, compaction, a collector."""
-    artifacts, store = Artifacts(settings.artifacts), SampleStore(settings.lake)
-    whole = backup.write_ledger
+    ledger, store = move.ledger, move.store
+    write_ledger, version_files = backup.write_ledger, backup.version_files
     meanwhile: list[Any] = []
 
     def written(*arguments: Any) -> Any:
-        result = whole(*arguments)
-        add_adapter(tmp_path, artifacts, ledger, "clip-9")
+        result = write_ledger(*arguments)
+        add_adapter(move.folder, move.artifacts, ledger, "clip-9")
         put(store, [sample(0, 4)], Position(TOPIC, 0, 5))
-        meanwhile.append(Collector(settings, ledger, artifacts).run())
+        meanwhile.append(Collector(move.here, ledger, move.artifacts).run())
         return result
 
-    whole_files = backup.version_files
-
     def listed(*arguments: Any) -> Any:
-        result = whole_files(*arguments)
+        result = version_files(*arguments)
         put(store, [sample(0, 5)], Position(TOPIC, 0, 6))
         for _ in range(2):
-            Maintainer(settings, ledger, store).run_once()  # keep_seconds is 0: only pins keep old files
+            Maintainer(move.here, ledger, store).run_once()  # keep_seconds is 0: only pins keep old files
         return result
 
     monkeypatch.setattr(backup, "write_ledger", written)
     monkeypatch.setattr(backup, "version_files", listed)
-    report = back_up(settings, str(tmp_path / "backup"), "ann")
+    report = move.back_up()
     assert meanwhile == [None], "the collector waits"
     assert report.missing == ()
-    restore(elsewhere, str(tmp_path / "backup"), "bob")
-    restored = rows(elsewhere.ledger)
+    move.restore()
+    restored = rows(move.there.ledger)
     assert restored["live"].clip == "clip-2"
-    kept = Artifacts(elsewhere.artifacts)
     for adapter in restored["adapters"]:
-        kept.fetch(f"adapters/{adapter.name}", adapter.digest)
-    assert SampleStore(elsewhere.lake).offsets() == {f"{TOPIC}:0": 5, f"{TOPIC}:1": 1}
-    assert len(samples(elsewhere)) == 5
+        Artifacts(move.there.artifacts).fetch(f"adapters/{adapter.name}", adapter.digest)
+    assert SampleStore(move.there.lake).offsets() == {f"{TOPIC}:0": 5, f"{TOPIC}:1": 1}
+    assert len(samples(move.there)) == 5
     assert store.pins().keys() == {"u-open"}
 
 
 @on_sqlite
-def test_a_file_that_goes_while_it_is_copied_is_named(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lost_file_is_named_and_a_killed_backup_lets_its_pin_go(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backup, "_artifact_files", lambda _: {"reports/u-9/report.json": 2})
     with pytest.raises(StoreError, match=r"report\.json was deleted while"):
-        back_up(settings, str(tmp_path / "backup"), "ann")
-    assert SampleStore(settings.lake).pins().keys() == {"u-open"}
-
-
-@on_sqlite
-def test_the_pin_of_a_backup_that_was_killed_is_let_go(settings: Settings, ledger: Ledger) -> None:
-    store = SampleStore(settings.lake)
+        move.back_up()
+    store, ledger = move.store, move.ledger
+    assert store.pins().keys() == {"u-open"}
     store.pin("backup-1", store.version())
     epoch = ledger.acquire_lease(COLLECT_LEASE, "backup", 60)
     assert epoch is not None
-    maintainer = Maintainer(settings, ledger, store)
+    maintainer = Maintainer(move.here, ledger, store)
     maintainer.run_once()
-    assert "backup-1" in store.pins()
+    assert "backup-1" in store.pins(), "it still runs"
     ledger.release_lease(COLLECT_LEASE, epoch)
     maintainer.run_once()
     assert store.pins().keys() == {"u-open"}
@@ -234,142 +218,116 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-class Mortal(Place):
-    """A store whose user is killed after this many writes, counted over all stores opened meanwhile."""
+@contextmanager
+def killed_after(writes: int) -> Iterator[None]:
+    """The process is killed after this many writes to any store."""
+    left = count(writes, -1)
 
-    left = 0
-    lock = threading.Lock()
+    def mortal(name: str) -> Callable[..., None]:
+        whole = getattr(Place, name)
 
-    def write(self, name: str, data: bytes) -> None:
-        self._live()
-        super().write(name, data)
-
-    def put(self, source: Path, name: str) -> None:
-        self._live()
-        super().put(source, name)
-
-    def _live(self) -> None:
-        with self.lock:
-            if Mortal.left == 0:
+        def write(*arguments: Any) -> None:
+            if next(left) <= 0:
                 raise Killed
-            Mortal.left -= 1
+            whole(*arguments)
+
+        return write
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        for name in ("write", "put"):
+            patch.setattr(Place, name, mortal(name))
+        yield
 
 
 @on_sqlite
 @pytest.mark.parametrize("writes", [1, 4, 9, 14])
-def test_a_backup_that_was_interrupted_is_completed(
-    settings: Settings, elsewhere: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
-) -> None:
-    target = str(tmp_path / "backup")
-    with monkeypatch.context() as patch:
-        Mortal.left = writes
-        patch.setattr(backup, "Place", Mortal)
-        with pytest.raises(Killed):
-            back_up(settings, target, "ann")
+def test_a_backup_that_was_interrupted_is_completed(move: Move, writes: int) -> None:
+    with killed_after(writes):
+        move.back_up()
     with pytest.raises(ConfigError, match="no complete backup"):
-        restore(elsewhere, target, "bob")
-    report = back_up(settings, target, "ann")
-    assert report.files == len(files(tmp_path / "backup")) - 3, "the ledger, the list of files and the summary"
-    restore(elsewhere, target, "bob")
-    assert rows(elsewhere.ledger) == rows(settings.ledger)
+        move.restore()
+    report = move.back_up()
+    assert report.files == len(files(Path(move.target))) - 3, "the ledger, the list of files and the summary"
+    move.restore()
+    assert rows(move.there.ledger) == rows(move.here.ledger)
 
 
 @on_sqlite
 @pytest.mark.parametrize("writes", [0, 3, 8])
-def test_a_restore_that_was_interrupted_is_completed(
-    settings: Settings, elsewhere: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
-) -> None:
-    target = str(tmp_path / "backup")
-    back_up(settings, target, "ann")
-    with monkeypatch.context() as patch:
-        Mortal.left = writes
-        patch.setattr("ops.recovery.restoration.Place", Mortal)
-        with pytest.raises(Killed):
-            restore(elsewhere, target, "bob")
-    restore(elsewhere, target, "bob")
-    assert rows(elsewhere.ledger) == rows(settings.ledger)
-    assert samples(elsewhere) == samples(settings)
-    assert files(Path(elsewhere.artifacts)) == files(Path(settings.artifacts))
+def test_a_restore_that_was_interrupted_is_completed(move: Move, writes: int) -> None:
+    move.back_up()
+    with killed_after(writes):
+        move.restore()
+    move.restore()
+    move.check()
     with pytest.raises(ConfigError, match="not empty"):
-        restore(elsewhere, target, "bob")
+        move.restore()
 
 
-def test_nothing_is_restored_over_something_else(settings: Settings, url: str, tmp_path: Path) -> None:
-    target, make = str(tmp_path / "backup"), databases(url)
-    back_up(settings, target, "ann")
+def test_nothing_is_restored_over_something_else(move: Move) -> None:
+    move.back_up()
     with pytest.raises(ConfigError, match="the ledger is not empty"):
-        restore(settings_of(tmp_path / "a", settings.ledger), target, "bob")
+        restore(settings_of(move.folder / "a", move.here.ledger), move.target, "bob")
     for what in ("artifacts", "lake"):
-        home = tmp_path / f"with-{what}"
+        home = move.folder / f"with-{what}"
         (home / what).mkdir(parents=True)
         (home / what / "file").write_text("mine")
         with pytest.raises(ConfigError, match=rf"{what} are not empty.*{what}_url"):
-            restore(settings_of(home, make(what)), target, "bob")
+            restore(settings_of(home, database(move.url, what)), move.target, "bob")
         assert files(home / what)["file"] == b"mine"
     with pytest.raises(ConfigError, match="has a complete backup"):
-        back_up(settings, target, "ann")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "file").write_text("mine")
+        move.back_up()
     with pytest.raises(ConfigError, match="has other files"):
-        back_up(settings, str(tmp_path / "other"), "ann")
+        back_up(move.here, str(move.folder / "with-lake"), "ann")
 
 
 @on_sqlite
 @pytest.mark.parametrize("which", ["adapter.safetensors", "samples.lance/data", "report.json", "ledger", "files.json"])
-def test_a_damaged_file_is_found_before_the_ledger_names_it(
-    settings: Settings, elsewhere: Settings, tmp_path: Path, which: str
-) -> None:
-    back_up(settings, str(tmp_path / "backup"), "ann")
-    damaged = tmp_path / "backup" / next(name for name in files(tmp_path / "backup") if which in name)
-    data = bytearray(damaged.read_bytes())
+def test_a_damaged_file_is_found_before_the_ledger_names_it(move: Move, which: str) -> None:
+    move.back_up()
+    name, data = next((name, bytearray(data)) for name, data in files(Path(move.target)).items() if which in name)
     data[len(data) // 2] ^= 1
-    damaged.write_bytes(data)
+    (Path(move.target) / name).write_bytes(data)
     with pytest.raises(StoreError, match="damaged"):
-        restore(elsewhere, str(tmp_path / "backup"), "bob")
-    assert not rows(elsewhere.ledger)["releases"]
+        move.restore()
+    assert not rows(move.there.ledger)["releases"]
 
 
 @on_sqlite
-def test_a_backup_through_an_object_store_is_restored_into_one(settings: Settings, url: str, tmp_path: Path) -> None:
-    target, artifacts = f"memory://backup-{tmp_path.name}", f"memory://artifacts-{tmp_path.name}"
-    back_up(settings, target, "ann")
-    first = settings_of(tmp_path / "first", databases(url)("first"), artifacts_url=artifacts)
-    restore(first, target, "bob")
-    again = f"memory://again-{tmp_path.name}"
+def test_a_backup_through_an_object_store_is_restored_into_one(move: Move) -> None:
+    name = move.folder.name
+    move.target, artifacts = f"memory://backup-{name}", f"memory://artifacts-{name}"
+    move.back_up()
+    first = settings_of(move.folder / "first", database(move.url, "first"), artifacts_url=artifacts)
+    restore(first, move.target, "bob")
     Artifacts(artifacts).write_bytes("adapters/clip-half/adapter.safetensors", b"an upload that was interrupted")
-    back_up(first, again, "ann")
-    second = settings_of(tmp_path / "second", databases(url)("second"))
-    restore(second, again, "bob")
-    assert files(Path(second.artifacts)) == files(Path(settings.artifacts))
-    assert rows(second.ledger) == rows(settings.ledger)
+    back_up(first, f"memory://again-{name}", "ann")
+    restore(move.there, f"memory://again-{name}", "bob")
+    assert files(Path(move.there.artifacts)) == files(Path(move.here.artifacts))
+    assert rows(move.there.ledger) == rows(move.here.ledger)
 
 
-def test_a_backup_of_an_older_migration_is_migrated(settings: Settings, elsewhere: Settings, tmp_path: Path) -> None:
-    database = open_database(settings.ledger, migrate=False)
-    with database._writing.connect() as connection, connection.begin():
+def test_a_backup_of_an_older_migration_is_migrated_and_one_of_a_newer_version_is_not_made(move: Move) -> None:
+    opened = open_database(move.here.ledger, migrate=False)
+    with opened._writing.connect() as connection, connection.begin():
         command.downgrade(alembic_config(connection), "0009")
-    file, revision = backup.write_ledger(settings.ledger, tmp_path)
+    file, revision = backup.write_ledger(move.here.ledger, move.folder)
     assert revision == "0009"
-    database.close()
-    Ledger.open(elsewhere.ledger).close()  # as `ratchet admin migrate` does before an install
+    opened.close()
+    Ledger.open(move.there.ledger).close()  # as `ratchet admin migrate` does before an install
     audit = {"actor": "a", "action": "restore", "subject": "s", "detail": {}, "created_at": WHEN}
-    load_ledger(file, revision, elsewhere.ledger, audit)
-    Ledger.open(settings.ledger).close()
-    assert rows(elsewhere.ledger) == rows(settings.ledger)
-
-
-def test_a_ledger_of_a_newer_version_is_not_backed_up(settings: Settings, ledger: Ledger, tmp_path: Path) -> None:
-    with ledger.database.write() as session:
+    load_ledger(file, revision, move.there.ledger, audit)
+    Ledger.open(move.here.ledger).close()
+    assert rows(move.there.ledger) == rows(move.here.ledger)
+    with move.ledger.database.write() as session:
         session.execute(text("update alembic_version set version_num = '9999'"))
     with pytest.raises(LedgerError, match="9999"):
-        back_up(settings, str(tmp_path / "backup"), "ann")
+        move.back_up()
 
 
 @on_sqlite
-def test_a_data_set_that_changes_faster_than_it_is_copied_is_tried_again(
-    settings: Settings, elsewhere: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    catalog = f"{settings.lake}/catalog/clip_1.lance"
+def test_a_data_set_that_changes_meanwhile_is_copied_again(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = f"{move.here.lake}/catalog/clip_1.lance"
     lance.write_dataset(pa.table({"a": [1]}), catalog)
     whole, calls = backup.version_files, []
 
@@ -382,16 +340,16 @@ def test_a_data_set_that_changes_faster_than_it_is_copied_is_tried_again(
         return found
 
     monkeypatch.setattr(backup, "version_files", listed)
-    back_up(settings, str(tmp_path / "backup"), "ann")
+    move.back_up()
     assert calls == ["catalog/clip_1.lance"]
-    restore(elsewhere, str(tmp_path / "backup"), "bob")
-    assert lance.dataset(f"{elsewhere.lake}/catalog/clip_1.lance").to_table().to_pydict() == {"a": [2]}
+    move.restore()
+    assert lance.dataset(f"{move.there.lake}/catalog/clip_1.lance").to_table().to_pydict() == {"a": [2]}
 
 
-def test_the_commands_end_with_json(settings: Settings, elsewhere: Settings, tmp_path: Path) -> None:
+def test_the_commands_end_with_json(move: Move) -> None:
     reports = []
-    for name, each in (("backup", settings), ("restore", elsewhere)):
-        done = ratchet(each.home, "--set", f"ledger_url={each.ledger}", "admin", name, str(tmp_path / "backup"))
+    for name, each in (("backup", move.here), ("restore", move.there)):
+        done = ratchet(each.home, "--set", f"ledger_url={each.ledger}", "admin", name, move.target)
         assert done.exit_code == 0, done.output
         reports.append(json.loads(done.stdout.splitlines()[-1]))
     assert reports[0] == reports[1] and reports[0]["release"] == 2

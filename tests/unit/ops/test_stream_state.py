@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
-from typer.testing import CliRunner
 
 from core import metrics
 from core.addresses import free_port
@@ -16,12 +14,13 @@ from core.ledger import Ledger
 from core.ledger import rows as t
 from core.metrics import declared
 from core.settings import Settings
-from ops.cli.main import app
 from ops.cli.status import maintenance_line
 from ops.console.app import build_console
 from ops.stream_state import StreamState, stream_state
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
+from tests.support.command_line import ratchet
+from tests.support.samples import put, sample
 
 LOST = {
     "kind": "gap", "topic": "t", "partition": 0, "offset": 100, "until": 612, "reason": "retention",
@@ -37,137 +36,106 @@ def ports() -> tuple[int, int]:
     return found
 
 
-@pytest.fixture
-def settings(tmp_path: Path, ports: tuple[int, int]) -> Settings:
-    home = {"home": tmp_path, "base": {"vlm": ""}, "serve": {"port": 1}, "kafka": {"bootstrap": "127.0.0.1:1"}}
-    return Settings.model_validate(
-        {**home, "ingest": {"metrics_port": ports[0]}, "maintain": {"metrics_port": ports[1]}}
-    )
+class Installation:
+    def __init__(self, home: Path, ingest: int, maintain: int) -> None:
+        away = {"base": {"vlm": ""}, "serve": {"port": 1}, "kafka": {"bootstrap": "127.0.0.1:1"}}
+        ports = {"ingest": {"metrics_port": ingest}, "maintain": {"metrics_port": maintain}}
+        self.settings = Settings.model_validate({"home": home, **away, **ports})
+        self.store, self.ledger = SampleStore(self.settings.lake), Ledger.open(self.settings.ledger)
+
+    def state(self) -> StreamState:
+        return stream_state(self.settings, self.store, self.ledger)
+
+    def request_deletion(self, name: str, age: timedelta) -> None:
+        self.ledger.request_deletion(name, {"source": "cam"}, actor="ann", reason="r")
+        with self.ledger.database.write() as session:
+            session.get_one(t.DeletionRow, name).requested_at -= age
 
 
 @pytest.fixture
-def store(settings: Settings) -> SampleStore:
-    made = SampleStore(settings.lake)
-    made.put([LOST], [Position("t", 0, 612)])
-    return made
-
-
-@pytest.fixture
-def ledger(settings: Settings) -> Iterator[Ledger]:
-    opened = Ledger.open(settings.ledger)
-    yield opened
-    opened.close()
+def made(tmp_path: Path, ports: tuple[int, int]) -> Iterator[Installation]:
+    here = Installation(tmp_path, *ports)
+    yield here
+    here.ledger.close()
 
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
+    metrics.ingest.waiting("")
     yield
     metrics.ingest.waiting("")
     declared.MAINTAIN_LAST.clear()
 
 
-def test_a_gap_is_told_with_its_offsets_and_its_reason(settings: Settings, store: SampleStore, ledger: Ledger) -> None:
-    state = stream_state(settings, store, ledger)
-    assert (state.lost, state.offsets) == (512, {"t:0": 612})
-    assert [gap.shown for gap in state.gaps] == ["t:0 100..611 (retention)"]
+def test_a_gap_is_a_problem_and_counts_are_those_of_the_positions(made: Installation) -> None:
+    put(made.store, [LOST, sample(0, 612, topic="t")], Position("t", 0, 900))
+    state = made.state()
+    assert (state.lost, state.samples) == (512, {"train": 1, "fresh_eval": 0})
+    assert (state.records, state.offsets) == (1, {"t:0": 900}), "markers and aborted records are offsets, not records"
     assert state.problems() == ["Records were lost before they were read: t:0 100..611 (retention)."]
 
 
-def test_counts_are_those_of_the_positions(settings: Settings, ledger: Ledger) -> None:
-    made = SampleStore(settings.lake)
-    row = {"kind": "sample", "id": "0" * 64, "image": b"x", "split": "train", "topic": "t", "partition": 0, "offset": 0}
-    made.put([row], [Position("t", 0, 900)])
-    state = stream_state(settings, made, ledger)
-    assert state.samples == {"train": 1, "fresh_eval": 0}
-    assert (state.records, state.offsets) == (1, {"t:0": 900}), "markers and aborted records are offsets, not records"
-
-
-def test_what_ingest_and_maintenance_do_is_read_from_their_metrics(settings: Settings, ledger: Ledger) -> None:
-    store = SampleStore(settings.lake)
-    metrics.ingest.waiting("")
-    assert stream_state(settings, store, ledger) == StreamState(waiting_for="", maintenance_known=True)
-    metrics.ingest.waiting("store")
-    metrics.dependency.state("store", "full")
+def test_what_ingest_and_maintenance_do_is_read_from_their_metrics(made: Installation) -> None:
+    assert made.state() == StreamState(waiting_for="", maintenance_known=True)
     metrics.maintain.ran("done", 1.0)
-    state = stream_state(settings, store, ledger)
-    assert (state.waiting_for, state.waiting_state) == ("store", "full")
+    state = made.state()
     assert state.maintained is not None and datetime.now(UTC) - state.maintained < timedelta(minutes=1)
-    assert state.problems() == ["Ingest waits for the store: full."]
     metrics.maintain.ran("failed", 1.0)
-    assert "The last run of maintenance failed." in stream_state(settings, store, ledger).problems()
-
-
-def test_refused_records_that_cannot_be_published_are_a_problem(settings: Settings, ledger: Ledger) -> None:
+    assert "The last run of maintenance failed." in made.state().problems()
+    metrics.maintain.ran("done", 1.0)
     metrics.ingest.quarantine_failing(True)
-    state = stream_state(settings, SampleStore(settings.lake), ledger)
-    [problem] = state.problems()
+    [problem] = made.state().problems()
     assert "Refused records cannot be published" in problem
     metrics.ingest.quarantine_failing(False)
-    assert stream_state(settings, SampleStore(settings.lake), ledger).problems() == []
+    assert made.state().problems() == []
+    state = Installation(made.settings.home, free_port(), 0).state()
+    assert (state.waiting_for, state.maintained, state.maintenance_known, state.problems()) == (None, None, False, [])
 
 
-def test_deletions_that_wait_are_known_wherever_maintenance_runs(settings: Settings, ledger: Ledger) -> None:
-    store = SampleStore(settings.lake)
+def test_deletions_that_wait_are_known_wherever_maintenance_runs(made: Installation) -> None:
     for number in range(3):
-        request(ledger, f"d{number}", timedelta(hours=25 * number))
-    ledger.deletion_removed("d1", samples=1, refusals=0, adapters={}, store_version=1)
-    state = stream_state(settings, store, ledger)
+        made.request_deletion(f"d{number}", timedelta(hours=25 * number))
+    made.ledger.deletion_removed("d1", samples=1, refusals=0, adapters={}, store_version=1)
+    state = made.state()
     assert state.deletions == 3
     assert abs(state.oldest_deletion - timedelta(hours=50)) < timedelta(minutes=1)
     assert state.problems() == ["A deletion is not complete after a day."]
     for number in range(3):
-        ledger.deletion_done(f"d{number}")
-    state = stream_state(settings, store, ledger)
+        made.ledger.deletion_done(f"d{number}")
+    state = made.state()
     assert (state.deletions, state.oldest_deletion, state.problems()) == (0, timedelta(0), [])
-
-
-def request(ledger: Ledger, name: str, age: timedelta) -> None:
-    ledger.request_deletion(name, {"source": "cam"}, actor="ann", reason="r")
-    with ledger.database.write() as session:
-        session.get_one(t.DeletionRow, name).requested_at -= age
 
 
 def test_the_line_about_maintenance_says_what_is_known() -> None:
     now = datetime.now(UTC)
-    assert maintenance_line(StreamState()) == ("maintenance: no metrics here", "dim")
-    assert maintenance_line(StreamState(maintenance_known=True)) == ("no maintenance yet", "dim")
-    fails = StreamState(maintenance_known=True, maintenance_failing=True)
-    assert maintenance_line(fails) == ("maintenance fails", "red")
-    assert maintenance_line(StreamState(maintained=now)) == ("maintained 0 s ago", "")
-    failing = StreamState(maintained=now - timedelta(seconds=90), maintenance_failing=True)
-    assert maintenance_line(failing) == ("maintained 90 s ago, failing since", "red")
+    fails = {"maintenance_known": True, "maintenance_failing": True}
+    for told, line in (
+        ({}, ("maintenance: no metrics here", "dim")),
+        ({"maintenance_known": True}, ("no maintenance yet", "dim")),
+        (fails, ("maintenance fails", "red")),
+        ({"maintained": now}, ("maintained 0 s ago", "")),
+        ({**fails, "maintained": now - timedelta(seconds=90)}, ("maintained 90 s ago, failing since", "red")),
+    ):
+        assert maintenance_line(StreamState(**told)) == line  # type: ignore[arg-type]
 
 
-def test_parts_that_do_not_answer_are_not_known_and_no_problem(settings: Settings, ledger: Ledger) -> None:
-    ingest = settings.ingest.model_copy(update={"metrics_port": free_port()})
-    maintain = settings.maintain.model_copy(update={"metrics_port": 0})
-    away = settings.model_copy(update={"ingest": ingest, "maintain": maintain})
-    state = stream_state(away, SampleStore(away.lake), ledger)
-    assert (state.waiting_for, state.maintained, state.maintenance_known, state.problems()) == (None, None, False, [])
-
-
-@pytest.mark.usefixtures("store")
-def test_status_and_the_console_tell_the_same(settings: Settings, ledger: Ledger) -> None:
+def test_status_and_the_console_tell_the_same(made: Installation) -> None:
+    put(made.store, [LOST], Position("t", 0, 612))
     metrics.ingest.waiting("store")
     metrics.dependency.state("store", "refused")
     metrics.maintain.ran("done", 1.0)
-    request(ledger, "d1", timedelta(hours=2))
-    flags = [
-        f"home={settings.home}", "serve.port=1", f"ingest.metrics_port={settings.ingest.metrics_port}",
-        f"maintain.metrics_port={settings.maintain.metrics_port}",
-    ]  # fmt: skip
-    words = [word for flag in flags for word in ("--set", flag)]
-    done = CliRunner().invoke(app, [*words, "status"], env={"COLUMNS": "200"})
-    assert done.exit_code == 0, done.exception
-    shown = " ".join(done.output.split())
+    made.request_deletion("d1", timedelta(hours=2))
+    ports = [f"{name}.metrics_port={getattr(made.settings, name).metrics_port}" for name in ("ingest", "maintain")]
+    words = [word for flag in ("serve.port=1", *ports) for word in ("--set", flag)]
+    shown = " ".join(ratchet(made.settings.home, *words, "status", columns=200).output.split())
     for told in ("512 offsets lost, last: t:0 100..611 (retention)", "ingest waits for the store: refused",
                  "maintained", "deletions waiting: 1, the oldest for 2.0 h"):  # fmt: skip
         assert told in shown
-    facts = json.loads(CliRunner().invoke(app, [*words, "status", "--json"]).output)
+    facts = json.loads(ratchet(made.settings.home, *words, "status", "--json").output)
     assert (facts["lost"], facts["waiting_for"], facts["gaps"][0]["first"]) == (512, "store", 100)
-    with TestClient(build_console(settings), base_url="http://127.0.0.1:8001") as visitor:
+    with TestClient(build_console(made.settings), base_url="http://127.0.0.1:8001") as visitor:
         page = visitor.get("/").text
     problems = ("t:0 100..611 (retention)", "Ingest waits for the store: refused", "1 deletion is", "512 offsets were")
     for told in problems:
         assert told in page
-    assert Counter(page.split())["Maintenance"] == 0, "it runs"
+    assert "Maintenance" not in page.split(), "it runs"

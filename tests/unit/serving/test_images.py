@@ -170,7 +170,7 @@ async def test_data_uris_and_uploads_are_the_same_pixels_in_their_order() -> Non
 
 
 async def test_images_count_as_large_as_they_are_kept_until_they_are_let_go() -> None:
-    images = loader(max_pixels=1_000_000, decode_pixels=4_000_000)
+    images = loader(max_pixels=1_000_000)
     async with images.pictures([(f"messages.0.content.{n}", png(1000, 1000)) for n in range(2)], "a") as made:
         kept = sum(picture.shape[0] * picture.shape[1] for picture in made)
         assert images.queue.pixels == kept <= 1_000_000
@@ -259,14 +259,14 @@ async def test_what_waits_is_dropped_when_no_one_waits_for_it_and_a_failure_ends
 
 
 async def test_pixels_that_wait_are_bounded_for_all_and_for_one_and_only_pictures_wait() -> None:
-    images = loader(decode_pixels=1000, caller_share=0.5)
+    images = loader(max_pixels=250, caller_share=0.5)
     async with asyncio.TaskGroup() as tasks:
         done = asyncio.Event()
         for caller, pixels in (("a", 10_000), ("b", 300)):  # one that is alone is always taken
             tasks.create_task(_hold(images.queue, caller, pixels, done))
         await asyncio.sleep(0)
         for caller, pixels, whose in (("a", 1, "your images"), ("c", 201, "images")):
-            with pytest.raises(ApiError, match=f"^429: {whose} that wait.*serve.decode_pixels"):
+            with pytest.raises(ApiError, match=f"^429: {whose} that wait.*serve.max_pixels"):
                 await _hold(images.queue, caller, pixels, done)
         async with asyncio.timeout(5), images.pictures((), "a") as made:
             assert made == (), "a question without pictures does not wait for those with some"
@@ -388,9 +388,9 @@ async def test_each_refusal_has_its_code_and_its_place(web: WebServer) -> None:
 
 
 async def test_the_images_of_one_request_weigh_no_more_than_a_body(web: WebServer) -> None:
-    at, _ = serving(web, max_body_bytes=1024, max_image_bytes=1024)
+    at, _ = serving(web, max_image_bytes=1024)
     web.pages["/red.png"] = reply(RED + b"\0" * 600)
-    parts = [{"type": "image_url", "image_url": {"url": address(web)}} for _ in range(2)]
+    parts = [{"type": "image_url", "image_url": {"url": address(web)}} for _ in range(4)]
     async with client(at) as http:
         both = await http.post(CHAT, json={"messages": [{"role": "user", "content": parts}]})
     assert code_of(both) == (413, "image_too_large")

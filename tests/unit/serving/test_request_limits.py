@@ -40,7 +40,7 @@ class EchoApp:
 
 
 def limited(app: ASGIApp, proxies: Sequence[str] = (), **serve: Any) -> RequestLimits:
-    settings = Serve(**{"max_body_bytes": 4096, **serve})
+    settings = Serve(**{"max_image_bytes": 2048, **serve})
     return RequestLimits(RequestBodies(app, settings), settings, proxies)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,35 +63,34 @@ def model_folder(path: Path) -> None:
     (path / "open_clip_config.json").write_text(json.dumps(config))
 
 
-def pictures_of(split: str, home: Path = Path(".ratchet"), name: str = "things") -> set[bytes]:
-    return {item.bytes() for item in read_folder(home / "data" / name, split=split)}
+def pictures_of(split: str) -> set[bytes]:
+    return {item.bytes() for item in read_folder(Path(".ratchet/data/things"), split=split)}
 
 
-def test_everything_commented_out_is_the_default_and_can_be_taken_in() -> None:
+def made(run: Run, *words: str, data: str = "things") -> Result:
+    done = run("init", "--model", "tiny", "--data", data, "--yes", *words)
+    assert done.exit_code == 0, done.exception
+    return done
+
+
+def test_everything_commented_out_is_the_default_and_what_is_chosen_is_set_and_nothing_else(tmp_path: Path) -> None:
     text = settings_yaml({})
     assert yaml.safe_load(text) is None
     taken_in = yaml.safe_load(re.sub(r"^( *)#(?! )", r"\1", text, flags=re.M))
-    defaults = Settings()
-    read = Settings.model_validate(taken_in)
-    assert [row[:2] for row in describe(read)] == [row[:2] for row in describe(defaults)]
-    for name, _, _, meaning in describe(defaults):
+    defaults = list(describe(Settings()))
+    assert [row[:2] for row in describe(Settings.model_validate(taken_in))] == [row[:2] for row in defaults]
+    for name, _, _, meaning in defaults:
         assert f"# {meaning}\n" in text, name
-
-
-def test_what_is_chosen_is_set_and_nothing_else(tmp_path: Path) -> None:
     chosen = {"home": Path("there"), "serve.port": 9000, "kafka.oauth.scope": "a: b", "gate.suites": [Path("s")]}
     file = tmp_path / "ratchet.yaml"
     file.write_text(settings_yaml(chosen))
-    changed = {
-        name: value for name, value, origin, _ in describe(load_settings(file, environ={})) if origin != "default"
-    }
-    assert changed == chosen
+    described = describe(load_settings(file, environ={}))
+    assert {name: value for name, value, origin, _ in described if origin != "default"} == chosen
 
 
 def test_a_folder_of_classes_becomes_a_suite_and_a_reference_pool(run: Run) -> None:
     class_folders(Path("things"))
-    done = run("init", "--model", "tiny", "--data", "things", "--yes")
-    assert done.exit_code == 0, done.exception
+    done = made(run)
     settings = load_settings(environ={})
     (suite,) = load_suites(settings.gate.suites, settings.home)
     named = (suite.name, suite.task, suite.role, suite.margin)
@@ -105,27 +105,20 @@ def test_a_folder_of_classes_becomes_a_suite_and_a_reference_pool(run: Run) -> N
     assert set(told) == {"base", "gate", "updater"}
     for fact in ("24 pictures: 12 held out", "with fewer than 50", "513 fresh items", "3,420 new pairs"):
         assert fact in done.output, done.output
-
-
-def test_the_same_pictures_are_held_out_again_wherever_they_lie(run: Run) -> None:
-    class_folders(Path("a") / "things")
-    run("init", "--model", "tiny", "--data", "a/things", "--yes")
-    first = pictures_of("test")
-    Path("a").rename("b")
-    assert run("init", "--model", "tiny", "--data", "b/things", "--yes", "--force").exit_code == 0
-    assert pictures_of("test") == first
+    Path("moved").mkdir()
+    Path("things").rename("moved/things")
+    made(run, "--force", data="moved/things")
+    assert pictures_of("test") == held, "the same pictures are held out again wherever they lie"
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_a_labelled_sample_with_captions_makes_both_suites(run: Run, suffix: str) -> None:
-    folder = class_folders(Path("things"))
-    names = [(path.parent.name, path.stem) for path in sorted(folder.rglob("*.png"))]
+    names = [(path.parent.name, path.stem) for path in sorted(class_folders(Path("things")).rglob("*.png"))]
     rows = [{"file": f"{kind}/{stem}.png", "label": kind, "caption": f"{stem} {kind}"} for kind, stem in names]
-    labels = Path(f"sample{suffix}")
     lines = [",".join(row.values()) for row in rows] if suffix == ".csv" else [json.dumps(row) for row in rows]
+    labels = Path(f"sample{suffix}")
     labels.write_text("\n".join(["file,label,caption", *lines] if suffix == ".csv" else lines))
-    done = run("init", "--model", "tiny", "--data", "things", "--labels", str(labels), "--yes")
-    assert done.exit_code == 0, done.exception
+    made(run, "--labels", str(labels))
     settings = load_settings(environ={})
     tasks = {suite.task: suite for suite in load_suites(settings.gate.suites, settings.home)}
     assert set(tasks) == {"classification", "retrieval"}
@@ -139,8 +132,7 @@ def test_a_picture_that_is_there_twice_is_on_one_side(run: Run) -> None:
     (folder / "green_thing" / "also_blue.png").write_bytes((folder / "blue_thing" / "0.png").read_bytes())
     (folder / "blue_thing" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
     (folder / "notes.txt").write_text("no picture")
-    done = run("init", "--model", "tiny", "--data", "things", "--yes")
-    assert done.exit_code == 0, done.exception
+    done = made(run)
     held, rest = pictures_of("test"), pictures_of("train")
     assert (len(held | rest), held & rest) == (23, set())
     assert "2 cannot be used" in done.output
@@ -150,7 +142,7 @@ def test_a_picture_that_is_there_twice_is_on_one_side(run: Run) -> None:
 def test_what_a_suite_can_show_is_what_the_gate_needs_turned_round(run: Run) -> None:
     class_folders(Path("things"), each=30)
     gate = Gate(min_items=10, margin=0.1)
-    run("init", "--model", "tiny", "--data", "things", "--yes", "--margin", "0.1", "--held-out", "1.0")
+    made(run, "--margin", "0.1", "--held-out", "1.0")
     assert load_settings(environ={}).updater.reference == []
     (suite,) = load_suites([Path("suites")], Path(".ratchet"))
     shown = suite_power(suite, gate)
@@ -160,8 +152,8 @@ def test_what_a_suite_can_show_is_what_the_gate_needs_turned_round(run: Run) -> 
         distance = smallest_difference(0.25, items, level)
         assert items_needed(0.25, distance + 1e-9, level) == items
     assert shown.excludes == pytest.approx(0.0655, abs=0.0005)
-    assert not suite_power(suite.model_copy(update={"margin": 0.05}), gate).enough
-    assert "--margin 0.07" in suite_power(suite.model_copy(update={"margin": 0.05}), gate).advice
+    narrow = suite_power(suite.model_copy(update={"margin": 0.05}), gate)
+    assert not narrow.enough and "--margin 0.07" in narrow.advice
     page = (ROOT / "docs" / "quickstart.md").read_text()
     defaults = suite_power(suite.model_copy(update={"margin": None}), Gate())
     assert f"it takes {defaults.needed}" in page
@@ -208,10 +200,7 @@ def test_an_error_names_the_option_and_the_fix_and_nothing_is_written(
 ) -> None:
     monkeypatch.setattr("ops.cli.init.BROKER_SECONDS", 0.3)
     class_folders(Path("things"), each=4)
-    class_folders(Path("one"), each=8)
-    for other in ("green_thing", "blue_thing"):
-        for path in (Path("one") / other).iterdir():
-            path.unlink()
+    shutil.copytree(class_folders(Path("more")) / "red_thing", "one/red_thing")
     Path("empty").mkdir()
     model_folder(Path("my-clip"))
     Path("wrong.csv").write_text("name,number\na,1\n")
@@ -225,28 +214,22 @@ def test_an_error_names_the_option_and_the_fix_and_nothing_is_written(
     assert list_bases(Path(".ratchet"), "clip") == ["tiny"]
 
 
-def test_a_broker_that_is_away_is_not_asked_offline(run: Run) -> None:
+def test_a_broker_that_is_away_is_not_asked_offline_and_nothing_is_overwritten_without_force(run: Run) -> None:
     class_folders(Path("things"))
-    words = ("--model", "tiny", "--data", "things", "--broker", "127.0.0.1:1", "--topic", "pairs")
-    done = run("--set", "serve.port=9000", "init", *words, "--yes", "--offline")
+    made = ("init", "--model", "tiny", "--data", "things", "--yes")
+    broker = ("--broker", "127.0.0.1:1", "--topic", "pairs", "--offline")
+    done = run("--set", "serve.port=9000", *made, *broker)
     assert done.exit_code == 0, done.exception
     settings = load_settings(environ={})
-    assert (settings.kafka.bootstrap, settings.kafka.topic, settings.serve.port) == (words[5], "pairs", 9000)
-
-
-def test_nothing_is_overwritten_without_force(run: Run) -> None:
-    class_folders(Path("things"))
-    words = ("init", "--model", "tiny", "--data", "things", "--yes")
-    assert run(*words).exit_code == 0
+    assert (settings.kafka.bootstrap, settings.kafka.topic, settings.serve.port) == ("127.0.0.1:1", "pairs", 9000)
+    before = Path("ratchet.yaml").read_text()
     for kept in ("ratchet.yaml", "things"):
-        before = Path("ratchet.yaml").read_text() if Path("ratchet.yaml").exists() else ""
-        error = run(*words).exception
+        error = run(*made).exception
         assert isinstance(error, ConfigError)
-        assert f"{kept} exists already" in error.message
-        assert "--force" in error.fix
-        assert not before or Path("ratchet.yaml").read_text() == before
+        assert f"{kept} exists already" in error.message and "--force" in error.fix
+        assert kept == "things" or Path("ratchet.yaml").read_text() == before
         Path("ratchet.yaml").unlink(missing_ok=True)
-    assert run(*words, "--force").exit_code == 0
+    assert run(*made, "--force").exit_code == 0
 
 
 def test_a_secret_is_not_written(run: Run) -> None:

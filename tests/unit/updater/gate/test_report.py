@@ -22,7 +22,7 @@ from streams.store.maintenance import Maintainer
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, sample
-from tests.unit.console.conftest import settings as console_settings
+from tests.unit.ops.console.conftest import settings as console_settings
 from tests.unit.updater.gate.builders import changed, fresh_suite, outcomes, picture, scores
 from updater.gate import verdict as v
 from updater.gate.decision import Scores, conclude, decide
