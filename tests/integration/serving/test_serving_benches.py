@@ -1,22 +1,29 @@
-"""Small runs of the serving benchmarks on the server of the other tests, with real processes for the load and the
-model.
-"""
+"""Small runs of the serving benchmarks, on the server of the other tests and on one whose stores and processes fail."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
-from benchmarks import soak
+from benchmarks import hostile, soak
 from benchmarks.encode.figures import cpu_ms_per_request, ratios
 from benchmarks.encode.grid import Grid, cells
 from benchmarks.encode.peers.servers import openai_template
 from benchmarks.encode.run_encode import measure
 from benchmarks.encode.sides import HttpSide, RawSide, check, ratchet_side
 from benchmarks.line_worker import LineWorker
+from benchmarks.serving import chaos
 from benchmarks.swap import Swaps
+from core.loading import load_settings
 from tests.integration.serving.server_fixture import ServerFixture
 
-pytestmark = [pytest.mark.integration, pytest.mark.long]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(900)]
+STATES = ("ledger-killed", "objects-away", "encoder-killed", "controller-killed")
 
 
 def test_embeddings_are_measured_beside_the_model_alone(server: ServerFixture) -> None:
@@ -56,3 +63,41 @@ def test_a_soak_sees_no_failure_and_measures_each_process(server: ServerFixture)
     assert figures["swaps"] == 8 and figures["rollbacks"] == 2
     assert figures["requests"] > 0 and figures["processes"] >= 5
     assert figures["processes_ended"] == []
+
+
+def test_a_good_client_is_answered_beside_hostile_ones(server: ServerFixture) -> None:
+    figures = hostile.measure(server.settings, hostile.plan(vlm=False, scale=0.2), seconds=2.0, rate=5.0)
+    assert figures["good_failed"] == 0, figures
+    assert figures["good_requests"] > 20
+    assert figures["attacks"]["picture_bombs"]["answers"].keys() <= {"200", "429", "closed"}
+    assert all(figures["attacks"][name]["answers"] for name in ("picture_bombs", "health_flood"))
+    assert set(figures["attacks"]["health_flood"]["answers"]) == {"200", "429"}
+    assert 0 < figures["rss_max_gib"] < 16
+
+
+def test_a_silent_crowd_of_one_address_is_cut_off_at_its_bound(server: ServerFixture) -> None:
+    silent = hostile.plan(vlm=False, scale=0.3)["silent"]  # 1,260 connections within 5 s, of which 512 may stay
+    figures = hostile.measure(server.settings, {"silent": silent}, seconds=4.0, rate=5.0)
+    assert figures["good_failed"] == 0, figures
+    answers = figures["attacks"]["silent"]["answers"]
+    assert answers.get("closed", 0) + answers.get("refused", 0) > 50
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A short path, because Ray's and PostgreSQL's sockets are named after it."""
+    folder = Path(tempfile.mkdtemp(prefix="rc-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_requests_are_answered_and_rollbacks_go_through_while_stores_and_processes_fail(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = chaos.run(load_settings(environ={}), 24, STATES, seed=1, rate=4.0, vlm_engine="", folder=folder)
+    chaos.show(figures)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures
+    assert {name: figures[name] for name in chaos.VIOLATIONS} == dict.fromkeys(chaos.VIOLATIONS, 0), figures
+    assert {state["state"] for state in figures["states"]} == set(STATES)
+    assert all(state["requests"] > 0 < state["rollbacks"] for state in figures["states"])
+    assert figures["kills"] > 0 < figures["refusals"]
