@@ -63,29 +63,26 @@ class ServerFixture:
     _started: ClassVar[ServerFixture | None] = None
 
     @classmethod
-    def make(
-        cls, home: Path, vlm_engine: str = "", rollout: dict[str, Any] | None = None, **serve: Any
-    ) -> ServerFixture:
-        """Make a home with a tiny base and start nothing. ``vlm_engine``: runs a tiny VLM; empty for no VLM.
-
-        The guard is off without ``rollout``, because it would roll back random adapters.
-        """
+    def make(cls, home: Path, vlm_engine: str = "", **serve: Any) -> ServerFixture:
+        """Make a home with a tiny base and start nothing. ``vlm_engine``: runs a tiny VLM; empty for no VLM."""
         home.mkdir(parents=True, exist_ok=True)
         base = tiny_base(home)
         vlm = tiny_vlm_base(home) if vlm_engine else None
         if vlm is not None:
             serve = {"vlm_engine": vlm_engine, "vlm_max_rank": 8, "vlm_memory_gib": 0.25} | serve
-        bases = {"clip": base.name, "vlm": vlm.name if vlm is not None else ""}
-        config = home / "ratchet.yaml"
         bounds = {
             "port": free_port(), "deadline_seconds": 20, "max_body_bytes": 2 << 20, "max_image_bytes": 1 << 20,
             "max_pixels": 1_000_000, "encoder_replicas": 2, "encoder_threads": 1,
             "cache_bytes": 0,  # tests repeat their inputs, and mean the encoders
         }  # fmt: skip
-        # Tests share a server: a rollback of one must not make the updates of the next one wait.
-        guard = {"hold_after_rollback": False} | ({"guard_seconds": 0} if rollout is None else rollout)
-        watch = {"seconds": 1.0, "drift_window": 10}
-        settings = {"home": str(home), "base": bases, "serve": bounds | serve, "rollout": guard, "watch": watch}
+        settings = {
+            "home": str(home), "base": {"clip": base.name, "vlm": vlm.name if vlm is not None else ""},
+            "serve": bounds | serve, "watch": {"seconds": 1.0, "drift_window": 10},
+            # Tests share a server: a guard would take back their random adapters, and after a rollback of one, the
+            # updates of the next one would wait.
+            "rollout": {"hold_after_rollback": False, "guard_seconds": 0},
+        }  # fmt: skip
+        config = home / "ratchet.yaml"
         config.write_text(yaml.safe_dump(settings))
         return cls(load_settings(config, environ={}), base, config, vlm=vlm)
 

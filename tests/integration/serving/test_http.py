@@ -269,10 +269,8 @@ def test_every_replica_says_which_release_it_serves_and_the_catalog_how_well_it_
     assert all(name.startswith("ratchet_") for name in found)  # Ray's own are scraped from Ray
     assert not any(name.startswith(("ratchet_ingest_", "ratchet_gate_", "ratchet_budget_")) for name in found)
 
-    found = scraped_when(
-        server,
-        lambda found: found["ratchet_catalog_rows"][0][1] >= 40 and found.get("ratchet_catalog_recall_ratio"),
-    )
+    needed = {"ratchet_catalog_rows", "ratchet_catalog_recall_ratio", "ratchet_drift_mean_shift"}
+    found = scraped_when(server, lambda found: needed <= found.keys() and found["ratchet_catalog_rows"][0][1] >= 40)
     assert found["ratchet_catalog_recall_ratio"][0][1] == 1.0
     assert found["ratchet_catalog_fragments"][0][1] >= 1
     [(labels, shift)] = found["ratchet_drift_mean_shift"]
