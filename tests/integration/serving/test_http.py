@@ -266,7 +266,7 @@ def test_every_replica_says_which_release_it_serves_and_the_catalog_how_well_it_
     gains = {labels["family"]: gain for labels, gain in found["ratchet_release_gain_ratio"]}
     assert gains.keys() == {"clip", "vlm"} and math.isnan(gains["clip"])  # this adapter was not judged
     assert sum(count for labels, count in found["ratchet_build_info"] if labels["part"] == "encoder") == encoders
-    assert all(name.startswith("ratchet_") for name in found)  # Ray's own are scraped from Ray
+    assert all(name.startswith(("ratchet_", "vllm:")) for name in found)  # Ray's own are scraped from Ray
     assert not any(name.startswith(("ratchet_ingest_", "ratchet_gate_", "ratchet_budget_")) for name in found)
 
     needed = {"ratchet_catalog_rows", "ratchet_catalog_recall_ratio", "ratchet_drift_mean_shift"}
