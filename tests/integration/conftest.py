@@ -1,8 +1,8 @@
 """One server for all tests of serving and of the console: starting Ray and a VLM takes a minute, and a processor for
 much of it. Tests leave it running with any release live.
 
-Only one server runs at a time (:meth:`ServerFixture.start`). ``test_termination`` has to start it again, and gives it
-the guard that ``test_trials`` needs. Tests of the HTTP application that need no Ray use it in their process
+Only one server runs at a time (:meth:`ServerFixture.start`). ``test_trials`` has to start it again, and gives it the
+guard that trials need. Tests of the HTTP application that need no Ray use it in their process
 (:mod:`tests.support.in_process_app`).
 """
 

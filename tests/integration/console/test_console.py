@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, Route, expect
 
@@ -14,7 +13,8 @@ from core.addresses import free_port
 from ops.console import public
 from ops.console.request_context import NAV
 from tests.integration.console.conftest import Place
-from tests.support.browser import DESKTOP, PHONE, console, serious
+from tests.support.browser import DESKTOP, PHONE, serious
+from tests.support.console_server import console_server
 from tests.support.kafka import picture, produce, records_seen, wait_for
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -99,14 +99,9 @@ def test_the_tour_of_a_first_visit_goes_by_keyboard_and_is_not_shown_again(visit
     expect(visitor.get_by_role("dialog")).to_have_count(0)
 
 
-def test_a_public_screen_shows_what_comes_and_has_nothing_to_press_but_pause(
-    visitor: Page, place: Place, tmp_path: Path
-) -> None:
-    port = free_port()
-    config = tmp_path / "public.yaml"
-    own = {**yaml.safe_load(place.config.read_text()), "console": {"port": port, "public": True}}
-    config.write_text(yaml.safe_dump(own))
-    with console(config, f"http://127.0.0.1:{port}", tmp_path / "public.log") as url:
+def test_a_public_screen_shows_what_comes_and_has_nothing_to_press_but_pause(visitor: Page, place: Place) -> None:
+    own = place.settings.console.model_copy(update={"port": free_port(), "public": True})
+    with console_server(place.settings.model_copy(update={"console": own})) as url:
         for path in public.PAGES:
             visitor.goto(f"{url}{path}")
             assert visitor.get_by_role("button").all_inner_texts() == ["Pause updates"], path
