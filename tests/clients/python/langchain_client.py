@@ -47,14 +47,6 @@ def stream_with_usage() -> None:
 
 
 @check
-def chat_with_nulls_and_defaults() -> None:
-    # Four of them mean something to LangChain.
-    sent = contract.defaults_but("temperature", "max_completion_tokens", "metadata", "response_format")
-    contract.assert_answer(chat().bind(**sent).invoke(ASK).content)
-    contract.assert_answer(chat(n=None, seed=None, stop=None, top_p=None, logprobs=None).invoke(ASK).content)
-
-
-@check
 def conversation() -> None:
     turns = [SystemMessage("be short"), *ASK, chat().invoke(ASK), HumanMessage("and now?")]
     assert chat().invoke(turns).type == "ai"

@@ -40,13 +40,6 @@ def stream_with_usage() -> None:
 
 
 @check
-def chat_with_nulls_and_defaults() -> None:
-    sent = contract.defaults_but("temperature", "max_completion_tokens")
-    contract.assert_answer(chat(additional_kwargs=sent).chat(ASK).message.content)
-    assert chat(temperature=0.1, max_tokens=None).chat(ASK).message.role == "assistant"
-
-
-@check
 def conversation() -> None:
     first = chat().chat(ASK).message
     turns = [ChatMessage(role="system", content="be short"), *ASK, first, ChatMessage(role="user", content="and now?")]
