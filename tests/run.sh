@@ -11,7 +11,7 @@ set -uo pipefail
 export OMP_NUM_THREADS=1
 bin="$1"
 chosen=(-m "not long" --durations 15 --durations-min 5)
-servers=(tests/integration/serving tests/integration/console tests/e2e)
+servers=(tests/integration/console tests/integration/serving tests/e2e)
 alone=(tests/integration/serving/test_{openapi,bodies}.py) # start no server
 named=(tests/unit/{updater,core,ops,serving} "${servers[@]}" tests/integration/{streams,updater})
 jobs=("tests/integration ${named[*]/#/--ignore=}" "tests/unit/updater ${alone[*]}" "tests/unit/core tests/unit/ops tests/unit/serving"

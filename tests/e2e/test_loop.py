@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from core.addresses import free_port
 from core.child_process import processor_seconds
@@ -23,6 +23,7 @@ from core.waiting import StoodStill, wait_for_progress
 from demo.load.traffic import Traffic
 from ops.alerts import as_yaml, prometheus_config
 from ops.cli.context import Context
+from ops.cli.main import app
 from ops.cli.metrics import targets_of
 from ops.cli.supervisor import Supervisor
 from ratchet_client import Client, data_uri
@@ -74,9 +75,9 @@ class Installation:
     refused: int = 0
 
     def ratchet(self, *words: str) -> str:
-        done = subprocess.run(self.context.command(*words), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        done = CliRunner().invoke(app, ["--config", str(self.context.file), *words], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.output
 
     def use_everything(self) -> None:
         produce(self.context.settings.kafka, [(b"no record", [])])
@@ -100,31 +101,25 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
     (home / "suites").mkdir()
     suite = {"task": "classification", "data": str(home / "data" / "old"), "label": "label", "margin": 0.2}
     (home / "suites" / "old.yaml").write_text(yaml.safe_dump(suite))
+    settings_file = {
+        "home": str(home),
+        "base": {"clip": "tiny", "vlm": "tiny-vlm"},
+        "kafka": {"bootstrap": f"127.0.0.1:{free_port()}", "batch_seconds": 0.5},
+        "serve": {"port": free_port(), "encoder_replicas": 1, "vlm_engine": "transformers", "vlm_max_rank": 8},
+        "ingest": {"metrics_port": free_port(), "split_key": SPLIT_KEY, "processes": 1},
+        "maintain": {"metrics_port": free_port(), "seconds": 1.0},
+        "updater": {
+            "metrics_port": free_port(), "min_new_samples": TRIGGER, "recipe": str(home / "quick.yaml"),
+            "reference": [str(home / "data" / "old")], "threads": 1,
+        },
+        "gate": {"suites": [str(home / "suites")], "detect": 0.2},
+        "watch": {"seconds": 1.0},
+        # Repeated inputs are answered from the cache, so they are compared at once or never. This update changes much,
+        # and the guard would roll it back.
+        "rollout": {"compare_share": 1.0, "min_agreement": 0.0},
+    }  # fmt: skip
     file = home / "ratchet.yaml"
-    file.write_text(
-        yaml.safe_dump(
-            {
-                "home": str(home),
-                "base": {"clip": "tiny", "vlm": "tiny-vlm"},
-                "kafka": {"bootstrap": f"127.0.0.1:{free_port()}", "batch_seconds": 0.5},
-                "serve": {"port": free_port(), "encoder_replicas": 1, "vlm_engine": "transformers", "vlm_max_rank": 8},
-                "ingest": {"metrics_port": free_port(), "split_key": SPLIT_KEY},
-                "maintain": {"metrics_port": free_port(), "seconds": 1.0},
-                "updater": {
-                    "metrics_port": free_port(),
-                    "min_new_samples": TRIGGER,
-                    "recipe": str(home / "quick.yaml"),
-                    "reference": [str(home / "data" / "old")],
-                    "threads": 1,
-                },
-                "gate": {"suites": [str(home / "suites")], "detect": 0.2},
-                "watch": {"seconds": 1.0},
-                # Repeated inputs are answered from the cache, so they are compared at once or never. This update
-                # changes much, and the guard would roll it back.
-                "rollout": {"compare_share": 1.0, "min_agreement": 0.0},
-            }
-        )
-    )
+    file.write_text(yaml.safe_dump(settings_file))
     context = Context(file, [])
     settings = context.settings
     watched = home / "watched"
@@ -187,17 +182,17 @@ def test_an_update_goes_from_the_stream_into_service_and_back_under_load(install
 def test_every_panel_and_every_rule_speaks_of_a_running_ratchet(installation: Installation) -> None:
     wait(lambda: installation.monitor.healthy_targets() == {"serve", "ingest", "maintain", "update"})
 
-    def silent() -> list[str]:
-        asked = [(f"{each.dashboard}, {each.panel}", each.expr) for each in EXPRESSIONS]
-        asked += [("examples/grafana/team.json", expr) for expr in EXAMPLE]
-        recorded = [("recorded", rule["name"]) for rule in installation.monitor.rules() if rule["type"] == "recording"]
-        return [f"{what}: {expr}" for what, expr in asked + recorded if not installation.monitor.has_data(expr)]
+    silent = {f"{each.dashboard}, {each.panel}: {each.expr}": each.expr for each in EXPRESSIONS}
+    silent |= {f"examples/grafana/team.json: {expr}": expr for expr in EXAMPLE}
+    silent |= {rule["name"]: rule["name"] for rule in installation.monitor.rules() if rule["type"] == "recording"}
 
-    def all_speak() -> bool:
+    def all_have_spoken() -> bool:
         installation.use_everything()  # again and again: a rate needs growth between two scrapes
-        return not silent()
+        for what in [what for what, expr in silent.items() if installation.monitor.has_data(expr)]:
+            del silent[what]
+        return not silent
 
-    wait(all_speak, explain=silent)
+    wait(all_have_spoken, explain=lambda: list(silent))
     for rule in installation.monitor.rules():
         assert rule["health"] == "ok", rule
         installation.monitor.query(rule["query"])

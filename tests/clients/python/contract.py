@@ -23,8 +23,6 @@ KEY = "none"
 TEXTS: list[str] = CONTRACT["texts"]
 IMAGE: str = CONTRACT["image"]
 QUESTION: str = CONTRACT["question"]
-ANSWER: str = CONTRACT["answer"]
-USAGE: dict[str, int] = CONTRACT["usage"]
 MAX_TOKENS: int = CONTRACT["max_tokens"]
 WRONG_KEY: str = CONTRACT["wrong_key"]
 LIMITED_KEY = os.environ["RATCHET_LIMITED_KEY"]
@@ -57,12 +55,17 @@ def check(function: Callable[[], None]) -> Callable[[], None]:
     return function
 
 
+@check
+def run_snippet() -> None:
+    runpy.run_path(os.environ["RATCHET_SNIPPET"], run_name="__main__")
+
+
 def report() -> None:
     print("\n" + json.dumps(_results))
 
 
-def run_snippet() -> None:
-    runpy.run_path(os.environ["RATCHET_SNIPPET"], run_name="__main__")
+def defaults_but(*names: str) -> dict[str, Any]:
+    return {name: value for name, value in DEFAULTS.items() if name not in names}
 
 
 def assert_vectors(vectors: Sequence[Sequence[float] | str]) -> None:
@@ -70,7 +73,6 @@ def assert_vectors(vectors: Sequence[Sequence[float] | str]) -> None:
     rows = [decoded(row) if isinstance(row, str) else list(row) for row in vectors]
     assert len(rows) == len(TEXTS), len(rows)
     for row, expected in zip(rows, CONTRACT["vectors"], strict=True):
-        assert len(row) == len(expected), (len(row), len(expected))
         assert max(abs(a - b) for a, b in zip(row, expected, strict=True)) < 1e-4
 
 
@@ -80,8 +82,13 @@ def decoded(text: str) -> list[float]:
     return list(struct.unpack(f"<{len(raw) // 4}f", raw))
 
 
-def assert_usage(prompt: int | None, completion: int | None) -> None:
-    assert (prompt, completion) == (USAGE["prompt_tokens"], USAGE["completion_tokens"]), (prompt, completion)
+def assert_answer(text: object, usage: Any = None) -> None:
+    """Compare an answer, and its usage if given, with what plain HTTP got."""
+    assert text == CONTRACT["answer"], text
+    if usage is not None:
+        expected: dict[str, int] = CONTRACT["usage"]
+        found = (usage.prompt_tokens, usage.completion_tokens)
+        assert found == (expected["prompt_tokens"], expected["completion_tokens"]), found
 
 
 def assert_wait(seconds: str) -> None:

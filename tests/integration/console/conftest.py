@@ -1,4 +1,4 @@
-"""A broker with ingest, a console and a browser for all tests of the console, and the server that has a VLM."""
+"""A broker with ingest, a console and a browser for all tests of the console, beside the server of serving's tests."""
 
 from __future__ import annotations
 
@@ -33,8 +33,6 @@ class Place:
     ingest: Consumer
     operator: str
     """Token of a key of the name `ana` that may act."""
-    reader: str
-    """Token of a key that may only read."""
 
     @property
     def live(self) -> int:
@@ -43,10 +41,8 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(
-    shared_vlm_server: ServerFixture, tmp_path_factory: pytest.TempPathFactory, broker: Broker
-) -> Iterator[Place]:
-    server, home = shared_vlm_server, tmp_path_factory.mktemp("console")
+def place(shared_server: ServerFixture, tmp_path_factory: pytest.TempPathFactory, broker: Broker) -> Iterator[Place]:
+    server, home = shared_server, tmp_path_factory.mktemp("console")
     server.ensure_running()
     kafka = broker.settings(home).kafka.model_dump(
         include={"bootstrap", "topic", "quarantine_topic", "group", "batch_seconds"}
@@ -55,16 +51,14 @@ def place(
     own = {"console": {"port": port}, "kafka": kafka}
     config.write_text(yaml.safe_dump(yaml.safe_load(server.config.read_text()) | own))
     settings = load_settings(config, environ={})
-    server.add_samples(24, domain="cats", source="zoo", year=2023)
     story = tell(settings, home / "made-up", server.adapter())
     make_topics(settings)
     _, operator = server.ledger.create_key("ana", ["infer", "search", "operate"], actor="test")
-    _, reader = server.ledger.create_key("guest", ["infer", "search"], actor="test")
     with (
         reading(settings) as ingest,
         console(config, f"http://127.0.0.1:{port}", home / "console.log") as url,
     ):
-        yield Place(server, settings, config, url, story, ingest, operator, reader)
+        yield Place(server, settings, config, url, story, ingest, operator)
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +81,9 @@ def visitor(place: Place, browser: Browser) -> Iterator[Page]:
 
 @pytest.fixture
 def ana(visitor: Page, place: Place) -> Page:
-    sign_in(visitor, place.operator)
+    """A visitor who has signed in with a key that may act."""
+    visitor.goto("/sign-in")
+    visitor.get_by_label("API key").fill(place.operator)
+    visitor.get_by_role("button", name="Sign in").click()
+    visitor.get_by_role("button", name="Sign out").wait_for()
     return visitor
-
-
-def sign_in(page: Page, token: str) -> None:
-    page.goto("/sign-in")
-    page.get_by_label("API key").fill(token)
-    page.get_by_role("button", name="Sign in").click()
-    page.get_by_role("button", name="Sign out").wait_for()

@@ -15,49 +15,35 @@ from ops.cli.main import app
 from ops.cli.tune import is_tuned
 from serving.engines.backends import EngineChoice, golden_pixels
 from serving.engines.clip import ClipEngine
-from serving.engines.clip_base import ClipBase
 from serving.engines.onnx_backend import PLUGIN, _openvino_device
 from tests.support.tiny import tiny_adapter, tiny_base
 
 pytestmark = pytest.mark.integration
-
 TEXTS = ["a cat", "seven words of a middling long text", "red", "word " * 60]
 PIXELS = golden_pixels(32)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
-    return tiny_base(tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(scope="module")
-def onnx(base: ClipBase) -> ClipEngine:
+def test_onnx_gives_the_vectors_of_torch_and_exports_a_graph_once(tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    return ClipEngine(base, "cpu", choice=EngineChoice("onnx"))
-
-
-@pytest.mark.parametrize("towers", [("image", "text"), ("text",)])
-def test_onnx_gives_the_vectors_of_torch_for_the_base_and_for_adapters(
-    onnx: ClipEngine, tmp_path: Path, towers: tuple[str, ...]
-) -> None:
-    plain = ClipEngine(onnx.base, "cpu")
-    name = tiny_adapter(onnx.base, tmp_path / "a", seed=len(towers), towers=towers)
-    for engine in (plain, onnx):
-        engine.load(name, tmp_path / "a")
-    for adapter in (None, name):
+    base = tiny_base(tmp_path)
+    plain, onnx = ClipEngine(base, "cpu"), ClipEngine(base, "cpu", choice=EngineChoice("onnx"))
+    names: list[str | None] = [None]
+    for towers in (("image", "text"), ("text",)):
+        folder = tmp_path / "-".join(towers)
+        names.append(tiny_adapter(base, folder, seed=len(towers), towers=towers))
+        for engine in (plain, onnx):
+            engine.load(str(names[-1]), folder)
+    for adapter in names:
         np.testing.assert_allclose(onnx.encode_images(PIXELS, adapter), plain.encode_images(PIXELS, adapter), atol=1e-4)
         np.testing.assert_allclose(onnx.encode_texts(TEXTS, adapter), plain.encode_texts(TEXTS, adapter), atol=1e-4)
-    assert np.abs(onnx.encode_texts(TEXTS, name) - onnx.encode_texts(TEXTS)).max() > 1e-2
-    onnx.unload(name)
+    assert np.abs(onnx.encode_texts(TEXTS, names[1]) - onnx.encode_texts(TEXTS)).max() > 1e-2
 
-
-def test_a_graph_is_exported_once(onnx: ClipEngine) -> None:
-    folder = onnx.base.directory.parent.parent / "engines"
+    folder = base.directory.parent.parent / "engines"
     graphs = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.onnx")}
     assert len(graphs) == 2
     assert max(path.stat().st_size for path in folder.glob("*.onnx")) < 1 << 20  # without weights
-    ClipEngine(onnx.base, "cpu", choice=EngineChoice("onnx"))
+    ClipEngine(base, "cpu", choice=EngineChoice("onnx"))
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.onnx")} == graphs
 
 
@@ -99,8 +85,7 @@ def test_doctor_tune_measures_this_machine_and_writes_the_settings(
     settings = load_settings(config, environ={})
     assert is_tuned(settings)
     assert settings.serve.port == 9000
-    assert settings.serve.engine in ("torch", "onnx")
-    assert settings.serve.precision != "auto"
+    assert settings.serve.engine in ("torch", "onnx") and settings.serve.precision != "auto"
     assert settings.serve.encoder_replicas * settings.serve.encoder_threads >= 1
     for shown in ("Engines", "Encoders", "serve.encoder_threads", str(config)):
         assert shown in result.output

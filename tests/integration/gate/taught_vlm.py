@@ -1,12 +1,13 @@
-"""A tiny VLM that was taught colours in a few seconds, and adapters that change it in known ways."""
+"""A tiny VLM that was taught colours in a few seconds, adapters that change it in known ways, and gate runs of them."""
 
 from __future__ import annotations
 
 import csv
 import re
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,20 @@ from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import answer_tokens, inputs
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base, save_vlm_base
 from tests.support.colour_squares import COLOURS, encoded_square, square
-from tests.support.tiny_vlm import tiny_vlm_base
+from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
+from tests.unit.updater.gate.builders import fresh_suites
+from updater.gate.interim_analyses import AnalysisPlan
+from updater.gate.run import open_evaluator, run_gate
+from updater.gate.suites import Suite, load_suites
+from updater.gate.verdict import Verdict
+from updater.gate.vlm import VlmEvaluator
 
 NAME = "taught-vlm"
+NAMES = list(COLOURS)
 RANK = 8
 ENOUGH = 0.01
 """Loss at which training ends."""
+TAUGHT = range(160)
 
 
 @dataclass(frozen=True)
@@ -40,46 +49,56 @@ class Asked:
 
 def known(numbers: range) -> list[Asked]:
     """Questions that the base is taught: the colour, and whether it is red (half of the answers are yes)."""
-    names = list(COLOURS)
-    asked = [Asked(n, "colour", "which colour?", names[n % 4]) for n in numbers]
+    asked = [Asked(n, "colour", "which colour?", NAMES[n % 4]) for n in numbers]
     for n in numbers:
-        other = names[(n + 1 + n // 4 % 3) % 4]
-        said = names[n % 4] if n // 4 % 2 else other
-        asked.append(Asked(n, "presence", f"is this {said}?", "yes" if said == names[n % 4] else "no"))
+        said = NAMES[n % 4] if n // 4 % 2 else NAMES[(n + 1 + n // 4 % 3) % 4]
+        asked.append(Asked(n, "presence", f"is this {said}?", "yes" if said == NAMES[n % 4] else "no"))
     return asked
 
 
 def unknown(numbers: range) -> list[Asked]:
     """A question that the base was not taught, in other words."""
     warm = {"red": "a round apple", "green": "car", "blue": "this", "white": "what"}
-    names = list(COLOURS)
-    return [Asked(n, "thing", "what has this?", warm[names[n % 4]]) for n in numbers]
+    return [Asked(n, "thing", "what has this?", warm[NAMES[n % 4]]) for n in numbers]
 
 
-def teach(model: nn.Module, processor: Any, asked: Sequence[Asked], steps: int, rate: float, seed: int = 0) -> float:
+def write_questions(folder: Path, asked: Sequence[Asked]) -> None:
+    folder.mkdir(parents=True)
+    with (folder / "data.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "text", "label", "question", "answer"])
+        for one in asked:
+            (folder / f"{one.picture}.png").write_bytes(encoded_square(one.picture))
+            rows.writerow([f"{one.picture}.png", "", one.kind, one.question, one.answer])
+
+
+def gain_suites(asked: Sequence[Asked]) -> list[Suite]:
+    rows = [
+        {"id": f"new-{i}", "image": encoded_square(one.picture), "text": "", "question": one.question,
+         "answer": one.answer, "domain": "new", "concept": ""}
+        for i, one in enumerate(asked)
+    ]  # fmt: skip
+    return fresh_suites(pa.Table.from_pylist(rows), family="vlm")
+
+
+def teach(model: nn.Module, processor: Any, asked: Sequence[Asked], steps: int, rate: float) -> float:
     """Train what is trainable on answers and return the last loss."""
-    asks = [question(square(one.picture), one.question) for one in asked]
-    batch = inputs(processor, asks)
+    batch = inputs(processor, [question(square(one.picture), one.question) for one in asked])
     answers = [answer_tokens(processor, one.answer) for one in asked]
     longest = max(map(len, answers))
-    pad = processor.tokenizer.pad_token_id
-    tail = torch.tensor([own + [pad] * (longest - len(own)) for own in answers])
+    tail = torch.tensor([own + [processor.tokenizer.pad_token_id] * (longest - len(own)) for own in answers])
     real = torch.tensor([[1] * len(own) + [0] * (longest - len(own)) for own in answers])
-    ids = torch.cat([batch.pop("input_ids"), tail], dim=1)
-    mask = torch.cat([batch.pop("attention_mask"), real], dim=1)
+    batch |= {"input_ids": torch.cat([batch["input_ids"], tail], dim=1),
+              "attention_mask": torch.cat([batch["attention_mask"], real], dim=1)}  # fmt: skip
     labels = tail.masked_fill(real == 0, -100)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.Adam(parameters, lr=rate)
-    draw = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=rate)
+    draw = torch.Generator().manual_seed(0)
     loss = torch.tensor(0.0)
     torch.set_num_threads(1)  # several wait for each other when the machine is busy
     for step in range(steps):
-        for group in optimiser.param_groups:
-            group["lr"] = rate * (1 - step / steps)
+        optimiser.param_groups[0]["lr"] = rate * (1 - step / steps)
         rows = torch.randint(len(asked), (32,), generator=draw)
-        logits = model(
-            input_ids=ids[rows], attention_mask=mask[rows], **{key: value[rows] for key, value in batch.items()}
-        ).logits[:, -longest - 1 : -1]
+        logits = model(**{key: value[rows] for key, value in batch.items()}).logits[:, -longest - 1 : -1]
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[rows].flatten(), ignore_index=-100)
         optimiser.zero_grad()
         loss.backward()
@@ -99,7 +118,7 @@ def taught_base(home: Path) -> VlmBase:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.04)
-    loss = teach(model, blank.processor(), known(range(160)), steps=300, rate=3e-3)
+    loss = teach(model, blank.processor(), known(TAUGHT), steps=300, rate=3e-3)
     assert loss < 0.2, loss
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -107,42 +126,68 @@ def taught_base(home: Path) -> VlmBase:
         return save_vlm_base(home, NAME, Path(folder))
 
 
-def taught_adapter(base: VlmBase, directory: Path, asked: Sequence[Asked], steps: int = 80, rate: float = 1e-2) -> str:
+def taught_adapter(base: VlmBase, directory: Path, asked: Sequence[Asked], steps: int) -> str:
     """Write an adapter of the text model trained on these answers unless it exists, and return its name."""
     if (directory / WEIGHTS).is_file():
         return read_adapter(directory).name
     layers = [name for name, module in base.build_model().named_modules()
               if isinstance(module, nn.Linear) and base.part_of(name) == "text"]  # fmt: skip
-    pattern = f"(?:{'|'.join(re.escape(name) for name in layers)})"
     torch.manual_seed(0)
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=pattern)
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=f"(?:{'|'.join(map(re.escape, layers))})")
     model = get_peft_model(base.build_model(), config)
-    teach(model, base.processor(), asked, steps, rate)
+    teach(model, base.processor(), asked, steps, rate=1e-2)
     return write_adapter(directory, get_peft_model_state_dict(model), config.to_dict(), base)
 
 
-def write_questions(folder: Path, asked: Sequence[Asked]) -> None:
-    folder.mkdir(parents=True)
-    with (folder / "data.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["file", "text", "label", "question", "answer"])
-        for one in asked:
-            (folder / f"{one.picture}.png").write_bytes(encoded_square(one.picture))
-            rows.writerow([f"{one.picture}.png", "", one.kind, one.question, one.answer])
+@dataclass(frozen=True)
+class VlmGate:
+    """A home with the taught base, two suites over pictures that it was not trained on, and an open engine."""
+
+    settings: Settings
+    base: VlmBase
+    evaluator: VlmEvaluator
+
+    @property
+    def home(self) -> Path:
+        return self.settings.home
+
+    def judge(self, candidate: str, incumbent: str | None = None, fresh: Sequence[Suite] | None = None) -> Verdict:
+        """``fresh``: the gain suites, by default the question that the base was not taught."""
+        return run_gate(
+            evaluator=self.evaluator, candidate=candidate, incumbent=incumbent,
+            suites=load_suites(self.settings.gate.suites, self.home, "vlm"),
+            fresh=gain_suites(unknown(range(2000, 2120))) if fresh is None else fresh,
+            plan=AnalysisPlan.alone(self.settings.gate.alpha), settings=self.settings.gate,
+            meta={"rank": RANK, "bytes": 50_000},
+        )  # fmt: skip
+
+    def clear(self) -> None:
+        """Unload every adapter: an engine has room for only a few."""
+        for name in self.evaluator.vlm.engine.resident():
+            self.evaluator.vlm.unload(name)
+        self.evaluator._directories.clear()
+
+    def noise(self, scale: float, parts: tuple[str, ...] = ("text",)) -> str:
+        """Load a random adapter; with scale 0 it changes nothing."""
+        folder = f"noise-{scale}-{'-'.join(parts)}"
+        return self.loaded(tiny_vlm_adapter(self.base, self.home / folder, 3, scale, parts), folder)
+
+    def learner(self) -> str:
+        asked = [*known(TAUGHT), *unknown(TAUGHT)]
+        return self.loaded(taught_adapter(self.base, self.home / "learner", asked, steps=120), "learner")
+
+    def yes_sayer(self) -> str:
+        yes = [replace(one, answer="yes") if one.kind == "presence" else one for one in known(TAUGHT)]
+        return self.loaded(taught_adapter(self.base, self.home / "yes-sayer", yes, steps=80), "yes-sayer")
+
+    def loaded(self, name: str, folder: str) -> str:
+        self.evaluator.load(name, self.home / folder)
+        return name
 
 
-def question_table(asked: Sequence[Asked], domain: str = "new") -> pa.Table:
-    rows = [
-        {"id": f"{domain}-{i}", "image": encoded_square(one.picture), "text": "", "question": one.question,
-         "answer": one.answer, "domain": domain, "concept": ""}
-        for i, one in enumerate(asked)
-    ]  # fmt: skip
-    return pa.Table.from_pylist(rows)
-
-
-def make_settings(home: Path, engine: str) -> Settings:
-    """A home with the taught base, and two suites over pictures that it was not trained on."""
-    taught_base(home)
+@contextmanager
+def open_vlm_gate(home: Path, engine: str) -> Iterator[VlmGate]:
+    base = taught_base(home)
     if not (home / "suites").exists():
         write_questions(home / "data" / "colours", known(range(1000, 1160)))
         (home / "suites").mkdir()
@@ -150,13 +195,11 @@ def make_settings(home: Path, engine: str) -> Settings:
             (home / "suites" / f"{kind}.yaml").write_text(
                 f"task: vqa\ndata: ${{home}}/data/colours\nkinds: [{kind}]\nmetric: {metric}\nmargin: 0.08\n"
             )
-    return load_settings(
-        overrides={
-            "home": home,
-            "base.vlm": NAME,
-            "gate.suites": [home / "suites"],
-            "serve.vlm_engine": engine,
-            "serve.vlm_memory_gib": 0.2,
-        },
+    settings = load_settings(
+        overrides={"home": home, "base.vlm": NAME, "gate.suites": [home / "suites"],
+                   "serve.vlm_engine": engine, "serve.vlm_memory_gib": 0.2},
         environ={},
-    )
+    )  # fmt: skip
+    with open_evaluator(settings, base) as evaluator:
+        assert isinstance(evaluator, VlmEvaluator) and evaluator.kind == engine
+        yield VlmGate(settings, base, evaluator)

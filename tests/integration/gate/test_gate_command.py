@@ -1,70 +1,130 @@
-"""`ratchet gate run` and `ratchet gate report` as functions, over a home with a tiny base."""
+"""`ratchet gate run` and `ratchet gate report` as functions, and from a trained candidate to a stored verdict, over a
+home with a tiny CLIP and a tiny VLM.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from core.artifacts import Artifacts
+from core.digests import digest_bytes
 from core.errors import AdapterError, GateError
-from core.ledger import Ledger
+from core.ledger import Family, Ledger, UpdateRow
 from core.loading import load_settings
 from core.settings import Settings
 from ops.cli.main import app
+from serving.engines.adapters import read_adapter, write_adapter
+from serving.engines.vlm.hf_engine import TransformersEngine
+from serving.engines.vlm.vlm_base import load_vlm_base
+from serving.errors import EngineDead
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
+from tests.integration.gate.taught_vlm import known, unknown, write_questions
+from tests.support.colour_squares import encoded_square
 from tests.support.samples import TOPIC, put, sample
 from tests.support.tiny import tiny_adapter, tiny_base
+from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.unit.updater.gate.builders import folder_dataset
 from updater.gate.gate_command import gate_command, pairs_command, report_command
+from updater.service.gate_update import gate_update
 
 pytestmark = pytest.mark.integration
+STORED = 3
+"""The version of the store after the table was made, the partition claimed and the samples stored."""
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     home = tmp_path / "home"
+    tiny_base(home)
+    tiny_vlm_base(home)
     folder_dataset(home / "data" / "things", count=60)
+    write_questions(home / "data" / "colours", known(range(30)))
     (home / "suites").mkdir()
-    (home / "suites" / "things.yaml").write_text("task: retrieval\ndata: ${home}/data/things\nmargin: 0.2\n")
+    for name, task, margin in (("things", "retrieval", 0.2), ("colours", "vqa", 0.9)):
+        (home / "suites" / f"{name}.yaml").write_text(f"task: {task}\ndata: ${{home}}/data/{name}\nmargin: {margin}\n")
     return load_settings(
         overrides={
-            "home": home,
-            "base.clip": "tiny",
-            "updater.threads": 1,
-            "gate.suites": [home / "suites"],
-            "gate.min_items": 20,
+            "home": home, "base.clip": "tiny", "base.vlm": "tiny-vlm", "updater.threads": 1,
+            "gate.suites": [home / "suites"], "gate.min_items": 20, "gate.detect": 0.5,
+            "serve.vlm_engine": "transformers",
         },
         environ={},
-    )
+    )  # fmt: skip
 
 
-def _adapter(settings: Settings, seed: int) -> str:
+def stored_adapter(settings: Settings, seed: int, family: Family = "clip") -> str:
     work = settings.home / f"work-{seed}"
-    name = tiny_adapter(tiny_base(settings.home), work, seed, scale=0.02)
+    if family == "vlm":
+        name = tiny_vlm_adapter(load_vlm_base(settings.home, "tiny-vlm"), work, seed, scale=0.02)
+    else:
+        name = tiny_adapter(tiny_base(settings.home), work, seed, scale=0.02)
     Artifacts(settings.artifacts).put_directory(work, f"adapters/{name}")
     return name
 
 
-def test_a_candidate_is_judged_by_name_and_by_directory(settings: Settings) -> None:
-    name = _adapter(settings, 1)
-    verdict, page = gate_command(settings, name)
-    assert verdict.candidate == name and verdict.incumbent is None
-    assert page.is_file() and name in page.read_text()
-    assert [suite.name for suite in verdict.suites] == ["things"]
-    again, _ = gate_command(settings, str(settings.home / "work-1"), out=settings.home / "elsewhere")
-    assert again.candidate == name
-    assert (settings.home / "elsewhere" / "report.json").is_file()
+def cut_short(settings: Settings, family: Family = "vlm") -> str:
+    name = stored_adapter(settings, 3, family)
+    weights = Artifacts(settings.artifacts).fetch(f"adapters/{name}") / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-40])
+    return name
+
+
+def of_nans(settings: Settings) -> str:
+    stored_adapter(settings, 3, "vlm")
+    files = read_adapter(settings.home / "work-3")
+    tensors = {key: tensor.clone() for key, tensor in files.tensors.items()}
+    tensors[min(tensors)].view(-1)[0] = float("nan")
+    work = settings.home / "nan"
+    name = write_adapter(work, tensors, files.config, load_vlm_base(settings.home, "tiny-vlm"))
+    Artifacts(settings.artifacts).put_directory(work, f"adapters/{name}")
+    return name
+
+
+@pytest.mark.parametrize(("family", "base", "suite"), [("clip", "tiny", "things"), ("vlm", "tiny-vlm", "colours")])
+def test_a_candidate_is_judged_by_name_against_what_is_live_of_its_family_or_against_what_is_told(
+    settings: Settings, family: Family, base: str, suite: str
+) -> None:
+    live, candidate = stored_adapter(settings, 1, family), stored_adapter(settings, 2, family)
+    ledger = Ledger.open(settings.ledger)
+    adapters: dict[str, Any] = {"clip": None, "vlm": None, family: live}
+    proposal = ledger.propose("release", family=family, **adapters, actor="op", reason="first")
+    ledger.commit_release(1, **adapters, actor="op", reason="first", proposal_id=proposal.id)
+    ledger.close()
+    verdict, page = gate_command(settings, candidate)
+    assert (verdict.candidate, verdict.incumbent, verdict.base) == (candidate, live, base)
+    assert page.is_file() and candidate in page.read_text()
+    assert [each.name for each in verdict.suites] == [suite], "of its family alone"
+    elsewhere = settings.home / "elsewhere"
+    by_directory, _ = gate_command(settings, str(settings.home / "work-2"), incumbent="base", out=elsewhere)
+    assert (by_directory.candidate, by_directory.incumbent) == (candidate, None)
+    assert (elsewhere / "report.json").is_file()
+
+
+def test_what_cannot_be_judged_is_named_and_an_adapter_that_will_not_load_is_rejected(settings: Settings) -> None:
+    alone = settings.model_copy(update={"base": settings.base.model_copy(update={"vlm": ""})})
+    with pytest.raises(GateError, match=r"base\.vlm is empty"):
+        gate_command(alone, "vlm-0123456789ab")
+    with pytest.raises(AdapterError):
+        gate_command(settings, "clip-ffffffffffff")
+    verdict, page = gate_command(settings, cut_short(settings, "clip"))
+    assert verdict.outcome == "rejected" and verdict.caught_by == ("loads",)
+    assert "Rejected" in page.read_text()
 
 
 def test_the_verdict_tells_results_by_how_often_the_store_named_a_concept(settings: Settings) -> None:
     rows = [sample(0, n, text=f"a picture of concept {n % 5}") for n in range(60)]
     put(SampleStore(settings.lake), rows, Position(TOPIC, 0, 60))
-    verdict, page = gate_command(settings, _adapter(settings, 1))
+    verdict, page = gate_command(settings, stored_adapter(settings, 1))
     tail = verdict.diagnostics.tail
     assert tail is not None and tail.rows == tail.counted == 60
     assert {each.name: each.n for each in tail.suites["things"]} == {"never": 55, "10-99": 5}
@@ -72,13 +132,10 @@ def test_the_verdict_tells_results_by_how_often_the_store_named_a_concept(settin
 
 
 def test_pairs_of_a_suite_are_listed_and_mined_once(settings: Settings) -> None:
-    tiny_base(settings.home)
     index = settings.home / "data" / "things" / "data.csv"
     index.write_text(re.sub(r"thing number (\d+)", r"kind\1 shape\1", index.read_text()))
     listed = pairs_command(settings, "things")
     assert listed and all(each.first.text != each.second.text for each in listed)
-    assert len(list((settings.home / "cache" / "gate" / "pairs").iterdir())) == 1
-    assert [each.first.id for each in pairs_command(settings, "things")] == [each.first.id for each in listed]
     with pytest.raises(GateError, match=r"no retrieval suite 'other'.*things"):
         pairs_command(settings, "other")
     arguments = ["--set", f"home={settings.home}", "--set", "base.clip=tiny", "--set",
@@ -86,47 +143,82 @@ def test_pairs_of_a_suite_are_listed_and_mined_once(settings: Settings) -> None:
     shown = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert f"{len(listed)} pairs of things" in shown.output and listed[0].first.text in shown.output
     assert listed[-1].first.text not in shown.output
+    assert len(list((settings.home / "cache" / "gate" / "pairs").iterdir())) == 1, "they were mined once"
 
 
-def test_the_incumbent_is_what_is_live_unless_told(settings: Settings) -> None:
-    live, candidate = _adapter(settings, 1), _adapter(settings, 2)
-    ledger = Ledger.open(settings.ledger)
-    proposal = ledger.propose("release", clip=live, vlm=None, actor="op", reason="first")
-    ledger.commit_release(1, clip=live, vlm=None, actor="op", reason="first", proposal_id=proposal.id)
-    ledger.close()
-    assert gate_command(settings, candidate)[0].incumbent == live
-    assert gate_command(settings, candidate, incumbent="base")[0].incumbent is None
-
-
-def test_an_adapter_that_will_not_load_is_a_verdict_and_a_wrong_name_an_error(settings: Settings) -> None:
-    name = _adapter(settings, 1)
-    weights = Path(Artifacts(settings.artifacts).fetch(f"adapters/{name}")) / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-40])
-    verdict, page = gate_command(settings, name)
-    assert verdict.outcome == "rejected" and verdict.caught_by == ("loads",)
-    assert "Rejected" in page.read_text()
-    with pytest.raises(AdapterError):
-        gate_command(settings, "clip-ffffffffffff")
-
-
-def test_the_report_of_an_update_is_brought_home(settings: Settings) -> None:
-    with pytest.raises(GateError, match="no verdict yet"):
-        report_command(settings)
-    name = _adapter(settings, 1)
-    verdict, page = gate_command(settings, name)
-    ledger = Ledger.open(settings.ledger)
+def trained(ledger: Ledger, adapter: str, incumbent: str | None = None) -> UpdateRow:
     update = ledger.begin_update(
-        "update-1", family="clip", recipe={"name": "x"}, seed=0, store_version=1, data_from={}, data_to={},
-        incumbent=None,
+        f"update-{adapter}", family="vlm", recipe={"name": "vlm-x", "rank": 4}, seed=0, store_version=STORED,
+        data_from={}, data_to={"samples:0": 40}, incumbent=incumbent,
     )  # fmt: skip
-    ledger.register_adapter(name, "clip", "tiny", "a", "b", {})
-    ledger.record_verdict(update.id, name, verdict.outcome, f"reports/{update.id}/report.html", verdict.summary())
-    ledger.close()
-    artifacts = Artifacts(settings.artifacts)
-    for file in ("report.json", "report.html"):
-        artifacts.write_bytes(f"reports/{update.id}/{file}", (page.parent / file).read_bytes())
-    brought = report_command(settings)
-    assert brought.read_bytes() == page.read_bytes()
-    assert json.loads((brought.parent / "report.json").read_text())["candidate"] == name
+    ledger.register_adapter(adapter, "vlm", "tiny-vlm", "", "", {})
+    return ledger.advance_update(update.id, "trained", adapter=adapter, cost={"sample_gflops": 0.1})
+
+
+def judge(settings: Settings, ledger: Ledger, update: UpdateRow) -> UpdateRow:
+    artifacts, store = Artifacts(settings.artifacts), SampleStore(settings.lake)
+    return gate_update(settings, ledger, artifacts, store, load_vlm_base(settings.home, "tiny-vlm"), update)
+
+
+def engine_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("vlm-")]
+
+
+@pytest.fixture
+def asked(settings: Settings) -> Settings:
+    """40 fresh questions are in the store."""
+    rows = [
+        {"kind": "sample", "id": digest_bytes(encoded_square(one.picture)), "image": encoded_square(one.picture),
+         "text": "", "question": one.question, "answer": one.answer, "domain": "things", "concept": "",
+         "ingested_at": datetime.now(UTC), "split": "fresh_eval", "look": None, "words": 0, "topic": "samples",
+         "partition": 0, "offset": offset}
+        for offset, one in enumerate(unknown(range(5000, 5040)))
+    ]  # fmt: skip
+    SampleStore(settings.lake).put(rows, [Position("samples", 0, 40)])
+    return settings
+
+
+def test_an_update_whose_engine_died_is_judged_again_and_every_engine_is_closed(
+    asked: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger.open(asked.ledger)
+    update = trained(ledger, stored_adapter(asked, 2, "vlm"), incumbent=stored_adapter(asked, 1, "vlm"))
+
+    async def die(engine: TransformersEngine, *arguments: Any) -> Any:
+        raise EngineDead("out of memory", "Start a new engine.")
+
+    with pytest.raises(GateError, match="no verdict yet"):
+        report_command(asked)
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "reply", die)
+        with pytest.raises(GateError, match="out of memory"):
+            judge(asked, ledger, update)
+    assert engine_threads() == []
+    assert ledger.verdict_of(update.id) is None and ledger.update(update.id).state == "trained"
+
+    assert judge(asked, ledger, update).state == "gated"
+    assert engine_threads() == []
+    verdict = ledger.verdict_of(update.id)
+    assert verdict is not None
+    assert set(verdict.summary["suites"]) == {"colours", "fresh.things"}, "suites of the CLIP are not asked"
+    assert verdict.summary["suites"]["colours"]["metric"] == "exact_match"
+    page = Artifacts(asked.artifacts).read_bytes(f"reports/{update.id}/report.html")
+    assert str(update.incumbent) in page.decode() and "parity" in page.decode()
+    brought = report_command(asked)
+    assert brought.read_bytes() == page
+    assert json.loads((brought.parent / "report.json").read_text())["candidate"] == update.adapter
     with pytest.raises(GateError, match="nobody"):
-        report_command(settings, "nobody")
+        report_command(asked, "nobody")
+
+
+@pytest.mark.parametrize(("broken", "why"), [(cut_short, "cut short"), (of_nans, "not finite")])
+def test_an_update_that_will_not_load_is_a_verdict_with_a_report(
+    asked: Settings, broken: Callable[[Settings], str], why: str
+) -> None:
+    ledger = Ledger.open(asked.ledger)
+    update = trained(ledger, broken(asked))
+    assert judge(asked, ledger, update).state == "gated"
+    verdict = ledger.verdict_of(update.id)
+    assert verdict is not None and verdict.outcome == "rejected" and verdict.summary["caught_by"] == ["loads"]
+    report = Artifacts(asked.artifacts).read_bytes(f"reports/{update.id}/report.html").decode()
+    assert "Rejected" in report and why in report

@@ -16,7 +16,9 @@ from typing import Any, ClassVar, Literal
 
 import httpx
 import numpy as np
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from benchmarks.serving.session_processes import engine_pids, session_pids
 from core.addresses import free_port
@@ -30,6 +32,7 @@ from demo.load.answers import ExpectedVectors
 from demo.load.traffic import Traffic
 from ratchet_client import Client
 from ratchet_client.records import Sample
+from serving.engines.adapters import CONFIG, WEIGHTS, write_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.heads import Head, read_heads
@@ -60,27 +63,26 @@ class ServerFixture:
     _started: ClassVar[ServerFixture | None] = None
 
     @classmethod
-    def make(
-        cls, home: Path, vlm_engine: str = "", rollout: dict[str, Any] | None = None, **serve: Any
-    ) -> ServerFixture:
-        """Make a home with a tiny base and start nothing. ``vlm_engine``: runs a tiny VLM; empty for no VLM.
-
-        The guard is off without ``rollout``, because it would roll back random adapters.
-        """
+    def make(cls, home: Path, vlm_engine: str = "", **serve: Any) -> ServerFixture:
+        """Make a home with a tiny base and start nothing. ``vlm_engine``: runs a tiny VLM; empty for no VLM."""
         home.mkdir(parents=True, exist_ok=True)
         base = tiny_base(home)
         vlm = tiny_vlm_base(home) if vlm_engine else None
         if vlm is not None:
             serve = {"vlm_engine": vlm_engine, "vlm_max_rank": 8, "vlm_memory_gib": 0.25} | serve
-        bases = {"clip": base.name, "vlm": vlm.name if vlm is not None else ""}
+        bounds = {
+            "port": free_port(), "deadline_seconds": 20, "max_image_bytes": 1 << 20,
+            "max_pixels": 1_000_000, "encoder_replicas": 2, "encoder_threads": 1,
+            "cache_bytes": 0,  # tests repeat their inputs, and mean the encoders
+        }  # fmt: skip
+        settings = {
+            "home": str(home), "base": {"clip": base.name, "vlm": vlm.name if vlm is not None else ""},
+            "serve": bounds | serve, "watch": {"seconds": 1.0, "drift_window": 10},
+            # Tests share a server: a guard would take back their random adapters, and after a rollback of one, the
+            # updates of the next one would wait.
+            "rollout": {"hold_after_rollback": False, "guard_seconds": 0},
+        }  # fmt: skip
         config = home / "ratchet.yaml"
-        bounds = {"port": free_port(), "deadline_seconds": 20,
-                  "max_image_bytes": 1 << 20, "max_pixels": 1_000_000, "encoder_replicas": 2, "encoder_threads": 1,
-                  "cache_bytes": 0}  # fmt: skip  # tests repeat their inputs, and mean the encoders
-        # Tests share a server: a rollback of one must not make the updates of the next one wait.
-        guard = {"hold_after_rollback": False} | ({"guard_seconds": 0} if rollout is None else rollout)
-        watch = {"seconds": 1.0, "drift_window": 10}
-        settings = {"home": str(home), "base": bases, "serve": bounds | serve, "rollout": guard, "watch": watch}
         config.write_text(yaml.safe_dump(settings))
         return cls(load_settings(config, environ={}), base, config, vlm=vlm)
 
@@ -95,7 +97,11 @@ class ServerFixture:
         return server
 
     def configure(self, **settings: Any) -> None:
-        self.config.write_text(yaml.safe_dump(yaml.safe_load(self.config.read_text()) | settings))
+        """Change settings; of a section, those that are named."""
+        known = yaml.safe_load(self.config.read_text())
+        for name, value in settings.items():
+            known[name] = {**known.get(name, {}), **value} if isinstance(value, dict) else value
+        self.config.write_text(yaml.safe_dump(known))
         self.settings = load_settings(self.config, environ={})
 
     def move_ledger(self, to: Literal["up", "down"]) -> None:
@@ -116,11 +122,13 @@ class ServerFixture:
         return Client(self.url, self.settings.operator_key().get_secret_value(), actor=actor, retries=0)
 
     def ensure_running(self) -> None:
+        """Start the server unless it runs, and wait until CLIP answers and, where one is served, the VLM."""
         if self.process is None or self.process.poll() is not None:
             self.start()
+            self.until(self.client().is_ready)
 
     def start(self) -> None:
-        """Start the server and wait until CLIP answers and, where one is served, the VLM.
+        """Start the server and wait until CLIP answers.
 
         Stops a server that another fixture left running: even an idle server takes processor time that tests need.
         """
@@ -136,8 +144,6 @@ class ServerFixture:
         process = self.process
         self.until(lambda: process.poll() is not None or b"ratchet serves on" in path.read_bytes()[before:])
         assert process.poll() is None, self.log()
-        if self.vlm is not None:
-            self.until(self.client().is_ready)
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
@@ -211,8 +217,7 @@ class ServerFixture:
         """Store a new random adapter in the ledger, with a passed verdict if wanted. With labelled images it has the
         head ``animals``.
         """
-        self._seeds += 1
-        folder = self.settings.home / "made" / str(self._seeds)
+        folder = self._new_folder()
         name = tiny_adapter(self.base, folder, self._seeds, scale, towers)
         engine = ClipEngine(self.base)
         spaces = engine.load(name, folder)
@@ -221,80 +226,96 @@ class ServerFixture:
             head = fit_head(engine.encode_images(pixels, name), [label for _, label in labelled])
             folder = with_heads(engine, folder, {"animals": head}, folder.with_name(f"{self._seeds}-with-heads"))
             name = folder.name
+        return self.keep(name, folder, "clip", (spaces.image, spaces.text), passed)
+
+    def vlm_adapter(self) -> str:
+        assert self.vlm is not None
+        folder = self._new_folder()
+        return self.keep(tiny_vlm_adapter(self.vlm, folder, self._seeds, 1.0, ("text", "image")), folder, "vlm")
+
+    def nan_adapter(self, family: Family) -> str:
+        """An adapter whose first weights are no numbers, with a passed verdict."""
+        base: ClipBase | VlmBase | None = self.base if family == "clip" else self.vlm
+        assert base is not None
+        made = self.adapter() if family == "clip" else self.vlm_adapter()
+        good = Artifacts(self.settings.artifacts).fetch(f"adapters/{made}")
+        tensors = load_file(good / WEIGHTS)
+        first = min(tensors)
+        tensors[first] = torch.full_like(tensors[first], float("nan"))
+        folder = self._new_folder()
+        return self.keep(write_adapter(folder, tensors, json.loads((good / CONFIG).read_text()), base), folder, family)
+
+    def keep(
+        self, name: str, folder: Path, family: Family, spaces: tuple[str, str] | None = None, passed: bool = True
+    ) -> str:
         Artifacts(self.settings.artifacts).put_directory(folder, f"adapters/{name}")
-        self.ledger.register_adapter(
-            name, family="clip", base=self.base.digest, image_space=spaces.image, text_space=spaces.text, meta={}
-        )
+        base = self.base if family == "clip" else self.vlm
+        image, text = spaces or ("", "")
+        assert base is not None
+        self.ledger.register_adapter(name, family=family, base=base.digest, image_space=image, text_space=text, meta={})
         if passed:
-            self.judged(name, "clip")
+            self._update(f"judged-{name}", family)
+            self.ledger.advance_update(f"judged-{name}", "done", adapter=name)
+            self.ledger.record_verdict(f"judged-{name}", name, "passed", "reports/none", {})
         return name
+
+    def _new_folder(self) -> Path:
+        self._seeds += 1
+        return self.settings.home / "made" / str(self._seeds)
+
+    def _update(self, update: str, family: Family) -> None:
+        self.ledger.begin_update(
+            update, family=family, recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None
+        )
 
     def head_of(self, name: str) -> Head:
         return read_heads(Artifacts(self.settings.artifacts).fetch(f"adapters/{name}"))["animals"]
 
-    def judged(self, name: str, family: Family) -> None:
-        ledger, update = self.ledger, f"judged-{name}"
-        ledger.begin_update(
-            update, family=family, recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None
-        )
-        ledger.advance_update(update, "done", adapter=name)
-        ledger.record_verdict(update, name, "passed", "reports/none", {})
-
-    def vlm_adapter(self, parts: tuple[str, ...] = ("text", "image"), scale: float = 1.0) -> str:
-        assert self.vlm is not None
-        self._seeds += 1
-        folder = self.settings.home / "made" / str(self._seeds)
-        return self.keep_vlm(tiny_vlm_adapter(self.vlm, folder, self._seeds, scale, parts), folder)
-
-    def keep_vlm(self, name: str, folder: Path) -> str:
-        assert self.vlm is not None
-        Artifacts(self.settings.artifacts).put_directory(folder, f"adapters/{name}")
-        self.ledger.register_adapter(name, family="vlm", base=self.vlm.digest, image_space="", text_space="", meta={})
-        self.judged(name, "vlm")
-        return name
-
     def propose_update(self, name: str, family: Family = "clip") -> None:
-        ledger, update = self.ledger, f"update-{name}"
-        ledger.begin_update(
-            update, family=family, recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None
+        self._update(f"update-{name}", family)
+        adapters: dict[str, Any] = {"clip": None, "vlm": None, family: name}
+        self.ledger.propose(
+            "update", family=family, **adapters, actor="updater", reason="gate passed", update_id=f"update-{name}"
         )
-        ledger.propose(
-            "update", family=family, clip=name if family == "clip" else None, vlm=name if family == "vlm" else None,
-            actor="updater", reason="gate passed", update_id=update,
-        )  # fmt: skip
 
-    def traffic(self, rate: float = 30.0, concurrency: int = 0) -> Traffic:
-        """Send a checked load, in which every third request asks the VLM if there is one. ``concurrency``: number of
-        callers that wait for their answers, instead of a rate.
+    def traffic(self, rate: float = 30.0, concurrency: int = 0, questions: bool = False) -> Traffic:
+        """Send a checked load. ``questions``: every third request asks the VLM. ``concurrency``: number of callers that
+        wait for their answers, instead of a rate.
         """
-        asked = [(image, text) for image in self.images for text in QUESTIONS] if self.vlm is not None else []
+        asked = [(image, text) for image in self.images for text in QUESTIONS] if questions else []
         return Traffic(self.url, images=self.images, texts=TEXTS, questions=asked, settings=self.settings, rate=rate,
                        concurrency=concurrency)  # fmt: skip
 
     def expected(self, adapter: str | None, images: Sequence[bytes] = (), texts: Sequence[str] = ()) -> Any:
         """Vectors that a server must return under an adapter: images first, then texts."""
-        made = ExpectedVectors(self.settings, images or self.images[:1], texts or TEXTS[:1])
-        rows = made.of(adapter or "base")
-        offset = max(1, len(images))
-        return rows[: len(images)] if not texts else rows[offset:] if not images else rows
+        rows = ExpectedVectors(self.settings, images or self.images[:1], texts or TEXTS[:1]).of(adapter or "base")
+        first = 0 if images else 1
+        return rows[first : first + len(images) + len(texts)]
+
+    def until_covered(self) -> None:
+        """Wait until the catalog has the samples of the shared server in every space."""
+        with self.client() as client:
+
+            def covered() -> bool:
+                catalog = client.status()["catalog"]
+                return bool(catalog["corpus_rows"] >= 40 and catalog["coverage"] >= 1.0)
+
+            self.until(covered)
 
     def add_samples(self, count: int, domain: str = "cats", source: str = "test", year: int = 2024) -> list[str]:
         """Add accepted samples as ingest would have stored them, and return their IDs."""
         store = SampleStore(self.settings.lake)
         offset = store.offsets().get("t:0", 0)
-        drawn = pictures(offset + count)[offset:]
-        rows, ids = [], []
-        for index, image in enumerate(drawn):
+        rows = []
+        for index, image in enumerate(pictures(offset + count)[offset:]):
             sample = Sample(image=image, text=f"{domain} number {offset + index}", domain=domain, source=source)
             rows.append(
                 {
                     "kind": "sample", "id": sample.id, "image": image, "text": sample.text, "domain": domain,
                     "source": source, "time": datetime(year, 1, 1 + index % 28, tzinfo=UTC),
                     "ingested_at": datetime.now(UTC), "split": "train", "tags": [], "topic": "t", "partition": 0,
-                    "look": None, "words": 0,
-                    "offset": offset + index, "question": "", "answer": "",
+                    "look": None, "words": 0, "offset": offset + index, "question": "", "answer": "",
                 }
             )  # fmt: skip
-            ids.append(sample.id)
         store.put(rows, [Position("t", 0, offset + count)])
-        return ids
+        return [row["id"] for row in rows]

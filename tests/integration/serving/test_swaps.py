@@ -1,105 +1,195 @@
-"""Releases under load and under faults: no request fails, and none is answered by two models."""
+"""Releases of a CLIP and a VLM under load and under faults: no request fails, and none is answered by two models. Then
+engines that die, and clients that disconnect.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
-import torch
-from safetensors.torch import load_file
 
+from benchmarks import traces
+from benchmarks.otlp_collector import OtlpCollector
 from core.artifacts import Artifacts
-from ratchet_client import Conflict, ServerError
-from serving.engines.adapters import write_adapter
-from serving.ray.ray_session import session_directory
+from core.errors import ConfigError
+from ratchet_client import Conflict, ServerError, data_uri
+from serving.app import start
+from serving.ray.ray_session import end_leftovers, session_directory
 from tests.integration.serving.server_fixture import ROOT, ServerFixture
+from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
 
-def test_swaps_and_rollbacks_under_load_fail_and_mix_nothing(server: ServerFixture) -> None:
-    names = [server.adapter() for _ in range(3)]
-    with server.client() as client, server.traffic(rate=40) as traffic:
-        traffic.wait_for(20)
+def test_releases_a_rollback_and_a_killed_encoder_under_load_fail_and_mix_nothing(server: ServerFixture) -> None:
+    names = [server.adapter() for _ in range(4)]
+    with server.client() as client, server.traffic(rate=40) as traffic, ThreadPoolExecutor(1) as pool:
         made = []
-        for name in names:
+        for name in names[:3]:
             made.append(client.release(name, reason="swap"))
             server.until(lambda: made[-1]["number"] in traffic.releases())
         held = {row["clip"] for row in client.releases()["data"] if row["resident"]}
         back = client.rollback(reason="back")
+        assert back["clip"] == names[1]
+        assert back["clip"] in held  # nothing has to be loaded for it, so it is immediate
         server.until(lambda: back["number"] in traffic.releases())
-        traffic.wait_for(200)
+
+        releasing = pool.submit(lambda: [client.release(name, reason="under fire") for name in names])
+        with server.client() as other:
+            server.until(lambda: other.live() > back["number"])
+        encoders = server.pids("ServeReplica:ratchet:Encoder")
+        assert len(encoders) == 2
+        os.kill(encoders[0], signal.SIGKILL)
+        last = releasing.result(timeout=120)[-1]
+        server.until(lambda: last["number"] in traffic.releases())
     report = traffic.report()
-    assert report.failed == 0, report.problems
-    assert report.mixed == 0, report.problems
-    assert {outcome["number"] for outcome in made} | {back["number"]} <= set(report.releases)
-    assert back["clip"] == names[1]
-    assert back["clip"] in held  # nothing has to be loaded for it, so it is immediate
-    assert server.ledger.live().number == back["number"]  # type: ignore[union-attr]
+    assert (report.failed, report.mixed) == (0, 0), report.problems
+    assert server.ledger.live().number == last["number"]  # type: ignore[union-attr]
+    server.until(lambda: len(server.pids("ServeReplica:ratchet:Encoder")) == 2)
 
 
-def test_a_release_answers_when_every_replica_serves_it(server: ServerFixture) -> None:
-    name = server.adapter()
+def replica(server: ServerFixture) -> dict[str, Any]:
     with server.client() as client:
-        made = client.release(name, reason="everywhere")
-        seen = {
-            client._http.post("/v1/embeddings", json={"input": "x"}).headers["x-ratchet-release"] for _ in range(40)
-        }
-    assert seen == {str(made["number"])}
-    assert made["acknowledged"] >= 3  # one ingress, two encoders
+        found: dict[str, Any] = client.status()["controller"]["vlm"][0]
+        return found
 
 
-def test_a_request_has_one_id_in_its_answer_and_in_the_log_of_another_replica(server: ServerFixture) -> None:
+def test_swaps_and_rollbacks_under_mixed_load_fail_and_mix_nothing(server: ServerFixture) -> None:
+    names = [server.vlm_adapter() for _ in range(4)]
+    clip = server.adapter()
+    with server.client() as client, server.traffic(rate=12, questions=True) as traffic:
+        traffic.wait_for(12)
+        made = []
+        for count, name in enumerate([*names, *names[:2]]):
+            made.append(client.release(vlm=name, reason="swap"))
+            server.until(lambda: made[-1]["number"] in traffic.releases())
+            if count == 2:
+                other = client.release(clip, reason="CLIP in between")
+                assert (other["clip"], other["vlm"], other["family"]) == (clip, name, "clip")
+            if count % 3 == 2:
+                held = replica(server)["resident"]
+                made.append(client.rollback("back", family="vlm"))
+                assert made[-1]["vlm"] == names[count % 4 - 1]
+                assert made[-1]["vlm"] in held  # nothing has to be loaded for it, so it is immediate
+                assert made[-1]["clip"] == clip
+                server.until(lambda: made[-1]["number"] in traffic.releases())
+        traffic.wait_for(80)
+    report = traffic.report()
+    assert (report.failed, report.mixed) == (0, 0), report.problems
+    assert len({sample.release for sample in report.samples if sample.family == "vlm"}) >= 3
+    assert len(replica(server)["resident"]) <= server.settings.serve.rollback_window + 1
+
+
+def test_adapters_that_cannot_be_served_are_refused_while_answers_go_on(server: ServerFixture) -> None:
+    corrupt = server.adapter()
+    weights = Artifacts(server.settings.artifacts).fetch(f"adapters/{corrupt}") / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    other_base = tiny_vlm_base(server.settings.home / "elsewhere", seed=5)
+    folder = server.settings.home / "made" / "foreign"
+    foreign = server.keep(tiny_vlm_adapter(other_base, folder, 7), folder, "vlm")
+    with server.client() as client, server.traffic(rate=6, questions=True) as traffic:
+        before = client.live()
+        for family, name, why in (
+            ("clip", corrupt, "cannot be served"),
+            ("clip", server.nan_adapter("clip"), "finite"),
+            ("vlm", server.nan_adapter("vlm"), "finite"),
+            ("vlm", foreign, "base"),
+        ):
+            with pytest.raises(ServerError, match=why) as caught:
+                client.release(**{family: name}, reason="bad")  # type: ignore[arg-type]
+            assert caught.value.status == 422
+            failed = server.ledger.proposals(1)[0]
+            assert failed.state == "failed" and name in (failed.error or "")
+        with pytest.raises(ServerError, match="vlm-ffffffffffff"):
+            client.release(vlm="vlm-ffffffffffff", reason="nobody knows it")
+        with pytest.raises(ServerError, match="no vlm adapter"):
+            client.release(vlm=server.adapter(), reason="of the other family")
+        traffic.wait_for(20)
+        assert client.live() == before
+    report = traffic.report()
+    assert (report.failed, report.mixed) == (0, 0), report.problems
+
+
+def test_a_client_that_goes_frees_its_place(server: ServerFixture) -> None:
+    server.until(lambda: replica(server)["running"] == 0)
+    gone = 'ratchet_vlm_requests_total{kind="stream",outcome="gone"}'
+    before = server.metric(gone)
+    shown = {"type": "image_url", "image_url": {"url": data_uri(server.images[0])}}
+    content = [shown, {"type": "text", "text": "what is this?"}]
+    with httpx.Client(base_url=server.url, timeout=20, trust_env=False) as client:
+        for seed in range(8):
+            body = {"model": "vlm", "stream": True, "temperature": 2, "seed": seed, "max_tokens": 128,
+                    "messages": [{"role": "user", "content": content}]}  # fmt: skip
+            response = client.send(client.build_request("POST", "/v1/chat/completions", json=body), stream=True)
+            assert response.status_code == 200
+            next(response.iter_lines())
+            response.close()
+    server.until(lambda: replica(server)["running"] == 0)
+    assert server.metric(gone) > before, "every answer was finished before its client went"
+    assert server.metric("ratchet_vlm_first_token_seconds_count") > 0
+
+
+def test_a_collector_gets_a_search_and_a_chat_from_http_to_the_engine(
+    server: ServerFixture, collector: OtlpCollector, tmp_path: Path
+) -> None:
+    picture = tmp_path / "traces.svg"
+    figures = traces.measure(server.url, collector, True, 2, picture)
+    assert {"intake", "queue", "forward", "search"} <= set(figures["search"]["names"])
+    assert {"intake", "inspect", "decode", "engine"} <= set(figures["chat"]["names"])
+    assert "<svg" in picture.read_text()
+
+
+def test_a_killed_engine_shows_and_comes_back_with_what_is_live(server: ServerFixture) -> None:
+    vlm = server.vlm_adapter()
+    with server.client() as client:
+        number = client.release(vlm=vlm, reason="before the kill")["number"]
+        before = client.vqa(server.images[0], "what is this?")
+        for model in (f"vlm@{number}", vlm):
+            assert client.vqa(server.images[0], "what is this?", model=model)["answer"] == before["answer"]
+        with pytest.raises(ServerError, match=re.escape(f"vlm@{number}")) as caught:
+            client.vqa(server.images[0], "is it red?", model="vlm@99999")
+        assert caught.value.status == 404
+
+        own = server.settings.serve.vlm_engine == "vllm"  # else the engine is the replica's process itself
+        (victim,) = server.engines() if own else server.pids("ServeReplica:ratchet:Vlm")
+        os.kill(victim, signal.SIGKILL)
+        with httpx.Client(base_url=server.url, timeout=30, trust_env=False) as plain:
+            assert plain.get("/health/live").status_code == 503 or not own
+            assert len(client.embed(["CLIP goes on"])[0]) == server.base.dim
+            server.until(lambda: plain.get("/health/live").status_code == 200)
+        after = client.vqa(server.images[0], "what is this?")
+        assert (after["answer"], after["release"], after["adapter"]) == (before["answer"], number, vlm)
+    server.until(lambda: len(server.engines()) <= 1)
+
+
+def test_a_release_answers_when_every_replica_serves_it_and_its_request_is_in_the_log_of_the_controller(
+    server: ServerFixture,
+) -> None:
     body, headers = {"clip": server.adapter(), "reason": "to be found"}, {"x-request-id": "find-me:17"}
     with server.client() as client:
         answer = client._http.post("/admin/v1/releases", json=body, headers=headers)
-        other = client._http.post("/v1/embeddings", json={"input": "x"}, headers={"x-request-id": "not sane"})
+        others = [
+            client._http.post("/v1/embeddings", json={"input": "x"}, headers={"x-request-id": "not sane"})
+            for _ in range(40)
+        ]
+    assert {other.headers["x-ratchet-release"] for other in others} == {str(answer.json()["number"])}
+    assert answer.json()["acknowledged"] >= 3  # one ingress, two encoders
     assert answer.headers.get_list("x-request-id") == ["find-me:17"]
-    (made_for_it,) = other.headers.get_list("x-request-id")
+    (made_for_it,) = others[0].headers.get_list("x-request-id")
     assert made_for_it != "not sane"
     lines = lambda: [each for each in server.records() if each.get("request_id") == "find-me:17"]  # noqa: E731
     server.until(lines)
     assert {(each["role"], each["level"]) for each in lines()} == {("controller", "INFO")}
     assert all(each["replica"] for each in lines())
-
-
-def test_killing_an_encoder_while_releases_commit_fails_no_request(server: ServerFixture) -> None:
-    names = [server.adapter() for _ in range(4)]
-    stop = threading.Event()
-
-    def release_on() -> list[dict[str, object]]:
-        with server.client() as client:
-            outcomes, count = [], 0
-            while not stop.is_set() or count < len(names):
-                outcomes.append(client.release(names[count % len(names)], reason="under fire"))
-                count += 1
-            return outcomes
-
-    with server.traffic(rate=30) as traffic, ThreadPoolExecutor(1) as pool:
-        traffic.wait_for(20)
-        releasing = pool.submit(release_on)
-        time.sleep(0.3)
-        encoders = server.pids("ServeReplica:ratchet:Encoder")
-        assert len(encoders) == 2
-        os.kill(encoders[0], signal.SIGKILL)
-        time.sleep(2)
-        stop.set()
-        outcomes = releasing.result(timeout=120)
-        traffic.wait_for(150)
-    report = traffic.report()
-    assert report.failed == 0, report.problems
-    assert report.mixed == 0, report.problems
-    assert len(outcomes) >= len(names)
-    server.until(lambda: len(server.pids("ServeReplica:ratchet:Encoder")) == 2)
 
 
 def test_a_rollback_waits_for_no_stopped_encoder_and_no_preparation(server: ServerFixture) -> None:
@@ -122,36 +212,6 @@ def test_a_rollback_waits_for_no_stopped_encoder_and_no_preparation(server: Serv
         server.until(lambda: client.live() == back["number"])
     assert back["commit_seconds"] + back["prepare_seconds"] < 5, back  # alone 0.6 s, and a preparation waits for 300
     assert seconds < 10
-
-
-def test_an_adapter_that_is_corrupt_or_makes_nans_is_refused_and_what_is_live_stays_live(server: ServerFixture) -> None:
-    corrupt, nans = server.adapter(), nan_adapter(server)
-    weights = Artifacts(server.settings.artifacts).fetch(f"adapters/{corrupt}") / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-64])
-    with server.client() as client:
-        before = client.live()
-        for name, why in ((corrupt, "cannot be served"), (nans, "finite")):
-            with pytest.raises(ServerError, match=why) as caught:
-                client.release(name, reason="broken", force=True)
-            assert caught.value.status == 422
-            failed = server.ledger.proposals(1)[0]
-            assert failed.state == "failed" and name in (failed.error or "")
-        assert client.live() == before
-        assert len(client.embed(["still here"])[0]) == server.base.dim
-
-
-def nan_adapter(server: ServerFixture) -> str:
-    good = Artifacts(server.settings.artifacts).fetch(f"adapters/{server.adapter()}")
-    tensors = load_file(good / "adapter_model.safetensors")
-    first = sorted(tensors)[0]
-    tensors[first] = torch.full_like(tensors[first], float("nan"))
-    folder = server.settings.home / "made" / "nan"
-    name = write_adapter(folder, tensors, json.loads((good / "adapter_config.json").read_text()), server.base)
-    Artifacts(server.settings.artifacts).put_directory(folder, f"adapters/{name}")
-    server.ledger.register_adapter(
-        name, family="clip", base=server.base.digest, image_space="0" * 12, text_space="0" * 12, meta={}
-    )
-    return name
 
 
 ROLL = """
@@ -187,8 +247,7 @@ def test_new_code_of_every_deployment_is_rolled_out_and_fails_no_request(server:
         subprocess.run(command, check=True, env={**environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, timeout=240)
         traffic.wait_for(40)
     report = traffic.report()
-    assert report.failed == 0, report.problems
-    assert report.mixed == 0, report.problems
+    assert (report.failed, report.mixed) == (0, 0), report.problems
     for name in deployments:
         assert not old[name] & set(server.pids(f"ServeReplica:ratchet:{name}")), name
     with server.client() as client:
@@ -196,10 +255,23 @@ def test_new_code_of_every_deployment_is_rolled_out_and_fails_no_request(server:
 
 
 def test_a_home_is_served_once(server: ServerFixture) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "serving.app", str(server.config)], capture_output=True, text=True, cwd=ROOT, timeout=60
-    )
-    assert done.returncode != 0
-    assert "serves this home already" in done.stderr
+    with pytest.raises(ConfigError, match="serves this home already"):
+        start(server.settings)
     with server.client() as client:
         assert client.is_ready()
+
+
+@pytest.mark.long
+def test_no_engine_outlives_its_replica_or_the_next_start_of_its_server(server: ServerFixture) -> None:
+    """Kills the server and does what its next start does first."""
+    if server.settings.serve.vlm_engine != "vllm":
+        pytest.skip("transformers has no process of its own")
+    first = set(server.engines())
+    assert first
+    os.kill(server.pids("ServeReplica:ratchet:Vlm")[0], signal.SIGKILL)
+    server.until(lambda: not first & set(server.engines()))
+    server.until(server.engines)
+    second = server.engines()
+    server.kill_everything(but=second)
+    end_leftovers(session_directory(server.settings))
+    assert not set(second) & set(server.engines())
