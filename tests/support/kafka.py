@@ -128,5 +128,13 @@ def reading(
     assert not thread.is_alive() and not failures, f"ingest ended badly: {failures}"
 
 
+@contextmanager
+def taken(ingest: Consumer, count: int) -> Iterator[None]:
+    """Wait at the end of the block until the ingest has dealt with this many more records."""
+    seen = records_seen(ingest.status)
+    yield
+    wait_for(lambda: records_seen(ingest.status) >= seen + count, f"{count} records")
+
+
 def records_seen(status: IngestStatus) -> int:
     return status.samples + status.duplicates + status.quarantined + status.tombstones

@@ -13,9 +13,8 @@ from core.artifacts import Artifacts
 from core.ledger import Ledger, UpdateRow
 from core.settings import Settings
 from serving.engines.clip_base import load_base
-from tests.integration.updater import mortal_trainer
 from tests.integration.updater.home import add_samples, commit, judged_as, made_by, make_home, release
-from tests.integration.updater.test_kill import SECONDS
+from tests.integration.updater.mortal_trainer import SECONDS, start
 from tests.unit.updater.builders import recipe
 from updater.adapters import read_delta
 from updater.service import train_update
@@ -40,6 +39,14 @@ def memory_of(settings: Settings, update: UpdateRow) -> CarryOver:
 
 def last(settings: Settings) -> UpdateRow:
     return Ledger.open(settings.ledger).updates()[0]
+
+
+def killed_and_continued(settings: Settings, point: str) -> UpdateRow:
+    killed = start(settings.home, point)
+    assert killed.wait(SECONDS) == -signal.SIGKILL, killed.output()
+    assert last(settings).state == "training"
+    UpdaterService(settings).step()
+    return last(settings)
 
 
 @pytest.fixture(autouse=True)
@@ -86,17 +93,11 @@ def test_the_next_update_is_given_what_the_incumbents_one_left(tmp_path: Path, g
 
 @pytest.mark.long
 def test_a_trainer_killed_before_its_memory_is_stored_stores_it_the_next_time(tmp_path: Path) -> None:
-    undisturbed = remembering(tmp_path / "undisturbed")
-    UpdaterService(undisturbed).step()
-    settings = remembering(tmp_path / "home")
-    killed = mortal_trainer.start(settings.home, "before the memory is stored")
-    assert killed.wait(SECONDS) == -signal.SIGKILL, killed.output()
-    left = last(settings)
-    assert left.state == "training"
-    assert not Artifacts(settings.artifacts).exists("memories")
-    UpdaterService(settings).step()
-    assert last(settings).adapter == last(undisturbed).adapter
-    assert memory_of(settings, last(settings)).digest == memory_of(undisturbed, last(undisturbed)).digest
+    undisturbed, settings = remembering(tmp_path / "undisturbed"), remembering(tmp_path / "home")
+    one = made_by(UpdaterService(undisturbed))
+    other = killed_and_continued(settings, "before the memory is stored")
+    assert other.adapter == one.adapter
+    assert memory_of(settings, other).digest == memory_of(undisturbed, one).digest
 
 
 def test_an_update_that_starts_from_a_memory_ends_alike_when_it_is_killed(tmp_path: Path) -> None:
@@ -108,11 +109,7 @@ def test_an_update_that_starts_from_a_memory_ends_alike_when_it_is_killed(tmp_pa
     service.ledger.close()
     shutil.copytree(undisturbed.home, tmp_path / "home")
     settings = make_home(tmp_path / "home")
-    UpdaterService(undisturbed).step()
-    killed = mortal_trainer.start(settings.home, "in the middle of training")
-    assert killed.wait(SECONDS) == -signal.SIGKILL, killed.output()
-    assert last(settings).state == "training"
-    UpdaterService(settings).step()
-    one, other = last(undisturbed), last(settings)
+    one = made_by(UpdaterService(undisturbed))
+    other = killed_and_continued(settings, "in the middle of training")
     assert (other.id, other.state, other.adapter) == (one.id, "done", one.adapter)
     assert memory_of(settings, other).digest == memory_of(undisturbed, one).digest

@@ -11,7 +11,7 @@ from core.settings import Settings
 from core.settings.updates import LearnedHead
 from serving.engines.adapters import read_adapter
 from serving.engines.clip import ClipEngine
-from streams.store.sample_store import SampleStore
+from serving.engines.clip_base import load_base
 from tests.integration.updater.home import add_samples, changed, judged_as, made_by, report_of
 from tests.unit.updater.builders import COLOURS
 from updater.gate.sample_suites import head_suites
@@ -24,23 +24,23 @@ HEADS = [
 ]
 
 
-def _label(settings: Settings, train: int, held_out: int) -> SampleStore:
-    label = lambda offset: {"label": COLOURS[offset % 3]}  # noqa: E731
-    add_samples(settings, train, words=label)
-    add_samples(settings, held_out, split="fresh_eval", words=label)
-    return SampleStore(settings.lake)
-
-
-def test_a_labelled_stream_ends_in_a_head_that_the_gate_asks(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def settings(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
     judged_as("passed", monkeypatch)
-    settings = changed(settings, "updater", heads=HEADS)
-    store = _label(settings, 36, 24)
+    return changed(settings, "updater", heads=HEADS)
+
+
+def add_labelled(settings: Settings, train: int, held_out: int) -> None:
+    for count, split in ((train, "train"), (held_out, "fresh_eval")):
+        add_samples(settings, count, split=split, words=lambda offset: {"label": COLOURS[offset % 3]})
+
+
+def test_a_labelled_stream_ends_in_a_head_that_the_gate_asks(settings: Settings) -> None:
+    add_labelled(settings, 36, 24)
     service = UpdaterService(settings)
     update = made_by(service)
-    artifacts = Artifacts(settings.artifacts)
-    files = read_adapter(artifacts.fetch(f"adapters/{update.adapter}"))
+    folder = Artifacts(settings.artifacts).fetch(f"adapters/{update.adapter}")
+    files = read_adapter(folder)
     assert files.name == update.adapter and list(files.heads) == ["colours"]
     head = files.heads["colours"]
     assert head.labels == tuple(sorted(COLOURS[:3])) and head.counts == (12, 12, 12)
@@ -50,11 +50,11 @@ def test_a_labelled_stream_ends_in_a_head_that_the_gate_asks(
     assert {check["name"]: check["ok"] for check in report["checks"]}["loads"]
     bare = changed(settings, "updater", heads=[])
     with pytest.raises(AdapterError, match="nothing judges the head 'colours'"):
-        head_suites(bare, store, update.store_version, files.heads)  # what is not judged does not pass
+        head_suites(bare, service.store, update.store_version, files.heads)  # what is not judged does not pass
     # learned of the candidate's own vectors, and of no sample that is held out
-    engine = ClipEngine(service.bases["clip"], "cpu")  # type: ignore[arg-type]
-    engine.load(files.name, artifacts.fetch(f"adapters/{update.adapter}"))
-    rows = store.scan(split="train", columns=["image", "label"]).to_pylist()
+    engine = ClipEngine(load_base(settings.home, "tiny"), "cpu")
+    engine.load(files.name, folder)
+    rows = service.store.scan(split="train", columns=["image", "label"]).to_pylist()
     pixels = np.stack([engine.base.preprocess.pixels(row["image"]) for row in rows])
     vectors = engine.encode_images(pixels, files.name)
     for number, label in enumerate(head.labels):
@@ -63,11 +63,9 @@ def test_a_labelled_stream_ends_in_a_head_that_the_gate_asks(
 
 
 def test_a_head_that_the_gate_could_not_judge_is_not_learned(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    judged_as("passed", monkeypatch)
-    settings = changed(settings, "updater", heads=HEADS)
-    _label(settings, 36, 6)
+    add_labelled(settings, 36, 6)
     update = made_by(UpdaterService(settings))
     assert read_adapter(Artifacts(settings.artifacts).fetch(f"adapters/{update.adapter}")).heads == {}
     lines = capsys.readouterr().err

@@ -11,33 +11,17 @@ import pytest
 from core.artifacts import Artifacts
 from core.ledger import Ledger, UpdateRow
 from core.settings import Settings
-from tests.integration.updater import mortal_trainer
 from tests.integration.updater.home import add_samples, make_home
+from tests.integration.updater.mortal_trainer import SECONDS, start
 from tests.support.kafka import wait_for
 from updater.service.process import only_one
 from updater.service.update_loop import UpdaterService
 
 pytestmark = pytest.mark.integration
-
-SECONDS = 400.0
-"""For what takes five alone."""
 KILLED_AT = (
-    "in the middle of training",
-    "before the adapter is stored",
-    "between the adapter and the ledger",
-    "between the adapter's row and the update's",
-    "in the gate",
-    "between verdict and proposal",
-)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> UpdateRow:
-    """The update of a trainer that is not killed."""
-    home = tmp_path_factory.mktemp("undisturbed") / "home"
-    settings = filled(home)
-    assert mortal_trainer.start(home).wait(SECONDS) == 0
-    return only_update(settings)
+    "in the middle of training", "before the adapter is stored", "between the adapter and the ledger",
+    "between the adapter's row and the update's", "in the gate", "between verdict and proposal",
+)  # fmt: skip
 
 
 def filled(home: Path) -> Settings:
@@ -45,6 +29,19 @@ def filled(home: Path) -> Settings:
     add_samples(settings, 12)
     add_samples(settings, 6, split="fresh_eval")
     return settings
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return filled(tmp_path / "home")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> UpdateRow:
+    """The update of a trainer that is not killed."""
+    settings = filled(tmp_path_factory.mktemp("undisturbed") / "home")
+    assert start(settings.home).wait(SECONDS) == 0
+    return only_update(settings)
 
 
 def only_update(settings: Settings) -> UpdateRow:
@@ -56,10 +53,9 @@ def only_update(settings: Settings) -> UpdateRow:
 
 @pytest.mark.parametrize("point", KILLED_AT)
 def test_a_killed_trainer_ends_in_the_same_adapter_and_is_charged_once(
-    tmp_path: Path, undisturbed: UpdateRow, point: str
+    settings: Settings, undisturbed: UpdateRow, point: str
 ) -> None:
-    settings = filled(tmp_path / "home")
-    killed = mortal_trainer.start(settings.home, point)
+    killed = start(settings.home, point)
     assert killed.wait(SECONDS) == -signal.SIGKILL, killed.output()
     ledger = Ledger.open(settings.ledger)
     left = ledger.unfinished_update("clip")
@@ -77,12 +73,10 @@ def test_a_killed_trainer_ends_in_the_same_adapter_and_is_charged_once(
 
 
 def test_sigterm_ends_training_with_a_checkpoint(
-    tmp_path: Path, undisturbed: UpdateRow, capfd: pytest.CaptureFixture[str]
+    settings: Settings, undisturbed: UpdateRow, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    settings = filled(tmp_path / "home")
-    process = mortal_trainer.start(settings.home, "nowhere, but slowly")
-    update_dir = settings.home / "updates"
-    while not list(update_dir.glob("*/checkpoint.safetensors")):
+    process = start(settings.home, "nowhere, but slowly")
+    while not list((settings.home / "updates").glob("*/checkpoint.safetensors")):
         assert process.poll() is None, process.output()
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
@@ -94,10 +88,9 @@ def test_sigterm_ends_training_with_a_checkpoint(
     assert only_update(settings).adapter == undisturbed.adapter
 
 
-def test_a_second_trainer_waits_for_the_first(tmp_path: Path) -> None:
-    settings = filled(tmp_path / "home")
+def test_a_second_trainer_waits_for_the_first(settings: Settings) -> None:
     with only_one(settings.home):
-        second = mortal_trainer.start(settings.home)
+        second = start(settings.home)
         wait_for(lambda: "another updater works" in second.output(), "its word")
         assert second.poll() is None
         assert not (settings.home / "updates").exists()

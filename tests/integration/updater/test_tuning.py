@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +10,7 @@ from core.ledger import UpdateRow
 from core.settings import Settings
 from serving.engines.clip_base import load_base
 from streams.store.sample_store import SampleStore
-from tests.integration.updater.home import add_samples, made_by, make_home, report_of
+from tests.integration.updater.home import add_samples, made_by, report_of
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import recipe
 from updater.gate.run import open_evaluator
@@ -23,14 +22,13 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    home = tmp_path / "home"
-    made = make_home(home)
+def settings(settings: Settings) -> Settings:
+    home = settings.home
     plan = recipe("paint", max_steps=4, reference_limit=20, merge={"rule": "linear", "search": [0.3, 1.0]})
     (home / "default.yaml").write_text(plan.to_yaml())
     folder_dataset(home / "data" / "few", count=6)
     (home / "suites" / "few.yaml").write_text("task: retrieval\ndata: ${home}/data/few\n")
-    return made
+    return settings
 
 
 def test_the_weight_is_chosen_on_one_half_and_judged_by_the_other(settings: Settings) -> None:
@@ -39,28 +37,23 @@ def test_the_weight_is_chosen_on_one_half_and_judged_by_the_other(settings: Sett
     service = UpdaterService(settings)
     update = made_by(service)
     scores = update.cost["search_scores"]
-    assert set(scores) == {"0.3", "1"}
-    assert scores[f"{update.cost['merge_weight']:g}"] == max(scores.values())
+    chosen = scores[f"{update.cost['merge_weight']:g}"]
+    assert set(scores) == {"0.3", "1"} and chosen == max(scores.values())
     assert update.cost["search_gflops"] > 0
     report = report_of(settings, update)
     halves = {suite["name"]: suite["half"] for suite in report["suites"]}
     assert halves == {"few": "all", "things": "hidden", "fresh.things": "hidden"}
     assert sorted(report["meta"]["tuned_on"]) == ["fresh.things", "things"]
-    assert _expected(settings, update) == pytest.approx(scores[f"{update.cost['merge_weight']:g}"])
-
-
-def _expected(settings: Settings, update: UpdateRow) -> float:
-    service = UpdaterService(settings)
-    directory = service.artifacts.fetch(f"adapters/{update.adapter}")
     suites, fresh = update_suites(settings, service.store, update)
     with open_evaluator(settings, load_base(settings.home, "tiny")) as evaluator:
-        evaluator.load(str(update.adapter), directory)
-        marks = {
-            suite.name: evaluator.score(suite.half("tuning"), str(update.adapter)).hits.mean()
+        name = str(update.adapter)
+        evaluator.load(name, service.artifacts.fetch(f"adapters/{name}"))
+        marks = [
+            float(evaluator.score(suite.half("tuning"), name).hits.mean())
             for suite in (*suites, *fresh)
             if suite.name != "few"
-        }
-    return float(marks["things"] + marks["fresh.things"]) / 2
+        ]
+    assert len(marks) == 2 and sum(marks) / 2 == pytest.approx(chosen)
 
 
 def test_a_suite_too_small_to_be_divided_is_left_to_the_gate(settings: Settings) -> None:
@@ -72,27 +65,27 @@ def test_a_suite_too_small_to_be_divided_is_left_to_the_gate(settings: Settings)
     assert 5 <= scores.passes <= 25
 
 
-def _asked(settings: Settings, version: int, data_from: dict[str, int]) -> tuple[dict[str, set[str]], set[str]]:
-    now = datetime.now(UTC)
-    update = UpdateRow(
-        id="u", family="clip", state="trained", recipe={}, seed=0, store_version=version, data_from=data_from,
-        data_to={}, incumbent=None, adapter=None, cost={}, error=None, created_at=now, updated_at=now,
-    )  # fmt: skip
-    suites, fresh = update_suites(settings, SampleStore(settings.lake), update)
-    memory = {s.name: {item.sample_id for item in s.items()} for s in suites if s.name.startswith("memory")}
-    assert all(suite.role == "retention" for suite in suites)
-    return memory, {item.sample_id for suite in fresh for item in suite.items()}
-
-
 def test_what_was_fresh_in_a_released_update_is_memory_in_the_next(settings: Settings) -> None:
+    def asked(version: int, data_from: dict[str, int]) -> tuple[dict[str, set[str]], set[str]]:
+        now = datetime.now(UTC)
+        update = UpdateRow(
+            id="u", family="clip", state="trained", recipe={}, seed=0, store_version=version, data_from=data_from,
+            data_to={}, incumbent=None, adapter=None, cost={}, error=None, created_at=now, updated_at=now,
+        )  # fmt: skip
+        suites, fresh = update_suites(settings, store, update)
+        memory = {s.name: {item.sample_id for item in s.items()} for s in suites if s.name.startswith("memory")}
+        assert all(suite.role == "retention" for suite in suites)
+        return memory, {item.sample_id for suite in fresh for item in suite.items()}
+
     add_samples(settings, 12)
     first = add_samples(settings, 30, split="fresh_eval")
-    learned = SampleStore(settings.lake).offsets(first)
+    store = SampleStore(settings.lake)
+    learned = store.offsets(first)
     second = add_samples(settings, 20, split="fresh_eval")
-    memory, fresh = _asked(settings, first, {})
+    memory, fresh = asked(first, {})
     assert memory == {} and len(fresh) == 30, "nothing was learned yet"
-    memory, new = _asked(settings, second, learned)
+    memory, new = asked(second, learned)
     assert memory == {"memory.things": fresh} and len(new) == 20 and not new & fresh
-    assert _asked(settings, second, learned) == (memory, new), "the same version has the same suites"
-    rolled_back, again = _asked(settings, second, {})
+    assert asked(second, learned) == (memory, new), "the same version has the same suites"
+    rolled_back, again = asked(second, {})
     assert rolled_back == {} and again == fresh | new
