@@ -34,28 +34,29 @@ def test_each_extra_resolves_from_pypi_in_a_clone_and_from_the_wheel(version: st
     assert extras.unresolved(names, version, clone=False) == {}
 
 
-@pytest.mark.integration
-def test_an_extra_that_wants_a_version_which_does_not_exist_is_named(tmp_path: Path) -> None:
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
     (tmp_path / "pyproject.toml").write_text(SMALL)
-    found = extras.unresolved(["good", "bad", "new"], "3.11", tmp_path, clone=False)
+    return tmp_path
+
+
+@pytest.mark.integration
+def test_an_extra_that_wants_a_version_which_does_not_exist_is_named(small: Path) -> None:
+    found = extras.unresolved(["good", "bad", "new"], "3.11", small, clone=False)
     assert found.keys() == {"bad", "new"}
     assert "ftfy" in found["bad"]
-    assert extras.unresolved(["good", "bad"], "3.11", tmp_path) == {}, "the project's own overrides hold"
-
-
-def test_what_pip_and_uv_were_told_elsewhere_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_FIND_LINKS", "/wheels")
-    monkeypatch.setenv("UV_INDEX", "https://other.example/simple")
-    monkeypatch.setenv("UV_CACHE_DIR", "/cache")
-    assert environment().keys() & {"PIP_FIND_LINKS", "UV_INDEX", "UV_CACHE_DIR"} == {"UV_CACHE_DIR"}
+    assert extras.unresolved(["good", "bad"], "3.11", small) == {}, "the project's own overrides hold"
 
 
 @pytest.mark.integration
-def test_without_pypi_the_check_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "pyproject.toml").write_text(SMALL)
-    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("UV_HTTP_RETRIES", "0")
-    for name in ("HTTPS_PROXY", "ALL_PROXY", "https_proxy", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
+def test_without_pypi_the_check_says_so_and_what_pip_and_uv_were_told_elsewhere_does_not_count(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"UV_CACHE_DIR": str(small / "cache"), "UV_HTTP_RETRIES": "0"}
+    others = {"PIP_FIND_LINKS": "/wheels", "UV_INDEX": "https://other.example/simple"}
+    proxies = ("HTTPS_PROXY", "ALL_PROXY", "https_proxy", "all_proxy")
+    for name, value in {**own, **others, **dict.fromkeys(proxies, "http://127.0.0.1:9")}.items():
+        monkeypatch.setenv(name, value)
+    assert environment().keys() & {*own, *others} == own.keys()
     with pytest.raises(ConnectionError, match="PyPI"):
-        extras.resolve(["good"], "3.11", tmp_path, clone=False)
+        extras.resolve(["good"], "3.11", small, clone=False)

@@ -22,7 +22,6 @@ from typer.testing import CliRunner
 from werkzeug.serving import make_server
 
 from core.artifacts import Artifacts
-from core.dependencies import Dependency
 from core.errors import ArtifactsUnavailable, StoreUnavailable
 from core.ledger import Ledger
 from core.settings import Settings
@@ -59,22 +58,16 @@ class Bucket:
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [DENIED]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Bucket]:
+@pytest.fixture
+def bucket() -> Iterator[Bucket]:
     bucket = Bucket()
     running = make_server("127.0.0.1", 0, bucket, threaded=True)
     threading.Thread(target=running.serve_forever, daemon=True).start()
+    S3FileSystem.clear_instance_cache()
     with variables(of_s3(f"http://127.0.0.1:{running.port}", "key", "hush")):
         boto3.client("s3").create_bucket(Bucket="models")
         yield bucket
     running.shutdown()
-
-
-@pytest.fixture
-def bucket(server: Bucket) -> Iterator[Bucket]:
-    S3FileSystem.clear_instance_cache()
-    yield server
-    server.denied.clear()
     S3FileSystem.clear_instance_cache()
 
 
@@ -91,21 +84,20 @@ def on(tmp_path: Path, name: str) -> Settings:
     return Settings.model_validate({"home": tmp_path, **stores, "kafka": {"bootstrap": "127.0.0.1:1"}})
 
 
-@pytest.mark.parametrize(
-    ("denied", "told"),
-    [
-        ("GET", "cannot be read: "), ("PUT", "cannot be written: Access Denied"),
-        ("DELETE", "cannot be deleted from: Access Denied"),
-    ],
-)  # fmt: skip
+RIGHTS = {
+    "GET": "cannot be read: ",
+    "PUT": "cannot be written: Access Denied",
+    "DELETE": "cannot be deleted from: Access Denied",
+}
+
+
+@pytest.mark.parametrize(("denied", "told"), RIGHTS.items())
 @pytest.mark.usefixtures("patient")
 def test_a_right_that_is_missing_is_named(tmp_path: Path, bucket: Bucket, denied: str, told: str) -> None:
     bucket.denied.add(denied)
     found = look(on(tmp_path, "models"), write=True)
-    names: tuple[Dependency, ...] = ("store", "artifacts")
-    for name in names:
-        assert found[name].state == "refused"
-        assert told in found[name].detail
+    assert (found["store"].state, found["artifacts"].state) == ("refused", "refused")
+    assert told in found["store"].detail and told in found["artifacts"].detail
     bucket.denied.clear()
     S3FileSystem.clear_instance_cache()
     found = look(on(tmp_path, "models"), write=True)
@@ -158,22 +150,25 @@ def test_status_and_doctor_end_soon_and_name_a_store_that_hangs_or_is_away(
             "artifacts_url=s3://models/artifacts", f"kafka.bootstrap={address}",
         ]  # fmt: skip
         words = [word for flag in flags for word in ("--set", flag)]
+
+        def ratchet(*command: str) -> Any:
+            return CliRunner().invoke(app, [*words, *command], env={"COLUMNS": "300"})
+
         monkeypatch.setattr(doctor, "_CHECKS", {})
         if not silent:  # on a busy machine a refusal, which is tried again, takes longer than a look waits
             monkeypatch.setattr(dependency_checks, "LOOK_SECONDS", MUCH_SECONDS)
             monkeypatch.setattr(dependency_checks, "CALL_SECONDS", 12.0)
         began = time.monotonic()
-        shown = CliRunner().invoke(app, [*words, "status"], env={"COLUMNS": "300"})
-        facts = json.loads(CliRunner().invoke(app, [*words, "status", "--json"]).output)
+        shown = ratchet("status")
+        facts = json.loads(ratchet("status", "--json").output)
         assert time.monotonic() - began < MUCH_SECONDS
         assert shown.exit_code == 0, shown.output
         for name in ("store", "artifacts", "broker"):
             assert facts["dependencies"][name]["state"] == state
-            assert [line.split(". ")[0] for line in shown.output.splitlines() if line.startswith(name)] == [
-                f"{name}: {state}"
-            ]
+            lines = [line.split(". ")[0] for line in shown.output.splitlines() if line.startswith(name)]
+            assert lines == [f"{name}: {state}"]
         assert "ledger: ok" in shown.output and "no release yet" in shown.output, "what can be known is told"
-        told = CliRunner().invoke(app, [*words, "doctor"], env={"COLUMNS": "300"})
+        told = ratchet("doctor")
         assert told.exit_code == 1
         for name in ("store", "artifacts"):
             assert [line for line in told.output.splitlines() if f" {name} " in line and f" {state}: " in line]

@@ -29,35 +29,25 @@ LATE = 4 * CALL_SECONDS
 @contextmanager
 def _in_time() -> Iterator[None]:
     began = time.monotonic()
-    yield
+    with production_limits():
+        yield
     assert time.monotonic() - began < LATE
 
 
-@contextmanager
-def _bounded() -> Iterator[None]:
-    with _in_time(), production_limits():
-        yield
-
-
-@pytest.mark.parametrize("call", [Ledger.live, Ledger.held, lambda ledger: ledger.hold("ann", "incident")])
-def test_a_server_that_is_stopped_fails_a_call_within_the_bound(
+@pytest.mark.parametrize("call", [Ledger.live, lambda ledger: ledger.hold("ann", "incident")])
+def test_a_server_that_is_stopped_fails_a_call_within_the_bound_also_within_a_transaction(
     server: PostgresServer, bounded: Ledger, call: Callable[[Ledger], object]
 ) -> None:
     call(bounded)
-    with server.suspended(), _bounded(), pytest.raises(LedgerUnavailable) as caught:
+    with server.suspended(), _in_time(), pytest.raises(LedgerUnavailable) as caught:
         call(bounded)
     assert caught.value.fix
     call(bounded)
-
-
-def test_a_server_that_stops_within_a_transaction_fails_it_at_the_deadline(
-    server: PostgresServer, bounded: Ledger
-) -> None:
     with pytest.raises(LedgerUnavailable), bounded.database.write() as session:
         session.execute(text("select 1"))
-        with server.suspended(), _bounded(), time_limit(1):
+        with server.suspended(), _in_time(), time_limit(1):
             session.execute(text("select 1"))
-    assert bounded.live() is None
+    call(bounded)
 
 
 def test_a_call_made_while_every_connection_hangs_is_bounded_too(server: PostgresServer, bounded: Ledger) -> None:
@@ -71,7 +61,7 @@ def test_a_call_made_while_every_connection_hangs_is_bounded_too(server: Postgre
             errors.append(error)
 
     threads = [threading.Thread(target=call) for _ in range(20)]
-    with server.suspended(), _bounded():
+    with server.suspended(), _in_time():
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -81,7 +71,7 @@ def test_a_call_made_while_every_connection_hangs_is_bounded_too(server: Postgre
 
 @pytest.mark.parametrize("query", ["", "?connect_timeout=60"])
 def test_a_socket_that_accepts_and_is_silent_is_an_unavailable_ledger(query: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent, _bounded(), pytest.raises(LedgerUnavailable):
+    with socket.create_server(("127.0.0.1", 0)) as silent, _in_time(), pytest.raises(LedgerUnavailable):
         Ledger.open(f"postgresql://ratchet:hunter2@127.0.0.1:{silent.getsockname()[1]}/ledger{query}")
 
 
@@ -115,12 +105,9 @@ def test_nothing_is_kept_in_a_session_of_the_server_from_one_transaction_to_the_
     other.close()
 
 
-def test_a_bound_in_the_url_that_is_no_number_is_an_error_of_the_url(url: str) -> None:
+def test_bounds_in_the_url_are_those_that_hold_and_must_be_numbers(url: str, ledger: Ledger) -> None:
     with pytest.raises(LedgerError, match="connect_timeout"):
         Ledger.open(f"{url}?connect_timeout=soon")
-
-
-def test_bounds_in_the_url_are_those_that_hold(url: str, ledger: Ledger) -> None:
     other = Ledger.lazy(f"{url}?options=-c%20statement_timeout%3D12345&application_name=x&connect_timeout=60")
     with other.database.read() as session:
         shown = [session.scalar(text(f"show {name}")) for name in ("statement_timeout", "application_name")]
@@ -128,16 +115,13 @@ def test_bounds_in_the_url_are_those_that_hold(url: str, ledger: Ledger) -> None
     other.close()
 
 
-def test_a_database_file_that_another_process_has_locked_does_not_stop_readers(tmp_path: Path) -> None:
+def test_a_database_file_that_is_locked_does_not_stop_readers_and_one_that_is_none_is_an_error(tmp_path: Path) -> None:
     ledger = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
     writer = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
     writer.execute("BEGIN IMMEDIATE")
     assert ledger.live() is None  # one that waits ends in an error
     writer.close()
     ledger.close()
-
-
-def test_a_file_that_is_no_database_is_an_error_of_the_ledger(tmp_path: Path) -> None:
-    (tmp_path / "ledger.db").mkdir()
+    (tmp_path / "folder").mkdir()
     with pytest.raises(LedgerUnavailable, match="unable to open"):
-        Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
+        Ledger.open(f"sqlite:///{tmp_path / 'folder'}")

@@ -39,13 +39,13 @@ def take(settings: Settings) -> Iterator[Take]:
     store = SampleStore(settings.lake)
     with reading(settings) as ingest:
 
-        def taken(count: int, send: Callable[[], object]) -> list[dict[str, Any]]:
+        def rows_of(count: int, send: Callable[[], object]) -> list[dict[str, Any]]:
             before = set(store.scan()["id"].to_pylist())
             with taken(ingest, count):
                 send()
             return [row for row in store.scan().to_pylist() if row["id"] not in before]
 
-        yield taken
+        yield rows_of
 
 
 def run(settings: Settings, *command: str | Path) -> str:
