@@ -19,9 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import psutil
@@ -33,53 +32,34 @@ from tests.support.leftovers import left_running, mark, take_terminal
 SECONDS = 240.0
 """Limit for ending: parts may take 40 seconds, and a busy machine several times as long."""
 PORTS = ("SERVE__PORT", "INGEST__METRICS_PORT", "MAINTAIN__METRICS_PORT", "UPDATER__METRICS_PORT")
-Way = Callable[[int], None]
+WAYS = ("to the group", "two at once", "while it stops", "killed", "closed terminal")
 
 
-def to_the_group(pid: int) -> None:
-    """SIGTERM to make and its group, as `timeout` sends it; make forwards it once more."""
-    os.killpg(pid, signal.SIGTERM)
-
-
-def two_at_once(pid: int) -> None:
-    os.killpg(pid, signal.SIGTERM)
-    os.killpg(pid, signal.SIGINT)
-
-
-def while_it_stops(pid: int) -> None:
-    for _ in range(6):
-        with suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGINT)
-        time.sleep(random.uniform(0, 1.5))
-
-
-def killed(pid: int) -> None:
-    """SIGKILL to the demo itself, or to make if the demo has not started yet."""
+def end(way: str, pid: int, terminal: int) -> None:
+    """End make, which runs the demo."""
     children = psutil.Process(pid).children()
-    (children[0] if children else psutil.Process(pid)).kill()
+    if way == "killed":  # the demo itself, or make if the demo has not started yet
+        (children[0] if children else psutil.Process(pid)).kill()
+    elif way == "closed terminal":
+        os.close(terminal)
+    elif way == "while it stops":
+        for _ in range(6):
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGINT)
+            time.sleep(random.uniform(0, 1.5))
+    else:  # as `timeout` sends it; make forwards it once more
+        os.killpg(pid, signal.SIGTERM)
+        if way == "two at once":
+            os.killpg(pid, signal.SIGINT)
 
 
-def closed_terminal(_pid: int) -> None:
-    """Close its terminal (done by the caller)."""
-
-
-WAYS: tuple[Way, ...] = (to_the_group, two_at_once, while_it_stops, killed, closed_terminal)
-
-
-@dataclass(frozen=True)
-class Ended:
-    during: str
-    seconds: float
-    left: tuple[str, ...]
-    """Command lines of processes that still ran and were then killed."""
-
-
-def end_one(folder: Path, way: Way, moment: float) -> Ended:
-    """Start the demo in a terminal, and end it after this many seconds."""
-    makefile, output = folder.with_name("Makefile"), bytearray()
+def end_one(folder: Path, way: str, moment: float) -> list[str]:
+    """Start the demo in a terminal, and end it after this many seconds. Prints how it went; returns the command lines
+    of processes that still ran and were then killed.
+    """
+    makefile, variable = folder.with_name("Makefile"), mark()
     ratchet = Path(sys.executable).with_name("ratchet")
     makefile.write_text(f"demo:\n\t@{ratchet} demo --folder {folder}\n")
-    variable = mark()
     environ = os.environ | variable | {f"RATCHET_{name}": str(free_port()) for name in PORTS}
     environ["RATCHET_KAFKA__BOOTSTRAP"] = f"127.0.0.1:{free_port()}"
     ours, theirs = pty.openpty()
@@ -90,36 +70,30 @@ def end_one(folder: Path, way: Way, moment: float) -> Ended:
     )  # fmt: skip
     os.close(theirs)
 
-    def read() -> bool:
+    def ended() -> bool:
         with suppress(OSError):
-            while chunk := os.read(ours, 65536):
-                output.extend(chunk)
+            while os.read(ours, 65536):
+                continue
         return process.poll() is not None
 
-    wait_until(read, moment)
-    during = _last_log(folder) if process.poll() is None else f"ended with {process.returncode} before"
+    wait_until(ended, moment)
+    logs = [path.stem for path in sorted((folder / "logs").glob("*.log")) if path.stat().st_size]
     began = time.monotonic()
     if process.poll() is None:
-        way(process.pid)
-    if way is closed_terminal:
-        os.close(ours)
-        read = lambda: process.poll() is not None  # noqa: E731
-    wait_until(lambda: read() and not left_running(variable, str(folder)), SECONDS)
-    seconds = time.monotonic() - began
-    left = []
+        end(way, process.pid, ours)
+    wait_until(lambda: ended() and not left_running(variable, str(folder)), SECONDS)
+    seconds, left = time.monotonic() - began, list[str]()
     for each in left_running(variable, str(folder)):
         with suppress(psutil.Error):
             left.append(f"{each.pid} {' '.join(each.cmdline())}")
             each.kill()
     process.wait()
-    if way is not closed_terminal:
+    with suppress(OSError):
         os.close(ours)
-    return Ended(during, seconds, tuple(left))
-
-
-def _last_log(folder: Path) -> str:
-    written = [path.stem for path in sorted((folder / "logs").glob("*.log")) if path.stat().st_size]
-    return ", ".join(written) or "before the parts"
+    during = ", ".join(logs) or "before the parts"
+    print(f"{way:16} at {moment:5.1f} s  ended in {seconds:5.1f} s  left {len(left)}  ({during})", flush=True)
+    print(*(f"      {line[:200]}\n" for line in left), sep="", end="", flush=True)
+    return left
 
 
 def main() -> int:
@@ -128,29 +102,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=formatter)
     parser.add_argument("--moments", type=int, default=30, help="in each way (30)")
     parser.add_argument("--within", type=float, default=240.0, help="seconds from the start to the latest moment (240)")
-    parser.add_argument("--ways", nargs="+", default=[way.__name__ for way in WAYS], help="some of them (all)")
-    parser.add_argument("--folder", type=Path, help="where the demo keeps everything (a temporary folder)")
     chosen = parser.parse_args()
-    total, demos = 0, 0
+    demos, total = count(1), 0
     with tempfile.TemporaryDirectory(prefix="end-the-demo-") as temporary:
-        folder = (chosen.folder or Path(temporary) / "demo").resolve()
-        for number in range(chosen.moments):
-            for way in (each for each in WAYS if each.__name__ in chosen.ways):
-                demos += 1
-                if demos % 2:
-                    shutil.rmtree(folder / "data", ignore_errors=True)
-                if demos % 7 == 0:
-                    shutil.rmtree(folder / "bases", ignore_errors=True)
-                shutil.rmtree(folder / "logs", ignore_errors=True)
-                moment = random.uniform(0, chosen.within)
-                ended = end_one(folder, way, moment)
-                total += len(ended.left)
-                print(
-                    f"{number + 1:3d} {way.__name__:16} at {moment:5.1f} s  ended in {ended.seconds:5.1f} s  "
-                    f"left {len(ended.left)}  ({ended.during})",
-                    *(f"\n      {line[:200]}" for line in ended.left), flush=True,
-                )  # fmt: skip
-    print(f"{demos} demos ended, {total} processes left")
+        folder = Path(temporary).resolve() / "demo"
+        for way in WAYS * chosen.moments:
+            number = next(demos)
+            for part, each in (("logs", 1), ("data", 2), ("bases", 7)):
+                if number % each == 0:
+                    shutil.rmtree(folder / part, ignore_errors=True)
+            total += len(end_one(folder, way, random.uniform(0, chosen.within)))
+    print(f"{next(demos) - 1} demos ended, {total} processes left")
     return 1 if total else 0
 
 

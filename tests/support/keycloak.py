@@ -16,8 +16,7 @@ import httpx
 
 from core.addresses import free_port
 from core.child_process import reaped, stop_reaped
-from core.waiting import wait_until
-from tests.support.downloads import NotHere, answers, from_maven
+from tests.support.downloads import NotHere, answers, from_maven, launched
 
 VERSION: Final = "26.4.7"
 UNPACK: Final = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:unpack"
@@ -59,15 +58,8 @@ class Keycloak:
             "--http-host=127.0.0.1", f"--http-port={self.port}", "--hostname-strict=false", "--cache=local",
         ]  # fmt: skip
         environ = {**os.environ, **JAVA, "KC_BOOTSTRAP_ADMIN_USERNAME": ADMIN, "KC_BOOTSTRAP_ADMIN_PASSWORD": ADMIN}
-        with self.log.open("wb") as log:
-            process = self._process = subprocess.Popen(
-                reaped(command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environ
-            )
         page = f"{self.issuer('master')}/.well-known/openid-configuration"
-        if not wait_until(lambda: answers(page), START_SECONDS, alive=lambda: process.poll() is None):
-            said = self.log.read_text()[-2000:]
-            self.__exit__()
-            raise RuntimeError(f"Keycloak did not start: ... {said}")
+        self._process = launched(reaped(command), self.log, lambda: answers(page), START_SECONDS, env=environ)
         return self
 
     def __exit__(self, *_: object) -> None:
