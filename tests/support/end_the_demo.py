@@ -97,9 +97,7 @@ def end_one(folder: Path, way: str, moment: float) -> list[str]:
 
 
 def main() -> int:
-    summary, _, details = (__doc__ or "").partition("\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=30, help="in each way (30)")
     parser.add_argument("--within", type=float, default=240.0, help="seconds from the start to the latest moment (240)")
     chosen = parser.parse_args()

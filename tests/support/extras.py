@@ -43,9 +43,8 @@ sys.exit("; ".join(failed) or 0)
 """
 
 
-def extras(project: Path = ROOT) -> list[str]:
-    declared = tomllib.loads((project / "pyproject.toml").read_text())["project"]
-    return [*declared["optional-dependencies"]]
+def extras() -> list[str]:
+    return [*tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]]
 
 
 def resolve(names: Sequence[str], version: str, project: Path = ROOT, clone: bool = True) -> str:
@@ -77,21 +76,12 @@ def try_out(extra: str, python: Path, built: Sequence[Path]) -> str:
     with tempfile.TemporaryDirectory(prefix="ratchet-extra-") as folder:
         if said := wheels.install(python, Path(folder), built, extra):
             return f"install: {said}"
-        commands = Path(folder) / "bin"
-        steps: list[tuple[str, list[str | Path]]] = [
-            ("import", [commands / "python", "-c", _IMPORT, extra]),
-            ("ratchet", [commands / "ratchet", "--help"]),
-        ]
-        for step, words in steps:
-            done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True)
+        for step, words in (("import", ["python", "-c", _IMPORT, extra]), ("ratchet", ["ratchet", "--help"])):
+            command = [f"{folder}/bin/{words[0]}", *words[1:]]
+            done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
             if done.returncode:
                 return f"{step}: {done.stderr.strip().splitlines()[-1]}"
     return ""
-
-
-def python_version(python: Path) -> str:
-    code = "import sys; print('%d.%d' % sys.version_info[:2])"
-    return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def main() -> None:
@@ -109,12 +99,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         built = wheels.build(Path(folder)) if chosen.install else []
         for python in chosen.install:
-            version = python_version(python)
+            code = "import sys; print('%d.%d' % sys.version_info[:2])"
+            version = subprocess.check_output([python, "-c", code], text=True).strip()
             for name in names:
                 said = try_out(name, python, built)
-                cells[name][version] = (
-                    f"resolves; {said.partition(':')[0]} fails" if said else "installs, imports, runs"
-                )
+                failed = f"resolves; {said.partition(':')[0]} fails"
+                cells[name][version] = failed if said else "installs, imports, runs"
                 problems += [f"{name}, {version}: {said}"] if said else []
                 print(name, version, said or "ok", file=sys.stderr, flush=True)
     print(f"| extra | {' | '.join(VERSIONS)} |\n|---{'|---' * len(VERSIONS)}|")

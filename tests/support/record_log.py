@@ -21,12 +21,11 @@ class RecordLog:
 
     def __init__(self, start: int = 0) -> None:
         self.batches: list[bytearray] = []
-        self.spans: list[range] = []
-        self.start = start
+        self.spans = [range(start, start)]
 
     @property
     def end(self) -> int:
-        return self.spans[-1].stop if self.spans else self.start
+        return self.spans[-1].stop
 
     def append(self, batch: bytearray, count: int) -> None:
         self.batches.append(batch)
@@ -34,7 +33,7 @@ class RecordLog:
 
     def fetch(self, offset: int, most: int = 1 << 30) -> bytes:
         """The batches from the one with ``offset`` on; the first whole, the last may be truncated at ``most`` bytes."""
-        found = [bytes(each) for each, span in zip(self.batches, self.spans, strict=True) if span.stop > offset]
+        found = [bytes(each) for each, span in zip(self.batches, self.spans[1:], strict=True) if span.stop > offset]
         return b"".join(found)[: max(most, len(found[0]))] if found else b""
 
 
@@ -43,9 +42,7 @@ class LogReader:
 
     def __init__(self, position: int = 0, limit: int = MAX_BATCH_BYTES, epoch: int = -1, **config: Any) -> None:
         cluster = SimpleNamespace(
-            leader_epoch_for_partition=lambda partition: epoch,
-            request_update=lambda: None,
-            add_topic=lambda topic: None,
+            leader_epoch_for_partition=lambda _: epoch, request_update=lambda: None, add_topic=lambda topic: None
         )
         manager = SimpleNamespace(_net=None, cluster=cluster)
         self.subscriptions = SubscriptionState("none")

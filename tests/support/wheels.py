@@ -29,18 +29,14 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
 
 
-def projects(root: Path) -> list[Path]:
-    return [path.parent for path in (*root.glob("pyproject.toml"), *sorted(root.glob("*/pyproject.toml")))]
-
-
 def build(folder: Path) -> list[Path]:
     """Build every distribution into ``folder``, from a copy of the source, because a tree keeps files of earlier
     builds. Raises RuntimeError if one cannot be built.
     """
     source = folder / "source"
     shutil.copytree(ROOT, source, ignore=NOT_SOURCE)
-    for project in projects(source):
-        done = uv(["build", "--quiet", "--out-dir", folder], project)
+    for project in (*source.glob("pyproject.toml"), *source.glob("*/pyproject.toml")):
+        done = uv(["build", "--quiet", "--out-dir", folder], project.parent)
         if done.returncode:
             raise RuntimeError(f"{project}: {done.stderr}")
     return sorted(folder.glob("*.whl"))
@@ -48,9 +44,8 @@ def build(folder: Path) -> list[Path]:
 
 def install(python: str | Path, environment: Path, built: Sequence[Path], extra: str) -> str:
     """Make an environment and install the wheels, the server's with an extra. Returns uv's error, or empty."""
-    (server,) = [path for path in built if path.name.startswith("ratchet_server-")]
-    others = [path for path in built if path != server]
-    return _made(python, environment, [*others, f"ratchet-server[{extra}] @ {server.as_uri()}"])
+    wanted = {path: f"ratchet-server[{extra}] @ {path.as_uri()}" for path in built if "ratchet_server-" in path.name}
+    return _made(python, environment, [wanted.get(path, path) for path in built])
 
 
 def install_beside(environment: Path, built: Sequence[Path], extra: str) -> str:

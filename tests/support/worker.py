@@ -24,14 +24,9 @@ class Worker:
     """Reads a partition of the topic ``t`` into the lake of a folder, with its own duplicate index there."""
 
     def __init__(
-        self,
-        root: Path,
-        partition: int = 0,
-        *,
-        kafka: Kafka | None = None,
-        distance: int = 0,
+        self, root: Path, partition: int = 0, *, kafka: Kafka | None = None, distance: int = 0,
         split: SplitRule | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.partition, self.distance, self.split = partition, distance, split
         self.store = SampleStore(str(root / "lake"))
         self.writer = StoreWriter(self.store.table)
