@@ -160,21 +160,3 @@ def test_samples_and_offsets_are_one_commit_there_too_and_of_two_writers_only_th
     tally = new.position.tally + tally_of([row])
     StoreWriter(SampleTable(url)).commit([row], [(new, replace(new.position, next=4, tally=tally))])
     assert (first.count(), first.scan(columns=["id"]).num_rows, first.offsets()) == (4, 4, {f"{TOPIC}:0": 4})
-
-
-def test_writers_of_different_partitions_lose_nothing_when_they_commit_at_once() -> None:
-    url = f"s3://{BUCKET}/together"
-    store = SampleStore(url)
-
-    def write(partition: int) -> None:
-        writer = StoreWriter(SampleTable(url))
-        [claim] = writer.claim([Position(TOPIC, partition, 0)])
-        for number in range(4):
-            row = sample(partition, number)
-            position = replace(claim.position, next=number + 1, tally=claim.position.tally + tally_of([row]))
-            writer.commit([row], [(claim, position)])
-
-    with ThreadPoolExecutor(3) as workers:
-        list(workers.map(write, range(3)))
-    assert store.count() == store.scan(columns=["id"]).num_rows == 12
-    assert store.offsets() == {f"{TOPIC}:{partition}": 4 for partition in range(3)}

@@ -49,7 +49,11 @@ class Worker:
         return self.judged(*((b"poison", []) if seed == POISON else good(seed)))
 
     def judged(
-        self, value: bytes | None, headers: Sequence[tuple[str, bytes]] = (), key: bytes | None = None, time: int = -1
+        self,
+        value: bytes | None,
+        headers: Sequence[tuple[str, bytes | None]] = (),
+        key: bytes | None = None,
+        time: int = -1,
     ) -> Accepted | StoreRow:
         return validate(Received("t", self.partition, self.reading.next, value, key, headers, time), RULES)
 

@@ -25,19 +25,16 @@ import pytest
 
 from core.ledger import Ledger
 from core.settings import Settings
-from core.settings.streams import Ingest, Kafka
-from streams.ingest.batch import Batch
-from streams.ingest.duplicates import DuplicateIndex
-from streams.ingest.membership import PartitionReader, start_position
+from core.settings.streams import Ingest
 from streams.ingest.perceptual_hash import SplitRule
-from streams.ingest.validate import Received, Rules, validate
+from streams.ingest.validate import Received
 from streams.store import deletion
 from streams.store.sample_store import SampleStore
-from streams.store.writer import StoreWriter
 from tests.integration.updater import mortal_trainer
 from tests.integration.updater.home import add_samples, judged_as, make_home, release
 from tests.support.kafka import picture
 from tests.support.pictures import png
+from tests.support.worker import Worker
 from tests.unit.updater.builders import recipe
 from updater.service.update_loop import UpdaterService
 
@@ -82,22 +79,18 @@ def records() -> Iterator[Received]:
 
 
 def write_lake(folder: Path) -> dict[str, Any]:
-    """Write a lake in ``folder`` and return its contents."""
+    """Write a lake in ``folder``, called ``lake``, and return its contents."""
     store = SampleStore(str(folder))
-    name, split_key = store.table.identity()
-    writer = StoreWriter(store.table)
-    known = store.positions().values()
-    claims = writer.claim(start_position(known, TOPIC, "id-1", partition, 0) for partition in (0, 1))
-    readings = [PartitionReader(claim, 0) for claim in claims]
-    with closing(DuplicateIndex(":memory:", name, -1, SplitRule(split_key, Ingest().fresh_eval_share))) as index:
-        batch = Batch(Kafka(), writer, index)
-        for number, record in enumerate(records()):
-            reading = readings[record.partition]
-            reading.next = record.offset + 1
-            batch.add(reading, reading.next, validate(record, Rules(Ingest())), record.size)
-            if number % 25 == 24:
-                batch.commit(lambda reading: None)
-        batch.commit(lambda reading: None)
+    split = SplitRule(store.table.identity()[1], Ingest().fresh_eval_share)
+    workers = [Worker(folder.parent, partition, distance=-1, split=split) for partition in (0, 1)]
+    for number, record in enumerate(records(), 1):
+        worker = workers[record.partition]
+        worker.add(worker.judged(record.value, record.headers, record.key, record.timestamp))
+        if number % 25 == 0:
+            for each in workers:
+                each.commit()
+    for each in workers:
+        each.commit()
     with TemporaryDirectory() as scratch, closing(Ledger.open(f"sqlite:///{scratch}/ledger.db")) as ledger:
         deletion.take_tombstones(store, ledger)
         for each in ledger.deletions(10, ["requested"], oldest_first=True):

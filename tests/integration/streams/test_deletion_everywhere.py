@@ -97,11 +97,9 @@ class Installation:
 
         asyncio.run(follow())
 
-    def maintain(self, runs: int = 1) -> None:
-        maintainer = Maintainer(self.settings, self.ledger)
-        for _ in range(runs):
+    def maintain(self) -> None:
+        with closing(Maintainer(self.settings, self.ledger)) as maintainer:
             maintainer.run_once()
-        maintainer.close()
         self.settle()
 
     def begin(self, name: str, start: dict[str, int], end: dict[str, int]) -> None:
@@ -193,8 +191,14 @@ def test_a_source_and_a_key_leave_every_place_and_the_receipts_name_what_learned
     assert len(here.store.quarantined(10, source=GONE)) == 1
     assert here.files_with(needles("refused-gone")["image"]) != []
     ids = here.store.select(f"source = '{GONE}' AND kind = 'sample'", ["id"])
+    here.begin("update-over", {}, {})
+    here.ledger.advance_update("update-over", "failed", error="stopped")  # its process was killed after that
+    prepared = here.settings.update_folders / "update-over" / "prepared"
+    prepared.mkdir(parents=True)
+    (prepared / "new-0.safetensors").write_bytes(marked(900, "gone-1"))
     name = request_deletion(here.ledger, {"source": GONE}, actor="ann", reason="consent withdrawn").id
     here.maintain()
+    assert not prepared.exists()
     here.is_nowhere("gone-1", "gone-2")
     assert here.files_with(needles("refused-gone")["image"]) == []
     assert here.store.quarantined(10, source=GONE) == []
@@ -232,22 +236,3 @@ def test_a_source_and_a_key_leave_every_place_and_the_receipts_name_what_learned
     here.maintain()
     here.is_everywhere("by-key")
     assert len(here.ledger.deletions()) == 2
-
-
-def test_bytes_stay_only_while_an_update_is_pinned_to_them(here: Installation) -> None:
-    pinned = here.store.version()
-    here.begin("update-running", {}, {})
-    here.store.pin("update-running", pinned)
-    prepared = here.settings.update_folders / "update-running" / "prepared"
-    prepared.mkdir(parents=True)
-    (prepared / "new-0.safetensors").write_bytes(b"a picture that is to be deleted")
-    name = request_deletion(here.ledger, {"source": GONE}, actor="ann", reason="r").id
-    here.maintain(runs=2)
-    assert here.deletion(name).state == "removed"
-    assert caption("gone-1") not in here.learnable() | here.searchable("aaaa")
-    assert here.ledger.list_deletions_in("update-running", pinned) == [], "it was begun before"
-    here.ledger.advance_update("update-running", "failed", error="stopped")  # its process was killed after that
-    here.maintain()
-    assert not prepared.exists()
-    here.is_nowhere("gone-1", "gone-2")
-    assert here.deletion(name).state == "done"

@@ -138,17 +138,6 @@ def test_two_publishers_at_once_publish_each_event_once(settings: Settings, ledg
     assert row is not None and row.holder == ""
 
 
-def test_publishers_without_a_working_lease_fence_one_another_and_still_publish_once(
-    settings: Settings, ledger: Ledger
-) -> None:
-    one, other = (patient(EventPublisher(settings, ledger, lease_seconds=0)) for _ in range(2))
-    with closing(one), closing(other):
-        for number, each in enumerate((one, other, one, other)):
-            record(ledger, number)
-            assert each.publish_pending() == 1
-    check(settings, ledger, 4)
-
-
 def test_the_consumer_on_the_page_reads_what_is_published(
     settings: Settings, ledger: Ledger, publisher: EventPublisher
 ) -> None:
