@@ -47,7 +47,7 @@ def extras() -> list[str]:
     return [*tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]]
 
 
-def resolve(names: Sequence[str], version: str, project: Path = ROOT, clone: bool = True) -> str:
+def resolve(names: Sequence[str], version: str, clone: bool = True) -> str:
     """Find compatible versions that all have a wheel. Returns the conflict; empty if there is none. Raises
     ConnectionError if PyPI cannot be reached.
     """
@@ -55,20 +55,20 @@ def resolve(names: Sequence[str], version: str, project: Path = ROOT, clone: boo
     wheels = ["--only-binary", ":all:", "--no-binary", SOURCE_ONLY]
     # Without --python uv would look for an interpreter of that version first, and try to download one.
     target = ["--python", sys.executable, "--python-version", version]
-    done = uv(["pip", "compile", "pyproject.toml", *flags, *target, *wheels, "--quiet"], project, clone)
+    done = uv(["pip", "compile", "pyproject.toml", *flags, *target, *wheels, "--quiet"], ROOT, clone)
     if done.returncode not in (0, 1):
         raise ConnectionError(f"uv could not ask PyPI: {done.stderr}")
     return done.stderr if done.returncode else ""
 
 
-def unresolved(names: Sequence[str], version: str, project: Path = ROOT, clone: bool = True) -> dict[str, str]:
+def unresolved(names: Sequence[str], version: str, clone: bool = True) -> dict[str, str]:
     """Map the extras that do not resolve to the reason.
 
     All together first: if they resolve together, each alone does, and one resolution takes seconds.
     """
-    if not resolve(names, version, project, clone):
+    if not resolve(names, version, clone):
         return {}
-    return {name: said for name in names if (said := resolve([name], version, project, clone))}
+    return {name: said for name in names if (said := resolve([name], version, clone))}
 
 
 def try_out(extra: str, python: Path, built: Sequence[Path]) -> str:

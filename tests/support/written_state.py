@@ -93,8 +93,8 @@ def write_lake(folder: Path) -> dict[str, Any]:
         each.commit()
     with TemporaryDirectory() as scratch, closing(Ledger.open(f"sqlite:///{scratch}/ledger.db")) as ledger:
         deletion.take_tombstones(store, ledger)
-        for each in ledger.deletions(10, ["requested"], oldest_first=True):
-            deletion.remove(store, ledger, [each])
+        for wanted in ledger.deletions(10, ["requested"], oldest_first=True):
+            deletion.remove(store, ledger, [wanted])
     return contents(store)
 
 

@@ -33,12 +33,12 @@ for flag in "bt":
     parser.add_argument("-" + flag, required=True)
 parser.add_argument("-H", dest="headers", action="append", default=[])
 parser.add_argument("files", nargs="*", type=Path)
-given, failures = parser.parse_args(), []
+given, failed = parser.parse_args(), []
 producer, headers = Producer({{"bootstrap.servers": given.b}}), [tuple(each.split("=", 1)) for each in given.headers]
 for value in [path.read_bytes() for path in given.files] or sys.stdin.buffer.read().splitlines():
-    producer.produce(given.t, value, headers=headers, on_delivery=lambda error, _: error and failures.append(str(error)))
+    producer.produce(given.t, value, headers=headers, on_delivery=lambda error, _: error and failed.append(str(error)))
 producer.flush()
-sys.exit("; ".join(failures) or None)
+sys.exit("; ".join(failed) or None)
 """
 """The part of kcat that the example uses. With a librdkafka before 2.3 (Debian 12 has 2.0.2) kcat gives up on the
 embedded broker's answer to ApiVersions with "Read underflow"; no option helps.

@@ -108,9 +108,7 @@ def test_poison_between_good_records_is_quarantined_with_its_reason_and_bytes(ru
     places, rows = running.take(len(messages), lambda: produce(kafka, messages, partition=1))
     assert [row["reason"] for row in rows[1::2]] == list(poison)
     assert [row["kind"] for row in rows[::2]] == ["sample"] * len(poison)
-    assert {reason: exported(counted, reason=reason) - seen for reason, seen in before.items()} == dict.fromkeys(
-        poison, 1
-    )
+    assert all(exported(counted, reason=reason) == seen + 1 for reason, seen in before.items())
     published = read_topic(kafka, kafka.quarantine_topic, len(poison))
     by_place = {int(dict(each.headers)["ratchet_offset"]): each for each in published}
     for (reason, (value, headers)), place in zip(poison.items(), places[1::2], strict=True):

@@ -251,16 +251,12 @@ def test_an_inconclusive_candidate_is_asked_again_without_training_also_after_a_
     second = made_by(service)
     assert (second.id, second.adapter) == (f"{first.id}-look-2", first.adapter)
     assert second.store_version > first.store_version and second.data_to == first.data_to
-    assert [len(service.ledger.updates()), len(service.ledger.verdicts())] == [2, 2]
+    assert len(service.ledger.updates()) == 2
     looks = [row.summary["look"] for row in reversed(service.ledger.verdicts())]
-    assert [(look["number"], look["items"], look["needed"], look["next"]) for look in looks] == [
-        (1, 8, 16, 12), (2, 16, 16, None),
-    ]  # fmt: skip
-    assert looks[0]["spent"] < looks[1]["spent"] == pytest.approx(looks[0]["alpha"], rel=1e-4)
+    assert [(look["number"], look["items"], look["next"]) for look in looks] == [(1, 8, 12), (2, 16, None)]
     (proposal,) = service.ledger.pending_proposals()
     assert (proposal.clip, proposal.update_id) == (first.adapter, second.id)
-    report = report_of(settings, second)
-    assert report["look"]["number"] == 2 and report["fresh"] == 16
+    assert report_of(settings, second)["fresh"] == 16
     release(service.ledger)
     assert service.step().reason == "there are no new samples"
 

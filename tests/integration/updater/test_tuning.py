@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 import pytest
 
-from core.ledger import UpdateRow
 from core.settings import Settings
 from serving.engines.clip_base import load_base
-from streams.store.sample_store import SampleStore
 from tests.integration.updater.home import add_samples, made_by, report_of
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import recipe
@@ -63,29 +59,3 @@ def test_a_suite_too_small_to_be_divided_is_left_to_the_gate(settings: Settings)
     assert tuned_on(suites, min_items=30) == []
     scores = TuningScores(settings, load_base(settings.home, "tiny"), tuned_on(suites, min_items=5))
     assert 5 <= scores.passes <= 25
-
-
-def test_what_was_fresh_in_a_released_update_is_memory_in_the_next(settings: Settings) -> None:
-    def asked(version: int, data_from: dict[str, int]) -> tuple[dict[str, set[str]], set[str]]:
-        now = datetime.now(UTC)
-        update = UpdateRow(
-            id="u", family="clip", state="trained", recipe={}, seed=0, store_version=version, data_from=data_from,
-            data_to={}, incumbent=None, adapter=None, cost={}, error=None, created_at=now, updated_at=now,
-        )  # fmt: skip
-        suites, fresh = update_suites(settings, store, update)
-        memory = {s.name: {item.sample_id for item in s.items()} for s in suites if s.name.startswith("memory")}
-        assert all(suite.role == "retention" for suite in suites)
-        return memory, {item.sample_id for suite in fresh for item in suite.items()}
-
-    add_samples(settings, 12)
-    first = add_samples(settings, 30, split="fresh_eval")
-    store = SampleStore(settings.lake)
-    learned = store.offsets(first)
-    second = add_samples(settings, 20, split="fresh_eval")
-    memory, fresh = asked(first, {})
-    assert memory == {} and len(fresh) == 30, "nothing was learned yet"
-    memory, new = asked(second, learned)
-    assert memory == {"memory.things": fresh} and len(new) == 20 and not new & fresh
-    assert asked(second, learned) == (memory, new), "the same version has the same suites"
-    rolled_back, again = asked(second, {})
-    assert rolled_back == {} and again == fresh | new
