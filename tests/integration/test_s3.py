@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -17,12 +19,16 @@ from s3fs import S3FileSystem
 from core.artifacts import Artifacts
 from core.artifacts.object_store import CALL_SECONDS
 from core.errors import AdapterError, ArtifactsUnavailable, BaseModelError, RecordError, Superseded
+from core.settings import Settings
 from core.settings.streams import Ingest
 from serving.engines.clip_base import load_base
+from streams.ingest import ingest_report
 from streams.records.uris import UriFetcher
 from streams.store.rows import Position, SampleTable, tally_of
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
+from tests.support.fake_kafka import FakeKafka, install
+from tests.support.kafka import good, reading, wait_for
 from tests.support.s3 import s3_server
 from tests.support.samples import TOPIC, put, sample
 from tests.support.tiny import tiny_base
@@ -160,3 +166,27 @@ def test_samples_and_offsets_are_one_commit_there_too_and_of_two_writers_only_th
     tally = new.position.tally + tally_of([row])
     StoreWriter(SampleTable(url)).commit([row], [(new, replace(new.position, next=4, tally=tally))])
     assert (first.count(), first.scan(columns=["id"]).num_rows, first.offsets()) == (4, 4, {f"{TOPIC}:0": 4})
+
+
+@pytest.mark.skipif(os.environ.get("RATCHET_TEST_S3") == "minio", reason="the requests are counted in moto's log")
+def test_a_commit_of_a_trickle_costs_two_listings_and_four_objects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kafka = FakeKafka("t")
+    install(kafka, monkeypatch)
+    monkeypatch.setattr(ingest_report, "STORE_SECONDS", 3600.0)
+    stream = {"topic": "t", "batch_seconds": 0.02, "bootstrap": "127.0.0.1:1"}
+    lake = f"s3://{BUCKET}/trickle"
+    settings = Settings.model_validate({"home": tmp_path, "lake_url": lake, "kafka": stream})
+    with reading(settings) as consumer, caplog.at_level(logging.INFO, "werkzeug"):
+        for number in range(8):
+            if number == 3:  # the first ones need more
+                caplog.clear()
+                before = consumer.status.commits
+            kafka.send(good(number))
+            wait_for(lambda n=number: consumer.status.samples > n, "a sample")  # type: ignore[misc]
+        commits = consumer.status.commits - before
+        asked = [record.getMessage().partition('"')[2] for record in caplog.records if record.name == "werkzeug"]
+    assert commits == 5
+    assert sum(each.startswith("GET") and "list-type=2" in each for each in asked) == 2 * commits, asked
+    assert sum(each.startswith("PUT") for each in asked) == 4 * commits, asked

@@ -132,7 +132,7 @@ def pixtral() -> Made:
 
 
 def internvl() -> Made:
-    named: dict[str, Any] = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+    named: Any = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
              "video_token": "<video>"}  # fmt: skip
     known, side = tokenizer("<IMG_CONTEXT>", "<img>", "</img>", "<video>", **named), {"height": 32, "width": 32}
     pictures = transformers.GotOcr2ImageProcessor(size=side, crop_to_patches=False)
