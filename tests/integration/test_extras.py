@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support import extras
-from tests.support.own_uv import environment
+from tests.support.wheels import environment
 
 pytestmark = pytest.mark.integration
 OLDEST, *OTHERS = extras.VERSIONS

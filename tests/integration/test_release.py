@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.own_uv import ROOT, environment
-from tests.support.wheels import NOT_SOURCE
+from tests.support.wheels import NOT_SOURCE, ROOT, environment
 
 pytestmark = pytest.mark.integration
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import wheels
-from tests.support.own_uv import ROOT, environment
+from tests.support.wheels import ROOT, environment
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 PACKAGES = ("core", "demo", "ops", "serving", "streams", "updater")

@@ -1,7 +1,4 @@
-"""Apache Kafka on this machine: one KRaft node, from Maven Central.
-
-Needs Java 17 and Maven. The jars (43 MB) are copied once to ``~/.cache/ratchet-tests``; a start takes 5 to 15 seconds.
-"""
+"""Apache Kafka on this machine: one KRaft node, from Maven Central (43 MB, once). A start takes 5 to 15 seconds."""
 
 from __future__ import annotations
 
@@ -60,17 +57,11 @@ JAVA: Final = ("java", "-Xms128m", "-Xmx768m", "-XX:TieredStopAtLevel=1", "-XX:+
 
 
 class ApacheKafka:
-    """A broker that may be killed and started again. A context manager.
+    """A broker that may be killed and started again. A context manager. Raises NotHere on construction, when Java or
+    Maven is missing or Maven cannot download the jars.
 
-    >>> with ApacheKafka() as kafka:  # doctest: +SKIP
-    ...     KafkaProducer(bootstrap_servers=kafka.address)
-
-    Args:
-        users: names and passwords for SASL/PLAIN at :attr:`sasl_address`, with the rights that ACLs give. Clients of
-            :attr:`address` may do everything.
-
-    Raises:
-        NotHere: on construction, when Java or Maven is missing or Maven cannot download the jars.
+    ``users``: names and passwords for SASL/PLAIN at :attr:`sasl_address`, with the rights that ACLs give. Clients of
+    :attr:`address` may do everything.
     """
 
     def __init__(self, users: Mapping[str, str] | None = None) -> None:

@@ -17,8 +17,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.support import wheels
-from tests.support.own_uv import ROOT, environment, uv
+from tests.support.wheels import ROOT, build, environment, install, uv
 
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 SOURCE_ONLY = "docopt"
@@ -74,7 +73,7 @@ def unresolved(names: Sequence[str], version: str, clone: bool = True) -> dict[s
 def try_out(extra: str, python: Path, built: Sequence[Path]) -> str:
     """Install the wheels with an extra into a new environment and use it. Returns the step that failed, or empty."""
     with tempfile.TemporaryDirectory(prefix="ratchet-extra-") as folder:
-        if said := wheels.install(python, Path(folder), built, extra):
+        if said := install(python, Path(folder), built, extra):
             return f"install: {said}"
         for step, words in (("import", ["python", "-c", _IMPORT, extra]), ("ratchet", ["ratchet", "--help"])):
             command = [f"{folder}/bin/{words[0]}", *words[1:]]
@@ -97,7 +96,7 @@ def main() -> None:
             cells[name][version] = "-"
             problems.append(f"{name}, {version}: {said}")
     with tempfile.TemporaryDirectory() as folder:
-        built = wheels.build(Path(folder)) if chosen.install else []
+        built = build(Path(folder)) if chosen.install else []
         for python in chosen.install:
             code = "import sys; print('%d.%d' % sys.version_info[:2])"
             version = subprocess.check_output([python, "-c", code], text=True).strip()

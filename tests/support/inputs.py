@@ -24,12 +24,9 @@ def random_adapter(
     base: ClipBase | VlmBase, folder: Path, seed: int, parts: Sequence[str] | None = None, rank: int = 8,
     scale: float = 0.3, targets: Sequence[str] = (),
 ) -> str:  # fmt: skip
-    """Write an adapter of random weights and return its name.
-
-    Args:
-        parts: keys of the base's ``lora_targets``; all when unset.
-        scale: approximate size of the change, relative to the weights.
-        targets: of its configuration; by default a pattern of everything that it changes.
+    """Write an adapter of random weights and return its name. ``parts``: keys of the base's ``lora_targets``; all when
+    unset. ``scale``: approximate size of the change, relative to the weights. ``targets``: of its configuration; by
+    default a pattern of everything that it changes.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}

@@ -1,7 +1,4 @@
-"""Keycloak on this machine, from Maven Central, with its data in memory.
-
-Needs Java 17 and Maven. The distribution (159 MB) is unpacked and built once, in ``~/.cache/ratchet-tests``.
-"""
+"""Keycloak on this machine, from Maven Central (159 MB, unpacked and built once), with its data in memory."""
 
 from __future__ import annotations
 
@@ -30,10 +27,8 @@ JAVA: Final = {"JAVA_OPTS": "-Xms128m -Xmx768m -XX:TieredStopAtLevel=1 -XX:+UseS
 
 
 class Keycloak:
-    """An identity provider. A context manager.
-
-    It is called ``localhost``: to a browser a different site than a console at 127.0.0.1. Raises NotHere if on
-    construction, when Java or Maven is missing, or Maven cannot download it.
+    """An identity provider. A context manager. It is called ``localhost``: to a browser a different site than a console
+    at 127.0.0.1. Raises NotHere on construction, when Java or Maven is missing, or Maven cannot download it.
     """
 
     def __init__(self) -> None:

@@ -1,10 +1,18 @@
-"""The wheels of the repository, and environments that have nothing but them."""
+"""uv under the rules of pyproject.toml, isolated from this machine's settings for uv and pip; the wheels of the
+repository, and environments that have nothing but them.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
+import tempfile
+import tomllib
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
@@ -13,8 +21,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.support.own_uv import ROOT, uv
-
+ROOT = Path(__file__).parents[2]
+UV = Path(sysconfig.get_path("scripts")) / "uv"
+RULES = ("constraint-dependencies", "exclude-dependencies", "override-dependencies")
 NOT_SOURCE = shutil.ignore_patterns(
     ".*", "__pycache__", "*.pyc", "*.egg-info", "build", "dist", "node_modules", "tests", "docs", "helm", "examples"
 )
@@ -27,6 +36,27 @@ class Finder(PathFinder):
         return None if name.partition(".")[0] in {hidden} else super().find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not re.match("(PIP|UV)_(?!CACHE_DIR|HTTP_)", name)}
+
+
+def rules(project: Path) -> str:
+    """The project's own rules for uv as a configuration file: given one, uv reads no other."""
+    own = tomllib.loads((project / "pyproject.toml").read_text()).get("tool", {}).get("uv", {})
+    return "".join(f"{name} = {json.dumps(own[name])}\n" for name in RULES if name in own)
+
+
+def uv(command: Sequence[str | Path], project: Path, clone: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run uv under the rules of a clone, or without rules as for a wheel."""
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        file.write(rules(project) if clone else "")
+        file.flush()
+        return subprocess.run(
+            [UV, *command, "--config-file", file.name, "--no-python-downloads"],
+            cwd=project, env=environment(), capture_output=True, text=True,
+        )  # fmt: skip
 
 
 def build(folder: Path) -> list[Path]:

@@ -124,22 +124,6 @@ def test_what_is_refused_again_lies_in_quarantine_anew_with_its_history(stream: 
     assert (shown, texts["text"]) == (image, "picture 3")
 
 
-def test_a_record_that_the_broker_did_not_take_may_be_tried_again(
-    stream: Stream, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = stream.quarantined("away.png")
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "CONNECT_SECONDS", 0.2)
-        nobody = stream.settings.kafka.model_copy(update={"bootstrap": "127.0.0.1:1"})
-        away = stream.settings.model_copy(update={"kafka": nobody})
-        with pytest.raises(BrokerError):
-            resubmit(away, stream.ledger, place, actor="ann", reason="mended")
-    assert stream.ledger.resubmissions([place])[place].state == "failed"
-    assert stream.ledger.audit_rows(1)[0].action == "resubmit failed"
-    stream.again(place)
-    assert stream.ledger.resubmissions([place])[place].state == "sent"
-
-
 def test_what_is_not_there_or_empty_cannot_be_sent(stream: Stream) -> None:
     [empty] = stream.send((b"", []))
     with pytest.raises(RecordError, match="nothing to send"):
@@ -211,9 +195,12 @@ def test_a_broker_that_is_gone_ends_it_what_failed_may_be_tried_again_and_the_ol
         patch.setattr(module, "RecordSender", Refusing)
         with pytest.raises(BrokerError, match="ended early: 0 of 5 records were sent again; 3 failed"):
             again(settings, ledger, QuarantineFilter(limit=5))
+    assert ledger.resubmissions(["t:0:0"])["t:0:0"].state == "failed"
+    assert ledger.audit_rows(1)[0].action == "resubmit failed"
     for sent in (2, 2, 1):
         report = again(settings, ledger, QuarantineFilter(limit=2))
         assert report.sent == sent
+    assert ledger.resubmissions(["t:0:0"])["t:0:0"].state == "sent"
     assert (report.empty, report.exit_status) == (1, 3)  # a record without a value cannot be sent
     assert len(read_topic(settings.kafka, settings.kafka.topic, 5)) == 5
 
