@@ -1,4 +1,4 @@
-"""``kill -9`` and SIGTERM of a real trainer process at critical points, and the memory that an update leaves for the next
+"""``kill -9`` and SIGTERM of a real trainer process at critical points; the memory that an update leaves for the next
 one: stored with its adapter, passed on, and the same after a kill.
 """
 
