@@ -1,5 +1,5 @@
-"""One command makes a release of a clean tree, and leaves nothing behind if it fails. Its wheel is the whole product: in
-an empty folder, without a clone.
+"""One command makes a release of a clean tree, and leaves nothing behind if it fails. The wheel is the whole product,
+in an empty folder, without a clone.
 """
 
 from __future__ import annotations

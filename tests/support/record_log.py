@@ -21,11 +21,12 @@ class RecordLog:
 
     def __init__(self, start: int = 0) -> None:
         self.batches: list[bytearray] = []
-        self.spans = [range(start, start)]
+        self.spans: list[range] = []
+        self.start = start
 
     @property
     def end(self) -> int:
-        return self.spans[-1].stop
+        return self.spans[-1].stop if self.spans else self.start
 
     def append(self, batch: bytearray, count: int) -> None:
         self.batches.append(batch)
@@ -33,7 +34,7 @@ class RecordLog:
 
     def fetch(self, offset: int, most: int = 1 << 30) -> bytes:
         """The batches from the one with ``offset`` on; the first whole, the last may be truncated at ``most`` bytes."""
-        found = [bytes(each) for each, span in zip(self.batches, self.spans[1:], strict=True) if span.stop > offset]
+        found = [bytes(each) for each, span in zip(self.batches, self.spans, strict=True) if span.stop > offset]
         return b"".join(found)[: max(most, len(found[0]))] if found else b""
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kafka import KafkaProducer
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -25,13 +24,12 @@ from serving.catalog.catalog import Catalog
 from serving.catalog.queries import Filters
 from serving.catalog.tables import Tables
 from serving.releases.types import ReleaseSnapshot
-from streams.ingest.consumer import Consumer
 from streams.store import maintenance
 from streams.store.deletion import request_deletion
 from streams.store.maintenance import Maintainer
 from streams.store.sample_store import SampleStore
-from tests.support.broker import Broker
-from tests.support.kafka import make_topics, picture, reading, records_seen, wait_for
+from tests.support.kafka import picture
+from tests.support.worker import Worker
 from updater.data.pools import draw_pools
 from updater.recipes import load_recipe
 
@@ -64,20 +62,18 @@ async def vectors(batch: Any, clip: str | None) -> Any:
 
 @dataclass
 class Installation:
-    """A broker, an ingest, the store, a catalog and the ledger."""
+    """The store with an ingest of two partitions, a catalog and the ledger."""
 
     settings: Settings
     store: SampleStore
     ledger: Ledger
     catalog: Catalog
-    ingest: Consumer
-    sent: int = 0
+    workers: Sequence[Worker]
 
     def send(self, value: bytes | None, key: str, headers: Sequence[tuple[str, bytes]], partition: int) -> None:
-        kafka = self.settings.kafka
-        with closing(KafkaProducer(bootstrap_servers=kafka.bootstrap)) as producer:
-            producer.send(kafka.topic, value, key=key.encode(), headers=list(headers), partition=partition).get(30)
-        self.sent += 1
+        worker = self.workers[partition]
+        worker.add(worker.judged(value, headers, key.encode()))
+        worker.commit()
 
     def sample(self, mark: str, source: str, seed: int, partition: int = 0) -> None:
         message = encode(Sample(image=marked(seed, mark), text=caption(mark), source=source, domain="streets"), "raw")
@@ -88,8 +84,7 @@ class Installation:
         self.send(needles(mark)["image"] + b" is no picture", mark, headers, 0)
 
     def settle(self) -> None:
-        """Wait until all that was sent is ingested and indexed."""
-        wait_for(lambda: records_seen(self.ingest.status) == self.sent, f"{self.sent} records")
+        """Index all that was sent."""
 
         async def follow() -> None:
             while await self.catalog.reconciler.step():
@@ -151,20 +146,19 @@ class Installation:
 
 
 @pytest.fixture
-def here(broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installation]:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installation]:
     """It has samples and refused records of both sources, and two updates that learned from them."""
     monkeypatch.setattr(maintenance, "SETTLE_SECONDS", -1.0)
     monkeypatch.setattr("serving.catalog.reconcile.EXPUNGE_SECONDS", 0.0)
-    settings = broker.settings(tmp_path, maintain={"keep_seconds": 0}, ingest={"fresh_eval_share": 0.0})
-    make_topics(settings)
-    store, ledger = SampleStore(settings.lake), Ledger.open(settings.ledger)
+    settings = Settings(home=tmp_path, maintain={"keep_seconds": 0})
+    workers = [Worker(tmp_path, partition) for partition in (0, 1)]
     catalog = Catalog(
-        Tables(str(tmp_path / "lake" / "catalog"), tmp_path / "index"), store,
+        Tables(str(tmp_path / "lake" / "catalog"), tmp_path / "index"), workers[0].store,
         lambda data: np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize((2, 2)), np.uint8), vectors,
     )  # fmt: skip
     asyncio.run(catalog.adopt([THERE, HERE]))
-    with reading(settings) as ingest:
-        made = Installation(settings, store, ledger, catalog, ingest)
+    with closing(Ledger.open(settings.ledger)) as ledger:
+        made = Installation(settings, workers[0].store, ledger, catalog, workers)
         samples = [
             ("gone-1", GONE, 0),
             ("kept-1", KEPT, 0),
@@ -176,14 +170,12 @@ def here(broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
             made.sample(mark, source, seed, partition)
         made.refused("refused-gone", GONE)
         made.refused("refused-kept", KEPT)
-        made.settle()
         made.learn("clip-learned", {})
-        learned = store.offsets()
+        learned = made.store.offsets()
         made.sample("kept-3", KEPT, 950)
-        made.settle()
         made.learn("clip-later", learned)
+        made.settle()
         yield made
-    ledger.close()
 
 
 def test_a_source_and_a_key_leave_every_place_and_the_receipts_name_what_learned_from_them(here: Installation) -> None:
@@ -225,14 +217,12 @@ def test_a_source_and_a_key_leave_every_place_and_the_receipts_name_what_learned
     assert here.store.image(left).keys() == set(left)
 
     here.send(None, "by-key", [], partition=1)  # a tombstone
-    here.settle()
     here.maintain()
     here.is_nowhere("by-key")
     [row] = [each for each in here.ledger.deletions() if each.id != name]
     assert (row.state, row.samples, row.actor) == ("done", 1, "producer")
     assert row.id.startswith("tombstone ") and row.adapters["learned"] == ["clip-learned"]
     here.sample("by-key", KEPT, 904, partition=1)  # what is sent after it is a sample again
-    here.settle()
     here.maintain()
     here.is_everywhere("by-key")
     assert len(here.ledger.deletions()) == 2
