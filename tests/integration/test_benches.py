@@ -19,7 +19,6 @@ from benchmarks.backlog import run_backlog
 from benchmarks.backlog.pairs import pair_rows
 from benchmarks.continual.chain import Unit
 from benchmarks.continual.protocol import Protocol
-from benchmarks.continual.run_continual import Wanted, run
 from benchmarks.continual.runner import Runner, failure
 from benchmarks.continual.stream import ALL, HELD_OUT, REFERENCE, load_stream
 from benchmarks.search import run_search
@@ -190,11 +189,3 @@ def test_a_run_whose_time_is_over_stops_cleanly(domains: Settings, tmp_path: Pat
     assert not runner(domains, tmp_path, deadline=time.monotonic() + 2).run([Unit("default")])
     assert workers(tmp_path, "default") == []
     assert failure(tmp_path, Unit("default")) == ""
-
-
-@pytest.mark.long
-def test_a_method_that_the_budget_does_not_pay_for_is_reported(domains: Settings) -> None:
-    wanted = Wanted(methods=["full"], orders=1, seeds=1, updates=2, jobs=1)
-    found = run(domains, wanted, replace(PROTOCOL, gflops=0.02))
-    assert "does not pay for one step" in found["failed"]["full"]
-    assert found["methods"] == {}

@@ -18,7 +18,8 @@ from streams.store.deletion import OldVersions, as_json
 from streams.store.maintenance import Maintainer
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
-from tests.support.s3 import Server, s3_server
+from tests.support.minio import MinIO
+from tests.support.s3 import Moto, s3_server
 from tests.support.samples import TOPIC, put, sample
 
 pytestmark = pytest.mark.integration
@@ -26,7 +27,7 @@ SECRET = "the caption of somebody who withdrew"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def server() -> Iterator[Server]:
+def server() -> Iterator[Moto | MinIO]:
     with s3_server() as running:
         yield running
 
@@ -115,7 +116,7 @@ def test_object_lock_holds_a_deletion_and_its_receipt_says_what_is_left_and_unti
 
 
 def test_a_right_that_is_missing_and_versions_that_cannot_be_looked_for_are_named(
-    tmp_path: Path, server: Server
+    tmp_path: Path, server: Moto | MinIO
 ) -> None:
     here = Installation("forbidden", tmp_path)
     here.run(2)

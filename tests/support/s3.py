@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any
 
 import boto3
 from moto.server import ThreadedMotoServer
@@ -17,18 +17,12 @@ from tests.support.environment import of_s3, variables
 from tests.support.minio import MinIO
 
 
-class Server(Protocol):
-    """An S3 server with its address and keys in this process's environment."""
-
-    def without(self, *actions: str) -> AbstractContextManager[None]:
-        """Inside, this process may do everything in its buckets but these actions."""
-
-
-class _Moto:
+class Moto:
     """Supports bucket policies, but no users."""
 
     @contextmanager
     def without(self, *actions: str) -> Iterator[None]:
+        """Inside, this process may do everything in its buckets but these actions."""
         client = boto3.client("s3")
         names = [each["Name"] for each in client.list_buckets()["Buckets"]]
         for name in names:
@@ -41,7 +35,8 @@ class _Moto:
 
 
 @contextmanager
-def s3_server() -> Iterator[Server]:
+def s3_server() -> Iterator[Moto | MinIO]:
+    """An S3 server with its address and keys in this process's environment."""
     if os.environ.get("RATCHET_TEST_S3") == "minio":
         with started("MinIO", MinIO) as minio:
             yield minio
@@ -50,6 +45,6 @@ def s3_server() -> Iterator[Server]:
         running.start()
         host, port = running.get_host_and_port()
         with variables(of_s3(f"http://{host}:{port}", "key", "secret")):
-            yield _Moto()
+            yield Moto()
         running.stop()
     S3FileSystem.clear_instance_cache()

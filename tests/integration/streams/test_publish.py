@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
-from webdataset import ShardWriter
 
 from core.errors import ConfigError, RecordError, StoreUnavailable
 from core.settings import Settings
@@ -57,18 +56,6 @@ def command(settings: Settings, file: Path, *words: str) -> list[str]:
     kafka = settings.kafka
     values = [f"home={settings.home}", f"kafka.bootstrap={kafka.bootstrap}", f"kafka.topic={kafka.topic}"]
     return [*(word for value in values for word in ("--set", value)), "publish", str(file), *words]
-
-
-def test_shards_arrive_with_the_bytes_of_their_images(settings: Settings, tmp_path: Path) -> None:
-    with ShardWriter(str(tmp_path / "%02d.tar"), maxcount=4, verbose=0) as sink:
-        for number in range(10):
-            sink.write({"__key__": f"{number:03d}", "png": picture(number), "txt": f"row {number}"})
-    report = publish(settings, tmp_path / "{00..02}.tar")
-    assert (report.delivered, report.format, report.exit_status) == (10, "webdataset", 0)
-    assert report.size == sum(len(picture(number)) for number in range(10))
-    records = read_topic(settings.kafka, settings.kafka.topic, 10)
-    assert {record.value for record in records} == {picture(number) for number in range(10)}
-    assert texts(settings, 10) == expected(range(10))
 
 
 def test_the_first_bad_row_ends_it_a_resumed_run_begins_there_and_a_limit_goes_on_from_run_to_run(
