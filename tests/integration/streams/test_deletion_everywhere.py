@@ -184,6 +184,7 @@ def test_a_source_and_a_key_leave_every_place_and_the_receipts_name_what_learned
     assert here.files_with(needles("refused-gone")["image"]) != []
     ids = here.store.select(f"source = '{GONE}' AND kind = 'sample'", ["id"])
     here.begin("update-over", {}, {})
+    here.store.pin("update-over", here.store.version())
     here.ledger.advance_update("update-over", "failed", error="stopped")  # its process was killed after that
     prepared = here.settings.update_folders / "update-over" / "prepared"
     prepared.mkdir(parents=True)
