@@ -6,19 +6,16 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from s3fs import S3FileSystem
 from typer.testing import CliRunner
-from werkzeug.serving import make_server
 
 from core.artifacts import Artifacts
 from core.errors import ArtifactsUnavailable, StoreUnavailable
@@ -32,42 +29,19 @@ from streams.store.maintenance import clean
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
-from tests.support.environment import of_s3, variables
+from tests.support.s3 import Moto, s3_server
 
 pytestmark = pytest.mark.integration
 MUCH_SECONDS = 100.0
 """For an attempt; without a limit Lance alone takes 180 s for each."""
-DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
-
-
-class Bucket:
-    """An S3 server that denies what is in :attr:`denied`: GET (with HEAD), PUT, DELETE."""
-
-    def __init__(self) -> None:
-        self.denied: set[str] = set()
-        self._moto: Any = DomainDispatcherApplication(create_backend_app)
-
-    def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
-        method = "GET" if environ["REQUEST_METHOD"] == "HEAD" else environ["REQUEST_METHOD"]
-        if method == "POST" and "delete" in environ["QUERY_STRING"]:
-            method = "DELETE"
-        if method not in self.denied:
-            return self._moto(environ, start)  # type: ignore[no-any-return]
-        start("403 Forbidden", [("content-type", "application/xml"), ("content-length", str(len(DENIED)))])
-        return [] if environ["REQUEST_METHOD"] == "HEAD" else [DENIED]
 
 
 @pytest.fixture
-def bucket() -> Iterator[Bucket]:
-    bucket = Bucket()
-    running = make_server("127.0.0.1", 0, bucket, threaded=True)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    S3FileSystem.clear_instance_cache()
-    with variables(of_s3(f"http://127.0.0.1:{running.port}", "key", "hush")):
+def server() -> Iterator[Moto]:
+    with s3_server() as running:
+        assert isinstance(running, Moto)
         boto3.client("s3").create_bucket(Bucket="models")
-        yield bucket
-    running.shutdown()
-    S3FileSystem.clear_instance_cache()
+        yield running
 
 
 @pytest.fixture
@@ -83,21 +57,18 @@ def on(tmp_path: Path, name: str) -> Settings:
     return Settings.model_validate({"home": tmp_path, **stores, "kafka": {"bootstrap": "127.0.0.1:1"}})
 
 
-RIGHTS = {
-    "GET": "cannot be read: ",
-    "PUT": "cannot be written: Access Denied",
-    "DELETE": "cannot be deleted from: Access Denied",
-}
+RIGHTS = [("read", "Get", "Head"), ("written", "Put"), ("deleted from", "Delete")]
+"""What cannot be done without rights on objects; moto asks for one of its own for HEAD."""
 
 
-@pytest.mark.parametrize(("denied", "told"), RIGHTS.items())
+@pytest.mark.parametrize("right", RIGHTS, ids=lambda right: right[0])
 @pytest.mark.usefixtures("patient")
-def test_a_right_that_is_missing_is_named(tmp_path: Path, bucket: Bucket, denied: str, told: str) -> None:
-    bucket.denied.add(denied)
-    found = look(on(tmp_path, "models"), write=True)
+def test_a_right_that_is_missing_is_named(tmp_path: Path, server: Moto, right: tuple[str, ...]) -> None:
+    told, *denied = right
+    with server.without(*(f"s3:{action}Object" for action in denied)):
+        found = look(on(tmp_path, "models"), write=True)
     assert (found["store"].state, found["artifacts"].state) == ("refused", "refused")
-    assert told in found["store"].detail and told in found["artifacts"].detail
-    bucket.denied.clear()
+    assert all(f"cannot be {told}: " in found[name].detail for name in ("store", "artifacts"))  # type: ignore[index]
     S3FileSystem.clear_instance_cache()
     found = look(on(tmp_path, "models"), write=True)
     assert (found["store"].state, found["artifacts"].state) == ("ok", "ok")
@@ -105,7 +76,7 @@ def test_a_right_that_is_missing_is_named(tmp_path: Path, bucket: Bucket, denied
     assert not [each["Key"] for each in listed if each["Key"].endswith(".ratchet-check")], "nothing is left behind"
 
 
-@pytest.mark.usefixtures("bucket", "patient")
+@pytest.mark.usefixtures("server", "patient")
 def test_a_bucket_that_is_missing_is_no_empty_store(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable, match="NoSuchBucket: The specified bucket does not exist") as caught:
         SampleStore("s3://none/lake").tally()
@@ -120,19 +91,17 @@ def test_a_bucket_that_is_missing_is_no_empty_store(tmp_path: Path) -> None:
             call()
 
 
-def test_versions_that_cannot_be_deleted_are_an_error(bucket: Bucket) -> None:
+def test_versions_that_cannot_be_deleted_are_an_error(server: Moto) -> None:
     store = SampleStore("s3://models/undeletable")
     for _ in range(3):
         StoreWriter(store.table).claim([Position("t", 0, 0)])
-    bucket.denied.add("DELETE")
-    with pytest.raises(StoreUnavailable, match="were not deleted") as caught:
+    with server.without("s3:DeleteObject"), pytest.raises(StoreUnavailable, match="were not deleted") as caught:
         clean(store, timedelta(0))
     assert caught.value.state == "refused"
-    bucket.denied.clear()
     assert clean(store, timedelta(0)) > 0
 
 
-@pytest.mark.usefixtures("bucket")
+@pytest.mark.usefixtures("server")
 @pytest.mark.parametrize(("silent", "state"), [(True, "slow"), (False, "away")])
 def test_status_and_doctor_end_soon_and_name_a_store_that_hangs_or_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: bool, state: str
@@ -169,5 +138,5 @@ def test_status_and_doctor_end_soon_and_name_a_store_that_hangs_or_is_away(
         assert told.exit_code == 1
         for name in ("store", "artifacts"):
             assert [line for line in told.output.splitlines() if f" {name} " in line and f" {state}: " in line]
-    assert "hush" not in shown.output + told.output
-    assert os.environ["AWS_SECRET_ACCESS_KEY"] == "hush"
+    assert "moto-secret" not in shown.output + told.output
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] == "moto-secret"

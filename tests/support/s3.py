@@ -29,9 +29,11 @@ class Moto:
             rule: dict[str, Any] = {"Effect": "Deny", "Principal": "*", "Action": list(actions)}
             rule["Resource"] = [f"arn:aws:s3:::{name}", f"arn:aws:s3:::{name}/*"]
             client.put_bucket_policy(Bucket=name, Policy=json.dumps({"Version": "2012-10-17", "Statement": [rule]}))
-        yield
-        for name in names:
-            client.delete_bucket_policy(Bucket=name)
+        try:
+            yield
+        finally:
+            for name in names:
+                client.delete_bucket_policy(Bucket=name)
 
 
 @contextmanager
@@ -44,7 +46,7 @@ def s3_server() -> Iterator[Moto | MinIO]:
         running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         running.start()
         host, port = running.get_host_and_port()
-        with variables(of_s3(f"http://{host}:{port}", "key", "secret")):
+        with variables(of_s3(f"http://{host}:{port}", "key", "moto-secret")):
             yield Moto()
         running.stop()
     S3FileSystem.clear_instance_cache()
