@@ -2,60 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.support import extras
-from tests.support.own_uv import environment
+from tests.support.wheels import environment
 
-SMALL = """
-[project]
-name = "small"
-version = "1"
-requires-python = ">=3.11"
-[project.optional-dependencies]
-good = ["ftfy>=6.3,<7"]
-bad = ["ftfy>=999"]
-new = ["ftfy>=999,<1000"]
-[tool.uv]
-override-dependencies = ["ftfy>=6"]
-"""
-OLDEST, *BETWEEN, NEWEST = extras.VERSIONS
+pytestmark = pytest.mark.integration
+OLDEST, *OTHERS = extras.VERSIONS
 
 
-@pytest.mark.integration
-@pytest.mark.parametrize(
-    "version", [OLDEST, *(pytest.param(each, marks=pytest.mark.long) for each in (*BETWEEN, NEWEST))]
-)
-def test_each_extra_resolves_from_pypi_in_a_clone_and_from_the_wheel(version: str) -> None:
+@pytest.mark.parametrize("version", [OLDEST, *(pytest.param(each, marks=pytest.mark.long) for each in OTHERS)])
+def test_each_extra_resolves_from_pypi_in_a_clone_and_from_the_wheel(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What pip and uv were told elsewhere does not count."""
+    monkeypatch.setenv("PIP_FIND_LINKS", "/wheels")
+    monkeypatch.setenv("UV_INDEX", "https://other.example/simple")
+    assert not environment().keys() & {"PIP_FIND_LINKS", "UV_INDEX"}
     assert extras.unresolved(extras.extras(), version) == {}
     names = [name for name in extras.extras() if name not in extras.IN_A_CLONE]
     assert extras.unresolved(names, version, clone=False) == {}
-
-
-@pytest.mark.integration
-def test_an_extra_that_wants_a_version_which_does_not_exist_is_named(tmp_path: Path) -> None:
-    (tmp_path / "pyproject.toml").write_text(SMALL)
-    found = extras.unresolved(["good", "bad", "new"], "3.11", tmp_path, clone=False)
-    assert found.keys() == {"bad", "new"}
-    assert "ftfy" in found["bad"]
-    assert extras.unresolved(["good", "bad"], "3.11", tmp_path) == {}, "the project's own overrides hold"
-
-
-def test_what_pip_and_uv_were_told_elsewhere_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_FIND_LINKS", "/wheels")
-    monkeypatch.setenv("UV_INDEX", "https://other.example/simple")
-    monkeypatch.setenv("UV_CACHE_DIR", "/cache")
-    assert environment().keys() & {"PIP_FIND_LINKS", "UV_INDEX", "UV_CACHE_DIR"} == {"UV_CACHE_DIR"}
-
-
-@pytest.mark.integration
-def test_without_pypi_the_check_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "pyproject.toml").write_text(SMALL)
-    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("UV_HTTP_RETRIES", "0")
-    for name in ("HTTPS_PROXY", "ALL_PROXY", "https_proxy", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    with pytest.raises(ConnectionError, match="PyPI"):
-        extras.resolve(["good"], "3.11", tmp_path, clone=False)

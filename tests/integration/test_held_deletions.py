@@ -18,7 +18,8 @@ from streams.store.deletion import OldVersions, as_json
 from streams.store.maintenance import Maintainer
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
-from tests.support.s3 import Server, s3_server
+from tests.support.minio import MinIO
+from tests.support.s3 import Moto, s3_server
 from tests.support.samples import TOPIC, put, sample
 
 pytestmark = pytest.mark.integration
@@ -26,7 +27,7 @@ SECRET = "the caption of somebody who withdrew"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def server() -> Iterator[Server]:
+def server() -> Iterator[Moto | MinIO]:
     with s3_server() as running:
         yield running
 
@@ -38,16 +39,16 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Installation:
-    """A store in a new bucket with one sample to be deleted, and maintenance."""
+    """A store in a new bucket that keeps versions, with one sample to be deleted, and maintenance."""
 
-    def __init__(self, bucket: str, home: Path) -> None:
-        lake = f"s3://{bucket}/lake"
+    def __init__(self, bucket: str, home: Path, lock: bool = False) -> None:
         self.bucket, self.s3 = bucket, boto3.client("s3")
-        self.settings = Settings.model_validate(
-            {"home": home, "lake_url": lake, "maintain": {"keep_seconds": 0}, "kafka": {"events_topic": ""}}
-        )
+        self.s3.create_bucket(Bucket=bucket, ObjectLockEnabledForBucket=lock)
+        self.s3.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+        kept = {"maintain": {"keep_seconds": 0}, "kafka": {"events_topic": ""}}
+        self.settings = Settings.model_validate({"home": home, "lake_url": f"s3://{bucket}/lake", **kept})
         self.ledger = Ledger.open(self.settings.ledger)
-        self.store = SampleStore(lake)
+        self.store = SampleStore(self.settings.lake)
         rows = [sample(0, n, source="cam" if n == 0 else "eye", text=SECRET if n == 0 else "a crane") for n in range(4)]
         put(self.store, rows, Position(TOPIC, 0, 4))
         self.maintainer = Maintainer(self.settings, self.ledger, self.store)
@@ -64,32 +65,23 @@ class Installation:
         pages = self.s3.get_paginator("list_object_versions").paginate(Bucket=self.bucket)
         return [each for page in pages for each in page.get("Versions", ())]
 
+    def which(self, version: dict[str, Any]) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": version["Key"], "VersionId": version["VersionId"]}
+
     def lock(self, versions: list[dict[str, Any]], time: timedelta) -> datetime:
         until = datetime.now(UTC) + time
+        retention = {"Mode": "GOVERNANCE", "RetainUntilDate": until}
         for each in versions:
-            which = {"Bucket": self.bucket, "Key": each["Key"], "VersionId": each["VersionId"]}
-            retention = {"Mode": "GOVERNANCE", "RetainUntilDate": until}
-            self.s3.put_object_retention(**which, Retention=retention, BypassGovernanceRetention=True)
+            self.s3.put_object_retention(**self.which(each), Retention=retention, BypassGovernanceRetention=True)
         return until
 
     def versions_with_the_secret(self) -> list[str]:
-        return [
-            each["Key"]
-            for each in self.versions()
-            if SECRET.encode()
-            in self.s3.get_object(Bucket=self.bucket, Key=each["Key"], VersionId=each["VersionId"])["Body"].read()
-        ]
-
-
-def versioned(name: str, home: Path, lock: bool = False) -> Installation:
-    s3 = boto3.client("s3")
-    s3.create_bucket(Bucket=name, ObjectLockEnabledForBucket=lock)
-    s3.put_bucket_versioning(Bucket=name, VersioningConfiguration={"Status": "Enabled"})
-    return Installation(name, home)
+        found = (self.which(each) for each in self.versions())
+        return [each["Key"] for each in found if SECRET.encode() in self.s3.get_object(**each)["Body"].read()]
 
 
 def test_old_versions_of_files_that_had_it_are_deleted_too(tmp_path: Path) -> None:
-    here = versioned("versioned", tmp_path)
+    here = Installation("versioned", tmp_path)
     assert here.versions_with_the_secret()
     row = here.run(3)
     assert (row.state, row.remains, row.held_at) == ("done", None, None)
@@ -100,7 +92,7 @@ def test_old_versions_of_files_that_had_it_are_deleted_too(tmp_path: Path) -> No
 def test_object_lock_holds_a_deletion_and_its_receipt_says_what_is_left_and_until_when(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = versioned("locked", tmp_path, lock=True)
+    here = Installation("locked", tmp_path, lock=True)
     before = here.versions()
     here.lock(before, timedelta(days=3))
     row = here.run(3)
@@ -123,8 +115,10 @@ def test_object_lock_holds_a_deletion_and_its_receipt_says_what_is_left_and_unti
     assert not here.versions_with_the_secret()
 
 
-def test_a_right_that_is_missing_holds_a_deletion_and_is_named(tmp_path: Path, server: Server) -> None:
-    here = versioned("forbidden", tmp_path)
+def test_a_right_that_is_missing_and_versions_that_cannot_be_looked_for_are_named(
+    tmp_path: Path, server: Moto | MinIO
+) -> None:
+    here = Installation("forbidden", tmp_path)
     here.run(2)
     here.s3.put_object(Bucket="forbidden", Key="lake/old", Body=SECRET.encode())
     here.s3.delete_object(Bucket="forbidden", Key="lake/old")
@@ -133,9 +127,6 @@ def test_a_right_that_is_missing_holds_a_deletion_and_is_named(tmp_path: Path, s
         old.purge()
     left = old.left(datetime.now(UTC) + timedelta(minutes=1))
     assert left is not None and "s3:DeleteObjectVersion" in left[0] and left[1] is None
-
-
-def test_an_object_store_whose_versions_cannot_be_looked_for_is_named_in_the_receipt(tmp_path: Path) -> None:
     assert "not looked for" in OldVersions("gs://bucket/lake").unknown
     assert not OldVersions(str(tmp_path)).unknown
 

@@ -1,7 +1,4 @@
-"""Apache Kafka on this machine: one KRaft node, from Maven Central.
-
-Needs Java 17 and Maven. The jars (43 MB) are copied once to ``~/.cache/ratchet-tests``; a start takes 5 to 15 seconds.
-"""
+"""Apache Kafka on this machine: one KRaft node, from Maven Central (43 MB, once). A start takes 5 to 15 seconds."""
 
 from __future__ import annotations
 
@@ -9,18 +6,17 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
-import uuid
-from base64 import urlsafe_b64encode
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from core.addresses import free_port
-from tests.support.downloads import from_maven
+from core.child_process import stop_reaped
+from tests.support.downloads import from_maven, launched
 
 VERSION: Final = "4.4.0"
 START_SECONDS: Final = 120.0
+CLUSTER: Final = "MkU3OEVBNTcwNTJENDM2Qg"
 POM: Final = """<project xmlns="http://maven.apache.org/POM/4.0.0"><modelVersion>4.0.0</modelVersion>
 <groupId>local</groupId><artifactId>broker</artifactId><version>1</version><packaging>pom</packaging><dependencies>
 <dependency><groupId>org.apache.kafka</groupId><artifactId>kafka_2.13</artifactId><version>{version}</version></dependency>
@@ -61,17 +57,11 @@ JAVA: Final = ("java", "-Xms128m", "-Xmx768m", "-XX:TieredStopAtLevel=1", "-XX:+
 
 
 class ApacheKafka:
-    """A broker that may be killed and started again. A context manager.
+    """A broker that may be killed and started again. A context manager. Raises NotHere on construction, when Java or
+    Maven is missing or Maven cannot download the jars.
 
-    >>> with ApacheKafka() as kafka:  # doctest: +SKIP
-    ...     KafkaProducer(bootstrap_servers=kafka.address)
-
-    Args:
-        users: names and passwords for SASL/PLAIN at :attr:`sasl_address`, with the rights that ACLs give. Clients of
-            :attr:`address` may do everything.
-
-    Raises:
-        NotHere: on construction, when Java or Maven is missing or Maven cannot download the jars.
+    ``users``: names and passwords for SASL/PLAIN at :attr:`sasl_address`, with the rights that ACLs give. Clients of
+    :attr:`address` may do everything.
     """
 
     def __init__(self, users: Mapping[str, str] | None = None) -> None:
@@ -90,31 +80,24 @@ class ApacheKafka:
             names = " ".join(f'user_{name}="{password}"' for name, password in users.items())
             settings += ACLS.format(port=self.port, controller=controller, sasl=self.sasl_address, users=names)
         self._properties.write_text(settings)
-        cluster = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "a")
-        self._run("kafka.tools.StorageTool", "format", "--standalone", "-t", cluster, "-c", str(self._properties))
+        form = ("format", "--standalone", "-t", CLUSTER, "-c", str(self._properties))
+        words = [*JAVA, f"{self._jars}/*", "kafka.tools.StorageTool", *form]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
 
     def start(self) -> None:
         self.log.write_bytes(b"")
         command = [*JAVA, f"{self._jars}/*", "kafka.Kafka", str(self._properties)]
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + START_SECONDS
-        while b"Kafka Server started" not in self.log.read_bytes():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self.stop(signal.SIGKILL)
-                raise RuntimeError(f"Apache Kafka did not start: ... {self.log.read_text()[-2000:]}")
-            time.sleep(0.1)
+        self._process = launched(
+            command, self.log, lambda: b"Kafka Server started" in self.log.read_bytes(), START_SECONDS
+        )
 
     def stop(self, with_signal: signal.Signals = signal.SIGTERM) -> None:
         """End it in order, or by another signal; its topics are kept."""
         process, self._process = self._process, None
         if process is not None:
             process.send_signal(with_signal)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            stop_reaped(process)
 
     def __enter__(self) -> ApacheKafka:
         self.start()
@@ -123,10 +106,6 @@ class ApacheKafka:
     def __exit__(self, *_: object) -> None:
         self.stop(signal.SIGKILL)
         shutil.rmtree(self.root)
-
-    def _run(self, *words: str) -> None:
-        done = subprocess.run([*JAVA, f"{self._jars}/*", *words], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def jars() -> Path:

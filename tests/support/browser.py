@@ -51,11 +51,11 @@ class Complaints:
     def __init__(self, page: Page) -> None:
         self.heard: list[str] = []
         page.on("pageerror", lambda error: self.heard.append(str(error)))
-        page.on("console", self._hear)
+        page.on("console", lambda message: self._hear(message.text))
 
-    def _hear(self, message: Any) -> None:
-        if "Content Security Policy" in message.text or "Content-Security-Policy" in message.text:
-            self.heard.append(message.text)
+    def _hear(self, text: str) -> None:
+        if "Content Security Policy" in text or "Content-Security-Policy" in text:
+            self.heard.append(text)
 
 
 def serious(findings: Sequence[dict[str, Any]]) -> list[str]:

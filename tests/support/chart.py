@@ -28,27 +28,16 @@ EVERYTHING: dict[str, Any] = {
     "bases": {"source": "volume", "existingClaim": "bases"},
     "settings": {
         "kafka": {"partitions": 6}, "gate": {"suites": ["/data/suites"]}, "updater": {"workers": 4},
-        "console": {
-            "oidc": {"issuer": "https://id.example", "client_id": "ratchet", "console_url": "https://c.example",
-                     "readers": ["*"]},
-        },
+        "console": {"oidc": {"issuer": "https://id.example", "client_id": "ratchet",
+                             "console_url": "https://c.example", "readers": ["*"]}},
     },
-    "serving": {
-        "gcsFaultTolerance": {
-            "enabled": True,
-            "redisAddress": "redis:6379",
-            "existingSecret": {"name": "redis", "usernameKey": "user"},
-        }
-    },
-    "ingest": {
-        "storage": {"storageClass": "fast"},
-        "splitKey": {"existingSecret": {"name": "ratchet-split"}},
-        "keda": {"enabled": True, "sasl": "scram_sha512", "tls": "enable"},
-    },
+    "serving": {"gcsFaultTolerance": {"enabled": True, "redisAddress": "redis:6379",
+                                      "existingSecret": {"name": "redis", "usernameKey": "user"}}},
+    "ingest": {"storage": {"storageClass": "fast"}, "splitKey": {"existingSecret": {"name": "ratchet-split"}},
+               "keda": {"enabled": True, "sasl": "scram_sha512", "tls": "enable"}},
     "console": {"oidc": {"existingSecret": {"name": "ratchet-oidc"}}},
-    "updater": {
-        "storage": {"existingClaim": "updater"}, "data": {"existingClaim": "suites"}, "workers": {"enabled": True},
-    },
+    "updater": {"storage": {"existingClaim": "updater"}, "data": {"existingClaim": "suites"},
+                "workers": {"enabled": True}},
     "ingress": {"enabled": True, "className": "nginx", "host": "a.example", "consoleHost": "c.example"},
     "podAnnotations": {"example.org/team": "ml"},
     "runtimeClassName": "nvidia",
@@ -57,10 +46,8 @@ EVERYTHING: dict[str, Any] = {
     "extraVolumes": [{"name": "cache", "emptyDir": {"sizeLimit": "1Gi"}}],
     "extraVolumeMounts": [{"name": "cache", "mountPath": "/cache"}],
     "networkPolicy": {"egress": {"cloudIdentity": [{"cidr": "169.254.169.254/32", "port": 80}]}},
-    "monitoring": {
-        "podMonitors": True, "rules": True, "dashboards": True, "labels": {"release": "prometheus"},
-        "runbooks": "https://git.example/runbooks",
-    },
+    "monitoring": {"podMonitors": True, "rules": True, "dashboards": True, "labels": {"release": "prometheus"},
+                   "runbooks": "https://git.example/runbooks"},
 }  # fmt: skip
 """Every option that adds an object or a part of one."""
 
@@ -108,14 +95,15 @@ def of_kind(objects: Sequence[Object], kind: str) -> list[Object]:
 
 
 def pods(objects: Sequence[Object]) -> Iterator[tuple[str, Object]]:
+    """Pods and templates of pods, by their component."""
     for each in objects:
+        templates = [each] if each["kind"] == "Pod" else []
         if each["kind"] in ("RayService", "RayCluster"):
-            for group in cluster_groups(each):
-                yield _component(group["template"]), group["template"]
+            templates = [group["template"] for group in cluster_groups(each)]
         elif each["kind"] in ("Deployment", "Job"):
-            yield _component(each["spec"]["template"]), each["spec"]["template"]
-        elif each["kind"] == "Pod":
-            yield _component(each), each
+            templates = [each["spec"]["template"]]
+        for template in templates:
+            yield str(template["metadata"]["labels"]["app.kubernetes.io/component"]), template
 
 
 def containers(objects: Sequence[Object]) -> Iterator[tuple[str, Object, Object]]:
@@ -144,7 +132,3 @@ def named(objects: Sequence[Object], kind: str, part: str) -> Object:
 def settings_text(objects: Sequence[Object]) -> str:
     (text,) = [each["data"]["ratchet.yaml"] for each in of_kind(objects, "ConfigMap") if "ratchet.yaml" in each["data"]]
     return str(text)
-
-
-def _component(template: Object) -> str:
-    return str(template["metadata"]["labels"]["app.kubernetes.io/component"])

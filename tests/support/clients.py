@@ -27,17 +27,12 @@ NPM = NODE_HOME / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
 
 @dataclass(frozen=True)
 class LibraryClient:
-    """A client library.
-
-    Args:
-        headings: the sections of the page whose code blocks are its example.
-        lacks: checks of the contract that the library has no call for.
-    """
-
     name: str
     script: Path
     headings: tuple[str, ...]
+    """The sections of the page whose code blocks are its example."""
     lacks: frozenset[str] = frozenset()
+    """Checks of the contract that the library has no call for."""
     from_folder: bool = False
     """Python only: imports from the folder of LlamaIndex, with openai 2."""
 
@@ -48,6 +43,7 @@ class LibraryClient:
 
 OPENAI = ("For inference clients: the HTTP API", "Chat")
 NO_LIST = frozenset({"models"})
+NEITHER = NO_LIST | {"embeddings_as_float_and_base64"}
 CLIENTS = (
     LibraryClient("openai-3", PYTHON / "openai_client.py", OPENAI),
     LibraryClient("openai-2", PYTHON / "openai_client.py", OPENAI, from_folder=True),
@@ -55,9 +51,7 @@ CLIENTS = (
     LibraryClient("langchain", PYTHON / "langchain_client.py", ("LangChain",), NO_LIST),
     LibraryClient("llama-index", PYTHON / "llama_index_client.py", ("LlamaIndex",), NO_LIST, from_folder=True),
     LibraryClient("openai-node", NODE / "openai_client.mjs", ("openai (Node)",)),
-    LibraryClient(
-        "ai-sdk", NODE / "ai_sdk_client.mjs", ("Vercel AI SDK",), NO_LIST | {"embeddings_as_float_and_base64"}
-    ),
+    LibraryClient("ai-sdk", NODE / "ai_sdk_client.mjs", ("Vercel AI SDK",), NEITHER),
 )
 CHECKS = (
     "run_snippet", "embeddings", "embeddings_as_float_and_base64", "embeddings_with_nulls", "chat_with_an_image",
@@ -72,9 +66,9 @@ def snippet(client: LibraryClient, url: str) -> str:
     page = PAGE.read_text()
     blocks = []
     for heading in client.headings:
-        section = re.split(rf"^#+ {re.escape(heading)}$", page, maxsplit=1, flags=re.MULTILINE)[1]
-        section = re.split(r"^#+ .*$", section, maxsplit=1, flags=re.MULTILINE)[0]
-        blocks += re.findall(rf"^```{language}\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+        section = re.split(rf"(?m)^#+ {re.escape(heading)}$", page, maxsplit=1)[1]
+        section = re.split(r"(?m)^#+ .*$", section, maxsplit=1)[0]
+        blocks += re.findall(rf"(?ms)^```{language}\n(.*?)^```$", section)
     return "\n".join(blocks).replace(DOCUMENTED_URL, url)
 
 

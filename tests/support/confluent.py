@@ -16,9 +16,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 FieldType = descriptor_pb2.FieldDescriptorProto
 AVRO = {
-    "type": "record",
-    "name": "Sample",
-    "namespace": "org.example",
+    "type": "record", "name": "Sample", "namespace": "org.example",
     "fields": [
         {"name": "image", "type": "bytes"},
         {"name": "text", "type": ["null", "string"], "default": None},
@@ -28,26 +26,29 @@ AVRO = {
         {"name": "boxes", "type": {"type": "array", "items": {"type": "map", "values": "double"}}, "default": []},
         {"name": "thumbnail", "type": ["null", "bytes"], "default": None},
     ],
-}
+}  # fmt: skip
+JSON = {"title": "Sample", "type": "object", "properties": {"text": {"type": "string"}}}
 
 
-def _context(topic: str) -> SerializationContext:
-    return SerializationContext(topic, MessageField.VALUE)
+def write_avro(url: str, record: Any, schema: Any = None) -> bytes:
+    return _written(AvroSerializer(_client(url), json.dumps(schema or AVRO)), record, "avro")
 
 
-def write_avro(url: str, record: Any, schema: Any = None, topic: str = "avro") -> bytes:
-    serializer = AvroSerializer(SchemaRegistryClient({"url": url}), json.dumps(schema or AVRO))
-    return bytes(serializer(record, _context(topic)) or b"")
+def write_json(url: str, record: dict[str, Any]) -> bytes:
+    return _written(JSONSerializer(json.dumps(JSON), _client(url)), record, "json")
 
 
-def write_json(url: str, record: dict[str, Any], topic: str = "json") -> bytes:
-    schema = json.dumps({"title": "Sample", "type": "object", "properties": {"text": {"type": "string"}}})
-    return bytes(JSONSerializer(schema, SchemaRegistryClient({"url": url}))(record, _context(topic)) or b"")
+def write_protobuf(url: str, message: Any) -> bytes:
+    own = {"use.deprecated.format": False}
+    return _written(ProtobufSerializer(type(message), _client(url), own), message, "protobuf")
 
 
-def write_protobuf(url: str, message: Any, topic: str = "protobuf") -> bytes:
-    serializer = ProtobufSerializer(type(message), SchemaRegistryClient({"url": url}), {"use.deprecated.format": False})
-    return bytes(serializer(message, _context(topic)) or b"")
+def _client(url: str) -> SchemaRegistryClient:
+    return SchemaRegistryClient({"url": url})
+
+
+def _written(serializer: Any, record: Any, topic: str) -> bytes:
+    return bytes(serializer(record, SerializationContext(topic, MessageField.VALUE)) or b"")
 
 
 def message_types() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 import httpx
 import pytest
 
+from core.child_process import stop_reaped
 from core.waiting import wait_until
 
 DOWNLOAD_SECONDS: Final = 600.0
@@ -48,31 +49,30 @@ def started(name: str, make: Callable[[], Started]) -> Iterator[Started]:
         yield found
 
 
+def launched(
+    command: Sequence[str], log: Path, ready: Callable[[], bool], seconds: float, **options: Any
+) -> subprocess.Popen[bytes]:
+    """Start a server and wait until it is ``ready``; ``stop_reaped`` ends it. ``log`` gets its output; ``options``: of
+    Popen. Raises RuntimeError if it ends before, or is not ready within this many seconds.
+    """
+    with log.open("ab") as out:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, **options)
+    if not wait_until(ready, seconds, pause=0.05, alive=lambda: process.poll() is None):
+        stop_reaped(process)
+        raise RuntimeError(f"{command} did not start: ... {log.read_text()[-2000:]}")
+    return process
+
+
 @contextmanager
 def running(
     command: Sequence[str], log: Path, ready: Callable[[], bool], seconds: float, **options: Any
-) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server that is ``ready`` within this many seconds until the end of the block.
-
-    Args:
-        log: gets its output.
-        options: of Popen.
-    """
-    with log.open("ab") as out:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, **options
-        )  # fmt: skip
+) -> Iterator[None]:
+    """Run a server, :func:`launched`, until the end of the block."""
+    process = launched(command, log, ready, seconds, **options)
     try:
-        started = wait_until(ready, seconds, pause=0.05, alive=lambda: process.poll() is None)
-        assert started, log.read_text()[-2000:]
-        yield process
+        yield
     finally:
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop_reaped(process, STOP_SECONDS)
 
 
 def answers(url: str) -> bool:
@@ -83,17 +83,11 @@ def answers(url: str) -> bool:
 
 
 def from_maven(
-    name: str, folder: str, *words: str, pom: str = "", prepare: Callable[[Path], None] | None = None
+    name: str, folder: str, *words: str, pom: str = "", prepare: Callable[[Path], object] = lambda _: None
 ) -> Path:
-    """The folder ``name`` of the cache, made by Maven on first use.
-
-    Args:
-        folder: output of the goal, relative to where Maven runs.
-        words: the goal and its properties.
-        pom: the project that it is run for, if it needs one.
-        prepare: called with the folder before it is kept.
-
-    Raises NotHere if Java 17 or Maven is missing, or Maven cannot download it.
+    """The folder ``name`` of the cache, made by Maven on first use: what the goal ``words`` puts into ``folder``, after
+    ``prepare`` has seen it. ``pom``: the project that it is run for, if it needs one. Raises NotHere if Java 17 or
+    Maven is missing, or Maven cannot download it.
     """
     if missing := [each for each, program in (("Java", "java"), ("Maven", "mvn")) if shutil.which(program) is None]:
         raise NotHere(f"no {' and no '.join(missing)} (apt-get install default-jre-headless maven)")
@@ -105,8 +99,7 @@ def from_maven(
         if pom:
             (made / "pom.xml").write_text(pom)
         _run("Maven could not download", name, made, DOWNLOAD_SECONDS, "mvn", "-q", "-B", *words)
-        if prepare is not None:
-            prepare(made / folder)
+        prepare(made / folder)
 
     return _kept(name, folder, make)
 
@@ -121,8 +114,7 @@ def from_go(name: str, module: str, version: str, main: str) -> Path:
     def make(made: Path) -> None:
         (made / "main.go").write_text(main)
         (made / "go.mod").write_text("module local.test/build\n\ngo 1.24.0\n")
-        words = [["get", f"{module}@{version}"], ["build", "-ldflags", "-s -w", "-o", name, "."]]
-        for each in words:
+        for each in (["get", f"{module}@{version}"], ["build", "-ldflags", "-s -w", "-o", name, "."]):
             _run("Go could not build", name, made, BUILD_SECONDS, "go", *each)
 
     return _kept(name, name, make)
@@ -141,8 +133,6 @@ def _kept(name: str, path: str, make: Callable[[Path], None]) -> Path:
 
 def _run(problem: str, name: str, folder: Path, seconds: float, *command: str) -> None:
     go = {"GOTOOLCHAIN": "local", "GOFLAGS": "-buildvcs=false -mod=mod", "CGO_ENABLED": "0"}
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=seconds, env={**os.environ, **go}
-    )
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=seconds, env=os.environ | go)
     if done.returncode != 0:
         raise NotHere(f"{problem} {name}: {(done.stdout + done.stderr)[-500:]}")

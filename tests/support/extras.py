@@ -17,8 +17,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.support import wheels
-from tests.support.own_uv import ROOT, environment, uv
+from tests.support.wheels import ROOT, build, environment, install, uv
 
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 SOURCE_ONLY = "docopt"
@@ -43,12 +42,11 @@ sys.exit("; ".join(failed) or 0)
 """
 
 
-def extras(project: Path = ROOT) -> list[str]:
-    declared = tomllib.loads((project / "pyproject.toml").read_text())["project"]
-    return [*declared["optional-dependencies"]]
+def extras() -> list[str]:
+    return [*tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]]
 
 
-def resolve(names: Sequence[str], version: str, project: Path = ROOT, clone: bool = True) -> str:
+def resolve(names: Sequence[str], version: str, clone: bool = True) -> str:
     """Find compatible versions that all have a wheel. Returns the conflict; empty if there is none. Raises
     ConnectionError if PyPI cannot be reached.
     """
@@ -56,42 +54,33 @@ def resolve(names: Sequence[str], version: str, project: Path = ROOT, clone: boo
     wheels = ["--only-binary", ":all:", "--no-binary", SOURCE_ONLY]
     # Without --python uv would look for an interpreter of that version first, and try to download one.
     target = ["--python", sys.executable, "--python-version", version]
-    done = uv(["pip", "compile", "pyproject.toml", *flags, *target, *wheels, "--quiet"], project, clone)
+    done = uv(["pip", "compile", "pyproject.toml", *flags, *target, *wheels, "--quiet"], ROOT, clone)
     if done.returncode not in (0, 1):
         raise ConnectionError(f"uv could not ask PyPI: {done.stderr}")
     return done.stderr if done.returncode else ""
 
 
-def unresolved(names: Sequence[str], version: str, project: Path = ROOT, clone: bool = True) -> dict[str, str]:
+def unresolved(names: Sequence[str], version: str, clone: bool = True) -> dict[str, str]:
     """Map the extras that do not resolve to the reason.
 
     All together first: if they resolve together, each alone does, and one resolution takes seconds.
     """
-    if not resolve(names, version, project, clone):
+    if not resolve(names, version, clone):
         return {}
-    return {name: said for name in names if (said := resolve([name], version, project, clone))}
+    return {name: said for name in names if (said := resolve([name], version, clone))}
 
 
 def try_out(extra: str, python: Path, built: Sequence[Path]) -> str:
     """Install the wheels with an extra into a new environment and use it. Returns the step that failed, or empty."""
     with tempfile.TemporaryDirectory(prefix="ratchet-extra-") as folder:
-        if said := wheels.install(python, Path(folder), built, extra):
+        if said := install(python, Path(folder), built, extra):
             return f"install: {said}"
-        commands = Path(folder) / "bin"
-        steps: list[tuple[str, list[str | Path]]] = [
-            ("import", [commands / "python", "-c", _IMPORT, extra]),
-            ("ratchet", [commands / "ratchet", "--help"]),
-        ]
-        for step, words in steps:
-            done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True)
+        for step, words in (("import", ["python", "-c", _IMPORT, extra]), ("ratchet", ["ratchet", "--help"])):
+            command = [f"{folder}/bin/{words[0]}", *words[1:]]
+            done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
             if done.returncode:
                 return f"{step}: {done.stderr.strip().splitlines()[-1]}"
     return ""
-
-
-def python_version(python: Path) -> str:
-    code = "import sys; print('%d.%d' % sys.version_info[:2])"
-    return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def main() -> None:
@@ -107,14 +96,14 @@ def main() -> None:
             cells[name][version] = "-"
             problems.append(f"{name}, {version}: {said}")
     with tempfile.TemporaryDirectory() as folder:
-        built = wheels.build(Path(folder)) if chosen.install else []
+        built = build(Path(folder)) if chosen.install else []
         for python in chosen.install:
-            version = python_version(python)
+            code = "import sys; print('%d.%d' % sys.version_info[:2])"
+            version = subprocess.check_output([python, "-c", code], text=True).strip()
             for name in names:
                 said = try_out(name, python, built)
-                cells[name][version] = (
-                    f"resolves; {said.partition(':')[0]} fails" if said else "installs, imports, runs"
-                )
+                failed = f"resolves; {said.partition(':')[0]} fails"
+                cells[name][version] = failed if said else "installs, imports, runs"
                 problems += [f"{name}, {version}: {said}"] if said else []
                 print(name, version, said or "ok", file=sys.stderr, flush=True)
     print(f"| extra | {' | '.join(VERSIONS)} |\n|---{'|---' * len(VERSIONS)}|")

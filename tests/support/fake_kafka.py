@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import SimpleNamespace
@@ -64,44 +65,44 @@ class FakeKafka:
         self.changed = threading.Condition()
 
     def send(self, *messages: tuple[bytes | None, Any], partition: int = 0, epoch: int = 0, **fields: Any) -> None:
-        with self.changed:
-            log = self.logs[partition]
+        with self.changing(partition) as log:
             for value, headers in messages:
                 plain = {"value": value, "key": None, "headers": headers, "timestamp": -1, **fields}
                 log.records.append(SimpleNamespace(offset=log.end, leader_epoch=epoch, **plain))
-            self.changed.notify_all()
 
     def skip(self, count: int = 1, partition: int = 0, epoch: int = 0) -> None:
         """Append offsets without a readable record: the marker of a transaction, or aborted records."""
-        with self.changed:
-            log = self.logs[partition]
+        with self.changing(partition) as log:
             for _ in range(count):
                 log.records.append(SimpleNamespace(offset=log.end, leader_epoch=epoch, hidden=True))
-            self.changed.notify_all()
 
     def delete_before(self, offset: int, partition: int = 0) -> None:
-        with self.changed:
-            log = self.logs[partition]
+        with self.changing(partition) as log:
             del log.records[: offset - log.start]
             log.start = offset
-            self.changed.notify_all()
 
     def cut_off(self, offset: int, partition: int = 0) -> None:
         """Truncate everything from ``offset`` on, as an unclean election does."""
-        with self.changed:
-            del self.logs[partition].records[offset - self.logs[partition].start :]
-            self.changed.notify_all()
+        with self.changing(partition) as log:
+            del log.records[offset - log.start :]
 
     def assign(self, *partitions: int) -> None:
-        with self.changed:
+        with self.changing():
             self.assigned = set(partitions)
+
+    @contextmanager
+    def changing(self, partition: int = 0) -> Iterator[FakePartition]:
+        with self.changed:
+            yield self.logs[partition]
             self.changed.notify_all()
 
+    def check(self, away: bool = False) -> None:
+        if self.away or away:
+            raise BrokerError("the broker is away.")
+
     def names(self) -> list[str]:
-        found = [dict(record.headers) for record in self.quarantine]
-        return [
-            b":".join(each[f"ratchet_{name}"] for name in ("topic", "partition", "offset")).decode() for each in found
-        ]
+        places = ("ratchet_topic", "ratchet_partition", "ratchet_offset")
+        return [b":".join(dict(record.headers)[name] for name in places).decode() for record in self.quarantine]
 
 
 class FakeConsumer:
@@ -127,12 +128,11 @@ class FakeConsumer:
         with self.broker.changed:
             self.broker.polls += 1
             self._rebalance()
-            found = self._fetch()
-            if not found:
-                self.broker.changed.wait(min(timeout_ms / 1000, 0.02))  # otherwise a stop would have to wait
-                self._rebalance()
-                found = self._fetch()
-            return found
+            if found := self._fetch():
+                return found
+            self.broker.changed.wait(min(timeout_ms / 1000, 0.02))  # otherwise a stop would have to wait
+            self._rebalance()
+            return self._fetch()
 
     def _rebalance(self) -> None:
         ours = set(self._positions)
@@ -207,8 +207,7 @@ class FakeAdmin:
         self.broker = broker
 
     def topic(self, topic: str) -> Topic | None:
-        if self.broker.away:
-            raise BrokerError("the broker is away.")
+        self.broker.check()
         return None if self.broker.topic_id is None else Topic(self.broker.topic_id, len(self.broker.logs))
 
     def topic_id(self, topic: str) -> str | None:
@@ -216,15 +215,12 @@ class FakeAdmin:
         return None if found is None else found.id
 
     def ensure_topics(self, topics: Sequence[str], partitions: int = 1) -> None:
-        if self.broker.away:
-            raise BrokerError("the broker is away.")
+        self.broker.check()
         self.broker.created += topics
 
-    def warn_of_defaults(self, topic: str, partitions: int) -> None:
-        pass
+    def warn_of_defaults(self, topic: str, partitions: int) -> None: ...
 
-    def close(self) -> None:
-        pass
+    def close(self) -> None: ...
 
 
 class FakeSender:
@@ -237,8 +233,7 @@ class FakeSender:
         return self in self.broker.open_senders
 
     def open(self) -> None:
-        if self.broker.away:
-            raise BrokerError("the broker is away.")
+        self.broker.check()
         self.broker.owners[self.name] += 1
         self._number = self.broker.owners[self.name]
         self.broker.open_senders.add(self)
@@ -248,18 +243,16 @@ class FakeSender:
             yield SimpleNamespace(topic=topic, partition=0, offset=number, headers=record.headers)
 
     def send_all(self, topic: str, records: Sequence[Encoded]) -> list[Delivery]:
-        if self.broker.away or self.broker.quarantine_away:
-            raise BrokerError("the broker is away.")
+        self.broker.check(self.broker.quarantine_away)
         if not self._still_owner() or self._number != self.broker.owners[self.name]:
             raise Fenced("there is a newer one.")
         for record in records:
             size = len(record.value or b"") + len(record.key or b"") + sum(len(n) + len(v) for n, v in record.headers)
             if size > self.broker.max_bytes:
                 raise RecordTooLarge("it is too large.")
-        with self.broker.changed:
+        with self.broker.changing():
             first = len(self.broker.quarantine)
             self.broker.quarantine += records
-            self.broker.changed.notify_all()
         return [Delivery(topic, 0, first + number) for number in range(len(records))]
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -55,7 +56,6 @@ from tests.support.tiny import tiny_base
 from tests.unit.serving.scripted_vlms import ScriptedVlms
 
 KEY = "operator-key"
-
 MAX_IMAGE_BYTES = 100_000
 
 
@@ -92,16 +92,10 @@ class InProcessApp:
         self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float, caller: str = ""
     ) -> EncodeResult:
         run = self.engine.encode_images if kind == "image" else self.engine.encode_tokens
-        vectors = run(payload, snapshot.clip)
-        spaces = self.engine.spaces(snapshot.clip)
         self.encoded[kind] += len(payload)
-        return EncodeResult(
-            vectors,
-            snapshot.clip,
-            spaces.image,
-            spaces.text,
-            logit_scale=self.engine.logit_scale,
-        )
+        spaces, scale = self.engine.spaces(snapshot.clip), self.engine.logit_scale
+        vectors = run(payload, snapshot.clip)
+        return EncodeResult(vectors, snapshot.clip, spaces.image, spaces.text, logit_scale=scale)
 
     async def heads(self, snapshot: ReleaseSnapshot, deadline: float) -> Mapping[str, Head]:
         return self.engine.heads(snapshot.clip)
@@ -131,11 +125,9 @@ class InProcessApp:
         write(command.actor, command.reason)
 
     async def status(self) -> dict[str, Any]:
-        resident = [
-            {"release": s.release, "adapter": s.adapter, "image_space": s.image_space, "text_space": s.text_space,
-             "vlm": s.vlm_adapter, "share": s.share}
-            for s in self.admission.window
-        ]  # fmt: skip
+        names = {"release": "release", "adapter": "adapter", "image_space": "image_space", "text_space": "text_space",
+                 "vlm": "vlm_adapter", "share": "share"}  # fmt: skip
+        resident = [{name: getattr(each, own) for name, own in names.items()} for each in self.admission.window]
         return {"started": True, "epoch": 1, "held": None, "resident": resident, "rollout": {"state": "idle"},
                 "replicas": {}, "vlm": [], "in_flight": {}}  # fmt: skip
 
@@ -149,9 +141,12 @@ class InProcessApp:
     async def vlm_status(self) -> list[dict[str, Any]]:
         return [{"replica": "one"}]
 
-    async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
+    async def reconcile(self) -> None:
         while await self.catalog.reconciler.step():
             continue
+
+    async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
+        await self.reconcile()
         return await self.catalog.cover(snapshot, wait=False)
 
     async def resident(self) -> list[ReleaseSnapshot]:
@@ -160,8 +155,7 @@ class InProcessApp:
     async def announce(self, resident: Residency, seconds: float) -> int:
         self.admission.adopt(resident.window)
         await self.catalog.adopt(resident.indexed)
-        while await self.catalog.reconciler.step():
-            continue
+        await self.reconcile()
         return 1
 
     async def observations(self) -> list[Observations]:
@@ -186,25 +180,25 @@ async def open_in_process_app(home: Path, settings: Serve) -> tuple[InProcessApp
     async def encode(pixels: Any, clip: str | None) -> Any:
         return engine.encode_images(pixels, clip)
 
-    catalog = Catalog(
-        Tables(str(home / "lake" / "catalog"), home / "catalog-index"), store, base.preprocess.pixels, encode
-    )
+    tables = Tables(str(home / "lake" / "catalog"), home / "catalog-index")
+    catalog = Catalog(tables, store, base.preprocess.pixels, encode)
     in_process = InProcessApp(engine, Ledger.open(f"sqlite:///{home / 'ledger.db'}"), catalog, samples=samples)
     await in_process.protocol.start()
     keyed = settings.model_copy(update={"operator_key": SecretStr(KEY)})
     access = Access(in_process.ledger, Settings(serve=keyed))
-    stand_in: Any = in_process
-    index: Any = CatalogIndex(catalog)
-    quarantine: Any = ScriptedQuarantine()
-    receipts: Any = ScriptedReceipts()
-    vlms: Any = FairVlms()
+
+    async def status() -> dict[str, Any]:
+        return catalog.status()
+
+    stand_ins: dict[str, Any] = {
+        "encoders": in_process, "operations": in_process, "quarantine": ScriptedQuarantine(), "vlms": FairVlms(),
+        "receipts": ScriptedReceipts(),
+        "index": SimpleNamespace(search=catalog.search, image=catalog.image, status=status),
+    }  # fmt: skip
     app_state = AppState(
-        settings=settings, dim=base.dim, tokenizer=engine.tokenizer, admission=in_process.admission,
-        encoders=stand_in, access=access,
-        index=index, operations=stand_in, image_loader=ImageLoader(base.preprocess, settings),
-        quarantine=quarantine, receipts=receipts,
-        deletions=DeletionService(Settings(home=home), in_process.ledger), ledger=in_process.ledger,
-        refresh=_nothing, vlms=vlms,
+        settings=settings, dim=base.dim, tokenizer=engine.tokenizer, admission=in_process.admission, access=access,
+        image_loader=ImageLoader(base.preprocess, settings), ledger=in_process.ledger, refresh=_nothing,
+        deletions=DeletionService(Settings(home=home), in_process.ledger), **stand_ins,
     )  # fmt: skip
     return in_process, build_app(app_state)
 
@@ -245,33 +239,19 @@ class ScriptedReceipts:
         return [] if sample_id.startswith("f") else [Receipt("t", 0, 1, "stored", id=sample_id).as_json()]
 
 
-@dataclass
-class CatalogIndex:
-    catalog: Catalog
-
-    async def search(self, *asked: Any) -> Any:
-        return await self.catalog.search(*asked)
-
-    async def image(self, sample_id: str) -> bytes | None:
-        return await self.catalog.image(sample_id)
-
-    async def status(self) -> dict[str, Any]:
-        return self.catalog.status()
-
-
 async def _nothing() -> None:
     await asyncio.sleep(0)
 
 
-def _fill(lake: str, count: int = 6) -> list[Sample]:
-    samples: list[Sample] = [
+def _fill(lake: str) -> list[Sample]:
+    samples = [
         Sample(image=image, text=f"picture {number}", domain="cats", source="test")
-        for number, image in enumerate(pictures(count))
+        for number, image in enumerate(pictures(6))
     ]
     rows = [
         sample(0, number, "t", id=each.id, image=each.image, text=each.text, domain=each.domain, source=each.source,
                time=datetime(2024, 1, 1 + number, tzinfo=UTC), ingested_at=datetime.now(UTC), tags=[])
         for number, each in enumerate(samples)
     ]  # fmt: skip
-    SampleStore(lake).put(rows, [Position("t", 0, count)])
+    SampleStore(lake).put(rows, [Position("t", 0, len(rows))])
     return samples

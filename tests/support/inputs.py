@@ -21,20 +21,12 @@ QUESTIONS = ("what is this?", "is there a red car?")
 
 
 def random_adapter(
-    base: ClipBase | VlmBase,
-    folder: Path,
-    seed: int,
-    parts: Sequence[str] | None = None,
-    rank: int = 8,
-    scale: float = 0.3,
-    targets: Sequence[str] = (),
-) -> str:
-    """Write an adapter of random weights and return its name.
-
-    Args:
-        parts: keys of the base's ``lora_targets``; all when unset.
-        scale: approximate size of the change, relative to the weights.
-        targets: of its configuration; by default a pattern of everything that it changes.
+    base: ClipBase | VlmBase, folder: Path, seed: int, parts: Sequence[str] | None = None, rank: int = 8,
+    scale: float = 0.3, targets: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """Write an adapter of random weights and return its name. ``parts``: keys of the base's ``lora_targets``; all when
+    unset. ``scale``: approximate size of the change, relative to the weights. ``targets``: of its configuration; by
+    default a pattern of everything that it changes.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
@@ -43,10 +35,9 @@ def random_adapter(
     def pair(module: str, weight: torch.Tensor) -> None:
         tail = (1,) * (weight.dim() - 2)
         size = scale * float(weight.std()) / rank**0.5
-        down = torch.randn(rank, weight.shape[1], *tail, generator=generator)
-        up = torch.randn(weight.shape[0], rank, *tail, generator=generator) * size
-        tensors[f"base_model.model.{module}.lora_A.weight"] = down
-        tensors[f"base_model.model.{module}.lora_B.weight"] = up
+        for name, shape, factor in (("A", (rank, weight.shape[1]), 1.0), ("B", (weight.shape[0], rank), size)):
+            drawn = torch.randn(*shape, *tail, generator=generator) * factor
+            tensors[f"base_model.model.{module}.lora_{name}.weight"] = drawn
 
     patterns = [re.compile(base.lora_targets[part]) for part in parts or base.lora_targets]
     for name, module in base.build_model().named_modules():

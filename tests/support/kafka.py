@@ -50,31 +50,26 @@ def produce(kafka: Kafka, messages: Sequence[Message], partition: int | None = N
     try:
         sent = [
             producer.send(
-                kafka.topic,
-                value,
-                key=b"tombstone" if value is None else None,
-                headers=headers,
+                kafka.topic, value, key=b"tombstone" if value is None else None, headers=headers,
                 partition=number % kafka.partitions if partition is None else partition,
             )
             for number, (value, headers) in enumerate(messages)
-        ]
+        ]  # fmt: skip
         return [(kafka.topic, done.partition, done.offset) for done in (each.get(30) for each in sent)]
     finally:
         producer.close(5)
 
 
-def read_topic(kafka: Kafka, topic: str, at_least: int = 0, timeout: float = 300.0) -> list[Any]:
-    """All records of a topic: until two quiet polls, and ``at_least`` this many, which must arrive within
-    ``timeout``.
-    """
+def read_topic(kafka: Kafka, topic: str, at_least: int = 0) -> list[Any]:
+    """All records of a topic: until two quiet polls, and ``at_least`` this many, which must arrive in five minutes."""
     consumer = KafkaConsumer(bootstrap_servers=kafka.bootstrap, auto_offset_reset="earliest")
     try:
         partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()]
         consumer.assign(partitions)
         found: list[Any] = []
-        quiet, deadline = 0, time.monotonic() + timeout
+        quiet, deadline = 0, time.monotonic() + 300
         while quiet < 2 or len(found) < at_least:
-            assert time.monotonic() < deadline, f"{len(found)} records of {at_least} came within {timeout:.0f} s"
+            assert time.monotonic() < deadline, f"{len(found)} records of {at_least} came"
             records = [each for batch in consumer.poll(timeout_ms=300).values() for each in batch]
             quiet = 0 if records else quiet + 1
             found += records
@@ -126,6 +121,14 @@ def reading(
         ingest.stop()
         thread.join(60)
     assert not thread.is_alive() and not failures, f"ingest ended badly: {failures}"
+
+
+@contextmanager
+def taken(ingest: Consumer, count: int) -> Iterator[None]:
+    """Wait at the end of the block until the ingest has dealt with this many more records."""
+    seen = records_seen(ingest.status)
+    yield
+    wait_for(lambda: records_seen(ingest.status) >= seen + count, f"{count} records")
 
 
 def records_seen(status: IngestStatus) -> int:

@@ -1,7 +1,4 @@
-"""Keycloak on this machine, from Maven Central, with its data in memory.
-
-Needs Java 17 and Maven. The distribution (159 MB) is unpacked and built once, in ``~/.cache/ratchet-tests``.
-"""
+"""Keycloak on this machine, from Maven Central (159 MB, unpacked and built once), with its data in memory."""
 
 from __future__ import annotations
 
@@ -16,8 +13,7 @@ import httpx
 
 from core.addresses import free_port
 from core.child_process import reaped, stop_reaped
-from core.waiting import wait_until
-from tests.support.downloads import NotHere, answers, from_maven
+from tests.support.downloads import NotHere, answers, from_maven, launched
 
 VERSION: Final = "26.4.7"
 UNPACK: Final = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:unpack"
@@ -31,10 +27,8 @@ JAVA: Final = {"JAVA_OPTS": "-Xms128m -Xmx768m -XX:TieredStopAtLevel=1 -XX:+UseS
 
 
 class Keycloak:
-    """An identity provider. A context manager.
-
-    It is called ``localhost``: to a browser a different site than a console at 127.0.0.1. Raises NotHere if on
-    construction, when Java or Maven is missing, or Maven cannot download it.
+    """An identity provider. A context manager. It is called ``localhost``: to a browser a different site than a console
+    at 127.0.0.1. Raises NotHere on construction, when Java or Maven is missing, or Maven cannot download it.
     """
 
     def __init__(self) -> None:
@@ -59,15 +53,8 @@ class Keycloak:
             "--http-host=127.0.0.1", f"--http-port={self.port}", "--hostname-strict=false", "--cache=local",
         ]  # fmt: skip
         environ = {**os.environ, **JAVA, "KC_BOOTSTRAP_ADMIN_USERNAME": ADMIN, "KC_BOOTSTRAP_ADMIN_PASSWORD": ADMIN}
-        with self.log.open("wb") as log:
-            process = self._process = subprocess.Popen(
-                reaped(command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environ
-            )
         page = f"{self.issuer('master')}/.well-known/openid-configuration"
-        if not wait_until(lambda: answers(page), START_SECONDS, alive=lambda: process.poll() is None):
-            said = self.log.read_text()[-2000:]
-            self.__exit__()
-            raise RuntimeError(f"Keycloak did not start: ... {said}")
+        self._process = launched(reaped(command), self.log, lambda: answers(page), START_SECONDS, env=environ)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -20,16 +20,15 @@ KINDS = {
 
 
 @contextmanager
-def cluster_with(objects: Sequence[dict[str, Any]], kinds: dict[str, dict[str, str]] = KINDS) -> Iterator[Config]:
-    """A cluster that has these kinds, and these objects in the namespace ``ml``."""
+def cluster_with(objects: Sequence[dict[str, Any]]) -> Iterator[Config]:
+    """A cluster that has these objects in the namespace ``ml``."""
     with web_server() as server:
         entry = {
             "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.port}"}}],
-            "users": [{"name": "u", "user": {}}],
+            "users": [{"name": "u", "user": {}}], "current-context": "x",
             "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
-            "current-context": "x",
-        }
-        for path, answer in [*_kinds(kinds), *((_path(each), each) for each in objects)]:
+        }  # fmt: skip
+        for path, answer in [*_kinds(), *((_path(each), each) for each in objects)]:
             server.pages[path] = reply(json.dumps(answer).encode(), content_type="application/json", connection="close")
         with Config(kubeconfig_content=json.dumps(entry), namespace="ml") as config:
             yield config
@@ -43,8 +42,8 @@ def render_on(config: Config, *layers: Any, is_upgrade: bool = False) -> dict[st
     return config.render(chart(), values, name="live", namespace="ml", is_install=not is_upgrade, is_upgrade=is_upgrade)
 
 
-def _kinds(kinds: dict[str, dict[str, str]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for path, names in kinds.items():
+def _kinds() -> Iterator[tuple[str, dict[str, Any]]]:
+    for path, names in KINDS.items():
         resources = [{"kind": kind, "name": name, "namespaced": True, "verbs": ["get"]} for kind, name in names.items()]
         version = path.removeprefix("/api/").removeprefix("/apis/")
         yield path, {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": version, "resources": resources}

@@ -5,7 +5,7 @@ A machine that runs many tests at once, including its PostgreSQL, pauses for sec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
 import pytest
@@ -14,27 +14,26 @@ from core.ledger import database, time_limits
 
 SECONDS = 60.0
 """A machine on which a call takes longer than this is broken, not busy."""
-_PRODUCTION = (
-    (database, "CALL_SECONDS", time_limits.CALL_SECONDS),
-    (database, "CHECKOUT_SECONDS", time_limits.CHECKOUT_SECONDS),
-    (database, "LOOKUP_SECONDS", database.LOOKUP_SECONDS),
-)
+_PRODUCTION = {
+    "CALL_SECONDS": time_limits.CALL_SECONDS, "CHECKOUT_SECONDS": time_limits.CHECKOUT_SECONDS,
+    "LOOKUP_SECONDS": database.LOOKUP_SECONDS,
+}  # fmt: skip
 
 
 def patient_limits() -> AbstractContextManager[None]:
-    return _limits(lambda _: SECONDS)
+    return _limits(dict.fromkeys(_PRODUCTION, SECONDS))
 
 
 def production_limits() -> AbstractContextManager[None]:
     """Apply the limits of production to calls inside, even within :func:`patient_limits`."""
-    return _limits(lambda seconds: seconds)
+    return _limits(_PRODUCTION)
 
 
 @contextmanager
-def _limits(of: Callable[[float], float]) -> Iterator[None]:
+def _limits(limits: Mapping[str, float]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for module, name, seconds in _PRODUCTION:
-            patch.setattr(module, name, of(seconds))
+        for name, seconds in limits.items():
+            patch.setattr(database, name, seconds)
         yield
 
 

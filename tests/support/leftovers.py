@@ -18,18 +18,15 @@ def mark() -> dict[str, str]:
     return {VARIABLE: uuid.uuid4().hex}
 
 
-def left_running(mark: Mapping[str, str], text: str = "") -> list[psutil.Process]:
-    """Find processes that inherited the mark or have ``text`` in their command line: a title that a process gives
-    itself may overwrite its environment.
-    """
+def left_running(mark: Mapping[str, str]) -> list[psutil.Process]:
+    """Find processes that inherited the mark, besides this one and those that started it."""
     found = []
     own = psutil.Process()
     known = {own.pid, *(parent.pid for parent in own.parents())}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.pid in known or process.status() == psutil.STATUS_ZOMBIE:
-                continue
-            if (text and text in " ".join(process.cmdline())) or mark.items() <= process.environ().items():
+            running = process.pid not in known and process.status() != psutil.STATUS_ZOMBIE
+            if running and mark.items() <= process.environ().items():
                 found.append(process)
     return found
 

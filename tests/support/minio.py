@@ -18,8 +18,7 @@ from s3fs import S3FileSystem
 
 from core.addresses import free_port, listens
 from core.child_process import reaped, stop_reaped
-from core.waiting import wait_until
-from tests.support.downloads import from_go
+from tests.support.downloads import from_go, launched
 from tests.support.environment import of_s3, variables
 
 RELEASE: Final = "v0.0.0-20260212201848-7aac2a2c5b7c"
@@ -58,13 +57,9 @@ class MinIO:
         command = [str(self._program), "server", "--quiet", "--address", self._address, str(self._disk)]
         keys = {"MINIO_ROOT_USER": KEY, "MINIO_ROOT_PASSWORD": SECRET}
         environ = {**os.environ, **keys, "MINIO_BROWSER": "off", "MINIO_UPDATE": "off", "HOME": str(self._root)}
-        log = self._root / "server.log"
-        with log.open("ab") as out:
-            process = self._process = subprocess.Popen(
-                reaped(command), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environ
-            )
-        if not wait_until(lambda: listens(self._address), START_SECONDS, alive=lambda: process.poll() is None):
-            raise RuntimeError(f"MinIO did not start: ... {log.read_text()[-2000:]}")
+        self._process = launched(
+            reaped(command), self._root / "server.log", lambda: listens(self._address), START_SECONDS, env=environ
+        )
 
     def stop(self) -> None:
         """End it; acknowledged data stays on its disk."""

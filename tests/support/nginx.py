@@ -17,12 +17,8 @@ START_SECONDS: Final = 20.0
 
 @contextmanager
 def nginx(folder: Path, server: str, *, port: int = 0, tls: bool = False) -> Iterator[str]:
-    """Run a real nginx on loopback until the end of the block. Yields its URL.
-
-    Args:
-        server: directives of its only server, such as its locations.
-        port: that it listens on; 0: a free one.
-        tls: whether it speaks TLS, with an untrusted certificate.
+    """Run a real nginx on loopback until the end of the block, at a free port unless one is named. Yields its URL.
+    ``server``: directives of its only server, such as its locations. ``tls``: with an untrusted certificate.
     """
     assert BINARY
     port, key, certificate = port or free_port(), folder / "key.pem", folder / "certificate.pem"

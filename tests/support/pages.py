@@ -55,15 +55,11 @@ class Page:
 
     def shown(self, program: str) -> list[str]:
         """Command lines of a program in code blocks, including those inside ``$(...)``."""
-        found = []
-        for block in self.blocks:
-            if block.language in ("", "bash"):
-                for line in block.text.replace("\\\n", " ").splitlines():
-                    inner = re.search(rf"\$\(({program} [^)]*)\)", line)
-                    text = inner.group(1) if inner else line.strip()
-                    if text.startswith(f"{program} "):
-                        found.append(_alone(text))
-        return found
+        texts = [block.text.replace("\\\n", " ") for block in self.blocks if block.language in ("", "bash")]
+        lines = [line for text in texts for line in text.splitlines()]
+        inner = [re.search(rf"\$\(({program} [^)]*)\)", line) for line in lines]
+        found = [each[1] if each else line.strip() for each, line in zip(inner, lines, strict=True)]
+        return [_alone(text) for text in found if text.startswith(f"{program} ")]
 
     @cached_property
     def headings(self) -> set[str]:
@@ -76,11 +72,10 @@ class Page:
 
     @cached_property
     def _parts(self) -> list[Block | str]:
-        return list(_parts(self.path.read_text()))
+        return list(_parts(self.path.read_text().splitlines()))
 
 
-def _parts(text: str) -> Iterator[Block | str]:
-    lines = text.splitlines()
+def _parts(lines: list[str]) -> Iterator[Block | str]:
     at = 0
     while at < len(lines):
         line, start = lines[at], at

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,21 +29,21 @@ class Prometheus:
         """The current series of an expression with Grafana's variables filled in. Fails when Prometheus rejects it."""
         for variable, value in GRAFANA.items():
             expr = expr.replace(variable, value)
-        answer = httpx.get(f"{self.url}/api/v1/query", params={"query": expr}, timeout=30).json()
-        assert answer["status"] == "success", f"{expr}: {answer.get('error')}"
-        found: list[dict[str, Any]] = answer["data"]["result"]
-        return found
+        return list(self._asked("query", query=expr)["result"])
 
     def has_data(self, expr: str) -> bool:
         return any(not math.isnan(float(series["value"][1])) for series in self.query(expr))
 
     def rules(self) -> list[dict[str, Any]]:
-        answer = httpx.get(f"{self.url}/api/v1/rules", timeout=30).json()
-        return [rule for group in answer["data"]["groups"] for rule in group["rules"]]
+        return [rule for group in self._asked("rules")["groups"] for rule in group["rules"]]
 
     def healthy_targets(self) -> set[str]:
-        answer = httpx.get(f"{self.url}/api/v1/targets", timeout=30).json()
-        return {each["labels"]["process"] for each in answer["data"]["activeTargets"] if each["health"] == "up"}
+        return {each["labels"]["process"] for each in self._asked("targets")["activeTargets"] if each["health"] == "up"}
+
+    def _asked(self, what: str, **params: str) -> Any:
+        answer = httpx.get(f"{self.url}/api/v1/{what}", params=params, timeout=30).json()
+        assert answer["status"] == "success", f"{params}: {answer.get('error')}"
+        return answer["data"]
 
 
 @dataclass(frozen=True)
@@ -71,35 +71,28 @@ def impatient_rules(file: Path, seconds: int) -> Path:
 
 
 @contextmanager
-def prometheus(folder: Path, config: str, scrape_seconds: int = 1) -> Iterator[Prometheus]:
+def prometheus(folder: Path, config: str) -> Iterator[Prometheus]:
     """Start Prometheus with a printed configuration, changed only to scrape and evaluate more often."""
     told = yaml.safe_load(config)
-    told["global"] = {"scrape_interval": f"{scrape_seconds}s", "evaluation_interval": f"{scrape_seconds}s"}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "prometheus.yml").write_text(as_yaml(told))
-    address = f"127.0.0.1:{free_port()}"
-    command = [
-        "prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'series'}",
-        f"--web.listen-address={address}", "--log.level=warn",
-    ]  # fmt: skip
-    with _running(command, folder / "prometheus.log", f"http://{address}/-/ready"):
-        yield Prometheus(f"http://{address}")
+    told["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    with _started("prometheus", folder, as_yaml(told), f"--storage.tsdb.path={folder / 'series'}") as url:
+        yield Prometheus(url)
 
 
 @contextmanager
 def alertmanager(folder: Path) -> Iterator[Alertmanager]:
+    config = "route: {receiver: nobody}\nreceivers: [{name: nobody}]\n"
+    own = (f"--storage.path={folder / 'alerts'}", "--cluster.listen-address=")
+    with _started("prometheus-alertmanager", folder, config, *own) as url:
+        yield Alertmanager(url)
+
+
+@contextmanager
+def _started(program: str, folder: Path, config: str, *words: str) -> Iterator[str]:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "alertmanager.yml").write_text("route: {receiver: nobody}\nreceivers: [{name: nobody}]\n")
+    (folder / f"{program}.yml").write_text(config)
     address = f"127.0.0.1:{free_port()}"
-    command = [
-        "prometheus-alertmanager", f"--config.file={folder / 'alertmanager.yml'}",
-        f"--storage.path={folder / 'alerts'}", f"--web.listen-address={address}", "--cluster.listen-address=",
-        "--log.level=warn",
-    ]  # fmt: skip
-    with _running(command, folder / "alertmanager.log", f"http://{address}/-/ready"):
-        yield Alertmanager(f"http://{address}")
-
-
-def _running(command: list[str], log: Path, ready: str) -> AbstractContextManager[object]:
-    environ = {**os.environ, "GOMAXPROCS": "1"}
-    return running(command, log, lambda: answers(ready), START_SECONDS, env=environ)
+    url, log, environ = f"http://{address}", folder / f"{program}.log", {**os.environ, "GOMAXPROCS": "1"}
+    command = [program, f"--config.file={folder / program}.yml", f"--web.listen-address={address}", "--log.level=warn"]
+    with running([*command, *words], log, lambda: answers(f"{url}/-/ready"), START_SECONDS, env=environ):
+        yield url

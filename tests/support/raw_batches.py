@@ -15,13 +15,7 @@ from kafka.record.util import calc_crc32c, encode_varint
 
 HEADER = DefaultRecordBatch.HEADER_STRUCT
 CODECS = ("none", "gzip", "snappy", "lz4", "zstd")
-_ENCODERS: list[Any] = [
-    bytes,
-    kafka_codec.gzip_encode,
-    kafka_codec.snappy_encode,
-    kafka_codec.lz4_encode,
-    kafka_codec.zstd_encode,
-]
+_ENCODERS: list[Any] = [bytes, *(getattr(kafka_codec, f"{name}_encode") for name in CODECS[1:])]
 
 
 @dataclass(frozen=True)
@@ -50,14 +44,13 @@ class RawBatch:
 
     def encode(self, body: bytes | None = None) -> bytearray:
         """The batch, with a correct checksum. ``body``: replaces the records, uncompressed."""
-        packed = _ENCODERS[self.codec](self.body() if body is None else body)
         times = [each.timestamp for each in self.messages] or [0]
-        count = len(self.messages)
-        batch = bytearray(HEADER.size) + packed
+        batch = bytearray(HEADER.size) + _ENCODERS[self.codec](self.body() if body is None else body)
+        count, known = len(self.messages), 0 if self.producer >= 0 else -1
         HEADER.pack_into(
             batch, 0, self.base, len(batch) - 12, self.epoch, 2, 0, self.attributes | self.codec,
-            self.extra.get("delta", count - 1), times[0], max(times), self.producer, 0 if self.producer >= 0 else -1,
-            0 if self.producer >= 0 else -1, self.extra.get("count", count),
+            self.extra.get("delta", count - 1), times[0], max(times), self.producer, known, known,
+            self.extra.get("count", count),
         )  # fmt: skip
         return seal(batch)
 
@@ -106,6 +99,7 @@ class RawProducer:
 
     def send(self, topic: str, partition: int, batches: bytes) -> tuple[int, int]:
         """Error code and first offset, once there is a leader. Raises ConnectionError when the broker hangs up."""
+        code, offset = NO_LEADER, -1
         for _ in range(NO_LEADER_TRIES):
             code, offset = self._sent(topic, partition, batches)
             if code != NO_LEADER:

@@ -19,12 +19,10 @@ def made_of(recipe: Recipe) -> str:
     if recipe.gradients.harmonize or recipe.gradients.drop:
         parts.append("harmonized gradients")
     merge = recipe.merge
-    if merge.rule == "none":
-        parts.append("no merge")
-    else:
-        weight = f"{merge.weight:g}" if not merge.search else "searched"
-        options = "".join(f", {name} {value}" for name, value in merge.options.items())
-        parts.append(f"`{merge.rule}` {weight}{options}, from `{merge.start}`")
+    weight = "searched" if merge.search else f"{merge.weight:g}"
+    options = "".join(f", {name} {value}" for name, value in merge.options.items())
+    merged = f"`{merge.rule}` {weight}{options}, from `{merge.start}`"
+    parts.append("no merge" if merge.rule == "none" else merged)
     if recipe.optimizer.kind != "adamw":
         parts.append(f"`{recipe.optimizer.kind}`")
     parts.append(f"`{recipe.schedule.kind}`")

@@ -43,9 +43,7 @@ class LogReader:
 
     def __init__(self, position: int = 0, limit: int = MAX_BATCH_BYTES, epoch: int = -1, **config: Any) -> None:
         cluster = SimpleNamespace(
-            leader_epoch_for_partition=lambda partition: epoch,
-            request_update=lambda: None,
-            add_topic=lambda topic: None,
+            leader_epoch_for_partition=lambda _: epoch, request_update=lambda: None, add_topic=lambda topic: None
         )
         manager = SimpleNamespace(_net=None, cluster=cluster)
         self.subscriptions = SubscriptionState("none")

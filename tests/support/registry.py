@@ -5,12 +5,12 @@ wrong.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.support.web_server import reply, web_server
 
 
 class Registry:
@@ -70,39 +70,18 @@ class Registry:
 def running(registry: Registry) -> Iterator[Registry]:
     """Serve the registry on ``registry.url`` until the block ends."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def answer(head: str, body: bytes) -> bytes:
+        first, *lines = head.splitlines()
+        registry.calls.append(first.rpartition(" ")[0])
+        registry.headers.append({name.lower(): value for name, _, value in (line.partition(": ") for line in lines)})
+        method, path, _ = first.split(" ")
+        status, data = registry.answer(method, path, json.loads(body or b"{}"))
+        kind = "application/vnd.schemaregistry.v1+json"
+        return reply(data, f"{status} Said", content_type=kind, connection="close")
 
-        def do_GET(self) -> None:
-            self._reply({})
-
-        def do_POST(self) -> None:
-            self._reply(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-
-        def _reply(self, body: dict[str, Any]) -> None:
-            registry.calls.append(f"{self.command} {self.path}")
-            registry.headers.append({name.lower(): value for name, value in self.headers.items()})
-            status, data = registry.answer(self.command, self.path, body)
-            self.send_response(status)
-            self.send_header("content-type", "application/vnd.schemaregistry.v1+json")
-            self.send_header("content-length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    registry.url = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with web_server(answer=answer) as server:
+        registry.url = f"http://127.0.0.1:{server.port}"
         yield registry
-    finally:
-        server.shutdown()
-        thread.join(10)
-        server.server_close()
 
 
 def _json(value: dict[str, Any], status: int = 200) -> tuple[int, bytes]:

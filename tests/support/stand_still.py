@@ -49,9 +49,7 @@ def run(command: Sequence[str], seconds: float, every: float) -> int:
 
 
 def main() -> int:
-    summary, _, details = (__doc__ or "").partition("\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=4.0, help="how long it stands still")
     parser.add_argument("--every", type=float, default=20.0, help="seconds from one time to the next, on average")
     parser.add_argument("command", nargs="+", help="what to run, after --")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,16 +25,15 @@ ITEMS = 400
 SHIFT = FeatureShift({"image": TowerShift(128, 0.01, 0.03, 31.0, 30.0)}, 0.8, 0.79)
 
 
-@dataclass(frozen=True)
-class Story:
+class Story(NamedTuple):
     rejected: str
     passed: str
     adapter: str
 
 
-def verdict(candidate: str, lost: int, won: int, caption: str = EVIL) -> Verdict:
+def verdict(candidate: str, lost: int, won: int) -> Verdict:
     before = (np.random.default_rng(0).random((ITEMS, 2)) < 0.6).astype(float)
-    worst = (Regression("a1", caption, "image to text", 0, 40, "a dog", caption, ""),)
+    worst = (Regression("a1", EVIL, "image to text", 0, 40, "a dog", EVIL, ""),)
     kept = scores("emoji_retrieval", before, changed(before, lost, 4))
     gained = scores("fresh.fluent3d", before, changed(before, 6, won), role="gain")
     entries = [replace(kept, worst=worst), gained]
@@ -46,8 +45,8 @@ def verdict(candidate: str, lost: int, won: int, caption: str = EVIL) -> Verdict
         gain=findings.gain, checks=checks, alpha=0.05,
         look=AnalysisPlan(0.03, 0.05, 300).look(300), candidates=0, fresh=300, seconds=12.5,
         created_at="2026-01-01T00:00:00+00:00",
-        cost={"gflops_planned": 6000.0, "gflops_spent": 5801.5, "seconds": 41.0}, meta={"recipe": caption},
-        diagnostics=Diagnostics(shift=SHIFT, warnings=(f"something to look at {caption}",)),
+        cost={"gflops_planned": 6000.0, "gflops_spent": 5801.5, "seconds": 41.0}, meta={"recipe": EVIL},
+        diagnostics=Diagnostics(shift=SHIFT, warnings=(f"something to look at {EVIL}",)),
     )  # fmt: skip
 
 

@@ -6,13 +6,17 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from typing import Self
 
 
 class TcpRelay:
+    """A context manager, or opened and cut by hand."""
+
     def __init__(self, port: int, target: str) -> None:
         """``port``: of 127.0.0.1 to listen on. ``target``: host:port to forward to."""
         self.port = port
-        self.target = target.rpartition(":")
+        host, _, number = target.rpartition(":")
+        self.target = (host, int(number))
         self.delay_seconds = 0.0
         """Delay of each piece of data, in both directions."""
         self._listener: socket.socket | None = None
@@ -21,7 +25,7 @@ class TcpRelay:
 
     def open(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", self.port))
-        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+        _in_thread(self._accept, self._listener)
 
     def cut(self) -> None:
         with self._lock:
@@ -30,24 +34,34 @@ class TcpRelay:
         for each in sockets:
             break_link(each)
 
+    def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cut()
+
     def _accept(self, listener: socket.socket) -> None:
         with suppress(OSError):
             while True:
-                near, _ = listener.accept()
-                try:
-                    far = socket.create_connection((self.target[0], int(self.target[2])))
-                except OSError:
-                    near.close()
-                    continue
-                with self._lock:
-                    current = self._listener is listener
-                    self._links += [near, far] if current else []
-                if not current:  # cut meanwhile
-                    break_link(near)
-                    break_link(far)
-                    return
-                for pair in ((near, far), (far, near)):
-                    threading.Thread(target=self._relay, args=pair, daemon=True).start()
+                _in_thread(self._connect, listener, listener.accept()[0])
+
+    def _connect(self, listener: socket.socket, near: socket.socket) -> None:
+        """In a thread per connection: a stopped server accepts no more connections, and TCP tries for a minute."""
+        try:
+            far = socket.create_connection(self.target)
+        except OSError:
+            near.close()
+            return
+        with self._lock:
+            current = self._listener is listener
+            self._links += [near, far] if current else []
+        if current:
+            _in_thread(self._relay, near, far)
+            _in_thread(self._relay, far, near)
+        else:  # cut meanwhile
+            break_link(near)
+            break_link(far)
 
     def _relay(self, source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
@@ -55,12 +69,19 @@ class TcpRelay:
                 if self.delay_seconds:
                     time.sleep(self.delay_seconds)
                 sink.sendall(data)
-        for each in (source, sink):
-            with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
+        end_link(source, sink)
+
+
+def _in_thread(function: object, *arguments: object) -> None:
+    threading.Thread(target=function, args=arguments, daemon=True).start()  # type: ignore[arg-type]
+
+
+def end_link(*links: socket.socket) -> None:
+    for each in links:
+        with suppress(OSError):
+            each.shutdown(socket.SHUT_RDWR)
 
 
 def break_link(link: socket.socket) -> None:
-    with suppress(OSError):
-        link.shutdown(socket.SHUT_RDWR)
+    end_link(link)
     link.close()

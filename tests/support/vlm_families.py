@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -59,131 +59,115 @@ def ids(known: PreTrainedTokenizerFast) -> dict[str, int]:
     }  # fmt: skip
 
 
-def smolvlm(folder: Path) -> Any:
+def text_config(known: PreTrainedTokenizerFast, **more: Any) -> dict[str, Any]:
+    return {**LLAMA, **ids(known), **more}
+
+
+Made = tuple[Any, Any]
+"""A processor and a model."""
+
+
+def made(
+    name: str, known: PreTrainedTokenizerFast, image: str, parts: Sequence[Any], config: dict[str, Any],
+    processor: str = "", **options: Any,
+) -> Made:  # fmt: skip
+    """``image``: in the template. ``parts``: of the processor, which may have another ``processor`` name, with
+    ``options``.
+    """
+    pictures, *others = parts
+    kind = getattr(transformers, f"{processor or name}Processor")
+    told = kind(pictures, known, *others, chat_template=template(image), **options)
+    return told, getattr(transformers, f"{name}ForConditionalGeneration")(
+        getattr(transformers, f"{name}Config")(**config)
+    )
+
+
+def smolvlm() -> Made:
     """SmolVLM: Idefics3's architecture under its own name."""
     known = tokenizer("<image>", "<fake_token_around_image>", "<global-img>")
-    config = transformers.SmolVLMConfig(
-        image_token_id=known.convert_tokens_to_ids("<image>"), scale_factor=2, pad_token_id=known.pad_token_id,
-        vision_config=VISION, text_config={"model_type": "llama", **LLAMA, **ids(known)},
-    )  # fmt: skip
-    pictures = transformers.SmolVLMImageProcessor(
-        size={"longest_edge": 32}, max_image_size={"longest_edge": 32}, do_image_splitting=False
-    )
-    transformers.SmolVLMProcessor(
-        pictures, known, transformers.SmolVLMVideoProcessor(), image_seq_len=4, chat_template=template("<image>")
-    ).save_pretrained(folder)
-    return transformers.SmolVLMForConditionalGeneration(config)
+    side = {"longest_edge": 32}
+    pictures = transformers.SmolVLMImageProcessor(size=side, max_image_size=side, do_image_splitting=False)
+    return made("SmolVLM", known, "<image>", [pictures, transformers.SmolVLMVideoProcessor()], {
+        "image_token_id": known.convert_tokens_to_ids("<image>"), "scale_factor": 2,
+        "pad_token_id": known.pad_token_id, "vision_config": VISION,
+        "text_config": text_config(known, model_type="llama"),
+    }, image_seq_len=4)  # fmt: skip
 
 
-def qwen(folder: Path, version: str, videos: Any, vision: dict[str, Any], **rope: Any) -> Any:
+def qwen(version: str, videos: Any, vision: dict[str, Any], rope: dict[str, Any]) -> Made:
     """Qwen2-VL and its successors. ``videos``: the class of its video processor; ``vision``: of its tower."""
-    tokens = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-    known = tokenizer(*tokens, image_token=tokens[2], video_token=tokens[3])
-    names = ("vision_start", "vision_end", "image", "video")
-    config = getattr(transformers, f"{version}Config")(
-        text_config={**LLAMA, **ids(known), "rope_scaling": {**rope, "mrope_section": [4, 6, 6]}},
-        vision_config={"hidden_size": 32, "num_heads": 2, "patch_size": 8, **vision},
-        **{f"{name}_token_id": known.convert_tokens_to_ids(token) for name, token in zip(names, tokens, strict=True)},
-    )
-    size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
-    getattr(transformers, f"{version}Processor")(
-        transformers.Qwen2VLImageProcessor(patch_size=8, size=size), known, videos(patch_size=8, size=size),
-        chat_template=template("<|vision_start|><|image_pad|><|vision_end|>"),
-    ).save_pretrained(folder)  # fmt: skip
-    return getattr(transformers, f"{version}ForConditionalGeneration")(config)
+    tokens = {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>", "image": "<|image_pad|>",
+              "video": "<|video_pad|>"}  # fmt: skip
+    known = tokenizer(*tokens.values(), image_token=tokens["image"], video_token=tokens["video"])
+    sizes = {"patch_size": 8, "size": {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}}
+    parts = [transformers.Qwen2VLImageProcessor(**sizes), videos(**sizes)]
+    return made(version, known, "<|vision_start|><|image_pad|><|vision_end|>", parts, {
+        "text_config": text_config(known, rope_scaling={**rope, "mrope_section": [4, 6, 6]}),
+        "vision_config": {"hidden_size": 32, "num_heads": 2, "patch_size": 8, **vision},
+        **{f"{name}_token_id": known.convert_tokens_to_ids(token) for name, token in tokens.items()},
+    })  # fmt: skip
 
 
-def qwen2_vl(folder: Path) -> Any:
-    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
-    return qwen(folder, "Qwen2VL", transformers.Qwen2VLVideoProcessor, vision, type="mrope")
-
-
-def qwen2_5_vl(folder: Path) -> Any:
-    vision = {"depth": 2, "out_hidden_size": 64, "intermediate_size": 64, "window_size": 32,
-              "fullatt_block_indexes": [1]}  # fmt: skip
-    return qwen(folder, "Qwen2_5_VL", transformers.Qwen2VLVideoProcessor, vision, type="mrope")
-
-
-def qwen3_vl(folder: Path) -> Any:
-    vision = {"depth": 2, "out_hidden_size": 64, "intermediate_size": 64, "num_position_embeddings": 64,
-              "deepstack_visual_indexes": [0]}  # fmt: skip
-    rope = {"rope_type": "default", "mrope_interleaved": True}
-    return qwen(folder, "Qwen3VL", transformers.Qwen3VLVideoProcessor, vision, **rope)
-
-
-def llava(folder: Path) -> Any:
+def llava() -> Made:
     """LLaVA 1.5: CLIP's tower before Llama."""
     known = tokenizer("<image>", image_token="<image>")
-    config = transformers.LlavaConfig(
-        text_config={"model_type": "llama", **LLAMA, **ids(known)},
-        vision_config={**VISION, "model_type": "clip_vision_model", "num_hidden_layers": 2},
-        image_token_index=known.convert_tokens_to_ids("<image>"), image_seq_length=16,
-    )  # fmt: skip
     pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    transformers.LlavaProcessor(
-        pictures, known, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=template("<image>"),
-    ).save_pretrained(folder)  # fmt: skip
-    return transformers.LlavaForConditionalGeneration(config)
+    return made("Llava", known, "<image>", [pictures], {
+        "text_config": text_config(known, model_type="llama"),
+        "vision_config": {**VISION, "model_type": "clip_vision_model", "num_hidden_layers": 2},
+        "image_token_index": known.convert_tokens_to_ids("<image>"), "image_seq_length": 16,
+    }, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1)  # fmt: skip
 
 
-def pixtral(folder: Path) -> Any:
+def pixtral() -> Made:
     """Pixtral in transformers: LLaVA with Pixtral's tower and Mistral."""
     known = tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
-    config = transformers.LlavaConfig(
-        text_config={"model_type": "mistral", **LLAMA, **ids(known)},
-        vision_config={**VISION, "model_type": "pixtral", "head_dim": 32},
-        image_token_index=known.convert_tokens_to_ids("[IMG]"), vision_feature_select_strategy="full",
-        vision_feature_layer=-1, image_seq_length=1,
-    )  # fmt: skip
     pictures = transformers.PixtralImageProcessor(size={"longest_edge": 32}, patch_size={"height": 8, "width": 8})
-    transformers.PixtralProcessor(
-        pictures, known, patch_size=8, spatial_merge_size=1, chat_template=template("[IMG]")
-    ).save_pretrained(folder)
-    return transformers.LlavaForConditionalGeneration(config)
+    return made("Llava", known, "[IMG]", [pictures], {
+        "text_config": text_config(known, model_type="mistral"),
+        "vision_config": {**VISION, "model_type": "pixtral", "head_dim": 32},
+        "image_token_index": known.convert_tokens_to_ids("[IMG]"), "vision_feature_select_strategy": "full",
+        "vision_feature_layer": -1, "image_seq_length": 1,
+    }, "Pixtral", patch_size=8, spatial_merge_size=1)  # fmt: skip
 
 
-def internvl(folder: Path) -> Any:
-    known = tokenizer(
-        "<IMG_CONTEXT>", "<img>", "</img>", "<video>", start_image_token="<img>", end_image_token="</img>",
-        context_image_token="<IMG_CONTEXT>", video_token="<video>",
-    )  # fmt: skip
-    config = transformers.InternVLConfig(
-        text_config={"model_type": "qwen2", **LLAMA, **ids(known)},
-        vision_config={**VISION, "image_size": [32, 32], "patch_size": [8, 8]},
-        image_token_id=known.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4, downsample_ratio=0.5,
-    )  # fmt: skip
-    pictures = transformers.GotOcr2ImageProcessor(size={"height": 32, "width": 32}, crop_to_patches=False)
-    transformers.InternVLProcessor(
-        pictures, known, transformers.InternVLVideoProcessor(size={"height": 32, "width": 32}), image_seq_length=4,
-        chat_template=template("<IMG_CONTEXT>\n"),
-    ).save_pretrained(folder)  # fmt: skip
-    return transformers.InternVLForConditionalGeneration(config)
+def internvl() -> Made:
+    named: Any = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+             "video_token": "<video>"}  # fmt: skip
+    known, side = tokenizer("<IMG_CONTEXT>", "<img>", "</img>", "<video>", **named), {"height": 32, "width": 32}
+    pictures = transformers.GotOcr2ImageProcessor(size=side, crop_to_patches=False)
+    parts = [pictures, transformers.InternVLVideoProcessor(size=side)]
+    return made("InternVL", known, "<IMG_CONTEXT>\n", parts, {
+        "text_config": text_config(known, model_type="qwen2"),
+        "vision_config": {**VISION, "image_size": [32, 32], "patch_size": [8, 8]},
+        "image_token_id": known.convert_tokens_to_ids("<IMG_CONTEXT>"), "image_seq_length": 4, "downsample_ratio": 0.5,
+    }, image_seq_length=4)  # fmt: skip
 
 
-def gemma3(folder: Path) -> Any:
-    known = tokenizer(
-        "<start_of_image>", "<end_of_image>", "<image_soft_token>", "\n", "\n\n", "\n\n\n", "\n\n\n\n",
-        image_token="<image_soft_token>",
-        boi_token="<start_of_image>", eoi_token="<end_of_image>",
-    )  # fmt: skip
-    config = transformers.Gemma3Config(
-        text_config={**LLAMA, **ids(known), "sliding_window": 64, "query_pre_attn_scalar": 32},
-        vision_config={**VISION, "vision_use_head": False},
-        mm_tokens_per_image=4, image_token_index=known.convert_tokens_to_ids("<image_soft_token>"),
-        boi_token_index=known.convert_tokens_to_ids("<start_of_image>"),
-        eoi_token_index=known.convert_tokens_to_ids("<end_of_image>"),
-    )  # fmt: skip
+def gemma3() -> Made:
+    begin, end, soft = "<start_of_image>", "<end_of_image>", "<image_soft_token>"
+    lines = ("\n" * length for length in range(1, 5))
+    known = tokenizer(begin, end, soft, *lines, image_token=soft, boi_token=begin, eoi_token=end)
+    tokens = {"image_token_index": soft, "boi_token_index": begin, "eoi_token_index": end}
     pictures = transformers.Gemma3ImageProcessor(size={"height": 32, "width": 32})
-    transformers.Gemma3Processor(
-        pictures, known, image_seq_length=4, chat_template=template("<start_of_image>")
-    ).save_pretrained(folder)
-    return transformers.Gemma3ForConditionalGeneration(config)
+    return made("Gemma3", known, begin, [pictures], {
+        "text_config": text_config(known, sliding_window=64, query_pre_attn_scalar=32),
+        "vision_config": {**VISION, "vision_use_head": False}, "mm_tokens_per_image": 4,
+        **{name: known.convert_tokens_to_ids(token) for name, token in tokens.items()},
+    }, image_seq_length=4)  # fmt: skip
 
 
-FAMILIES: Final[dict[str, Callable[[Path], Any]]] = {
-    "SmolVLM": smolvlm, "Qwen2-VL": qwen2_vl, "Qwen2.5-VL": qwen2_5_vl, "Qwen3-VL": qwen3_vl, "LLaVA": llava,
-    "Pixtral": pixtral, "InternVL": internvl, "Gemma 3": gemma3,
+MROPE = {"type": "mrope"}
+FAMILIES: Final[dict[str, Callable[[], Made]]] = {
+    "SmolVLM": smolvlm,
+    "Qwen2-VL": lambda: qwen("Qwen2VL", transformers.Qwen2VLVideoProcessor, rope=MROPE, vision={
+        "depth": 1, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}),
+    "Qwen2.5-VL": lambda: qwen("Qwen2_5_VL", transformers.Qwen2VLVideoProcessor, rope=MROPE, vision={
+        "depth": 2, "out_hidden_size": 64, "intermediate_size": 64, "window_size": 32, "fullatt_block_indexes": [1]}),
+    "Qwen3-VL": lambda: qwen("Qwen3VL", transformers.Qwen3VLVideoProcessor, vision={
+        "depth": 2, "out_hidden_size": 64, "intermediate_size": 64, "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0]}, rope={"rope_type": "default", "mrope_interleaved": True}),
+    "LLaVA": llava, "Pixtral": pixtral, "InternVL": internvl, "Gemma 3": gemma3,
 }  # fmt: skip
 """Makers of the families; for Idefics3 see :mod:`tests.support.tiny_vlm`."""
 
@@ -192,18 +176,23 @@ def write_family(name: str, folder: Path, seed: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Any = FAMILIES[name](folder)
-        for parameter in model.parameters():  # spread, so that greedy answers differ between images and adapters
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.1)
+        processor, model = FAMILIES[name]()
+        spread(model)
+    processor.save_pretrained(folder)
     model.save_pretrained(folder)
     if name in ("LLaVA", "Gemma 3"):
         _as_published(folder / "model.safetensors")
 
 
+def spread(model: nn.Module) -> None:
+    """Spread the weights, so that greedy answers differ between images and adapters."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.1)
+
+
 def _as_published(path: Path) -> None:
     """Give the tower's weights the names of published checkpoints; vLLM reads no others."""
-    tensors = load_file(path)
     tower, inner = "vision_tower.", "vision_tower.vision_model."
-    save_file({key.replace(tower, inner) if tower in key else key: value for key, value in tensors.items()}, path,
+    save_file({key.replace(tower, inner): value for key, value in load_file(path).items()}, path,
               metadata={"format": "pt"})  # fmt: skip

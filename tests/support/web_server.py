@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socketserver
 import ssl
 import threading
@@ -55,8 +56,11 @@ class WebServer:
 
 
 @contextlib.contextmanager
-def web_server(host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None) -> Iterator[WebServer]:
-    """Run a server with a thread per connection."""
+def web_server(
+    host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None,
+    answer: Callable[[str, bytes], bytes] | None = None,
+) -> Iterator[WebServer]:  # fmt: skip
+    """Run a server with a thread per connection. ``answer``: of heads and bodies, instead of pages."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -65,13 +69,20 @@ def web_server(host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | Non
             with contextlib.suppress(OSError):  # clients of these tests hang up as they like
                 if tls is not None:
                     wire = tls.wrap_socket(wire, server_side=True)
-                head = b""
-                while b"\r\n\r\n" not in head and (more := wire.recv(4096)):
-                    head += more
-                made.asked.append(head.decode())
+                received = b""
+                while b"\r\n\r\n" not in received and (more := wire.recv(4096)):
+                    received += more
+                head, _, body = received.partition(b"\r\n\r\n")
                 path = head.decode().split(" ")[1].partition("?")[0]
-                answer = made.pages.get(path, reply(b"none", "404 Not Found"))
-                wire.sendall(answer) if isinstance(answer, bytes) else answer(wire)
+                page = made.pages.get(path, reply(b"none", "404 Not Found"))
+                if answer is None:
+                    made.asked.append(received.decode())
+                else:
+                    size = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
+                    while size and len(body) < int(size[1]):
+                        body += wire.recv(4096)
+                    page = answer(head.decode(), body)
+                wire.sendall(page) if isinstance(page, bytes) else page(wire)
             wire.close()
 
     class Server(socketserver.ThreadingTCPServer):

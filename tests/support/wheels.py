@@ -1,10 +1,18 @@
-"""The wheels of the repository, and environments that have nothing but them."""
+"""uv under the rules of pyproject.toml, isolated from this machine's settings for uv and pip; the wheels of the
+repository, and environments that have nothing but them.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
+import tempfile
+import tomllib
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
@@ -13,8 +21,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.support.own_uv import ROOT, uv
-
+ROOT = Path(__file__).parents[2]
+UV = Path(sysconfig.get_path("scripts")) / "uv"
+RULES = ("constraint-dependencies", "exclude-dependencies", "override-dependencies")
 NOT_SOURCE = shutil.ignore_patterns(
     ".*", "__pycache__", "*.pyc", "*.egg-info", "build", "dist", "node_modules", "tests", "docs", "helm", "examples"
 )
@@ -29,8 +38,25 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
 
 
-def projects(root: Path) -> list[Path]:
-    return [path.parent for path in (*root.glob("pyproject.toml"), *sorted(root.glob("*/pyproject.toml")))]
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not re.match("(PIP|UV)_(?!CACHE_DIR|HTTP_)", name)}
+
+
+def rules(project: Path) -> str:
+    """The project's own rules for uv as a configuration file: given one, uv reads no other."""
+    own = tomllib.loads((project / "pyproject.toml").read_text()).get("tool", {}).get("uv", {})
+    return "".join(f"{name} = {json.dumps(own[name])}\n" for name in RULES if name in own)
+
+
+def uv(command: Sequence[str | Path], project: Path, clone: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run uv under the rules of a clone, or without rules as for a wheel."""
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        file.write(rules(project) if clone else "")
+        file.flush()
+        return subprocess.run(
+            [UV, *command, "--config-file", file.name, "--no-python-downloads"],
+            cwd=project, env=environment(), capture_output=True, text=True,
+        )  # fmt: skip
 
 
 def build(folder: Path) -> list[Path]:
@@ -39,8 +65,8 @@ def build(folder: Path) -> list[Path]:
     """
     source = folder / "source"
     shutil.copytree(ROOT, source, ignore=NOT_SOURCE)
-    for project in projects(source):
-        done = uv(["build", "--quiet", "--out-dir", folder], project)
+    for project in (*source.glob("pyproject.toml"), *source.glob("*/pyproject.toml")):
+        done = uv(["build", "--quiet", "--out-dir", folder], project.parent)
         if done.returncode:
             raise RuntimeError(f"{project}: {done.stderr}")
     return sorted(folder.glob("*.whl"))
@@ -48,9 +74,8 @@ def build(folder: Path) -> list[Path]:
 
 def install(python: str | Path, environment: Path, built: Sequence[Path], extra: str) -> str:
     """Make an environment and install the wheels, the server's with an extra. Returns uv's error, or empty."""
-    (server,) = [path for path in built if path.name.startswith("ratchet_server-")]
-    others = [path for path in built if path != server]
-    return _made(python, environment, [*others, f"ratchet-server[{extra}] @ {server.as_uri()}"])
+    wanted = {path: f"ratchet-server[{extra}] @ {path.as_uri()}" for path in built if "ratchet_server-" in path.name}
+    return _made(python, environment, [wanted.get(path, path) for path in built])
 
 
 def install_beside(environment: Path, built: Sequence[Path], extra: str) -> str:

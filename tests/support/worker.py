@@ -24,14 +24,9 @@ class Worker:
     """Reads a partition of the topic ``t`` into the lake of a folder, with its own duplicate index there."""
 
     def __init__(
-        self,
-        root: Path,
-        partition: int = 0,
-        *,
-        kafka: Kafka | None = None,
-        distance: int = 0,
+        self, root: Path, partition: int = 0, *, kafka: Kafka | None = None, distance: int = 0,
         split: SplitRule | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.partition, self.distance, self.split = partition, distance, split
         self.store = SampleStore(str(root / "lake"))
         self.writer = StoreWriter(self.store.table)
@@ -54,7 +49,11 @@ class Worker:
         return self.judged(*((b"poison", []) if seed == POISON else good(seed)))
 
     def judged(
-        self, value: bytes | None, headers: Sequence[tuple[str, bytes]] = (), key: bytes | None = None, time: int = -1
+        self,
+        value: bytes | None,
+        headers: Sequence[tuple[str, bytes | None]] = (),
+        key: bytes | None = None,
+        time: int = -1,
     ) -> Accepted | StoreRow:
         return validate(Received("t", self.partition, self.reading.next, value, key, headers, time), RULES)
 

@@ -8,7 +8,6 @@ Run it with the code whose format is to be kept; a committed folder is never wri
 from __future__ import annotations
 
 import base64
-import io
 import json
 import signal
 import sqlite3
@@ -23,22 +22,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from core.ledger import Ledger
 from core.settings import Settings
-from core.settings.streams import Ingest, Kafka
-from streams.ingest.batch import Batch
-from streams.ingest.duplicates import DuplicateIndex
-from streams.ingest.membership import PartitionReader, start_position
+from core.settings.streams import Ingest
 from streams.ingest.perceptual_hash import SplitRule
-from streams.ingest.validate import Received, Rules, validate
+from streams.ingest.validate import Received
 from streams.store import deletion
 from streams.store.sample_store import SampleStore
-from streams.store.writer import StoreWriter
 from tests.integration.updater import mortal_trainer
 from tests.integration.updater.home import add_samples, judged_as, make_home, release
 from tests.support.kafka import picture
+from tests.support.pictures import png
+from tests.support.worker import Worker
 from tests.unit.updater.builders import recipe
 from updater.service.update_loop import UpdaterService
 
@@ -55,7 +51,7 @@ LIMIT_BYTES = 300_000
 
 def records() -> Iterator[Received]:
     """Records of two partitions: samples of several kinds, duplicates, invalid records and tombstones."""
-    offsets = [0, 0]
+    offsets, sent = [0, 0], dict[int, tuple[bytes, dict[str, str]]]()
 
     def received(value: bytes | None, key: bytes | None, partition: int = 0, **fields: str) -> Received:
         offsets[partition] += 1
@@ -63,21 +59,19 @@ def records() -> Iterator[Received]:
         return Received(TOPIC, partition, offsets[partition] - 1, value, key, headers, 1_767_225_600_000)
 
     for number in range(48):
-        words = {"text": f"picture {number}"}
-        if number % 6 == 5:
-            words = {"question": "which number is it?", "answer": str(number)}
+        asked = {"question": "which number is it?", "answer": str(number)}
+        words = asked if number % 6 == 5 else {"text": f"picture {number}"}
         more = {"domain": ("streets", "forms")[number % 2], "source": SOURCES[number % 3], "label": f"l{number % 4}"}
         key = None if number % 8 == 7 else b"k" * 300 if number == 9 else b"key-%d" % number
         kind = ("PNG", "JPEG", "WEBP")[number % 3]
         yield received(picture(number, kind=kind), key, number % 2, **words, **more, concept=f"c{number % 5}")
+        if number in (3, 4, 5):  # again, and from others
+            sent[number] = (picture(number, kind=kind), words)
     for number in range(4):  # as a camera of one colour sends them
-        out = io.BytesIO()
-        Image.new("RGB", (40, 30), (40 * number, 20, 200)).save(out, "PNG")
-        yield received(out.getvalue(), b"plain-%d" % number, 1, text="a plain picture", domain="plain")
-    for number, sender in ((3, b"key-3"), (4, b"another"), (5, None)):  # again, and from others
-        kind = ("PNG", "JPEG", "WEBP")[number % 3]
-        words = {"question": "which number is it?", "answer": "5"} if number == 5 else {"text": f"picture {number}"}
-        yield received(picture(number, kind=kind), sender, 0, **words)
+        plain_picture = png((40 * number, 20, 200), (40, 30))
+        yield received(plain_picture, b"plain-%d" % number, 1, text="a plain picture", domain="plain")
+    for (image, words), sender in zip(sent.values(), (b"key-3", b"another", None), strict=True):
+        yield received(image, sender, 0, **words)
     yield received(b"no picture", b"bad-1", 0, text="a text", source="crawler")
     yield received(b"no picture either", b"b" * 300, 1, text="a text")
     yield received(None, b"key-2", 0)
@@ -85,26 +79,22 @@ def records() -> Iterator[Received]:
 
 
 def write_lake(folder: Path) -> dict[str, Any]:
-    """Write a lake in ``folder`` and return its contents."""
+    """Write a lake in ``folder``, called ``lake``, and return its contents."""
     store = SampleStore(str(folder))
-    name, split_key = store.table.identity()
-    writer = StoreWriter(store.table)
-    known = store.positions().values()
-    claims = writer.claim(start_position(known, TOPIC, "id-1", partition, 0) for partition in (0, 1))
-    readings = [PartitionReader(claim, 0) for claim in claims]
-    with closing(DuplicateIndex(":memory:", name, -1, SplitRule(split_key, Ingest().fresh_eval_share))) as index:
-        batch = Batch(Kafka(), writer, index)
-        for number, record in enumerate(records()):
-            reading = readings[record.partition]
-            reading.next = record.offset + 1
-            batch.add(reading, reading.next, validate(record, Rules(Ingest())), record.size)
-            if number % 25 == 24:
-                batch.commit(lambda reading: None)
-        batch.commit(lambda reading: None)
+    split = SplitRule(store.table.identity()[1], Ingest().fresh_eval_share)
+    workers = [Worker(folder.parent, partition, distance=-1, split=split) for partition in (0, 1)]
+    for number, record in enumerate(records(), 1):
+        worker = workers[record.partition]
+        worker.add(worker.judged(record.value, record.headers, record.key, record.timestamp))
+        if number % 25 == 0:
+            for each in workers:
+                each.commit()
+    for each in workers:
+        each.commit()
     with TemporaryDirectory() as scratch, closing(Ledger.open(f"sqlite:///{scratch}/ledger.db")) as ledger:
         deletion.take_tombstones(store, ledger)
-        for each in ledger.deletions(10, ["requested"], oldest_first=True):
-            deletion.remove(store, ledger, [each])
+        for wanted in ledger.deletions(10, ["requested"], oldest_first=True):
+            deletion.remove(store, ledger, [wanted])
     return contents(store)
 
 
@@ -113,10 +103,8 @@ def contents(store: SampleStore) -> dict[str, Any]:
     rows.sort(key=lambda row: (row["topic"], row["partition"], row["offset"], row["kind"]))
     name, split_key = store.table.identity()
     positions = {key: plain(each.row()) for key, each in store.positions().items()}
-    return {
-        "store": name, "split_key": split_key.hex(), "rows": rows, "positions": positions,
-        "tally": {key: value for key, value in sorted(store.tally().items()) if value},
-    }  # fmt: skip
+    tally = {key: value for key, value in sorted(store.tally().items()) if value}
+    return {"store": name, "split_key": split_key.hex(), "rows": rows, "positions": positions, "tally": tally}
 
 
 def small_home(folder: Path) -> Settings:
@@ -170,11 +158,14 @@ def plain(value: Any) -> Any:
     return {name: plain(each) for name, each in value.items()} if isinstance(value, dict) else value
 
 
-def pack(folder: Path, archive: Path, names: tuple[str, ...]) -> None:
-    with tarfile.open(archive, "w:xz") as tar:
+def pack(folder: Path, to: Path, described: dict[str, Any], *names: str) -> None:
+    with tarfile.open(to.with_suffix(".tar.xz"), "w:xz") as tar:
         for name in names:
             tar.add(folder / name, name)
-    assert archive.stat().st_size < LIMIT_BYTES, f"{archive} has {archive.stat().st_size} bytes"
+    size = to.with_suffix(".tar.xz").stat().st_size
+    assert size < LIMIT_BYTES, f"{to} has {size} bytes"
+    text = json.dumps(described, indent=1, ensure_ascii=False, sort_keys=True)
+    to.with_suffix(".json").write_text(text + "\n")
 
 
 def unpack(archive: Path, folder: Path) -> Path:
@@ -183,18 +174,10 @@ def unpack(archive: Path, folder: Path) -> Path:
     return folder
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
-
-
 if __name__ == "__main__":
     to = Path(sys.argv[1])
     with TemporaryDirectory() as work:
-        described = write_lake(Path(work) / "lake")
-        pack(Path(work), to / "lake.tar.xz", ("lake",))
-        write_json(to / "lake.json", described)
+        pack(Path(work), to / "lake", write_lake(Path(work) / "lake"), "lake")
     with TemporaryDirectory() as work:
         home = Path(work) / "home"
-        described = write_home(home)
-        pack(home, to / "home.tar.xz", ("ledger.db", "lake", "artifacts/adapters", "updates"))
-        write_json(to / "home.json", described)
+        pack(home, to / "home", write_home(home), "ledger.db", "lake", "artifacts/adapters", "updates")

@@ -1,4 +1,6 @@
-"""A database that is down, silent or busy makes a call fail within its limit, with one error."""
+"""A database that is down, silent or busy makes a call fail within its limit, with one error. Where the answer to a
+COMMIT is lost, the ledger finds out what was written, and writes nothing twice.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +9,19 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from sqlalchemy import text
 
-from core.errors import LedgerError, LedgerUnavailable
+from core.errors import CommitUnknown, LedgerError, LedgerUnavailable
 from core.ledger import Ledger
+from core.ledger.database import LOOKUP_SECONDS
 from core.ledger.time_limits import CALL_SECONDS, time_limit
-from tests.support.ledger_limits import production_limits
+from tests.support.commit_relay import CommitRelay, Loss
+from tests.support.kafka import wait_for
+from tests.support.ledger_limits import patient, production_limits
 from tests.support.postgres import PostgresServer
 
 pytestmark = pytest.mark.integration
@@ -29,35 +34,25 @@ LATE = 4 * CALL_SECONDS
 @contextmanager
 def _in_time() -> Iterator[None]:
     began = time.monotonic()
-    yield
+    with production_limits():
+        yield
     assert time.monotonic() - began < LATE
 
 
-@contextmanager
-def _bounded() -> Iterator[None]:
-    with _in_time(), production_limits():
-        yield
-
-
-@pytest.mark.parametrize("call", [Ledger.live, Ledger.held, lambda ledger: ledger.hold("ann", "incident")])
-def test_a_server_that_is_stopped_fails_a_call_within_the_bound(
+@pytest.mark.parametrize("call", [Ledger.live, lambda ledger: ledger.hold("ann", "incident")])
+def test_a_server_that_is_stopped_fails_a_call_within_the_bound_also_within_a_transaction(
     server: PostgresServer, bounded: Ledger, call: Callable[[Ledger], object]
 ) -> None:
     call(bounded)
-    with server.suspended(), _bounded(), pytest.raises(LedgerUnavailable) as caught:
+    with server.suspended(), _in_time(), pytest.raises(LedgerUnavailable) as caught:
         call(bounded)
     assert caught.value.fix
     call(bounded)
-
-
-def test_a_server_that_stops_within_a_transaction_fails_it_at_the_deadline(
-    server: PostgresServer, bounded: Ledger
-) -> None:
     with pytest.raises(LedgerUnavailable), bounded.database.write() as session:
         session.execute(text("select 1"))
-        with server.suspended(), _bounded(), time_limit(1):
+        with server.suspended(), _in_time(), time_limit(1):
             session.execute(text("select 1"))
-    assert bounded.live() is None
+    call(bounded)
 
 
 def test_a_call_made_while_every_connection_hangs_is_bounded_too(server: PostgresServer, bounded: Ledger) -> None:
@@ -71,7 +66,7 @@ def test_a_call_made_while_every_connection_hangs_is_bounded_too(server: Postgre
             errors.append(error)
 
     threads = [threading.Thread(target=call) for _ in range(20)]
-    with server.suspended(), _bounded():
+    with server.suspended(), _in_time():
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -81,7 +76,7 @@ def test_a_call_made_while_every_connection_hangs_is_bounded_too(server: Postgre
 
 @pytest.mark.parametrize("query", ["", "?connect_timeout=60"])
 def test_a_socket_that_accepts_and_is_silent_is_an_unavailable_ledger(query: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent, _bounded(), pytest.raises(LedgerUnavailable):
+    with socket.create_server(("127.0.0.1", 0)) as silent, _in_time(), pytest.raises(LedgerUnavailable):
         Ledger.open(f"postgresql://ratchet:hunter2@127.0.0.1:{silent.getsockname()[1]}/ledger{query}")
 
 
@@ -115,12 +110,9 @@ def test_nothing_is_kept_in_a_session_of_the_server_from_one_transaction_to_the_
     other.close()
 
 
-def test_a_bound_in_the_url_that_is_no_number_is_an_error_of_the_url(url: str) -> None:
+def test_bounds_in_the_url_are_those_that_hold_and_must_be_numbers(url: str, ledger: Ledger) -> None:
     with pytest.raises(LedgerError, match="connect_timeout"):
         Ledger.open(f"{url}?connect_timeout=soon")
-
-
-def test_bounds_in_the_url_are_those_that_hold(url: str, ledger: Ledger) -> None:
     other = Ledger.lazy(f"{url}?options=-c%20statement_timeout%3D12345&application_name=x&connect_timeout=60")
     with other.database.read() as session:
         shown = [session.scalar(text(f"show {name}")) for name in ("statement_timeout", "application_name")]
@@ -128,16 +120,110 @@ def test_bounds_in_the_url_are_those_that_hold(url: str, ledger: Ledger) -> None
     other.close()
 
 
-def test_a_database_file_that_another_process_has_locked_does_not_stop_readers(tmp_path: Path) -> None:
+def test_a_database_file_that_is_locked_does_not_stop_readers_and_one_that_is_none_is_an_error(tmp_path: Path) -> None:
     ledger = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
     writer = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
     writer.execute("BEGIN IMMEDIATE")
     assert ledger.live() is None  # one that waits ends in an error
     writer.close()
     ledger.close()
-
-
-def test_a_file_that_is_no_database_is_an_error_of_the_ledger(tmp_path: Path) -> None:
-    (tmp_path / "ledger.db").mkdir()
+    (tmp_path / "folder").mkdir()
     with pytest.raises(LedgerUnavailable, match="unable to open"):
-        Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
+        Ledger.open(f"sqlite:///{tmp_path / 'folder'}")
+
+
+@pytest.fixture
+def relay(server: PostgresServer) -> Iterator[CommitRelay]:
+    made = CommitRelay(server.port)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def far(relay: CommitRelay, server: PostgresServer, ledger: Ledger, url: str) -> Iterator[Ledger]:
+    opened = Ledger.lazy(patient(url.replace(str(server.port), str(relay.port))))
+    yield opened
+    opened.close()
+
+
+def _commit(ledger: Ledger, proposal_id: int | None = None) -> int:
+    row = ledger.commit_release(1, clip="a", vlm=None, actor="ann", reason="r", proposal_id=proposal_id)
+    return row.number
+
+
+def _somebody_waits(ledger: Ledger) -> Callable[[], None]:
+    def wait() -> None:
+        waiting = 0
+        while not waiting:
+            with ledger.database.read() as session:
+                waiting = session.scalar(text("select count(*) from pg_locks where not granted")) or 0
+
+    return wait
+
+
+def _is_back(ledger: Ledger) -> bool:
+    try:
+        ledger.live()
+    except LedgerUnavailable:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("loss", ["request", "answer", "connection"])
+def test_a_release_whose_commit_is_lost_is_made_once(
+    relay: CommitRelay, far: Ledger, ledger: Ledger, loss: Loss
+) -> None:
+    proposal = ledger.propose("release", clip="a", actor="ann", reason="r")
+    relay.lose(loss, _somebody_waits(ledger) if loss == "connection" else lambda: None)
+    assert _commit(far, proposal.id) == 1
+    assert relay.lost == 1
+    assert [row.proposal_id for row in ledger.releases()] == [proposal.id]
+    assert ledger.proposal(proposal.id).state == "committed"
+    assert [row.action for row in ledger.audit_rows()] == ["release", "propose release"]
+
+
+@pytest.mark.parametrize("loss", ["request", "answer"])
+def test_proposals_and_holds_whose_commit_is_lost_are_written_once_and_a_release_though_the_server_crashes(
+    server: PostgresServer, relay: CommitRelay, far: Ledger, ledger: Ledger, loss: Loss
+) -> None:
+    relay.lose(loss)
+    proposal = far.propose("release", clip="a", actor="ann", reason="r")
+    relay.lose(loss)
+    assert far.advance_proposal(proposal.id, "preparing").state == "preparing"
+    relay.lose(loss)
+    far.hold("ann", "incident")
+    relay.lose(loss)
+    far.resume("ann", "over")
+    assert relay.lost == 4
+    assert len(ledger.proposals()) == 1 and ledger.held() is None
+    assert [row.action for row in ledger.audit_rows()] == ["resume", "hold", "propose release"]
+    relay.lose(loss, server.restart)
+    assert _commit(far) == 1
+    assert [row.number for row in ledger.releases()] == [1]
+
+
+def test_a_server_that_stays_silent_after_a_commit_leaves_it_unknown_until_it_is_back(
+    server: PostgresServer, relay: CommitRelay, far: Ledger, ledger: Ledger
+) -> None:
+    with ExitStack() as silence:
+
+        def fall_silent() -> None:
+            silence.enter_context(server.suspended())
+            silence.enter_context(production_limits())
+
+        relay.lose("answer", fall_silent)
+        began = time.monotonic()
+        with pytest.raises(CommitUnknown, match="whether release 1 was written is unknown") as caught:
+            _commit(far)
+        assert time.monotonic() - began < LOOKUP_SECONDS + CALL_SECONDS + 10
+    assert "Look it up" in caught.value.fix
+    wait_for(lambda: _is_back(far), "the ledger")
+    assert [row.number for row in far.releases()] == [1]
+
+
+def test_a_ledger_that_is_away_before_the_commit_is_no_unknown_release(server: PostgresServer, ledger: Ledger) -> None:
+    ledger.live()
+    with server.suspended(), production_limits(), pytest.raises(LedgerUnavailable) as caught:
+        _commit(ledger)
+    assert not isinstance(caught.value, CommitUnknown)
+    assert _commit(ledger) == 1

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psycopg
 import pytest
 from sqlalchemy import text
 
@@ -51,11 +52,8 @@ def pooled(server: PostgresServer, url: str) -> Iterator[str]:
 
 def test_a_ledger_behind_it_migrates_and_is_written_by_many_threads(pooled: str) -> None:
     ledger = Ledger.open(pooled)
-    with ThreadPoolExecutor(8) as threads:
-        for n in range(10):  # psycopg prepares a statement that it has seen five times
-            list(
-                threads.map(lambda k, n=n: ledger.propose("release", clip=f"a{n}-{k}", actor="x", reason="r"), range(8))
-            )
+    with ThreadPoolExecutor(8) as threads:  # psycopg prepares a statement that it has seen five times
+        list(threads.map(lambda n: ledger.propose("release", clip=f"a{n}", actor="x", reason="r"), range(80)))
     assert len(ledger.proposals(limit=100)) == 80
     ledger.close()
 
@@ -71,8 +69,6 @@ def test_bounds_hold_in_each_transaction_and_leave_nothing_in_shared_connections
             other.execute(text("select * from leases for update"))
             ledger.renew_lease("job", 1, 60)
     ledger.close()
-    import psycopg
-
     with psycopg.connect(pooled, client_encoding="utf8") as bare:
         found = bare.execute("show statement_timeout").fetchone()
     assert found == ("0",)

@@ -12,10 +12,8 @@ from core.settings import Settings
 from tests.support.broker import broker
 from tests.support.forked import import_ahead
 
-import_ahead("tests.support.mortal_ingest", "tests.support.mortal_publisher")
+import_ahead("tests.support.mortal_streams")
 __all__ = ["broker"]
-
-
 OF_EACH_BROKER = {"test_broker_faults", "test_corrupt_batches", "test_fenced_sender", "test_ingest", "test_skip"}
 """Modules that test the broker itself; the others run against Apache Kafka only if RATCHET_TEST_KAFKA says so, as in
 ``make outside``."""

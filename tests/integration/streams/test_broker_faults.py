@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,12 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.errors import OffsetOutOfRangeError
 
-from core.settings.streams import Kafka
 from ratchet_client.broker import MAX_RECORD_BYTES
 from streams.kafka.clients import TOPIC_RECORD_BYTES, ensure_topics
 from tests.support.broker import Broker
 from tests.support.kafka import make_topics
 
 pytestmark = pytest.mark.integration
-
 RECORDS = 5
 
 
@@ -30,44 +29,43 @@ def known_fault(broker: Broker, request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
-def log(broker: Broker, tmp_path: Path) -> Iterator[tuple[Kafka, TopicPartition, Any]]:
-    kafka = broker.settings(tmp_path, kafka={"partitions": 1}).kafka
-    make_topics(broker.settings(tmp_path, kafka=kafka.model_dump()))
-    producer = KafkaProducer(bootstrap_servers=kafka.bootstrap, linger_ms=100)
-    for number in range(RECORDS):
-        producer.send(kafka.topic, b"record %d" % number)
-    producer.flush()
-    producer.close()
-    consumer = KafkaConsumer(bootstrap_servers=kafka.bootstrap, auto_offset_reset="none", enable_auto_commit=False)
-    partition = TopicPartition(kafka.topic, 0)
+def log(broker: Broker, tmp_path: Path) -> Iterator[tuple[TopicPartition, Any]]:
+    """One batch of records, and a consumer of it."""
+    settings = broker.settings(tmp_path, kafka={"partitions": 1})
+    make_topics(settings)
+    with closing(KafkaProducer(bootstrap_servers=broker.address, linger_ms=100)) as producer:
+        for number in range(RECORDS):
+            producer.send(settings.kafka.topic, b"record %d" % number)
+        producer.flush()
+    consumer = KafkaConsumer(bootstrap_servers=broker.address, auto_offset_reset="none", enable_auto_commit=False)
+    partition = TopicPartition(settings.kafka.topic, 0)
     consumer.assign([partition])
-    yield kafka, partition, consumer
+    yield partition, consumer
     consumer.close(timeout_ms=1000)
 
 
 def test_all_records_of_a_batch_are_read_with_their_offsets(log: Any) -> None:
-    _, partition, consumer = log
+    partition, consumer = log
     consumer.seek(partition, 2)
-    records = consumer.poll(timeout_ms=5000)[partition]
-    assert [record.offset for record in records] == [2, 3, 4]
+    assert [record.offset for record in consumer.poll(timeout_ms=5000)[partition]] == [2, 3, 4]
 
 
 @pytest.mark.usefixtures("known_fault")
 def test_the_end_offset_counts_records(log: Any) -> None:
-    _, partition, consumer = log
+    partition, consumer = log
     assert consumer.end_offsets([partition])[partition] == RECORDS
 
 
 @pytest.mark.usefixtures("known_fault")
 def test_a_time_after_the_last_record_has_no_offset(log: Any) -> None:
-    _, partition, consumer = log
+    partition, consumer = log
     later = int(time.time() * 1000) + 3_600_000
     assert consumer.offsets_for_times({partition: later})[partition] is None
 
 
 @pytest.mark.usefixtures("known_fault")
 def test_an_offset_beyond_the_end_is_an_error(log: Any) -> None:
-    _, partition, consumer = log
+    partition, consumer = log
     consumer.seek(partition, 1000)
     with pytest.raises(OffsetOutOfRangeError):
         for _ in range(4):
@@ -86,25 +84,24 @@ def test_topics_are_made_for_the_largest_records_and_their_headers(
         return create(client, topics, **options)
 
     monkeypatch.setattr(KafkaAdminClient, "create_topics", recorded)
-    names = [kafka.topic, kafka.quarantine_topic, kafka.events_topic]
-    ensure_topics(kafka, names)
-    assert asked == {
-        kafka.topic: {"max.message.bytes": str(TOPIC_RECORD_BYTES)},
-        kafka.quarantine_topic: {"max.message.bytes": str(TOPIC_RECORD_BYTES), "retention.ms": "604800000"},
-        kafka.events_topic: {"max.message.bytes": str(TOPIC_RECORD_BYTES), "retention.ms": "-1"},
-    }
+    size = {"max.message.bytes": str(TOPIC_RECORD_BYTES)}
+    kept = {
+        kafka.topic: size, kafka.quarantine_topic: {**size, "retention.ms": "604800000"},
+        kafka.events_topic: {**size, "retention.ms": "-1"},
+    }  # fmt: skip
+    ensure_topics(kafka, list(kept))
+    assert asked == kept
     assert TOPIC_RECORD_BYTES >= MAX_RECORD_BYTES + 64 * 1024
-    producer = KafkaProducer(bootstrap_servers=kafka.bootstrap, max_request_size=MAX_RECORD_BYTES)
-    for name in names:
-        assert producer.send(name, bytes(3_000_000), headers=[("ratchet_detail", bytes(4000))]).get(30).topic == name
-    producer.close()
+    with closing(KafkaProducer(bootstrap_servers=kafka.bootstrap, max_request_size=MAX_RECORD_BYTES)) as producer:
+        for name in kept:
+            sent = producer.send(name, bytes(3_000_000), headers=[("ratchet_detail", bytes(4000))]).get(30)
+            assert sent.topic == name
 
 
 @pytest.mark.usefixtures("known_fault")
 def test_a_topics_record_size_is_kept(broker: Broker, tmp_path: Path) -> None:
     kafka = broker.settings(tmp_path).kafka
     ensure_topics(kafka, [kafka.topic])
-    admin = KafkaAdminClient(bootstrap_servers=kafka.bootstrap)
-    configs = admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, kafka.topic)])["topic"][kafka.topic]
-    admin.close()
+    with closing(KafkaAdminClient(bootstrap_servers=kafka.bootstrap)) as admin:
+        configs = admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, kafka.topic)])["topic"][kafka.topic]
     assert configs["max.message.bytes"]["value"] == str(TOPIC_RECORD_BYTES)

@@ -22,20 +22,18 @@ from core.metrics import declared
 from core.settings import Settings
 from streams.kafka.events import EventPublisher
 from streams.kafka.outbox import read_back
-from tests.support import mortal_publisher
 from tests.support.broker import Broker
 from tests.support.forked import ForkedProcess
 from tests.support.kafka import wait_for
+from tests.support.mortal_streams import PUBLISHING, publish
 from tests.support.pages import ROOT, Page
 
 pytestmark = pytest.mark.integration
-EARLY = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture
 def settings(broker: Broker, tmp_path: Path) -> Settings:
-    kafka = {"events_topic": f"events-{uuid.uuid4().hex[:8]}"}
-    return broker.settings(tmp_path, kafka=kafka)
+    return broker.settings(tmp_path, kafka={"events_topic": f"events-{uuid.uuid4().hex[:8]}"})
 
 
 @pytest.fixture
@@ -56,7 +54,7 @@ def record(ledger: Ledger, *numbers: int) -> None:
 
 
 def in_topic(settings: Settings) -> list[Any]:
-    return list(read_back(settings.kafka, settings.kafka.events_topic, EARLY))
+    return list(read_back(settings.kafka, settings.kafka.events_topic, datetime(2026, 1, 1, tzinfo=UTC)))
 
 
 def check(settings: Settings, ledger: Ledger, count: int) -> None:
@@ -67,62 +65,60 @@ def check(settings: Settings, ledger: Ledger, count: int) -> None:
     assert {row.event_id: (row.partition, row.offset) for row in ledger.events(1000)} == places
 
 
-def start(settings: Settings, point: str, number: signal.Signals) -> ForkedProcess:
-    return ForkedProcess(settings.home / "publisher.log", mortal_publisher.run, settings, point, number)
+def test_a_release_becomes_a_cloud_event_as_soon_as_the_broker_takes_it(
+    settings: Settings, ledger: Ledger, publisher: EventPublisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(_: object) -> None:
+        raise BrokerError("the broker is away.")
 
-
-def test_a_release_becomes_a_cloud_event(settings: Settings, ledger: Ledger, publisher: EventPublisher) -> None:
     ledger.commit_release(1, clip=None, vlm=None, actor="ann", reason="first", proposal_id=None)
-    before = declared.EVENTS_PUBLISHED.labels("release")._value.get()
-    assert publisher.publish_pending() == 1
-    assert publisher.publish_pending() == 0
+    published, waiting = declared.EVENTS_PUBLISHED.labels("release")._value, declared.EVENTS_WAITING._value
+    before = published.get()
+    with monkeypatch.context() as patch, pytest.raises(BrokerError):
+        patch.setattr("streams.kafka.outbox.FencedSender.open", unreachable)
+        publisher.publish_pending()
+    assert waiting.get() == 1, "what waits while the broker is away has to be seen"
+    assert [publisher.publish_pending() for _ in range(2)] == [1, 0]
+    assert (published.get(), waiting.get()) == (before + 1, 0)
     [message] = in_topic(settings)
-    event = json.loads(message.value)
-    assert (event["specversion"], event["id"], event["type"]) == ("1.0", "release-1", "ratchet.release.v1")
-    assert (event["source"], event["subject"], event["datacontenttype"]) == (
-        "urn:ratchet", "releases/1", "application/json",
-    )  # fmt: skip
-    assert datetime.fromisoformat(event["time"]).tzinfo is not None
-    assert event["data"]["number"] == 1
-    headers = dict(message.headers)
+    event, headers = json.loads(message.value), dict(message.headers)
+    assert datetime.fromisoformat(event.pop("time")).tzinfo is not None
+    assert event.pop("data")["number"] == 1
+    assert event == {
+        "specversion": "1.0", "id": "release-1", "type": "ratchet.release.v1", "source": "urn:ratchet",
+        "subject": "releases/1", "sequence": "000000000001", "datacontenttype": "application/json",
+    }  # fmt: skip
     assert headers["content-type"] == b"application/cloudevents+json"
     assert (headers["ce_id"], headers["ce_type"]) == (b"release-1", b"ratchet.release.v1")
     assert message.key == b"releases/1"
-    assert declared.EVENTS_PUBLISHED.labels("release")._value.get() == before + 1
-    assert declared.EVENTS_WAITING._value.get() == 0
 
 
-@pytest.mark.parametrize("point", mortal_publisher.POINTS)
-def test_what_a_killed_publisher_left_is_published_once(
-    settings: Settings, ledger: Ledger, publisher: EventPublisher, point: str
+@pytest.mark.parametrize(
+    ("point", "number"),
+    [("sent_but_not_committed", signal.SIGKILL), *((point, signal.SIGSTOP) for point in PUBLISHING)],
+)
+def test_what_a_publisher_left_that_was_killed_or_slept_while_another_took_over_is_published_once(
+    settings: Settings, ledger: Ledger, publisher: EventPublisher, point: str, number: signal.Signals
 ) -> None:
     record(ledger, *range(5))
-    killed = start(settings, point, signal.SIGKILL)
-    assert killed.wait(60) == -signal.SIGKILL, killed.output()
-    assert ledger.count_waiting_events() == 5
-    record(ledger, 5)
-    publisher.publish_pending()
-    check(settings, ledger, 6)
-
-
-@pytest.mark.parametrize("point", mortal_publisher.POINTS)
-def test_a_publisher_that_slept_while_another_took_over_sends_nothing_twice(
-    settings: Settings, ledger: Ledger, publisher: EventPublisher, point: str
-) -> None:
-    record(ledger, *range(5))
-    process = start(settings, point, signal.SIGSTOP)
+    process = ForkedProcess(settings.home / "publisher.log", publish, settings, point, number)
     try:
-        process.wait_until_stopped()
+        if number == signal.SIGKILL:
+            assert process.wait(60) == -signal.SIGKILL, process.output()
+        else:
+            process.wait_until_stopped()
+        assert ledger.count_waiting_events() == 5
         record(ledger, 5)
         publisher.publish_pending()
         check(settings, ledger, 6)
-        process.send_signal(signal.SIGCONT)
-        assert process.wait(60) == 0, process.output()
+        if number == signal.SIGSTOP:
+            process.send_signal(signal.SIGCONT)
+            assert process.wait(60) == 0, process.output()
+            record(ledger, 6)
+            assert publisher.publish_pending() == 1
+            check(settings, ledger, 7)
     finally:
         process.kill()
-    record(ledger, 6)
-    assert publisher.publish_pending() == 1
-    check(settings, ledger, 7)
 
 
 def test_two_publishers_at_once_publish_each_event_once(settings: Settings, ledger: Ledger) -> None:
@@ -131,8 +127,7 @@ def test_two_publishers_at_once_publish_each_event_once(settings: Settings, ledg
     threads = [threading.Thread(target=each.run, args=(stopping,)) for each in publishers]
     for thread in threads:
         thread.start()
-    for number in range(30):
-        record(ledger, number)
+    record(ledger, *range(30))
     wait_for(lambda: ledger.count_waiting_events() == 0, "all events in the topic")
     stopping.set()
     for thread in threads:
@@ -141,31 +136,6 @@ def test_two_publishers_at_once_publish_each_event_once(settings: Settings, ledg
     check(settings, ledger, 30)
     row = ledger.lease("events")
     assert row is not None and row.holder == ""
-
-
-def test_publishers_without_a_working_lease_fence_one_another_and_still_publish_once(
-    settings: Settings, ledger: Ledger
-) -> None:
-    one, other = (patient(EventPublisher(settings, ledger, lease_seconds=0)) for _ in range(2))
-    with closing(one), closing(other):
-        for number in range(6):
-            record(ledger, number)
-            assert (one, other)[number % 2].publish_pending() == 1
-    check(settings, ledger, 6)
-
-
-def test_an_event_waits_until_the_broker_takes_it(
-    settings: Settings, ledger: Ledger, publisher: EventPublisher, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    record(ledger, 0)
-    with monkeypatch.context() as patch:
-        patch.setattr("streams.kafka.outbox.FencedSender.open", _unreachable)
-        with pytest.raises(BrokerError):
-            publisher.publish_pending()
-    assert declared.EVENTS_WAITING._value.get() == 1, "what waits while the broker is away has to be seen"
-    assert publisher.publish_pending() == 1
-    assert declared.EVENTS_WAITING._value.get() == 0
-    check(settings, ledger, 1)
 
 
 def test_the_consumer_on_the_page_reads_what_is_published(
@@ -191,7 +161,3 @@ def test_the_consumer_on_the_page_reads_what_is_published(
         "embed all again for image space space-a of release 2",
         "embed all again for image space None of release 4",
     ]
-
-
-def _unreachable(_: object) -> None:
-    raise BrokerError("the broker is away.")

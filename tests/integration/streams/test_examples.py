@@ -16,14 +16,33 @@ import pytest
 from core.settings import Settings
 from streams.store.sample_store import SampleStore
 from tests.support.broker import Broker
-from tests.support.kafka import make_topics, picture, produce, reading, records_seen, wait_for
-from tests.support.kcat import kcat_folder
+from tests.support.kafka import make_topics, picture, produce, reading, taken
 from tests.support.pages import ROOT
 
 pytestmark = pytest.mark.integration
 PRODUCERS = ROOT / "examples" / "producers"
 PICTURES = ROOT / "examples" / "suite" / "pictures"
 CONNECT = PRODUCERS / "kafka-connect"
+KCAT = """#!{python}
+import argparse, sys
+from pathlib import Path
+from confluent_kafka import Producer
+parser = argparse.ArgumentParser()
+parser.add_argument("-P", action="store_true", required=True)
+for flag in "bt":
+    parser.add_argument("-" + flag, required=True)
+parser.add_argument("-H", dest="headers", action="append", default=[])
+parser.add_argument("files", nargs="*", type=Path)
+given, failed = parser.parse_args(), []
+producer, headers = Producer({{"bootstrap.servers": given.b}}), [tuple(each.split("=", 1)) for each in given.headers]
+for value in [path.read_bytes() for path in given.files] or sys.stdin.buffer.read().splitlines():
+    producer.produce(given.t, value, headers=headers, on_delivery=lambda error, _: error and failed.append(str(error)))
+producer.flush()
+sys.exit("; ".join(failed) or None)
+"""
+"""The part of kcat that the example uses. With a librdkafka before 2.3 (Debian 12 has 2.0.2) kcat gives up on the
+embedded broker's answer to ApiVersions with "Read underflow"; no option helps.
+"""
 Take = Callable[[int, Callable[[], object]], list[dict[str, Any]]]
 
 
@@ -36,21 +55,16 @@ def settings(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Settin
 
 @pytest.fixture(scope="module")
 def take(settings: Settings) -> Iterator[Take]:
+    store = SampleStore(settings.lake)
     with reading(settings) as ingest:
 
-        def taken(count: int, send: Callable[[], object]) -> list[dict[str, Any]]:
-            before = {row["id"] for row in _samples(settings)}
-            seen = records_seen(ingest.status)
-            send()
-            wait_for(lambda: records_seen(ingest.status) >= seen + count, f"{count} records")
-            return [row for row in _samples(settings) if row["id"] not in before]
+        def rows_of(count: int, send: Callable[[], object]) -> list[dict[str, Any]]:
+            before = set(store.scan()["id"].to_pylist())
+            with taken(ingest, count):
+                send()
+            return [row for row in store.scan().to_pylist() if row["id"] not in before]
 
-        yield taken
-
-
-def _samples(settings: Settings) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = SampleStore(settings.lake).scan().to_pylist()
-    return rows
+        yield rows_of
 
 
 def run(settings: Settings, *command: str | Path) -> str:
@@ -69,10 +83,11 @@ def properties(path: Path) -> dict[str, str]:
     return {key.strip(): value.strip() for key, value in pairs}
 
 
-def test_python(settings: Settings, take: Take, tmp_path: Path) -> None:
+def test_python(settings: Settings, take: Take) -> None:
     told: list[str] = []
-    command = (sys.executable, PRODUCERS / "producer.py", PICTURES / "data.csv")
-    rows = take(12, lambda: told.append(run(settings, *command)))
+    rows = take(
+        12, lambda: told.append(run(settings, sys.executable, PRODUCERS / "producer.py", PICTURES / "data.csv"))
+    )
     assert {row["text"] for row in rows} >= {"a red circle", "a blue bar"}
     assert (len(rows), {row["domain"] for row in rows}) == (12, {"examples"})
     assert len(told[0].splitlines()) == 12
@@ -81,7 +96,10 @@ def test_python(settings: Settings, take: Take, tmp_path: Path) -> None:
 def test_kcat(settings: Settings, take: Take, tmp_path: Path) -> None:
     image = tmp_path / "bus.png"
     image.write_bytes(picture(7))
-    path = f"{kcat_folder(tmp_path)}:{os.environ['PATH']}"
+    program = tmp_path / "kcat"
+    program.write_text(KCAT.format(python=sys.executable))
+    program.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
     rows = take(2, lambda: run(settings, "env", f"PATH={path}", "bash", PRODUCERS / "kcat.sh", image, 'a "red" bus'))
     assert {row["text"] for row in rows} == {'a "red" bus', 'a "red" bus, as it is'}
     assert {row["domain"] for row in rows} == {"examples"}
@@ -97,14 +115,12 @@ def test_kafka_connect(settings: Settings, take: Take) -> None:
     assert connector["topic.prefix"] == Settings().kafka.topic  # with a query the prefix is the whole topic
     selected = connector["query"].partition("(SELECT ")[2].partition(" FROM products)")[0]
     columns = [each.split(" AS ")[-1].strip() for each in selected.split(",")]
-    assert columns == ["id", "image", "text", "label", "domain"]
-    values = [41, base64.b64encode(picture(8)).decode(), "a kettle", None, "shop"]
-    types = ["int32", "bytes", "string", "string", "string"]
-    fields = [{"type": kind, "optional": True, "field": name} for kind, name in zip(types, columns, strict=True)]
-    record = {
-        "schema": {"type": "struct", "fields": fields, "optional": False},
-        "payload": dict(zip(columns, values, strict=True)),
-    }
+    values = {"id": 41, "image": base64.b64encode(picture(8)).decode(), "text": "a kettle", "label": None}
+    values["domain"] = "shop"
+    assert columns == list(values)
+    types = {"id": "int32", "image": "bytes"}
+    fields = [{"type": types.get(name, "string"), "optional": True, "field": name} for name in columns]
+    record = {"schema": {"type": "struct", "fields": fields, "optional": False}, "payload": values}
     [row] = take(1, lambda: produce(settings.kafka, [(json.dumps(record).encode(), [])]))
     assert (row["text"], row["domain"], row["image"]) == ("a kettle", "shop", picture(8))
     assert json.loads(row["extra"]) == {"id": 41}

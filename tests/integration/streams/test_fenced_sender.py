@@ -20,63 +20,68 @@ from streams.kafka.outbox import FencedSender, Outbox, OutboxEntry, read_back
 from tests.support.broker import Broker
 
 pytestmark = pytest.mark.integration
-EARLY = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+class Place:
+    """A new topic, and senders of one transactional ID."""
+
+    def __init__(self, broker: Broker, stack: ExitStack) -> None:
+        self.kafka, self.topic, self._stack = Kafka(bootstrap=broker.address), f"fenced-{uuid.uuid4().hex[:8]}", stack
+        ensure_topics(self.kafka, [self.topic])
+
+    def sender(self, *, opened: bool = False, **options: Any) -> FencedSender:
+        sender = FencedSender(self.kafka, f"id-{self.topic}", **options)
+        if opened:
+            sender.open()
+        return self._stack.enter_context(closing(sender))
+
+    def send(self, sender: FencedSender, *texts: str) -> list[int]:
+        return [place.offset for place in sender.send_all(self.topic, records(*texts))]
+
+    def found(self) -> dict[int, str]:
+        early = datetime(2026, 1, 1, tzinfo=UTC)
+        return {each.offset: each.value.decode() for each in read_back(self.kafka, self.topic, early)}
+
+    def values(self) -> list[str]:
+        return list(self.found().values())
 
 
 @pytest.fixture
-def topic(broker: Broker) -> str:
-    name = f"fenced-{uuid.uuid4().hex[:8]}"
-    ensure_topics(Kafka(bootstrap=broker.address), [name])
-    return name
-
-
-@pytest.fixture
-def senders(broker: Broker, topic: str) -> Iterator[Any]:
+def place(broker: Broker) -> Iterator[Place]:
     with ExitStack() as stack:
-
-        def make(**options: Any) -> FencedSender:
-            sender = FencedSender(Kafka(bootstrap=broker.address), f"id-{topic}", **options)
-            return stack.enter_context(closing(sender))
-
-        yield make
+        yield Place(broker, stack)
 
 
 def records(*texts: str) -> list[Encoded]:
     return [Encoded(b"key", text.encode(), [("id", text.encode())]) for text in texts]
 
 
-def values(broker: Broker, topic: str) -> list[str]:
-    return [record.value.decode() for record in read_back(Kafka(bootstrap=broker.address), topic, EARLY)]
-
-
-def test_records_are_sent_in_order_and_each_offset_is_where_its_record_is(
-    broker: Broker, topic: str, senders: Any
-) -> None:
-    sender = senders()
-    sender.open()
+def test_records_are_sent_in_order_and_each_offset_is_where_its_record_is(place: Place) -> None:
+    sender = place.sender(opened=True)
     texts = [f"record {number}" for number in range(50)]
-    places = sender.send_all(topic, records(*texts[:30])) + sender.send_all(topic, records(*texts[30:]))
-    found = {r.offset: r.value.decode() for r in read_back(Kafka(bootstrap=broker.address), topic, EARLY)}
-    assert [found[place.offset] for place in places] == texts == list(found.values())
+    offsets = place.send(sender, *texts[:30]) + place.send(sender, *texts[30:])
+    found = place.found()
+    assert [found[offset] for offset in offsets] == texts == list(found.values())
 
 
-def test_a_newer_sender_fences_an_older_one(broker: Broker, topic: str, senders: Any) -> None:
-    old, new = senders(), senders()
-    old.open()
-    old.send_all(topic, records("a"))
-    new.open()
+def test_a_sender_with_a_newer_one_or_without_its_lease_sends_nothing(place: Place) -> None:
+    old = place.sender(opened=True)
+    place.send(old, "a")
+    new = place.sender(opened=True)
     with pytest.raises(Fenced, match="newer"):
-        old.send_all(topic, records("too late"))
+        place.send(old, "too late")
     assert not old.opened
-    new.send_all(topic, records("b"))
-    assert values(broker, topic) == ["a", "b"]
+    place.send(new, "b")
+    without_lease = place.sender(opened=True, still_owner=lambda: False)
+    with pytest.raises(Fenced, match="lease"):
+        place.send(without_lease, "c")
+    assert place.values() == ["a", "b"]
 
 
 def test_a_sender_that_is_fenced_between_two_records_of_a_transaction_adds_nothing_more(
-    broker: Broker, topic: str, senders: Any, monkeypatch: pytest.MonkeyPatch
+    place: Place, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, new = senders(seconds=15), senders()
-    old.open()
+    old, new = place.sender(opened=True, seconds=15), place.sender()
     send = KafkaProducer.send
 
     def slow(producer: KafkaProducer, *args: Any, **kwargs: Any) -> Any:
@@ -88,17 +93,14 @@ def test_a_sender_that_is_fenced_between_two_records_of_a_transaction_adds_nothi
 
     monkeypatch.setattr(KafkaProducer, "send", slow)
     with pytest.raises(Fenced):
-        old.send_all(topic, records("first", "second"))
-    new.send_all(topic, records("third"))
+        place.send(old, "first", "second")
+    place.send(new, "third")
     # Tansu shows the record of the aborted transaction; Apache Kafka does not.
-    assert values(broker, topic) == (["first", "third"] if broker.embedded else ["third"])
+    assert place.values() == (["first", "third"] if broker.embedded else ["third"])
 
 
-def test_a_commit_that_is_never_answered_ends_in_an_error(
-    broker: Broker, topic: str, senders: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, new = senders(seconds=5), senders()
-    old.open()
+def test_a_commit_that_is_never_answered_ends_in_an_error(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = place.sender(opened=True, seconds=5), place.sender()
     commit = KafkaProducer.commit_transaction
 
     def late(producer: KafkaProducer) -> None:
@@ -108,20 +110,12 @@ def test_a_commit_that_is_never_answered_ends_in_an_error(
 
     monkeypatch.setattr(KafkaProducer, "commit_transaction", late)
     with pytest.raises(BrokerError):
-        old.send_all(topic, records("never committed"))
+        place.send(old, "never committed")
     assert not old.opened
 
 
-def test_a_sender_that_lost_its_lease_sends_nothing(broker: Broker, topic: str, senders: Any) -> None:
-    sender = senders(still_owner=lambda: False)
-    sender.open()
-    with pytest.raises(Fenced, match="lease"):
-        sender.send_all(topic, records("a"))
-    assert values(broker, topic) == []
-
-
 def test_a_record_that_is_too_large_is_named_and_the_sender_can_be_opened_again(
-    broker: Broker, topic: str, senders: Any, monkeypatch: pytest.MonkeyPatch
+    place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     send = KafkaProducer.send
 
@@ -131,22 +125,23 @@ def test_a_record_that_is_too_large_is_named_and_the_sender_can_be_opened_again(
         return send(producer, *args, **kwargs)
 
     monkeypatch.setattr(KafkaProducer, "send", limited)
-    sender = senders()
-    sender.open()
+    sender = place.sender(opened=True)
     with pytest.raises(RecordTooLarge) as caught:
-        sender.send_all(topic, records("x" * 101, "a"))
+        place.send(sender, "x" * 101, "a")
     assert caught.value.index == 0
     sender.open()
-    sender.send_all(topic, records("a"))
-    assert values(broker, topic) == ["a"]
+    place.send(sender, "a")
+    assert place.values() == ["a"]
 
 
-def test_an_outbox_does_not_send_what_an_earlier_sender_sent(broker: Broker, topic: str, senders: Any) -> None:
-    old, new = (Outbox(topic, senders(), lambda record: dict(record.headers)["id"].decode()) for _ in range(2))
+def test_an_outbox_does_not_send_what_an_earlier_sender_sent(place: Place) -> None:
+    old, new = (
+        Outbox(place.topic, place.sender(), lambda record: dict(record.headers)["id"].decode()) for _ in range(2)
+    )
     now = datetime.now(UTC)
     entries = [OutboxEntry(text, record, now) for text, record in zip("abc", records(*"abc"), strict=True)]
     first = old.publish(entries[:2])
     assert new.publish(entries) == {**first, "c": new.publish(entries[2:])["c"]}
     with pytest.raises(Fenced):
         old.publish(entries)
-    assert values(broker, topic) == ["a", "b", "c"]
+    assert place.values() == ["a", "b", "c"]

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
-from webdataset import ShardWriter
 
 from core.errors import ConfigError, RecordError, StoreUnavailable
 from core.settings import Settings
@@ -33,11 +32,15 @@ def settings(broker: Broker, tmp_path: Path) -> Settings:
     return own
 
 
-def rows(path: Path, count: int, bad: Iterable[int] = ()) -> Path:
-    with path.open("w") as stream:
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "a.jsonl"
+
+
+def write_rows(file: Path, count: int, bad: Iterable[int] = ()) -> None:
+    with file.open("w") as stream:
         for number in range(count):
             stream.write(json.dumps({"image": PICTURE, "text": "" if number in bad else f"row {number}"}) + "\n")
-    return path
 
 
 def texts(settings: Settings, at_least: int = 0) -> Counter[str]:
@@ -49,73 +52,44 @@ def expected(numbers: Iterable[int]) -> dict[str, int]:
     return {f"row {number}": 1 for number in numbers}
 
 
-def test_shards_arrive_with_the_bytes_of_their_images(settings: Settings, tmp_path: Path) -> None:
-    with ShardWriter(str(tmp_path / "%02d.tar"), maxcount=4, verbose=0) as sink:
-        for number in range(10):
-            sink.write({"__key__": f"{number:03d}", "png": picture(number), "txt": f"row {number}"})
-    report = publish(settings, tmp_path / "{00..02}.tar")
-    assert (report.delivered, report.format, report.exit_status) == (10, "webdataset", 0)
-    assert report.size == sum(len(picture(number)) for number in range(10))
-    records = read_topic(settings.kafka, settings.kafka.topic, 10)
-    assert {record.value for record in records} == {picture(number) for number in range(10)}
-    assert texts(settings, 10) == expected(range(10))
+def command(settings: Settings, file: Path, *words: str) -> list[str]:
+    kafka = settings.kafka
+    values = [f"home={settings.home}", f"kafka.bootstrap={kafka.bootstrap}", f"kafka.topic={kafka.topic}"]
+    return [*(word for value in values for word in ("--set", value)), "publish", str(file), *words]
 
 
-def test_the_first_bad_row_ends_it_and_a_resumed_run_begins_there(settings: Settings, tmp_path: Path) -> None:
-    file = rows(tmp_path / "a.jsonl", 20, bad=[7])
+def test_the_first_bad_row_ends_it_a_resumed_run_begins_there_and_a_limit_goes_on_from_run_to_run(
+    settings: Settings, file: Path
+) -> None:
+    write_rows(file, 20, bad=[7])
     with pytest.raises(RecordError, match=r"line 8, field 'text': is empty.*--skip-bad"):
         publish(settings, file)
     assert texts(settings, 7) == expected(range(7))
-    rows(file, 20)
-    report = publish(settings, file, resume=True)
-    assert (report.before, report.delivered, report.exit_status) == (7, 13, 0)
-    assert texts(settings, 20) == expected(range(20))
-
-
-def test_bad_rows_are_left_out_counted_and_written(settings: Settings, tmp_path: Path) -> None:
-    file = rows(tmp_path / "a.jsonl", 20, bad=[7, 9])
-    report = publish(settings, file, skip_bad=True, rejects=tmp_path / "bad.jsonl")
-    assert (report.delivered, report.refused.total(), report.exit_status) == (18, 2, 3)
-    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 2
-    assert texts(settings, 18) == expected(set(range(20)) - {7, 9})
-
-
-def test_a_limit_goes_on_from_run_to_run(settings: Settings, tmp_path: Path) -> None:
-    file = rows(tmp_path / "a.jsonl", 10)
-    reports = [publish(settings, file, limit=4, resume=True) for _ in range(4)]
-    assert [(report.before, report.delivered) for report in reports] == [(0, 4), (4, 4), (8, 2), (10, 0)]
+    write_rows(file, 20)
+    reports = [publish(settings, file, limit=6, resume=True) for _ in range(4)]
+    assert [(report.before, report.delivered) for report in reports] == [(7, 6), (13, 6), (19, 1), (20, 0)]
     assert {report.exit_status for report in reports} == {0}
-    assert texts(settings, 10) == expected(range(10))
-
-
-def test_a_data_set_that_changed_is_not_resumed(settings: Settings, tmp_path: Path) -> None:
-    file = rows(tmp_path / "a.jsonl", 10)
-    publish(settings, file)
-    rows(file, 4)
-    with pytest.raises(ConfigError, match=r"has changed: row 10 was .*line 10, and now there is only 4 rows"):
+    assert texts(settings, 20) == expected(range(20))
+    write_rows(file, 4)
+    with pytest.raises(ConfigError, match=r"has changed: row 20 was .*line 20, and now there is only 4 rows"):
         publish(settings, file, resume=True)
 
 
-def flags(settings: Settings) -> list[str]:
-    kafka = settings.kafka
-    values = [f"home={settings.home}", f"kafka.bootstrap={kafka.bootstrap}", f"kafka.topic={kafka.topic}"]
-    return [word for value in values for word in ("--set", value)]
-
-
-def test_the_command_ends_with_a_status_that_tells(settings: Settings, tmp_path: Path) -> None:
-    file = str(rows(tmp_path / "a.jsonl", 3, bad=[1]))
-    for words, status in (([], 1), (["--skip-bad"], 3)):
-        result = CliRunner().invoke(app, [*flags(settings), "publish", file, *words])
+def test_bad_rows_are_left_out_and_written_and_the_status_tells(settings: Settings, file: Path, tmp_path: Path) -> None:
+    write_rows(file, 20, bad=[0, 9])
+    rejects = tmp_path / "bad.jsonl"
+    for words, status in (([], 1), (["--skip-bad", "--rejects", str(rejects)], 3)):
+        result = CliRunner().invoke(app, command(settings, file, *words))
         assert result.exit_code == status, result.output
+    assert len(rejects.read_text().splitlines()) == 2
+    assert texts(settings, 18) == expected(set(range(20)) - {0, 9})
 
 
-def test_after_a_kill_nothing_is_lost_and_only_what_was_in_flight_is_sent_again(
-    settings: Settings, tmp_path: Path
-) -> None:
+def test_after_a_kill_nothing_is_lost_and_only_what_was_in_flight_is_sent_again(settings: Settings, file: Path) -> None:
     count = 4000
-    file = rows(tmp_path / "a.jsonl", count)
-    command = [sys.executable, "-m", "ops.cli.main", *flags(settings), "publish", str(file)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
+    write_rows(file, count)
+    words = [sys.executable, "-m", "ops.cli.main", *command(settings, file)]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
         wait_for(lambda: any((settings.home / "publish").glob("[!.]*.json")), "the first file of progress")
         killed.kill()
     report = publish(settings, file, resume=True)
@@ -128,8 +102,9 @@ def test_after_a_kill_nothing_is_lost_and_only_what_was_in_flight_is_sent_again(
     assert all(number >= report.before for number in again)
 
 
-def test_waiting_ends_when_ingest_has_dealt_with_everything(settings: Settings, tmp_path: Path) -> None:
-    report = publish(settings, rows(tmp_path / "data.jsonl", 20))
+def test_waiting_ends_when_ingest_has_dealt_with_everything(settings: Settings, file: Path) -> None:
+    write_rows(file, 20)
+    report = publish(settings, file)
     with pytest.raises(StoreUnavailable, match="20 records are left"):
         wait_until_stored(settings, report.last, seconds=0.1)
     with reading(settings):

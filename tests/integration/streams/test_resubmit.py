@@ -1,68 +1,62 @@
-"""A quarantined record is sent again unchanged, once, and the audit log names the person."""
+"""Quarantined records are sent again unchanged, once, one by one or in bulk, and the audit log names the person."""
 
 from __future__ import annotations
 
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from core.errors import AlreadyResubmitted, BrokerError, RecordError, UnknownRecord
+from core.errors import AlreadyResubmitted, BrokerError, ConfigError, RecordError, UnknownRecord
 from core.ledger import Ledger
 from core.settings import Settings
+from ops.cli.main import app
 from streams.ingest import resubmit as module
 from streams.ingest.consumer import Consumer
-from streams.ingest.resubmit import HEADER, list_quarantine, quarantined, resubmit
+from streams.ingest.resubmit import HEADER, QuarantineFilter, ResubmitReport, list_quarantine, resubmit, resubmit_many
 from streams.records.codecs import glimpse
+from streams.store.rows import Position
+from streams.store.sample_queries import trace
 from streams.store.sample_store import SampleStore
 from tests.support.broker import Broker
-from tests.support.kafka import (
-    Message,
-    good,
-    make_topics,
-    picture,
-    produce,
-    read_topic,
-    reading,
-    records_seen,
-    wait_for,
-)
+from tests.support.kafka import Message, good, make_topics, picture, produce, read_topic, reading, taken
 
 pytestmark = pytest.mark.integration
+WHEN = datetime(2026, 1, 1, tzinfo=UTC)
+REASONS = ["schema", "schema", "uri_unreachable", "uri_unreachable", "schema", "empty"]
 
 
 class Stream:
     """An ingest for all tests of this module, and a ledger."""
 
-    def __init__(self, settings: Settings, ingest: Consumer, ledger: Ledger) -> None:
-        self.settings = settings
-        self.ingest = ingest
-        self.ledger = ledger
+    def __init__(self, settings: Settings, ingest: Consumer) -> None:
+        self.settings, self.ingest, self.ledger = settings, ingest, Ledger.open(settings.ledger)
 
     def send(self, *messages: Message) -> list[str]:
-        seen = records_seen(self.ingest.status)
-        places = produce(self.settings.kafka, messages)
-        self.wait(seen + len(messages))
+        with taken(self.ingest, len(messages)):
+            places = produce(self.settings.kafka, messages)
         return [f"{topic}:{partition}:{offset}" for topic, partition, offset in places]
 
     def again(self, place: str, force: bool = False) -> str:
-        seen = records_seen(self.ingest.status)
-        sent = resubmit(self.settings, self.ledger, place, actor="key:ci", reason="mended", force=force)
-        self.wait(seen + 1)
+        with taken(self.ingest, 1):
+            sent = resubmit(self.settings, self.ledger, place, actor="key:ci", reason="mended", force=force)
         return f"{sent.topic}:{sent.partition}:{sent.offset}"
 
-    def wait(self, seen: int) -> None:
-        wait_for(lambda: records_seen(self.ingest.status) >= seen, "the records")
-
     def became(self, place: str) -> str:
-        rows = SampleStore(self.settings.lake).records().to_pylist()
-        return next(r["kind"] for r in rows if f"{r['topic']}:{r['partition']}:{r['offset']}" == place)
+        topic, partition, offset = place.split(":")
+        return trace(SampleStore(self.settings.lake), (topic, int(partition), int(offset)))[0].outcome
 
-    def by_uri(self, name: str) -> Message:
-        """A record whose image is in a file that may not exist yet."""
+    def quarantined(self, name: str) -> str:
+        """The place of a record whose image is in a file that does not exist yet."""
         uri = f"file://{self.settings.home}/images/{name}"
-        return json.dumps({"text": f"picture {name}", "image_uri": uri}).encode(), []
+        [place] = self.send((json.dumps({"text": f"picture {name}", "image_uri": uri}).encode(), []))
+        return place
 
     def mend(self, name: str, seed: int) -> None:
         folder = self.settings.home / "images"
@@ -76,34 +70,26 @@ def stream(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     settings = broker.settings(home, ingest={"allowed_uris": [f"file://{home}/images"]})
     make_topics(settings)
     with reading(settings) as ingest:
-        yield Stream(settings, ingest, Ledger.open(settings.ledger))
+        yield Stream(settings, ingest)
 
 
-def test_a_record_gets_into_the_store_once_what_refused_it_is_mended(stream: Stream) -> None:
-    [place] = stream.send(stream.by_uri("late.png"))
-    assert stream.became(place) == "quarantine"
+def test_a_record_gets_into_the_store_once_what_refused_it_is_mended_and_again_by_force_only(stream: Stream) -> None:
+    place = stream.quarantined("late.png")
+    assert stream.became(place) == "refused"
     stream.mend("late.png", seed=1)
-    again = stream.again(place)
-    assert stream.became(again) == "sample"
+    assert stream.became(stream.again(place)) == "stored"
     [row] = [row for row in stream.ledger.audit_rows() if row.subject == f"record {place}"]
     assert (row.actor, row.action, row.detail) == ("key:ci", "resubmit", {"reason": "mended", "times": 1})
     [sent] = [r for r in read_topic(stream.settings.kafka, stream.settings.kafka.topic, 2) if r.headers]
     assert dict(sent.headers)[HEADER] == place.encode()
-
-
-def test_the_second_time_needs_force_and_is_stored_as_a_duplicate(stream: Stream) -> None:
-    [place] = stream.send(stream.by_uri("twice.png"))
-    stream.mend("twice.png", seed=2)
-    stream.again(place)
     with pytest.raises(AlreadyResubmitted, match=r"key:ci.*mended.*force"):
         stream.again(place)
     assert stream.became(stream.again(place, force=True)) == "duplicate"
     assert stream.ledger.resubmissions([place])[place].times == 2
 
 
-def test_of_two_at_once_one_sends(stream: Stream) -> None:
-    [place] = stream.send(stream.by_uri("race.png"))
-    seen = records_seen(stream.ingest.status)
+def test_of_several_at_once_one_sends(stream: Stream) -> None:
+    place = stream.quarantined("race.png")
     outcomes: list[str] = []
 
     def send() -> None:
@@ -114,11 +100,11 @@ def test_of_two_at_once_one_sends(stream: Stream) -> None:
             outcomes.append("refused")
 
     threads = [threading.Thread(target=send) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    stream.wait(seen + 1)
+    with taken(stream.ingest, 1):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert sorted(outcomes) == ["refused", "refused", "refused", "sent"]
 
 
@@ -130,31 +116,12 @@ def test_what_is_refused_again_lies_in_quarantine_anew_with_its_history(stream: 
     again = stream.again(place)
     records = list_quarantine(stream.settings, stream.ledger, limit=2, reason="schema")
     assert [record.place for record in records] == [again, place]
-    assert records[1].resubmission is not None
-    assert records[1].resubmission.state == "sent"
-    came = quarantined(stream.settings, again)
+    assert records[1].resubmission is not None and records[1].resubmission.state == "sent"
+    came = module.quarantined(stream.settings, again)
     assert came.value == image
     assert dict(came.headers) == {**dict(headers), HEADER: place.encode()}
     shown, texts = glimpse(came.value, came.headers)
-    assert shown == image
-    assert texts["text"] == "picture 3"
-
-
-def test_a_record_that_the_broker_did_not_take_may_be_tried_again(
-    stream: Stream, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    [place] = stream.send(stream.by_uri("away.png"))
-    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.2)
-    nobody = stream.settings.kafka.model_copy(update={"bootstrap": "127.0.0.1:1"})
-    with pytest.raises(BrokerError):
-        resubmit(
-            stream.settings.model_copy(update={"kafka": nobody}), stream.ledger, place, actor="ann", reason="mended"
-        )
-    assert stream.ledger.resubmissions([place])[place].state == "failed"
-    assert stream.ledger.audit_rows(1)[0].action == "resubmit failed"
-    monkeypatch.undo()
-    stream.again(place)
-    assert stream.ledger.resubmissions([place])[place].state == "sent"
+    assert (shown, texts["text"]) == (image, "picture 3")
 
 
 def test_what_is_not_there_or_empty_cannot_be_sent(stream: Stream) -> None:
@@ -165,3 +132,105 @@ def test_what_is_not_there_or_empty_cannot_be_sent(stream: Stream) -> None:
     for place in ("", "x", f"{topic}:0", f"{topic}:0:999999", f"{topic}:-1:0", f"{topic}:0:{'9' * 30}", "' OR 1=1:0:0"):
         with pytest.raises(UnknownRecord):
             stream.again(place)
+
+
+def refused(offset: int, reason: str) -> dict[str, Any]:
+    return {
+        "kind": "quarantine", "topic": "t", "partition": 0, "offset": offset, "reason": reason, "detail": "",
+        "source": f"cam {offset % 2}", "ingested_at": WHEN + timedelta(hours=offset), "original_key": b"k",
+        "original": None if reason == "empty" else b"value %d" % offset,
+        "original_headers": json.dumps([["x", "eQ=="], [HEADER, "dDow"]]),
+    }  # fmt: skip
+
+
+def filled(settings: Settings) -> Settings:
+    rows = [refused(offset, reason) for offset, reason in enumerate(REASONS)]
+    SampleStore(settings.lake).put(rows, [Position("t", 0, len(rows))])
+    return settings
+
+
+@pytest.fixture
+def settings(broker: Broker, tmp_path: Path) -> Settings:
+    found = broker.settings(tmp_path)
+    make_topics(found)
+    return filled(found)
+
+
+def again(settings: Settings, ledger: Ledger, which: QuarantineFilter, **options: Any) -> ResubmitReport:
+    return resubmit_many(settings, ledger, which, actor="ann", reason="corrected", per_second=10_000, **options)
+
+
+def test_in_bulk_each_is_sent_once_as_it_came_with_its_position_also_by_two_calls_at_once(
+    settings: Settings, ledger: Ledger
+) -> None:
+    nested: list[ResubmitReport] = []
+
+    def other(report: ResubmitReport) -> None:
+        if not nested:
+            nested.append(again(settings, ledger, QuarantineFilter("schema")))
+
+    one = again(settings, ledger, QuarantineFilter("schema"), on_progress=other)
+    reports = [*nested, one, again(settings, ledger, QuarantineFilter("schema"))]
+    assert [(report.chosen, report.sent, report.before) for report in reports] == [(2, 2, 1), (1, 1, 2), (0, 0, 3)]
+    assert {report.exit_status for report in reports} == {0}
+    records = read_topic(settings.kafka, settings.kafka.topic, 3)
+    assert sorted(each.value for each in records) == [b"value 0", b"value 1", b"value 4"]
+    assert {each.key for each in records} == {b"k"}
+    assert sorted(dict(each.headers)[HEADER] for each in records) == [b"t:0:0", b"t:0:1", b"t:0:4"]
+    assert [(row.actor, row.action) for row in ledger.audit_rows()] == [("ann", "resubmit")] * 3
+
+
+def test_a_broker_that_is_gone_ends_it_what_failed_may_be_tried_again_and_the_oldest_are_chosen_first(
+    settings: Settings, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing:
+        def __init__(self, *_: object) -> None: ...
+
+        def send(self, *_: object) -> Any:
+            raise BrokerError("the broker refuses it.")
+
+        def close(self) -> None: ...
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "RecordSender", Refusing)
+        with pytest.raises(BrokerError, match="ended early: 0 of 5 records were sent again; 3 failed"):
+            again(settings, ledger, QuarantineFilter(limit=5))
+    assert ledger.resubmissions(["t:0:0"])["t:0:0"].state == "failed"
+    assert ledger.audit_rows(1)[0].action == "resubmit failed"
+    for sent in (2, 2, 1):
+        report = again(settings, ledger, QuarantineFilter(limit=2))
+        assert report.sent == sent
+    assert ledger.resubmissions(["t:0:0"])["t:0:0"].state == "sent"
+    assert (report.empty, report.exit_status) == (1, 3)  # a record without a value cannot be sent
+    assert len(read_topic(settings.kafka, settings.kafka.topic, 5)) == 5
+
+
+def test_a_dry_run_counts_by_filter_and_sends_nothing(tmp_path: Path) -> None:
+    settings = filled(Settings(home=tmp_path, kafka={"bootstrap": "127.0.0.1:1"}))
+    wanted = [
+        (QuarantineFilter(), 6), (QuarantineFilter("uri_unreachable"), 2), (QuarantineFilter(source="cam 1"), 3),
+        (QuarantineFilter("schema", "cam 0"), 2), (QuarantineFilter(since=WHEN + timedelta(hours=4)), 2),
+        (QuarantineFilter(source=""), 0), (QuarantineFilter(limit=4), 4),
+    ]  # fmt: skip
+    with closing(Ledger.open(settings.ledger)) as ledger:
+        for which, count in wanted:
+            report = again(settings, ledger, which, dry_run=True)
+            assert (report.chosen, report.sent, str(count) in str(report)) == (count, 0, True), which
+        assert ledger.audit_rows() == []
+    for wrong in ({"reason": "nonsense"}, {"limit": 0}, {"limit": 10**9}):
+        with pytest.raises(ConfigError):
+            QuarantineFilter(**wrong)
+
+
+def test_the_command_tells_by_its_exit_status(settings: Settings) -> None:
+    kafka = settings.kafka
+    values = [f"home={settings.home}", f"kafka.bootstrap={kafka.bootstrap}", f"kafka.topic={kafka.topic}"]
+    flags = [word for value in values for word in ("--set", value)]
+    words = [*flags, "quarantine", "resubmit", "--reason", "corrected"]
+    run = CliRunner().invoke
+    shown = run(app, [*words, "--refused-for", "schema", "--dry-run"])
+    assert (shown.exit_code, "3 records would be sent again" in shown.output) == (0, True)
+    assert run(app, words).exit_code == 2  # no filter
+    sent = run(app, [*words, "--all", "--per-second", "1000"])
+    assert (sent.exit_code, "5 of 6 records were sent again; 1 have no value" in sent.output) == (3, True)
+    assert run(app, [*words, "--refused-for", "schema"]).exit_code == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from kafka import KafkaProducer
 
 from core.errors import RatchetError, RecordError, SkipRefused
 from core.ledger import Ledger
@@ -14,7 +13,7 @@ from streams.ingest.resubmit import skip
 from streams.store.sample_queries import trace
 from streams.store.sample_store import SampleStore
 from tests.support.broker import Broker
-from tests.support.kafka import good, make_topics, reading, wait_for
+from tests.support.kafka import good, make_topics, produce, reading, wait_for
 
 pytestmark = pytest.mark.integration
 
@@ -28,11 +27,8 @@ def settings(broker: Broker, tmp_path: Path) -> Settings:
 
 def send(settings: Settings, *seeds: int) -> None:
     """Send records in batches of one, so that the embedded broker's end offset is right."""
-    producer = KafkaProducer(bootstrap_servers=settings.kafka.bootstrap)
     for seed in seeds:
-        image, headers = good(seed)
-        producer.send(settings.kafka.topic, image, headers=headers).get(30)
-    producer.close(5)
+        produce(settings.kafka, [good(seed)])
 
 
 def test_a_running_worker_goes_on_behind_what_was_skipped(settings: Settings, ledger: Ledger) -> None:

@@ -94,18 +94,11 @@ def judged_as(outcome: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def add_samples(
-    settings: Settings,
-    count: int,
-    split: str = "train",
-    partition: int = 0,
-    asked: Callable[[int], bool] = lambda offset: False,
-    words: Callable[[int], dict[str, str]] = lambda offset: {},
-) -> int:
-    """Append samples to the store as ingest would and return the new version.
-
-    Args:
-        asked: offsets that have a question instead of a text; none by default.
-        words: further columns by offset, such as labels.
+    settings: Settings, count: int, split: str = "train", partition: int = 0,
+    asked: Callable[[int], bool] = lambda offset: False, words: Callable[[int], dict[str, str]] = lambda offset: {},
+) -> int:  # fmt: skip
+    """Append samples to the store as ingest would and return the new version. ``asked``: offsets that have a question
+    instead of a text. ``words``: further columns by offset, such as labels.
     """
     store = SampleStore(settings.lake)
     first = store.offsets().get(f"{TOPIC}:{partition}", 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,69 +12,46 @@ from core.artifacts import Artifacts
 from core.ledger import Ledger
 from tests.integration.updater.home import make_home, make_vlm_home
 from tests.support.forked import ForkedProcess, import_ahead
-from tests.support.sudden_death import die
+from tests.support.sudden_death import interrupt
 from updater.service import gate_update
 from updater.service.update_loop import UpdaterService, run_update
 from updater.step.learner import Learner
 
 import_ahead(__name__)
-backward, put_directory, advance_update = Learner.forward_backward, Artifacts.put_directory, Ledger.advance_update
-SLOW_STEP_SECONDS = 0.3
-
-
-def die_at_step(number: int) -> Callable[..., Any]:
-    """``Learner.forward_backward``, but the process dies in this training step."""
-    calls = 0
-
-    def call(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 1 + number:  # the cost probe is the first
-            die()
-        return backward(*args)
-
-    return call
+SECONDS = 400.0
+"""For what takes five alone."""
+backward = Learner.forward_backward
 
 
 def slow_step(*args: Any) -> Any:
     """``Learner.forward_backward``, slow enough to send a signal."""
-    time.sleep(SLOW_STEP_SECONDS)
+    time.sleep(0.3)
     return backward(*args)
 
 
-def put_all_but_memories(self: Artifacts, source: Path, key: str) -> None:
-    """``Artifacts.put_directory``, but the process dies before it stores a memory."""
-    if key.startswith("memories/"):
-        die()
-    put_directory(self, source, key)
-
-
-def advance_until_trained(self: Ledger, update_id: str, state: Any = None, **values: Any) -> Any:
-    """``Ledger.advance_update``, but the process dies before an update is marked as trained."""
-    if state == "trained":
-        die()
-    return advance_update(self, update_id, state, **values)
-
-
-#: Where it dies, or is slow: name -> object, attribute and what takes its place.
-POINTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "in the middle of training": (Learner, "forward_backward", die_at_step(4)),
-    "before the adapter is stored": (Artifacts, "put_directory", die),
-    "between the adapter and the ledger": (Ledger, "register_adapter", die),
-    "between the adapter's row and the update's": (Ledger, "advance_update", advance_until_trained),
-    "in the gate": (gate_update, "run_gate", die),
-    "between verdict and proposal": (UpdaterService, "_propose", die),
-    "before the memory is stored": (Artifacts, "put_directory", put_all_but_memories),
-    "nowhere, but slowly": (Learner, "forward_backward", slow_step),
+#: What lets it die, or makes it slow.
+POINTS: dict[str, Callable[[], object]] = {
+    "nowhere": lambda: None,
+    "in the middle of training": partial(interrupt, Learner, "forward_backward", call=5),  # the first is a cost probe
+    "before the adapter is stored": partial(interrupt, Artifacts, "put_directory"),
+    "between the adapter and the ledger": partial(interrupt, Ledger, "register_adapter"),
+    "between the adapter's row and the update's": partial(
+        interrupt, Ledger, "advance_update", when=lambda self, update, state=None, **_: state == "trained"
+    ),
+    "in the gate": partial(interrupt, gate_update, "run_gate"),
+    "between verdict and proposal": partial(interrupt, UpdaterService, "_propose"),
+    "before the memory is stored": partial(
+        interrupt, Artifacts, "put_directory", when=lambda self, source, key: key.startswith("memories/")
+    ),
+    "nowhere, but slowly": partial(setattr, Learner, "forward_backward", slow_step),
 }
 
 
-def start(home: Path, point: str = "", vlm: bool = False) -> ForkedProcess:
-    """Start one update in a new process. ``point``: one of :data:`POINTS`, or empty."""
+def start(home: Path, point: str = "nowhere", vlm: bool = False) -> ForkedProcess:
+    """Start one update in a new process, which ends at one of :data:`POINTS`."""
     return ForkedProcess(home.with_suffix(".log"), run, home, point, vlm)
 
 
 def run(home: Path, point: str, vlm: bool) -> None:
-    if point:
-        setattr(*POINTS[point])
+    POINTS[point]()
     run_update(make_vlm_home(home) if vlm else make_home(home), once=True)

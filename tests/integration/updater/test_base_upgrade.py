@@ -34,22 +34,26 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return judged_as("passed", monkeypatch)
 
 
-def learn(settings: Settings, fresh: int = 12) -> UpdateRow:
+def fill(settings: Settings) -> None:
     add_samples(settings, 12)
-    add_samples(settings, fresh, split="fresh_eval", partition=1)
+    add_samples(settings, 12, split="fresh_eval", partition=1)
+
+
+def learn(settings: Settings) -> UpdateRow:
+    fill(settings)
     service = UpdaterService(settings)
     update = made_by(service)
     release(service.ledger)
     return update
 
 
-def upgraded(settings: Settings, name: str = "wide", gflops: float | None = None) -> UpdateRow:
-    update = begin_upgrade(settings, plan_upgrade(settings, name, gflops), "ann")
-    return finish_upgrade(settings, update.id)[0]
-
-
-def on(settings: Settings, base: str) -> Settings:
-    return changed(settings, "base", clip=base)
+def ratchet_upgrade(settings: Settings, *words: str, **options: Any) -> Any:
+    values = [
+        f"home={settings.home}", "base.clip=tiny", f"updater.recipe={settings.home / 'default.yaml'}",
+        f'updater.reference=["{settings.home / "data" / "things"}"]', "updater.threads=1",
+    ]  # fmt: skip
+    flags = [word for value in values for word in ("--set", value)]
+    return CliRunner().invoke(app, [*flags, "base", "upgrade", *words], **options)
 
 
 def test_what_was_learned_is_learned_anew_released_learned_on_from_and_taken_back(
@@ -64,7 +68,7 @@ def test_what_was_learned_is_learned_anew_released_learned_on_from_and_taken_bac
     told = dict(plan.rows())
     assert told["dimension"] == "32 -> 48" and told["to learn again"] == "12 samples"
     assert plan.training.steps > 0 and plan.training.visited == 12
-    update = upgraded(settings)
+    update, _ = finish_upgrade(settings, begin_upgrade(settings, plan, "ann").id)
     assert (update.state, update.data_from, update.data_to) == ("done", {}, first.data_to)
     assert update.incumbent == first.adapter and update.cost["pending"] == 12
     assert ledger.adapter(str(update.adapter)).base == new.digest
@@ -83,7 +87,7 @@ def test_what_was_learned_is_learned_anew_released_learned_on_from_and_taken_bac
     waiting = UpdaterService(settings).step()
     assert waiting.update is None and "'wide'" in waiting.reason and "'tiny'" in waiting.reason
 
-    second = learn(on(settings, "wide"))
+    second = learn(changed(settings, "base", clip="wide"))
     assert (second.incumbent, second.data_from) == (update.adapter, update.data_to)
     assert ledger.adapter(str(second.adapter)).base == new.digest == ledger.release(3).clip_base
 
@@ -94,57 +98,39 @@ def test_what_was_learned_is_learned_anew_released_learned_on_from_and_taken_bac
     assert (again.number, again.clip) == (5, second.adapter), "the newest of that base"
 
 
-def test_without_a_release_the_old_base_alone_is_the_incumbent_and_all_that_is_stored_is_learned(
+def test_an_upgrade_with_nothing_released_learns_all_goes_on_when_interrupted_and_can_be_dropped(
     settings: Settings, judged: dict[str, Any]
 ) -> None:
-    add_samples(settings, 12)
-    add_samples(settings, 12, split="fresh_eval", partition=1)
+    fill(settings)
     ledger = Ledger.open(settings.ledger)
-    commit(ledger)
-    update = upgraded(settings)
-    assert update.cost["pending"] == 12 and update.incumbent is None
-    assert judged["verdict"].incumbent == "the base tiny"
-    row = switch_base(settings, "wide", actor="ann", reason="better")
-    assert (row.clip, ledger.release(1).clip_base) == (update.adapter, tiny_base(settings.home).digest)
-
-
-def test_an_upgrade_that_was_interrupted_goes_on_and_one_that_waits_can_be_dropped(settings: Settings) -> None:
-    learn(settings)
-    update = begin_upgrade(settings, plan_upgrade(settings, "wide"), "ann")
+    commit(ledger)  # the base alone
+    begun = begin_upgrade(settings, plan_upgrade(settings, "wide"), "ann")
     tiny_base(settings.home, "third", seed=9)
     with pytest.raises(TrainingError, match="'wide' is not finished"):
-        CliRunner().invoke(app, _flags(settings, "third"), catch_exceptions=False)
+        ratchet_upgrade(settings, "third", catch_exceptions=False)
     with only_one(settings.home):
-        told = CliRunner().invoke(app, _flags(settings, "wide"))
+        told = ratchet_upgrade(settings, "wide")
     assert told.exit_code == 0 and "the updater that runs here does it next" in told.output
-    done = UpdaterService(settings).step().update
-    assert done is not None and (done.id, done.state) == (update.id, "done")
+    update = made_by(UpdaterService(settings))
+    assert (update.id, update.incumbent, update.cost["pending"]) == (begun.id, None, 12)
+    assert judged["verdict"].incumbent == "the base tiny"
     assert cancel_upgrade(settings, "wide").state == "abandoned"
-    assert Ledger.open(settings.ledger).approved_upgrade() is None
+    assert ledger.approved_upgrade() is None
     with pytest.raises(ReleaseError, match="no upgrade to the base 'wide' has passed"):
         switch_base(settings, "wide", actor="ann", reason="r")
 
 
 def test_what_cannot_be_upgraded_is_said_before_anything_is_recorded(settings: Settings) -> None:
-    wide = tiny_base(settings.home, "wide")
-    with pytest.raises(BaseModelError, match="no base 'nothing'; registered CLIPs: tiny, wide"):
-        plan_upgrade(settings, "nothing")
-    with pytest.raises(BaseModelError, match="'tiny' is the one that is live"):
-        plan_upgrade(settings, "tiny")
+    for name, words in (("nothing", "no base 'nothing'; registered CLIPs: tiny, wide"), ("tiny", "one that is live")):
+        with pytest.raises(BaseModelError, match=words):
+            plan_upgrade(settings, name)
     with pytest.raises(TrainingError, match="no training sample"):
         plan_upgrade(settings, "wide")
     add_samples(settings, 12)
     with pytest.raises(ConfigError, match="is no budget"):
         plan_upgrade(settings, "wide", -1.0)
-    told = CliRunner().invoke(app, [*_flags(settings, "wide"), "--dry-run"])
+    told = ratchet_upgrade(settings, "wide", "--dry-run")
     assert told.exit_code == 0 and "32 -> 48" in told.output and "12 samples" in told.output
     assert Ledger.open(settings.ledger).updates() == []
     with pytest.raises(ReleaseError, match="nothing is released yet"):
-        switch_base(settings, wide.name, actor="ann", reason="r")
-
-
-def _flags(settings: Settings, name: str) -> list[str]:
-    words = ["--set", f"home={settings.home}", "--set", "base.clip=tiny"]
-    words += ["--set", f"updater.recipe={settings.home / 'default.yaml'}"]
-    words += ["--set", f'updater.reference=["{settings.home / "data" / "things"}"]', "--set", "updater.threads=1"]
-    return [*words, "base", "upgrade", name]
+        switch_base(settings, "wide", actor="ann", reason="r")

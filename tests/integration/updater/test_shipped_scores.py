@@ -15,14 +15,16 @@ from demo.vlm import scores as vlm_scores
 from demo.vlm.shipped import ASSETS, MODEL
 from tests.support.question_sample import EACH
 
+pytestmark = pytest.mark.integration
 CHECKED = ("fluent3d", "flags")
 """Domains whose packages are small (21 MB together)."""
 TOLERANCE = 0.011
 """Float sums differ between processors: of 270 items, a few near ties may fall the other way."""
+SAMPLE = Path(__file__).with_name("vqa_base")
+"""Written by tests/support/question_sample.py."""
 
 
 @pytest.mark.long
-@pytest.mark.integration
 def test_the_scores_of_the_clip_can_be_reproduced(tmp_path: Path) -> None:
     base = build_base(tmp_path)
     found = score_base(tmp_path, base.name, CHECKED)
@@ -49,33 +51,18 @@ def test_the_scores_of_the_clip_are_worth_shipping() -> None:
     assert mean("recall@1", unseen) > 0.106
 
 
-SAMPLE = Path(__file__).with_name("vqa_base")
-"""Written by tests/support/question_sample.py."""
-
-
-@pytest.mark.integration
-def test_the_scores_of_the_vlm_can_be_reproduced(tmp_path: Path) -> None:
+def test_the_scores_of_the_vlm_are_of_the_committed_model_can_be_reproduced_and_need_the_picture(
+    tmp_path: Path,
+) -> None:
     shutil.copytree(SAMPLE, tmp_path / "data" / SAMPLE.name)  # where the whole would be made
-    measured = score_vlm(build_vlm(tmp_path))
-    written = vlm_scores.committed_scores()
-    assert measured.keys() == written.keys()
-    assert {figures["items"] for figures in measured.values()} == {EACH}
-    for kind, figures in measured.items():
-        share = written[kind]["model"]
-        slack = 3 * (share * (1 - share) / EACH) ** 0.5  # three standard errors of a sample of this size
-        assert abs(figures["model"] - share) <= slack, kind
-        assert figures["model"] > max(figures["majority"], figures["blind"]) + 0.1, kind
-
-
-def test_the_scores_of_the_vlm_are_of_the_committed_model(tmp_path: Path) -> None:
     base = build_vlm(tmp_path)
     assert json.loads((ASSETS / vlm_scores.SCORES).read_text())["base"] == base.digest
     assert sum(path.stat().st_size for path in MODEL.iterdir()) < 9_000_000
-
-
-def test_every_kind_of_question_needs_the_picture() -> None:
-    scores = vlm_scores.committed_scores()
-    assert scores.keys() == {"name", "colour", "presence", "category"}
-    for kind, figures in scores.items():
-        assert figures["model"] > max(figures["majority"], figures["blind"]) + 0.15, kind
-        assert figures["items"] >= 250, kind
+    measured, written = score_vlm(base), vlm_scores.committed_scores()
+    assert measured.keys() == written.keys() == {"name", "colour", "presence", "category"}
+    for kind, stated in written.items():
+        figures, share = measured[kind], stated["model"]
+        assert stated["items"] >= 250 and share > max(stated["majority"], stated["blind"]) + 0.15, kind
+        slack = 3 * (share * (1 - share) / EACH) ** 0.5  # three standard errors of a sample of this size
+        assert figures["items"] == EACH and abs(figures["model"] - share) <= slack, kind
+        assert figures["model"] > max(figures["majority"], figures["blind"]) + 0.1, kind
