@@ -19,8 +19,8 @@ from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import load_base
 from tests.integration.updater.home import add_samples, changed, commit, judged_as, made_by, report_of
 from tests.support.tiny import tiny_adapter
-from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import COLOURS, recipe
+from tests.unit.updater.gate.builders import folder_dataset
 from updater.families import spaces_of
 from updater.gate.run import open_evaluator
 from updater.gate.sample_suites import head_suites
