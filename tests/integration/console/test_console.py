@@ -223,7 +223,7 @@ def test_a_first_visitor_finds_sorts_and_asks(visitor: Page, place: Place, tmp_p
     mine.write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     visitor.locator("input[type=file]").set_input_files(mine)
     visitor.get_by_role("button", name="Ask", exact=True).click()
-    expect(visitor.locator("#talk")).to_contain_text("no picture that can be read")
+    expect(visitor.locator("#talk")).to_contain_text("This picture cannot be read")
 
 
 def test_a_refused_record_is_looked_at_and_sent_again(ana: Page, place: Place) -> None:

@@ -67,7 +67,7 @@ def test_only_what_lies_ahead_in_the_log_can_be_skipped(settings: Settings, ledg
     refused(f"{topic}:0", 4, SkipRefused, "ends at offset 3")
     refused(f"{topic}:9", 1, SkipRefused, "no partition 9")
     refused("other:0", 1, RecordError, f"reads the topic {topic}, not other")
-    refused("x", 1, RecordError, "is no partition")
+    refused("x", 1, RecordError, "is not a partition")
     assert ledger.audit_rows() == []
     assert SampleStore(settings.lake).positions() == {}
     assert skip(settings, ledger, f"{topic}:0", 3, actor="ann", reason="r").until == 3  # before it was read

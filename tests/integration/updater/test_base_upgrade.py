@@ -127,7 +127,7 @@ def test_what_cannot_be_upgraded_is_said_before_anything_is_recorded(settings: S
     with pytest.raises(TrainingError, match="no training sample"):
         plan_upgrade(settings, "wide")
     add_samples(settings, 12)
-    with pytest.raises(ConfigError, match="is no budget"):
+    with pytest.raises(ConfigError, match="is not a budget"):
         plan_upgrade(settings, "wide", -1.0)
     told = ratchet_upgrade(settings, "wide", "--dry-run")
     assert told.exit_code == 0 and "32 -> 48" in told.output and "12 samples" in told.output

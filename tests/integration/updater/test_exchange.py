@@ -193,7 +193,7 @@ def test_an_adapter_of_another_base_is_refused(settings: Settings, ledger: Ledge
 
     spoilt: list[tuple[dict[str, Any], str | None, str]] = [
         ({"base_digest": "0" * 64}, None, "base_digest is 000000000000"),
-        ({"base_digest": 5}, None, "base_digest is no text"),
+        ({"base_digest": 5}, None, "base_digest is not text"),
         ({"family": "vlm"}, "tiny", "base 'tiny' is not served"),
         ({"name": "clip-000000000000"}, None, "they are damaged or changed"),
     ]

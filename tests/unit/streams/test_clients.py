@@ -231,7 +231,7 @@ def test_a_broker_that_is_not_there_is_reported_in_time() -> None:
 
 
 def test_an_embedded_broker_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BrokerError, match="no host:port"):
+    with pytest.raises(BrokerError, match="not host:port"):
         EmbeddedBroker("localhost").start()
     with EmbeddedBroker() as broker, pytest.raises(BrokerError, match="already listens"):
         EmbeddedBroker(broker.address).start()

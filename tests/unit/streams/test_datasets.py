@@ -63,7 +63,7 @@ def test_ratchets_own_formats_are_found_and_a_format_can_be_forced(tmp_path: Pat
     assert {path: detect(tmp_path / path).name for path in names} == names
     assert all(items_of(tmp_path / path)[0].bytes() == png() for path in names)
     assert (texts_of(tmp_path / "own"), texts_of(tmp_path / "own", format="imagefolder")) == (["x"], ["crane"])
-    with pytest.raises(RecordError, match="'zip' is no format") as caught:
+    with pytest.raises(RecordError, match="'zip' is not a known format") as caught:
         items_of(tmp_path / "own", format="zip")
     assert all(name in caught.value.fix for name in FORMATS)
 
@@ -182,7 +182,7 @@ def test_a_pattern_counts_with_leading_zeros_and_lists_and_each_shard_must_be_th
         items_of(tmp_path / "{001..003}.tar")
     named = [f"a/{number}-{letter}.tar" for number in ("08", "09", "10") for letter in "xy"]
     assert [str(path) for path in expand(Path("a/{08..10}-{x,y}.tar"))] == named
-    for pattern, said in (("{0..9999}{0..99}.tar", "at most"), ("{9..1}.tar", "no range")):
+    for pattern, said in (("{0..9999}{0..99}.tar", "at most"), ("{9..1}.tar", "not a range")):
         with pytest.raises(RecordError, match=said):
             expand(Path(pattern))
 
@@ -363,7 +363,7 @@ def test_a_wrong_annotation_is_named(tmp_path: Path) -> None:
     caption = [{"image_id": 7, "caption": "x"}]
     for changes, said in (
         ({"annotations": caption}, "field 'image_id': 7 is none of the images"),
-        ({"annotations": ["x"]}, "annotation 1: is no object"),
+        ({"annotations": ["x"]}, "annotation 1: is not an object"),
         ({"images": [{"id": 7, "file_name": "../x.jpg"}], "annotations": caption}, "leads out"),
     ):
         assert said in error_of(coco(tmp_path, **changes), format="coco").message

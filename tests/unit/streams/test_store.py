@@ -237,7 +237,7 @@ def test_what_is_no_position_or_no_id_is_refused(told: SampleStore) -> None:
         with pytest.raises(RecordError, match="topic:partition:offset"):
             read_position(text)
     for text in ("", "aaaaaaa", "A" * 64, "a" * 65, "' OR 1=1"):
-        with pytest.raises(RecordError, match="no id of a sample"):
+        with pytest.raises(RecordError, match="not a sample id"):
             trace(told, text)
 
 

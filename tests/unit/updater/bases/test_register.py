@@ -103,7 +103,7 @@ def _write_tokenizer(folder: Path) -> None:
 def test_pickles_are_refused_whatever_they_are_called(tmp_path: Path, weights: Path, suffix: str) -> None:
     path = tmp_path / f"pickle{suffix}"
     torch.save({"x": torch.ones(2)}, path)
-    assert "save_file" in refused("no safetensors file", tmp_path, NAME, path)
+    assert "save_file" in refused("not a safetensors file", tmp_path, NAME, path)
     (folder := tmp_path / "folder").mkdir()
     (folder / "open_clip_config.json").write_text("{}")
     (folder / "open_clip_pytorch_model.bin").write_bytes(b"x")
