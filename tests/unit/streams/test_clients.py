@@ -140,33 +140,36 @@ def test_metadata_is_asked_for_when_the_topic_has_more_partitions_than_the_consu
         assert len(updates) == asked
 
 
-@pytest.mark.parametrize(
-    ("defaults", "partitions", "said"),
-    [
-        (
-            {"max.message.bytes": "1048588", "min.insync.replicas": "1"}, 1,
-            ["1,048,588 bytes", "min.insync.replicas", "1 partition"],
-        ),
-        ({}, 2, []), (None, 2, []), ({"max.message.bytes": "68157440"}, 2, []),
-    ],
-)  # fmt: skip
-def test_defaults_that_will_not_do_for_a_topic_are_warned_of_once(
-    caplog: pytest.LogCaptureFixture, defaults: dict[str, str] | None, partitions: int, said: list[str]
-) -> None:
-    client = Answers({"t": topic(errors.NoError, "id", partitions)})
-    client.defaults = defaults
-    admin = asking(client)
-    for _ in range(2):
-        admin.warn_of_defaults("t", 2)
-    assert len(caplog.messages) == len(said)
-    assert all(part in message for part, message in zip(said, caplog.messages, strict=True))
+def test_defaults_that_will_not_do_for_a_topic_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    few = {"max.message.bytes": "1048588", "min.insync.replicas": "1"}
+    for defaults, partitions, said in (
+        (few, 1, ["1,048,588 bytes", "min.insync.replicas", "1 partition"]),
+        ({}, 2, []),
+        (None, 2, []),
+        ({"max.message.bytes": "68157440"}, 2, []),
+    ):
+        caplog.clear()
+        client = Answers({"t": topic(errors.NoError, "id", partitions)})
+        client.defaults = defaults
+        admin = asking(client)
+        for _ in range(2):
+            admin.warn_of_defaults("t", 2)
+        assert len(caplog.messages) == len(said)
+        assert all(part in message for part, message in zip(said, caplog.messages, strict=True))
 
 
 READ, EVERY = ["DESCRIBE", "READ"], ["DESCRIBE", "READ", "WRITE"]
 NO_RIGHT = topic(errors.TopicAuthorizationFailedError)
 
 
-def test_all_that_is_missing_is_named_at_once() -> None:
+def test_who_has_the_rights_or_is_not_told_of_them_lacks_none_and_all_that_is_missing_is_named_at_once() -> None:
+    for answers in (
+        Answers({"ratchet.samples": topic(rights=READ), "ratchet.quarantine": topic(rights=EVERY)}, READ),
+        Answers({}),  # nothing is there yet
+        Answers({"ratchet.samples": topic(), "ratchet.quarantine": topic()}),  # no authorizer
+    ):
+        check_rights(asking(answers), ingest_rights(Kafka()))
+    assert event_rights(Kafka(events_topic="")) == []
     topics = {"ratchet.samples": NO_RIGHT, "ratchet.quarantine": topic(rights=["DESCRIBE"]), "ratchet.events": NO_RIGHT}
     nothing = asking(Answers(topics, [], False))
     with pytest.raises(BrokerError) as caught:
@@ -179,16 +182,6 @@ def test_all_that_is_missing_is_named_at_once() -> None:
     events = r"Read/Write on topic ratchet.events, Describe/Write on trans.* ratchet-events"
     with pytest.raises(BrokerError, match=events):
         check_rights(nothing, event_rights(Kafka()))
-    assert event_rights(Kafka(events_topic="")) == []
-
-
-def test_who_has_the_rights_or_is_not_told_of_them_lacks_none() -> None:
-    for answers in (
-        Answers({"ratchet.samples": topic(rights=READ), "ratchet.quarantine": topic(rights=EVERY)}, READ),
-        Answers({}),  # nothing is there yet
-        Answers({"ratchet.samples": topic(), "ratchet.quarantine": topic()}),  # no authorizer
-    ):
-        check_rights(asking(answers), ingest_rights(Kafka()))
 
 
 @pytest.fixture

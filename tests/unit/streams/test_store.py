@@ -61,28 +61,25 @@ def test_rows_and_their_position_appear_together_and_come_back_whole(store: Samp
     assert counted.items() <= position.tally.items() and counted.items() <= store.tally().items()
 
 
-@pytest.mark.parametrize(
-    "choose",
-    [
-        lambda store, after: store.count(after=after),
-        lambda store, after: len(store.scan(after=after)),
-        lambda store, after: sum(map(len, store.addresses(["id"], after=after))),
-    ],
-    ids=["count", "scan", "addresses"],
-)
 def test_what_is_stored_while_samples_are_chosen_is_chosen_whole_or_not_at_all(
-    store: SampleStore, monkeypatch: pytest.MonkeyPatch, choose: Callable[[SampleStore, dict[str, int]], int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
-    read = store.positions
+    ways: dict[str, Callable[[SampleStore, dict[str, int]], int]] = {
+        "count": lambda store, after: store.count(after=after),
+        "scan": lambda store, after: len(store.scan(after=after)),
+        "addresses": lambda store, after: sum(map(len, store.addresses(["id"], after=after))),
+    }
+    for name, choose in ways.items():
+        store = filled(tmp_path / name, [sample(0, 0)], Position(TOPIC, 0, 1))
+        read = store.positions
 
-    def stored_meanwhile(version: int | None = None) -> dict[str, Position]:
-        known = read(version)
-        put(store, [sample(0, 1), sample(1, 0)], Position(TOPIC, 0, 2), Position(TOPIC, 1, 1))
-        return known
+        def stored_meanwhile(version: int | None = None, store: Any = store, read: Any = read) -> dict[str, Position]:
+            known: dict[str, Position] = read(version)
+            put(store, [sample(0, 1), sample(1, 0)], Position(TOPIC, 0, 2), Position(TOPIC, 1, 1))
+            return known
 
-    monkeypatch.setattr(store, "positions", stored_meanwhile)
-    assert choose(store, {"samples:0": 0}) == 1
+        monkeypatch.setattr(store, "positions", stored_meanwhile)
+        assert choose(store, {"samples:0": 0}) == 1, name
 
 
 def test_a_pinned_version_outlives_a_cleanup_and_an_unpinned_one_does_not(store: SampleStore) -> None:
