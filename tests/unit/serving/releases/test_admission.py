@@ -76,7 +76,7 @@ def test_models_are_addressed_by_family_release_adapter(family: Family, other: F
 
 def test_a_share_of_the_keys_is_answered_by_the_canary_and_a_larger_one_only_adds_keys() -> None:
     sides: list[set[str]] = [set()]
-    for share in (0.0, 0.01, 0.1, 0.5):
+    for share in (0.0, 0.01, 0.1, 0.5, 0.9):
         split = admission(snapshot(2, "new", share), snapshot(1, "old"))
         sides.append({key for key in KEYS if split.resolve("clip", key=key).release == 2})
         assert binom.ppf(1e-6, len(KEYS), share) <= len(sides[-1]) <= binom.ppf(1 - 1e-6, len(KEYS), share)
