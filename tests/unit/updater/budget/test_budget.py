@@ -110,7 +110,8 @@ def test_steps_follow_from_the_budget_with_the_rows_that_they_visit() -> None:
     # A step has 10 new rows (1 MAF-GFLOP of preparation) and 10 reference rows (3), of which there are 20 in all.
     plan = _plan(new=1_000_000, reference=20)
     assert [cost.planned(steps, plan) for steps in (1, 2, 3)] == [5 + 9, 5 + 18, 5 + 24]
-    assert [cost.steps_within(budget, 100, plan) for budget in (28.9, 29, 1e9)] == [2, 3, 100]
+    assert [cost.steps_within(budget, 100, plan) for budget in (14, 28.9, 29, 1e9)] == [1, 2, 3, 100]
+    assert replace(cost, closing=2).planned(3, plan) == cost.planned(3, plan) + 2 * 5, "passes after the last step"
     with pytest.raises(StepUnaffordable, match="Raise budget") as error:
         cost.steps_within(13.9, 100, plan)
     assert error.value.needed == 14
@@ -321,11 +322,16 @@ def test_over_hundreds_of_random_draws_no_update_spends_more_than_its_budget() -
     assert min(outcomes[each] for each in ("none", "stopped", "whole")) > 10, outcomes
 
 
-def draw(base: VlmBase | ClipBase, folder: Path, taken: Counted, plan: Recipe, pool: Pools, gflops: float) -> str:
+Drawn = tuple[Recipe, Pools, float]
+"""A recipe, data and a budget by chance."""
+
+
+def draw(base: VlmBase | ClipBase, folder: Path, taken: Counted, drawn: Drawn, seed: int) -> str:
+    plan, pool, gflops = drawn
     taken.steps.clear()
     taken.waiting.clear()
     try:
-        result = run(base, folder, recipe=plan, pools=pool, limits=replace(LIMITS, gflops=gflops))
+        result = run(base, folder, recipe=plan, pools=pool, limits=replace(LIMITS, gflops=gflops), seed=seed)
     except StepUnaffordable:
         return "none"
     assert result.maf == pytest.approx(taken.spent(result), rel=1e-9)
@@ -334,42 +340,38 @@ def draw(base: VlmBase | ClipBase, folder: Path, taken: Counted, plan: Recipe, p
     return "stopped" if result.budget_spent else "whole"
 
 
-Made = Callable[[random.Random], tuple[Recipe, Pools, float]]
-"""A recipe, data and a budget by chance."""
-
-
-def with_passes_after_the_last_step(chance: random.Random) -> tuple[Recipe, Pools, float]:
+def with_passes_after_the_last_step(chance: random.Random) -> Drawn:
     ewc = [{"name": "ewc", "options": {"batches": chance.randint(1, 8)}}]
     plan = recipe("full", max_steps=6, batch_size=6, regularizers=ewc, text={"locked": True})
     return plan, pools(), 10 ** chance.uniform(-0.5, 0.5)
 
 
-def with_lengths_batches_and_teachers(chance: random.Random) -> tuple[Recipe, Pools, float]:
+def with_lengths_batches_and_teachers(chance: random.Random) -> Drawn:
     size, name = chance.randint(2, 4), chance.choice(["vlm-naive", "vlm-default"])
     pool = Pools(asked_by(chance), asked_by(chance) if name == "vlm-default" else ())
     return recipe(name, max_steps=6, batch_size=size), pool, 10 ** chance.uniform(-2, 0)
 
 
-def with_answers_of_its_own(chance: random.Random) -> tuple[Recipe, Pools, float]:
+def with_answers_of_its_own(chance: random.Random) -> Drawn:
     """They may end early in the first step, and late in another."""
     return recipe("vlm-sdft", max_steps=3, batch_size=2), Pools(asked_by(chance), asked_by(chance)), 0.9
 
 
 @pytest.mark.parametrize(
-    ("made", "draws", "ends"),
+    ("made", "measured", "draws", "ends"),
     [
-        (with_passes_after_the_last_step, 5, {"whole"}),
-        pytest.param(with_lengths_batches_and_teachers, 16, {"none", "stopped", "whole"}, marks=pytest.mark.long),
-        pytest.param(with_answers_of_its_own, 2, {"stopped"}, marks=pytest.mark.long),
+        (with_passes_after_the_last_step, 1, 5, {"whole"}),
+        pytest.param(with_lengths_batches_and_teachers, 2, 16, {"none", "stopped", "whole"}, marks=pytest.mark.long),
+        pytest.param(with_answers_of_its_own, planning.MEASURED, 2, {"stopped"}, marks=pytest.mark.long),
     ],
 )
 def test_over_random_draws_no_real_update_spends_more_than_its_budget(
-    base: ClipBase, vlm: VlmBase, tmp_path: Path, taken: Counted, made: Made, draws: int, ends: set[str]
+    base: ClipBase, vlm: VlmBase, tmp_path: Path, taken: Counted, made: Any, measured: int, draws: int, ends: set[str]
 ) -> None:
-    taken.patch.setattr(planning, "MEASURED", 2)
+    taken.patch.setattr(planning, "MEASURED", measured)
     taken.patch.setattr("updater.training.measure._full", lambda *_: (1e7, 1e-3))  # the same base each time
     outcomes = set()
     for number in range(draws):
-        plan, pool, gflops = made(random.Random(number))
-        outcomes.add(draw(vlm if plan.family == "vlm" else base, tmp_path / "work", taken, plan, pool, gflops))
+        drawn = made(random.Random(number))
+        outcomes.add(draw(vlm if drawn[0].family == "vlm" else base, tmp_path / "work", taken, drawn, number))
     assert outcomes == ends
