@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from benchmarks.closed_loop import closed_loop
 from core.errors import ConfigError
 from ops.cli.main import app
 from ops.planning import capacity
@@ -32,6 +33,15 @@ def test_times_are_found_in_the_rates_that_they_lead_to() -> None:
     assert vars(fit(cells, "image", MAX_BATCH)) == pytest.approx(vars(KNOWN))
     with pytest.raises(ValueError, match="0 measured rates of texts"):
         fit(cells, "text", MAX_BATCH)
+
+
+def test_the_simulation_agrees_with_what_was_measured() -> None:
+    for name, machine in built_in().machines.items():
+        for kind, items, clients, rate in machine.cells:
+            if items == 1:
+                times = fit(machine.cells, kind, MAX_BATCH)
+                simulated = closed_loop(times, clients, 1, MAX_BATCH, requests=2000).requests_per_second
+                assert simulated == pytest.approx(rate, rel=0.35), (name, kind, clients)
 
 
 def test_waits_are_those_of_queueing_theory() -> None:

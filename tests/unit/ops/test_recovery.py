@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+import threading
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -218,31 +217,33 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-@contextmanager
-def killed_after(writes: int) -> Iterator[None]:
-    """The process is killed after this many writes to any store."""
-    left = count(writes, -1)
+class Mortal(Place):
+    """A store whose user is killed after this many writes, counted over all stores opened meanwhile."""
 
-    def mortal(name: str) -> Callable[..., None]:
-        whole = getattr(Place, name)
+    left = 0
+    lock = threading.Lock()
 
-        def write(*arguments: Any) -> None:
-            if next(left) <= 0:
+    def write(self, name: str, data: bytes) -> None:
+        self._live()
+        super().write(name, data)
+
+    def put(self, source: Path, name: str) -> None:
+        self._live()
+        super().put(source, name)
+
+    def _live(self) -> None:
+        with self.lock:
+            if Mortal.left == 0:
                 raise Killed
-            whole(*arguments)
-
-        return write
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        for name in ("write", "put"):
-            patch.setattr(Place, name, mortal(name))
-        yield
+            Mortal.left -= 1
 
 
 @on_sqlite
 @pytest.mark.parametrize("writes", [1, 4, 9, 14])
-def test_a_backup_that_was_interrupted_is_completed(move: Move, writes: int) -> None:
-    with killed_after(writes):
+def test_a_backup_that_was_interrupted_is_completed(move: Move, monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        Mortal.left = writes
+        patch.setattr(backup, "Place", Mortal)
         move.back_up()
     with pytest.raises(ConfigError, match="no complete backup"):
         move.restore()
@@ -254,9 +255,11 @@ def test_a_backup_that_was_interrupted_is_completed(move: Move, writes: int) -> 
 
 @on_sqlite
 @pytest.mark.parametrize("writes", [0, 3, 8])
-def test_a_restore_that_was_interrupted_is_completed(move: Move, writes: int) -> None:
+def test_a_restore_that_was_interrupted_is_completed(move: Move, monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
     move.back_up()
-    with killed_after(writes):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        Mortal.left = writes
+        patch.setattr("ops.recovery.restoration.Place", Mortal)
         move.restore()
     move.restore()
     move.check()
