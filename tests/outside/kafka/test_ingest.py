@@ -27,6 +27,11 @@ from tests.support.kafka import good, make_topics, produce, read_topic, reading,
 pytestmark = [pytest.mark.integration, pytest.mark.kafka]
 
 
+@pytest.fixture(scope="session")
+def broker(apache_kafka: ApacheKafka) -> Broker:
+    return Broker(apache_kafka.address, embedded=False)
+
+
 @pytest.fixture
 def settings(broker: Broker, tmp_path: Path) -> Settings:
     made = broker.settings(tmp_path, kafka={"partitions": 1})
