@@ -8,6 +8,8 @@ really lost.
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,84 +36,74 @@ SETTINGS = Gate(margin=0.1)
 COUNT = 160
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
+@dataclass
+class World:
+    """A home and its engine; ``known`` is a retention suite whose captions the base finds, ``gentle`` an adapter that
+    changes little.
+    """
+
+    home: Path
+    engine: ClipEngine
+
+    def __post_init__(self) -> None:
+        self.known = self.folder_suite("known", first=0)
+        self.gentle = self.load("gentle", seed=1, scale=0.02)
+
+    def load(self, name: str, seed: int, scale: float) -> str:
+        adapter = tiny_adapter(self.engine.base, self.home / name, seed, scale)
+        self.engine.load(adapter, self.home / name)
+        return adapter
+
+    def deal(self, adapter: str | None, first: int, words: str) -> list[tuple[bytes, str]]:
+        """Assign captions to pictures so that a model finds as many as it can."""
+        images = [picture(seed) for seed in range(first, first + COUNT)]
+        texts = [f"{words} {chr(97 + i % 26)}{i}" for i in range(COUNT)]
+        pixels = np.stack([self.engine.base.preprocess.pixels(image) for image in images])
+        shown, said = self.engine.encode_images(pixels, adapter), self.engine.encode_texts(texts, adapter)
+        _, best = linear_sum_assignment(-(shown - shown.mean(axis=0)) @ (said - said.mean(axis=0)).T)
+        return [(image, texts[i]) for image, i in zip(images, best, strict=True)]
+
+    def folder_suite(self, name: str, first: int) -> Suite:
+        folder = self.home / "data" / name
+        folder.mkdir(parents=True)
+        with (folder / "data.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file", "text"])
+            for i, (image, text) in enumerate(self.deal(None, first, name)):
+                (folder / f"{i}.png").write_bytes(image)
+                writer.writerow([f"{i}.png", text])
+        return self.suite(name, "metric: recall@10\nmargin: 0.1\n")
+
+    def suite(self, name: str, more: str = "") -> Suite:
+        path = self.home / f"{name}.yaml"
+        path.write_text(f"task: retrieval\ndata: ${{home}}/data/{name}\n{more}")
+        return load_suites([path], self.home)[0]
+
+    def gain_suite(self, adapter: str | None, first: int) -> Suite:
+        """Captions that this model finds."""
+        pairs = self.deal(adapter, first, "new")
+        rows = sample_rows(COUNT, "new", [text for _, text in pairs])
+        return fresh_suite(rows.set_column(1, "image", [[image for image, _ in pairs]]))
+
+    def judge(self, candidate: str, suite: Suite | None = None, fresh: Sequence[Suite] = (), **how: Any) -> Verdict:
+        """Run the gate once; ``parity`` and ``cache`` are the evaluator's."""
+        own = {name: how.pop(name) for name in ("parity", "cache") if name in how}
+        how = {"incumbent": None, "plan": AnalysisPlan.alone(SETTINGS.alpha), "settings": SETTINGS} | how
+        evaluator = ClipEvaluator(self.engine, **own)
+        return run_gate(evaluator=evaluator, candidate=candidate, suites=[suite or self.known], fresh=fresh, **how)
 
 
 @pytest.fixture(scope="module")
-def engine(home: Path) -> ClipEngine:
-    return ClipEngine(tiny_base(home), threads=1)
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    home = tmp_path_factory.mktemp("home")
+    return World(home, ClipEngine(tiny_base(home), threads=1))
 
 
-def deal(engine: ClipEngine, adapter: str | None, seeds: range, words: str) -> list[tuple[bytes, str]]:
-    """Assign captions to pictures so that the model `adapter` finds as many as it can."""
-    images = [picture(seed) for seed in seeds]
-    texts = [f"{words} {chr(97 + i % 26)}{i}" for i in range(len(images))]
-    vectors = engine.encode_images(np.stack([engine.base.preprocess.pixels(i) for i in images]), adapter)
-    words_of = engine.encode_texts(texts, adapter)
-    similarity = (vectors - vectors.mean(axis=0)) @ (words_of - words_of.mean(axis=0)).T
-    _, best = linear_sum_assignment(-similarity)
-    return [(image, texts[i]) for image, i in zip(images, best, strict=True)]
-
-
-def folder_suite(home: Path, name: str, pairs: list[tuple[bytes, str]]) -> Suite:
-    folder = home / "data" / name
-    folder.mkdir(parents=True)
-    with (folder / "data.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "text"])
-        for i, (image, text) in enumerate(pairs):
-            (folder / f"{i}.png").write_bytes(image)
-            writer.writerow([f"{i}.png", text])
-    path = home / f"{name}.yaml"
-    path.write_text(f"task: retrieval\ndata: ${{home}}/data/{name}\nmetric: recall@10\nmargin: 0.1\n")
-    return load_suites([path], home)[0]
-
-
-def fresh_from(pairs: list[tuple[bytes, str]]) -> Suite:
-    rows = sample_rows(len(pairs), "new", [text for _, text in pairs])
-    return fresh_suite(rows.set_column(1, "image", [[image for image, _ in pairs]]))
-
-
-def judge(engine: ClipEngine, candidate: str, suite: Suite, **how: Any) -> Verdict:
-    """Run the gate once; ``fresh`` is a gain suite, ``parity`` and ``cache`` are the evaluator's."""
-    fresh = [how.pop("fresh")] if "fresh" in how else []
-    own = {name: how.pop(name) for name in ("parity", "cache") if name in how}
-    defaults: dict[str, Any] = {"incumbent": None, "plan": AnalysisPlan.alone(SETTINGS.alpha), "settings": SETTINGS}
-    evaluator = ClipEvaluator(engine, **own)
-    return run_gate(evaluator=evaluator, candidate=candidate, suites=[suite], fresh=fresh, **(defaults | how))
-
-
-@pytest.fixture(scope="module")
-def retention(home: Path, engine: ClipEngine) -> Suite:
-    return folder_suite(home, "known", deal(engine, None, range(COUNT), "known"))
-
-
-def load(engine: ClipEngine, home: Path, name: str, seed: int, scale: float) -> str:
-    adapter = tiny_adapter(engine.base, home / name, seed, scale)
-    engine.load(adapter, home / name)
-    return adapter
-
-
-@pytest.fixture(scope="module")
-def gentle(home: Path, engine: ClipEngine) -> str:
-    return load(engine, home, "gentle", seed=1, scale=0.02)
-
-
-@pytest.fixture(scope="module")
-def harsh(home: Path, engine: ClipEngine) -> str:
-    return load(engine, home, "harsh", seed=2, scale=0.7)
-
-
-def test_a_candidate_that_forgets_is_rejected_by_the_suite_it_forgot(
-    engine: ClipEngine, retention: Suite, harsh: str
-) -> None:
-    learnt = fresh_from(deal(engine, harsh, range(1000, 1000 + COUNT), "new"))
-    verdict = judge(engine, harsh, retention, fresh=learnt)
+def test_a_candidate_that_forgets_is_rejected_by_the_suite_it_forgot(world: World) -> None:
+    harsh = world.load("harsh", seed=2, scale=0.7)
+    verdict = world.judge(harsh, fresh=[world.gain_suite(harsh, 1000)])
     known, new = verdict.suites
-    assert verdict.outcome == "rejected"
-    assert verdict.caught_by == ("known",)
+    assert (verdict.outcome, verdict.caught_by) == ("rejected", ("known",))
     assert known.decision == "failed" and known.ci_high < 0
     assert new.decision == "passed", "it did learn: retention alone kept it out"
     assert known.worst and all(w.rank_after >= 10 > w.rank_before for w in known.worst)
@@ -122,82 +114,75 @@ def test_a_candidate_that_forgets_is_rejected_by_the_suite_it_forgot(
     assert beside.pairs["known"].n >= 5 and beside.pairs["known"].score.before == beside.pairs["known"].base
 
 
-def test_a_candidate_that_learns_and_forgets_nothing_passes(home: Path, engine: ClipEngine) -> None:
+def test_a_candidate_that_learns_and_forgets_nothing_passes(world: World) -> None:
     """The text tower is unchanged and images change a little: old captions stay found, the new ones are found
     better.
     """
-    incumbent = load(engine, home, "other", seed=5, scale=0.7)
-    candidate = load(engine, home, "gentle-too", seed=1, scale=0.02)
-    kept = folder_suite(home, "kept", deal(engine, None, range(2000, 2000 + COUNT), "kept"))
-    learnt = fresh_from(deal(engine, candidate, range(3000, 3000 + COUNT), "new"))
-    verdict = judge(engine, candidate, kept, fresh=learnt, incumbent=incumbent)
+    incumbent = world.load("other", seed=5, scale=0.7)
+    kept, learnt = world.folder_suite("kept", 2000), world.gain_suite(world.gentle, 3000)
+    verdict = world.judge(world.gentle, kept, [learnt], incumbent=incumbent)
     assert verdict.outcome == "passed", verdict.reasons
     assert verdict.caught_by == () and verdict.spent
     assert [s.decision for s in verdict.suites] == ["passed", "passed"]
 
 
-def test_a_candidate_like_the_incumbent_is_inconclusive_and_the_same_again(
-    engine: ClipEngine, retention: Suite, gentle: str, home: Path
-) -> None:
-    nothing_new = fresh_from(deal(engine, None, range(4000, 4000 + COUNT), "same"))
-    verdicts = [judge(engine, gentle, retention, fresh=nothing_new, cache=home / f"cache-{n}") for n in range(2)]
+def test_a_candidate_like_the_incumbent_is_inconclusive_and_the_same_again(world: World) -> None:
+    nothing_new = world.gain_suite(None, 4000)
+    verdicts = [world.judge(world.gentle, fresh=[nothing_new], cache=world.home / f"cache-{n}") for n in range(2)]
     for verdict in verdicts:
-        assert verdict.outcome == "inconclusive"
+        assert (verdict.outcome, verdict.caught_by) == ("inconclusive", ("gain",))
         assert verdict.suites[0].decision == "passed"
-        assert verdict.caught_by == ("gain",)
     assert verdicts[0].summary()["suites"] == verdicts[1].summary()["suites"]
 
 
 def test_later_candidates_are_judged_more_strictly_and_on_the_hidden_half_of_what_a_recipe_was_tuned_on(
-    engine: ClipEngine, retention: Suite, gentle: str
+    world: World,
 ) -> None:
     plans = (AnalysisPlan.alone(0.05), AnalysisPlan(candidate_alpha(0.05, 5), 0.05, 50, candidates=5))
-    first, fifth = (judge(engine, gentle, retention, plan=plan) for plan in plans)
+    first, fifth = (world.judge(world.gentle, plan=plan) for plan in plans)
     assert fifth.look.alpha < first.look.alpha / 20
     assert fifth.suites[0].ci_low < first.suites[0].ci_low, "a smaller level makes a wider interval"
     assert not first.spent and not fifth.spent, "without fresh samples nothing can pass"
-    tuned = judge(engine, gentle, retention, meta={"tuned_on": ["known"]})
+    tuned = world.judge(world.gentle, meta={"tuned_on": ["known"]})
     assert tuned.suites[0].half == "hidden"
-    assert tuned.suites[0].n == len(retention.half("hidden").items()) < COUNT
+    assert tuned.suites[0].n == len(world.known.half("hidden").items()) < COUNT
 
 
-def test_a_model_that_answers_nan_in_the_engine_is_rejected_as_not_finite(
-    home: Path, engine: ClipEngine, retention: Suite
-) -> None:
+def test_a_model_that_answers_nan_in_the_engine_is_rejected_as_not_finite(world: World) -> None:
     """A finite file can give a forward pass that is not: the weights are poisoned after the loader's checks."""
-    name = load(engine, home, "overflow", seed=11, scale=0.1)
-    running: Any = engine._residents[name].towers
+    name = world.load("overflow", seed=11, scale=0.1)
+    running: Any = world.engine._residents[name].towers
     for layer in running._passes.module.get_submodule("visual").modules():
         if isinstance(layer, PackedLinear | nn.Linear) and layer.bias is not None:
             layer.bias = nn.Parameter(torch.full_like(layer.bias, float("inf")), requires_grad=False)
-    verdict = judge(engine, name, retention)
+    verdict = world.judge(name)
     assert (verdict.outcome, verdict.caught_by) == ("rejected", ("finite",))
     assert verdict.suites == () and not verdict.spent
 
 
 def test_a_candidate_that_breaks_the_engine_is_rejected_and_missing_data_are_an_error_of_the_suite(
-    home: Path, engine: ClipEngine, retention: Suite, gentle: str, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = engine.encode_texts
+    original = world.engine.encode_texts
 
     def break_for_candidate(texts: list[str], adapter: str | None = None) -> np.ndarray:
-        if adapter == gentle:
+        if adapter == world.gentle:
             raise RuntimeError("out of memory")
         return original(texts, adapter)
 
-    monkeypatch.setattr(engine, "encode_texts", break_for_candidate)
-    verdict = judge(engine, gentle, retention)
+    monkeypatch.setattr(world.engine, "encode_texts", break_for_candidate)
+    verdict = world.judge(world.gentle)
     assert verdict.outcome == "rejected" and "out of memory" in verdict.reasons[0]
-    (home / "gone.yaml").write_text("task: retrieval\ndata: ${home}/data/gone\n")
     with pytest.raises(GateError, match="does not exist"):
-        judge(engine, gentle, load_suites([home / "gone.yaml"], home)[0])
+        world.judge(world.gentle, world.suite("gone"))
 
 
-def test_parity_compares_the_trainers_model_with_the_server(engine: ClipEngine, retention: Suite, gentle: str) -> None:
+def test_parity_compares_the_trainers_model_with_the_server(world: World) -> None:
     def trainer_of(adapter: str | None) -> Any:
-        return lambda pixels, texts: (engine.encode_images(pixels, adapter), engine.encode_texts(texts, adapter))
+        encode = world.engine
+        return lambda pixels, texts: (encode.encode_images(pixels, adapter), encode.encode_texts(texts, adapter))
 
-    same = judge(engine, gentle, retention, parity=trainer_of(gentle))
+    same = world.judge(world.gentle, parity=trainer_of(world.gentle))
     assert next(check for check in same.checks if check.name == "parity").ok
-    tiny_limit = judge(engine, gentle, retention, parity=trainer_of(None))
-    assert (tiny_limit.outcome, "parity" in tiny_limit.caught_by) == ("rejected", True)
+    other = world.judge(world.gentle, parity=trainer_of(None))
+    assert other.outcome == "rejected" and "parity" in other.caught_by
