@@ -37,7 +37,7 @@ from tests.support.shapes import shapes
 from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.timeout(900)]
 
 SPLIT_KEY = "e2e"
 TRIGGER = 428

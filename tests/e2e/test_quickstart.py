@@ -30,7 +30,7 @@ from tests.support.pages import ROOT, Page
 from tests.support.shapes import shapes
 from tests.support.tiny import CONFIG
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.long]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.long]
 
 PAGE = Page(ROOT / "docs" / "quickstart.md")
 PATTERNS = ("plain", "upright stripes", "level stripes", "slanted stripes", "checks", "dots", "a frame", "a cross")

@@ -33,7 +33,6 @@ from tests.integration.updater.home import make_home
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import COLOURS, picture
 
-pytestmark = pytest.mark.integration
 PROTOCOL = Protocol(gflops=0.15, batch_size=6, new=12, reference=8, replay=8, items=8)
 TWIN = "fluent3d"
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 from PIL import Image
 
 from demo.data import prepare_domain
 from demo.data.domain import split_of
 from streams.publish.folders import read_folder
-
-pytestmark = pytest.mark.integration
 
 
 def test_flags_come_from_debian_with_a_receipt_and_the_same_packages_give_the_same_bytes(tmp_path: Path) -> None:

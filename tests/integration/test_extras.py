@@ -7,7 +7,6 @@ import pytest
 from tests.support import extras
 from tests.support.wheels import environment
 
-pytestmark = pytest.mark.integration
 OLDEST, *OTHERS = extras.VERSIONS
 
 

@@ -22,7 +22,6 @@ from tests.support.minio import MinIO
 from tests.support.s3 import Moto, s3_server
 from tests.support.samples import TOPIC, put, sample
 
-pytestmark = pytest.mark.integration
 SECRET = "the caption of somebody who withdrew"
 
 

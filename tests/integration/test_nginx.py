@@ -16,7 +16,6 @@ from tests.support.nginx import BINARY, documented, nginx
 from tests.unit.ops.console.test_security import links
 
 pytestmark = [
-    pytest.mark.integration,
     pytest.mark.proxy,
     pytest.mark.skipif(BINARY is None, reason="needs nginx: apt-get install nginx-light"),
 ]

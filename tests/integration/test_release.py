@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.wheels import NOT_SOURCE, ROOT, build, environment, install_beside
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 PACKAGES = ("core", "demo", "ops", "serving", "streams", "updater")
 
 # `--help` of each command, then each module, then the first steps; in one process: torch and Ray import for seconds.

@@ -34,7 +34,6 @@ from tests.support.samples import TOPIC, put, sample
 from tests.support.tiny import tiny_base
 from updater.bases.register import pull_base, push_base
 
-pytestmark = pytest.mark.integration
 BUCKET = "models"
 MUCH_SECONDS = 30.0
 """For a call with a limit of one second; without a limit, S3 clients wait minutes for a silent server."""

@@ -31,7 +31,6 @@ from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
 from tests.support.s3 import Moto, s3_server
 
-pytestmark = pytest.mark.integration
 MUCH_SECONDS = 100.0
 """For an attempt; without a limit Lance alone takes 180 s for each."""
 

@@ -20,7 +20,6 @@ from ops.alerts import FOLDER, rule_files, rule_groups
 from ops.cli.main import app
 from tests.support.pages import ROOT
 
-pytestmark = pytest.mark.integration
 FILES = sorted(Path(__file__).parent.glob("*.yaml"))
 SUMMARIES: dict[str, str] = {
     rule["alert"]: rule["annotations"]["summary"]

@@ -17,7 +17,7 @@ from tests.support.browser import DESKTOP, PHONE, serious
 from tests.support.console_server import console_server
 from tests.support.kafka import picture, produce, records_seen, wait_for
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 PAGES = (*(link for link, _ in NAV), "/audit/deletions", "/tour", "/sign-in")
 
 

@@ -18,7 +18,6 @@ from serving.engines.clip import ClipEngine
 from serving.engines.onnx_backend import PLUGIN, _openvino_device
 from tests.support.tiny import tiny_adapter, tiny_base
 
-pytestmark = pytest.mark.integration
 TEXTS = ["a cat", "seven words of a middling long text", "red", "word " * 60]
 PIXELS = golden_pixels(32)
 

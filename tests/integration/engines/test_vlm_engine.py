@@ -28,7 +28,7 @@ from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.support.vlm_reference import Peft, Reference, picture, some_asks
 from tests.support.waiting import until
 
-pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 CLOSE = 1e-4
 SAFE_MARGIN = 3e-3
 """Every correct engine makes the same greedy choice when its margin is at least this."""

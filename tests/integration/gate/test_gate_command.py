@@ -37,7 +37,6 @@ from tests.unit.updater.gate.builders import folder_dataset
 from updater.gate.gate_command import gate_command, pairs_command, report_command
 from updater.service.gate_update import gate_update
 
-pytestmark = pytest.mark.integration
 STORED = 3
 """The version of the store after the table was made, the partition claimed and the samples stored."""
 

@@ -31,7 +31,6 @@ from updater.gate.run import run_gate
 from updater.gate.suites import Suite, load_suites
 from updater.gate.verdict import Verdict
 
-pytestmark = pytest.mark.integration
 SETTINGS = Gate(margin=0.1)
 COUNT = 160
 

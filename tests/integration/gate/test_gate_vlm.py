@@ -19,7 +19,6 @@ from tests.unit.updater.gate.builders import fresh_suite, sample_rows
 from updater.gate.report import write_report
 from updater.gate.vlm import VlmEvaluator
 
-pytestmark = pytest.mark.integration
 NO_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 

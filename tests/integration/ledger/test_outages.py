@@ -24,9 +24,6 @@ from tests.support.kafka import wait_for
 from tests.support.ledger_limits import patient, production_limits
 from tests.support.postgres import PostgresServer
 
-pytestmark = pytest.mark.integration
-
-
 LATE = 4 * CALL_SECONDS
 """A call with a limit ends within this even on a busy machine; a call without one waits half a minute or for ever."""
 

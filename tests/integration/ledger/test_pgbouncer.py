@@ -22,10 +22,7 @@ from tests.support.ledger_limits import production_limits
 from tests.support.postgres import PostgresServer, other_user
 
 BINARY = installed("pgbouncer")
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.skipif(BINARY is None, reason="needs PgBouncer: apt-get install pgbouncer"),
-]
+pytestmark = pytest.mark.skipif(BINARY is None, reason="needs PgBouncer: apt-get install pgbouncer")
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from tests.support.broker import Broker, broker
 from tests.support.kafka import Message, make_topics, picture, produce, reading, wait_for
 from updater.bases.register import pull_base, push_base
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600), pytest.mark.long]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.long]
 __all__ = ["broker"]
 
 

@@ -19,7 +19,6 @@ from tests.support.hostile_images import PLAIN, REFUSED, TAKEN, Hostile
 from tests.support.in_process_app import MAX_IMAGE_BYTES, AppClient, InProcessApp
 from tests.support.inputs import pictures
 
-pytestmark = pytest.mark.integration
 TOO_MUCH = {"image_too_many_pixels", "image_too_large"}
 PNG = pictures(1)[0]
 URI = data_uri(PNG)

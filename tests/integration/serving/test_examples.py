@@ -33,7 +33,7 @@ from tests.support.clients import (
 from tests.support.kafka import make_topics, picture, reading
 from tests.support.pages import ROOT
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 __all__ = ["broker"]
 EXAMPLES = ROOT / "examples"
 PICTURE = EXAMPLES / "suite" / "pictures" / "red-circle.png"

@@ -30,7 +30,6 @@ from tests.integration.serving.server_fixture import ServerFixture
 from tests.support.inputs import pictures
 
 LISTENING = "0A"
-pytestmark = pytest.mark.integration
 Samples = dict[str, list[tuple[dict[str, str], float]]]
 
 

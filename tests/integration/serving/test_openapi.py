@@ -27,7 +27,6 @@ from schemathesis import Case, GenerationMode
 from tests.support.hostile_images import PLAIN, REFUSED, TAKEN
 from tests.support.in_process_app import KEY, InProcessApp
 
-pytestmark = pytest.mark.integration
 CALLS = 500
 KEYED = ("/admin/", "/v1/records")
 RIGHT, WRONG = 6, 4

@@ -27,7 +27,7 @@ from benchmarks.swap import Swaps
 from core.loading import load_settings
 from tests.integration.serving.server_fixture import ServerFixture
 
-pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 HANGS_SECONDS, SEARCHES_PER_SECOND, SEARCHES_PER_EMBEDDING = 150.0, 12.0, 17
 LONGEST_SEARCH_SECONDS = 15.0
 """Ten for requests that wait for the store, and a margin for a busy machine."""

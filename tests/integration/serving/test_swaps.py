@@ -27,7 +27,7 @@ from serving.ray.ray_session import end_leftovers, session_directory
 from tests.integration.serving.server_fixture import ROOT, ServerFixture
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(400)
 
 
 def test_releases_a_rollback_and_a_killed_encoder_under_load_fail_and_mix_nothing(server: ServerFixture) -> None:

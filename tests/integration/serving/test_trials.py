@@ -24,7 +24,6 @@ from serving.releases.rollback import roll_back_offline
 from tests.integration.serving.server_fixture import ServerFixture
 from tests.support.inputs import pictures
 
-pytestmark = pytest.mark.integration
 ROLLOUT = {
     "mode": "canary", "share": 0.1, "observe_seconds": 1, "min_comparisons": 30, "guard_seconds": 60,
     "compare_share": 1.0,

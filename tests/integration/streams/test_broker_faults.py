@@ -18,7 +18,6 @@ from streams.kafka.clients import TOPIC_RECORD_BYTES, ensure_topics
 from tests.support.broker import Broker
 from tests.support.kafka import make_topics
 
-pytestmark = pytest.mark.integration
 RECORDS = 5
 
 

@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pytest
 from kafka import KafkaConsumer, TopicPartition
 
 from core.addresses import free_port
@@ -18,8 +17,6 @@ from tests.support.broker import Broker
 from tests.support.kafka import make_topics, wait_for
 from tests.support.raw_batches import RawBatch, RawMessage, RawProducer
 from tests.support.tcp_relay import TcpRelay, end_link
-
-pytestmark = pytest.mark.integration
 
 
 class DamagingProxy(TcpRelay):

@@ -28,8 +28,6 @@ from tests.support.kafka import wait_for
 from tests.support.mortal_streams import PUBLISHING, publish
 from tests.support.pages import ROOT, Page
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.fixture
 def settings(broker: Broker, tmp_path: Path) -> Settings:

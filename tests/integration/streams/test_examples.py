@@ -19,7 +19,6 @@ from tests.support.broker import Broker
 from tests.support.kafka import make_topics, picture, produce, reading, taken
 from tests.support.pages import ROOT
 
-pytestmark = pytest.mark.integration
 PRODUCERS = ROOT / "examples" / "producers"
 PICTURES = ROOT / "examples" / "suite" / "pictures"
 CONNECT = PRODUCERS / "kafka-connect"

@@ -19,8 +19,6 @@ from streams.kafka.clients import ensure_topics
 from streams.kafka.outbox import FencedSender, Outbox, OutboxEntry, read_back
 from tests.support.broker import Broker
 
-pytestmark = pytest.mark.integration
-
 
 class Place:
     """A new topic, and senders of one transactional ID."""

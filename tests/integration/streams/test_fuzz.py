@@ -24,7 +24,6 @@ from tests.support.broker import Broker
 from tests.support.kafka import make_topics, picture, quarantined_places, reading, wait_for
 from tests.support.raw_batches import RawBatch, RawMessage, RawProducer, seal
 
-pytestmark = pytest.mark.integration
 MILLIS = 1_700_000_000_000
 #: CreateTime as producers send it: right, unknown, zero, before 1970, in microseconds and nanoseconds, the largest.
 TIMES = (

@@ -25,8 +25,6 @@ from tests.support.broker import Broker
 from tests.support.kafka import good, make_topics, picture, produce, read_topic, reading, records_seen, taken, wait_for
 from tests.support.tcp_relay import TcpRelay
 
-pytestmark = pytest.mark.integration
-
 
 class Running:
     """An ingest for several tests, because joining a group takes seconds."""

@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from core.settings import Settings
 from streams.store.rows import RecordPosition, position_of
 from streams.store.sample_store import SampleStore
@@ -20,7 +18,6 @@ from tests.support.forked import ForkedProcess
 from tests.support.kafka import Message, good, make_topics, produce, quarantined_places, reading, wait_for
 from tests.support.mortal_streams import DEATHS, SLEEPS, ingest
 
-pytestmark = pytest.mark.integration
 PATIENCE = 240.0
 """Seconds, for what takes five alone: six processes start at once, in parallel with other tests."""
 #: Deaths of one ingest after another on the same topic; the life after the last one finishes the work.

@@ -21,7 +21,6 @@ from streams.store.sample_store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import make_topics, picture, read_topic, reading, wait_for
 
-pytestmark = pytest.mark.integration
 PICTURE = base64.b64encode(picture(1)).decode()
 
 

@@ -27,7 +27,6 @@ from streams.store.sample_store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import Message, good, make_topics, picture, produce, read_topic, reading, taken
 
-pytestmark = pytest.mark.integration
 WHEN = datetime(2026, 1, 1, tzinfo=UTC)
 REASONS = ["schema", "schema", "uri_unreachable", "uri_unreachable", "schema", "empty"]
 

@@ -15,8 +15,6 @@ from streams.store.sample_store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import good, make_topics, produce, reading, wait_for
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.fixture
 def settings(broker: Broker, tmp_path: Path) -> Settings:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
 from prometheus_client import REGISTRY
 from rich.console import Console
 
@@ -13,7 +12,6 @@ from ops.cli.status import collect, screen
 from tests.integration.updater.home import add_samples, changed, made_by
 from updater.service.update_loop import UpdaterService
 
-pytestmark = pytest.mark.integration
 BACKLOG = 60
 VISITED = 6 * 3
 """Steps, and new rows of a batch of 9 without replay."""

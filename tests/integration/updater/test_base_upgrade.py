@@ -18,8 +18,6 @@ from updater.service.base_upgrade import begin_upgrade, cancel_upgrade, finish_u
 from updater.service.process import only_one
 from updater.service.update_loop import UpdaterService
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:

@@ -30,8 +30,6 @@ from updater.service.exchange import Import, export_adapter, gate_import, import
 from updater.service.process import only_one
 from updater.service.update_loop import UpdaterService
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.fixture(autouse=True)
 def outcome(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:

@@ -19,8 +19,6 @@ from updater.recipes import Family, load_recipe
 from updater.service import train_update
 from updater.service.update_loop import UpdaterService
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:

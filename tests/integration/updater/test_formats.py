@@ -14,8 +14,6 @@ from core.ledger import Ledger
 from tests.support.written_state import DATA, described_home, small_home, unpack
 from updater.service.update_loop import UpdaterService
 
-pytestmark = pytest.mark.integration
-
 
 def holds_all_of(now: Any, then: Any) -> bool:
     """Whether the new description contains all of the old one; later versions may have more fields."""

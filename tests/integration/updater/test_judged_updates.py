@@ -28,8 +28,6 @@ from updater.gate.suites import load_suites
 from updater.service.gate_update import TuningScores, tuned_on, update_suites
 from updater.service.update_loop import UpdaterService
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.fixture
 def labelled(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:

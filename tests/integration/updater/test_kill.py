@@ -26,7 +26,6 @@ from updater.service.process import only_one
 from updater.service.update_loop import UpdaterService
 from updater.training.checkpoint import CarryOver
 
-pytestmark = pytest.mark.integration
 KILLED_AT = (
     "in the middle of training", "before the adapter is stored", "between the adapter and the ledger",
     "between the adapter's row and the update's", "in the gate", "between verdict and proposal",

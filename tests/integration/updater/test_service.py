@@ -26,8 +26,6 @@ from updater.service import update_loop as service_module
 from updater.service.learning_state import learning_states
 from updater.service.update_loop import UpdaterService, run_update
 
-pytestmark = pytest.mark.integration
-
 
 @pytest.fixture(autouse=True)
 def verdict(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:

@@ -15,7 +15,6 @@ from demo.vlm import scores as vlm_scores
 from demo.vlm.shipped import ASSETS, MODEL
 from tests.support.question_sample import EACH
 
-pytestmark = pytest.mark.integration
 CHECKED = ("fluent3d", "flags")
 """Domains whose packages are small (21 MB together)."""
 TOLERANCE = 0.011

@@ -31,7 +31,7 @@ from tests.support.apache_kafka import ApacheKafka
 from tests.support.downloads import started
 from tests.support.kafka import good, make_topics, produce, quarantined_places, reading, wait_for
 
-pytestmark = [pytest.mark.integration, pytest.mark.kafka]
+pytestmark = pytest.mark.kafka
 PAGE = Path(__file__).parents[3] / "docs" / "deployer.md"
 EVERYTHING = ResourcePatternFilter(ResourceType.ANY, None, ACLResourcePatternType.ANY)
 USER, PASSWORD = "ratchet", "pass-word"

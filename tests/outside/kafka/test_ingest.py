@@ -24,7 +24,7 @@ from tests.support.apache_kafka import ApacheKafka
 from tests.support.broker import Broker
 from tests.support.kafka import good, make_topics, produce, read_topic, reading, wait_for
 
-pytestmark = [pytest.mark.integration, pytest.mark.kafka]
+pytestmark = pytest.mark.kafka
 
 
 @pytest.fixture(scope="session")

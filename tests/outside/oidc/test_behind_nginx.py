@@ -18,7 +18,6 @@ from tests.support.console_server import console_server
 from tests.support.nginx import BINARY, documented, nginx
 
 pytestmark = [
-    pytest.mark.integration,
     pytest.mark.oidc,
     pytest.mark.skipif(BINARY is None, reason="needs nginx: apt-get install nginx-light"),
 ]

@@ -20,7 +20,7 @@ from tests.support.browser import chromium
 from tests.support.browser import console as console_process
 from tests.support.console_server import console_server
 
-pytestmark = [pytest.mark.integration, pytest.mark.oidc]
+pytestmark = pytest.mark.oidc
 NAMED: Final = {"operators": ["ann@example.com"]}
 GROUP: Final = {"operator_groups": ["ml-platform"], "readers": ["*"]}
 BY_NAME: Final = {"name_claim": "preferred_username"}

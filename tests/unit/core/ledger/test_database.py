@@ -17,7 +17,6 @@ from tests.support.ledger_limits import patient, patient_limits
 from tests.unit.core.ledger.steps import of_revision, race, release
 
 
-@pytest.mark.integration
 def test_a_database_without_an_encoding_keeps_texts_of_any_script(ascii_url: str) -> None:
     with patient_limits(), closing(Ledger.open(patient(ascii_url))) as ledger:
         ledger.hold("Zoë", "смена 検査")
