@@ -55,7 +55,8 @@ def test_an_odd_image_is_embedded_as_the_plain_one_or_refused_by_every_call(clie
     uri = data_uri(image.data)
     embedded = client.post("/v1/embeddings", json={"input": ["a text", {"image": uri}]})
     if not image.code and len(image.data) > MAX_IMAGE_BYTES:
-        refused(embedded, 413, "image_too_large", "input.1.image")
+        whole = len(uri) > 2 * MAX_IMAGE_BYTES  # more than a body may have
+        refused(embedded, 413, *(("body_too_large", None) if whole else ("image_too_large", "input.1.image")))
         return
     file = ("photo.txt", image.data, "text/plain")  # neither its name nor its type is trusted
     chat = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": uri}}]}]

@@ -80,7 +80,8 @@ def admin_of(settings: Settings) -> AdminClient:
 
 
 def delete_before(settings: Settings, offset: int) -> None:
-    for done in admin_of(settings).delete_records([ck.TopicPartition(settings.kafka.topic, 0, offset)]).values():
+    admin = admin_of(settings)  # kept until it has answered
+    for done in admin.delete_records([ck.TopicPartition(settings.kafka.topic, 0, offset)]).values():
         assert done.result(20).low_watermark == offset
 
 
@@ -116,7 +117,8 @@ def test_what_compaction_removes_is_neither_lag_nor_lost(broker: Broker, tmp_pat
     settings = broker.settings(tmp_path, kafka={"partitions": 1})
     topic = settings.kafka.topic
     compacted = {"cleanup.policy": "compact", "segment.ms": "100", "min.cleanable.dirty.ratio": "0.01"}
-    admin_of(settings).create_topics([NewTopic(topic, 1, 1, config=compacted)])[topic].result(20)
+    admin = admin_of(settings)
+    admin.create_topics([NewTopic(topic, 1, 1, config=compacted)])[topic].result(20)
     producer = KafkaProducer(bootstrap_servers=settings.kafka.bootstrap)
     seeds = count()
 
@@ -160,7 +162,8 @@ def test_an_unclean_election_loses_no_record(apache_kafka: ApacheKafka, settings
 def test_more_partitions_are_noticed_within_seconds_and_read_whole(settings: Settings, store: SampleStore) -> None:
     topic = settings.kafka.topic
     with read_until(settings, lambda status: status.state == "reading", "reading") as ingest:
-        admin_of(settings).create_partitions([NewPartitions(topic, 4)])[topic].result(20)
+        admin = admin_of(settings)
+        admin.create_partitions([NewPartitions(topic, 4)])[topic].result(20)
         started = time.monotonic()
         for partition in range(4):
             produce(settings.kafka, [good(partition)], partition)
