@@ -1,4 +1,4 @@
-"""A real consumer on a real broker steps over unreadable batches; test_fuzz.py has many more kinds of them."""
+"""Ingest on a real broker steps over unreadable batches; test_fuzz.py has many more kinds of them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kafka import KafkaConsumer, TopicPartition
-
 from core.addresses import free_port
+from core.settings import Settings
 from streams.kafka.broker import EmbeddedBroker
-from streams.kafka.tolerant_fetch import Corrupt, install
+from streams.store.sample_store import SampleStore
 from tests.support.broker import Broker
-from tests.support.kafka import make_topics, wait_for
+from tests.support.kafka import make_topics, reading, records_seen, wait_for
 from tests.support.raw_batches import RawBatch, RawMessage, RawProducer
 from tests.support.tcp_relay import TcpRelay, end_link
 
@@ -44,56 +43,36 @@ class DamagingProxy(TcpRelay):
         return answer
 
 
-def read(address: str, topic: str, count: int) -> list[Any]:
-    """Poll partition 0 from its beginning until it has this many offsets."""
-    consumer = KafkaConsumer(
-        bootstrap_servers=address, auto_offset_reset="none", enable_auto_commit=False, isolation_level="read_committed"
-    )
-    install(consumer)
-    partition = TopicPartition(topic, 0)
-    consumer.assign([partition])
-    consumer.seek(partition, 0)
-    found: list[Any] = []
-
-    def polled() -> bool:
-        found.extend(each for records in consumer.poll(timeout_ms=500).values() for each in records)
-        return len(found) >= count
-
-    try:
-        wait_for(polled, f"{count} offsets", 30)
-        assert consumer.position(partition) == found[-1].offset + 1
-    finally:
-        consumer.close()
-    return found
-
-
-def send(address: str, topic: str, batches: Sequence[RawBatch]) -> None:
+def refused(settings: Settings, address: str, batches: Sequence[RawBatch]) -> list[dict[str, Any]]:
+    """What becomes of records that are no samples."""
+    make_topics(settings)
     with RawProducer(address) as producer:
         for batch in batches:
-            assert producer.send(topic, 0, bytes(batch.encode()))[0] == 0
+            assert producer.send(settings.kafka.topic, 0, bytes(batch.encode()))[0] == 0
+    count = sum(len(batch.messages) for batch in batches)
+    with reading(settings) as ingest:
+        wait_for(lambda: records_seen(ingest.status) >= count, f"{count} records")
+    rows = SampleStore(settings.lake).select("kind = 'quarantine'", ["offset", "reason", "detail", "original"])
+    return sorted(rows, key=lambda row: row["offset"])
 
 
-def test_a_damaged_batch_is_stepped_over_and_one_damaged_on_its_way_is_not_lost() -> None:
-    port = free_port()
+def test_a_damaged_batch_is_stepped_over_and_one_damaged_on_its_way_is_not_lost(tmp_path: Path) -> None:
+    port, damages = free_port(), {b"always damaged": 1 << 30, b"damaged once": 1}
     batches = [[b"value 0"], [b"always damaged", b"value 2"], [b"value 3"], [b"damaged once"], [b"value 5"]]
-    damages = {b"always damaged": 1 << 30, b"damaged once": 1}
     with (
         EmbeddedBroker(advertised=f"127.0.0.1:{port}") as embedded,
         DamagingProxy(port, embedded.address, damages) as proxy,
     ):
-        embedded.ensure_topics(["samples"])
-        send(embedded.address, "samples", [RawBatch([RawMessage(value) for value in values]) for values in batches])
-        records = read(f"127.0.0.1:{port}", "samples", 6)
-    assert [each.offset for each in records] == [0, 1, 2, 3, 4, 5]
-    assert [each.offset for each in records if isinstance(each, Corrupt)] == [1, 2]
-    assert "checksum" in records[1].detail and b"value 2" in records[1].raw
-    assert records[4].value == b"damaged once" and proxy.damaged >= 3
+        settings = Broker(f"127.0.0.1:{port}", embedded=True).settings(tmp_path, {"partitions": 1})
+        sent = [RawBatch([RawMessage(value) for value in values]) for values in batches]
+        rows = refused(settings, embedded.address, sent)
+    assert [row["offset"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert [row["offset"] for row in rows if row["reason"] == "corrupt"] == [1, 2]
+    assert "checksum" in rows[1]["detail"] and b"value 2" in rows[1]["original"]
+    assert rows[4]["original"] == b"damaged once" and proxy.damaged >= 3
 
 
-def test_a_header_name_that_is_not_utf_8_does_not_stop_the_consumer(broker: Broker, tmp_path: Path) -> None:
-    settings = broker.settings(tmp_path)
-    make_topics(settings)
+def test_a_header_name_that_is_not_utf_8_does_not_stop_ingest(broker: Broker, tmp_path: Path) -> None:
     messages = [RawMessage(b"a"), RawMessage(b"odd", headers=[(b"\xff\xfe", b"x")]), RawMessage(b"c")]
-    send(broker.address, settings.kafka.topic, [RawBatch(messages, 1)])
-    records = read(broker.address, settings.kafka.topic, 3)
-    assert [type(each).__name__ for each in records] == ["ConsumerRecord", "Corrupt", "ConsumerRecord"]
+    rows = refused(broker.settings(tmp_path), broker.address, [RawBatch(messages, 1)])
+    assert [row["reason"] == "corrupt" for row in rows] == [False, True, False]
