@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from core.errors import LeaseLost, ReleaseConflict, ReleaseError
 from core.ledger import Ledger
@@ -181,3 +182,23 @@ async def test_however_many_ask_for_the_status_replicas_are_asked_once(servers: 
     assert broadcast.asked.count("vlm_status") == 1 and all(status["started"] for status in statuses)
     assert statuses[0]["encoders"] == [{"replica": "r1", "engine": "torch", "precision": "float32"}]
     assert statuses[0]["replicas"] == {"Encoder": {"RUNNING": 2}}
+
+
+async def test_a_release_and_a_proposal_that_failed_let_unneeded_adapters_go(
+    servers: Controllers, ledger: Ledger
+) -> None:
+    def failed() -> float:
+        return REGISTRY.get_sample_value("ratchet_releases_total", {"kind": "update", "outcome": "failed"}) or 0.0
+
+    controller = await servers.start()
+    await until(lambda: ledger.live() is not None)
+    replicas: Any = controller.broadcast
+    replicas.broken["b"] = "damaged"
+    await until(lambda: bool(replicas.loaded))
+    before = failed()
+    for name, state, counted in (("a", "committed", 0), ("b", "failed", 1)):
+        replicas.loaded.clear()
+        proposed = ledger.propose("update", clip=name, actor="updater", reason="passed")
+        await until(lambda number=proposed.id, wanted=state: ledger.proposal(number).state == wanted)
+        await until(lambda: bool(replicas.loaded))
+        assert failed() == before + counted
