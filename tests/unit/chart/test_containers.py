@@ -20,14 +20,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ray._private import ray_constants
 from ray.dashboard.modules.reporter import healthz_agent
-from ray.scripts import scripts
 
 from core.loading import load_settings
 from core.settings import Settings
 from ops.cli.metrics import targets_of
 from ops.console.app import build_console
 from serving.http.app import openapi
-from tests.support.chart import ROOT, cluster_groups, containers, of_kind, render, settings_text
+from tests.support.chart import ROOT, containers, of_kind, render, settings_text
 from tests.support.pages import PAGES, Page, resolve
 
 BIN = Path(sys.executable).parent
@@ -77,16 +76,6 @@ def test_ratchet_takes_every_command(objects: list[dict[str, Any]], tmp_path: Pa
         assert words[0] == "ratchet", component
         seen.add(" ".join(resolve(shlex.join(words), strict=True).command_path.split()[1:]))
     assert {"ingest", "maintain", "trainer", "console", "admin migrate", "metrics serve", "doctor"} <= seen
-
-
-def test_ray_start_takes_the_parameters_of_every_group(service: dict[str, Any]) -> None:
-    """KubeRay adds its own and passes all as ``--name=value`` (convertParamMap in its common/pod.go)."""
-    own = ["--block", "--metrics-export-port=8080", "--dashboard-agent-listen-port=52365", "--memory=1000"]
-    for number, group in enumerate(cluster_groups(service)):
-        words = [f"--{name}={value}" for name, value in group["rayStartParams"].items()]
-        role = "--address=head:6379" if number else "--head"
-        parsed = scripts.start.make_context("start", [role, *own, *words]).params
-        assert parsed["head"] is (number == 0) and isinstance(parsed["object_store_memory"], int)
 
 
 def test_every_container_has_settings_that_are_ratchets(objects: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -36,8 +36,6 @@ MANAGED = {
     "KUBERAY_GEN_RAY_START_CMD", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_PORT",
 }  # fmt: skip
 """setContainerEnvVars and SetContainerTokenAuthEnvVars add these."""
-PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080, "serve": 8000}
-"""getDefaultPorts: what the services of a head are made of, once it names any port."""
 DEPLOYER = (ROOT / "docs" / "deployer.md").read_text()
 
 
@@ -96,16 +94,6 @@ def test_its_name_is_a_label_that_is_short_enough(service: dict[str, Any]) -> No
         with pytest.raises(HelmError, match=rf"{refused}-ratchet cannot be the name .* Set fullnameOverride"):
             render(name=refused)
         assert render({"fullnameOverride": "second"}, name=refused)
-
-
-def test_the_head_has_the_ports_that_services_are_made_of(service: dict[str, Any]) -> None:
-    """getPortsFromCluster takes those of the head's first container; BuildServeService wants one named serve there."""
-    head, *workers = cluster_groups(service)
-    assert ports(head).items() >= PORTS.items()
-    for group in workers:
-        assert {"name": "serve", "containerPort": 8000, "protocol": "TCP"} in ray_container(group)["ports"]
-    assert "headService" not in head  # ValidateRayServiceSpec refuses a name of its own
-    assert service["spec"]["excludeHeadPodFromServeSvc"] is True  # it has no replicas, and its probe asks none
 
 
 def test_its_variables_are_those_that_ray_reads_and_none_that_kuberay_refuses_or_sets(
@@ -252,20 +240,3 @@ def test_the_updater_finds_the_cluster_and_its_token(training: list[dict[str, An
     assert into["ports"] == [{"protocol": "TCP", "port": 10001}]
     assert into["from"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "updater"
     assert named(training, "NetworkPolicy", "updater")["spec"]["egress"][-1]["ports"] == into["ports"]
-
-
-def test_what_the_clean_up_of_redis_mounts_and_runs_as_outlives_an_uninstall() -> None:
-    """buildRedisCleanupJob runs a pod like the head's after Helm has deleted everything without a keep policy."""
-
-    def kept(*layers: Any) -> set[tuple[str, str]]:
-        return {
-            (each["kind"], each["metadata"]["name"])
-            for each in render(EVERYTHING, {"priorityClasses": {"create": True}}, *layers)
-            if each["metadata"].get("annotations", {}).get("helm.sh/resource-policy") == "keep"
-        }
-
-    head = cluster_groups(ray_service(EVERYTHING, {"priorityClasses": {"create": True}}))[0]["template"]["spec"]
-    needed = {("ServiceAccount", head["serviceAccountName"]), ("PriorityClass", head["priorityClassName"])}
-    needed |= {("ConfigMap", volume["configMap"]["name"]) for volume in head["volumes"] if "configMap" in volume}
-    assert kept() == needed - {("ConfigMap", "company-ca")} and len(kept()) == 3
-    assert kept({"serving": {"gcsFaultTolerance": {"enabled": False}}}) == set()

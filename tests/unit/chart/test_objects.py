@@ -13,7 +13,7 @@ import yaml
 
 from core.loading import load_settings
 from ops.cli.metrics import targets_of
-from tests.support.chart import EVERYTHING, NEEDED, ROOT, merged, named, of_kind, pods, profile, render, variables
+from tests.support.chart import EVERYTHING, ROOT, merged, named, of_kind, pods, profile, render, variables
 
 Labels = dict[str, dict[str, str]]
 RULES = {"monitoring": {"rules": True}}
@@ -66,14 +66,6 @@ def test_services_budgets_and_monitors_select_their_pods(everything: list[dict[s
     assert made == {("ratchet", each["labels"]["process"]) for each in on_one_machine}
 
 
-def test_a_budget_leaves_a_drain_possible() -> None:
-    """Ray pods have no scale, so a budget is a number that stays available; with one worker there is none."""
-    for replicas, kept in ((1, []), (2, [1]), (5, [4])):
-        budgets = of_kind(render({"serving": {"workers": {"replicas": replicas}}}), "PodDisruptionBudget")
-        of_serving = [each["spec"] for each in budgets if each["metadata"]["name"].endswith("-serving")]
-        assert [each["minAvailable"] for each in of_serving] == kept
-
-
 def test_secrets_come_from_secrets_and_only_where_they_are_needed(everything: list[dict[str, Any]]) -> None:
     names: dict[str, set[str]] = {}
     for component, template in pods(everything):
@@ -124,16 +116,6 @@ def test_migration_runs_before_everything_and_a_failure_says_so_soon(everything:
     templates = dict(pods(render({"migration": placed, "priorityClasses": {"serving": "important"}})))
     for component in ("migration", "test"):
         assert {**placed, "priorityClassName": "important"}.items() <= templates[component]["spec"].items(), component
-
-
-def test_keda_scales_ingest_by_lag_up_to_the_partitions(everything: list[dict[str, Any]]) -> None:
-    (scaler,), (authentication,) = of_kind(everything, "ScaledObject"), of_kind(everything, "TriggerAuthentication")
-    assert scaler["spec"]["maxReplicaCount"] == EVERYTHING["settings"]["kafka"]["partitions"]
-    trigger = scaler["spec"]["triggers"][0]
-    assert (trigger["type"], trigger["metadata"]["bootstrapServers"]) == ("kafka", NEEDED["kafka"]["bootstrap"])
-    assert trigger["authenticationRef"]["name"] == authentication["metadata"]["name"]
-    ingest = named(everything, "Deployment", "ingest")
-    assert "replicas" not in ingest["spec"], "each upgrade would undo what KEDA decided"
 
 
 def test_who_administers_a_namespace_can_install_everything(everything: list[dict[str, Any]]) -> None:
@@ -224,17 +206,6 @@ def test_serving_lets_in_the_parts_that_call_it() -> None:
         assert found == {"console", "updater", "test"} - {off}
 
 
-def test_rays_autoscaler_reaches_the_api_server_also_where_policies_see_its_own_port() -> None:
-    """Most network plugins look at a packet after the Service's address and port have been replaced."""
-    autoscaled = {"serving": {"workers": {"replicas": 2, "maxReplicas": 4}}}
-    for head in ("serving-head", "training-head"):
-        assert {443, 6443} <= outward(render(EVERYTHING, autoscaled), head)
-    to = [{"ipBlock": {"cidr": "10.0.0.1/32"}}]
-    told = {"networkPolicy": {"egress": {"kubernetes": {"to": to, "ports": [16443]}}}}
-    opened = {"to": to, "ports": [{"protocol": "TCP", "port": 16443}]}
-    assert opened in rules(render(autoscaled, told), "egress", "serving-head")
-
-
 def test_kuberay_reaches_ray_however_it_was_installed(everything: list[dict[str, Any]]) -> None:
     """Labels of the operator's pods in helm-chart/kuberay-operator and in ray-operator/config/manager of KubeRay."""
     for name, part in product(("kuberay-operator", "kuberay"), ("serving", "training")):
@@ -288,25 +259,3 @@ def test_the_rules_are_those_that_promtool_checks_each_of_one_namespace() -> Non
         assert rule["expr"].replace(f"{{{scope}}}", "").replace(f"{scope}, ", "") == origin["expr"]
         queries = re.findall(r"\bratchet[_:][a-z0-9_:]+", json.dumps(origin.get("annotations")))
         assert json.dumps(rule.get("annotations")).count(scope) == len(queries)
-
-
-def test_a_part_that_is_switched_off_is_not_missed() -> None:
-    every = {"RatchetServingAbsent", "RatchetIngestAbsent", "RatchetUpdaterAbsent", "RatchetMaintenanceAbsent"}
-    for values, missing in (
-        ({}, set()),
-        ({"ingest": {"enabled": False}}, {"RatchetIngestAbsent"}),
-        ({"ingest": {"keda": {"enabled": True, "minReplicas": 0}}}, {"RatchetIngestAbsent"}),
-        ({"updater": {"enabled": False}}, {"RatchetUpdaterAbsent"}),
-        ({"maintain": {"enabled": False}}, {"RatchetMaintenanceAbsent"}),
-    ):
-        made = {rule.get("alert", "") for rule in rules_of(render(RULES, values))}
-        assert {name for name in made if name.endswith("Absent")} == every - missing
-
-
-def test_alerts_link_to_the_runbooks_and_every_dashboard_is_a_config_map(everything: list[dict[str, Any]]) -> None:
-    for rule in rules_of(everything):
-        if "alert" in rule:
-            assert rule["annotations"]["runbook_url"] == f"https://git.example/runbooks/{rule['alert']}.md"
-    found = {name: text for each in of_kind(everything, "ConfigMap") for name, text in each["data"].items()}
-    boards = {path.name: path.read_text().strip() for path in (ROOT / "ops" / "dashboards" / "json").glob("*.json")}
-    assert boards and {name: found[name].strip() for name in boards} == boards

@@ -9,8 +9,6 @@ from helm_python import lint
 from jsonschema import Draft202012Validator
 from ray._private import ray_constants
 
-from core.settings.watching import Traces
-from serving.ray.ray_session import tracing_environment
 from tests.support import chart
 from tests.support.chart import EVERYTHING, ROOT, containers, named, of_kind, pods, render, variables
 
@@ -108,30 +106,6 @@ def test_ray_pods_get_requests_once_their_models_answer_and_log_where_pods_do(ob
     assert ray["serving-head"]["readinessProbe"]["httpGet"]["path"] == "/api/healthz"
 
 
-def test_traces_are_off_unless_a_collector_is_named() -> None:
-    traces = Traces(endpoint="http://collector:4318/v1/traces", share=0.5)
-    expected = tracing_environment(traces)
-    for values, told in (({}, {}), ({"settings": {"traces": traces.model_dump()}}, expected)):
-        objects = render(values)
-        for container in ray_pods(objects).values():
-            assert {name: each for name, each in variables(container).items() if name in expected} == told
-        egress = named(objects, "NetworkPolicy", "serving")["spec"]["egress"]
-        assert (4318 in [port["port"] for rule in egress for port in rule.get("ports", ())]) is bool(told)
-
-
-def test_serving_goes_before_training() -> None:
-    training = {"updater", *TRAINING}
-    for given in ({"create": True}, {"serving": "important", "training": "unimportant"}):
-        objects = render(EVERYTHING, {"priorityClasses": given})
-        of_pod = {component: template["spec"].get("priorityClassName") for component, template in pods(objects)}
-        (high,), (low,) = ({of_pod[each] for each in group} for group in (WORKLOADS - training, training))
-        classes = {each["metadata"]["name"]: each for each in of_kind(objects, "PriorityClass")}
-        if "create" in given:
-            assert classes[low]["preemptionPolicy"] == "Never" and classes[high]["value"] > classes[low]["value"]
-        else:
-            assert (high, low, classes) == ("important", "unimportant", {})
-
-
 def test_one_process_trains_and_one_maintains_and_no_upgrade_adds_a_writer(objects: list[dict[str, Any]]) -> None:
     for part, command in (("updater", "trainer"), ("maintain", "maintain")):
         spec = named(objects, "Deployment", part)["spec"]
@@ -142,19 +116,6 @@ def test_one_process_trains_and_one_maintains_and_no_upgrade_adds_a_writer(objec
         assert strategy["type"] == "Recreate" or strategy["rollingUpdate"]["maxSurge"] == 0
     scaled = {each["spec"]["scaleTargetRef"]["name"] for each in of_kind(objects, "ScaledObject")}
     assert scaled <= {"live-ratchet-ingest"} and not of_kind(objects, "HorizontalPodAutoscaler")
-
-
-def test_each_ingest_pod_has_a_disk_of_its_own_for_the_index_of_duplicates() -> None:
-    claim = {
-        "accessModes": ["ReadWriteOnce"], "storageClassName": "fast", "resources": {"requests": {"storage": "20Gi"}},
-    }  # fmt: skip
-    for storage, volume in (
-        ({}, {"emptyDir": {"sizeLimit": "10Gi"}}),
-        ({"storageClass": "fast", "sizeLimit": "20Gi"}, {"ephemeral": {"volumeClaimTemplate": {"spec": claim}}}),
-    ):
-        spec = dict(pods(render({"ingest": {"replicas": 3, "storage": storage}})))["ingest"]["spec"]
-        assert {"name": "home", "mountPath": "/var/lib/ratchet"} in spec["containers"][0]["volumeMounts"]
-        assert [each for each in spec["volumes"] if each["name"] == "home"] == [{"name": "home", **volume}]
 
 
 def test_every_pod_has_what_the_installation_adds() -> None:

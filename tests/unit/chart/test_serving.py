@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 import yaml
 from ray._private import ray_constants
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
@@ -16,10 +15,9 @@ from ray.serve.schema import ServeDeploySchema
 from benchmarks.cluster.ray_service import quantity
 from core.loading import load_settings
 from core.settings import Settings
-from ops.cli import metrics
 from serving.app import build, drain_seconds
 from tests.support import chart
-from tests.support.chart import EVERYTHING, PROFILES, cluster_groups, of_kind, pods, profile, render
+from tests.support.chart import PROFILES, cluster_groups, of_kind, profile, render
 from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
 
@@ -39,24 +37,6 @@ def settings_of(objects: list[dict[str, Any]], folder: Path) -> Settings:
             "RATCHET_KAFKA__CLIENT": '{"security_protocol": "SASL_SSL", "sasl_plain_password": "p: {#\'"}',
         }
     )
-
-
-def test_a_pod_loads_the_settings_and_the_secrets_and_has_their_ports(tmp_path: Path) -> None:
-    objects = render(profile("cpu"), EVERYTHING)
-    at = settings_of(objects, tmp_path)
-    assert (at.artifacts, at.server) == ("s3://models/ratchet", "http://live-ratchet-serve-svc:8000")
-    assert at.serve.host == at.metrics_host == at.console.host == "0.0.0.0"
-    assert at.kafka.client["sasl_plain_password"] == "p: {#'"
-    ports = {
-        (component, port["name"]): port["containerPort"]
-        for component, template in pods(objects)
-        for container in template["spec"]["containers"]
-        for port in container.get("ports", [])
-    }
-    for part, settings in (("ingest", at.ingest), ("maintain", at.maintain), ("updater", at.updater)):
-        assert ports[part, "metrics"] == settings.metrics_port
-    assert ports["console", "http"] == at.console.port
-    assert ports["serving-worker", "serve"] == at.serve.port == serve_config(objects).http_options.port
 
 
 def deployments(application: Any) -> dict[str, Any]:
@@ -92,30 +72,6 @@ def test_ray_serve_builds_the_application_of_the_chart(tmp_path: Path, monkeypat
             assert configured[each].ray_actor_options.num_cpus > 0  # it replaces what the code says
 
 
-def test_without_a_vlm_none_is_configured_or_built() -> None:
-    objects = render({"settings": {"base": {"vlm": ""}}})
-    names = {each.name for each in serve_config(objects).applications[0].deployments}
-    assert names == {"Controller", "Encoder", "Ingress"}
-    for _, template in pods(objects):
-        for container in template["spec"].get("initContainers", []):
-            assert container["command"] == ["ratchet", "base", "build", "--family", "clip"]
-
-
-def test_no_worker_has_more_replicas_than_its_share_and_new_code_finds_room() -> None:
-    """Serve fills the first worker. Once all workers have their share, new code may fit without another worker."""
-    for replicas, workers, most, surge in ((4, 2, 2, 0), (3, 2, 2, None), (1, 2, 1, None), (4, 1, None, None)):
-        ingress = {"ingress_replicas": 1, "ingress_max_replicas": replicas}
-        values = {
-            "serving": {"workers": {"replicas": workers, "resources": {"limits": {"cpu": 4}}}},
-            "settings": {"serve": {"encoder_replicas": replicas, **ingress}},
-        }
-        config = serve_config(render(values)).applications[0]
-        told = {each.name: each.model_dump(exclude_unset=True) for each in config.deployments}
-        for name in ("Encoder", "Ingress") if most else ("Encoder",):
-            found = (told[name].get("max_replicas_per_node"), told[name].get("max_surge_percent"))
-            assert found == (most, surge), (replicas, workers, name)
-
-
 def full_node(objects: list[dict[str, Any]], folder: Path) -> tuple[tuple[float, float], tuple[float, float]]:
     """CPUs and GPUs of a node with as many replicas of each deployment as it may have, and those of a node."""
     at = settings_of(objects, folder).serve
@@ -147,84 +103,6 @@ def test_all_replicas_fit_on_the_workers_in_whatever_order_they_are_placed(tmp_p
     unlimited = {"serving": {"actors": {"encoder": {"maxPerNode": 100}, "vlm": {"maxPerNode": 100}}}}
     (_, gpus), (_, room_gpus) = full_node(render(profile("multigpu"), unlimited), tmp_path)
     assert gpus > room_gpus
-
-
-NODE = {"cpu": 7.5, "memory": 29 * 2**30}
-"""Resources for pods on a node of 8 cores and 32 GiB, after its own processes."""
-
-
-def requested(template: dict[str, Any]) -> dict[str, float]:
-    """Kubernetes' reservation for a pod: the sum of its containers, or the maximum of its init containers."""
-    first, then = (
-        [{name: quantity(str(each["resources"]["requests"][name])) for name in NODE} for each in containers]
-        for containers in (template["spec"].get("initContainers", []), template["spec"]["containers"])
-    )
-    return {name: max([sum(each[name] for each in then), *(each[name] for each in first)]) for name in NODE}
-
-
-def test_two_nodes_of_the_profile_without_gpus_have_room_for_the_second_cluster_of_an_upgrade() -> None:
-    """Each pod goes to the node with fewer of its kind, then to the one with more room, as Kubernetes scores them."""
-    templates = dict(pods(render(profile("cpu"))))
-    cluster = ["serving-head", "serving-worker", "serving-worker"]
-    nodes: list[dict[str, Any]] = [{"pods": [], "left": dict(NODE)} for _ in range(2)]
-    for component in [*cluster, "updater", "ingest", "maintain", "console", *cluster, "migration", "test"]:
-        asked = requested(templates[component])
-        node = min(nodes, key=lambda each: (each["pods"].count(component), -each["left"]["cpu"]))
-        node["pods"].append(component)
-        node["left"] = {name: node["left"][name] - asked[name] for name in NODE}
-        assert min(node["left"].values()) >= 0, (component, node)
-
-
-def test_helm_test_asks_the_pods_of_this_version_and_not_those_that_still_serve() -> None:
-    """While the second cluster of an upgrade has no room, the first one answers to the name that clients use."""
-
-    def asked(values: Any) -> tuple[dict[str, str], dict[str, str]]:
-        """Selector of the service that ``helm test`` calls, and labels of a worker."""
-        objects = render(values)
-        (test,) = of_kind(objects, "Pod")
-        command = test["spec"]["containers"][0]["command"]
-        name = command[command.index("--server") + 1].removeprefix("http://").removesuffix(":8000")
-        (service,) = [each for each in of_kind(objects, "Service") if each["metadata"]["name"] == name]
-        assert service["spec"]["ports"][0]["port"] == 8000
-        return service["spec"]["selector"], dict(pods(objects))["serving-worker"]["metadata"]["labels"]
-
-    before, workers_before = asked({})
-    assert before.items() <= workers_before.items()
-    for change in (
-        {"settings": {"serve": {"max_batch": 7}}}, {"image": {"tag": "next"}}, {"podAnnotations": {"a.example/b": "c"}},
-        {"serving": {"head": {"resources": {"requests": {"cpu": "2"}}}}}, {"serving": {"workers": {"replicas": 3}}},
-        {"extraEnv": [{"name": "A", "value": "b"}]},
-    ):  # fmt: skip
-        after, workers_after = asked(change)
-        assert after.items() <= workers_after.items(), change
-        assert not after.items() <= workers_before.items(), change
-    in_place, _ = asked({"serving": {"actors": {"encoder": {"cpus": 0.25}}}, "ingest": {"replicas": 2}})
-    assert in_place == before
-
-
-def test_each_pod_has_the_bases_before_it_starts() -> None:
-    for source, command in (
-        ({"source": "build"}, ["build"]),
-        ({"source": "artifacts"}, ["pull", "b16", "smol"]),
-        ({"source": "volume", "existingClaim": "bases"}, ["show", "b16", "smol"]),
-    ):
-        objects = render({"bases": source, "settings": {"base": {"clip": "b16", "vlm": "smol"}}})
-        first = {c: t["spec"]["initContainers"][0] for c, t in pods(objects) if t["spec"].get("initContainers")}
-        assert first.keys() == {"serving-head", "serving-worker", "updater"}
-        assert all(container["command"] == ["ratchet", "base", *command] for container in first.values())
-
-
-def test_the_exporter_reads_the_folder_that_the_replicas_write_into(service: dict[str, Any], tmp_path: Path) -> None:
-    for group in cluster_groups(service):
-        by_name = {each["name"]: each for each in group["template"]["spec"]["containers"]}
-        exporter, folder = by_name["exporter"], chart.variables(by_name["ray"])["PROMETHEUS_MULTIPROC_DIR"]
-        assert folder in [mount["mountPath"] for mount in exporter["volumeMounts"]]
-        assert "PROMETHEUS_MULTIPROC_DIR" not in chart.variables(exporter)
-        assert exporter["command"][:3] == ["ratchet", "metrics", "serve"]
-        words = [str(tmp_path) if word == folder else word for word in exporter["command"][3:]]
-        command = typer.main.get_command(metrics.app)
-        parsed = command.commands["serve"].make_context("serve", words).params  # type: ignore[attr-defined]
-        assert parsed == {"folder": tmp_path, "port": exporter["ports"][0]["containerPort"], "host": "0.0.0.0"}
 
 
 @pytest.mark.parametrize("deadline", [30, 600.5])

@@ -1,43 +1,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
 from helm_python import HelmError
 
-from tests.support.chart import CHART, EVERYTHING, NEEDED, PROFILES, ROOT, chart, merged, profile, render
+from tests.support.chart import EVERYTHING, NEEDED, PROFILES, ROOT, chart, merged, profile, render
 from tests.support.kubernetes_api import cluster_with, render_on
 
 WRONG: list[tuple[Any, list[str]]] = [
-    ({"serving": {"worker": {"replicas": 2}}}, ["/serving", "worker"]),
-    ({"ledger": {"existingSecret": {"name": ""}}}, ["/ledger/existingSecret/name"]),
     ({"ledger": {"url": "postgresql://me:secret@db/x"}}, ["/ledger", "url"]),
-    ({"settings": {"ledger_url": "postgresql://x"}}, ["/settings", "ledger_url"]),
     ({"settings": {"ingest": {"split_key": "k"}}}, ["/settings/ingest", "split_key"]),
-    ({"settings": {"serve": {"prt": 1}}}, ["/settings/serve", "prt"]),
     ({"settings": {"gate": {"alpha": 0.7}}}, ["/settings/gate/alpha", "0.5"]),
     ({"settings": {"serve": {"port": 9000}}}, ["/settings/serve", "port"]),
     ({"objectStore": {"lake": "/var/lake"}}, ["/objectStore/lake", "s3|gs|az"]),
-    ({"kafka": {"bootstrap": "kafka"}}, ["/kafka/bootstrap"]),
     ({"updater": {"replicas": 2}}, ["/updater", "replicas"]),
     ({"maintain": {"replicas": 2}}, ["/maintain", "replicas"]),
     ({"ingest": {"storage": {"existingClaim": "x"}}}, ["/ingest/storage"]),  # its pods would share the index
-    ({"serving": {"actors": {"vlm": {"maxPerNode": 101}}}}, ["/serving/actors/vlm/maxPerNode"]),
     ({"serving": {"workers": {"replicas": 0}}}, ["/serving/workers/replicas", "minimum"]),
-    ({"ingest": {"replicas": "two"}}, ["/ingest/replicas", "integer"]),
-    ({"image": {"flavour": "rocm"}}, ["/image/flavour", "cpu", "gpu"]),
-    ({"console": {"resources": {"limits": None}}}, ["/console/resources", "limits"]),
-    ({"updater": {"sharedMemory": "1GB"}}, ["/updater/sharedMemory"]),
-    ({"serving": {"gcsFaultTolerance": {"enabled": True}}}, ["redisAddress"]),
-    ({"bases": {"source": "volume"}}, ["/bases/existingClaim"]),
-    ({"ingress": {"enabled": True}}, ["/ingress/host"]),
     ({"networkPolicy": {"ingress": {"controller": []}}}, ["/networkPolicy/ingress/controller"]),  # anybody
     ({"networkPolicy": {"ingress": {"clients": [{}]}}}, ["/networkPolicy/ingress/clients/0"]),
-    ({"caBundle": {"configMap": "a", "secret": "b"}}, ["/caBundle/secret"]),
-    ({"extraEnv": [{"value": "x"}]}, ["/extraEnv/0", "name"]),
     ({"extraEnv": [{"name": "REDIS_PASSWORD", "value": "x"}]}, ["/extraEnv/0/name"]),  # KubeRay refuses it
 ]
 
@@ -68,30 +52,6 @@ def test_workers_have_room_for_the_replicas_by_their_number_or_their_cpus() -> N
 def test_what_every_installation_has_to_say_is_asked_for(missing: str) -> None:
     with pytest.raises(HelmError, match=f"/{missing}"):
         chart().render({name: value for name, value in NEEDED.items() if name != missing}, name="live")
-
-
-def paths(values: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for name, value in values.items():
-        if isinstance(value, dict) or name == [*values][-1]:
-            yield (*above, name)
-        if isinstance(value, dict):
-            yield from paths(value, (*above, name))
-
-
-def test_values_that_an_older_chart_did_not_have_are_missed_by_name() -> None:
-    """`helm upgrade --reuse-values` keeps the defaults of the old chart, without new values of this one."""
-    silent = set()
-    for path in paths(yaml.safe_load((CHART / "values.yaml").read_text())):
-        without: Any = None  # Helm removes what is null
-        for name in reversed(path):
-            without = {name: without}
-        try:
-            chart().render(merged(NEEDED, without), name="live")
-        except HelmError as error:
-            if f"missing property '{path[-1]}'" in str(error):
-                continue
-        silent.add(path[-1])
-    assert silent <= {"maxPerNode", "grafana_dashboard"}  # may be left out
 
 
 def test_the_example_of_the_deployers_page_is_a_valid_one_and_refusals_read_as_it_says() -> None:

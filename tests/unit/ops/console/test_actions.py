@@ -9,17 +9,14 @@ import pytest
 from fastapi.testclient import TestClient
 
 from core.ledger import Ledger
-from core.ledger.collection import COLLECT_LEASE
 from ops.console.action_preview import NO_SHARE, Action, ActionPreview, Choice, preview
-from ops.console.data import ConsoleData
-from ops.console.timeline import timeline, watching
 from ratchet_client import Client
 from ratchet_client.calls import Call
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.pictures import png
 from tests.support.samples import refusal
-from tests.support.story import Story, seen, tell, withdraw
+from tests.support.story import Story, tell, withdraw
 from tests.unit.ops.console.conftest import PARTIAL, release, settings, signed_in, text
 
 ACTIONS = ("rollback", "release", "promote", "hold", "resume")
@@ -98,123 +95,7 @@ def test_releasing_what_the_gate_rejected_warns(ledger: Ledger, tmp_path: Path) 
     assert dict(base.adapters["clip"]) == {story.adapter: "passed", "clip-ba9876543210": "rejected"}
 
 
-@after_release_2
-def test_hold_and_resume_tell_who_held_and_what_waits(ledger: Ledger) -> None:
-    assert planned(ledger, "hold").possible and not planned(ledger, "resume").possible
-    ledger.hold("ana", "launch")
-    again = planned(ledger, "hold")
-    assert not again.possible and "by ana: launch" in told(again)
-    assert "No update waits" in told(planned(ledger, "resume"))
-    what: dict[str, Any] = {"recipe": {}, "seed": 0, "store_version": 0, "data_from": {}, "data_to": {}}
-    for name in ("u0", "u1"):
-        ledger.begin_update(name, family="clip", incumbent=None, **what)
-        ledger.propose("update", clip=f"clip-{name}", actor="updater", reason="passed", update_id=name)
-    assert "2 updates wait" in told(planned(ledger, "resume"))
-
-
-def test_nonsense_in_a_form_counts_as_not_said() -> None:
-    for word in ("", "x", "-1", "0", "١", "1e3"):
-        assert Choice.of(word, "both", " ", "") == Choice()
-    choice = Choice.of("3", "vlm", " clip-a ", "")
-    assert (choice.to, choice.family, choice.adapters) == (3, "vlm", {"clip": "clip-a"})
-    assert choice.query == "to=3&family=vlm&clip=clip-a"
-
-
-@after_release_2
-def test_an_adapter_whose_files_were_collected_is_shown_as_such_and_not_offered(ledger: Ledger) -> None:
-    release(ledger, "clip-b")
-    epoch = ledger.acquire_lease(COLLECT_LEASE, "test", 60)
-    assert epoch is not None
-    ledger.begin_collection({"clip-a": "old"}, live=3, epoch=epoch, actor="test")
-    ledger.finish_collection({"clip-a": 10})
-    collected = {entry.row.number: [bool(each.collected) for each in entry.changes] for entry in timeline(ledger, {})}
-    assert collected == {3: [False], 2: [True], 1: []}
-    found = planned(ledger, "rollback", Choice(to=2))
-    assert not found.possible and "clip-a were collected" in told(found)
-    assert "clip-a" not in dict(planned(ledger, "release").adapters["clip"])
-
-
-@after_release_2
-def test_what_a_trial_does_and_ends_is_said_before(ledger: Ledger) -> None:
-    assert not planned(ledger, "promote").possible
-    tried = planned(ledger, "release", Choice(clip="clip-b", how="canary", percent="25"))
-    assert "25% of the requests get it, a caller always or never. Release 2 answers the others." in told(tried)
-    assert "updates wait until then" in told(tried) and tried.possible
-    same = Choice(clip="clip-a", how="shadow")
-    assert not planned(ledger, "release", same).possible, "there is nothing to compare"
-    release(ledger, "clip-b", share=0.25)
-    for percent, possible in (("50", True), ("25", False)):
-        wider = Choice(clip="clip-b", how="canary", percent=percent)
-        assert planned(ledger, "release", wider).possible is possible
-    promoted = planned(ledger, "promote")
-    assert promoted.possible and "What release 3 tries (canary 25%) answers everybody." in told(promoted)
-    assert "The CLIP changes from clip-a to clip-b." in promoted.happens
-    assert promoted.warnings == ("No gate has passed this adapter, and it was never live: clip-b.",)
-    back = planned(ledger, "rollback", None, 2)
-    assert back.possible and "The trial of release 3 (canary 25%) ends" in told(back)
-    assert "The CLIP stays as it is (clip-a)." in back.happens and "less than a second" in told(back)
-    ledger.hold("ana", "launch")
-    assert "Updates wait until that is over" in told(planned(ledger, "resume"))
-
-
 # Pages and forms
-
-
-@after_release_2
-@pytest.mark.parametrize("action", [*ACTIONS, "rollback?to=1&family=clip", "release?clip=base"])
-def test_an_action_is_a_part_in_a_page_and_a_page_without_a_script(operator: TestClient, action: str) -> None:
-    part = operator.get(f"/releases/{action}", headers=PARTIAL).text
-    assert "What will happen" in part and "<html" not in part
-    page = operator.get(f"/releases/{action}").text
-    assert "<html" in page and 'id="dialog-title"' in page and "What will happen" in page
-
-
-@after_release_2
-def test_what_is_not_done_says_why_and_keeps_what_was_typed(operator: TestClient) -> None:
-    form = {"reason": "wrong colours", "expected_live": "2"}
-    away = operator.post("/releases/rollback", data=form, headers=PARTIAL)
-    assert away.status_code == 502 and "does not answer" in away.text and ">wrong colours</textarea>" in away.text
-    for action in ACTIONS:
-        blank = operator.post(f"/releases/{action}", data={"reason": "  ", "expected_live": "2", "clip": "base"})
-        assert blank.status_code == 400 and "Say why" in blank.text, action
-    assert operator.post("/releases/drop", data=form).status_code == 422
-
-
-@after_release_2
-def test_a_canary_and_the_stable_release_beside_it_are_told_apart(ledger: Ledger, operator: TestClient) -> None:
-    release(ledger, "clip-b", share=0.1)
-    for path in ("/releases", "/"):
-        page = text(operator, path)
-        assert "On trial: release 3" in page and ">canary 10%<" in page and ">stable<" in page
-        assert "It answers 10% of the requests, and release 2, the stable one, the others." in page
-    assert "Promote…" in text(operator, "/releases")
-    release(ledger, "clip-b", share=0.0)
-    page = text(operator, "/releases")
-    assert ">shadow<" in page and "It answers no request, and is only compared." in page
-    release(ledger, "clip-b")
-    page = text(operator, "/releases")
-    assert "On trial" not in page and "Promote…" not in page and ">stable<" not in page
-
-
-@after_release_2
-def test_what_the_guard_saw_is_shown_while_it_watches(
-    ledger: Ledger, operator: TestClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    watch = {"state": "guard", "release": 2, "share": 1.0, "incumbent": 1, "kind": "release", "seconds": 20.0}
-    rollout = {**watch, "seconds_left": 180.0, **seen(2, 1)}
-    status: dict[str, Any] = {
-        "controller": {"started": True, "trouble": "", "resident": [], "in_flight": {}, "rollout": rollout},
-        "catalog": {"spaces": {}, "corpus_rows": 0},
-    }
-    monkeypatch.setattr(ConsoleData, "_status", lambda _: status)
-    for path in ("/releases", "/overview/now"):
-        page = text(operator, path)
-        assert "Under guard: release 2" in page and "watched for 3 min more" in page
-        assert "38 of 40 inputs agree (95%), at least 70% must" in page
-        assert "0 of 160 requests failed, 1 of 940 of release 1" in page and "out of bounds" not in page
-    assert watching(status, None) is None and watching(None, ledger.live()) is None
-    release(ledger, "clip-b")
-    assert watching(status, ledger.live()) is None, "it has not looked at the new release yet"
 
 
 @after_release_2

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,7 +15,6 @@ from core.errors import StoreUnavailable
 from core.ledger import Ledger
 from ops.console.app import build_console
 from ops.console.data import ConsoleData
-from ops.console.pages.budget import UpdateSummary, costs, update_summaries
 from ops.console.pages.models import served_models
 from ops.console.pages.overview import backfills, problems
 from ops.console.pages.stream import origins
@@ -26,7 +23,7 @@ from streams.store.rows import Position, SampleTable
 from streams.store.sample_store import SampleStore
 from tests.support.pictures import png
 from tests.support.samples import refusal, sample
-from tests.support.story import EVIL, tell
+from tests.support.story import EVIL
 from tests.unit.ops.console.conftest import LOCAL, release, settings, text
 
 STATUS: dict[str, Any] = {
@@ -88,24 +85,6 @@ def test_what_is_not_well_is_said_in_words() -> None:
     assert backfills(status(next_one=0.25, seconds_left=9000.0))[0].endswith("25%, about 2.5 h more.")
 
 
-def test_many_viewers_cost_one_question(tmp_path: Path) -> None:
-    data, asked = ConsoleData(settings(tmp_path)), []
-
-    def question() -> int:
-        asked.append(1)
-        return len(asked)
-
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: data.cached("overview", question, seconds=60), range(40)))
-    assert found == [1] * 40
-    assert data.cached("overview", question, seconds=0.0) == 2, "who wants it fresh gets it fresh"
-    data.invalidate()
-    assert data.cached("overview", question, seconds=60) == 3
-    with pytest.raises(ZeroDivisionError):
-        data.cached("x", lambda: 1 // 0)
-    assert data.cached("x", lambda: 7) == 7, "one that failed is asked again"
-
-
 def test_a_store_that_hangs_is_said_so(visitor: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise StoreUnavailable("the bucket does not exist.", "Make it.", "refused")
@@ -149,35 +128,6 @@ def test_the_stream_page_counts_by_kind(visitor: TestClient, tmp_path: Path, mon
     assert kinds == ["image/png", "image/svg+xml"], "a picture of the store, and the sign for one that is none"
     monkeypatch.setattr("ops.console.pages.stream.COUNTED_SAMPLES", 1)
     assert origins(store)["samples"] == {}, "a larger store is not scanned"
-
-
-def test_each_release_names_the_base_of_its_clip(visitor: TestClient, ledger: Ledger, tmp_path: Path) -> None:
-    release(ledger)
-    assert "CLIP base shipped" in text(visitor, "/releases"), "a release that names none is of the only one"
-    live = ledger.live()
-    assert live is not None
-    ledger.change_base(live, clip=None, base="b" * 64, live_base="a" * 64, rollback=False, actor="ann", reason="newer")
-    folder = settings(tmp_path).home / "bases" / "vit-b"
-    folder.mkdir(parents=True)
-    (folder / "base.json").write_text(f'{{"digest": "{"b" * 64}"}}')
-    ask_again(visitor)
-    page = text(visitor, "/releases")
-    assert f"CLIP base vit-b ({'b' * 12})" in page and f"CLIP base {'a' * 12}" in page and "other base" in page
-
-
-def test_costs_sum_training_and_gate_apart(visitor: TestClient, ledger: Ledger, tmp_path: Path) -> None:
-    tell(settings(tmp_path), tmp_path / "made")
-    rows = update_summaries(ledger)
-    total = costs(rows)
-    assert (total["updates"], total["train_gflops"]) == (2, 2 * 5801.5)
-    assert (total["gate_runs"], total["gate_gflops"]) == (2, 640.0)
-    looked = [replace(row.update, cost={**row.update.cost, "trained_by": "x"}) for row in rows]
-    again = [UpdateSummary(update, row.verdict) for update, row in zip(looked, rows, strict=True)]
-    assert (costs(again)["train_gflops"], costs(again)["gate_runs"]) == (0.0, 2), "a further look is not trained again"
-    assert costs(rows, datetime.now(UTC) + timedelta(days=1))["updates"] == 0
-    page = text(visitor, "/budget")
-    for fact in ("11,603", "640", "Last 24 hours", "5,802"):
-        assert fact in page
 
 
 def test_each_deletion_is_listed_and_its_receipt_names_what_learned_from_it(

@@ -30,7 +30,7 @@ from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.samples import put, sample
 from tests.support.story import EVIL, Story, tell, withdraw
-from tests.unit.ops.console.conftest import LOCAL, csrf, settings, signed_in, text
+from tests.unit.ops.console.conftest import LOCAL, settings, signed_in, text
 
 PAGES = (*(link for link, _ in NAV), "/audit/deletions", "/tour", "/sign-in")
 OPEN = ("/", "/releases", "/models", "/gate", "/stream", "/budget")
@@ -79,26 +79,6 @@ def test_every_page_opens_without_a_server(reader: TestClient, page: str) -> Non
     assert "<h1>" in answer.text
     assert "<script>" not in answer.text and "style=" not in answer.text, "the policy forbids both"
     assert "<img src=x" not in answer.text and (page not in ("/releases", "/audit") or "&lt;script&gt;" in answer.text)
-
-
-def test_pages_tell_the_story_of_the_ledger(reader: TestClient, story: Story) -> None:
-    timeline = reader.get("/releases").text
-    assert "Release 2" in timeline and story.adapter in timeline and "812 records" in timeline
-    verdicts = reader.get("/gate").text
-    assert "Rejected" in verdicts and "Passed" in verdicts and "Warning: something to look at" in verdicts
-    overview = reader.get("/overview/now").text
-    for now in (verdicts, overview):
-        assert "0 of " in now and "fresh items before the next verdict" in " ".join(re.sub("<[^>]+>", "", now).split())
-    assert "alpha 0.05 for gains until the next release" in verdicts and "Release 3" in overview
-    assert reader.get("/audit?about=release+2&actor=updater").text.count("<tr>") == 2
-    assert "No row fits" in reader.get("/audit?actor=nobody").text
-
-
-def test_what_is_away_is_said_where_it_is_missed(reader: TestClient) -> None:
-    for page in ("/", "/playground", "/compare", "/releases"):
-        assert "model server does not answer" in reader.get(page).text
-    answer = reader.post("/playground/search", data={"text": "a cat"}, headers={"x-csrf-token": csrf(reader)})
-    assert answer.status_code == 502 and "does not answer" in answer.text
 
 
 def test_a_verdict_is_drawn_from_its_data_and_its_stored_page_is_shut_in(reader: TestClient, story: Story) -> None:
