@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from benchmarks.serving.chaos_audit import Kill, Refusal, Rollback, StateReport,
 from benchmarks.serving.chaos_plan import STATES, states_of
 from benchmarks.stream import chaos_audit
 from benchmarks.stream.chaos_audit import Audit, OffsetWatch
-from benchmarks.stream.chaos_plan import plan
 from benchmarks.stream.chaos_records import Made
 from benchmarks.stream.filling import sample_rows
 from demo.load.probes import RequestKind
@@ -88,18 +86,6 @@ def test_the_slowest_rollback_and_refusal_of_all_states_are_told_and_what_is_wro
     first.rollbacks = [Rollback(0.2, False)]
     wrong = chaos.violations(totals([first, second]))
     assert wrong == ["rollbacks_failed 1", "refusals_not_503 1", "refusal_seconds_max 15.0"]
-
-
-def test_a_seed_gives_the_same_faults_again_and_those_of_one_target_do_not_overlap() -> None:
-    targets = ("worker 0", "worker 1", "maintain", "broker", "disk")
-    faults = plan(600, 3, targets)
-    assert faults == plan(600, 3, targets) != plan(600, 4, targets)
-    assert {fault.target for fault in faults} == set(targets)
-    assert {fault.kind for fault in faults if fault.target == "worker 0"} == {"kill", "stop"}
-    for target in targets:
-        own = [fault for fault in faults if fault.target == target]
-        assert all(first.at + first.seconds < second.at for first, second in pairwise(own))
-    assert max(fault.at + fault.seconds for fault in faults) <= 600
 
 
 BAD = Made("bad", b"", [])

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,19 @@ from benchmarks.continual import run_continual, tuning
 from benchmarks.continual.chain import Chain, Unit, update_path, updates_done
 from benchmarks.continual.evaluation import Encoded, Evaluator, Vectors
 from benchmarks.continual.looks import left_out
-from benchmarks.continual.orders import ORDERS, order_of
 from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.plan import plan
 from benchmarks.continual.plots import all_plots
 from benchmarks.continual.protocol import BUDGETS, Protocol
 from benchmarks.continual.report import figures, read_chains
-from benchmarks.continual.stream import UPDATES, Suite
 from benchmarks.continual.table import markdown
 from benchmarks.continual.worker import clip_chain
 from core.settings import Settings
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
-from serving.engines.preprocess import Preprocess
 from tests.support.tiny import tiny_base
-from tests.unit.benchmarks.builders import PROTOCOL, labelled, stream
+from tests.unit.benchmarks.builders import PROTOCOL, stream
 from tests.unit.updater.builders import pairs
-from updater.families.clip_towers import SplitTower
 from updater.recipes import load_recipe
 from updater.training.workers import Stopped
 
@@ -113,23 +108,6 @@ def test_a_stopped_chain_and_a_lost_update_end_alike(base: ClipBase, results: Pa
     assert _rows(tmp_path)[0]["adapter"] == whole[0]["adapter"]
 
 
-def test_orders_are_permutations_of_the_same_updates() -> None:
-    names = [source.name for source in UPDATES]
-    texts = {"fashion": "a house", "flags": "a house and another house", "digits": "seven"}
-    updates = {name: tuple(replace(pair, text=texts.get(name, name)) for pair in pairs(name, 3)) for name in names}
-    whole = replace(stream(), updates=updates, reference=(replace(pairs("house", 1)[0], text="a house"),))
-    angles = dict(zip(names, np.random.default_rng(0).permutation(8) / 8, strict=True))
-    means = {name: np.array([np.cos(angle), np.sin(angle)], np.float32) for name, angle in angles.items()}
-    orders = {kind: order_of(whole, number, lambda: means) for number, kind in enumerate(ORDERS)}
-    assert all(sorted(order) == sorted(names) for order in orders.values())
-    assert len({tuple(order) for order in orders.values()}) == len(ORDERS)
-    assert orders["listed"] == names and orders["common"][0] == "fashion"
-    first = angles[names[0]]
-    assert orders["similar"][1] == min(names[1:], key=lambda name: abs(angles[name] - first))
-    assert orders["unlike"][1] == max(names[1:], key=lambda name: abs(angles[name] - first))
-    assert order_of(whole, 7, lambda: means) != order_of(whole, 8, lambda: means)
-
-
 def test_an_encoding_from_the_boundary_is_the_serving_engines(base: ClipBase, results: Path, tmp_path: Path) -> None:
     """Under the base, an adapter of the last block, and one of all weights, in turns."""
     suites = stream().suites
@@ -145,24 +123,6 @@ def test_an_encoding_from_the_boundary_is_the_serving_engines(base: ClipBase, re
         encoded = evaluator.encode(folder)
         assert np.allclose(encoded.images[pair.id], engine.encode_images(pixels, name)[0], atol=1e-5)
         assert np.allclose(encoded.texts[pair.text], engine.encode_texts([pair.text], name)[0], atol=1e-5)
-
-
-def test_what_every_chain_computes_alike_is_computed_once(
-    base: ClipBase, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    adapter = _last_adapter(results)
-    cache = shutil.copytree(results / "cache", tmp_path / "cache")
-    first = Evaluator(base, stream().suites).encode(adapter)
-    with monkeypatch.context() as patch:
-        for owner, name in ((Preprocess, "pixels"), (SplitTower, "record")):
-            patch.setattr(owner, name, lambda *_: pytest.fail("computed again"))
-        again = Evaluator(base, stream().suites, cache).encode(adapter)
-    for kept, computed in ((again.images, first.images), (again.texts, first.texts)):
-        assert kept.keys() == computed.keys()
-        assert all(np.array_equal(kept[key], computed[key]) for key in computed)
-    fewer = tuple(replace(suite, items=suite.items[:-1]) for suite in stream().suites)
-    others = Evaluator(base, fewer, cache).encode(adapter)  # a cache of other suites does not count
-    assert all(np.array_equal(others.images[key], first.images[key]) for key in others.images)
 
 
 def test_pictures_that_look_like_one_that_is_trained_on_are_left_out(tmp_path: Path) -> None:
@@ -182,25 +142,6 @@ def _named(encoded: Encoded, image: str, prompts: dict[str, list[str]]) -> str:
     return max(prompts, key=score)
 
 
-def test_names_of_all_domains_are_one_label_set(base: ClipBase) -> None:
-    suites = (
-        Suite("boat", "adaptation", "classification", labelled("boat", 6), ("{}", "a picture of {}."), named=True),
-        Suite("car", "held-out", "retrieval", labelled("car", 6), ("a car, {}.",), named=True),
-        Suite("tree", "held-out", "retrieval", pairs("tree", 6)),
-    )
-    evaluator = Evaluator(base, suites)
-    encoded = evaluator.encode(None)
-    prompts: dict[str, list[str]] = {}
-    for suite in suites[:2]:
-        for name in {pair.label for pair in suite.items}:
-            prompts.setdefault(name, []).extend(template.replace("{}", name) for template in suite.templates)
-    answers = evaluator.named(encoded)
-    assert set(answers) == {"boat", "car"}
-    for suite in suites[:2]:
-        right = [_named(encoded, pair.id, prompts) == pair.label for pair in suite.items]
-        assert answers[suite.name][:, 0].tolist() == right
-
-
 def test_outcomes_are_those_of_a_plain_ranking(base: ClipBase) -> None:
     evaluator = Evaluator(base, stream().suites)
     made = evaluator.encode(None)
@@ -218,13 +159,6 @@ def test_outcomes_are_those_of_a_plain_ranking(base: ClipBase) -> None:
             )
             right = [pair.text in texts[:5], any(other.text == pair.text for other in images[:5])]
             assert found[suite.name][row].tolist() == right
-
-
-def test_new_queries_meet_the_index_of_the_version_before(base: ClipBase, results: Path) -> None:
-    for before, after in pairwise(_rows(results)):
-        assert after["cross"]["old_old"] == pytest.approx(before["cross"]["new_at_1"], abs=0.05)
-    locked = _rows(results, "locked-text")
-    assert [row["cross"]["new_at_0"] - row["cross"]["old_old"] for row in locked] == [0.0, 0.0]
 
 
 def test_a_protocol_has_the_wanted_sizes_and_its_bases_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

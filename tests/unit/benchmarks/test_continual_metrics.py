@@ -7,24 +7,20 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.continual.chain import Unit
 from benchmarks.continual.cross_version import SHARES, apply, backfilled, cross_version_recall
-from benchmarks.continual.evaluation import Encoded, Evaluator, Vectors
+from benchmarks.continual.evaluation import Encoded, Vectors
 from benchmarks.continual.intervals import resampled
-from benchmarks.continual.lead import leads
 from benchmarks.continual.metrics import forgetting, geometric_mean, mtil, tic, trajectory
-from benchmarks.continual.nearest import NearestMean, nearest_means
+from benchmarks.continual.nearest import NearestMean
 from benchmarks.continual.outcomes import Course, Hits, Reference
-from benchmarks.continual.repeated import beside, repeated
+from benchmarks.continual.repeated import repeated
 from benchmarks.continual.stream import Suite
 from core.errors import TrainingError
-from tests.support.tiny import tiny_base
-from tests.unit.benchmarks.builders import stream
 from tests.unit.updater.builders import pairs
 
 
@@ -71,52 +67,6 @@ def test_draws_take_the_same_items_for_all_methods() -> None:
     assert draws.difference("gm", "worse", "base").value == pytest.approx(plain)
 
 
-def test_an_interval_is_as_wide_as_that_of_drawing_items_one_by_one() -> None:
-    rng = np.random.default_rng(1)
-    base, other = ({"a": (rng.random(30) < share).astype(float), "z": np.ones(5)} for share in (0.5, 0.6))
-    draws = resampled({"base": base, "other": other}, Reference(base, ("a",), ("z",), base))
-    found = draws.difference("a_ka", "other", "base")
-    means = []
-    for _ in range(4000):
-        rows = [int(rng.integers(30)) for _ in range(30)]
-        means.append(100 * sum(other["a"][row] - base["a"][row] for row in rows) / 30)
-    means.sort()
-    assert (found.low, found.high) == pytest.approx((means[100], means[-100]), abs=3.5)
-    assert found.clear == (found.low > 0 or found.high < 0)
-
-
-def test_a_figure_without_its_largest_suite_is_that_of_the_others() -> None:
-    base = {name: np.full(4, 0.5) for name in "abz"}
-    better = {"a": np.full(4, 0.9), "b": np.full(4, 0.6), "z": np.full(4, 0.5)}
-    reference = Reference(base, ("a", "b"), ("z",), base, frozenset("b"), ("z",))
-    draws = resampled({"base": base, "better": better}, reference, draws=20)
-    assert draws.largest("better", "base") == "a"
-    for figure, value in {"a_ka": 25, "classes": 10, "retrieval": 40}.items():
-        assert draws.difference(figure, "better", "base").value == pytest.approx(value)
-    assert draws.difference("a_ka", "better", "base", "a").value == pytest.approx(10)
-    assert draws.difference("gm", "better", "base", "a").value == pytest.approx(100 * (math.sqrt(0.6 * 0.5) - 0.5))
-
-
-def test_a_lead_is_the_mean_over_bases_of_the_chains_that_both_have() -> None:
-    def course(name: str, order: int, learned: float) -> Course:
-        hits = {"a": np.full(4, learned), "b": np.full(4, 0.5), "z": np.full(4, 0.64)}
-        return Course(Unit(name, order), (base, hits), ())
-
-    base = {"a": np.full(4, 0.5), "b": np.full(4, 0.5), "z": np.full(4, 0.64)}
-    reference = Reference(base, ("a", "b"), ("z",), base, outside=("z",))
-    first = {"default": [course("default", 0, 0.9), course("default", 1, 0.1)], "other": [course("other", 0, 0.7)]}
-    second = {"default": [course("default", 0, 0.7)], "other": [course("other", 0, 0.7), course("other", 3, 0.0)]}
-    all_leads = leads({"one": (reference, first), "two": (reference, second)})
-    lead, untrained = all_leads["other"], all_leads["zero-shot"]
-    gap = 100 * (math.sqrt(0.7 * 0.64) - math.sqrt(0.6 * 0.64)) / 2
-    assert lead["gm"]["value"] == pytest.approx(gap, abs=0.01) and lead["gm"]["clear"]
-    assert lead["gm_without_largest"]["value"] == 0 and lead["largest"] == ["a"]
-    assert lead["chains"] == 2 and lead["orders"] == ["listed"]
-    gained = 100 * (math.sqrt(0.5 * 0.64) + math.sqrt(0.6 * 0.64)) / 2 - 100 * math.sqrt(0.5 * 0.64)
-    assert untrained["gm"]["value"] == pytest.approx(gained, abs=0.01)
-    assert untrained["outside"]["value"] == 0 and untrained["chains"] == 3
-
-
 RNG = np.random.default_rng(0)
 BASE: Hits = {name: (RNG.random(200) < 0.5).astype(float) for name in ("new", "old")}
 NEW, OLD = BASE["new"].mean(), BASE["old"].mean()
@@ -149,26 +99,6 @@ def test_mean_and_spread_over_chains_and_the_mean_of_each_order() -> None:
     }  # fmt: skip
     assert found["gm_lowest"] == pytest.approx(100 * (np.sqrt((NEW - 0.05) * OLD) - np.sqrt(NEW * OLD)), abs=0.01)
     assert "gm_sd" not in repeated(courses[:1], ASKED), "one chain has no spread"
-
-
-def test_two_methods_are_compared_over_the_chains_that_both_have() -> None:
-    ours = [course("a", 0, 0, 40), course("a", 1, 0, 40), course("a", 1, 1, 0, loss=50)]
-    others = [course("b", 1, 0, 20), course("b", 0, 0, 20), course("b", 2, 0, 60)]
-    found = beside(ours, others, ASKED)
-    assert found.value == pytest.approx(100 * (np.sqrt((NEW + 0.2) * OLD) - np.sqrt((NEW + 0.1) * OLD)))
-    assert found.clear
-    assert not beside(ours[:2], ours[:2], ASKED).clear
-    assert beside(ours[2:], others, ASKED) is None
-
-
-def test_each_order_is_compared_for_itself() -> None:
-    standard = [course("a", 0, 0, 20), course("a", 0, 1, 20), course("a", 1, 0, 0)]
-    found = repeated([course("b", 0, 0, 60), course("b", 0, 1, 60), course("b", 1, 0, 0)], ASKED, standard)
-    first, second = (found["by_order"][order]["against_default"] for order in ("0", "1"))
-    assert first["clear"] and first["value"] == round(beside([course("b", 0, 0, 60)], standard[:1], ASKED).value, 2)
-    assert (second["value"], second["clear"]) == (0, False)
-    assert first["value"] > found["against_default"]["value"] > 0
-    assert repeated(standard, ASKED)["against_default"] is None
 
 
 ITEMS, DIM = 64, 6
@@ -232,20 +162,3 @@ def test_class_means_in_any_cut_and_order_are_those_of_all_samples() -> None:
     for value in (0.0, np.nan, np.inf):
         with pytest.raises(TrainingError, match="not finite or 0"):
             parts.update(np.full((1, 8), value), ["ant"])
-
-
-def test_class_means_answer_the_suites_whose_updates_have_classes(tmp_path: Path) -> None:
-    plain = stream()
-    evaluator = Evaluator(tiny_base(tmp_path), plain.suites)
-    base = evaluator.encode(None)
-    assert nearest_means(evaluator, plain, base) == {}
-    boat = next(suite for suite in plain.suites if suite.name == "boat")
-    lessons = tuple(replace(pair, label=pair.text.replace("boat", "new boat")) for pair in pairs("boat", 12))
-    hits = nearest_means(evaluator, replace(plain, updates={**plain.updates, "boat": lessons}), base)
-    assert list(hits) == ["boat"] and hits["boat"].shape == (len(boat.items), 1)
-    features, labels = evaluator.features([pair.read() for pair in lessons]), np.array([pair.label for pair in lessons])
-    own = {pair.label for pair in boat.items} & set(labels)
-    means = {name: features[labels == name].mean(axis=0) for name in own}
-    for row, pair in enumerate(boat.items):
-        best = max(means, key=lambda name: float(base.images[pair.id] @ means[name] / np.linalg.norm(means[name])))
-        assert hits["boat"][row, 0] == (best == pair.label)

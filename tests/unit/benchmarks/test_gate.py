@@ -7,12 +7,9 @@ import pytest
 
 from benchmarks.gate import counting
 from benchmarks.gate.cases import Case, Rule, judge
-from benchmarks.gate.margin import beside, parents_of
-from benchmarks.gate.plans import BAD, CHAIN, DRIFT, GOOD, plans
-from benchmarks.gate.power import power
-from benchmarks.gate.redrawn import Redrawn, deal, figures_of, redraw
-from benchmarks.gate.resample import draws, draws_at_margin, draws_unchanged, lowered, pick, share_to_lose, swapped
-from core.ledger.rows import GateOutcome
+from benchmarks.gate.plans import DRIFT
+from benchmarks.gate.redrawn import deal, redraw
+from benchmarks.gate.resample import draws, draws_at_margin, draws_unchanged, lowered, share_to_lose, swapped
 from core.settings.updates import Gate
 from tests.unit.updater.gate.builders import suite_over
 from updater.gate.suites import Suite
@@ -84,16 +81,6 @@ def test_a_swap_leaves_no_difference_and_all_disagreement_and_lowering_costs_the
         share_to_lose(np.zeros((9, 1)), np.ones((9, 1)) * 0.1, 0.08)
 
 
-def test_draws_take_the_same_items_of_all_models() -> None:
-    numbered = {name: np.arange(2.0 * N).reshape(N, 2) for name in SIZES}
-    one = replace(GOOD_ONE, base=numbered, before=numbered, after=numbered)
-    drawn = one.rows(pick(one, {**SIZES, "known": 50}, np.random.default_rng(1)))
-    assert drawn.before is drawn.base, "nothing was released there either"
-    for name, found in drawn.after.items():
-        assert np.array_equal(found, drawn.base[name])
-        assert len(found) == (50 if name == "known" else N)
-
-
 def test_a_draw_keeps_the_harmful_out_lets_the_good_in_and_shows_no_gain_where_nothing_changed() -> None:
     for one, passed in ((BAD_ONE, 0), (GOOD_ONE, 12)):
         assert counting.tally(draws([one], RULE, SIZES, 12, seed=0))["passed"]["count"] == passed
@@ -148,47 +135,6 @@ def test_false_accepts_are_of_the_harmful_and_false_rejects_of_the_good() -> Non
     assert counting.by_kind(counting.rows(cases, seen, RULE))["kind"] == found
 
 
-def test_power_grows_with_items_and_with_the_margin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.gate.power.SIZES", (100, 600))
-    curve = {(r["task"], r["items"], r["margin"]): r["power"] for r in power([case("shaky", 0.1)], RULE, 25, seed=0)}
-    for task in ("retrieval", "classification"):
-        assert curve[task, 100, 0.03] < curve[task, 600, 0.08] == 1.0
-        assert curve[task, 600, 0.03] <= curve[task, 600, 0.05]
-
-
-def test_every_kind_is_there_and_an_incumbent_comes_first() -> None:
-    found = plans(40, 40)
-    kinds = [plan.kind for plan in found]
-    assert len(found) == 80 and set(kinds) == {*BAD, *GOOD, DRIFT}
-    assert kinds.count(DRIFT) == CHAIN and sum(kind in GOOD for kind in kinds) == 40
-    before: set[str] = {""}
-    for plan in found:
-        assert plan.incumbent in before
-        before.add(plan.name)
-    assert len(before) == 81, "names are unique"
-    few = plans(15, 2)
-    assert {plan.kind for plan in few} == set(kinds)
-    assert all(plan in found for plan in few), "a smaller run's outcomes serve a larger one"
-    with pytest.raises(ValueError, match="every kind"):
-        plans(14, 2)
-
-
-def test_errors_are_counted_where_the_truth_lies() -> None:
-    def one(name: str, beyond: float, gained: float, outcome: GateOutcome, worst: float = 0.2) -> Redrawn:
-        return Redrawn(name, "kind", beyond, worst, gained, outcome, outcome == "passed")
-
-    found = figures_of([
-        one("harmful", 0.01, 0.02, "passed"), one("harmful", 0.01, 0.02, "rejected"),
-        one("without gain", 0.01, 0.0, "rejected"), one("far", 0.05, 0.02, "rejected"),
-        one("good", -0.03, 0.04, "inconclusive"), one("good", -0.04, 0.04, "passed"),
-        one("good but near", -0.01, 0.04, "rejected", worst=0.8), one("small gain", -0.04, 0.02, "inconclusive"),
-    ])  # fmt: skip
-    assert (found["false_accepts"]["count"], found["false_accepts"]["of"]) == (1, 2)
-    assert (found["false_accepts_any_gain"]["of"], found["false_accepts_beyond"]["of"]) == (3, 1)
-    assert (found["false_rejects_gain3"]["count"], found["false_rejects_gain3"]["of"]) == (1, 2)
-    assert (found["candidates_at_margin"], found["candidates_gain3"]) == (1, 1)
-
-
 def test_redrawn_items_let_the_good_in_and_keep_the_bad_out_by_a_truth_that_the_gate_was_not_shown() -> None:
     shown = {"known": 300, "classes": 100, "fresh.new": 399}
     seen, unseen = deal(GOOD_ONE, shown, np.random.default_rng(0))
@@ -197,14 +143,3 @@ def test_redrawn_items_let_the_good_in_and_keep_the_bad_out_by_a_truth_that_the_
     found = list(redraw([GOOD_ONE, BAD_ONE], dict.fromkeys(SIZES, 300), RULE, 6, seed=0))
     assert [one.outcome for one in found] == ["passed"] * 6 + ["rejected"] * 6
     assert all(one.beyond < 0 for one in found[:6]) and all(one.beyond > 0.2 for one in found[6:])
-
-
-def test_scales_are_looked_for_between_the_base_and_a_bad_candidate() -> None:
-    """A loss that grows with the square of the scale, up to 30 points beyond a margin of 5."""
-    parents = parents_of(plans(40, 40), 4)
-    assert [plan.kind for plan in parents] == ["naive", "forgotten", "poisoned", "naive"]
-    found = {plan.scale: 0.35 * plan.scale**2 - 0.05 for plan in
-             beside(parents[0], lambda plan: 0.35 * plan.scale**2 - 0.05, 0.3, -0.05, tries=4)}  # fmt: skip
-    assert len(found) >= 4 and all(abs(loss) <= 0.02 for loss in found.values())
-    assert min(found.values()) < -0.01 and max(found.values()) > 0.01
-    assert not list(beside(parents[0], lambda _: -0.04, -0.04, -0.05, tries=4)), "it is no bad one"

@@ -13,19 +13,14 @@ from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.repeated import repeated
 from benchmarks.gate.plans import NEW
 from benchmarks.gate.trial import fresh_name
-from benchmarks.lifetime.evaluation import fresh_of, memory_of, static_suites
-from benchmarks.lifetime.moves import Moves
 from benchmarks.lifetime.outcomes import Source, read_sources
 from benchmarks.lifetime.run_lifetime import Task, run
 from benchmarks.lifetime.schedule import PATIENCE, Schedule
 from benchmarks.lifetime.stream import Lesson, Rules, Stream
 from benchmarks.lifetime.world import FORGOTTEN, World, make_world
 from core.errors import ConfigError
-from core.ledger import VerdictRow
-from core.ledger.rows import GateOutcome
 from core.settings import Settings
 from core.settings.updates import Gate
-from updater.gate.statistics import reciprocal_log_rank
 from updater.gate.suites import load_suites
 
 ROOT = Path(__file__).parents[3]
@@ -79,29 +74,6 @@ def test_outcomes_have_ranks_a_base_and_candidates_of_each_domain(sources: dict[
     assert all(len(sources[fresh_name(domain)].before) == N for domain in NEW)
 
 
-@pytest.mark.parametrize("change", [0.0, 0.03, 0.2, -0.04, -0.15])
-def test_an_update_changes_the_share_of_hits_by_what_was_asked_for(sources: dict[str, Source], change: float) -> None:
-    rng = np.random.default_rng(1)
-    for name in ("fresh.fluent3d", "flags_retrieval"):
-        moves, before = Moves.of(sources[name]), sources[name].base[rng.integers(N, size=3000)]
-        for update in (moves.changed, moves.learned):
-            after = update(before, change, rng)
-            assert moves.share(after) - moves.share(before) == pytest.approx(change, abs=1 / 3000)
-            assert (after < before).mean() > 0.03 and (after > before).mean() > 0.03, "items move in both directions"
-
-
-def test_what_is_learned_shows_in_ranks_as_it_did_in_real_updates(sources: dict[str, Source]) -> None:
-    source, rng = sources["fresh.fluent3d"], np.random.default_rng(5)
-    moves, before = Moves.of(source), source.base[rng.integers(N, size=3000)]
-    real = moves.share(source.after) - moves.share(source.before)
-    after = moves.learned(before, real, rng)
-    gains = [
-        float((reciprocal_log_rank(new) - reciprocal_log_rank(old)).mean())
-        for old, new in ((source.before, source.after), (before, after))
-    ]
-    assert gains[1] == pytest.approx(gains[0], rel=0.35)
-
-
 def test_a_model_forgets_a_part_of_what_it_learned_and_drifts_no_further_from_the_base(world: World) -> None:
     rng = np.random.default_rng(3)
     domain, still = world.domains["domain-0"], world.domains["clipart_retrieval"]
@@ -118,18 +90,6 @@ def test_a_model_forgets_a_part_of_what_it_learned_and_drifts_no_further_from_th
     assert apart[-1] < 3 * apart[0] and abs(world.learned(still, model)) < 0.03
 
 
-def test_suites_are_those_of_the_gate(world: World) -> None:
-    samples = [("domain-1", i) for i in range(120)] + [("domain-0", i) for i in range(130)]
-    (static, *_), memory = static_suites(world), memory_of(samples, SETTINGS)
-    assert static.answers(world.base, ranked=True).shape == (N, 2)
-    assert [asked.suite.name for asked in memory] == ["memory.domain-0", "memory.domain-1"]
-    fresh = fresh_of(samples, SETTINGS)
-    assert [asked.suite.name for asked in fresh] == ["fresh.domain-0", "fresh.domain-1"]
-    marked = {name: np.arange(3000 * 2).reshape(3000, 2) for name in world.base}
-    items = [int(item.sample_id.split("/")[1]) for item in fresh[0].suite.items()]
-    assert fresh[0].answers(marked, ranked=True)[:, 0].tolist() == [2 * item for item in items]
-
-
 def test_an_updater_waits_for_the_items_that_a_gain_needs_but_not_for_ever_also_after_failures() -> None:
     schedule = Schedule(SETTINGS, waiting=True)
     needed = schedule.plan().needed
@@ -139,27 +99,6 @@ def test_an_updater_waits_for_the_items_that_a_gain_needs_but_not_for_ever_also_
     assert [schedule.triggered(9 * (i + 1)) is None for i in range(PATIENCE)] == [True] * (PATIENCE - 1) + [False]
     look = Schedule(SETTINGS, waiting=True, candidates=30).plan().look(5000)
     assert look.level < 1e-4 and look.loss_level == pytest.approx(SETTINGS.alpha), "losses are tested as at first"
-
-
-def verdict(outcome: GateOutcome) -> VerdictRow:
-    return VerdictRow(update_id="u", adapter="clip-1", outcome=outcome, report_key="", summary={})
-
-
-def test_a_kept_candidate_is_asked_again_and_counts_once() -> None:
-    schedule = Schedule(SETTINGS, waiting=True)
-    early = [schedule.triggered(200) for _ in range(PATIENCE)][-1]
-    assert early is not None and early.next is not None
-    schedule.looked(early, verdict("inconclusive"), tested=True)
-    assert schedule.candidates == 1 and schedule.triggered(early.next - 1) is None
-    second = schedule.triggered(early.next)
-    assert second is not None and second.number == 2
-    schedule.looked(second, verdict("rejected"), tested=True)
-    assert schedule.due is None and schedule.candidates == 1 and schedule.spent == pytest.approx(second.spent)
-    hasty = Schedule(SETTINGS, waiting=False)
-    single = hasty.triggered(10)
-    assert single is not None and single.items == 10 and single.next is None
-    hasty.looked(single, verdict("passed"), tested=True)
-    assert hasty.candidates == 0 and hasty.history == [pytest.approx(single.alpha)]
 
 
 def test_a_large_gain_is_released_and_a_harmful_one_not(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ import gzip
 import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import tarfile
@@ -20,7 +19,6 @@ from threading import Thread
 import pytest
 from PIL import Image
 
-from core.errors import ConfigError
 from core.loading import load_settings
 from demo.data import (
     DOMAINS,
@@ -30,16 +28,13 @@ from demo.data import (
     Preparation,
     domain,
     packages,
-    prepare_domain,
-    prepare_questions,
     render,
 )
-from demo.data.domain import RECEIPT, VERSION, DomainInfo, Draft, build, concept_of, flag_concept, split_of
-from demo.data.emoji import _emoji
+from demo.data.domain import RECEIPT, VERSION, DomainInfo, Draft, build, split_of
 from demo.data.packages import Package, read_members
 from demo.data.preparation import merged
 from demo.data.render import SIDE, Unfit, decode, draw_svg, on_canvas
-from demo.first_start import clip_data, make_vlm, vlm_data
+from demo.first_start import clip_data, vlm_data
 from streams.publish.folders import INDEX, read_folder
 from tests.support.pictures import png
 
@@ -136,39 +131,6 @@ def test_two_at_once_make_one(tmp_path: Path) -> None:
     assert len(read_folder(tmp_path / "data" / "toy")) == 151
 
 
-@pytest.mark.parametrize(("ask", "problem"), [
-    (partial(prepare_domain, "notto"), r"no demo domain 'notto'.*noto"),
-    (partial(prepare_questions, "vqa"), r"no demo questions 'vqa'.*vqa_base"),
-    (partial(Preparation, [DemoData("notto")]), r"no demo data 'notto'.*demo data list"),
-])  # fmt: skip
-def test_an_unknown_name_is_refused_with_the_known_ones_before_anything_is_made(
-    tmp_path: Path, ask: Callable[[Path], object], problem: str
-) -> None:
-    with pytest.raises(ConfigError) as caught:
-        ask(tmp_path)
-    assert re.search(problem, f"{caught.value} {caught.value.fix}")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("text", "concept"),
-    [
-        ("A crowned crane.", "crowned crane"),
-        ("the town hall", "town hall"),
-        ("woman running: facing right", "person running"),
-        ("telescoping umbrella (collapsed)", "telescoping umbrella"),
-        ("T-Rex", "t rex"),
-    ],
-)
-def test_a_concept_is_what_is_shown(text: str, concept: str) -> None:
-    assert concept_of(text) == concept
-
-
-def test_a_flag_has_one_concept_in_every_set() -> None:
-    drawn = _emoji({"label": "flag: Angola", "hexcode": "1F1E6-1F1F4"})
-    assert (drawn.text, drawn.concept) == ("flag of Angola", flag_concept("AO"))
-
-
 @pytest.mark.parametrize("info", DOMAINS.values(), ids=str)
 def test_notice_attributes_every_domain(info: DomainInfo) -> None:
     notice = " ".join((ROOT / "NOTICE").read_text().split())
@@ -213,16 +175,6 @@ def test_a_package_that_cannot_be_had_is_named_to_whoever_waits_for_it(tmp_path:
     ):
         data.wait("flags")
         data.wait_for_all()
-
-
-def test_a_first_start_makes_the_shipped_vlm_and_finds_it_again(tmp_path: Path) -> None:
-    settings = load_settings(None, {"home": str(tmp_path), "base.clip": "mine"})
-    make_vlm(settings)
-    path = tmp_path / "bases" / "shipped-vlm" / "base.json"
-    before = path.stat().st_mtime_ns
-    make_vlm(settings)
-    assert path.stat().st_mtime_ns == before
-    assert clip_data(settings) == []
 
 
 SQUARE = '<rect x="40" y="40" width="20" height="20" fill="#ff0000"/>'
@@ -373,14 +325,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "bin"
 
 
-NPM, DEB = Package("npm", "@scope/toy", "1.2.3"), Package("deb", "toy")
-
-
-@pytest.mark.parametrize(("package", "program_name"), [(NPM, "npm"), (DEB, "apt-get")])
-def test_a_missing_program_is_named_with_a_fix(path: Path, tmp_path: Path, package: Package, program_name: str) -> None:
-    with pytest.raises(PackageError, match=f"{program_name}.* not on PATH") as caught:
-        package.fetch(tmp_path / "packages")
-    assert caught.value.fix
+NPM = Package("npm", "@scope/toy", "1.2.3")
 
 
 def test_a_failed_download_says_why_and_leaves_nothing_a_good_one_is_kept(path: Path, tmp_path: Path) -> None:
@@ -393,15 +338,3 @@ def test_a_failed_download_says_why_and_leaves_nothing_a_good_one_is_kept(path: 
     first = NPM.fetch(folder)
     program(path, "npm", "exit 1")
     assert NPM.fetch(folder) == first == folder / "scope-toy-1.2.3.tgz"
-
-
-def test_stale_package_lists_are_refreshed(path: Path, tmp_path: Path) -> None:
-    refreshed = tmp_path / "refreshed"
-    script = f"""
-    case "$2" in
-        update) /usr/bin/touch {refreshed} ;;
-        download) [ -e {refreshed} ] && /usr/bin/touch toy_1_all.deb ;;
-    esac"""
-    program(path, "apt-get", script)
-    assert DEB.fetch(tmp_path / "packages").name == "toy_1_all.deb"
-    assert refreshed.exists()

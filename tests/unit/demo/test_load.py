@@ -11,7 +11,6 @@ from core.ledger import Ledger
 from core.loading import load_settings
 from core.settings import Settings
 from demo.load.answers import AnswerCheck, ExpectedVectors
-from demo.load.generator import content
 from demo.load.probes import Probe, classify_probes, search_probes
 from serving.engines.backends import EngineChoice, Precision
 from serving.http.classify import probabilities
@@ -62,13 +61,6 @@ def test_the_answer_of_a_release_is_its_own_and_that_of_another_is_not(
     if probe is SEARCH:
         own["y"] = [own["y"][0], own["y"][0], own["y"][2]]
         assert "3 hits with 2 different ids; 3 exist" in check.difference(own)
-
-
-def test_each_kind_of_answer_is_taken_out_of_its_json() -> None:
-    assert content({"data": [{"embedding": "AA"}]}) == ["AA"]
-    assert content({"data": [{"label": "x", "probabilities": {"x": 0.75, "y": 0.25}}]}) == [[0.75, 0.25]]
-    assert content({"space": "s", "data": [{"id": "a", "score": 0.5, "text": ""}]}) == [["a", 0.5]]
-    assert content({"choices": [{"message": {"content": "red"}}]}) == "red"
 
 
 @pytest.mark.parametrize(

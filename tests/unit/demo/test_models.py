@@ -13,19 +13,17 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
 
 from demo.clip import build_base, towers
-from demo.clip.projections import Pairs, ProjectionRecipe, multi_positive_loss, train_projections
+from demo.clip.projections import Pairs, ProjectionRecipe, train_projections
 from demo.clip.shipped import ASSETS, PROJECTIONS, read_projections
 from demo.vlm.model import make_model, make_processor, make_tokenizer
-from demo.vlm.pictures import seen, warp
-from demo.vlm.questions import answer_loss, learn, tokenize
+from demo.vlm.questions import learn, tokenize
 from demo.vlm.recipe import VlmRecipe
 from demo.vlm.scores import accuracy, answer
 from serving.engines.adapters import write_adapter
 from serving.engines.backends import golden_pixels
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, load_base
-from serving.engines.vlm.generation import question
-from serving.engines.vlm.prompts import answer_tokens, inputs
+from serving.engines.vlm.prompts import answer_tokens
 from streams.publish.folders import FolderItem
 
 TEXTS = ["a red bus", "Côte d'Ivoire   flag", "x " * 200, ""]
@@ -114,15 +112,6 @@ def test_projections_match_pairs_that_were_never_seen() -> None:
     assert found.losses[-1] < found.losses[0] / 2
 
 
-def test_equal_texts_are_all_positives() -> None:
-    texts = torch.tensor([0, 0, 1])
-    perfect = torch.tensor([[9.0, 9.0, -9.0], [9.0, 9.0, -9.0], [-9.0, -9.0, 9.0]])
-    strict = torch.tensor([[9.0, -9.0, -9.0], [-9.0, 9.0, -9.0], [-9.0, -9.0, 9.0]])
-    # Two of three rows can do no better than halve their mass: 2/3 ln 2.
-    assert abs(float(multi_positive_loss(perfect, texts)) - 2 / 3 * 0.6931) < 1e-3
-    assert float(multi_positive_loss(strict, texts)) > 5
-
-
 WORDS = ["what colour is this?", "is there anything red here?", "red", "blue", "yes", "no", "an ankle boot"]
 Parts = tuple[Any, Any]
 
@@ -149,39 +138,6 @@ def test_any_text_goes_into_tokens_and_back_and_an_answer_has_the_same_alone_and
     assert joint == [*row.prompt, *row.answer]
     assert list(row.answer) == answer_tokens(processor, "an ankle boot")
     assert row.prompt.count(processor.image_token_id) == 16
-
-
-def test_training_computes_what_the_engines_compute(parts: Parts) -> None:
-    """The loss on features that several questions share is that of the plain model, up to bfloat16."""
-    model, processor = parts
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    (row,) = tokenize(processor, [ask("blue")])
-    batch = inputs(processor, [question(pixels, WORDS[0])])
-    with torch.inference_mode():
-        ids = torch.tensor([[*row.prompt, *row.answer]])
-        plain = model(input_ids=ids, pixel_values=batch["pixel_values"]).logits[0, len(row.prompt) - 1 : -1]
-        expected = torch.nn.functional.cross_entropy(plain, torch.tensor(row.answer))
-        shared = answer_loss(model, batch["pixel_values"][:, 0], [row, row], torch.tensor([0, 0]))
-    assert abs(float(shared) - float(expected)) < 0.02
-
-
-def test_the_processor_sees_what_training_saw(parts: Parts) -> None:
-    image = Image.new("RGB", (128, 128), "white")
-    image.paste("blue", (20, 30, 100, 90))
-    pixels = np.asarray(image)
-    theirs = inputs(parts[1], [question(pixels, "what is this?")])["pixel_values"][0, 0]
-    ours = seen(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255)[0]
-    assert float((theirs - ours).abs().mean()) < 0.02
-
-
-def test_warped_pictures_stay_on_white_paper_and_differ() -> None:
-    image = torch.full((2, 3, 128, 128), 255, dtype=torch.uint8)
-    image[:, :, 54:74, 54:74] = 0
-    warped = warp(image, torch.Generator().manual_seed(0))
-    assert torch.allclose(warped[:, :, :12], torch.ones(()))
-    assert 0.005 < float((warped < 0.5).float().mean()) < 0.06
-    assert not torch.equal(warped[0], warped[1])
-    assert torch.equal(warped, warp(image, torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.long

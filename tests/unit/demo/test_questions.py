@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from demo.data.questions_make import Picture, Question, colour_shares, held_out_drawings, main_colour, make_questions
-from demo.data.questions_pictures import basic_name
+from demo.data.questions_make import Picture, Question, colour_shares, main_colour, make_questions
 from demo.data.questions_words import with_article
 
 THINGS = {"animal": "cat dog cow pig", "food": "pear plum bread", "vehicle": "car bus tram boat", "tool": "axe saw"}
@@ -58,33 +57,6 @@ def test_colour_and_category_are_tested_on_concepts_that_were_never_trained(rows
     assert tested and not tested & trained
 
 
-def test_names_are_tested_on_new_drawings_of_things_that_were_trained(rows: list[Question]) -> None:
-    trained = of(rows, "train", "name")
-    tested = of(rows, "test", "name")
-    assert {row.answers for row in tested} <= {row.answers for row in trained}
-    assert not {row.picture.path for row in tested} & {row.picture.path for row in rows if row.split == "train"}
-    concepts = {row.picture.concept for row in trained}
-    assert {row.picture.concept in concepts for row in tested} == {True, False}
-
-
-@pytest.mark.parametrize(
-    ("text", "category", "name"),
-    [("a pair of army boots, worn", "clothing", "shoe"), ("cat with tears of joy", "animal", "cat"),
-     ("dog face", "animal", "dog"), ("grinning face", "face", "face"), ("assault rifle (modified)", "gun", "gun"),
-     ("woman: red hat", "person", ""), ("something else", "", ""), ("", "", "")],
-)  # fmt: skip
-def test_a_thing_is_named_as_at_first_sight(text: str, category: str, name: str) -> None:
-    assert basic_name(text, category) == name
-
-
-def test_held_out_drawings_do_not_depend_on_the_other_pictures() -> None:
-    pictures = world()
-    chosen = held_out_drawings(pictures)
-    assert 0.4 < len(chosen) / len({p.concept for p in pictures if p.split == "train"}) < 0.8
-    some = [p for p in pictures if p.category == "food"]
-    assert held_out_drawings(some) == {path for path in chosen if path in {p.path for p in some}}
-
-
 def test_yes_and_no_are_true_and_asked_in_the_same_words_as_often(rows: list[Question]) -> None:
     said: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for row in (row for row in rows if row.kind == "presence"):
@@ -109,16 +81,6 @@ def drawing(*colours: str) -> Image.Image:
     for i, colour in enumerate(colours):
         pen.rectangle((30 + i * width, 30, 29 + (i + 1) * width, 89), fill=colour)
     return image
-
-
-@pytest.mark.parametrize(
-    ("painted", "named"),
-    [("#d8262c", "red"), ("#f58220", "orange"), ("#ffcc4d", "yellow"), ("#3aa655", "green"), ("#1f6fd0", "blue"),
-     ("#8a4fd0", "purple"), ("#f28cb8", "pink"), ("#7a4a21", "brown"), ("#8d8d8d", "grey"), ("#1a1a1a", "black")],
-)  # fmt: skip
-def test_plain_colours_have_their_names(painted: str, named: str) -> None:
-    shares = colour_shares(drawing(painted))
-    assert shares == {named: 1.0} and main_colour(shares) == named
 
 
 def test_what_has_no_main_colour_is_nothing_to_ask_about() -> None:

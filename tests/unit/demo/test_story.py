@@ -23,17 +23,14 @@ from core.ledger.rows import GateOutcome, VerdictRow
 from core.progress import progress_log
 from core.settings import Settings
 from demo.load.traffic import CheckedSample
-from demo.story import page
 from demo.story.captions import Change, Comparison, Hit, Search
-from demo.story.page import Mark, Story, latency_chart, render
-from demo.story.questions import AnswerComparison, Answered
+from demo.story.page import Story, render
 from demo.story.screen import Screen, StoryProgress, plan_chapters
 from demo.story.stage import Stage
 from demo.story.story import _free_ports, _settle
 from demo.story.summary import Facts, Lesson, as_json, broken_promises, show
 from ops.cli.context import Context
 from ratchet_client import ServerError
-from streams.publish.folders import FolderItem
 from tests.support.clock import Clock
 from tests.support.pictures import png
 
@@ -148,36 +145,6 @@ def test_the_page_needs_nothing_from_outside_runs_nothing_and_tells_the_loop(tmp
         "not among the first 100", "at rank 1", "42 ms", "answered 51 s after the start", "ratchet demo --with-vlm",
     ):  # fmt: skip
         assert words in told
-
-
-def test_with_the_vlm_the_page_shows_the_answers_that_changed(tmp_path: Path) -> None:
-    (tmp_path / "bag.png").write_bytes(png("navy"))
-    item = FolderItem(path=tmp_path / "bag.png", text="", question="what is this?", answer="a bag", answers=("a bag",))
-    told = story(tmp_path)
-    both = replace(told.facts, vlm=told.facts.clip, vlm_requests=9)
-    answers = AnswerComparison("One question.", (Answered(item, "a cat", "a bag"),))
-    text = render(replace(told, facts=both, answers=answers), picture, tmp_path)
-    assert '<span class="bad">a cat</span>' in text and '<span class="good">a bag</span>' in text
-    assert "VLM: one update rejected" in text and "--with-vlm" not in text
-
-
-def test_the_pictures_of_the_page_are_bounded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "MOST_BYTES", 3000)
-    text = render(story(tmp_path, pictures=50), picture, tmp_path)
-    drawn = re.findall(r'src="(data:image/jpeg[^"]*)"', text)
-    assert 0 < sum(map(len, drawn)) <= 2 * 3000  # each picture is on both sides
-
-
-def test_the_chart_counts_the_requests_around_the_releases() -> None:
-    first = BEGAN.timestamp()
-    many = [CheckedSample(first + number / 10, 0.02, 1, "", "clip") for number in range(100)]
-    late = CheckedSample(first + 5, 0.5, 0, "503 busy", "clip")
-    far = CheckedSample(first + 500, 9.0, 1, "", "clip")
-    chart = latency_chart([*many, late, far], [Mark(first + 5, "release 2")])
-    assert chart is not None
-    assert (chart.requests, chart.failed, chart.median_ms, chart.slowest_ms) == (101, 1, 20.0, 500.0)
-    assert latency_chart([far], [Mark(first, "")]) is None
-    assert latency_chart(many, []) is None
 
 
 LINKS = {"console": "http://127.0.0.1:8001"}

@@ -1,4 +1,4 @@
-"""Examples that need neither server nor broker run, and each one is on the page of examples."""
+"""Examples that need neither server nor broker run."""
 
 from __future__ import annotations
 
@@ -6,31 +6,16 @@ import json
 import re
 from pathlib import Path
 
-import yaml
-
 from core import metrics
 from core.loading import load_settings
-from core.settings import Settings
-from ops.alerts import Target
-from ops.cli.metrics import targets_of
 from serving.engines.lora import effective_weights
-from tests.support.pages import ROOT, Page
+from tests.support.pages import ROOT
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import pools, run
 from updater.gate.suites import load_suites
 from updater.recipes import load_recipe
 
 EXAMPLES = ROOT / "examples"
-
-
-def test_each_example_is_on_the_page_and_in_the_tests() -> None:
-    page = Page(EXAMPLES / "README.md")
-    linked = {(EXAMPLES / link).resolve() for link in page.links}
-    files = {path for path in EXAMPLES.rglob("*.*") if path.is_file() and "pictures" not in path.parts}
-    assert files - {page.path} == {path for path in linked if path.is_relative_to(EXAMPLES) and path.is_file()}
-    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_examples.py"))
-    for path in files - {page.path}:
-        assert path.name in tests, path
 
 
 def test_the_suite_can_be_asked(tmp_path: Path) -> None:
@@ -62,10 +47,3 @@ def test_the_dashboard_asks_for_metrics_and_labels_that_there_are() -> None:
             labels = set().union(*(known[name] for name in found))
             asked = re.findall(r"\bby \((\w+)\)|\{\{(\w+)\}\}", target["expr"] + target["legendFormat"])
             assert found and {one or other for one, other in asked} <= labels, target
-
-
-def test_prometheus_scrapes_the_ports_of_the_defaults() -> None:
-    config = yaml.safe_load((EXAMPLES / "grafana" / "prometheus.yml").read_text())
-    [job] = config["scrape_configs"]
-    wanted: list[Target] = targets_of(Settings(), "127.0.0.1")
-    assert sorted(map(str, job["static_configs"])) == sorted(map(str, wanted))
