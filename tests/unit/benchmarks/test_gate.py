@@ -8,8 +8,9 @@ import pytest
 from benchmarks.gate import counting
 from benchmarks.gate.cases import Case, Rule, judge
 from benchmarks.gate.plans import DRIFT
-from benchmarks.gate.redrawn import deal, redraw
+from benchmarks.gate.redrawn import Redrawn, deal, figures_of, redraw
 from benchmarks.gate.resample import draws, draws_at_margin, draws_unchanged, lowered, share_to_lose, swapped
+from core.ledger.rows import GateOutcome
 from core.settings.updates import Gate
 from tests.unit.updater.gate.builders import suite_over
 from updater.gate.suites import Suite
@@ -143,3 +144,19 @@ def test_redrawn_items_let_the_good_in_and_keep_the_bad_out_by_a_truth_that_the_
     found = list(redraw([GOOD_ONE, BAD_ONE], dict.fromkeys(SIZES, 300), RULE, 6, seed=0))
     assert [one.outcome for one in found] == ["passed"] * 6 + ["rejected"] * 6
     assert all(one.beyond < 0 for one in found[:6]) and all(one.beyond > 0.2 for one in found[6:])
+
+
+def test_errors_are_counted_where_the_truth_lies() -> None:
+    def one(name: str, beyond: float, gained: float, outcome: GateOutcome, worst: float = 0.2) -> Redrawn:
+        return Redrawn(name, "kind", beyond, worst, gained, outcome, outcome == "passed")
+
+    found = figures_of([
+        one("harmful", 0.01, 0.02, "passed"), one("harmful", 0.01, 0.02, "rejected"),
+        one("without gain", 0.01, 0.0, "rejected"), one("far", 0.05, 0.02, "rejected"),
+        one("good", -0.03, 0.04, "inconclusive"), one("good", -0.04, 0.04, "passed"),
+        one("good but near", -0.01, 0.04, "rejected", worst=0.8), one("small gain", -0.04, 0.02, "inconclusive"),
+    ])  # fmt: skip
+    assert (found["false_accepts"]["count"], found["false_accepts"]["of"]) == (1, 2)
+    assert (found["false_accepts_any_gain"]["of"], found["false_accepts_beyond"]["of"]) == (3, 1)
+    assert (found["false_rejects_gain3"]["count"], found["false_rejects_gain3"]["of"]) == (1, 2)
+    assert (found["candidates_at_margin"], found["candidates_gain3"]) == (1, 1)

@@ -19,6 +19,8 @@ from benchmarks.lifetime.schedule import PATIENCE, Schedule
 from benchmarks.lifetime.stream import Lesson, Rules, Stream
 from benchmarks.lifetime.world import FORGOTTEN, World, make_world
 from core.errors import ConfigError
+from core.ledger import VerdictRow
+from core.ledger.rows import GateOutcome
 from core.settings import Settings
 from core.settings.updates import Gate
 from updater.gate.suites import load_suites
@@ -143,3 +145,24 @@ def test_what_a_stream_forgets_is_what_committed_chains_of_the_default_recipe_fo
     assert len(courses) == 2
     figures = repeated(courses, reference)
     assert figures["forgotten_per_update"] <= figures["forgotten_without_largest"] == FORGOTTEN
+
+
+def verdict(outcome: GateOutcome) -> VerdictRow:
+    return VerdictRow(update_id="u", adapter="clip-1", outcome=outcome, report_key="", summary={})
+
+
+def test_a_kept_candidate_is_asked_again_and_counts_once() -> None:
+    schedule = Schedule(SETTINGS, waiting=True)
+    early = [schedule.triggered(200) for _ in range(PATIENCE)][-1]
+    assert early is not None and early.next is not None
+    schedule.looked(early, verdict("inconclusive"), tested=True)
+    assert schedule.candidates == 1 and schedule.triggered(early.next - 1) is None
+    second = schedule.triggered(early.next)
+    assert second is not None and second.number == 2
+    schedule.looked(second, verdict("rejected"), tested=True)
+    assert schedule.due is None and schedule.candidates == 1 and schedule.spent == pytest.approx(second.spent)
+    hasty = Schedule(SETTINGS, waiting=False)
+    single = hasty.triggered(10)
+    assert single is not None and single.items == 10 and single.next is None
+    hasty.looked(single, verdict("passed"), tested=True)
+    assert hasty.candidates == 0 and hasty.history == [pytest.approx(single.alpha)]
