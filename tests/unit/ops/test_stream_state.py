@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from fastapi.testclient import TestClient
 
 from core import metrics
 from core.addresses import free_port
@@ -14,12 +12,9 @@ from core.ledger import Ledger
 from core.ledger import rows as t
 from core.metrics import declared
 from core.settings import Settings
-from ops.cli.status import maintenance_line
-from ops.console.app import build_console
 from ops.stream_state import StreamState, stream_state
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
-from tests.support.command_line import ratchet
 from tests.support.samples import put, sample
 
 LOST = {
@@ -104,38 +99,3 @@ def test_deletions_that_wait_are_known_wherever_maintenance_runs(made: Installat
         made.ledger.deletion_done(f"d{number}")
     state = made.state()
     assert (state.deletions, state.oldest_deletion, state.problems()) == (0, timedelta(0), [])
-
-
-def test_the_line_about_maintenance_says_what_is_known() -> None:
-    now = datetime.now(UTC)
-    fails = {"maintenance_known": True, "maintenance_failing": True}
-    for told, line in (
-        ({}, ("maintenance: no metrics here", "dim")),
-        ({"maintenance_known": True}, ("no maintenance yet", "dim")),
-        (fails, ("maintenance fails", "red")),
-        ({"maintained": now}, ("maintained 0 s ago", "")),
-        ({**fails, "maintained": now - timedelta(seconds=90)}, ("maintained 90 s ago, failing since", "red")),
-    ):
-        assert maintenance_line(StreamState(**told)) == line  # type: ignore[arg-type]
-
-
-def test_status_and_the_console_tell_the_same(made: Installation) -> None:
-    put(made.store, [LOST], Position("t", 0, 612))
-    metrics.ingest.waiting("store")
-    metrics.dependency.state("store", "refused")
-    metrics.maintain.ran("done", 1.0)
-    made.request_deletion("d1", timedelta(hours=2))
-    ports = [f"{name}.metrics_port={getattr(made.settings, name).metrics_port}" for name in ("ingest", "maintain")]
-    words = [word for flag in ("serve.port=1", *ports) for word in ("--set", flag)]
-    shown = " ".join(ratchet(made.settings.home, *words, "status", columns=200).output.split())
-    for told in ("512 offsets lost, last: t:0 100..611 (retention)", "ingest waits for the store: refused",
-                 "maintained", "deletions waiting: 1, the oldest for 2.0 h"):  # fmt: skip
-        assert told in shown
-    facts = json.loads(ratchet(made.settings.home, *words, "status", "--json").output)
-    assert (facts["lost"], facts["waiting_for"], facts["gaps"][0]["first"]) == (512, "store", 100)
-    with TestClient(build_console(made.settings), base_url="http://127.0.0.1:8001") as visitor:
-        page = visitor.get("/").text
-    problems = ("t:0 100..611 (retention)", "Ingest waits for the store: refused", "1 deletion is", "512 offsets were")
-    for told in problems:
-        assert told in page
-    assert "Maintenance" not in page.split(), "it runs"

@@ -2,30 +2,24 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from core.errors import ConfigError
-from core.loading import describe, load_settings
-from core.settings import Settings
+from core.loading import load_settings
 from core.settings.updates import Gate
-from ops.cli.config import settings_yaml
-from ops.cli.init_suites import fresh_needed, suite_power
+from ops.cli.init_suites import suite_power
 from ops.cli.main import app
 from serving.engines.clip_base import list_bases
 from streams.publish.folders import read_folder
-from tests.support.pages import ROOT
-from tests.support.tiny import CONFIG, tiny_base
+from tests.support.tiny import tiny_base
 from updater.gate.statistics import items_needed, smallest_difference
 from updater.gate.suites import load_suites
 
@@ -57,12 +51,6 @@ def class_folders(root: Path, each: int = 8) -> Path:
     return root
 
 
-def model_folder(path: Path) -> None:
-    path.mkdir()
-    config = {"model_cfg": CONFIG, "preprocess_cfg": {"size": 32}}
-    (path / "open_clip_config.json").write_text(json.dumps(config))
-
-
 def pictures_of(split: str) -> set[bytes]:
     return {item.bytes() for item in read_folder(Path(".ratchet/data/things"), split=split)}
 
@@ -71,21 +59,6 @@ def made(run: Run, *words: str, data: str = "things") -> Result:
     done = run("init", "--model", "tiny", "--data", data, "--yes", *words)
     assert done.exit_code == 0, done.exception
     return done
-
-
-def test_everything_commented_out_is_the_default_and_what_is_chosen_is_set_and_nothing_else(tmp_path: Path) -> None:
-    text = settings_yaml({})
-    assert yaml.safe_load(text) is None
-    taken_in = yaml.safe_load(re.sub(r"^( *)#(?! )", r"\1", text, flags=re.M))
-    defaults = list(describe(Settings()))
-    assert [row[:2] for row in describe(Settings.model_validate(taken_in))] == [row[:2] for row in defaults]
-    for name, _, _, meaning in defaults:
-        assert f"# {meaning}\n" in text, name
-    chosen = {"home": Path("there"), "serve.port": 9000, "kafka.oauth.scope": "a: b", "gate.suites": [Path("s")]}
-    file = tmp_path / "ratchet.yaml"
-    file.write_text(settings_yaml(chosen))
-    described = describe(load_settings(file, environ={}))
-    assert {name: value for name, value, origin, _ in described if origin != "default"} == chosen
 
 
 def test_a_folder_of_classes_becomes_a_suite_and_a_reference_pool(run: Run) -> None:
@@ -154,41 +127,13 @@ def test_what_a_suite_can_show_is_what_the_gate_needs_turned_round(run: Run) -> 
     assert shown.excludes == pytest.approx(0.0655, abs=0.0005)
     narrow = suite_power(suite.model_copy(update={"margin": 0.05}), gate)
     assert not narrow.enough and "--margin 0.07" in narrow.advice
-    page = (ROOT / "docs" / "quickstart.md").read_text()
-    defaults = suite_power(suite.model_copy(update={"margin": None}), Gate())
-    assert f"it takes {defaults.needed}" in page
-    assert f"ten points shows with {fresh_needed(Gate(detect=0.1))}, one of three with {fresh_needed(Gate())}" in page
-    assert f"400          {100 * smallest_difference(0.25, 400, level):.1f} points" in page
-    assert fresh_needed(Gate(detect=0.2)) < fresh_needed(gate) == 513
-
-
-def test_a_folder_with_a_model_is_registered_from_the_disk(run: Run) -> None:
-    class_folders(Path("things"))
-    model_folder(Path("my-clip"))
-    state = tiny_base(Path("elsewhere"), seed=1).build_model().state_dict()
-    save_file({name: value.contiguous().clone() for name, value in state.items()}, "weights.safetensors")
-    done = run("init", "--model", "my-clip", "--weights", "weights.safetensors", "--data", "things", "--yes")
-    assert done.exit_code == 0, done.exception
-    assert "my-clip" in list_bases(Path(".ratchet"), "clip")
-    assert load_settings(environ={}).base.clip == "my-clip"
-    assert "32 dimensions, images of 32 px" in done.output
 
 
 WRONG: dict[str, tuple[list[str], str, str]] = {
     "no model": ([], "--model is not given", "--yes"),
     "a hub": (["--model", "hf-hub:a/b"], "--model: hf-hub:a/b", "ratchet base add"),
-    "no such model": (["--model", "ViT-B-61"], "--model: 'ViT-B-61' is not a registered base (tiny)", "open_clip"),
-    "no weights": (["--model", "ViT-B-16"], "--weights: ViT-B-16", "--weights"),
-    "a tokenizer of a hub": (["--model", "ViT-B-16-SigLIP", "--weights", "w.safetensors"], "the tokenizer", "folder"),
-    "weights alone": (["--model", "w.safetensors"], "--model: w.safetensors", "--weights w.safetensors"),
-    "weights of a registered one": (["--model", "tiny", "--weights", "w.safetensors"], "--weights", "Leave"),
-    "no weights file": (["--model", "ViT-B-16", "--weights", "no"], "--weights: there is no file no", "safetensors"),
-    "other weights": (["--model", "my-clip", "--weights", "w.safetensors", "--data", "things"], "--weights", "name"),
     "no data": (["--model", "tiny"], "--data: a model of your own", "--labels"),
-    "no folder": (["--model", "tiny", "--data", "none"], "--data: none is not a folder", "Name"),
-    "no pictures": (["--model", "tiny", "--data", "empty"], "--data: empty has no picture", "subfolders"),
     "one class": (["--model", "tiny", "--data", "one"], "--data: the 4 pictures", "captions"),
-    "no labels": (["--model", "tiny", "--labels", "none.csv"], "--labels: none.csv", "columns file"),
     "other columns": (["--model", "tiny", "--labels", "wrong.csv"], "--labels: wrong.csv, line 1", "caption"),
     "broker away": (["--model", "tiny", "--data", "things", "--broker", "127.0.0.1:1"], "--broker", "--offline"),
 }  # fmt: skip
@@ -201,10 +146,7 @@ def test_an_error_names_the_option_and_the_fix_and_nothing_is_written(
     monkeypatch.setattr("ops.cli.init.BROKER_SECONDS", 0.3)
     class_folders(Path("things"), each=4)
     shutil.copytree(class_folders(Path("more")) / "red_thing", "one/red_thing")
-    Path("empty").mkdir()
-    model_folder(Path("my-clip"))
     Path("wrong.csv").write_text("name,number\na,1\n")
-    save_file({}, "w.safetensors")
     error = run("init", *words, *(["--yes"] if words else [])).exception
     assert isinstance(error, ConfigError), error
     assert message in error.message
@@ -240,21 +182,3 @@ def test_a_secret_is_not_written(run: Run) -> None:
         assert "hunter2" not in str(error)
         assert "RATCHET_" in error.fix
         assert not Path("ratchet.yaml").exists()
-
-
-def test_it_asks_on_a_terminal_for_what_is_not_given(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    class_folders(Path("things"))
-    monkeypatch.setattr("ops.cli.init.on_terminal", lambda: True)
-    done = run("init", "--topic", "pairs", input="tiny\nthings\n\nembedded\n")
-    assert done.exit_code == 0, done.output
-    settings = load_settings(environ={})
-    assert (settings.base.clip, settings.kafka.topic, len(settings.gate.suites)) == ("tiny", "pairs", 1)
-
-
-def test_the_shipped_model_needs_nothing_and_values_have_their_types(run: Run) -> None:
-    done = run("init", "--yes")
-    assert done.exit_code == 0, done.exception
-    assert yaml.safe_load(Path("ratchet.yaml").read_text()) is None
-    run("--set", "serve.port=9000", "--set", "gate.detect=0.1", "init", "--yes", "--force")
-    told: dict[str, Any] = yaml.safe_load(Path("ratchet.yaml").read_text())
-    assert told == {"serve": {"port": 9000}, "gate": {"detect": 0.1}}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from core.errors import LedgerError, RatchetError, RecordError, SelectorError, UnknownRecord
+from core.errors import RatchetError, SelectorError, UnknownRecord
 from core.ledger import DeletionRow, Ledger
 from core.settings import Settings
 from ops.cli import context, samples
@@ -45,21 +45,6 @@ def shown(home: Path, *words: str) -> str:
 
 def as_json(home: Path, *words: str) -> Any:
     return json.loads(shown(home, *words, "--json"))
-
-
-def test_a_record_is_traced_by_position_or_id(home: Path) -> None:
-    text = shown(home, "samples", "trace", "t:0:3")
-    for fact in ("t:0:3", "refused", "reason: schema", "field 'x'", "source: cam 7"):
-        assert fact in text
-    [receipt] = as_json(home, "samples", "trace", "--id", IDS[0][:12])
-    assert (receipt["outcome"], receipt["id"], receipt["position"]) == ("stored", IDS[0], "t:0:0")
-    assert "not_read_yet" in shown(home, "samples", "trace", "t:0:4")
-    with pytest.raises(UnknownRecord, match="no record has the id"):
-        shown(home, "samples", "trace", "--id", "f" * 64)
-    with pytest.raises(RecordError, match="topic:partition:offset"):
-        shown(home, "samples", "trace", "t:0")
-    for words in ([], ["t:0:0", "--id", IDS[0]]):
-        assert "give a position, or --id" in shown(home, "samples", "trace", *words)
 
 
 def test_samples_are_listed_counted_and_exported_and_texts_stay_texts(home: Path, tmp_path: Path) -> None:
@@ -177,22 +162,3 @@ def test_waiting_returns_with_the_receipt_when_no_file_has_it(
     assert "done: no file has it" in text and "adapters that learned from it none" in text
     assert "waits for maintenance" in result.stderr and "start `ratchet maintain`" in result.stderr
     assert requested(ledger).state == "done"
-
-
-def test_deletions_are_listed_and_a_receipt_names_adapters_and_times(tmp_path: Path, ledger: Ledger) -> None:
-    ledger.request_deletion("d1", {"source": "\x1b[31mcam [bold]"}, actor="ann", reason="asked to")
-    adapters = {"learned": ["clip-a"], "may_have_replayed": ["clip-b"]}
-    ledger.deletion_removed("d1", samples=2, refusals=1, adapters=adapters, store_version=3)
-    ledger.list_deletions_in("update-7", 3)
-    ledger.request_deletion("d2", {"domain": "x"}, actor="bob", reason="r")
-    listed = shown(tmp_path, "samples", "deletions")
-    assert "d1" in listed and "d2" in listed and "[bold]" in listed and "\x1b" not in listed
-    told = shown(tmp_path, "samples", "deletions", "d1")
-    for fact in ("removed: no reader finds it", "clip-a", "clip-b", "update-7", "asked to", "not yet"):
-        assert fact in told
-    receipt = as_json(tmp_path, "samples", "deletions", "d1")
-    assert (receipt["samples"], receipt["refusals"], receipt["adapters"]) == (2, 1, adapters)
-    assert receipt["first_update_without"] == "update-7" and receipt["done_at"] is None
-    assert [each["id"] for each in as_json(tmp_path, "samples", "deletions")] == ["d2", "d1"]
-    with pytest.raises(LedgerError, match="no deletion"):
-        shown(tmp_path, "samples", "deletions", "d3")
