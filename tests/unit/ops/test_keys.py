@@ -84,6 +84,15 @@ def test_of_two_keys_of_one_name_made_at_once_one_is_made(ledger: Ledger) -> Non
     assert len(ledger.audit_rows()) == 1
 
 
+def test_the_audit_log_is_asked_by_subject_and_by_actor(ledger: Ledger) -> None:
+    for actor, subject in [("ann", "release 1"), ("ann", "release 12"), ("key:ci", "release 1"), ("ann", "releases")]:
+        ledger.audit(actor, "did", subject, {})
+    assert [row.actor for row in ledger.audit_rows(subject="release 1")] == ["key:ci", "ann"]
+    assert len(ledger.audit_rows(subject="release")) == 3
+    assert [row.subject for row in ledger.audit_rows(actor="ann", limit=2)] == ["releases", "release 12"]
+    assert ledger.audit_rows(subject="release_") == ledger.audit_rows(subject="%") == []
+
+
 def test_a_record_is_claimed_once_and_again_after_a_failure_or_by_force(ledger: Ledger) -> None:
     assert ledger.begin_resubmission(PLACE, actor="ann", reason="mended").times == 1
     with pytest.raises(AlreadyResubmitted, match="is being sent again by ann"):
@@ -120,9 +129,12 @@ def test_the_commands_make_list_and_revoke_keys_and_show_the_audit(
     token = run("keys", "create", "page", "-s", "infer", "-s", "publish", "--per-minute", "600")
     assert parse_token(token.removesuffix("\n")) is not None, "it is alone on standard output"
     run("keys", "create", "ops", "--scope", "operate", "--days", "1.5")
+    assert "no limit" in run("keys", "list")
     run("keys", "revoke", "page", "--reason", "in a [red]screenshot")
     valid, everything = run("keys", "list"), run("keys", "list", "--all")
     assert "page" not in valid and "ops" in valid
+    assert (datetime.now(UTC) + timedelta(days=1.5)).strftime("%Y-%m-%d") in valid
+    assert "infer, publish" in everything and "600" in everything and "ann" in everything
     assert token.split("_")[2].strip() not in everything
     shown = run("audit")
     assert "revoke key" in shown and "in a [red]screenshot" in shown and "ann" in shown
