@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,21 +22,18 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from core.errors import ConfigError
-from core.ledger import Family, Ledger
+from core.ledger import Family
 from core.loading import load_settings
 from core.settings import Settings
 from core.settings.section import MIB
 from core.settings.serving import Serve
 from ratchet_client import ServerError
-from serving import app as module
 from serving import start_progress
-from serving.app import build, drain_seconds, encoder_calls, encoder_scale, ingress_scale, vlm_scale
+from serving.app import build, drain_seconds
 from serving.http import ingress
 from serving.http.clip_vectors import ClipVectors
 from serving.http.ingress import SHARED, Ingress, share_of, token_texts
 from serving.http.store_services import DeletionService, QuarantineService
-from serving.messages import IMAGE_COST, IMAGES_PER_REQUEST, PROMPTS_PER_TEXT, TEXTS_PER_REQUEST
-from serving.own_threads import OwnThreads
 from serving.ray import ray_session, replica_process
 from serving.ray.deployment_status import DeploymentStatus
 from serving.ray.ray_session import end_leftovers
@@ -64,25 +60,6 @@ def test_every_replica_that_ends_has_until_the_last_deadline(tmp_path: Path) -> 
     assert {"Ingress", "Encoder", "Catalog", "Controller"} <= seen.keys()
     assert set(seen.values()) == {drain_seconds(settings)}
     assert drain_seconds(settings) > settings.serve.deadline_seconds
-
-
-def test_the_start_says_when_clients_need_keys_or_nobody_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(module, "say", said.append)
-    Ledger.open(Settings(home=tmp_path).ledger).close()  # which a start does first
-
-    def told(host: str, require: str = "auto") -> str:
-        said.clear()
-        module._tell_of_keys(Settings(home=tmp_path, serve={"host": host}, access={"require_keys": require}))
-        return " ".join(said)
-
-    assert told("127.0.0.1") == ""
-    assert "ratchet keys create" in told("0.0.0.0")
-    assert "no key is needed to ask the models on 0.0.0.0" in told("0.0.0.0", "never")
-    ledger = Ledger.open(Settings(home=tmp_path).ledger)
-    ledger.create_key("page", ["infer"], actor="t")
-    ledger.close()
-    assert told("0.0.0.0") == ""
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["and then follows", "or nobody can tell in time"])
@@ -122,25 +99,6 @@ def test_what_all_requests_share_is_divided_and_what_one_may_have_is_not() -> No
     assert (share.body_budget_bytes, share.decode_pixels) == (256 * MIB // 3, 53_333_334)
     crowded = Serve(ingress_replicas=64)
     assert crowded.body_budget_bytes == crowded.max_body_bytes, "the largest body always finds room"
-
-
-@pytest.mark.parametrize(("batch", "pieces"), [(16, 32), (1, 512), (64, 8)])
-def test_no_piece_of_a_request_waits_in_front_of_the_encoders(batch: int, pieces: int) -> None:
-    assert pieces == -(-TEXTS_PER_REQUEST * PROMPTS_PER_TEXT // (batch * IMAGE_COST)) >= IMAGES_PER_REQUEST / batch
-    assert encoder_calls(Serve(queue=10, max_batch=batch)) > 10 * pieces
-
-
-@pytest.mark.parametrize(
-    ("kind", "scale_of", "busy"),
-    [("ingress", ingress_scale, 32), ("encoder", encoder_scale, 48), ("vlm", vlm_scale, 5)],
-)
-def test_the_number_of_processes_is_fixed_or_follows_what_is_in_flight(kind: str, scale_of: Any, busy: int) -> None:
-    bounds = {f"{kind}_replicas": 2, "queue": 256, "max_batch": 24, "vlm_batch": 5}
-    for most in (0, 1, 2):
-        assert scale_of(Serve.model_validate({**bounds, f"{kind}_max_replicas": most})) == {"num_replicas": 2}
-    (scale,) = scale_of(Serve.model_validate({**bounds, f"{kind}_max_replicas": 8})).values()
-    assert (scale["min_replicas"], scale["initial_replicas"], scale["max_replicas"]) == (2, 2, 8)
-    assert scale["target_ongoing_requests"] == busy
 
 
 def test_tokens_put_together_are_the_text(tmp_path: Path) -> None:
@@ -197,18 +155,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().err.split())
-
-
-def test_it_says_when_each_model_answers_and_once_why_it_does_not(capsys: pytest.CaptureFixture[str]) -> None:
-    server = ScriptedServer(clip=["nobody listens.", ""], vlm=[*["it is starting."] * 3, ""])
-    progress = server.progress("clip", "vlm")
-    progress.wait_for("clip", int)
-    words = said(capsys)
-    assert "CLIP after 0 s: nobody listens." in words and "CLIP answers on http://there after" in words
-    assert words.count("it is starting.") == 1
-    while not progress.look():
-        continue
-    assert "the VLM answers on http://there" in said(capsys)
 
 
 def test_a_server_that_says_something_new_is_waited_for_beyond_any_limit(clock: Clock) -> None:
@@ -344,9 +290,3 @@ async def test_no_purpose_waits_for_the_threads_of_others(purpose: str, monkeypa
         await asyncio.wait_for(PURPOSES[purpose](), 60)
     finally:
         over.set()
-
-
-async def test_a_call_sees_the_context_of_its_task() -> None:
-    request: ContextVar[str] = ContextVar("request")
-    request.set("r1")
-    assert await OwnThreads("test").run(request.get) == "r1"

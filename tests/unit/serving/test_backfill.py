@@ -21,10 +21,10 @@ from serving.catalog import catalog as catalog_module
 from serving.catalog.catalog import CLAIM_SECONDS, SpaceClaims
 from serving.catalog.cross_version import CrossVersionVerdicts, rank_across
 from serving.catalog.queries import Hit
-from serving.catalog.space_fill import CHUNK_ROWS, BackfillRate, CorpusIds, Pace, SpaceCoverage
+from serving.catalog.space_fill import CHUNK_ROWS
 from serving.catalog.tables import Tables
 from tests.support.waiting import until
-from tests.unit.serving.catalog_world import ALL, HERE, THERE, Encoder, World, rows, vector
+from tests.unit.serving.catalog_world import ALL, HERE, THERE, Encoder, World, vector
 
 ROWS = 6 * CHUNK_ROWS
 
@@ -33,20 +33,6 @@ def world(folder: Path, encoder: Encoder | None = None) -> World:
     made = World(folder, encoder)
     made.put(100, ROWS)
     return made
-
-
-def test_the_pace_follows_the_replicas_and_gives_way_to_requests() -> None:
-    pace = Pace(8)
-    assert pace.width == 1
-    for _ in range(20):
-        pace.ended(32, 0.4)
-    assert 4 <= pace.width <= 8, "as fast as before: more at once"
-    pace.ended(32, 4.0)
-    pace.ended(32, 4.0)
-    assert pace.width <= 2, "requests came first"
-    for _ in range(100):
-        pace.ended(32, 0.4)
-    assert pace.width == 8
 
 
 async def test_every_row_is_in_every_resident_space_embedded_in_chunks_at_once_and_none_twice(catalog: World) -> None:
@@ -142,32 +128,6 @@ async def test_a_space_is_searched_by_the_incumbents_where_allowed(measured: Any
     verdicts = CrossVersionVerdicts(ledger)
     verdicts.remember([HERE])
     assert await verdicts.read([THERE], {"aaaa"}) == found
-
-
-def test_what_searches_come_upon_is_embedded_first() -> None:
-    ids = CorpusIds()
-    ids.add([row["id"] for row in rows(0, 5)])
-    coverage = SpaceCoverage(ids)
-    assert coverage.take(1).tolist() == [0]
-    coverage.prefer(np.array([3]))
-    assert coverage.take(2).tolist() == [3, 1]
-    coverage.hold(np.array([0, 1, 3]))
-    assert (coverage.rows, coverage.missing, coverage.ratio) == (3, 2, 0.6)
-
-
-def test_the_rate_is_that_of_the_last_minute() -> None:
-    now = [0.0]
-    rate = BackfillRate(lambda: now[0])
-    assert rate.seconds_left(10) is None and rate.seconds_left(0) == 0.0
-    for _ in range(120):
-        now[0] += 1
-        rate.add(80)
-    assert (rate.per_second, rate.seconds_left(800)) == (pytest.approx(80), pytest.approx(10))
-    now[0] += 3600
-    rate.begin()
-    now[0] += 1
-    rate.add(40)
-    assert rate.per_second == pytest.approx(40)
 
 
 def _fill(folder: Path, barrier: Barrier) -> None:

@@ -25,7 +25,7 @@ from serving.http.calls import CatalogCalls, ControllerCalls, VlmCalls
 from serving.http.clip_vectors import EncoderCalls
 from serving.http.errors import ApiError
 from serving.messages import EncodeResult, Refusal
-from serving.ray.deployment_status import DeploymentStatus, cause_of
+from serving.ray.deployment_status import DeploymentStatus
 from serving.ray.replica_calls import Attempts, call_every_replica, call_replica
 from serving.releases.types import HoldCommand, ReleaseCommand, ReleaseResult, ReleaseSnapshot, RollbackCommand
 from tests.support.waiting import until
@@ -313,12 +313,6 @@ async def test_a_long_release_is_waited_for_while_its_controller_answers(monkeyp
     assert await ControllerCalls(handle).change(RELEASE) == OUTCOME
 
 
-TRACEBACK = """A replica failed to start with exception. Retrying 999998 more time(s). Error:
-Traceback (most recent call last):
-  File "/app/serving/replicas/vlm.py", line 60, in _start
-    engine = open_engine(base)
-core.errors.BaseModelError: Base 'tiny-vlm': model.safetensors is missing. Fix: build it again.
-"""
 STARTING = "the VLM is starting."
 RUNNING = DeploymentStatus({"RUNNING": 1}, False, "")
 
@@ -351,11 +345,3 @@ async def test_a_new_process_knows_at_once_that_the_vlm_runs_and_a_serve_that_do
         await vlms.look(seconds)
         assert vlms.start_problem == problem
     hangs.set()
-
-
-def test_the_cause_of_a_start_that_failed_is_its_last_exception() -> None:
-    assert cause_of(TRACEBACK).startswith("core.errors.BaseModelError: Base 'tiny-vlm': model.safetensors is missing")
-    assert cause_of("") == cause_of("Upscaling from 0 to 1 replicas.") == ""
-    assert cause_of("It failed. Error:\nThe actor died unexpectedly before finishing this task.\n\n") == (
-        "The actor died unexpectedly before finishing this task."
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -14,18 +13,12 @@ from typing import Any
 from unittest.mock import AsyncMock, Mock
 
 import pytest
-from PIL import Image
 
 from core.errors import StoreError, StoreUnavailable
-from core.settings import Settings
-from core.settings.serving import Serve
 from serving.catalog import catalog as catalogs
 from serving.catalog.catalog import Catalog, repeat
 from serving.catalog.queries import Hit, as_filters
-from serving.engines.preprocess import Preprocess
-from serving.messages import EncodeResult
 from serving.releases.types import Residency
-from serving.replicas import catalog as catalog_replica
 from serving.replicas.catalog import CatalogReplica
 from streams.store.rows import Position
 from tests.support.disk import holds
@@ -318,26 +311,3 @@ async def test_a_space_that_another_server_released_is_searched_at_once_and_whil
     one = replica(catalog, AsyncMock(return_value=Residency(window, window, ())), monkeypatch)
     (hit,) = await one.search(THERE.image_space, vector(1003), 1, ALL)
     assert hit.text == "text 3"
-
-
-async def test_a_sample_that_ingest_accepted_is_indexed_though_a_request_may_not_be_so_large(
-    tmp_path: Path, catalog: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = Settings(home=tmp_path, serve=Serve(max_image_bytes=1024, max_pixels=100))
-    buffer = io.BytesIO()
-    Image.effect_noise((40, 30), 90).save(buffer, "JPEG", quality=100)
-    assert len(buffer.getvalue()) > settings.serve.max_image_bytes
-    catalog.put(0, 1, image=buffer.getvalue())
-    for name, stand_in in (("begin_replica", Mock()), ("freeze_gc", Mock()), ("wait_for_clip", AsyncMock())):
-        monkeypatch.setattr(catalog_replica, name, stand_in)
-    base = SimpleNamespace(preprocess=Preprocess(size=16))
-    monkeypatch.setattr("serving.engines.clip_base.load_base", lambda *_: base)
-    encode = AsyncMock(return_value=EncodeResult(vector(3)[None], None))
-    encoder: Any = SimpleNamespace(encode_background=SimpleNamespace(remote=encode))
-    one = object.__new__(CatalogReplica)
-    await one.__init__(settings, encoder)  # type: ignore[misc]
-    await one.catalog.adopt([HERE])
-    while await one.catalog.reconciler.step():
-        pass
-    (hit,) = await one.catalog.search(HERE.image_space, vector(3), 1, ALL)
-    assert hit.text == "text 0"

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import lance
 import numpy as np
@@ -352,28 +351,6 @@ async def test_the_memory_of_an_index_decides_how_vectors_are_coded_and_whether_
     assert nearest(tables, 7) == "text 7", "searches are exact"
 
 
-async def test_indexes_are_coded_smaller_when_more_spaces_share_the_memory(tables: Tables) -> None:
-    spaces = ("aaaa", "bbbb", "cccc", "dddd")
-    share = estimated_bytes(ROWS, DIM, 8.0, CODINGS[1]) + 300
-    settings = CatalogSettings(min_recall=0.01, cache_gib=len(spaces) * share / 2**30)
-    alone = maintainer_of(tables, settings)
-    await settle(alone)
-    assert alone.status(SPACE)["coding"] == "16 bits"
-    for space in spaces[1:]:
-        add(tables, 0, ROWS, space=space)
-    together = maintainer_of(tables, settings, *spaces)
-    await settle(together)
-    assert {together.status(space)["coding"] for space in spaces} == {"8 bits"}
-    assert tables.indexes.bytes() <= len(spaces) * share
-
-
-async def test_a_long_text_is_not_kept_in_memory_and_comes_whole(tables: Tables) -> None:
-    add(tables, ROWS, 1, "long " * 1000)
-    await settle(maintainer_of(tables))
-    assert nearest(tables, ROWS) == f"{'long ' * 1000} {ROWS}"
-    assert index_of(tables).columns.bytes < 200 * ROWS
-
-
 async def test_a_space_that_is_dropped_leaves_no_index(
     tables: Tables, maintained: IndexMaintainer, restarted: Callable[[], Tables], tmp_path: Path
 ) -> None:
@@ -381,38 +358,6 @@ async def test_a_space_that_is_dropped_leaves_no_index(
     await settle(maintained)
     assert tables.indexes.usable(SPACE) is None and maintained.status(SPACE)["rows"] == 0
     assert not holds(tmp_path / "index", bytes.fromhex(names(1, 1)[0]))
-
-
-async def test_queries_of_clients_count_for_recall(
-    tables: Tables, maintained: IndexMaintainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    client = vectors(5000, 1)[0]
-    maintained.searched(SPACE, client)
-    before, search = maintained._choose_effort(SPACE, index_of(tables))[1], tables.search_index
-    monkeypatch.setattr(
-        tables, "search_index", lambda *args: ([], []) if np.array_equal(args[3], client) else search(*args)
-    )  # the index finds nothing for it
-    assert maintained._choose_effort(SPACE, index_of(tables))[1] < before
-
-
-async def test_rows_that_come_while_recall_is_measured_do_not_lower_it(
-    tables: Tables, maintained: IndexMaintainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    nearest_of, at = tables.nearest, [ROWS]
-
-    def nearest_and_later(space: str, queries: np.ndarray, *args: Any) -> Any:
-        exact = nearest_of(space, queries, *args)
-        for query in queries[:20]:  # nearer to the query than all but one
-            tables.merge(
-                space, rows_of(at[0], 6), np.stack([query + 0.01 * vectors(at[0] + n, 1)[0] for n in range(6)])
-            )
-            at[0] += 6
-        return exact
-
-    before = maintained._choose_effort(SPACE, index_of(tables))[1]
-    monkeypatch.setattr(tables, "nearest", nearest_and_later)
-    assert maintained._choose_effort(SPACE, index_of(tables))[1] >= before - 0.05
-    assert at[0] > ROWS
 
 
 async def test_an_index_that_cannot_be_changed_is_made_again(

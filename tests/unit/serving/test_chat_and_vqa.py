@@ -443,15 +443,6 @@ async def test_multipart_says_the_same_and_takes_one_file_of_its_name(choices: A
     assert wrong.json()["error"]["code"] == "unknown_field"
 
 
-@settings(deadline=None)
-@given(st.lists(st.floats(max_value=0, min_value=-1e6), min_size=2, max_size=16))
-def test_probabilities_sum_to_one_and_keep_the_order(scores: list[float]) -> None:
-    shares = normalised(scores)
-    assert math.fsum(shares) == pytest.approx(1)
-    assert all(0 <= share <= 1 for share in shares)
-    assert all(shares[a] >= shares[b] for a in range(len(scores)) for b in range(len(scores)) if scores[a] > scores[b])
-
-
 def test_scores_without_a_meaning_are_an_error_and_an_impossible_choice_has_no_probability() -> None:
     assert normalised([-math.inf, -1.0]) == [0.0, 1.0]
     for scores in ([-math.inf, -math.inf], [0.0, math.nan], [math.inf, 0.0]):

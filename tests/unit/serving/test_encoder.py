@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -14,41 +12,18 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-import torch
 
 from core import priority
 from core.artifacts import Artifacts
 from core.errors import ArtifactsUnavailable
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
-from serving.engines.layers import can_pack
 from serving.engines.tokens import BoundedTokenizer, vocabulary
 from serving.messages import EncodeRequest, EncodeResult, Modality
 from serving.releases.types import Prepared
 from serving.replicas import encoder as module
-from serving.replicas.encoder import SHAPES, VARIABLES, EncoderWorker, bound_kernel_caches
+from serving.replicas.encoder import EncoderWorker
 from tests.support.tiny import tiny_adapter, tiny_base
-
-PROGRAM = f"""
-from pathlib import Path
-import torch
-from serving.replicas.encoder import bound_kernel_caches
-from serving.engines.layers import PackedLinear, pack
-
-bound_kernel_caches()
-torch.set_num_threads(1)
-linear = PackedLinear(pack(torch.ones(64, 16)), torch.zeros(64))
-
-def mebibytes_after(shapes):
-    with torch.inference_mode():
-        for rows in shapes:
-            linear(torch.ones(1, rows, 16))
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) // 1024
-
-before = mebibytes_after(range(1, {3 * SHAPES}))
-print(mebibytes_after(range({3 * SHAPES}, {7 * SHAPES})) - before)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -212,28 +187,6 @@ async def test_background_calls_take_turns_chunk_by_chunk(worker: Worker, monkey
         np.testing.assert_allclose(answer.vectors, worker.engine.encode_images(pixels(10, seed)), atol=1e-5)
 
 
-async def test_only_the_thread_of_the_passes_computes_with_several(
-    base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = torch.get_num_threads()
-    threads: dict[str, set[int]] = {"golden": set(), "encode_images": set()}
-    engine: Any = ClipEngine(base)
-    for name, seen in threads.items():
-        method = getattr(engine, name)
-        noting = lambda *given, method=method, seen=seen: seen.add(torch.get_num_threads()) or method(*given)  # noqa: E731
-        monkeypatch.setattr(engine, name, noting)
-    try:
-        torch.set_num_threads(2)
-        worker = Worker(base, tmp_path, engine)
-        name = worker.stored(1)
-        assert not (await worker.prepare(name)).error
-        for adapter in (None, name):
-            await worker.encode_batch([EncodeRequest("image", pixels(1), adapter, soon())])
-    finally:
-        torch.set_num_threads(before)
-    assert threads == {"golden": {1}, "encode_images": {2}}
-
-
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="only Linux has it")
 async def test_a_load_gives_way_while_requests_come_and_not_when_one_waits_for_it_or_it_takes_long(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
@@ -268,18 +221,3 @@ async def test_a_load_gives_way_while_requests_come_and_not_when_one_waits_for_i
     monkeypatch.setattr(module, "PACED_SECONDS", 0.0)
     assert await load(fifth) == [os.SCHED_OTHER] and not rests
     assert len(worker.engine.resident) == 5
-
-
-@pytest.mark.skipif(not (can_pack(torch.float32) and sys.platform == "linux"), reason="needs oneDNN, and /proc")
-def test_a_process_keeps_kernels_for_the_last_shapes_alone() -> None:
-    environ = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environ, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < SHAPES * 0.7 / 2, "of four times as many shapes as are kept"
-
-
-def test_a_bound_that_an_operator_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = VARIABLES
-    monkeypatch.delenv(ours, raising=False)
-    monkeypatch.setenv(theirs, "7")
-    bound_kernel_caches()
-    assert (os.environ[ours], os.environ[theirs]) == (str(SHAPES), "7")

@@ -22,7 +22,6 @@ from serving.http.errors import ApiError
 from serving.http.image_loader import ImageLoader, ImageSource
 from serving.messages import IMAGE_COST, EncodeRequest, EncodeResult, Modality
 from serving.releases.types import ReleaseSnapshot
-from serving.replicas import fair_batches
 from serving.replicas.fair_batches import FairBatches
 from tests.support.in_process_app import AppClient, open_in_process_app
 from tests.support.inputs import pictures
@@ -284,12 +283,6 @@ async def test_requests_behind_a_batch_run_in_turns(
     assert len(made) == len(batches) or len(asked) > 100
 
 
-async def test_while_others_ask_batches_are_as_large_as_the_engine_is_fast(engine: Engine) -> None:
-    engine.queue = FairBatches(engine.run, 4 * MAX_TEXTS, wait_seconds=0.0, turn_seconds=60.0)
-    await asyncio.gather(*(engine.submit(STABLE, 32 * MAX_TEXTS, caller=caller) for caller in ("flood", "good")))
-    assert [sum(part.cost for part in batch) for batch in engine.batches][:4] == [2, 4, 8, 16]
-
-
 async def test_while_others_ask_large_requests_are_encoded_in_parts_and_a_failure_ends_them(engine: Engine) -> None:
     """A batch of one caller's 16 images would take 140 ms, and another caller's image would wait for it."""
 
@@ -367,19 +360,3 @@ async def test_requests_one_at_a_time_do_not_wait_and_after_a_batch_of_several_t
     assert len(engine.batches) == 2
     await asyncio.gather(*tasks, engine.submit(STABLE))  # full: no request waits any longer
     assert len(engine.batches) == 3
-
-
-async def test_a_caller_whose_requests_wait_long_still_asks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another caller's next batch is short, although the requests that it meets are old."""
-    monkeypatch.setattr(fair_batches, "ASKS_SECONDS", 0.05)
-    engine.queue = FairBatches(engine.run, MAX_TEXTS, wait_seconds=0.0, turn_seconds=0.0)
-    first = await engine.busy()
-    flood = [engine.submit(STABLE, MAX_TEXTS, caller="flood") for _ in range(3)]
-    await asyncio.sleep(0)
-    await asyncio.sleep(0.1)
-    good = engine.submit(STABLE, caller="good")
-    await asyncio.sleep(0)
-    engine.go.set()
-    await asyncio.gather(first, good, *flood)
-    assert [part.caller for part in engine.batches[1]] == ["flood", "good"]
-    assert [len(part.payload) for batch in engine.batches[1:] for part in batch] == [1] * 13

@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -290,9 +289,3 @@ def test_rays_own_template_has_the_sections_that_are_corrected() -> None:
     assert "errorfile" not in text
     assert "status 404" not in text
     assert add_limits("global\n", limits) == "global\n"
-
-
-def test_the_launcher_needs_nothing_of_ours(tmp_path: Path) -> None:
-    launcher = write_launcher(tmp_path, Path("/bin/echo"), front_limits(Serve()))
-    assert subprocess.check_output([launcher, "-v"], cwd=tmp_path, env={}, text=True) == "-v\n"
-    assert sys.executable in launcher.read_text()

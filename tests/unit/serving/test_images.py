@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import os
 import random
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,18 +15,16 @@ from unittest.mock import AsyncMock
 import httpx
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from core.settings.serving import Serve
-from ratchet_client.images import OpenedImage, decode_image, open_image
+from ratchet_client.images import OpenedImage, open_image
 from serving.engines.preprocess import Preprocess
 from serving.http.app_state import AppState
 from serving.http.errors import ApiError
-from serving.http.fair_room import LARGE_NICE, SMALL_PIXELS, SMALL_THREADS, DecodeQueue, FairRoom
-from serving.http.image_loader import ImageLoader, ImageSource, decoding_pixels, fetcher_of, fitted, jobs_of
-from serving.messages import IMAGES_PER_REQUEST, MODEL_NICE
+from serving.http.fair_room import SMALL_PIXELS, SMALL_THREADS, DecodeQueue, FairRoom
+from serving.http.image_loader import ImageLoader, ImageSource, decoding_pixels, fetcher_of
+from serving.messages import IMAGES_PER_REQUEST
 from tests.support.waiting import until
 from tests.support.web_server import WebServer, redirect, reply, web_server
 from tests.unit.serving.scripted_vlms import (
@@ -87,20 +83,6 @@ async def test_nothing_is_decoded_of_a_request_that_the_headers_of_its_images_re
         assert caught.value.param == ("images" if told.startswith("^") else "images.1")
 
 
-async def test_many_small_images_are_decoded_in_few_jobs_and_keep_their_order() -> None:
-    images = loader()
-    sides = [(20, 20 + number) for number in range(16)]
-    inspected = await images.inspect([(f"images.{index}", png(*size)) for index, size in enumerate(sides)])
-    assert [len(job) for job in jobs_of(inspected)] == [4, 4, 4, 4]
-    assert [len(job) for job in jobs_of(inspected[:2])] == [1, 1], "each thread has one"
-    large = await images.inspect([("images.0", png(1500, 1400)), *[("images.1", png(9, 9))] * 7])
-    assert [len(job) for job in jobs_of(large)] == [1, 2, 2, 2, 1], "a large image is a job of its own"
-    async with images.decoded(inspected) as together:
-        pass
-    alone = [(await images.pixels([("image", png(*size))]))[0] for size in sides]
-    assert np.array_equal(together, alone)
-
-
 def test_a_progressive_jpeg_counts_once_for_every_ten_scans() -> None:
     whole = jpeg(progressive=True)
     last = whole.rindex(b"\xff\xda")
@@ -108,57 +90,11 @@ def test_a_progressive_jpeg_counts_once_for_every_ten_scans() -> None:
     assert [decoding_pixels(open_image(data), data) for data in (jpeg(), whole, many)] == [600, 600, 600 * 5]
 
 
-async def test_a_jpeg_is_decoded_at_the_scale_that_the_model_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[tuple[int, int]] = []
-    decode = OpenedImage.decode
-
-    def recorded(opened: OpenedImage, *needed: Any) -> Image.Image:
-        image = decode(opened, *needed)
-        sizes.append(image.size)
-        return image
-
-    monkeypatch.setattr(OpenedImage, "decode", recorded)
-    buffer = io.BytesIO()
-    Image.effect_noise((160, 100), 80).save(buffer, "JPEG")
-    assert (await loader().pixels([("image", buffer.getvalue())])).shape == (1, 16, 16, 3)
-    assert [picture.shape for picture in await pictures(loader(), [("image", buffer.getvalue())])] == [(100, 160, 3)]
-    assert sizes == [(40, 25), (160, 100)]
-
-
 async def test_a_sample_that_ingest_accepted_has_a_png_as_its_thumbnail_however_large_it_is() -> None:
     data = await loader(max_image_bytes=1024, max_pixels=100).thumbnail(jpeg(), 20)
     assert len(jpeg()) > 1024
     with Image.open(io.BytesIO(data)) as image:
         assert (image.format, image.size) == ("PNG", (20, 13))
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
-def test_large_transparent_images_are_those_of_their_parts(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    noise = np.random.default_rng(1).integers(0, 256, (50, 40, 4), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).convert(mode).save(buffer, "PNG", **({"transparency": 7} if mode in "PL" else {}))
-    whole = np.asarray(decode_image(buffer.getvalue()))
-    monkeypatch.setattr("ratchet_client.images.BAND_PIXELS", 130)
-    assert (np.asarray(decode_image(buffer.getvalue())) == whole).all()
-    with Image.open(buffer) as opened:
-        rgba = opened.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-    assert (whole == np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))).all()
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 50_000), st.integers(1, 200))
-def test_a_fitted_image_keeps_its_bounds_and_its_shape(width: int, height: int, most: int, longest: int) -> None:
-    made = fitted(Image.new("RGB", (width, height)), most, longest)
-    high, wide, channels = made.shape
-    assert channels == 3 and made.dtype == np.uint8
-    assert 1 <= max(wide, high) <= longest
-    assert wide * high <= most or min(wide, high) == 1
-    if max(width, height) <= longest and width * height <= most:
-        assert (wide, high) == (width, height)
-    else:
-        scale = max(wide, high) / max(width, height)
-        assert abs(wide - width * scale) <= 1 and abs(high - height * scale) <= 1
 
 
 async def test_data_uris_and_uploads_are_the_same_pixels_in_their_order() -> None:
@@ -274,42 +210,9 @@ async def test_pixels_that_wait_are_bounded_for_all_and_for_one_and_only_picture
     assert images.queue.pixels == 0
 
 
-async def _hold(
-    queue: DecodeQueue, caller: str, pixels: int, done: asyncio.Event, held: list[str] | None = None
-) -> None:
+async def _hold(queue: DecodeQueue, caller: str, pixels: int, done: asyncio.Event) -> None:
     async with queue.reserved(caller, pixels):
-        held = [] if held is None else held
-        held.append(caller)
-        try:
-            await done.wait()
-        finally:
-            held.remove(caller)
-
-
-async def test_a_request_that_is_scaled_down_makes_room_for_the_next() -> None:
-    queue, done, held = DecodeQueue(400, 1.0), asyncio.Event(), list[str]()
-    async with queue.reserved("a", 100) as keep:
-        next_one = asyncio.create_task(_hold(queue, "b", 100, done, held))
-        await asyncio.sleep(0.01)
-        assert not held
-        keep(10)
-        await asyncio.sleep(0.01)
-        assert held == ["b"]
-    done.set()
-    await next_one
-    assert queue.pixels == 0
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own elsewhere")
-async def test_images_are_decoded_at_the_priority_of_the_models_and_large_ones_at_a_lower_one() -> None:
-    queue = DecodeQueue(10**9, 1.0)
-
-    def nice() -> int:
-        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-    mine = nice()
-    assert await queue.run("a", 1, nice) == max(mine, MODEL_NICE)
-    assert await queue.run("a", LARGE, nice) == min(19, max(mine, LARGE_NICE))
+        await done.wait()
 
 
 @pytest.fixture

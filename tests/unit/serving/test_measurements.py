@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,20 +17,15 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from prometheus_client import REGISTRY
 
-from core import request_context, tracing
-from core.errors import ConfigError
+from core import tracing
 from core.ledger import Family, Ledger
-from core.settings import Settings
 from core.settings.serving import Serve
-from core.settings.watching import Traces, Watch
+from core.settings.watching import Watch
 from serving.catalog.watch import Moments, Watcher, frechet_distance, mean_shift
 from serving.engines.preprocess import Preprocess
 from serving.http.image_loader import ImageLoader
-from serving.messages import EncodeRequest, EncodeResult
-from serving.ray.ray_session import tracing_environment
 from serving.releases.controller import tell_of_live
-from serving.replicas.fair_batches import FairBatches
-from tests.unit.serving.catalog_world import HERE, THERE, World
+from tests.unit.serving.catalog_world import HERE, World
 from tests.unit.serving.scripted_vlms import ScriptedVlms, about_image, app_state, client, png
 
 DIM = 64
@@ -63,22 +55,6 @@ async def test_samples_of_another_kind_are_drift_for_a_while(catalog: World, mon
     few, calm, still_calm, drifted, settled = shifts
     assert few == (before or 0.0), "few samples say nothing"
     assert 2 * max(calm, still_calm, settled) < drifted
-
-
-async def test_windows_are_read_anew_in_the_space_that_is_live(catalog: World) -> None:
-    catalog.put(0, 60)
-    await catalog.adopt([HERE])
-    await catalog.settle()
-    watcher = Watcher(catalog, SMALL)
-    await watcher.measure()
-    assert value("catalog_fragments") == catalog.tables.fragments(HERE.image_space) > 0
-    before = value("drift_frechet_distance", space="image")
-    await watcher.measure()
-    assert value("drift_frechet_distance", space="image") == before  # nothing new, nothing measured
-    await catalog.adopt([THERE, HERE])
-    await catalog.settle()
-    await watcher.measure()
-    assert value("drift_frechet_distance", space="image") != before
 
 
 def windows(shift: float = 0.0, scale: float = 1.0, seed: int = 0) -> tuple[Moments, Moments]:
@@ -196,30 +172,6 @@ async def test_a_chat_with_an_image_has_its_intake_in_the_trace_of_its_client(sp
     }  # fmt: skip
 
 
-async def test_requests_of_one_batch_have_each_their_own_queue_and_forward(spans: InMemorySpanExporter) -> None:
-    async def run(requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
-        return [EncodeResult(np.zeros((1, 2), np.float32), each.adapter) for each in requests]
-
-    batches = FairBatches(run, 64, 0.0)
-
-    async def one(trace_id: str) -> None:
-        with traced(trace_id):
-            token = request_context.begin(trace_id[:4])
-            request_context.note("clip-a")
-            await batches.submit(EncodeRequest("text", [[1]], "clip-a", float("inf")))
-            request_context.end(token)
-
-    others = ["1" * 32, "2" * 32, "3" * 32]
-    await asyncio.gather(*map(one, others))
-    finished = spans.get_finished_spans()
-    told = [(name, each, PARENT) for name in ("forward", "queue") for each in others]
-    assert sorted((span.name, *ids(span)) for span in finished) == told
-    for span in finished:
-        attributes = dict(span.attributes or {})
-        assert attributes["ratchet.adapter"] == "clip-a" and attributes["ratchet.request_id"] == ids(span)[0][:4]
-        assert span.name == "queue" or attributes["requests"] == 3
-
-
 async def test_a_request_that_is_not_sampled_has_no_spans_and_none_begins_a_trace(spans: InMemorySpanExporter) -> None:
     loader = ImageLoader(Preprocess(size=16), Serve())
     with traced(sampled=False):
@@ -227,31 +179,3 @@ async def test_a_request_that_is_not_sampled_has_no_spans_and_none_begins_a_trac
         tracing.record("queue", 0.0, 1.0)
     await loader.pixels([("image", png())])
     assert spans.get_finished_spans() == ()
-
-
-def test_where_it_is_off_nothing_of_opentelemetry_is_imported() -> None:
-    program = (
-        "import sys; from core.tracing import span, record\n"
-        "with span('a', b=1): record('c', 0, 1)\n"
-        "assert not any(name.startswith('opentelemetry') for name in sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
-
-
-def test_ray_serve_is_told_in_the_words_that_it_reads() -> None:
-    from ray._common.utils import import_attr
-    from ray.serve._private import constants, tracing_utils
-
-    settings = Settings(traces={"endpoint": "http://collector:4318/v1/traces", "share": 0.25})
-    environment = tracing_environment(settings.traces)
-    assert environment["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"] == "http://collector:4318/v1/traces"
-    rays = [name for name in environment if name.startswith("RAY_")]
-    assert len(rays) == 2 and all(hasattr(constants, name) for name in rays)
-    tracing_utils._validate_tracing_exporter(import_attr(environment["RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"]))
-
-
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http", None)
-    with pytest.raises(ConfigError, match=r"traces\.endpoint") as caught:
-        tracing_environment(Traces(endpoint="http://collector:4318/v1/traces"))
-    assert "ratchet-server[traces]" in caught.value.fix

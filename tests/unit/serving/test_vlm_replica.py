@@ -267,17 +267,6 @@ async def test_a_busy_replica_is_healthy_and_says_that_it_is_busy_until_its_engi
     waiting.cancel()
 
 
-async def test_status_counts_what_waits_for_a_place_in_the_batch(worker: VlmWorker, engine: MemoryVlm) -> None:
-    engine.gate = asyncio.Event()
-    asked = [asyncio.create_task(ask(worker, None)) for _ in range(5)]
-    await until(lambda: engine.running() == 5)
-    told = await worker.status()
-    assert (told["running"], told["waiting"], told["engine"], told["base"]) == (5, 3, "transformers", "memory")
-    engine.gate.set()
-    await asyncio.gather(*asked)
-    assert (await worker.status())["running"] == 0
-
-
 async def test_what_is_ready_at_the_same_moment_travels_as_one_chunk() -> None:
     async def source() -> object:
         for index in range(6):

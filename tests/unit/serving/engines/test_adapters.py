@@ -216,16 +216,6 @@ def test_transformer_layers_merge_as_in_peft(base: ClipBase, folder: Path, confi
         assert np.abs(plain[tower] - theirs[tower]).max() > 1e-2
 
 
-def test_lora_targets_reach_the_layers_that_can_learn(base: ClipBase) -> None:
-    for tower, other in (("image", "text"), ("text", "image")):
-        wrapped, _ = _with_random_lora(base, target_modules=base.lora_targets[tower])
-        names = [n.removeprefix("base_model.model.") for n, p in wrapped.named_parameters() if p.requires_grad]
-        assert names, tower
-        assert {n.startswith("visual.") for n in names} == {tower == "image"}, other
-        kinds = {n.split(".lora_")[0].rsplit(".", 1)[-1] for n in names}
-        assert kinds == {"attn", "out_proj", "c_fc", "c_proj"}
-
-
 def parameters(base: ClipBase) -> Tensors:
     return {name: parameter.detach() for name, parameter in base.build_model().named_parameters()}
 

@@ -1,13 +1,9 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import random
 import shutil
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,15 +18,13 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from torch import nn
 
 from core.errors import BaseModelError
 from ratchet_client.images import decode_image, open_image
 from serving.engines import tokens
 from serving.engines.clip_base import ClipBase, base_directory, list_bases, load_base, save_base
-from serving.engines.layers import SkipInit
 from serving.engines.preprocess import Preprocess, ResizeMode
-from serving.engines.tokens import CLEAN, BoundedTokenizer, make_tokenizer, merge, pad_rows, vocabulary
+from serving.engines.tokens import CLEAN, BoundedTokenizer, merge, vocabulary
 from tests.support.tiny import CONFIG, tiny_base
 
 
@@ -79,29 +73,6 @@ def test_pixels_are_those_of_open_clip(mode: Any, interpolation: Any) -> None:
         torch.testing.assert_close(ours.normalise(ours.pixels(image)[None])[0], theirs, rtol=0, atol=1e-5)
 
 
-def test_what_only_prepares_images_does_not_import_open_clip(base: ClipBase) -> None:
-    code = f"""
-import sys
-from pathlib import Path
-from typing import Any
-import serving.replicas.catalog, serving.http.ingress
-from serving.engines.clip_base import load_base
-load_base(Path({str(base.directory.parents[1])!r}), {base.name!r})
-assert not {{"open_clip", "transformers", "torchvision"}} & sys.modules.keys()
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_preprocessing_survives_json() -> None:
-    one = Preprocess(size=48, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3), interpolation="bilinear")
-    assert Preprocess.from_json(json.loads(json.dumps(one.to_json()))) == one
-    assert Preprocess.from_json({"size": [48, 48], "mode": "RGB"}).size == 48
-    with pytest.raises(BaseModelError, match="square"):
-        Preprocess.from_json({"size": [48, 32]})
-    with pytest.raises(BaseModelError, match="size"):
-        Preprocess(size=0)
-
-
 def test_a_space_is_weights_preprocessing_and_dimension(base: ClipBase) -> None:
     def changed(**changes: Any) -> tuple[bool, bool]:
         found = replace(base, **changes).spaces
@@ -111,17 +82,6 @@ def test_a_space_is_weights_preprocessing_and_dimension(base: ClipBase) -> None:
     assert changed(context_length=8) == (False, True)
     assert changed(dim=33) == (True, True)
     assert changed(tensors=base.tensors | {"logit_scale": "0" * 64}) == (False, False), "it scales logits, no vectors"
-
-
-def test_other_threads_and_later_models_draw_theirs() -> None:
-    drawn = []
-    with SkipInit():
-        thread = threading.Thread(target=lambda: drawn.append(nn.Linear(64, 64).weight))
-        thread.start()
-        thread.join()
-    drawn.append(nn.Linear(64, 64).weight)
-    for weight in drawn:
-        assert 0 < float(weight.abs().max()) <= 1 / 8  # kaiming_uniform_ of 64 inputs
 
 
 def photo(width: int, height: int, kind: str = "JPEG", **options: object) -> bytes:
@@ -225,11 +185,6 @@ def test_it_knows_which_texts_it_cut_and_does_not_encode_what_is_cut_off(monkeyp
     assert len(words) == 6
 
 
-def test_options_that_are_not_served_are_named() -> None:
-    with pytest.raises(BaseModelError, match="reduction_mask"):
-        make_tokenizer({"kind": "simple", "kwargs": {"reduction_mask": "simple"}}, Path(), CONTEXT)
-
-
 class CountingRanks(dict[tuple[str, str], int]):
     """Ranks that count their look-ups."""
 
@@ -254,21 +209,3 @@ def test_the_cache_is_bounded_in_words_and_in_their_length(monkeypatch: pytest.M
     tokenizer([f"word{chr(97 + i)}{chr(97 + j)}" for i in range(10) for j in range(10)])
     tokenizer(["x" * 1000])
     assert tokenizer._cached.cache_info().currsize == 10
-
-
-@pytest.mark.parametrize("mode", [None, "slow"])
-def test_a_pad_token_that_texts_have_too_is_counted_where_a_text_has_it(tmp_path: Path, mode: str | None) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    plain = Tokenizer(models.WordLevel({"<end>": 0, "a": 1, "cat": 2, "?": 3}, unk_token="?"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    plain.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)])
-    saved = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>", pad_token="<end>")
-    saved.save_pretrained(tmp_path / "text")
-    kwargs = {"strip_sep_token": False} if mode else {}
-    config = {"kind": "hf", "directory": "text", "trim": False, "mode": None, "kwargs": kwargs}
-    tokenizer = make_tokenizer(config, tmp_path, 6)
-    assert tokenizer(["a cat", "a"]).tolist() == [[1, 2, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
-    assert tokenizer.rows(["a cat", "a", "a cat " * 9]) == [[1, 2, 0], [1, 0], [1, 2, 1, 2, 1, 0]]
-    assert pad_rows(tokenizer.rows(["a cat", "a"]), 6, tokenizer.pad_id).tolist() == tokenizer(["a cat", "a"]).tolist()

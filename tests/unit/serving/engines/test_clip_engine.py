@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from core.errors import AdapterError, ConfigError
+from core.errors import AdapterError
 from serving.engines import lora, torch_backend
 from serving.engines.adapters import read_adapter
 from serving.engines.backends import EngineChoice, golden_pixels
@@ -23,8 +22,7 @@ from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, save_base
 from serving.engines.layers import PackedLinear, can_pack, pack
 from serving.engines.preprocess import Preprocess
-from serving.engines.torch_backend import ConvertedWeights, TorchBackend
-from serving.engines.towers import TextWidths, encode_image, encode_text
+from serving.engines.towers import encode_image, encode_text
 from tests.support.tiny import CONFIG, tiny_adapter, tiny_base
 
 HALF = [EngineChoice("torch", "bfloat16"), EngineChoice("torch", "float16")]
@@ -181,37 +179,6 @@ def test_half_precision_gives_the_vectors_of_float32_within_its_rounding_and_the
     assert not np.array_equal(half.encode_images(PIXELS, second), expected[1])
 
 
-def test_a_convolutional_tower_stays_float32_on_a_processor_and_texts_are_halved() -> None:
-    class Clip(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.visual = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(3)))
-            self.text = nn.Sequential(nn.Embedding(4, 16), nn.Linear(16, 16))
-
-        def encode_image(self, batch: torch.Tensor) -> torch.Tensor:
-            return torch.as_tensor(self.visual(batch).flatten(1))
-
-    model = Clip().eval()
-    towers = TorchBackend(model, Preprocess(size=8), torch.device("cpu"), "bfloat16").towers({})
-    shell = towers._passes.module
-    assert {parameter.dtype for parameter in shell.get_submodule("visual").parameters()} == {torch.float32}
-    assert shell.get_submodule("text.0").weight.dtype == torch.bfloat16
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-
-
-def test_a_weight_of_the_base_is_converted_once() -> None:
-    weights = ConvertedWeights(torch.bfloat16, torch.device("cpu"))
-    weight, unused, other = torch.zeros(4, 4), torch.zeros(4, 4), torch.ones(4, 4)
-    assert weights.take(weight) is weights.take(weight)
-    assert weights.convert_like(unused, other) == {}
-    own = weights.convert_like(weight, other)
-    assert own.keys() == {"plain"}
-    replaced = weights.replaced({weight: own})
-    assert replaced.take(weight) is own["plain"]
-    assert replaced.take(unused).dtype == torch.bfloat16
-    assert weights.take(weight).sum() == 0
-
-
 def test_batches_of_any_size_run_on_a_few_fixed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     captured: list[tuple[int, ...]] = []
 
@@ -232,12 +199,6 @@ def test_batches_of_any_size_run_on_a_few_fixed_ones(monkeypatch: pytest.MonkeyP
         batch = torch.arange(count * 5).reshape(count, 5)
         assert torch.equal(tower(batch), batch.float() * 2)
     assert captured == [(4, 5), (1, 5), (8, 5)]
-
-
-def test_onnx_that_is_not_installed_is_named(base: ClipBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ConfigError, match="ONNX Runtime is not installed"):
-        ClipEngine(base, "cpu", choice=EngineChoice("onnx"))
 
 
 Changes = dict[str, Any]
@@ -349,19 +310,3 @@ def test_a_tower_that_sees_its_padding_gets_full_length(tmp_path: Path, text: Ch
     with torch.inference_mode():
         whole = engine.model().encode_text(engine.tokenizer(LENGTHS), normalize=True)  # type: ignore[operator]
     np.testing.assert_allclose(engine.encode_texts(LENGTHS), np.asarray(whole), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("widths", "lengths", "most", "passes"),
-    [
-        (TextWidths(77, True, bucket=8), [10, 70, 12, 9, 20, 77], 64, [(24, [3, 0, 2, 4]), (77, [1, 5])]),
-        (TextWidths(77, True), [9] * 7, 3, [(9, [0, 1, 2]), (9, [3, 4, 5]), (9, [6])]),
-        (TextWidths(77, False), [9, 70], 64, [(77, [0, 1])]),
-        (TextWidths(77, True), [], 64, []),
-    ],
-    ids=["short texts do not pay for long ones", "rows of a pass", "full length", "nothing"],
-)
-def test_texts_of_about_one_length_share_a_pass(
-    widths: TextWidths, lengths: list[int], most: int, passes: list[tuple[int, list[int]]]
-) -> None:
-    assert list(widths.passes(lengths, most)) == passes

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import math
 import queue
 import random
@@ -91,21 +90,6 @@ def test_what_is_out_of_range_is_refused_by_its_name(field: str, value: float) -
 def test_a_low_temperature_is_raised_and_zero_is_greedy(asked: float, temperature: float, top_p: float) -> None:
     request = GenerationRequest(MESSAGES, temperature=asked, top_p=0.5)
     assert (request.temperature, request.top_p) == (temperature, top_p)
-
-
-@settings(max_examples=300, deadline=None)
-@given(PARAMETERS)
-def test_vllm_clamps_alike(parameters: dict[str, Any]) -> None:
-    pytest.importorskip("vllm")
-    from serving.engines.vlm.vllm_engine import sampling
-
-    try:
-        request = GenerationRequest(MESSAGES, **parameters)
-    except InvalidRequest:
-        return
-    theirs = sampling(request, every=True)
-    assert (theirs.temperature, theirs.top_p) == (request.temperature, request.top_p)
-    assert (theirs.max_tokens, theirs.seed) == (request.max_tokens, request.seed)
 
 
 def test_the_smallest_share_leaves_the_likeliest_token() -> None:
@@ -350,28 +334,3 @@ async def test_requests_whose_callers_went_away_leave_the_queue(base: VlmBase) -
         go.set()
         await asyncio.gather(*tasks, return_exceptions=True)
         await engine.close()
-
-
-async def test_a_scoring_whose_caller_went_away_is_not_computed_or_held(worker: Worker, model: Any) -> None:
-    busy, go, passes = threading.Event(), threading.Event(), list[None]()
-
-    def stand_still(*_: Any) -> None:
-        passes.append(None)
-        busy.set()
-        assert go.wait(120)
-
-    model.hook(stand_still)
-    first = asyncio.ensure_future(worker.score(model, request("red?"), ["a"]))
-    await asyncio.to_thread(busy.wait, 60)
-    left = request("blue?")
-    gone = asyncio.ensure_future(worker.score(model, left, ["a"]))
-    await asyncio.sleep(0)
-    gone.cancel()
-    await asyncio.gather(gone, return_exceptions=True)
-    del gone
-    held = [each for each in gc.get_referrers(left) if isinstance(each, (list, tuple))]
-    go.set()
-    assert held == [], "its images"
-    assert len(await first) == 1
-    assert len(await worker.score(model, request("red?"), ["a"])) == 1
-    assert len(passes) == 2
