@@ -21,7 +21,7 @@ from serving.catalog import catalog as catalog_module
 from serving.catalog.catalog import CLAIM_SECONDS, SpaceClaims
 from serving.catalog.cross_version import CrossVersionVerdicts, rank_across
 from serving.catalog.queries import Hit
-from serving.catalog.space_fill import CHUNK_ROWS
+from serving.catalog.space_fill import CHUNK_ROWS, Pace
 from serving.catalog.tables import Tables
 from tests.support.waiting import until
 from tests.unit.serving.catalog_world import ALL, HERE, THERE, Encoder, World, vector
@@ -229,3 +229,17 @@ def test_a_claim_that_is_not_renewed_is_over_and_removed(tmp_path: Path) -> None
     now[0] = 2 * CLAIM_SECONDS + 1
     assert ours.claimed_by_others(["aaaa"]) == set()
     assert list((tmp_path / "claims").iterdir()) == []
+
+
+def test_the_pace_follows_the_replicas_and_gives_way_to_requests() -> None:
+    pace = Pace(8)
+    assert pace.width == 1
+    for _ in range(20):
+        pace.ended(32, 0.4)
+    assert 4 <= pace.width <= 8, "as fast as before: more at once"
+    pace.ended(32, 4.0)
+    pace.ended(32, 4.0)
+    assert pace.width <= 2, "requests came first"
+    for _ in range(100):
+        pace.ended(32, 0.4)
+    assert pace.width == 8

@@ -24,7 +24,7 @@ from ratchet_client.images import decode_image, open_image
 from serving.engines import tokens
 from serving.engines.clip_base import ClipBase, base_directory, list_bases, load_base, save_base
 from serving.engines.preprocess import Preprocess, ResizeMode
-from serving.engines.tokens import CLEAN, BoundedTokenizer, merge, vocabulary
+from serving.engines.tokens import CLEAN, BoundedTokenizer, make_tokenizer, merge, pad_rows, vocabulary
 from tests.support.tiny import CONFIG, tiny_base
 
 
@@ -209,3 +209,21 @@ def test_the_cache_is_bounded_in_words_and_in_their_length(monkeypatch: pytest.M
     tokenizer([f"word{chr(97 + i)}{chr(97 + j)}" for i in range(10) for j in range(10)])
     tokenizer(["x" * 1000])
     assert tokenizer._cached.cache_info().currsize == 10
+
+
+@pytest.mark.parametrize("mode", [None, "slow"])
+def test_a_pad_token_that_texts_have_too_is_counted_where_a_text_has_it(tmp_path: Path, mode: str | None) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    plain = Tokenizer(models.WordLevel({"<end>": 0, "a": 1, "cat": 2, "?": 3}, unk_token="?"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    plain.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)])
+    saved = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>", pad_token="<end>")
+    saved.save_pretrained(tmp_path / "text")
+    kwargs = {"strip_sep_token": False} if mode else {}
+    config = {"kind": "hf", "directory": "text", "trim": False, "mode": None, "kwargs": kwargs}
+    tokenizer = make_tokenizer(config, tmp_path, 6)
+    assert tokenizer(["a cat", "a"]).tolist() == [[1, 2, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
+    assert tokenizer.rows(["a cat", "a", "a cat " * 9]) == [[1, 2, 0], [1, 0], [1, 2, 1, 2, 1, 0]]
+    assert pad_rows(tokenizer.rows(["a cat", "a"]), 6, tokenizer.pad_id).tolist() == tokenizer(["a cat", "a"]).tolist()

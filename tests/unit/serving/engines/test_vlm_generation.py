@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import queue
 import random
@@ -334,3 +335,28 @@ async def test_requests_whose_callers_went_away_leave_the_queue(base: VlmBase) -
         go.set()
         await asyncio.gather(*tasks, return_exceptions=True)
         await engine.close()
+
+
+async def test_a_scoring_whose_caller_went_away_is_not_computed_or_held(worker: Worker, model: Any) -> None:
+    busy, go, passes = threading.Event(), threading.Event(), list[None]()
+
+    def stand_still(*_: Any) -> None:
+        passes.append(None)
+        busy.set()
+        assert go.wait(120)
+
+    model.hook(stand_still)
+    first = asyncio.ensure_future(worker.score(model, request("red?"), ["a"]))
+    await asyncio.to_thread(busy.wait, 60)
+    left = request("blue?")
+    gone = asyncio.ensure_future(worker.score(model, left, ["a"]))
+    await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.gather(gone, return_exceptions=True)
+    del gone
+    held = [each for each in gc.get_referrers(left) if isinstance(each, (list, tuple))]
+    go.set()
+    assert held == [], "its images"
+    assert len(await first) == 1
+    assert len(await worker.score(model, request("red?"), ["a"])) == 1
+    assert len(passes) == 2
