@@ -14,11 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 from ops.alerts import FOLDER, rule_files, rule_groups
-from ops.cli.main import app
-from tests.support.pages import ROOT
 
 FILES = sorted(Path(__file__).parent.glob("*.yaml"))
 SUMMARIES: dict[str, str] = {
@@ -82,14 +79,3 @@ def test_the_cases_show_each_alert_firing_and_silent() -> None:
     told = [check for file in FILES for test in cases_of(file)["tests"] for check in test["alert_rule_test"]]
     shown = {(check["alertname"], "exp_alerts" in check) for check in told}
     assert shown == {(alert, fires) for alert in SUMMARIES for fires in (True, False)}
-
-
-def test_the_printed_configuration_and_rules_are_valid(tmp_path: Path) -> None:
-    for words, file in ((["prometheus", "--alertmanager", "127.0.0.1:9093"], "prometheus.yml"), (["rules"], "all.yml")):
-        (tmp_path / file).write_text(CliRunner().invoke(app, ["metrics", *words]).stdout)
-    promtool("check", "config", tmp_path / "prometheus.yml")
-    promtool("check", "rules", tmp_path / "all.yml")
-
-
-def test_the_example_of_a_configuration_is_valid() -> None:
-    promtool("check", "config", ROOT / "examples" / "grafana" / "prometheus.yml")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, Route, expect
+from playwright.sync_api import Page, expect
 
 from core.addresses import free_port
 from ops.console import public
@@ -130,50 +130,6 @@ def test_an_operator_rolls_back_and_the_log_says_who_and_why(ana: Page, place: P
     expect(ana.get_by_role("table")).to_contain_text(row.actor)
 
 
-def test_an_adapter_is_released_with_the_keyboard_alone(ana: Page, place: Place) -> None:
-    name = place.server.adapter()
-    ana.goto("/releases")
-    keys = ana.keyboard
-    keys.press("Tab")
-    expect(ana.locator(":focus")).to_have_text("Skip to the content")
-    keys.press("Enter")
-    for _ in range(2):
-        keys.press("Tab")
-    expect(ana.locator(":focus")).to_have_text("Release an adapter…")
-    keys.press("Space")
-    ana.locator("#dialog[open]").wait_for()
-    picker = ana.get_by_role("dialog").get_by_label("CLIP")
-    expect(picker).to_be_focused()
-    for value in ("base", name):  # the choices after "stays as it is": the newest adapter comes first
-        keys.press("ArrowDown")
-        expect(picker.locator("option[selected]")).to_have_attribute("value", value)
-    said(ana, f"to {name}")
-    for _ in range(3):
-        keys.press("Tab")
-    expect(ana.get_by_label("Reason")).to_be_focused()
-    keys.type("right after all")
-    keys.press("Tab")
-    expect(ana.locator(":focus")).to_have_text("Release now")
-    keys.press("Enter")
-    said(ana, "is live everywhere")
-    row = place.server.ledger.live()
-    assert row is not None and (row.clip, row.reason) == (name, "right after all")
-
-
-def test_two_picks_in_one_breath_both_count_while_the_first_is_still_being_looked_up(ana: Page, place: Place) -> None:
-    name = place.server.adapter()
-    ana.goto("/releases")
-    slow: list[Route] = []
-    ana.route("**/releases/release?*", lambda route: route.continue_() if slow else slow.append(route))
-    open_dialog(ana, "Release an adapter…")
-    dialog = ana.get_by_role("dialog")
-    dialog.get_by_label("CLIP").select_option(name)
-    dialog.get_by_label("Whom it answers").select_option("canary")
-    expect(dialog.get_by_label("Percent of the requests")).to_have_value("10")
-    said(ana, f"to {name}")
-    assert len(slow) == 1, "the first pick was never asked for"
-
-
 def test_of_two_operators_the_second_is_told_and_changes_nothing(ana: Page, place: Place) -> None:
     releases(place, 1)
     ana.goto("/releases")
@@ -186,20 +142,6 @@ def test_of_two_operators_the_second_is_told_and_changes_nothing(ana: Page, plac
     assert place.live == made["number"]
     ana.get_by_role("dialog").get_by_role("button", name="Decide again").click()
     said(ana, f"Release {made['number'] + 1} is made.")
-
-
-def test_two_releases_answer_side_by_side(visitor: Page, place: Place) -> None:
-    releases(place, 2)
-    visitor.goto("/compare")
-    visitor.get_by_label("Words", exact=True).fill("a red circle")
-    visitor.get_by_role("button", name="Ask both").click()
-    sides = visitor.locator("#compared .card")
-    expect(sides).to_have_count(2)
-    numbers = [int(re.findall(r"Release (\d+)", side)[0]) for side in sides.all_inner_texts()]
-    assert numbers == [place.live - 1, place.live]
-    for side in (sides.first, sides.last):
-        for words in ("How well they fit", "Which word fits", "Pictures for", "what is this?"):
-            expect(side).to_contain_text(words)
 
 
 def test_a_first_visitor_finds_sorts_and_asks(visitor: Page, place: Place, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ home with a tiny CLIP and a tiny VLM.
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from core.artifacts import Artifacts
 from core.digests import digest_bytes
@@ -21,7 +19,6 @@ from core.errors import AdapterError, GateError
 from core.ledger import Family, Ledger, UpdateRow
 from core.loading import load_settings
 from core.settings import Settings
-from ops.cli.main import app
 from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.vlm.hf_engine import TransformersEngine
 from serving.engines.vlm.vlm_base import load_vlm_base
@@ -30,11 +27,10 @@ from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.integration.gate.taught_vlm import known, unknown, write_questions
 from tests.support.colour_squares import encoded_square
-from tests.support.samples import TOPIC, put, sample
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.unit.updater.gate.builders import folder_dataset
-from updater.gate.gate_command import gate_command, pairs_command, report_command
+from updater.gate.gate_command import gate_command, report_command
 from updater.service.gate_update import gate_update
 
 STORED = 3
@@ -118,31 +114,6 @@ def test_what_cannot_be_judged_is_named_and_an_adapter_that_will_not_load_is_rej
     verdict, page = gate_command(settings, cut_short(settings, "clip"))
     assert verdict.outcome == "rejected" and verdict.caught_by == ("loads",)
     assert "Rejected" in page.read_text()
-
-
-def test_the_verdict_tells_results_by_how_often_the_store_named_a_concept(settings: Settings) -> None:
-    rows = [sample(0, n, text=f"a picture of concept {n % 5}") for n in range(60)]
-    put(SampleStore(settings.lake), rows, Position(TOPIC, 0, 60))
-    verdict, page = gate_command(settings, stored_adapter(settings, 1))
-    tail = verdict.diagnostics.tail
-    assert tail is not None and tail.rows == tail.counted == 60
-    assert {each.name: each.n for each in tail.suites["things"]} == {"never": 55, "10-99": 5}
-    assert "how often a concept was seen" in page.read_text()
-
-
-def test_pairs_of_a_suite_are_listed_and_mined_once(settings: Settings) -> None:
-    index = settings.home / "data" / "things" / "data.csv"
-    index.write_text(re.sub(r"thing number (\d+)", r"kind\1 shape\1", index.read_text()))
-    listed = pairs_command(settings, "things")
-    assert listed and all(each.first.text != each.second.text for each in listed)
-    with pytest.raises(GateError, match=r"no retrieval suite 'other'.*things"):
-        pairs_command(settings, "other")
-    arguments = ["--set", f"home={settings.home}", "--set", "base.clip=tiny", "--set",
-                 f'gate.suites=["{settings.home / "suites"}"]', "gate", "pairs", "things", "--limit", "2"]  # fmt: skip
-    shown = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
-    assert f"{len(listed)} pairs of things" in shown.output and listed[0].first.text in shown.output
-    assert listed[-1].first.text not in shown.output
-    assert len(list((settings.home / "cache" / "gate" / "pairs").iterdir())) == 1, "they were mined once"
 
 
 def trained(ledger: Ledger, adapter: str, incumbent: str | None = None) -> UpdateRow:

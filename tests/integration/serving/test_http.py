@@ -21,11 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from typer.testing import CliRunner
 
-from ops.cli.main import app
 from ratchet_client import ServerError, data_uri
-from serving.ray.ray_session import HEAD_ALLOCATOR
 from tests.integration.serving.server_fixture import ServerFixture
 from tests.support.inputs import pictures
 
@@ -35,12 +32,6 @@ Samples = dict[str, list[tuple[dict[str, str], float]]]
 
 def post(server: ServerFixture, path: str, body: Any) -> httpx.Response:
     return httpx.post(server.url + path, timeout=30, trust_env=False, json=body)
-
-
-def test_the_command_that_checks_an_installation_passes(server: ServerFixture) -> None:
-    done = CliRunner().invoke(app, ["--config", str(server.config), "doctor", "--server", server.url, "--wait", "10"])
-    assert done.exit_code == 0, (done.output, done.exception)
-    assert f"{server.url} embeds texts as release " in done.output
 
 
 def test_search_by_text_and_image_with_filters_also_by_a_catalog_that_was_killed(server: ServerFixture) -> None:
@@ -221,12 +212,6 @@ def sockets_of(pids: list[int]) -> dict[str, str]:
             if target.startswith("socket:["):
                 found[target[8:-1]] = name
     return found
-
-
-def test_rays_head_gives_back_what_it_frees(server: ServerFixture) -> None:
-    (head,) = server.pids("ray/core/src/ray/gcs/gcs_server")
-    variables = Path(f"/proc/{head}/environ").read_bytes().split(b"\0")
-    assert f"MALLOC_CONF={HEAD_ALLOCATOR}".encode() in variables
 
 
 def scraped(server: ServerFixture) -> Samples:

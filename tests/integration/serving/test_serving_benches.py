@@ -15,12 +15,6 @@ import httpx
 import pytest
 
 from benchmarks import hostile, soak
-from benchmarks.encode.figures import cpu_ms_per_request, ratios
-from benchmarks.encode.grid import Grid, cells
-from benchmarks.encode.peers.servers import openai_template
-from benchmarks.encode.run_encode import measure
-from benchmarks.encode.sides import HttpSide, RawSide, check, ratchet_side
-from benchmarks.line_worker import LineWorker
 from benchmarks.serving import chaos
 from benchmarks.serving.object_store import URL, ObjectStore
 from benchmarks.swap import Swaps
@@ -32,33 +26,6 @@ HANGS_SECONDS, SEARCHES_PER_SECOND, SEARCHES_PER_EMBEDDING = 150.0, 12.0, 17
 LONGEST_SEARCH_SECONDS = 15.0
 """Ten for requests that wait for the store, and a margin for a busy machine."""
 STATES = ("ledger-killed", "objects-away", "encoder-killed", "controller-killed")
-
-
-def test_embeddings_are_measured_beside_the_model_alone(server: ServerFixture) -> None:
-    grid = Grid(cells(concurrencies=[2]), rounds=1, seconds=0.2)
-    with (
-        LineWorker("benchmarks.encode.generator") as generator,
-        LineWorker("benchmarks.encode.raw", str(server.config)) as worker,
-    ):
-        ratchet, raw = ratchet_side(server.settings, generator), RawSide(worker, server.settings.serve.max_batch)
-        with server.client() as client:
-            client.release(None, reason="the base alone")
-        unable: dict[str, str] = {}
-        deaf = HttpSide("deaf", lambda kind: f"{server.settings.serve.url}/v1/{kind}", openai_template, generator)
-        least = check(ratchet, [deaf], server.base, unable)
-        assert unable.keys() == {"deaf, image", "deaf, text"} and not deaf.kinds()
-        rows, _ = measure([ratchet, raw], grid, "tiny", server.pids)
-        assert raw.describe().keys() == {"engine", "precision"}
-    assert least.keys() == {"ratchet_image", "ratchet_text"}
-    assert [(row.cell.kind, row.cell.items) for row in rows] == [
-        ("image", 1), ("image", 16), ("text", 1), ("text", 16),
-    ]  # fmt: skip
-    for row in rows:
-        assert row.sides["ratchet"]["failed"] == 0, row
-        assert row.ratio("raw") is not None
-    worst = ratios(rows)
-    assert worst["image_16_to_raw"] is not None and worst["image_to_infinity_min"] is None
-    assert cpu_ms_per_request(rows) is not None
 
 
 def test_a_soak_sees_no_failure_and_measures_each_process(server: ServerFixture) -> None:

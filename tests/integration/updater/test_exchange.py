@@ -14,16 +14,14 @@ from peft import PeftModel
 from typer.testing import CliRunner
 
 from core.artifacts import Artifacts
-from core.errors import AdapterCollected, AdapterError, RatchetError, TrainingError
+from core.errors import AdapterError, RatchetError, TrainingError
 from core.ledger import Ledger
-from core.ledger.collection import COLLECT_LEASE
 from core.settings import Settings
 from ops.cli.main import app
 from serving.engines.adapters import adapter_name
 from serving.engines.clip import ClipEngine
-from tests.integration.updater.home import add_samples, judged_as, made_by, make_home, make_vlm_home, release
+from tests.integration.updater.home import add_samples, judged_as, made_by, make_home, release
 from tests.support.tiny import tiny_adapter, tiny_base
-from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from updater.recipes import load_recipe
 from updater.service import triggers
 from updater.service.exchange import Import, export_adapter, gate_import, import_adapter
@@ -204,20 +202,6 @@ def test_an_adapter_of_another_base_is_refused(settings: Settings, ledger: Ledge
     assert ledger.updates() == []
 
 
-def test_a_vlm_adapter_takes_the_same_way(tmp_path: Path) -> None:
-    settings = make_vlm_home(tmp_path / "home")
-    tiny_vlm_adapter(tiny_vlm_base(settings.home), tmp_path / "vlm", seed=1)
-    (tmp_path / "vlm" / "ratchet.json").unlink()
-    update, verdict = gate_import(settings, import_adapter(settings, tmp_path / "vlm", actor="ada", base="tiny-vlm"))
-    assert verdict is not None and (update.family, update.state) == ("vlm", "done")
-    (proposal,) = Ledger.open(settings.ledger).pending_proposals()
-    assert (proposal.family, proposal.vlm) == ("vlm", update.adapter)
-    tiny_vlm_adapter(tiny_vlm_base(settings.home), tmp_path / "wide", seed=1, rank=16)
-    narrow = make_vlm_home(tmp_path / "home", **{"serve.vlm_max_rank": 8})
-    with pytest.raises(AdapterError, match="rank 16; 8 is served"):
-        import_adapter(narrow, tmp_path / "wide", actor="ada")
-
-
 def test_the_commands_and_what_the_gate_rejects_is_not_proposed(
     settings: Settings, ledger: Ledger, foreign: Path, tmp_path: Path, outcome: dict[str, str]
 ) -> None:
@@ -236,22 +220,3 @@ def test_the_commands_and_what_the_gate_rejects_is_not_proposed(
     assert ledger.verdict_on(name) is not None and ledger.pending_proposals() == []
     written = ratchet("export", name, str(tmp_path / "out"))
     assert written.exit_code == 0 and adapter_name(tmp_path / "out") == name
-
-
-def test_importing_an_adapter_again_brings_its_collected_files_back(
-    settings: Settings, ledger: Ledger, foreign: Path
-) -> None:
-    imported = imported_from(settings, foreign)
-    name = str(imported.update.adapter)
-    ledger.advance_update(imported.update.id, "done")
-    epoch = ledger.acquire_lease(COLLECT_LEASE, "test", 60)
-    assert epoch is not None
-    assert ledger.begin_collection({name: "old"}, live=0, epoch=epoch, actor="test") == [name]
-    Artifacts(settings.artifacts).delete(f"adapters/{name}")
-    ledger.finish_collection({name: 1})
-    with pytest.raises(AdapterCollected, match="adapters import"):
-        export_adapter(settings, name, settings.home / "exported")
-    assert imported_from(settings, foreign).known
-    export_adapter(settings, name, settings.home / "exported")
-    assert ledger.collected([name]) == {}
-    assert ledger.audit_rows(subject=f"adapter {name}")[0].action == "bring back adapter"
