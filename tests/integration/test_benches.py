@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.continual.protocol import Protocol
+from benchmarks.continual.stream import ALL, HELD_OUT, REFERENCE, load_stream
 from benchmarks.stream import chaos, ingest
 from core.loading import load_settings
+from core.settings import Settings
+from streams.publish.folders import read_folder
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> Any:
@@ -42,3 +47,30 @@ def test_nothing_is_lost_or_stored_twice_while_workers_die_the_broker_goes_away_
     assert figures["produced"] == 500 and figures["drained"]
     assert {name: figures[name] for name in chaos.VIOLATIONS} == dict.fromkeys(chaos.VIOLATIONS, 0)
     assert figures["kills"] + figures["stops"] > 0 < figures["broker_cuts"]
+
+
+PROTOCOL = Protocol(gflops=0.15, batch_size=6, new=12, reference=8, replay=8, items=8)
+
+
+TWIN = "fluent3d"
+
+
+def test_what_a_suite_asks_for_is_in_no_update_and_in_no_reference_pair(domains: Settings) -> None:
+    stream = load_stream(domains.home, replace(PROTOCOL, items=100))
+    concepts = {
+        f"{source.domain}/{item.path.name}": item.concept
+        for source in ALL
+        for item in read_folder(domains.home / "data" / source.domain)
+    }
+    shared = {source.name for source in ALL if source.shared}
+    of_suites = {concepts[pair.id] for suite in stream.suites if suite.name not in shared for pair in suite.items}
+    taught = [pair for name, pairs in stream.updates.items() if name not in shared for pair in pairs]
+    assert taught and stream.reference
+    assert not of_suites & {concepts[pair.id] for pair in (*taught, *stream.reference)}
+    ids = {pair.id for suite in stream.suites for pair in suite.items}
+    tuned = {pair.id for suite in stream.tuning for pair in suite.items}
+    taught_ids = {pair.id for pairs in (*stream.updates.values(), stream.reference) for pair in pairs}
+    assert not tuned & (ids | taught_ids) and not ids & taught_ids
+    assert stream.alike == {TWIN: 1}
+    outside = {source.name for source in HELD_OUT if source.domain not in REFERENCE}
+    assert {suite.name for suite in stream.suites if suite.outside} == outside

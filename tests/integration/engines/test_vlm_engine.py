@@ -265,3 +265,31 @@ async def test_vllms_own_server_which_ratchet_is_compared_with_knows_every_flag(
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(given)
     assert [(module.name, module.path) for module in parsed.lora_modules] == [(name, str(cases.directories[name]))]
     assert (parsed.max_lora_rank, parsed.disable_log_stats) == (8, False)
+
+
+async def test_sampling_with_a_seed_is_repeatable_in_any_company(engine: VlmEngine, cases: VlmCases) -> None:
+    def ask(seed: int, i: int = 0) -> GenerationRequest:
+        return replace(cases.asks[i], temperature=1.0, top_p=0.9, seed=seed, max_tokens=12)
+
+    alone = await engine.reply(ask(3), None)
+    crowd = await asyncio.gather(*[engine.reply(ask(seed, i), None) for i, seed in enumerate((1, 3, 4))])
+    together = await asyncio.gather(engine.reply(ask(3), None), *[engine.reply(ask(s), None) for s in (5, 6, 7)])
+    assert together[0].tokens == alone.tokens
+    assert len({reply.tokens for reply in together}) == 4
+    assert crowd[1].tokens != alone.tokens  # another picture
+
+
+async def test_a_stop_string_ends_the_answer_before_it(loaded: VlmEngine, cases: VlmCases) -> None:
+    name, tried = cases.names[0], 0
+    for ask in cases.asks:
+        plain = await loaded.reply(replace(ask, max_tokens=24), name)
+        letters = [i for i, letter in enumerate(plain.text) if letter.isascii() and letter.isprintable()]
+        if not letters:
+            continue
+        at = letters[len(letters) // 2]
+        stop = plain.text[at : at + 2]
+        cut = await loaded.reply(replace(ask, max_tokens=24, stop=("never", stop)), name)
+        assert (cut.text, cut.finish) == (plain.text[: plain.text.index(stop)], "stop")
+        assert len(cut.tokens) <= len(plain.tokens)
+        tried += 1
+    assert tried > 0 and loaded.running() == 0

@@ -14,8 +14,9 @@ from peft import PeftModel
 from typer.testing import CliRunner
 
 from core.artifacts import Artifacts
-from core.errors import AdapterError, RatchetError, TrainingError
+from core.errors import AdapterCollected, AdapterError, RatchetError, TrainingError
 from core.ledger import Ledger
+from core.ledger.collection import COLLECT_LEASE
 from core.settings import Settings
 from ops.cli.main import app
 from serving.engines.adapters import adapter_name
@@ -220,3 +221,22 @@ def test_the_commands_and_what_the_gate_rejects_is_not_proposed(
     assert ledger.verdict_on(name) is not None and ledger.pending_proposals() == []
     written = ratchet("export", name, str(tmp_path / "out"))
     assert written.exit_code == 0 and adapter_name(tmp_path / "out") == name
+
+
+def test_importing_an_adapter_again_brings_its_collected_files_back(
+    settings: Settings, ledger: Ledger, foreign: Path
+) -> None:
+    imported = imported_from(settings, foreign)
+    name = str(imported.update.adapter)
+    ledger.advance_update(imported.update.id, "done")
+    epoch = ledger.acquire_lease(COLLECT_LEASE, "test", 60)
+    assert epoch is not None
+    assert ledger.begin_collection({name: "old"}, live=0, epoch=epoch, actor="test") == [name]
+    Artifacts(settings.artifacts).delete(f"adapters/{name}")
+    ledger.finish_collection({name: 1})
+    with pytest.raises(AdapterCollected, match="adapters import"):
+        export_adapter(settings, name, settings.home / "exported")
+    assert imported_from(settings, foreign).known
+    export_adapter(settings, name, settings.home / "exported")
+    assert ledger.collected([name]) == {}
+    assert ledger.audit_rows(subject=f"adapter {name}")[0].action == "bring back adapter"
