@@ -11,9 +11,8 @@ from PIL import Image
 from core.errors import RecordError
 from core.settings.streams import Ingest
 from ratchet_client.images import decode_image, sniff
-from serving.engines.preprocess import Preprocess, ResizeMode
 from streams.ingest.validate import Accepted, Received, Rules, validate
-from tests.support.hostile_images import LEFT, REFUSED, TAKEN, Hostile, encode, plain, png
+from tests.support.hostile_images import REFUSED, TAKEN, Hostile, encode, plain, png
 
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP"]
 WHOLE = np.asarray(plain(), np.int16)
@@ -48,11 +47,6 @@ def test_each_allowed_format_is_decoded_and_refused_when_it_is_truncated(kind: s
     assert reason(data[: len(data) // 2]) == "image_undecodable"
 
 
-@pytest.mark.parametrize("data", [b"II*\0" + b"\0" * 64, b"BM is how this sentence begins", b"GIF88a" + b"\0" * 32])
-def test_what_begins_like_an_image_and_is_of_no_format_taken_is_refused(data: bytes) -> None:
-    assert sniff(data) is None and reason(data) == "image_format"
-
-
 @pytest.mark.parametrize("size", [(30_000, 30_000), (2**31 - 1, 2**31 - 1), (50_000_000, 1)])
 def test_a_bomb_is_refused_before_it_is_decoded(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("the bomb was decoded"), raising=True)
@@ -66,36 +60,12 @@ def test_sizes_are_bounded_in_bytes_and_at_the_short_side() -> None:
     assert decode_image(thin, min_side=4).size == (64, 4)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
-def test_exif_rotation_is_applied(kind: str) -> None:
-    image = solid("RGB", (40, 20), (0, 0, 0))
-    image.paste((255, 255, 255), (0, 0, 20, 20))  # white on the left
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn a quarter clockwise to show
-    turned = pixels(encode(image, kind, exif=exif))
-    assert turned.shape[:2] == (40, 20) and turned[:18].mean() > 240 and turned[22:].mean() < 15  # white is on top
-
-
-@pytest.mark.parametrize(
-    ("mode", "color", "grey"),
-    [("RGBA", (255, 0, 0, 0), 255), ("LA", (0, 0), 255), ("RGBA", (255, 255, 255, 128), 255),
-     ("RGBA", (0, 0, 0, 128), 127)],
-)  # fmt: skip
-def test_transparency_is_laid_on_white(mode: str, color: Any, grey: int) -> None:
-    assert abs(pixels(encode(solid(mode, (16, 16), color))) - grey).max() < 2
-
-
 def test_a_transparent_colour_is_white_and_the_others_stay() -> None:
     (palette,) = [each for each in TAKEN if each.name == "palette with alpha"]
     found = pixels(palette.data)
     assert (found[:4, :4] == 255).all() and np.abs(found - WHOLE)[4:].max() == 0
     grey = png(2, 1, 16, 0, b"\0\x12\x34\x80\x00", (b"tRNS", b"\x80\x00"))
     assert pixels(grey)[0].tolist() == [[0x12] * 3, [255] * 3]
-
-
-def test_sixteen_bit_grey_keeps_its_upper_eight_bits() -> None:
-    values = np.array([[0, 0x1234, 0x8000, 0xFFFF]] * 4, np.uint16)
-    assert pixels(encode(Image.fromarray(values)))[0, :, 0].tolist() == [0, 0x12, 0x80, 0xFF]
 
 
 @named([each for each in TAKEN if each.same_as_plain])
@@ -113,21 +83,6 @@ def test_what_is_no_acceptable_image_is_refused_by_name_and_ingest_says_the_same
         assert (result["kind"], result["reason"]) == ("quarantine", "empty" if not image.data else image.code)
     else:
         assert isinstance(result, Accepted) and result.row["image"] == image.data
-
-
-@named(TAKEN)
-@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
-def test_every_image_that_is_taken_fits_the_model(image: Hostile, mode: ResizeMode) -> None:
-    fitted = Preprocess(size=64, resize_mode=mode).pixels(decode_image(image.data))
-    assert fitted.shape == (64, 64, 3)
-    if image.name.startswith(("1 pixel", "a thread")) and mode == "shortest":
-        assert (np.abs(fitted.astype(np.int16) - LEFT) <= 1).all()
-
-
-def test_of_a_thread_the_middle_is_looked_at() -> None:
-    thread = solid("RGB", (2_000_000, 8), (255, 255, 255))
-    thread.paste(LEFT, (999_000, 0, 1_001_000, 8))
-    assert (np.abs(Preprocess(size=32).pixels(thread).astype(np.int16) - LEFT) <= 1).all()
 
 
 @settings(deadline=None)

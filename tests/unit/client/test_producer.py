@@ -9,7 +9,7 @@ from kafka.errors import KafkaTimeoutError
 
 from core.addresses import free_port
 from core.settings.streams import Kafka
-from ratchet_client import AsyncProducer, BrokerError, ConfigError, Delivery, Limits, Producer, RecordError
+from ratchet_client import AsyncProducer, BrokerError, ConfigError, Delivery, Producer, RecordError
 from ratchet_client.broker import Connection
 from ratchet_client.records import TOPIC
 from streams.kafka.broker import EmbeddedBroker
@@ -76,15 +76,6 @@ def test_leaving_the_block_raises_what_was_not_delivered_unless_each_record_is_t
     with Producer("nowhere:1", on_delivery=told.append) as producer:
         future: Future[Delivery] = producer.send(image=picture(1), text="t")
     assert [type(each) for each in told] == [BrokerError] and future.exception() is told[0]
-
-
-@pytest.mark.usefixtures("deaf")
-def test_limits_are_those_that_were_given() -> None:
-    producer = Producer("nowhere:1", limits=Limits(max_text_chars=3, min_side=64))
-    for fields, reason in (({"text": "long"}, "text_too_long"), ({"text": "abc"}, "image_too_small")):
-        with pytest.raises(RecordError) as caught:
-            producer.send(image=picture(1, size=32), **fields)
-        assert caught.value.reason == reason
 
 
 def test_an_option_that_is_wrong_and_a_broker_that_is_away_are_named_and_no_password() -> None:

@@ -174,11 +174,9 @@ LOGS = [ONE, Position("t", 1, 9, "id-1"), Position("t@1", 0, 2, "id-2")]
         ([ONE], "t", "id-1", 0, 3, ONE),  # the same log
         ([ONE], "t", "id-2", 0, 0, Position("t@1", 0, 0, "id-2", 0)),  # a new one
         ([], "t", "id-1", 0, 3, Position("t", 0, 3, "id-1", 3)),
-        ([ONE], "u", "id-1", 0, 0, Position("u", 0, 0, "id-1", 0)),
         ([ONE], "t", "", 0, 0, ONE),  # missing information of the broker is not a reason to start over
         ([Position("t", 0, 7, "", 5)], "t", "id-1", 0, 0, ONE),
         (LOGS, "t", "id-2", 1, 0, Position("t@1", 1, 0, "id-2", 0)),  # partitions of one new log share its generation
-        (LOGS, "t", "id-2", 5, 0, Position("t@1", 5, 0, "id-2", 0)),
         (LOGS, "t", "id-3", 0, 0, Position("t@2", 0, 0, "id-3", 0)),
     ],
 )

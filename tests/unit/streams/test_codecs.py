@@ -143,19 +143,14 @@ def test_a_minor_version_is_read_and_a_major_one_refused_in_headers_too() -> Non
         ({"text": "t"}, "image_missing"),
         ({"image": "", "text": "t"}, "image_missing"),
         ({"image": B64}, "text_missing"),
-        ({"image": B64, "question": "what?"}, "text_missing"),
         ({"image": "!!", "text": "t"}, "image_undecodable"),
         ({"image": "data:image/svg+xml,<svg/>", "text": "t"}, "image_undecodable"),
         ({"image": 7, "text": "t"}, "schema"),
-        ({"image": B64, "text": 7}, "schema"),
         ({"image": B64, "text": "t", "schema": "ratchet.sample.v11"}, "schema"),
-        ({"image": B64, "text": "t", "schema": "ratchet.sample.v1.x"}, "schema"),
-        ({"image": B64, "text": "t", "schema": 1}, "schema"),
         ({"image": B64, "image_uri": "file:///x", "text": "t"}, "schema"),
         ({"image_uri": "file:///etc/passwd", "text": "t"}, "uri_not_allowed"),
         ({"image": "A" * 40_000_000, "text": "t"}, "image_too_large"),
         ({**EVENT, "type": "other"}, "schema"),
-        ({**EVENT, "data": "text"}, "schema"),
         ({"specversion": "1.0", "type": SCHEMA, "id": "1", "data": {}}, "schema"),
         ([1, 2], "not_json"),
     ],
@@ -193,14 +188,10 @@ def nested(depth: int) -> Any:
         ({f"f{number}": 1 for number in range(MAX_FIELDS + 1)}, f"f{MAX_FIELDS}"),
         ({"small": 1, "large": "x" * MAX_BYTES}, "large"),
         ({"wide": [{}] * MAX_BYTES}, "wide"),
-        ({"a": "x" * 9000, "b": "x" * 9000}, "b"),
         ({"escaped": "ä" * (MAX_BYTES // 4)}, "escaped"),
         ({"deep": nested(MAX_DEPTH + 1)}, "deep"),
-        ({"deep": nested(900)}, "deep"),
-        ({"half\ud800": 1}, "half"),
         ({"nest": {"\udfff": 1}}, "nest"),
         ({"x" * 257: 1}, "xxx"),
-        ({"": 1}, "''"),
     ],
 )
 def test_a_field_over_a_bound_is_refused_by_its_name(extra: dict[str, Any], named: str) -> None:
@@ -286,14 +277,6 @@ def test_any_bytes_and_any_json(value: bytes | None, headers: Pairs) -> None:
 
 
 @fuzzed
-@given(st.fixed_dictionaries({}, optional=dict.fromkeys(METADATA, VALUES)), VALUES, HEADERS)
-def test_a_good_record_with_any_fields(fields: dict[str, Any], other: Any, headers: Pairs) -> None:
-    record = {"image": B64, "text": "t", **fields, "other": other}
-    for each in (record, {**EVENT, **fields, "data": record}, {"schema": other, "payload": record}):
-        ends(json.dumps(each).encode(), headers)
-
-
-@fuzzed
 @given(st.integers(0, 4), st.binary(max_size=40), st.integers(0, 2), st.integers(0, 10_000), st.integers(0, 255))
 def test_any_bytes_behind_a_schema_id_and_a_record_with_any_byte_changed(
     registry: SchemaRegistry, confluent: list[bytes], number: int, tail: bytes, kind: int, place: int, byte: int
@@ -302,11 +285,3 @@ def test_any_bytes_behind_a_schema_id_and_a_record_with_any_byte_changed(
     value = bytearray(confluent[kind])
     value[5 + place % (len(value) - 5)] = byte
     ends(bytes(value), registry=registry)
-
-
-def test_a_record_cut_off_anywhere_is_refused(registry: SchemaRegistry, confluent: list[bytes]) -> None:
-    connect = json.dumps({"schema": None, "payload": {"image": B64, "text": "t"}}).encode()
-    for value in (*confluent, connect):
-        assert decode(value, registry=registry).image == PNG
-        for length in range(len(value)):
-            ends(value[:length], registry=registry)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from core.settings.streams import Retention
-from streams.store import maintenance, retention
+from streams.store import maintenance
 from streams.store import writer as writer_module
 from streams.store.conditions import at_offset
 from streams.store.maintenance import Fragment, compact, index, plan
@@ -218,30 +218,3 @@ def test_a_reservoir_stays_that_has_equally_many_of_each_concept(store: SampleSt
     expire(store, rules(max_age_days=7, keep_samples=23), NOW)
     drawn = concepts(store) - Counter(bus=7)
     assert (drawn.total(), max(drawn.values())) == (23, 1), "of more concepts than there is room for"
-
-
-def test_what_stays_follows_from_the_store_alone(store: SampleStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(store, range(60), days_old=9, concept="bus")
-    fill(store, range(60, 80), days_old=9, concept="tree")
-    limit, (_, secret), batches = NOW - timedelta(days=7), store.table.identity(), SampleStore.batches
-
-    def backwards(*given: Any, **options: Any) -> Any:
-        return reversed([batch.slice(n, 1) for batch in batches(*given, **options) for n in range(batch.num_rows)])
-
-    first = retention._reservoir(store, secret, limit, 10)
-    monkeypatch.setattr(SampleStore, "batches", backwards)
-    assert retention._reservoir(store, secret, limit, 10) == first and len(first) == 10
-
-
-def test_after_many_runs_the_reservoir_is_balanced_over_the_whole_past(store: SampleStore) -> None:
-    """Each run sees only what earlier runs left, which must not favour old samples."""
-    keep = rules(max_age_days=7, keep_samples=20)
-    fill(store, range(200), days_old=30, concept="early")
-    expire(store, keep, NOW)
-    assert concepts(store) == {"early": 20}
-    for number in range(5):
-        fill(store, range(200 + 40 * number, 240 + 40 * number), days_old=20 - number, concept="late")
-        expire(store, keep, NOW)
-    assert concepts(store) == {"early": 10, "late": 10}
-    times = {(offset - 200) // 40 for offset in left(store) if offset >= 200}
-    assert len(times) >= 3, "of all five times, not of the first or the last"

@@ -21,7 +21,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
 from pycocotools.coco import COCO
 from torchvision.datasets import ImageFolder
-from webdataset import ShardWriter, TarWriter
+from webdataset import TarWriter
 
 from core.errors import RecordError
 from streams.publish.datasets import FORMATS, detect, read_dataset
@@ -94,19 +94,6 @@ def test_class_folders_are_those_of_torchvision(tmp_path: Path) -> None:
     assert "link out of the folder" in error_of(root).message
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_metadata_is_what_hugging_face_reads(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    root = images(tmp_path / "set", "train/a.png", "train/b/b.png")
-    rows = [{"file_name": "a.png", "text": "one, two"}, {"file_name": "b/b.png", "text": "three"}]
-    lines = ['file_name,text\na.png,"one, two"\nb/b.png,three\n'] if kind == "csv" else map(json.dumps, rows)
-    (root / f"train/metadata.{kind}").write_text("\n".join(lines))
-    theirs = datasets.load_dataset("imagefolder", data_dir=str(root), split="train", cache_dir=str(tmp_path / "cache"))
-    assert detect(root).name == "imagefolder"
-    assert sorted(texts_of(root)) == sorted(theirs["text"]) == ["one, two", "three"]
-    assert {item.split for item in items_of(root)} == {"train"}
-
-
 def test_wrong_metadata_rows_are_named_and_the_next_is_read(tmp_path: Path) -> None:
     images(tmp_path, "a.png")
     lines = ["file_name,text", "none.png,x", "../a.png,x", "a.png,", "a.png,caf\udce9", 'a.png,"x"y', "a.png,fine"]
@@ -142,17 +129,6 @@ def members(path: Path, *files: tuple[str, bytes], **special: bytes) -> Path:
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
     return path
-
-
-def test_a_folder_of_shards_from_webdatasets_own_writer_is_read_in_order(tmp_path: Path) -> None:
-    with ShardWriter(str(tmp_path / "train-%04d.tar"), maxcount=2, verbose=0) as sink:
-        for number in range(5):
-            sink.write({"__key__": f"{number:03d}", "png": png((number, 0, 0)), "txt": f"shade {number}"})
-    assert detect(tmp_path).name == "webdataset"
-    items = items_of(tmp_path)
-    assert [item.text for item in items] == [f"shade {number}" for number in range(5)]
-    assert [item.bytes() for item in items] == [png((number, 0, 0)) for number in range(5)]
-    assert {(item.split, item.domain) for item in items} == {("train", tmp_path.name)}
 
 
 def test_json_members_bring_the_other_fields_and_a_file_the_names_of_classes(tmp_path: Path) -> None:
@@ -204,15 +180,10 @@ def test_members_of_a_shard_execute_nothing_and_lead_nowhere(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ([("b.txt", b"no image")], "field 'image': there is none"),
         ([("b.png", png())], "field 'text': is empty"),
         ([("b.png", png()), ("b.txt", b"\xff")], "field 'txt': is not UTF-8"),
-        ([("b.png", png()), ("b.json", b"[1]")], "field 'json': holds a list"),
         ([("b.png", png()), ("b.json", b"[" * 100_000)], "field 'json': not JSON"),
-        ([("b.png", png()), ("b.json", b'{"text": 3}')], "field 'text': is a int"),
-        ([("b.png", png()), ("b.txt", b"x"), ("b.jpg", png())], "field 'image': the sample has two"),
         ([("b.png", bytes(5000)), ("b.txt", b"x")], "field 'image': 5000 bytes, more than 4096"),
-        ([("b.png", png()), ("b.txt", bytes(2**20 + 1))], "field 'txt': 1048577 bytes"),
     ],
 )
 def test_a_wrong_sample_is_named_and_the_next_is_read(tmp_path: Path, files: list[Any], said: str) -> None:
@@ -287,7 +258,6 @@ def table(path: Path, **columns: Any) -> Path:
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"image": [b""], "text": ["x"]}, "row 1, field 'image': there is no image"),
         ({"image": [bytes(5000)], "text": ["x"]}, "5000 bytes, more than 4096"),
         ({"image": [png()], "question": ["q"], "answer": [""]}, "row 1, field 'answer': is empty"),
         ({"image": [{"path": "../a.png"}], "text": ["x"]}, "leads out of the folder"),
@@ -363,7 +333,6 @@ def test_a_wrong_annotation_is_named(tmp_path: Path) -> None:
     caption = [{"image_id": 7, "caption": "x"}]
     for changes, said in (
         ({"annotations": caption}, "field 'image_id': 7 is none of the images"),
-        ({"annotations": ["x"]}, "annotation 1: is not an object"),
         ({"images": [{"id": 7, "file_name": "../x.jpg"}], "annotations": caption}, "leads out"),
     ):
         assert said in error_of(coco(tmp_path, **changes), format="coco").message
@@ -392,31 +361,15 @@ def test_every_turn_of_a_llava_conversation_is_a_sample_of_the_image(tmp_path: P
     assert {item.bytes() for item in items} == {png()}
 
 
-def test_a_wrong_conversation_is_named_and_the_next_is_read(tmp_path: Path) -> None:
-    images(tmp_path, LLAVA_IMAGE)
-    changes: list[tuple[dict[str, Any], str]] = [
-        ({"image": None}, "element 2, field 'image': there is none"),
-        ({"image": "/etc/passwd"}, "element 3, field 'file': '/etc/passwd' leads out"),
-        ({"conversations": [{"from": "gpt", "value": "Red."}]}, "element 4, field 'conversations': has no question"),
-        ({"conversations": [{"from": "human"}]}, "a turn without speaker or words"),
-        ({"conversations": "hello"}, "is not a list of turns"),
-    ]
-    elements = [LLAVA, *(LLAVA | change for change, _ in changes), LLAVA]
-    items, errors = items_and_errors(document(tmp_path / "a.json", elements))
-    assert len(items) == 4
-    assert all(said in error.message and error.fix for error, (_, said) in zip(errors, changes, strict=True))
-
-
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         ('[{"a": 1}, {"a": ', "after element 1: not JSON"),
         ("[" * 100_000, "nested deeper"),
         ('[{"a":' * 100_000, "nested deeper"),
-        ('{"a": [' * 40 + "]}" * 40, "nested deeper"),
         ('[{"a": "' + "x" * 2**24 + '"}]', "an element of more than"),
     ],
-    ids=["breaks off", "arrays", "objects", "both", "large"],
+    ids=["breaks off", "arrays", "objects", "large"],
 )
 def test_a_document_that_breaks_off_or_is_too_deep_or_large_is_refused_before_it_is_in_memory(
     tmp_path: Path, content: str, said: str, monkeypatch: pytest.MonkeyPatch

@@ -41,17 +41,13 @@ def left(store: SampleStore) -> list[tuple[int, int]]:
     [
         ({"id": sample(0, 0)["id"]}, {0}),
         ({"source": "o'cam"}, {1, 5}),
-        ({"domain": "streets"}, {2}),
         ({"concept": "bus"}, {2, 3}),
         ({"concept": "bus", "domain": "streets"}, {2}),
-        ({"label": "red"}, {3}),
         ({"key": b"key-4".hex()}, {4}),
         ({"key": LONG_KEY.hex()}, {6}),
         ({"key": b"refused".hex()}, {5}),
         ({"record": f"{TOPIC}:0:5"}, {5}),
-        ({"record": f"{TOPIC}:0:2", "concept": "tree"}, set()),
         ({"concept": "bus", "before": "2026-01-03"}, {2}),
-        ({"source": "nobody's"}, set()),
     ],
 )
 def test_each_field_selects_what_it_names(
@@ -81,13 +77,10 @@ def test_each_field_selects_what_it_names(
     ("selector", "named"),
     [
         ({}, "everything"),
-        ({"before": "2026-01-01"}, "everything"),
         ({"colour": "red"}, "colour"),
         ({"key": "abc"}, "`key`"),
-        ({"record": ":0:0"}, "`record`"),
         ({"record": f"t:{2**31}:0"}, "`record`"),
         ({"record": f"t:0:{2**63}"}, "`record`"),
-        ({"record": "t:0:-1"}, "`record`"),
         ({"source": "a", "before": "0001-01-01T00:00:00+14:00"}, "`before`"),
         ({"source": "a" * 5000}, "`source`"),
     ],

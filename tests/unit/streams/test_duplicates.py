@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import sqlite3
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -175,28 +173,6 @@ def test_a_file_that_another_process_holds_is_waited_for_and_never_thrown_away(
         assert len(index) == 1
 
 
-FILL = """
-import resource, sys
-from streams.ingest import duplicates
-duplicates.CACHE_KIB = 2048
-index = duplicates.DuplicateIndex(sys.argv[1], "store")
-for start in range(0, 42000, 2000):
-    with index.deciding():
-        for n in range(start, start + 2000):
-            id_ = (n * 0x9E3779B97F4A7C15 % 2**256).to_bytes(32, "big")
-            index.add(duplicates.KnownSample(id_, f"t:0:{n}", n.to_bytes(8, "big") + bytes(27), 7))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-def test_its_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
-    """Tens of thousands of samples, whose index is larger than its cache, within a few megabytes of memory."""
-    command = [sys.executable, "-c", FILL, str(tmp_path / "d.db")]
-    first, *_, last = map(int, subprocess.check_output(command, text=True).split())
-    assert last - first < 8 * 1024, "KiB, of twenty times the samples"
-    assert (tmp_path / "d.db").stat().st_size > 4 << 20
-
-
 @pytest.mark.parametrize("distance", [0, 3])
 def test_what_is_read_from_the_store_is_found_as_what_was_added(store: SampleStore, distance: int) -> None:
     rows = [
@@ -212,17 +188,6 @@ def test_what_is_read_from_the_store_is_found_as_what_was_added(store: SampleSto
     for table in ("ids", "looks"):
         query = f"SELECT * FROM {table}"
         assert read._db.execute(query).fetchall() == added._db.execute(query).fetchall() != []
-
-
-@pytest.mark.parametrize("staged", [1, 1000])
-def test_a_sample_at_two_positions_is_reported_however_many_are_staged_at_once(
-    index: DuplicateIndex, store: SampleStore, monkeypatch: pytest.MonkeyPatch, staged: int
-) -> None:
-    monkeypatch.setattr(module, "STAGED_ROWS", staged)
-    for partition in (0, 1):
-        put(store, [sample(0, 1) | {"partition": partition, "offset": 5}], Position(TOPIC, partition, 6))
-    follow(index, store)
-    assert index.settled() == [(sample(0, 1)["id"], (TOPIC, 1, 5))]
 
 
 SAME = 1

@@ -9,7 +9,6 @@ import pytest
 
 from core.errors import ConfigError
 from ratchet_client.records import Sample
-from streams.ingest.duplicates import near_duplicates
 from streams.publish.export import export
 from streams.store.rows import Position
 from streams.store.sample_queries import (
@@ -22,7 +21,6 @@ from streams.store.sample_queries import (
 from streams.store.sample_store import SampleStore
 from tests.support.datasets import items_of
 from tests.support.kafka import picture
-from tests.support.samples import TOPIC, put, sample
 
 WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -87,7 +85,6 @@ def test_an_export_that_breaks_off_leaves_no_file_of_its_name(store: SampleStore
         (SampleFilter(), [3, 2, 1, 0]),
         (SampleFilter(source="cam 1"), [3, 1]),
         (SampleFilter(text="BOAT 2"), [2]),
-        (SampleFilter(text="'blue'"), [3, 2, 1, 0]),
         (SampleFilter(text="' OR 1=1 --"), []),
         (SampleFilter(text="%"), []),
         (SampleFilter(domain="harbour", concept="boat", split="train"), [2, 1, 0]),
@@ -113,17 +110,3 @@ def test_stats_count_samples_and_refusals(store: SampleStore, monkeypatch: pytes
         counts.add(pa.array(["often"] * 5 + [f"source {start + number}" for number in range(10)]))
     assert counts.top(1) == [("often", 50), ("(others)", 100)], "of too many values the rarest are left out"
     assert len(counts.counts) <= 10
-
-
-def test_what_a_distance_would_have_dropped_is_counted_before_it_is_switched_on(tmp_path: Path) -> None:
-    store = SampleStore(str(tmp_path / "alike"))
-    assert near_duplicates(store, 0)["domain"].counts.total() == 0
-    kinds = [(0b0, 1000), (0b0, 1000), (0b1, 1000), (0b0, 2000), (0b111_0000_0000, 1000)]
-    rows = [
-        sample(0, number, look=look.to_bytes(8, "big") + bytes(27), words=words, domain=f"camera {number % 2}")
-        for number, (look, words) in enumerate(kinds)
-    ]
-    put(store, rows, Position(TOPIC, 0, len(rows)))
-    assert near_duplicates(store, 0)["domain"].top(5) == [("camera 1", 1)]
-    assert dict(near_duplicates(store, 1)["domain"].top(5)) == {"camera 0": 1, "camera 1": 1}
-    assert near_duplicates(store, 16)["source"].top(5) == [("", 3)]

@@ -81,16 +81,6 @@ async def test_an_image_comes_from_the_pinned_address_under_its_own_name_and_by_
     assert f"Host: cdn.test:{web.port}\r\n" in asked and "Accept-Encoding: identity\r\n" in asked
 
 
-@pytest.mark.parametrize("kind", ["image/webp", "image/png; charset=x", "application/octet-stream", None])
-async def test_types_of_images_and_none_are_taken_with_any_framing(web: WebServer, kind: str | None) -> None:
-    chunks = b"5\r\n" + PICTURE[:5] + b"\r\n0\r\n\r\n"
-    web.pages["/typed"] = reply(PICTURE, content_type=kind)
-    web.pages["/chunked"] = reply(chunks, content_type=kind, content_length=None, transfer_encoding="chunked")
-    web.pages["/unlimited"] = reply(PICTURE, content_type=kind, content_length=None)
-    for path, body in (("/typed", PICTURE), ("/chunked", PICTURE[:5]), ("/unlimited", PICTURE)):
-        assert await fetcher(web).fetch(url(web, path)) == body
-
-
 async def test_a_redirect_is_followed_within_the_list_and_not_in_a_circle(web: WebServer) -> None:
     web.pages |= {"/moved": redirect("/b/../a.png"), "/far": redirect(url(web, "/moved"), "308 Permanent Redirect")}
     assert await fetcher(web).fetch(url(web, "/far")) == PICTURE

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import event, update
+from sqlalchemy import event
 
 from core.dependencies import current
 from core.errors import LedgerUnavailable, StoreUnavailable
@@ -227,17 +227,6 @@ def test_a_ledger_whose_disk_is_full_is_an_outage_and_is_tried_again(
             freed.set()
             wait_for(lambda: len(ledger.events(100)) == len(gaps), "the gaps' events", 60)
     assert not [record for record in caplog.records if record.exc_info], "an outage has no traceback"
-
-
-def test_events_that_were_published_long_ago_leave_the_ledger(maintainer: Maintainer, ledger: Ledger) -> None:
-    ledger.record_event("ratchet.release.v1", "release-1", "release 1", {})
-    [row], epoch = ledger.events(), ledger.acquire_lease("events", "me", 60)
-    assert epoch is not None
-    ledger.mark_published({row.id: (0, 0)}, lease="events", epoch=epoch)
-    with ledger.database.write() as session:
-        session.execute(update(t.EventRow).values(time=datetime.now(UTC) - timedelta(days=8)))
-    maintainer.run_once()
-    assert ledger.events() == []
 
 
 def test_a_deletion_that_cannot_be_carried_out_holds_up_no_other(

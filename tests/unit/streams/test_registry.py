@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import socket
 from collections.abc import Iterator
@@ -10,7 +9,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from fastavro import schemaless_writer
 
 from core.addresses import free_port
 from core.errors import BrokerError, RecordError, RegistryUnavailable, SchemaUnavailable
@@ -21,7 +19,7 @@ from streams.records import registry_client
 from streams.records.codecs import decode
 from streams.records.registry import DEADLINE_SECONDS, FORGET_SECONDS, SchemaRegistry
 from tests.support.clock import Clock
-from tests.support.confluent import AVRO, message_types, write_avro, write_json, write_protobuf
+from tests.support.confluent import message_types, write_avro, write_json, write_protobuf
 from tests.support.kafka import picture
 from tests.support.registry import Registry, running
 from tests.support.web_server import web_server
@@ -96,17 +94,6 @@ def test_protobuf_by_the_official_serializer(server: Registry, registry: SchemaR
     assert len(registry.read(write_protobuf(server.url, message))["image"]) == 600_000
 
 
-def test_an_avro_schema_may_import_others(server: Registry, registry: SchemaRegistry) -> None:
-    box = {"type": "record", "name": "Box", "namespace": "org.example", "fields": [{"name": "x", "type": "int"}]}
-    server.register("box", {"schema": json.dumps(box)})
-    schema = {**AVRO, "fields": [*AVRO["fields"][:2], {"name": "box", "type": "org.example.Box"}]}
-    number = add(server, schema, references=[{"name": "org.example.Box", "subject": "box", "version": 1}])
-    assert reason(framed(number, b"\xf2\x02"), registry) == "schema", "not the length of the picture"
-    whole, payload = {**AVRO, "fields": [*AVRO["fields"][:2], {"name": "box", "type": box}]}, io.BytesIO()
-    schemaless_writer(payload, whole, {"image": PNG, "text": "t", "box": {"x": 5}})
-    assert decode(framed(number, payload.getvalue()), registry=registry).extra == {"box": {"x": 5}}
-
-
 def test_user_and_password_are_sent_and_never_shown(server: Registry) -> None:
     settings = Kafka(schema_registry=server.url, schema_registry_auth="us:hush")  # type: ignore[arg-type]
     registry = SchemaRegistry.of(settings)
@@ -134,13 +121,9 @@ def test_an_unknown_id_or_a_schema_that_is_too_large_is_a_refusal(server: Regist
     "answer",
     [
         (500, b"{}"),
-        (429, b"{}"),
         (200, b"<html>"),
-        (200, b"{}"),
         (200, b'{"schema": "x", "references": 7}'),
         (200, b"[" * 100_000),
-        (404, b"no such page"),
-        (404, b'{"error_code": [40403]}'),
         (302, b"{}"),
         (404, b'{"error_code": 404, "message": "HTTP 404 Not Found"}'),
     ],
@@ -156,18 +139,6 @@ def test_a_registry_that_answers_nonsense_is_an_outage(
     assert isinstance(caught.value, BrokerError) and "kafka.schema_registry" in caught.value.fix
     server.always = None
     assert decode(value, registry=registry).text == "t"
-
-
-def test_a_registry_that_is_away_is_an_outage_and_is_spared_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "AWAY_SECONDS", 60.0)
-    asked: list[int] = []
-    with closing(SchemaRegistry(f"http://127.0.0.1:{free_port()}")) as registry:
-        by_id = registry.client.by_id
-        monkeypatch.setattr(registry.client, "by_id", lambda number: asked.append(number) or by_id(number))
-        for _ in range(3):
-            with pytest.raises(RegistryUnavailable, match="does not answer"):
-                registry.read(framed(1, b"x"))
-    assert asked == [1]
 
 
 def silent(wire: socket.socket) -> None:
@@ -200,13 +171,8 @@ UNSAFE: list[tuple[Any, bytes]] = [
     ({"type": "array", "items": {"type": "fixed", "name": "F", "size": 0}}, b"\xfe\xff\xff\xff\x7f"),
     (DEEP, b"\x02" * 400),
     (WIDE, b"\x02" * 400),
-    ("int", b"\x02"),
     ({"type": "map", "values": "bytes"}, b"\x02\x0aimage\x02\x41\x00tail"),
     ("not a type", b"x"),
-    ([[["null"]]], b"\x00"),
-    ({"type": "record", "name": "X"}, b"\x00"),
-    ({"type": "fixed", "name": "F", "size": "x"}, b"\x00"),
-    (7, b"\x00"),
 ]
 IMPORTS = base64.b64encode(b"\x0a\x01a\x1a\x09gone.proto").decode()
 
@@ -215,16 +181,7 @@ def test_what_cannot_be_read_safely_by_its_schema_is_refused(server: Registry, r
     for schema, payload in UNSAFE:
         assert reason(framed(add(server, schema), payload), registry) == "schema", str(schema)[:200]
     sound = write_protobuf(server.url, message_types()["Sample"](image=PNG, text="t"))
-    for payload in (
-        b"",
-        b"\x80",
-        b"\x04\x00",
-        b"\x02\x7e",
-        b"\x7f\x00",
-        b"\x01\x00",
-        b"\x00\xff\xff",
-        b"\x00\x0a\xff\x01",
-    ):
+    for payload in (b"", b"\x80", b"\x02\x7e", b"\x00\x0a\xff\x01"):
         assert reason(sound[:5] + payload, registry) == "schema", payload
     for text, *subjects in (('syntax = "proto3";',), ("AAAA",), (IMPORTS,), (IMPORTS, "nowhere"), (IMPORTS, "subject")):
         references = [{"name": "gone.proto", "subject": subject, "version": 1} for subject in subjects]

@@ -15,21 +15,11 @@ from lance.commit import CommitConflictError
 
 from core.errors import RecordError, StoreError, StoreFull, StoreUnavailable, Superseded
 from streams.store import writer as writer_module
-from streams.store.rows import FORMAT, SAMPLE_COLUMNS, Position, SampleTable, read_position, tally_of
+from streams.store.rows import FORMAT, Position, SampleTable, read_position, tally_of
 from streams.store.sample_queries import trace
 from streams.store.sample_store import SampleStore
 from streams.store.writer import Claim, StoreWriter
 from tests.support.samples import TOPIC, put, refusal, sample
-
-
-def test_a_store_that_was_never_written_is_empty_at_version_0(store: SampleStore) -> None:
-    assert (store.version(), store.count(), store.offsets(), store.fragments()) == (0, 0, {}, 0)
-    assert store.scan().column_names == list(SAMPLE_COLUMNS)
-    assert store.scan(version=0).num_rows == store.records().num_rows == store.size() == 0
-    assert (store.image([]), store.tally(), store.gaps(), store.quarantined(5)) == ({}, {}, [], [])
-    assert (store.quarantined_record(TOPIC, 0, 0), store.pins()) == (None, {})
-    assert store.outbox(Position(TOPIC, 0, 5), 10) == []
-    assert [each.outcome for each in trace(store, ("t", 0, 0))] == ["not_read_yet"]
 
 
 def test_rows_and_their_position_appear_together_and_come_back_whole(store: SampleStore) -> None:
