@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -276,3 +278,25 @@ def test_a_double_that_was_deleted_or_rows_that_were_merged_meanwhile_are_no_dou
     assert StoreWriter(store.table).merge(parts, 64) > 0
     commit(idle, 2, 9)
     assert [kind for partition, kind in kinds(store) if partition == 1][-2:] == ["duplicate", "sample"]
+
+
+FILL = """
+import resource, sys
+from streams.ingest import duplicates
+duplicates.CACHE_KIB = 2048
+index = duplicates.DuplicateIndex(sys.argv[1], "store")
+for start in range(0, 42000, 2000):
+    with index.deciding():
+        for n in range(start, start + 2000):
+            id_ = (n * 0x9E3779B97F4A7C15 % 2**256).to_bytes(32, "big")
+            index.add(duplicates.KnownSample(id_, f"t:0:{n}", n.to_bytes(8, "big") + bytes(27), 7))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_its_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
+    """Tens of thousands of samples, whose index is larger than its cache, within a few megabytes of memory."""
+    command = [sys.executable, "-c", FILL, str(tmp_path / "d.db")]
+    first, *_, last = map(int, subprocess.check_output(command, text=True).split())
+    assert last - first < 8 * 1024, "KiB, of twenty times the samples"
+    assert (tmp_path / "d.db").stat().st_size > 4 << 20

@@ -27,7 +27,9 @@ from streams.ingest.perceptual_hash import (
     perceptual_hash,
     similar,
 )
-from tests.support.samples import TOPIC
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
+from tests.support.samples import TOPIC, put, sample
 
 SHIRTS = ["red", "green", "blue", "yellow", "purple", "orange"]
 Copy = Callable[[Image.Image], Image.Image]
@@ -205,3 +207,32 @@ def test_the_split_cannot_be_known_without_the_key_and_is_made_again_alike_after
                 again = [index.add(item(n, look)) == "fresh_eval" for n, look in enumerate(looks("textures"))]
                 raise LookupError
             assert again == one
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_index_that_is_made_again_from_the_store_goes_on_alike(
+    kind: str, store: SampleStore, tmp_path: Path
+) -> None:
+    half = COUNT // 2
+
+    def opened(name: str) -> closing[DuplicateIndex]:
+        return closing(DuplicateIndex(tmp_path / name, "store", -1, RULES[1]))
+
+    def follow(index: DuplicateIndex) -> None:
+        with index.deciding():
+            index.follow(store.table)
+
+    with opened("a.db") as index, opened("b.db") as again, opened("c.db") as third:
+        decided = [index.add(item(n, look)) for n, look in enumerate(looks(kind)[:half])]
+        stored = [
+            sample(0, n, id=item(n, look).id.hex(), look=look, split=split, domain="")
+            for n, (look, split) in enumerate(zip(looks(kind)[:half], decided, strict=True))
+        ]
+        put(store, stored, Position(TOPIC, 0, half))
+        for each in (index, again, third):
+            follow(each)  # counts nothing twice
+        rest = [item(n, look) for n, look in enumerate(looks(kind)[half:], half)]
+        assert [index.add(each) for each in rest] == [again.add(each) for each in rest]
+        by_look = dict(zip(looks(kind)[:half], decided, strict=True))
+        for number, (look, split) in enumerate(by_look.items(), COUNT):
+            assert third.add(item(number, look, "another domain")) == split

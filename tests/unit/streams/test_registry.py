@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import socket
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from fastavro import schemaless_writer
 
 from core.addresses import free_port
 from core.errors import BrokerError, RecordError, RegistryUnavailable, SchemaUnavailable
@@ -19,7 +21,7 @@ from streams.records import registry_client
 from streams.records.codecs import decode
 from streams.records.registry import DEADLINE_SECONDS, FORGET_SECONDS, SchemaRegistry
 from tests.support.clock import Clock
-from tests.support.confluent import message_types, write_avro, write_json, write_protobuf
+from tests.support.confluent import AVRO, message_types, write_avro, write_json, write_protobuf
 from tests.support.kafka import picture
 from tests.support.registry import Registry, running
 from tests.support.web_server import web_server
@@ -251,3 +253,14 @@ def test_one_that_does_not_answer_or_refuses_us_is_waited_for_and_failures_far_a
     fail(registry, clock, 2 * DEADLINE_SECONDS)
     with closing(SchemaRegistry(f"http://127.0.0.1:{free_port()}")) as away:
         fail(away, clock, 2 * DEADLINE_SECONDS)
+
+
+def test_an_avro_schema_may_import_others(server: Registry, registry: SchemaRegistry) -> None:
+    box = {"type": "record", "name": "Box", "namespace": "org.example", "fields": [{"name": "x", "type": "int"}]}
+    server.register("box", {"schema": json.dumps(box)})
+    schema = {**AVRO, "fields": [*AVRO["fields"][:2], {"name": "box", "type": "org.example.Box"}]}
+    number = add(server, schema, references=[{"name": "org.example.Box", "subject": "box", "version": 1}])
+    assert reason(framed(number, b"\xf2\x02"), registry) == "schema", "not the length of the picture"
+    whole, payload = {**AVRO, "fields": [*AVRO["fields"][:2], {"name": "box", "type": box}]}, io.BytesIO()
+    schemaless_writer(payload, whole, {"image": PNG, "text": "t", "box": {"x": 5}})
+    assert decode(framed(number, payload.getvalue()), registry=registry).extra == {"box": {"x": 5}}

@@ -330,3 +330,11 @@ def test_a_missing_package_is_named_and_an_entry_that_cannot_be_meant_is_refused
     for text in ("s3://", "s3:///a", "s3://b", "s3://bucket/../x", "s3://*/x", "S3://bucket", "s3://b c/x"):
         with pytest.raises(ValueError, match="s3://"):
             ObjectRule.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("key", "tries"), [("none", 1), ("denied", 1), ("bad", 1), ("busy", 4), ("reset", 4)]
+)  # fmt: skip
+def test_only_what_may_pass_is_tried_again(objects: UriFetcher, key: str, tries: int) -> None:
+    assert refusal(objects, f"gs://pictures/in/{key}").reason == "uri_unreachable"
+    assert len(Store.asked) == tries
