@@ -259,3 +259,14 @@ def test_the_rules_are_those_that_promtool_checks_each_of_one_namespace() -> Non
         assert rule["expr"].replace(f"{{{scope}}}", "").replace(f"{scope}, ", "") == origin["expr"]
         queries = re.findall(r"\bratchet[_:][a-z0-9_:]+", json.dumps(origin.get("annotations")))
         assert json.dumps(rule.get("annotations")).count(scope) == len(queries)
+
+
+def test_rays_autoscaler_reaches_the_api_server_also_where_policies_see_its_own_port() -> None:
+    """Most network plugins look at a packet after the Service's address and port have been replaced."""
+    autoscaled = {"serving": {"workers": {"replicas": 2, "maxReplicas": 4}}}
+    for head in ("serving-head", "training-head"):
+        assert {443, 6443} <= outward(render(EVERYTHING, autoscaled), head)
+    to = [{"ipBlock": {"cidr": "10.0.0.1/32"}}]
+    told = {"networkPolicy": {"egress": {"kubernetes": {"to": to, "ports": [16443]}}}}
+    opened = {"to": to, "ports": [{"protocol": "TCP", "port": 16443}]}
+    assert opened in rules(render(autoscaled, told), "egress", "serving-head")

@@ -17,7 +17,7 @@ from core.loading import load_settings
 from core.settings import Settings
 from serving.app import build, drain_seconds
 from tests.support import chart
-from tests.support.chart import PROFILES, cluster_groups, of_kind, profile, render
+from tests.support.chart import PROFILES, cluster_groups, of_kind, pods, profile, render
 from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
 
@@ -115,3 +115,55 @@ def test_a_node_that_ends_has_time_for_successors_and_what_is_in_flight(deadline
         drain = int(chart.variables(spec["containers"][0])["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
         assert drain >= in_flight + 60  # Serve stops replicas that long before the end of the drain
         assert spec["terminationGracePeriodSeconds"] > drain
+
+
+NODE = {"cpu": 7.5, "memory": 29 * 2**30}
+
+
+def requested(template: dict[str, Any]) -> dict[str, float]:
+    """Kubernetes' reservation for a pod: the sum of its containers, or the maximum of its init containers."""
+    first, then = (
+        [{name: quantity(str(each["resources"]["requests"][name])) for name in NODE} for each in containers]
+        for containers in (template["spec"].get("initContainers", []), template["spec"]["containers"])
+    )
+    return {name: max([sum(each[name] for each in then), *(each[name] for each in first)]) for name in NODE}
+
+
+def test_two_nodes_of_the_profile_without_gpus_have_room_for_the_second_cluster_of_an_upgrade() -> None:
+    """Each pod goes to the node with fewer of its kind, then to the one with more room, as Kubernetes scores them."""
+    templates = dict(pods(render(profile("cpu"))))
+    cluster = ["serving-head", "serving-worker", "serving-worker"]
+    nodes: list[dict[str, Any]] = [{"pods": [], "left": dict(NODE)} for _ in range(2)]
+    for component in [*cluster, "updater", "ingest", "maintain", "console", *cluster, "migration", "test"]:
+        asked = requested(templates[component])
+        node = min(nodes, key=lambda each: (each["pods"].count(component), -each["left"]["cpu"]))
+        node["pods"].append(component)
+        node["left"] = {name: node["left"][name] - asked[name] for name in NODE}
+        assert min(node["left"].values()) >= 0, (component, node)
+
+
+def test_helm_test_asks_the_pods_of_this_version_and_not_those_that_still_serve() -> None:
+    """While the second cluster of an upgrade has no room, the first one answers to the name that clients use."""
+
+    def asked(values: Any) -> tuple[dict[str, str], dict[str, str]]:
+        """Selector of the service that ``helm test`` calls, and labels of a worker."""
+        objects = render(values)
+        (test,) = of_kind(objects, "Pod")
+        command = test["spec"]["containers"][0]["command"]
+        name = command[command.index("--server") + 1].removeprefix("http://").removesuffix(":8000")
+        (service,) = [each for each in of_kind(objects, "Service") if each["metadata"]["name"] == name]
+        assert service["spec"]["ports"][0]["port"] == 8000
+        return service["spec"]["selector"], dict(pods(objects))["serving-worker"]["metadata"]["labels"]
+
+    before, workers_before = asked({})
+    assert before.items() <= workers_before.items()
+    for change in (
+        {"settings": {"serve": {"max_batch": 7}}}, {"image": {"tag": "next"}}, {"podAnnotations": {"a.example/b": "c"}},
+        {"serving": {"head": {"resources": {"requests": {"cpu": "2"}}}}}, {"serving": {"workers": {"replicas": 3}}},
+        {"extraEnv": [{"name": "A", "value": "b"}]},
+    ):  # fmt: skip
+        after, workers_after = asked(change)
+        assert after.items() <= workers_after.items(), change
+        assert not after.items() <= workers_before.items(), change
+    in_place, _ = asked({"serving": {"actors": {"encoder": {"cpus": 0.25}}}, "ingest": {"replicas": 2}})
+    assert in_place == before

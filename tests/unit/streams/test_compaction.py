@@ -218,3 +218,17 @@ def test_a_reservoir_stays_that_has_equally_many_of_each_concept(store: SampleSt
     expire(store, rules(max_age_days=7, keep_samples=23), NOW)
     drawn = concepts(store) - Counter(bus=7)
     assert (drawn.total(), max(drawn.values())) == (23, 1), "of more concepts than there is room for"
+
+
+def test_after_many_runs_the_reservoir_is_balanced_over_the_whole_past(store: SampleStore) -> None:
+    """Each run sees only what earlier runs left, which must not favour old samples."""
+    keep = rules(max_age_days=7, keep_samples=20)
+    fill(store, range(200), days_old=30, concept="early")
+    expire(store, keep, NOW)
+    assert concepts(store) == {"early": 20}
+    for number in range(5):
+        fill(store, range(200 + 40 * number, 240 + 40 * number), days_old=20 - number, concept="late")
+        expire(store, keep, NOW)
+    assert concepts(store) == {"early": 10, "late": 10}
+    times = {(offset - 200) // 40 for offset in left(store) if offset >= 200}
+    assert len(times) >= 3, "of all five times, not of the first or the last"

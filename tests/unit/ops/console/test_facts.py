@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,21 @@ def test_each_deletion_is_listed_and_its_receipt_names_what_learned_from_it(
     for name in ("deletion-nowhere", "x" * 400, "deletion-nowhere/receipt"):
         answer = visitor.get(f"/audit/deletions/{name}")
         assert answer.status_code == 404 and "no such deletion" in answer.text
+
+
+def test_many_viewers_cost_one_question(tmp_path: Path) -> None:
+    data, asked = ConsoleData(settings(tmp_path)), []
+
+    def question() -> int:
+        asked.append(1)
+        return len(asked)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: data.cached("overview", question, seconds=60), range(40)))
+    assert found == [1] * 40
+    assert data.cached("overview", question, seconds=0.0) == 2, "who wants it fresh gets it fresh"
+    data.invalidate()
+    assert data.cached("overview", question, seconds=60) == 3
+    with pytest.raises(ZeroDivisionError):
+        data.cached("x", lambda: 1 // 0)
+    assert data.cached("x", lambda: 7) == 7, "one that failed is asked again"
