@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from core.errors import RegistryUnavailable, StoreFull, StoreUnavailable
+from core.errors import BrokerError, RegistryUnavailable, StoreFull, StoreUnavailable
 from core.settings import Settings
+from streams.ingest import consumer as consumers
 from streams.ingest import duplicates, ingest_report, validators
 from streams.ingest.duplicates import DuplicateIndex
 from streams.ingest.perceptual_hash import SplitRule
@@ -21,7 +22,7 @@ from streams.store.rows import Position, SampleTable
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
 from tests.support.consumer import POISON, dependency_state, metric
-from tests.support.fake_kafka import FakeKafka
+from tests.support.fake_kafka import FakeConsumer, FakeKafka
 from tests.support.kafka import good, reading, wait_for
 from tests.support.samples import TOPIC, put, sample
 from tests.unit.streams.conftest import Ingestion, Outage
@@ -76,6 +77,18 @@ def test_what_is_away_is_named_and_waited_for_and_nothing_is_lost(
         assert (metric("waiting", **{"for": dependency}), dependency_state(dependency)) == (0, "ok")
     assert ingestion.kinds() == ["sample", "quarantine", "sample", "sample"]
     assert kafka.names() == ["t:0:1"]
+
+
+def test_a_broker_that_refuses_names_the_rights_that_are_missing(
+    ingestion: Ingestion, outage: Outage, kafka: FakeKafka
+) -> None:
+    away = outage(FakeConsumer, "poll", BrokerError("not authorized", state="refused"))
+    outage(consumers, "check_rights", BrokerError("READ of group g is missing", state="refused"))
+    with ingestion.run() as consumer:
+        wait_for(lambda: "READ of group g is missing" in consumer.status.problem, "the missing right", 20)
+        away.clear()
+        kafka.send(good(1))
+        ingestion.wait_for(1)
 
 
 def test_a_store_that_hangs_or_is_away_is_told_while_the_consumer_waits_for_it_or_is_idle(

@@ -68,7 +68,7 @@ async def test_what_is_ordered_beside_the_leader_is_carried_out_by_it(leading: S
     order = await ordered(beside, "a")
     assert (await leading.step()) is not None
     outcome = await order
-    assert (outcome.number, outcome.clip, outcome.kind) == (2, "a", "release")
+    assert (outcome.number, outcome.clip, outcome.kind, outcome.acknowledged) == (2, "a", "release", 0)
     leading.broadcast.broken["b"] = "damaged"
     order = await ordered(beside, "b")
     with pytest.raises(ReleaseError):
@@ -202,3 +202,4 @@ async def test_a_release_and_a_proposal_that_failed_let_unneeded_adapters_go(
         await until(lambda number=proposed.id, wanted=state: ledger.proposal(number).state == wanted)
         await until(lambda: bool(replicas.loaded))
         assert failed() == before + counted
+    assert replicas.prepared.count("a") == 1, "it is started once"

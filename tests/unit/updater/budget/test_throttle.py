@@ -102,6 +102,16 @@ def test_only_the_minutes_before_an_update_are_kept_and_a_restarted_server_count
     assert share_at_twice_the_quick_time(server) == 0.5
 
 
+def test_the_next_update_is_compared_with_what_came_after_the_last_one_began() -> None:
+    server = CountedServer()
+    server.watch()
+    server.serve(SLOW, count=3000)
+    server.throttle.begin()
+    server.watch()
+    server.serve(QUICK)
+    assert share_at_twice_the_quick_time(server) == 0.5
+
+
 def test_the_server_is_asked_now_and_then_and_after_a_while_without_requests_nobody_is_there() -> None:
     server = begun()
     assert server.ask() == 1.0
