@@ -20,7 +20,7 @@ from benchmarks.vllm_server import flags
 from core.errors import AdapterError
 from core.settings.serving import Serve
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, Message, TokenChunk, question
-from serving.engines.vlm.open import VlmEngine, open_engine
+from serving.engines.vlm.open import SyncVlm, VlmEngine, open_engine
 from serving.engines.vlm.vllm_start import import_vllm
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
@@ -189,6 +189,46 @@ async def test_an_adapter_stays_until_its_last_request_has_ended(loaded: VlmEngi
     await leaving
 
 
+async def test_a_stream_that_is_closed_early_frees_its_slot(loaded: VlmEngine, cases: VlmCases) -> None:
+    streams = [loaded.stream(replace(cases.asks[0], max_tokens=200), None) for _ in range(8)]
+    await asyncio.gather(*[anext(stream) for stream in streams])
+    assert loaded.running() == 8
+    for stream in streams:
+        await stream.aclose()
+    assert loaded.running() == 0
+    name = cases.names[1]
+    replies = await asyncio.gather(*[loaded.reply(cases.asks[i % 4], name) for i in range(16)])
+    assert [reply.tokens for reply in replies] == [cases.references[name][i % 4].tokens for i in range(16)]
+
+
+async def test_sampling_with_a_seed_is_repeatable_in_any_company(engine: VlmEngine, cases: VlmCases) -> None:
+    def ask(seed: int, i: int = 0) -> GenerationRequest:
+        return replace(cases.asks[i], temperature=1.0, top_p=0.9, seed=seed, max_tokens=12)
+
+    alone = await engine.reply(ask(3), None)
+    crowd = await asyncio.gather(*[engine.reply(ask(seed, i), None) for i, seed in enumerate((1, 3, 4))])
+    together = await asyncio.gather(engine.reply(ask(3), None), *[engine.reply(ask(s), None) for s in (5, 6, 7)])
+    assert together[0].tokens == alone.tokens
+    assert len({reply.tokens for reply in together}) == 4
+    assert crowd[1].tokens != alone.tokens  # another picture
+
+
+async def test_a_stop_string_ends_the_answer_before_it(loaded: VlmEngine, cases: VlmCases) -> None:
+    name, tried = cases.names[0], 0
+    for ask in cases.asks:
+        plain = await loaded.reply(replace(ask, max_tokens=24), name)
+        letters = [i for i, letter in enumerate(plain.text) if letter.isascii() and letter.isprintable()]
+        if not letters:
+            continue
+        at = letters[len(letters) // 2]
+        stop = plain.text[at : at + 2]
+        cut = await loaded.reply(replace(ask, max_tokens=24, stop=("never", stop)), name)
+        assert (cut.text, cut.finish) == (plain.text[: plain.text.index(stop)], "stop")
+        assert len(cut.tokens) <= len(plain.tokens)
+        tried += 1
+    assert tried > 0 and loaded.running() == 0
+
+
 async def test_questions_that_cannot_be_answered_are_refused_and_answers_end_with_the_context(
     engine: VlmEngine, cases: VlmCases
 ) -> None:
@@ -255,6 +295,22 @@ async def test_a_killed_engine_says_so_and_leaves_no_process(engine: VlmEngine, 
     await until(lambda: not multiprocessing.active_children())
 
 
+async def test_a_blocking_facade_gives_replies_and_scores_in_order(cases: VlmCases) -> None:
+    name = cases.names[1]
+    with SyncVlm(open_engine(cases.base, Serve(), kind="transformers")) as vlm:
+        vlm.load(name, cases.directories[name])
+        replies = vlm.replies(cases.asks, name, label="answers")
+        assert [reply.tokens for reply in replies] == [one.tokens for one in cases.references[name]]
+        scores = vlm.scores(cases.asks[:2], [["yes", "no"], ["red"]], name)
+        wanted = [[cases.models[name].score(cases.asks[0], one) for one in ("yes", "no")]]
+        wanted.append([cases.models[name].score(cases.asks[1], "red")])
+        assert scores == [pytest.approx(one, abs=1e-4) for one in wanted]
+        assert vlm.golden(name) != vlm.golden(None)
+        vlm.unload(name)
+        assert vlm.engine.resident() == frozenset()
+    assert vlm.engine.last_error() == "The engine was closed."
+
+
 async def test_vllms_own_server_which_ratchet_is_compared_with_knows_every_flag(cases: VlmCases) -> None:
     import_vllm()
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -265,31 +321,3 @@ async def test_vllms_own_server_which_ratchet_is_compared_with_knows_every_flag(
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(given)
     assert [(module.name, module.path) for module in parsed.lora_modules] == [(name, str(cases.directories[name]))]
     assert (parsed.max_lora_rank, parsed.disable_log_stats) == (8, False)
-
-
-async def test_sampling_with_a_seed_is_repeatable_in_any_company(engine: VlmEngine, cases: VlmCases) -> None:
-    def ask(seed: int, i: int = 0) -> GenerationRequest:
-        return replace(cases.asks[i], temperature=1.0, top_p=0.9, seed=seed, max_tokens=12)
-
-    alone = await engine.reply(ask(3), None)
-    crowd = await asyncio.gather(*[engine.reply(ask(seed, i), None) for i, seed in enumerate((1, 3, 4))])
-    together = await asyncio.gather(engine.reply(ask(3), None), *[engine.reply(ask(s), None) for s in (5, 6, 7)])
-    assert together[0].tokens == alone.tokens
-    assert len({reply.tokens for reply in together}) == 4
-    assert crowd[1].tokens != alone.tokens  # another picture
-
-
-async def test_a_stop_string_ends_the_answer_before_it(loaded: VlmEngine, cases: VlmCases) -> None:
-    name, tried = cases.names[0], 0
-    for ask in cases.asks:
-        plain = await loaded.reply(replace(ask, max_tokens=24), name)
-        letters = [i for i, letter in enumerate(plain.text) if letter.isascii() and letter.isprintable()]
-        if not letters:
-            continue
-        at = letters[len(letters) // 2]
-        stop = plain.text[at : at + 2]
-        cut = await loaded.reply(replace(ask, max_tokens=24, stop=("never", stop)), name)
-        assert (cut.text, cut.finish) == (plain.text[: plain.text.index(stop)], "stop")
-        assert len(cut.tokens) <= len(plain.tokens)
-        tried += 1
-    assert tried > 0 and loaded.running() == 0

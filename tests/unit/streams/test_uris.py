@@ -283,14 +283,22 @@ def test_pauses_grow_are_spread_and_are_at_least_what_the_server_asks(
 
 
 class Store(AsyncFileSystem):  # type: ignore[misc]
-    """A store of another kind, in memory."""
+    """A store of another kind, in memory. A key names the failure of its read."""
 
     protocol = "gs"
     asked: list[str] = []  # noqa: RUF012
+    errors: dict[str, Exception] = {  # noqa: RUF012
+        "denied": PermissionError(), "bad": OSError(22, "invalid"), "busy": OSError(16, "SlowDown"),
+        "reset": EOFError(),
+    }  # fmt: skip
 
     async def _info(self, path: str, **_: Any) -> dict[str, Any]:
         self.asked.append(path)
         key = path.rpartition("/")[2]
+        if key == "none":
+            raise FileNotFoundError(path)
+        if key in self.errors:
+            raise self.errors[key]
         return {"name": path, "size": 2000 if key == "large" else 5, "type": "file"}
 
     async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
@@ -319,6 +327,14 @@ def test_an_object_under_the_prefix_is_read_and_others_are_not_even_asked_for(ob
         assert refusal(objects, f"gs://pictures/in/{name}").reason == "image_too_large"
 
 
+@pytest.mark.parametrize(
+    ("key", "tries"), [("none", 1), ("denied", 1), ("bad", 1), ("busy", 4), ("reset", 4)]
+)  # fmt: skip
+def test_only_what_may_pass_is_tried_again(objects: UriFetcher, key: str, tries: int) -> None:
+    assert refusal(objects, f"gs://pictures/in/{key}").reason == "uri_unreachable"
+    assert len(Store.asked) == tries
+
+
 def test_a_missing_package_is_named_and_an_entry_that_cannot_be_meant_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -330,11 +346,3 @@ def test_a_missing_package_is_named_and_an_entry_that_cannot_be_meant_is_refused
     for text in ("s3://", "s3:///a", "s3://b", "s3://bucket/../x", "s3://*/x", "S3://bucket", "s3://b c/x"):
         with pytest.raises(ValueError, match="s3://"):
             ObjectRule.parse(text)
-
-
-@pytest.mark.parametrize(
-    ("key", "tries"), [("none", 1), ("denied", 1), ("bad", 1), ("busy", 4), ("reset", 4)]
-)  # fmt: skip
-def test_only_what_may_pass_is_tried_again(objects: UriFetcher, key: str, tries: int) -> None:
-    assert refusal(objects, f"gs://pictures/in/{key}").reason == "uri_unreachable"
-    assert len(Store.asked) == tries
