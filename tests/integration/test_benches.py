@@ -14,7 +14,11 @@ from benchmarks.continual.stream import ALL, HELD_OUT, REFERENCE, load_stream
 from benchmarks.stream import chaos, ingest
 from core.loading import load_settings
 from core.settings import Settings
-from streams.publish.folders import read_folder
+from core.settings.serving import BaseModels
+from demo.data.domain import RECEIPT, VERSION
+from streams.publish.folders import FolderItem, read_folder, write_folder
+from tests.support.tiny import tiny_base
+from tests.unit.updater.builders import COLOURS, picture
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> Any:
@@ -74,3 +78,25 @@ def test_what_a_suite_asks_for_is_in_no_update_and_in_no_reference_pair(domains:
     assert stream.alike == {TWIN: 1}
     outside = {source.name for source in HELD_OUT if source.domain not in REFERENCE}
     assert {suite.name for suite in stream.suites if suite.outside} == outside
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """A home with stand-ins for the demo's domains. They share a concept, and the last picture of a suite is also that
+    of a pair of its domain that is trained on.
+    """
+    home = tmp_path_factory.mktemp("home")
+    tiny_base(home)
+    for number, domain in enumerate(sorted({source.domain for source in ALL})):
+        folder = home / "data" / domain
+        (folder / "images").mkdir(parents=True)
+        rows = []
+        for row in range(24):
+            path = folder / "images" / f"{row}.png"
+            path.write_bytes(picture(1000 * number + (22 if domain == TWIN and row == 23 else row)))
+            colour, split = COLOURS[row % 6], "test" if row % 2 else "train"
+            concept = "common" if row in (1, 2) else f"{colour} {domain} {split}"
+            rows.append(FolderItem(path, f"a {colour} {domain}", colour, concept, split, domain))
+        write_folder(folder, rows)
+        (folder / RECEIPT).write_text(json.dumps({"version": VERSION}))
+    return Settings(home=home, base=BaseModels(clip="tiny"))

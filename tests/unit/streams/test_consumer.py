@@ -113,21 +113,28 @@ def test_a_refusal_that_the_topic_does_not_take_goes_as_a_claim_check(ingestion:
     assert stored is not None and stored["original"] == b"x" * 3000
 
 
-def test_reading_goes_on_while_not_even_a_claim_check_fits_or_the_quarantine_topic_is_away(
-    ingestion: Ingestion, kafka: FakeKafka
-) -> None:
+def test_reading_goes_on_while_not_even_a_claim_check_fits(ingestion: Ingestion, kafka: FakeKafka) -> None:
     kafka.max_bytes = 10
     kafka.send(POISON, good(1))
     with ingestion.run(2):
         wait_for(lambda: metric("quarantine_failing") == 1, "the problem is exported", 20)
-        kafka.quarantine_away = True
+        kafka.send(good(2))
+        ingestion.wait_for(3)
         kafka.max_bytes = 1 << 20
+        wait_for(lambda: len(kafka.quarantine) == 1, "the refusal", 20)
+        wait_for(lambda: metric("quarantine_failing") == 0, "its end is exported", 20)
+    assert kafka.names() == ["t:0:0"]
+
+
+def test_reading_goes_on_while_the_quarantine_topic_is_away(ingestion: Ingestion, kafka: FakeKafka) -> None:
+    kafka.quarantine_away = True
+    kafka.send(POISON, good(1))
+    with ingestion.run(2):
         kafka.send(POISON, good(2))
         ingestion.wait_for(4)
         assert ingestion.position().published == 0 and kafka.quarantine == []
         kafka.quarantine_away = False
         wait_for(lambda: ingestion.position().published == 4, "both published", 20)
-        wait_for(lambda: metric("quarantine_failing") == 0, "its end is exported", 20)
     assert kafka.names() == ["t:0:0", "t:0:2"]
 
 
