@@ -114,3 +114,11 @@ def test_requests_are_counted_by_the_release_that_answered_while_it_is_resident(
     assert {n: (a.requests, a.failed) for n, a in counted.answered().items()} == {2: (2, 1), 1: (1, 1)}
     counted.adopt([snapshot(3, "newer"), snapshot(2, "new")])
     assert {n: a.requests for n, a in counted.answered().items()} == {3: 0, 2: 2}
+
+
+def test_an_error_counts_against_the_release_where_it_is_a_fault() -> None:
+    admitted = admission(snapshot(3))
+    for error in (ValueError("the client's"), RuntimeError("the model's")):
+        with pytest.raises(type(error)), admitted.admit(is_fault=lambda each: isinstance(each, RuntimeError)):
+            raise error
+    assert (admitted.answered()[3].requests, admitted.answered()[3].failed) == (2, 1)
