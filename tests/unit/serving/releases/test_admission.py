@@ -118,7 +118,7 @@ def test_requests_are_counted_by_the_release_that_answered_while_it_is_resident(
 
 def test_an_error_counts_against_the_release_where_it_is_a_fault() -> None:
     admitted = admission(snapshot(3))
-    for error in (ValueError("the client's"), RuntimeError("the model's")):
+    for error in (ValueError("the client's"), ValueError("another's"), RuntimeError("the model's")):
         with pytest.raises(type(error)), admitted.admit(is_fault=lambda each: isinstance(each, RuntimeError)):
             raise error
-    assert (admitted.answered()[3].requests, admitted.answered()[3].failed) == (2, 1)
+    assert (admitted.answered()[3].requests, admitted.answered()[3].failed) == (3, 1)
