@@ -75,7 +75,7 @@ def run(
             report = load.report()
         audit(reports, report.samples)
         for text in report.problems:
-            progress_log.error(f"{text}")
+            progress_log.error(text)
         return {
             **totals(reports),
             "seconds": round(time.time() - began, 1),

@@ -92,7 +92,7 @@ class ChaosRun:
             act(fault)
 
     def _break(self, fault: Fault) -> None:
-        progress_log.warning(f"{fault}")
+        progress_log.warning(fault)
         self.counts[fault.kind] += 1
         if fault.kind == "cut":
             self.producer.pause()
@@ -182,7 +182,7 @@ def _play(running: ChaosRun, seconds: float, seed: int) -> dict[str, Any]:
     with step("looking for every record"):
         result = audit(installation.kafka.topic, producer.places, installation.store, quarantined(installation.kafka))
     for line in [*result.evidence, *watch.evidence]:
-        progress_log.error(f"{line}")
+        progress_log.error(line)
     return {
         "produced": len(producer.places),
         "bad": sum(record.kind == "bad" for record in producer.places.values()),

@@ -43,7 +43,7 @@ class Stage:
     def stream(self, domain: str) -> None:
         """Publish a domain's training split through Kafka, and wait until ingest has stored it."""
         report = publish(self.settings, self.settings.home / "data" / domain, split="train", source="demo")
-        progress_log.info(str(report))
+        progress_log.info(report)
         self.published += report.delivered
 
         def stored() -> int:

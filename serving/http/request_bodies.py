@@ -134,7 +134,7 @@ class _Body:
         if self.size + size > self.settings.max_body_bytes:
             raise too_large(self.settings.max_body_bytes)
         if refusal := self.budget.take(self.caller, size):
-            status, problem = 503, "the memory for request bodies is in use (16 of the largest; serve.max_image_bytes)."
+            status, problem = 503, "the memory for request bodies is in use (it follows from serve.max_image_bytes)."
             if refusal == "caller":
                 status, most = 429, f"more than {self.budget.caller_size} bytes together"
                 problem = f"the bodies of your requests have {most} (serve.max_image_bytes, serve.caller_share)."
@@ -144,11 +144,9 @@ class _Body:
 
 def too_large(limit: int) -> ApiError:
     return ApiError(
-        413,
-        f"the body is larger than {limit} bytes (twice serve.max_image_bytes).",
-        code="body_too_large",
+        413, f"the body is larger than {limit} bytes (twice serve.max_image_bytes).", code="body_too_large",
         headers=CLOSE,
-    )
+    )  # fmt: skip
 
 
 def caller_of(scope: Scope) -> str:

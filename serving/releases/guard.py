@@ -92,7 +92,7 @@ class ComparisonCounts:
     agreed: int = 0
     timed: int = 0
     slower: int = 0
-    """Of ``timed``: slower than SLOWER times."""
+    """Of ``timed``: took more than :data:`SLOWER` times as long as with the incumbent."""
     tried: int = 0
     """Comparisons begun; one may have several inputs."""
     failed: int = 0
