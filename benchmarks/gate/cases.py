@@ -41,11 +41,13 @@ class Rule:
     """Of the test for a gain."""
     loss_level: float
     margin: float
+    mean_margin: float
     min_items: int
 
     @classmethod
     def of(cls, settings: Gate) -> Rule:
-        return cls(candidate_alpha(settings.alpha, 0), settings.alpha, settings.margin, settings.min_items)
+        level = candidate_alpha(settings.alpha, 0)
+        return cls(level, settings.alpha, settings.margin, settings.mean_margin, settings.min_items)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,12 @@ def judge(case: Case, rule: Rule) -> Judged:
         before = base if case.before is case.base else item_scores_of(suite, case.before[suite.name])
         scores.append(Scores(suite, base, before, item_scores_of(suite, case.after[suite.name])))
     findings = decide(
-        scores, level=rule.level, loss_level=rule.loss_level, margin=rule.margin, min_items=rule.min_items
+        scores,
+        level=rule.level,
+        loss_level=rule.loss_level,
+        margin=rule.margin,
+        mean_margin=rule.mean_margin,
+        min_items=rule.min_items,
     )
     gained = findings.gain is not None and findings.gain.decision == "passed"
     return Judged(conclude(findings, ())[0], findings.results, gained)

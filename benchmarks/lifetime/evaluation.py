@@ -91,6 +91,7 @@ def findings_of(
         level=look.level,
         loss_level=look.loss_level,
         margin=settings.margin,
+        mean_margin=settings.mean_margin,
         min_items=settings.min_items,
     )
 

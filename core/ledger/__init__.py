@@ -20,7 +20,7 @@ from core.ledger.learning import LearningQueries
 from core.ledger.leases import LeaseQueries
 from core.ledger.proposals import ProposalQueries
 from core.ledger.records import RecordQueries
-from core.ledger.releases import ReleaseQueries
+from core.ledger.release_audits import ReleaseAuditQueries
 from core.ledger.rows import AdapterRow as AdapterRow
 from core.ledger.rows import BaseUpgradeRow as BaseUpgradeRow
 from core.ledger.rows import DeletionRow as DeletionRow
@@ -29,6 +29,7 @@ from core.ledger.rows import EventRow as EventRow
 from core.ledger.rows import Family as Family
 from core.ledger.rows import KeyRow as KeyRow
 from core.ledger.rows import ProposalRow as ProposalRow
+from core.ledger.rows import ReleaseAuditRow as ReleaseAuditRow
 from core.ledger.rows import ReleaseRow as ReleaseRow
 from core.ledger.rows import ResubmissionRow as ResubmissionRow
 from core.ledger.rows import UpdateRow as UpdateRow
@@ -37,7 +38,7 @@ from core.ledger.rows import answers as answers
 
 
 class Ledger(
-    LearningQueries, ProposalQueries, ReleaseQueries, BudgetQueries, KeyQueries, EventQueries, LeaseQueries,
+    LearningQueries, ProposalQueries, ReleaseAuditQueries, BudgetQueries, KeyQueries, EventQueries, LeaseQueries,
     RecordQueries, CollectionQueries,
 ):  # fmt: skip
     """Safe to use from several threads and processes; every call is one transaction."""

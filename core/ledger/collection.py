@@ -20,7 +20,16 @@ from core.errors import AdapterCollected, LedgerError, ReleaseConflict
 from core.ledger.database import Queries
 from core.ledger.events import note
 from core.ledger.leases import check_lease, database_time
-from core.ledger.rows import AdapterRow, BaseUpgradeRow, ProposalRow, ReleaseRow, UpdateRow, UtcTime, VerdictRow
+from core.ledger.rows import (
+    AdapterRow,
+    BaseUpgradeRow,
+    ProposalRow,
+    ReleaseAuditRow,
+    ReleaseRow,
+    UpdateRow,
+    UtcTime,
+    VerdictRow,
+)
 
 COLLECT_LEASE: Final = "collect"
 """The right to delete artifact files. A backup also holds it, so that nothing is deleted while it copies."""
@@ -179,6 +188,9 @@ def _in_use(session: Session) -> dict[str, str]:
     updates = select(UpdateRow.id, UpdateRow.adapter, UpdateRow.incumbent).where(UpdateRow.state.in_(OPEN_UPDATES))
     for number, adapter, incumbent in session.execute(updates):
         needed |= {name: f"{number} is not finished" for name in (adapter, incumbent) if name}
+    audits = select(ReleaseAuditRow.family, ReleaseAuditRow.adapter).where(ReleaseAuditRow.passed)
+    last = dict(session.execute(audits.order_by(ReleaseAuditRow.id)).tuples())
+    needed |= dict.fromkeys(last.values(), "the next audit compares with it")
     proposals = select(ProposalRow).where(
         ProposalRow.state.in_(OPEN_PROPOSALS), or_(ProposalRow.clip.is_not(None), ProposalRow.vlm.is_not(None))
     )

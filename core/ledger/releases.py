@@ -82,8 +82,8 @@ class ReleaseQueries(Queries):
             row.attempt = attempt
             append_release(session, row, proposal)
             rolled_back = proposal is not None and proposal.kind == "rollback"
-            if hold_after_rollback and rolled_back and actor not in SYSTEM_ACTORS and _open_hold(session) is None:
-                _add_hold(session, actor, f"after the rollback of release {number - 1}: {reason}")
+            if hold_after_rollback and rolled_back and actor not in SYSTEM_ACTORS and open_hold(session) is None:
+                add_hold(session, actor, f"after the rollback of release {number - 1}: {reason}")
             return row
 
         try:
@@ -235,14 +235,14 @@ class ReleaseQueries(Queries):
     def hold(self, actor: str, reason: str) -> HoldRow:
         """Make update proposals wait until :meth:`resume`. A second hold keeps the first."""
         return write_once(
-            self.database, lambda session, _: _open_hold(session) or _add_hold(session, actor, reason), "the hold"
+            self.database, lambda session, _: open_hold(session) or add_hold(session, actor, reason), "the hold"
         )
 
     def resume(self, actor: str, reason: str) -> None:
         """End a hold. Raises LedgerError if there is none."""
 
         def write(session: Session, repeated: bool) -> None:
-            row = _open_hold(session)
+            row = open_hold(session)
             if row is None and not repeated:
                 raise LedgerError("updates are not on hold.", "There is nothing to resume.")
             if row is not None:
@@ -296,11 +296,11 @@ def append_release(session: Session, row: ReleaseRow, proposal: ProposalRow | No
     tell_release(session, row, proposal, previous=row.number - 1 or None)
 
 
-def _open_hold(session: Session) -> HoldRow | None:
+def open_hold(session: Session) -> HoldRow | None:
     return session.scalars(_OPEN_HOLD).first()
 
 
-def _add_hold(session: Session, actor: str, reason: str) -> HoldRow:
+def add_hold(session: Session, actor: str, reason: str) -> HoldRow:
     row = HoldRow(actor=actor, reason=reason)
     session.add(row)
     note(session, actor, "hold", "updates", {"reason": reason})
@@ -311,7 +311,7 @@ def _add_hold(session: Session, actor: str, reason: str) -> HoldRow:
 def _check_hold(session: Session, proposal: ProposalRow, actor: str) -> None:
     """Raise Held if a hold is open and the release is automatic: updates, and promotions that no operator requested."""
     by_itself = proposal.kind == "update" or (proposal.kind == "promotion" and actor in SYSTEM_ACTORS)
-    held = _open_hold(session) if by_itself else None
+    held = open_hold(session) if by_itself else None
     if held is not None:
         raise Held(
             f"proposal {proposal.id} waits: {held.actor} holds updates ({held.reason}).",

@@ -153,6 +153,31 @@ class VerdictRow(Base, kw_only=True):
         return sum(suite["after"] - suite["base"] for suite in suites) / len(suites) if suites else math.nan
 
 
+class ReleaseAuditRow(Base, kw_only=True):
+    """An audit of a live adapter on the sealed items, against the base and the adapter of the last audit that passed
+    (``reference``; None: there was none)."""
+
+    __tablename__ = "release_audits"
+    id: Mapped[int] = mapped_column(primary_key=True, default=None)
+    family: Mapped[str] = mapped_column(String(16))
+    base: Mapped[str] = mapped_column(String(64))
+    release: Mapped[int] = mapped_column(ForeignKey("releases.number"))
+    adapter: Mapped[str] = mapped_column(String(64))
+    reference: Mapped[str | None] = mapped_column(String(64))
+    reference_release: Mapped[int | None]
+    passed: Mapped[bool]
+    data_to: Mapped[dict[str, int]]
+    """End of the data that the adapter has learned; sealed samples before it join the rest."""
+    summary: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
+
+    @property
+    def advice(self) -> str:
+        """What takes a failed one back: the release of the last audit that passed, or the first one."""
+        back = f"ratchet releases rollback --family {self.family} --to {self.reference_release or 1}"
+        return f"`{back}` takes it back, and updates go on after `ratchet releases resume`"
+
+
 class ProposalRow(Base, kw_only=True):
     """A request to release, by the updater after a passed verdict, or by an operator. ``clip`` and ``vlm`` only count
     if ``family`` includes them."""

@@ -157,6 +157,11 @@ GATE_MARGIN = Gauge(
     "it does not pass.",
     ["family", "suite"],
 )
+GATE_AUDIT_FAILED = Gauge(
+    "ratchet_gate_audit_failed",
+    "Whether the newest audit on sealed items failed and its adapter is still live (1), or not (0).",
+    ["family"],
+)
 GATE_SHIFT = Gauge(
     "ratchet_gate_feature_shift_ratio",
     "Mean of 1 - cosine between a tower's features of a retention item by the candidate of the last verdict and by "

@@ -105,6 +105,10 @@ class gate:
                 d.GATE_MARGIN.labels(family, each.suite).set(each.margin_left)
 
     @staticmethod
+    def audited(family: str, failed: bool) -> None:
+        d.GATE_AUDIT_FAILED.labels(family).set(failed)
+
+    @staticmethod
     def shifted(family: str, shifts: Mapping[str, tuple[float, float]]) -> None:
         """Replace, by tower, the shift of the candidate's features from the incumbent's and from the base's."""
         d.GATE_SHIFT.remove_by_labels({"family": family})

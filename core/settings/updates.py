@@ -100,6 +100,17 @@ class Gate(Section):
         0.03, gt=0, lt=1, description="Gain to detect; updates wait for enough fresh items to show it."
     )
     margin: float = Field(0.05, gt=0, lt=1, description="Loss that each retention suite must exclude (0.05: 5 points).")
+    mean_margin: float = Field(
+        0.015, gt=0, lt=1, description="Mean loss over the retention suites that must be excluded (0.015: 1.5 points)."
+    )
+    audit_every: int = Field(
+        8, ge=1, description="Releases after which the live one is audited on the sealed quarter of all items."
+    )
+    trusted_sources: list[str] = Field(
+        default_factory=list,
+        description="Values of `source` whose held-out samples may show a gain even if the base does not agree with "
+        "their labels.",
+    )
     min_items: int = Field(
         50, ge=2, description="Minimum independent items (captions, images); fewer are inconclusive."
     )

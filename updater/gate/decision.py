@@ -1,17 +1,19 @@
-"""From outcomes to decisions: results per suite, the pooled gain, and one outcome for the candidate.
+"""From outcomes to decisions: results per suite, the mean loss, the pooled gain, and one outcome for the candidate.
 
 Retention: non-inferiority per suite and reference (incumbent, base, best release so far), each test at the look's full
-level for losses; a suite's p is the largest of them (intersection-union: Berger, Technometrics 24, 1982). Gain: one
-test over all gain suites, stratified by suite and weighted by units; for retrieval on 1/log2(2 + rank). It counts only
-if a loss of the default margin is also excluded for the metric. Single suites only attribute the gain (Holm over them).
-Rejection: one suite that is significantly worse, by Holm over all suites and Bonferroni over a suite's references.
-Anything neither shown to stay inside the margin nor to be worse is *inconclusive*. Reasons: docs/how-it-works.md.
+level for losses; a suite's p is the largest of them (intersection-union: Berger, Technometrics 24, 1982). Mean loss:
+the same test over all retention suites together, with a smaller margin. Gain: one test over all gain suites. Both tests
+over several suites are stratified by suite and weighted by units. A gain of retrieval is tested on 1/log2(2 + rank),
+and counts only if a loss of the default margin is also excluded for the metric. Single suites only attribute the gain
+(Holm over them). Rejection: one suite, or the mean, that is significantly worse, by Holm over them and Bonferroni over
+the references. Anything neither shown to stay inside the margin nor to be worse is *inconclusive*. Reasons:
+docs/how-it-works.md.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -23,7 +25,7 @@ from core.ledger.rows import GateOutcome
 from updater.gate.interim_analyses import LEAST_LEVEL
 from updater.gate.statistics import Comparison, compare_clusters, holm, pool, reciprocal_log_rank
 from updater.gate.suites import Suite, Task
-from updater.gate.verdict import Change, Check, Decision, PooledGain, Regression, SuiteResult
+from updater.gate.verdict import MEAN, Change, Check, Decision, MeanLoss, PooledGain, Regression, SuiteResult
 
 RANK_STATISTIC = "1/log2(2 + rank)"
 INCUMBENT, BASE = "the incumbent", "the base"
@@ -57,27 +59,39 @@ class Scores:
     clusters: NDArray[np.int_] | None = None
     """Items with the same number are not independent (:meth:`Suite.clusters`); None: all items are independent."""
     best: ItemScores | None = None
+    """Of the best release by this suite; None if that is the incumbent, or there was none."""
     best_name: str = ""
+    overall: ItemScores | None = None
+    """Of the best release by the mean over all retention suites, likewise; the same release for all suites."""
+    overall_name: str = ""
+    used: int = 0
+    """Earlier judgements that the items were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
     results: tuple[SuiteResult, ...]
     gain: PooledGain | None
+    mean: MeanLoss | None = None
     tested: bool = False
     """True if all tests that a pass needs were possible: retention suites, each with enough items, and a gain. Depends
     on the number of items, not on the answers."""
 
 
-def decide(scores: Sequence[Scores], *, level: float, loss_level: float, margin: float, min_items: int) -> Findings:
-    """Compute one result per suite, in the order given, and the pooled gain. ``level``: of the tests for a gain; at 0
-    nothing can be shown, and intervals use LEAST_LEVEL. ``loss_level``: of the tests that exclude a loss, and of those
-    that show one. ``margin``: for suites that name none."""
+def decide(
+    scores: Sequence[Scores], *, level: float, loss_level: float, margin: float, mean_margin: float, min_items: int
+) -> Findings:
+    """Compute one result per suite, in the order given, the mean loss, and the pooled gain. ``level``: of the tests for
+    a gain; at 0 nothing can be shown, and intervals use LEAST_LEVEL. ``loss_level``: of the tests that exclude a loss,
+    and of those that show one. ``margin``: for suites that name none; ``mean_margin``: of the mean loss."""
     level, loss_level = max(level, LEAST_LEVEL), max(loss_level, LEAST_LEVEL)
     smallest = {"retention": loss_level, "gain": min(level, loss_level)}
     sides = [_Sides.of(s, margin, smallest[s.suite.role], MOST_REFERENCES * len(scores)) for s in scores]
     able = [i for i, side in enumerate(sides) if side.units >= min_items]
-    worse = dict(zip(able, holm([sides[i].p_worse(loss_level) for i in able], loss_level), strict=True))
+    retention = [(s, side) for s, side in zip(scores, sides, strict=True) if s.suite.role == "retention"]
+    means = _means(retention, mean_margin)
+    *of_suites, of_mean = holm([*(sides[i].p_worse(loss_level) for i in able), p_worse(means, loss_level)], loss_level)
+    worse = dict(zip(able, of_suites, strict=True))
     gains = [i for i in able if scores[i].suite.role == "gain"]
     gained = dict(zip(gains, holm([sides[i].statistic.p_superior for i in gains], level), strict=True))
     results = []
@@ -92,21 +106,27 @@ def decide(scores: Sequence[Scores], *, level: float, loss_level: float, margin:
             results.append(_result(s, side, local, loss_level, decided))
     strata = [(s.suite, side) for s, side in zip(scores, sides, strict=True) if s.suite.role == "gain"]
     gain = _pooled(strata, level, loss_level, margin, min_items) if strata else None
-    held = [side.units >= min_items for s, side in zip(scores, sides, strict=True) if s.suite.role == "retention"]
+    held = [side.units >= min_items for _, side in retention]
     tested = bool(held) and all(held) and gain is not None and gain.units >= min_items
-    return Findings(tuple(results), gain, tested)
+    mean = _mean_loss(means, len(retention), of_mean[0], loss_level, min_items) if means else None
+    return Findings(tuple(results), gain, mean, tested)
 
 
 def conclude(findings: Findings, checks: Sequence[Check]) -> tuple[GateOutcome, tuple[str, ...]]:
     results, gain = findings.results, findings.gain
     failed = [f"{check.name}: {check.detail}" for check in checks if not check.ok]
     failed += [f"{r.name}: {r.reason}" for r in results if r.decision == "failed"]
+    mean = findings.mean
+    if mean is not None and mean.decision == "failed":
+        failed.append(f"{MEAN}: {mean.reason}")
     if failed:
         return "rejected", tuple(failed)
     retention = [r for r in results if r.role == "retention"]
     unproven = [f"{r.name}: {r.reason}" for r in retention if r.decision == "inconclusive"]
     if not retention:
         unproven.append("no retention suite was asked: what the model could do before is not protected")
+    if mean is not None and mean.decision != "passed":
+        unproven.append(f"{MEAN}: {mean.reason}")
     if gain is None:
         unproven.append("there are no fresh samples to show a gain on")
     elif gain.decision != "passed":
@@ -116,6 +136,7 @@ def conclude(findings: Findings, checks: Sequence[Check]) -> tuple[GateOutcome, 
     return "passed", (
         f"gain: {gain.reason}",
         f"all {len(retention)} retention suites stay inside their margin, against every model that was compared",
+        *([f"{MEAN}: {mean.reason}"] if mean else []),
     )
 
 
@@ -129,6 +150,7 @@ class _Sides:
     base: Comparison
     statistic: Comparison
     best: Comparison | None = None
+    overall: Comparison | None = None
 
     @classmethod
     def of(cls, scores: Scores, margin: float, level: float, tests: int) -> _Sides:
@@ -149,13 +171,14 @@ class _Sides:
             references[BASE] = base
         best = None if scores.best is None else compared(scores.best)
         if best is not None:
-            references[f"the best release {scores.best_name}"] = best
+            references[_best(scores.best_name)] = best
         statistic = incumbent
         before_ranks, after_ranks = scores.before.ranks, after.ranks
         ranked = suite.role == "gain" and suite.task == "retrieval"
         if ranked and before_ranks is not None and after_ranks is not None:
             statistic = paired(reciprocal_log_rank(before_ranks), reciprocal_log_rank(after_ranks), graded=True)
-        return cls(references, incumbent, base, statistic, best)
+        overall = None if scores.overall is None else compared(scores.overall)
+        return cls(references, incumbent, base, statistic, best, overall)
 
     @property
     def units(self) -> int:
@@ -166,9 +189,13 @@ class _Sides:
         return max(self.references.items(), key=lambda entry: entry[1].p_noninferior)
 
     def p_worse(self, level: float) -> float:
-        """p of H0: no loss against any reference. 1 if the loss is shown to stay inside the margin."""
-        open_ = [side.p_worse for side in self.references.values() if side.p_noninferior > level]
-        return min(1.0, min(open_, default=1.0) * len(self.references))
+        return p_worse(self.references, level)
+
+
+def p_worse(references: Mapping[str, Comparison], level: float) -> float:
+    """p of H0: no loss against any reference. 1 if the loss is shown to stay inside the margin."""
+    open_ = [side.p_worse for side in references.values() if side.p_noninferior > level]
+    return min(1.0, min(open_, default=1.0) * len(references))
 
 
 def _result(
@@ -221,6 +248,7 @@ def _result(
         if retention
         else _change(_statistic_name(suite, sides), sides.statistic, local, sides.statistic.p_superior),
         recall=None if retention else _change(metric, against, loss_level, against.p_noninferior),
+        used=scores.used,
     )
 
 
@@ -234,7 +262,7 @@ def _retention(scores: Scores, sides: _Sides, is_worse: bool, level: float, min_
     if is_worse:
         lost = [entry for entry in sides.references.items() if entry[1].p_noninferior > level]
         reference, side = min(lost, key=lambda entry: entry[1].p_worse)
-        return "failed", f"lost {points(-side.difference)} against {reference} ({_moved(side)})"
+        return "failed", f"lost {points(-side.difference)} against {reference} ({moved(side)})"
     return "inconclusive", (
         f"a loss of {points(-low)} against {name} is not excluded, {points(worst.margin)} allowed; "
         f"about {max(worst.needed(level), worst.n + 1)} items would tell"
@@ -248,17 +276,69 @@ def _gain(
     if side.units < min_items:
         return "inconclusive", _too_few(scores.suite.task, side, min_items)
     if is_worse:
-        return "failed", f"lost {points(-side.difference)} on new data ({_moved(side)})"
+        return "failed", f"lost {points(-side.difference)} on new data ({moved(side)})"
     metric = scores.suite.metric
     noninferior = side.p_noninferior <= loss_level
     loss = "" if noninferior else f"; a loss of {points(-side.bounds(loss_level)[0])} of {metric} is not excluded"
     if shown and noninferior:
         name = _statistic_name(scores.suite, sides)
-        beside = "" if name == metric else f"; {metric} {_moved(side)}"
-        return "passed", f"gained {points(statistic.difference)} of {name} ({_moved(statistic)}){beside}"
+        beside = "" if name == metric else f"; {metric} {moved(side)}"
+        return "passed", f"gained {points(statistic.difference)} of {name} ({moved(statistic)}){beside}"
     if shown:
-        return "inconclusive", f"better by {_statistic_name(scores.suite, sides)} ({_moved(side)}){loss}"
-    return "inconclusive", f"no gain shown ({_moved(side)}, p = {statistic.p_superior:.2g} at level {local:.2g}){loss}"
+        return "inconclusive", f"better by {_statistic_name(scores.suite, sides)} ({moved(side)}){loss}"
+    return "inconclusive", f"no gain shown ({moved(side)}, p = {statistic.p_superior:.2g} at level {local:.2g}){loss}"
+
+
+def _means(retention: Sequence[tuple[Scores, _Sides]], margin: float) -> dict[str, Comparison]:
+    """The mean difference to each reference. Suites without a folder ask for what was learned from the stream: against
+    the base their gains would hide losses elsewhere, so they have no part there."""
+    if not retention:
+        return {}
+    means = {INCUMBENT: pool([side.incumbent for _, side in retention], margin)}
+    if static := [side.base for scores, side in retention if scores.suite.data and side.base is not side.incumbent]:
+        means[BASE] = pool(static, margin)
+    best = next((scores.overall_name for scores, _ in retention if scores.overall is not None), "")
+    if best:
+        means[_best(best)] = pool([side.overall or side.incumbent for _, side in retention], margin)
+    return means
+
+
+def _mean_loss(means: Mapping[str, Comparison], suites: int, is_worse: bool, level: float, min_items: int) -> MeanLoss:
+    name, worst = max(means.items(), key=lambda entry: entry[1].p_noninferior)
+    low, needed = worst.bounds(level)[0], worst.needed(level)
+    decision: Decision = "inconclusive"
+    if worst.units < min_items:
+        reason = f"only {worst.units} independent items; at least {min_items} are asked for"
+    elif worst.p_noninferior <= level:
+        decision = "passed"
+        kept = f"at most {points(-low)} lost on average" if low < 0 else "nothing lost on average"
+        reason = f"{kept}, {points(worst.margin)} allowed"
+    elif is_worse:
+        decision = "failed"
+        lost = [entry for entry in means.items() if entry[1].p_noninferior > level]
+        reference, side = min(lost, key=lambda entry: entry[1].p_worse)
+        reason = f"lost {points(-side.difference)} on average against {reference}, {points(side.margin)} allowed"
+    else:
+        reason = (
+            f"a loss of {points(-low)} on average against {name} is not excluded, {points(worst.margin)} allowed; "
+            f"about {max(needed, worst.n + 1)} items would tell"
+        )
+    return MeanLoss(
+        decision=decision,
+        reason=reason,
+        n=worst.n,
+        units=worst.units,
+        suites=suites,
+        references={name: _change("mean", side, level, side.p_noninferior) for name, side in means.items()},
+        margin=worst.margin,
+        alpha=level,
+        method=worst.method,
+        needed=needed,
+    )
+
+
+def _best(name: str) -> str:
+    return f"the best release {name}"
 
 
 def _pooled(
@@ -272,7 +352,7 @@ def _pooled(
     ]
     decision: Decision = "inconclusive"
     where = strata[0][0].name if len(strata) == 1 else f"{len(strata)} fresh domains"
-    better = f"{names[0]} of {where} {_moved(statistic)}"
+    better = f"{names[0]} of {where} {moved(statistic)}"
     if metric.units < min_items:
         reason = f"only {metric.units} independent fresh items; at least {min_items} are asked for"
     elif statistic.p_superior > level:
@@ -282,7 +362,7 @@ def _pooled(
     else:
         decision = "passed"
         reason = f"gained {points(statistic.difference)}: {better}"
-        reason += "" if names[0] == names[1] else f"; {names[1]} {_moved(metric)}"
+        reason += "" if names[0] == names[1] else f"; {names[1]} {moved(metric)}"
     return PooledGain(
         decision=decision,
         reason=reason,
@@ -307,7 +387,7 @@ def _change(name: str, side: Comparison, level: float, p: float) -> Change:
     return Change(name, side.before, side.after, side.difference, *side.bounds(level), p)
 
 
-def _moved(side: Comparison) -> str:
+def moved(side: Comparison) -> str:
     return f"from {percent(side.before)} to {percent(side.after)}"
 
 

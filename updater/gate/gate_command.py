@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from updater.gate.report import HTML_NAME, JSON_NAME, write_report
 from updater.gate.run import open_evaluator, run_gate
 from updater.gate.sample_suites import TEXT_COLUMNS, HeldOut, fresh_suites, head_suites
 from updater.gate.score import Scorer
+from updater.gate.suite_items import Seal
 from updater.gate.suites import Family, Suite, load_suites
 from updater.gate.verdict import Verdict
 
@@ -51,13 +52,14 @@ def gate_command(
     family = _family(candidate)
     base = _base(settings, family)
     paths = suites if suites is not None else settings.gate.suites
+    with closing(Ledger.open(settings.ledger)) as ledger:
+        stable, used, audited = ledger.stable(), ledger.judgements_of(family), ledger.audited_data(family)
+    held_out, fresh = _fresh(settings, family, audited)
     loaded = load_suites(paths, settings.home, family, settings.gate.max_items)
-    held_out, fresh = _fresh(settings, family)
+    loaded = [suite.part("judged", Seal.of(held_out.store)) for suite in loaded]
     counted = held_out.store, held_out.version, held_out.having
     before = None if incumbent == "base" else incumbent
     if incumbent is None:
-        with closing(Ledger.open(settings.ledger)) as ledger:
-            stable = ledger.stable()
         before = stable.adapter(family) if stable else None
     meta: dict[str, Any] = {"started_by": "ratchet gate run"}
     name = candidate
@@ -67,7 +69,8 @@ def gate_command(
             evaluator.load(before, directory)
         try:
             name, directory = _locate(artifacts, candidate)
-            loaded += head_suites(settings, held_out.store, held_out.version, read_heads(directory))
+            everything = HeldOut(held_out.store, held_out.version, None, audited)
+            loaded += head_suites(settings, everything, read_heads(directory))
             evaluator.load(name, directory)
             size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
             meta |= {"rank": int(read_adapter(directory).config.get("r") or 0), "bytes": size}
@@ -81,6 +84,7 @@ def gate_command(
             incumbent=before,
             suites=loaded,
             fresh=fresh,
+            used=used,
             counts=StoreCounts(*counted, settings.home / "cache" / "gate"),
             plan=AnalysisPlan.alone(settings.gate.alpha),
             settings=settings.gate,
@@ -138,7 +142,7 @@ def pairs_command(settings: Settings, name: str) -> list[HardPair]:
     suites = load_suites(settings.gate.suites, settings.home, "clip", settings.gate.max_items)
     known = [suite for suite in suites if suite.task == "retrieval"]
     if name not in {suite.name for suite in known}:
-        known += _fresh(settings, "clip")[1]
+        known += _fresh(settings, "clip", {})[1]
     suite = next((suite for suite in known if suite.name == name), None)
     if suite is None:
         names = ", ".join(suite.name for suite in known) or "gate.suites"
@@ -147,9 +151,9 @@ def pairs_command(settings: Settings, name: str) -> list[HardPair]:
     return hard_pairs(Scorer(engine), suite)
 
 
-def _fresh(settings: Settings, family: Family) -> tuple[HeldOut, list[Suite]]:
+def _fresh(settings: Settings, family: Family, audited: Mapping[str, int]) -> tuple[HeldOut, list[Suite]]:
     store, gate = SampleStore(settings.lake), settings.gate
-    held_out = HeldOut(store, store.version(), HAVING[family])
+    held_out = HeldOut(store, store.version(), HAVING[family], audited)
     rows = held_out.rows(TEXT_COLUMNS)
     return held_out, fresh_suites(rows, held_out, family=family, min_items=gate.min_items, limit=gate.max_items)
 

@@ -95,6 +95,8 @@ def run_gate(
     plan: AnalysisPlan,
     settings: GateSettings,
     best: Mapping[str, str] | None = None,
+    overall: str = "",
+    used: Mapping[str, int] | None = None,
     counts: ConceptCounts | None = None,
     cost: Mapping[str, Any] | None = None,
     meta: Mapping[str, Any] | None = None,
@@ -108,6 +110,8 @@ def run_gate(
         fresh: gain suites from `fresh_eval`, see `fresh_suites`.
         plan: budget and history of the looks at this candidate; `AnalysisPlan.alone` for a single one.
         best: by retention suite the adapter of the best release so far, resident in the engine.
+        overall: the adapter of the best release by the mean over them, likewise; empty without one.
+        used: earlier judgements by suite.
         counts: frequency of concepts in the candidate's training data; without them results are not split by it.
         meta: for the report. `tuned_on`: suites that the recipe was tuned on, judged on their hidden half;
             `load_error`: why the candidate is not resident; `rank` and `bytes` of the adapter.
@@ -131,7 +135,10 @@ def run_gate(
     findings = Findings((), None)
     scores: list[Scores] = []
     if all(check.ok for check in checks if check.name in ("loads", "finite")):
-        findings, failed, scores = _suites(evaluator, candidate, incumbent, gated, best or {}, settings, look)
+        rivals = {
+            suite.name: ((best or {}).get(suite.name, ""), overall) for suite in gated if suite.role == "retention"
+        }
+        findings, failed, scores = _suites(evaluator, candidate, incumbent, gated, rivals, used or {}, settings, look)
         checks += failed
     # Checks of the answers come after the tests, and do not undo the spending of alpha.
     sound = all(check.ok for check in checks[:early])
@@ -147,6 +154,7 @@ def run_gate(
         base=evaluator.base.name,
         suites=findings.results,
         gain=findings.gain,
+        mean=findings.mean,
         spent=sound and findings.tested,
         checks=tuple(checks),
         alpha=settings.alpha,
@@ -169,20 +177,23 @@ def _suites(
     candidate: str,
     incumbent: str | None,
     suites: Sequence[Suite],
-    best: Mapping[str, str],
+    rivals: Mapping[str, tuple[str, str]],
+    used: Mapping[str, int],
     settings: GateSettings,
     look: InterimAnalysis,
 ) -> tuple[Findings, list[Check], list[Scores]]:
-    """Results, checks of the answers, and the answers of all suites; no answers if the candidate failed."""
+    """Results, checks of the answers, and the answers of all suites; no answers if the candidate failed. ``rivals``:
+    the best releases by retention suite: by this suite, and over all."""
     scores: list[Scores] = []
     for number, suite in enumerate(suites, start=1):
         progress_log.info(f"gate: suite {number}/{len(suites)} {suite.name} ({len(suite.items())} items)")
         try:
             base = evaluator.score(suite, None, label=f"{suite.name}, base")
             before = base if incumbent is None else evaluator.score(suite, incumbent, label=f"{suite.name}, incumbent")
-            rival = best.get(suite.name, "") if suite.role == "retention" else ""
-            rival = "" if rival in (incumbent, candidate) else rival
-            released = evaluator.score(suite, rival, label=f"{suite.name}, best release") if rival else None
+            names = ["" if name in (incumbent, candidate) else name for name in rivals.get(suite.name, ("", ""))]
+            best, overall = (
+                evaluator.score(suite, name, label=f"{suite.name}, best release") if name else None for name in names
+            )
         except (RuntimeError, ValueError, AdapterError) as error:
             raise GateError(
                 f"suite {suite.name}: base, incumbent or best release cannot be scored: {error}",
@@ -197,8 +208,12 @@ def _suites(
             return Findings((), None), [failed], []
         worst = evaluator.regressions(suite, before, after)
         chance, clusters = evaluator.chance(suite), suite.clusters()
-        scores.append(Scores(suite, base, before, after, chance, worst, clusters, released, rival))
-    levels = {"level": look.level, "loss_level": look.loss_level, "margin": settings.margin}
+        asked = used.get(suite.name, 0)
+        scores.append(
+            Scores(suite, base, before, after, chance, worst, clusters, best, names[0], overall, names[1], asked)
+        )
+    levels = {"level": look.level, "loss_level": look.loss_level}
+    levels |= {"margin": settings.margin, "mean_margin": settings.mean_margin}
     findings = decide(scores, **levels, min_items=settings.min_items)
     return findings, evaluator.answer_checks(candidate, suites), scores
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from threading import Lock
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from core.settings import Settings
 from serving.engines.heads import Head
 from streams.store.rows import SAMPLE_SCHEMA
 from streams.store.sample_store import ADDRESS, Having, SampleStore
-from updater.gate.suite_items import Item, limited, sample_item
+from updater.gate.suite_items import Item, Part, Seal, limited, sample_item
 from updater.gate.suites import MAX_ITEMS, Family, Role, Suite, Task
 
 CAPACITY: dict[Family, int] = {"clip": 1000, "vlm": 400}
@@ -37,7 +38,7 @@ PAGE = 16
 PAGES = 8
 """Cached pages, for as many threads: with images of 8 MiB, the ingest limit, 1 GiB."""
 MOST_RIVALS = 2
-"""Best releases to compare: each is resident in the gate's engine with incumbent and candidate."""
+"""Best releases by single suites to compare: each is resident in the gate's engine with incumbent and candidate."""
 
 
 class Images(Protocol):
@@ -51,24 +52,36 @@ class Images(Protocol):
 class HeldOut:
     """The split ``fresh_eval`` of one version of the store; also gives the images of the rows that were read.
     Thread-safe. ``version``: pinned, or otherwise kept for as long as images are needed. ``having``: only samples with
-    this field; None: all."""
+    this field; None: all. ``audited``: end of the data of the last audit; sealed samples before it join the rest."""
 
-    def __init__(self, store: SampleStore, version: int, having: Having | None) -> None:
-        self.store, self.version, self.having = store, version, having
+    def __init__(
+        self, store: SampleStore, version: int, having: Having | None, audited: Mapping[str, int] | None = None
+    ) -> None:
+        self.store, self.version, self.having, self.audited = store, version, having, audited or {}
+        self._seal = Seal.of(store)
         self._addresses: dict[str, int] = {}
         self._pages: list[list[str]] = []
         self._page_of: dict[str, int] = {}
         self._cached_pages: OrderedDict[int, dict[str, bytes]] = OrderedDict()
         self._lock = Lock()
 
-    def rows(self, columns: Sequence[str], after: Mapping[str, int] | None = None) -> pa.Table:
-        """All rows, or those at or after some offsets, unordered. ``columns``: ``id``, and others except the image."""
+    def rows(self, columns: Sequence[str], after: Mapping[str, int] | None = None, part: Part = "judged") -> pa.Table:
+        """All rows of a part, or those at or after some offsets, unordered. ``columns``: ``id``, and others except the
+        image."""
         schema = pa.schema([SAMPLE_SCHEMA.field(name) for name in columns])
         parts = [schema.empty_table()]
+        sealed = self._sealed
         for batch in self.store.addresses(columns, self.version, "fresh_eval", self.having, after):
             self._addresses.update(zip(batch["id"].to_pylist(), batch[ADDRESS].to_pylist(), strict=True))
-            parts.append(pa.Table.from_batches([batch.select(list(columns))]))
+            wanted = [(name in sealed) == (part == "sealed") for name in batch["id"].to_pylist()]
+            parts.append(pa.Table.from_batches([batch.select(list(columns))]).filter(pa.array(wanted, pa.bool_())))
         return pa.concat_tables(parts)
+
+    @cached_property
+    def _sealed(self) -> frozenset[str]:
+        batches = self.store.addresses(["id"], self.version, "fresh_eval", self.having, self.audited)
+        names = (name for batch in batches for name in batch["id"].to_pylist())
+        return frozenset(name for name in names if self._seal.holds(name))
 
     def some(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
         """Other columns of rows that :meth:`rows` returned, in the order of ``ids``."""
@@ -208,16 +221,16 @@ def learned_before(rows: pa.Table, fresh: pa.Table) -> pa.Table:
     return rows.filter(np.array([name not in known for name in rows["id"].to_pylist()], dtype=bool))
 
 
-def head_suites(settings: Settings, store: SampleStore, version: int, heads: Mapping[str, Head]) -> list[Suite]:
+def head_suites(settings: Settings, held_out: HeldOut, heads: Mapping[str, Head]) -> list[Suite]:
     """A retention suite for each head of the candidate, answered by head, or by prompts if incumbent or base lacks it:
     a head must not be worse than its predecessor, nor than zero-shot classification. Raises AdapterError for a head
-    that cannot be judged: it is not in the settings, or no held-out sample has its labels."""
+    that cannot be judged: it is not in the settings, or no held-out sample has its labels. ``held_out``: with
+    captions or without."""
     wanted = {head.name: head for head in settings.updater.heads}
     if not heads:
         return []
     if unknown := sorted(heads.keys() - wanted.keys()):
         raise AdapterError(f"nothing judges the head {unknown[0]!r} of the candidate.", "Name it in updater.heads.")
-    held_out = HeldOut(store, version, None)
     rows = held_out.rows(COLUMNS).to_pylist()
     suites = []
     for name in sorted(heads):
@@ -260,6 +273,23 @@ def best_by_suite(verdicts: Sequence[VerdictRow], suites: Sequence[str], incumbe
     best = {name: adapter for name, adapter in best.items() if adapter != incumbent}
     named = {adapter for adapter, _ in Counter(best.values()).most_common(MOST_RIVALS)}
     return {name: adapter for name, adapter in best.items() if adapter in named}
+
+
+def best_overall(verdicts: Sequence[VerdictRow], suites: Sequence[str], incumbent: str | None) -> str:
+    """The released adapter with the highest mean over retention suites relative to the base, weighted by independent
+    items; empty if that is the incumbent, or none was asked all of these suites. Arguments as in
+    :func:`best_by_suite`."""
+    best, most = "", 0.0
+    for verdict in verdicts:
+        asked = [verdict.summary.get("suites", {}).get(name) for name in suites]
+        known = [suite for suite in asked if suite is not None]
+        if not known or len(known) < len(asked):
+            continue
+        units = sum(suite.get("units", 1) for suite in known)
+        mean = sum((suite["after"] - suite["base"]) * suite.get("units", 1) for suite in known) / units
+        if mean > most:
+            best, most = verdict.adapter, mean
+    return "" if best == incumbent else best
 
 
 def _score(verdict: VerdictRow, name: str) -> float | None:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -22,8 +23,10 @@ from core.digests import digest12, digest_json
 from core.errors import GateError, RecordError
 from ratchet_client.images import OpenedImage, open_accepted
 from streams.publish.folders import FolderItem
+from streams.store.sample_store import SampleStore
 
 Half = Literal["all", "tuning", "hidden"]
+Part = Literal["judged", "sealed"]
 Result = TypeVar("Result")
 T = TypeVar("T")
 SAMPLE = "sample/"
@@ -42,6 +45,8 @@ _CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED.split()}
 _GROUPING = re.compile(r"(?<=\d),(?=\d)")
 _POINT = re.compile(r"\.(?!\d)")
 _MARKS = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!:*#]")
+SEALED = 4
+"""One item in so many is sealed."""
 AGREEING = 3
 """Human answers that must agree before an answer counts in full (VQA v2)."""
 
@@ -129,6 +134,24 @@ def of_half(items: Iterable[Item], half: Half) -> list[Item]:
         return list(items)
     bit = 1 if half == "hidden" else 0
     return [item for item in items if int(digest_json(item.key)[:8], 16) % 2 == bit]
+
+
+class Seal:
+    """Seals a quarter of all items by a keyed hash: no candidate is judged on them, only audits ask for them."""
+
+    def __init__(self, key: bytes) -> None:
+        self.key = key
+
+    @classmethod
+    def of(cls, store: SampleStore) -> Seal:
+        return cls(store.table.identity()[1])
+
+    def holds(self, name: str) -> bool:
+        return blake2b(name.encode(), key=self.key, person=b"seal", digest_size=1).digest()[0] % SEALED == 0
+
+
+def of_part(items: Iterable[Item], part: Part, seal: Seal) -> list[Item]:
+    return [item for item in items if seal.holds(item.key) == (part == "sealed")]
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:

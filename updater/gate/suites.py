@@ -22,11 +22,14 @@ from streams.publish.folders import INDEX, FolderItem, read_folder
 from updater.gate.suite_items import (
     Half,
     Item,
+    Part,
+    Seal,
     caption_clusters,
     captioned,
     image_clusters,
     limited,
     of_half,
+    of_part,
     polarity,
     question_item,
     spread,
@@ -80,6 +83,7 @@ class Suite(BaseModel):
 
     _home: Path | None = PrivateAttr(None)
     _half: Half = PrivateAttr("all")
+    _part: tuple[Part, Seal] | None = PrivateAttr(None)
     _items: tuple[Item, ...] | None = PrivateAttr(None)
     _digest: str | None = PrivateAttr(None)
 
@@ -146,11 +150,19 @@ class Suite(BaseModel):
         suite._items = None if self._items is None else tuple(of_half(self._items, half))
         return suite
 
+    def part(self, part: Part, seal: Seal) -> Suite:
+        """The same suite over the items that candidates are judged on, or over the sealed ones."""
+        suite = self.model_copy()
+        suite._part, suite._digest = (part, seal), None
+        suite._items = None if self._items is None else tuple(of_part(self._items, part, seal))
+        return suite
+
     def items(self) -> tuple[Item, ...]:
         """The items, in a fixed order. Raises GateError if the data are missing or unusable."""
         if self._items is None:
             rows = _read(self)
-            self._items = tuple(of_half(limited(rows, self.limit, self.seed), self._half))
+            items = of_half(limited(rows, self.limit, self.seed), self._half)
+            self._items = tuple(items if self._part is None else of_part(items, *self._part))
             if len(self._items) < 2:
                 raise GateError(
                     f"suite {self.name}: {self.folder} has {len(self._items)} items of split {self.split!r}.",

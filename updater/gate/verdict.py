@@ -16,6 +16,7 @@ TAIL_BINS = ("never", "1-9", "10-99", "100+")
 """Bins by the number of times that a concept was seen, the rarest first."""
 PAIR_CHANCE = 0.25
 """Score of guessing pairs: both of two."""
+MEAN = "mean loss"
 YES_BOUND = 0.1
 """Movement of a share of "yes" away from the truth that gives a warning."""
 
@@ -87,6 +88,32 @@ class PooledGain:
 
 
 @dataclass(frozen=True, slots=True)
+class MeanLoss:
+    """The test of the mean loss over the retention suites, weighted by independent items."""
+
+    decision: Decision
+    reason: str
+    n: int
+    units: int
+    suites: int
+    references: dict[str, Change]
+    """By the reference's description."""
+    margin: float
+    alpha: float
+    method: str
+    needed: int
+    """Items expected to show non-inferiority if nothing had changed."""
+
+    @property
+    def margin_left(self) -> float:
+        return min(change.ci_low for change in self.references.values()) + self.margin
+
+    def summary(self) -> dict[str, Any]:
+        kept = {name: value for name, value in asdict(self).items() if name not in ("reason", "alpha", "method")}
+        return {**kept, "margin_left": self.margin_left}
+
+
+@dataclass(frozen=True, slots=True)
 class SuiteResult:
     name: str
     role: str
@@ -132,6 +159,8 @@ class SuiteResult:
     """Adapter of the best release so far by this suite; empty if it is the incumbent, or there was none."""
     best_release: Change | None = None
     """The metric from the best release to the candidate, and whether a loss of the margin is excluded."""
+    used: int = 0
+    """Earlier judgements that these items were asked for, about this model or an older one."""
 
     @property
     def margin_left(self) -> float | None:
@@ -140,7 +169,19 @@ class SuiteResult:
         return min(lows) + self.margin if self.role == "retention" else None
 
     def summary(self) -> dict[str, Any]:
-        names = ("role", "metric", "n", "units", "base", "before", "after", "difference", "margin", "margin_left")
+        names = (
+            "role",
+            "metric",
+            "n",
+            "units",
+            "base",
+            "before",
+            "after",
+            "difference",
+            "margin",
+            "margin_left",
+            "used",
+        )
         changes = {name: getattr(self, name) for name in ("statistic", "recall", "best_release")}
         return {
             **{name: getattr(self, name) for name in (*names, "decision")},
@@ -302,6 +343,8 @@ class Verdict:
     """Recall of the candidate's texts among the incumbent's images; None if they share the image tower."""
     gain: PooledGain | None = None
     """The test over all gain suites; None without any, or if nothing was scored."""
+    mean: MeanLoss | None = None
+    """The test of the mean over all retention suites; None without any, or if nothing was scored."""
     spent: bool = True
     """True if the look counts and spent its part of alpha, because its tests could have passed. False if a check before
     scoring failed, or there were too few items."""
@@ -313,9 +356,11 @@ class Verdict:
         suites."""
         failed = [check.name for check in self.checks if not check.ok]
         failed += [suite.name for suite in self.suites if suite.decision == "failed"]
+        failed += [MEAN] if self.mean is not None and self.mean.decision == "failed" else []
         if failed or self.outcome == "passed":
             return tuple(failed)
         unproven = [s.name for s in self.suites if s.role == "retention" and s.decision == "inconclusive"]
+        unproven += [MEAN] if self.mean is not None and self.mean.decision != "passed" else []
         return (*unproven, *(["gain"] if self.gain is None or self.gain.decision != "passed" else []))
 
     def look_summary(self) -> dict[str, Any]:
@@ -344,6 +389,7 @@ class Verdict:
             "seconds": self.seconds,
             "suites": {suite.name: suite.summary() for suite in self.suites},
             "gain": self.gain.summary() if self.gain else None,
+            "mean": self.mean.summary() if self.mean else None,
             "checks": {check.name: check.ok for check in self.checks},
             "diagnostics": self.diagnostics.summary(),
             "cross_version": self.cross_version and {**self.cross_version.summary(), "incumbent": self.incumbent},

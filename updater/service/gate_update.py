@@ -28,12 +28,14 @@ from updater.gate.sample_suites import (
     TEXT_COLUMNS,
     HeldOut,
     best_by_suite,
+    best_overall,
     choose_memory,
     fresh_suites,
     head_suites,
     learned_before,
     memory_suites,
 )
+from updater.gate.suite_items import Seal
 from updater.gate.suites import Suite, load_suites
 from updater.gate.verdict import Verdict
 from updater.recipes import Family
@@ -84,15 +86,20 @@ def _gate(
         "rank": update.recipe.get("rank"),
     }
     upgrade = ledger.base_upgrade(update.id)
-    suites, fresh = update_suites(settings, store, update, update.data_to if upgrade else None)
+    audited = ledger.audited_data(update.family)
+    suites, fresh = update_suites(settings, store, update, audited, update.data_to if upgrade else None)
     try:
         directory = fetch_recorded(artifacts, ledger, adapter)
-        suites += head_suites(settings, store, update.store_version, read_heads(directory))
+        everything = HeldOut(store, update.store_version, None, audited)
+        suites += head_suites(settings, everything, read_heads(directory))
     except AdapterError as error:  # a verdict, with this as its reason
         directory, meta["load_error"] = None, error.message
     names = [suite.name for suite in suites if suite.role == "retention"]
     released = base.digest if upgrade is None else upgrade.old_base
-    best = best_by_suite(ledger.released_verdicts(base.family, released), names, update.incumbent)
+    verdicts = ledger.released_verdicts(base.family, released)
+    best = best_by_suite(verdicts, names, update.incumbent)
+    static = [suite.name for suite in suites if suite.role == "retention" and suite.data]
+    overall = best_overall(verdicts, static, update.incumbent)
     halved = bool(update.recipe.get("merge", {}).get("search"))
     plan = triggers.plan(settings.gate, ledger, base.family, update, halved=halved)
     incumbent = update.incumbent
@@ -111,11 +118,12 @@ def _gate(
     with opened as evaluator:
         if update.incumbent:
             evaluator.load(update.incumbent, fetch_recorded(artifacts, ledger, update.incumbent))
-        for name in sorted({*best.values()} - {adapter}):
+        for name in sorted({*best.values(), overall} - {adapter, ""}):
             try:
                 evaluator.load(name, fetch_recorded(artifacts, ledger, name))
             except AdapterError as error:  # a missing old release must not block every new one
                 best = {suite: other for suite, other in best.items() if other != name}
+                overall = "" if overall == name else overall
                 meta.setdefault("not_compared", {})[name] = error.message
         if directory is not None:
             try:
@@ -130,6 +138,8 @@ def _gate(
             suites=suites,
             fresh=fresh,
             best=best,
+            overall=overall,
+            used=ledger.judgements_of(base.family),
             counts=StoreCounts(store, update.store_version, HAVING[_family(update)], settings.home / "cache" / "gate"),
             plan=plan,
             settings=settings.gate,
@@ -143,17 +153,23 @@ def _family(update: UpdateRow) -> Family:
 
 
 def update_suites(
-    settings: Settings, store: SampleStore, update: UpdateRow, learned: Mapping[str, int] | None = None
+    settings: Settings,
+    store: SampleStore,
+    update: UpdateRow,
+    audited: Mapping[str, int],
+    learned: Mapping[str, int] | None = None,
 ) -> tuple[list[Suite], list[Suite]]:
-    """Return the suites that judge an update: configured and memory suites, and fresh ones. ``learned``: end of the
-    data that the incumbent has learned; by default the start of the update's own. For an upgrade, which learns them
-    again, their held-out samples are in both kinds of suite. Raises GateError if a suite cannot be read."""
+    """Return the suites that judge an update, without what is sealed: configured and memory suites, and fresh ones.
+    ``audited``: end of the data of the last audit. ``learned``: end of the data that the incumbent has learned; by
+    default the start of the update's own. For an upgrade, which learns them again, their held-out samples are in both
+    kinds of suite. Raises GateError if a suite cannot be read."""
     learned = update.data_from if learned is None else learned
     family = _family(update)
-    held_out = HeldOut(store, update.store_version, HAVING[family])
+    held_out = HeldOut(store, update.store_version, HAVING[family], audited)
     fresh = held_out.rows(TEXT_COLUMNS, update.data_from)
     min_items, most = settings.gate.min_items, settings.gate.max_items
-    suites = load_suites(settings.gate.suites, settings.home, family, most)
+    seal = Seal.of(store)
+    suites = [each.part("judged", seal) for each in load_suites(settings.gate.suites, settings.home, family, most)]
     if learned:  # else nothing was learned yet
         pending = fresh if learned == update.data_from else held_out.rows(["id"], learned)
         chosen = choose_memory(learned_before(held_out.rows(["id", "domain"]), pending), family, 2 * min_items)
@@ -184,10 +200,11 @@ class TuningScores:
         store: SampleStore,
         base: Base,
         update: UpdateRow,
+        audited: Mapping[str, int],
         learned: Mapping[str, int] | None = None,
     ) -> TuningScores:
         """Scores for the suites of :func:`update_suites`. Raises GateError."""
-        suites, fresh = update_suites(settings, store, update, learned)
+        suites, fresh = update_suites(settings, store, update, audited, learned)
         return cls(settings, base, tuned_on([*suites, *fresh], settings.gate.min_items))
 
     @property

@@ -87,7 +87,9 @@ def train_update(
     )
     begins_at = None if upgrade else update.incumbent  # no adapter fits another base
     incumbent = fetch_recorded(artifacts, ledger, begins_at) if begins_at else None
-    scored = TuningScores.of(settings, store, base, update, learned) if recipe.merge.search else None
+    scored = None
+    if recipe.merge.search:
+        scored = TuningScores.of(settings, store, base, update, ledger.audited_data(update.family), learned)
     memory = f"memories/{begins_at}"  # left by the update of the incumbent, if its recipe remembers something
     carry_over = artifacts.fetch(memory) if begins_at and artifacts.exists(memory) else None
     throttle.begin()

@@ -248,8 +248,8 @@ def fresh_items(
     rows = store.count(version=version, split="fresh_eval", after=after, having=HAVING[family])
     if rows == 0 or (candidate is None and rows > PLENTY * needed):
         return FreshItems(rows, needed, candidate)
-    places = tuple(sorted(after.items()))
-    items = _units(store, family, version, places, settings.min_items, settings.max_items, halved)
+    places, audited = (tuple(sorted(each.items())) for each in (after, ledger.audited_data(family)))
+    items = _units(store, family, version, places, audited, settings.min_items, settings.max_items, halved)
     return FreshItems(items, needed, candidate)
 
 
@@ -259,11 +259,12 @@ def _units(
     family: Family,
     version: int,
     data_from: tuple[tuple[str, int], ...],
+    audited: tuple[tuple[str, int], ...],
     min_items: int,
     max_items: int,
     halved: bool,
 ) -> int:
-    held_out = HeldOut(store, version, HAVING[family])
+    held_out = HeldOut(store, version, HAVING[family], dict(audited))
     rows = held_out.rows(TEXT_COLUMNS, dict(data_from))
     suites = fresh_suites(rows, held_out, family=family, min_items=min_items, limit=max_items)
     gated = [each.half("hidden") if halved and each.divisible(min_items) else each for each in suites]

@@ -48,6 +48,7 @@ from updater.service import triggers
 from updater.service.gate_update import gate_update
 from updater.service.learning_state import LedgerMetrics, check_suites, export_budget
 from updater.service.process import StopSignal, ThrottledLog, only_one, work_folders
+from updater.service.release_audit import audit_release, due_audit
 from updater.service.train_update import BucketEmpty, train_update
 from updater.service.triggers import IMPORTED, Learned, Ready, Reevaluate, Waiting
 from updater.step.learner import Base
@@ -178,6 +179,8 @@ class UpdaterService:
         else:
             if waits := self._waits_for_base(family):
                 return StepResult(None, waits)
+            if waits := self._audit(family):
+                return StepResult(None, waits)
             recipe = self.recipes[family]
             ready = triggers.decide(self.settings, self.ledger, self.store, recipe, now=now, retry=retry)
             if isinstance(ready, Waiting):
@@ -190,6 +193,17 @@ class UpdaterService:
         self.store.pin(update.id, update.store_version)
         done = self._finish(update, family)
         return StepResult(done, done.error or done.state)
+
+    def _audit(self, family: Family) -> str:
+        """Audit the live release if that is due. Returns why nothing is trained: it failed, and was not taken back."""
+        due = due_audit(self.settings, self.ledger, self.bases[family], family)
+        if due is not None:
+            audit_release(self.settings, self.ledger, self.artifacts, self.store, self.bases[family], family, due)
+        failed = self.ledger.failed_audit(family)
+        metrics.gate.audited(family, failed is not None)
+        if failed is None or self.ledger.held() is None:
+            return ""
+        return f"the audit of release {failed.release} failed: {failed.summary['reasons'][0]}; {failed.advice}"
 
     def _lacks(self, recipe: Recipe, ready: Ready) -> str:
         try:

@@ -17,8 +17,8 @@ def hits(n: int, share: float, views: int = 1, seed: int = 0) -> np.ndarray:
     return (np.random.default_rng(seed).random((n, views)) < share).astype(float)
 
 
-def findings(*entries: Scores, min_items: int = 50, margin: float = 0.05) -> Findings:
-    return decide(entries, level=LEVEL, loss_level=LEVEL, margin=margin, min_items=min_items)
+def findings(*entries: Scores, min_items: int = 50, margin: float = 0.05, mean_margin: float = 0.05) -> Findings:
+    return decide(entries, level=LEVEL, loss_level=LEVEL, margin=margin, mean_margin=mean_margin, min_items=min_items)
 
 
 def judge(*entries: Scores, **how: Any) -> tuple[SuiteResult, ...]:
@@ -258,7 +258,9 @@ def test_every_retention_suite_is_tested_at_the_whole_level_of_losses_and_gains_
     assert gain.p < between < retention.p
 
     def outcome(level: float, loss_level: float) -> str:
-        found = decide([BARELY, LEARNT], level=level, loss_level=loss_level, margin=0.05, min_items=50)
+        found = decide(
+            [BARELY, LEARNT], level=level, loss_level=loss_level, margin=0.05, mean_margin=0.05, min_items=50
+        )
         return conclude(found, FINE)[0]
 
     assert outcome(between, LEVEL) == "passed"

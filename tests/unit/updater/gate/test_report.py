@@ -38,7 +38,7 @@ CHECKS = (v.Check("finite", True, "128 vectors are finite", 0.0, 0.01), v.Check(
 
 
 def verdict_of(*entries: Scores, **fields: Any) -> v.Verdict:
-    findings = decide(entries, level=0.03, loss_level=0.05, margin=0.05, min_items=50)
+    findings = decide(entries, level=0.03, loss_level=0.05, margin=0.05, mean_margin=0.05, min_items=50)
     outcome, reasons = conclude(findings, CHECKS)
     made = v.Verdict(
         outcome=outcome, reasons=reasons, candidate="clip-0123456789ab", incumbent="clip-ba9876543210", base="shipped",
