@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import Final
 
 from pydantic import Field, SecretStr, field_validator
@@ -98,6 +99,11 @@ class Ingest(Section):
         default_factory=list, description="Private networks that URIs may resolve to."
     )
     metrics_port: int = Field(9464, ge=0, le=65535, description="Prometheus port of ingest; 0: off.")
+
+    @property
+    def own_split_key(self) -> bytes | None:
+        """Key of 32 bytes from ``split_key``; None if the store's generated one is used."""
+        return None if self.split_key is None else sha256(self.split_key.get_secret_value().encode()).digest()
 
 
 class Maintain(Section):

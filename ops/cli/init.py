@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from contextlib import closing
@@ -115,7 +116,7 @@ def init(
         chosen.setdefault("base.vlm", "")  # the shipped VLM takes minutes to prepare: only with --set
     broker_line, suites_line = _broker(settings, answers, offline), ""
     if answers.data or answers.labels:
-        from ops.cli.init_suites import plan_suites, read_sample, suite_power, write_suites
+        from ops.cli.init_suites import mean_excluded, plan_suites, read_sample, suite_power, write_suites
 
         most = settings.gate.max_items + REFERENCE_PICTURES
         sample = read_sample(answers.data, answers.labels, settings.ingest, most)
@@ -123,7 +124,10 @@ def init(
         model_line = _register_model(settings.home, choice)
         written = write_suites(plan, margin or settings.gate.margin)
         chosen |= {"gate.suites": [suites], "updater.reference": [plan.data] if plan.rest else []}
-        _tell(settings, sample, plan, [suite_power(suite, settings.gate) for suite in written])
+        powers = [suite_power(suite, settings.gate) for suite in written]
+        if (excluded := mean_excluded(powers, settings.gate)) > settings.gate.mean_margin:
+            chosen["gate.mean_margin"] = math.ceil(200 * excluded) / 200
+        _tell(settings, sample, plan, powers, chosen.get("gate.mean_margin", settings.gate.mean_margin))
         suites_line = f", suites in {suites}"
     elif choice.name == SHIPPED:
         model_line = _register_model(settings.home, choice)
@@ -286,7 +290,9 @@ def _broker(settings: Settings, answers: InitAnswers, offline: bool) -> str:
     return f"{kafka.bootstrap} answers; topic {kafka.topic} " + ("is there" if exists else "will be made by ingest")
 
 
-def _tell(settings: Settings, sample: LabelledSample, plan: SuitePlan, powers: list[SuitePower]) -> None:
+def _tell(
+    settings: Settings, sample: LabelledSample, plan: SuitePlan, powers: list[SuitePower], mean_margin: float
+) -> None:
     """Print how pictures are used, and which loss and gain the suites can detect."""
     from ops.cli.init_suites import fresh_needed
     from updater.gate.statistics import POWER
@@ -308,6 +314,7 @@ def _tell(settings: Settings, sample: LabelledSample, plan: SuitePlan, powers: l
     for each in powers:
         if each.advice:
             console.print(Text(f"         {each.suite.name}: {each.advice}", style="yellow"))
+    typer.echo(f"mean     a mean loss of {100 * mean_margin:g} points over them is excluded (gate.mean_margin)")
     needed, share = fresh_needed(gate), settings.ingest.fresh_eval_share
     pairs = f", about {needed / share:,.0f} new pairs ({share:.0%} of them are never trained on)" if share else ""
     typer.echo(f"gain     one of {100 * gate.detect:g} points (gate.detect) shows with {needed:,} fresh items{pairs}")

@@ -22,6 +22,7 @@ from streams.publish.datasets.mapping import Source
 from streams.publish.folders import INDEX, DatasetRow, FolderItem, write_folder
 from updater.gate.interim_analyses import PRIOR_SPREAD, candidate_alpha, needed_items
 from updater.gate.statistics import items_needed, smallest_difference
+from updater.gate.suite_items import SEALED
 from updater.gate.suites import Suite, load_suites
 
 MAX_ROWS = 200_000
@@ -244,7 +245,7 @@ class SuitePower:
     suite: Suite
     items: int
     units: int
-    """Independent items: each item, or each caption."""
+    """Independent items that candidates are judged on: each item, or each caption."""
     excludes: float
     """Smallest loss, as a share, that is excluded if nothing has changed."""
     margin: float
@@ -269,8 +270,9 @@ class SuitePower:
 
 
 def suite_power(suite: Suite, gate: Gate) -> SuitePower:
-    """Compute a suite's power for a single look, with the spread that the gate assumes."""
-    level, units = gate.alpha, suite.units()
+    """Compute a suite's power for a single look at the three quarters that are judged, with the spread that the gate
+    assumes."""
+    level, units = gate.alpha, suite.units() * (SEALED - 1) // SEALED
     margin = suite.margin or gate.margin
     return SuitePower(
         suite=suite,
@@ -281,6 +283,11 @@ def suite_power(suite: Suite, gate: Gate) -> SuitePower:
         needed=items_needed(PRIOR_SPREAD, margin, level),
         min_items=gate.min_items,
     )
+
+
+def mean_excluded(powers: Sequence[SuitePower], gate: Gate) -> float:
+    """Smallest mean loss over these suites that is excluded with power POWER if nothing has changed."""
+    return smallest_difference(PRIOR_SPREAD, sum(each.units for each in powers), gate.alpha)
 
 
 def fresh_needed(gate: Gate) -> int:

@@ -10,7 +10,6 @@ waits for outages: broker, store, disk, registry.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import signal
@@ -140,10 +139,8 @@ class Consumer:
 
     def _open(self) -> None:
         limits, kafka, folder = self.settings.ingest, self.kafka, self.settings.home / "ingest"
-        name, split_key = self.store.table.identity()
-        if limits.split_key is not None:
-            split_key = hashlib.sha256(limits.split_key.get_secret_value().encode()).digest()
-        split = SplitRule(split_key, limits.fresh_eval_share)
+        name, generated = self.store.table.identity()
+        split = SplitRule(limits.own_split_key or generated, limits.fresh_eval_share)
         index = DuplicateIndex(folder / "duplicates.db", name, limits.near_duplicate_distance, split)
         self._guard, validators = start_validators(ValidationSetup(limits, kafka), self._processes, folder)
         self._pool = ValidationPool(validators, 2 * BATCH_BYTES, 2 * kafka.batch_records + POLL_RECORDS)

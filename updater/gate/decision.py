@@ -317,7 +317,7 @@ def _mean_loss(means: Mapping[str, Comparison], suites: int, is_worse: bool, lev
         decision = "failed"
         lost = [entry for entry in means.items() if entry[1].p_noninferior > level]
         reference, side = min(lost, key=lambda entry: entry[1].p_worse)
-        reason = f"lost {points(-side.difference)} on average against {reference}, {points(side.margin)} allowed"
+        reason = f"lost {points(-side.difference)} on average against {reference} ({moved(side)})"
     else:
         reason = (
             f"a loss of {points(-low)} on average against {name} is not excluded, {points(worst.margin)} allowed; "

@@ -55,8 +55,9 @@ def gate_command(
     with closing(Ledger.open(settings.ledger)) as ledger:
         stable, used, audited = ledger.stable(), ledger.judgements_of(family), ledger.audited_data(family)
     held_out, fresh = _fresh(settings, family, audited)
+    seal = held_out.seal
     loaded = load_suites(paths, settings.home, family, settings.gate.max_items)
-    loaded = [suite.part("judged", Seal.of(held_out.store)) for suite in loaded]
+    loaded = [suite.part("judged", seal) for suite in loaded]
     counted = held_out.store, held_out.version, held_out.having
     before = None if incumbent == "base" else incumbent
     if incumbent is None:
@@ -69,7 +70,7 @@ def gate_command(
             evaluator.load(before, directory)
         try:
             name, directory = _locate(artifacts, candidate)
-            everything = HeldOut(held_out.store, held_out.version, None, audited)
+            everything = HeldOut(held_out.store, held_out.version, None, seal)
             loaded += head_suites(settings, everything, read_heads(directory))
             evaluator.load(name, directory)
             size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
@@ -153,7 +154,7 @@ def pairs_command(settings: Settings, name: str) -> list[HardPair]:
 
 def _fresh(settings: Settings, family: Family, audited: Mapping[str, int]) -> tuple[HeldOut, list[Suite]]:
     store, gate = SampleStore(settings.lake), settings.gate
-    held_out = HeldOut(store, store.version(), HAVING[family], audited)
+    held_out = HeldOut(store, store.version(), HAVING[family], Seal.of(settings, store, audited))
     rows = held_out.rows(TEXT_COLUMNS)
     return held_out, fresh_suites(rows, held_out, family=family, min_items=gate.min_items, limit=gate.max_items)
 

@@ -52,13 +52,10 @@ class Images(Protocol):
 class HeldOut:
     """The split ``fresh_eval`` of one version of the store; also gives the images of the rows that were read.
     Thread-safe. ``version``: pinned, or otherwise kept for as long as images are needed. ``having``: only samples with
-    this field; None: all. ``audited``: end of the data of the last audit; sealed samples before it join the rest."""
+    this field; None: all."""
 
-    def __init__(
-        self, store: SampleStore, version: int, having: Having | None, audited: Mapping[str, int] | None = None
-    ) -> None:
-        self.store, self.version, self.having, self.audited = store, version, having, audited or {}
-        self._seal = Seal.of(store)
+    def __init__(self, store: SampleStore, version: int, having: Having | None, seal: Seal) -> None:
+        self.store, self.version, self.having, self.seal = store, version, having, seal
         self._addresses: dict[str, int] = {}
         self._pages: list[list[str]] = []
         self._page_of: dict[str, int] = {}
@@ -79,9 +76,9 @@ class HeldOut:
 
     @cached_property
     def _sealed(self) -> frozenset[str]:
-        batches = self.store.addresses(["id"], self.version, "fresh_eval", self.having, self.audited)
+        batches = self.store.addresses(["id"], self.version, "fresh_eval", self.having, dict(self.seal.audited))
         names = (name for batch in batches for name in batch["id"].to_pylist())
-        return frozenset(name for name in names if self._seal.holds(name))
+        return frozenset(name for name in names if self.seal.holds(name))
 
     def some(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
         """Other columns of rows that :meth:`rows` returned, in the order of ``ids``."""

@@ -21,6 +21,7 @@ from scipy.sparse.csgraph import connected_components
 
 from core.digests import digest12, digest_json
 from core.errors import GateError, RecordError
+from core.settings import Settings
 from ratchet_client.images import OpenedImage, open_accepted
 from streams.publish.folders import FolderItem
 from streams.store.sample_store import SampleStore
@@ -136,15 +137,18 @@ def of_half(items: Iterable[Item], half: Half) -> list[Item]:
     return [item for item in items if int(digest_json(item.key)[:8], 16) % 2 == bit]
 
 
+@dataclass(frozen=True)
 class Seal:
-    """Seals a quarter of all items by a keyed hash: no candidate is judged on them, only audits ask for them."""
+    """Seals a quarter of all items by a keyed hash: no candidate is judged on them, only audits ask for them. Sealed
+    samples before ``audited``, the end of the data of the last audit, have joined the rest."""
 
-    def __init__(self, key: bytes) -> None:
-        self.key = key
+    key: bytes
+    audited: tuple[tuple[str, int], ...] = ()
 
     @classmethod
-    def of(cls, store: SampleStore) -> Seal:
-        return cls(store.table.identity()[1])
+    def of(cls, settings: Settings, store: SampleStore, audited: Mapping[str, int]) -> Seal:
+        """With the secret of the split into training and held-out samples."""
+        return cls(settings.ingest.own_split_key or store.table.identity()[1], tuple(sorted(audited.items())))
 
     def holds(self, name: str) -> bool:
         return blake2b(name.encode(), key=self.key, person=b"seal", digest_size=1).digest()[0] % SEALED == 0

@@ -86,11 +86,11 @@ def _gate(
         "rank": update.recipe.get("rank"),
     }
     upgrade = ledger.base_upgrade(update.id)
-    audited = ledger.audited_data(update.family)
-    suites, fresh = update_suites(settings, store, update, audited, update.data_to if upgrade else None)
+    seal = Seal.of(settings, store, ledger.audited_data(update.family))
+    suites, fresh = update_suites(settings, store, update, seal, update.data_to if upgrade else None)
     try:
         directory = fetch_recorded(artifacts, ledger, adapter)
-        everything = HeldOut(store, update.store_version, None, audited)
+        everything = HeldOut(store, update.store_version, None, seal)
         suites += head_suites(settings, everything, read_heads(directory))
     except AdapterError as error:  # a verdict, with this as its reason
         directory, meta["load_error"] = None, error.message
@@ -156,19 +156,18 @@ def update_suites(
     settings: Settings,
     store: SampleStore,
     update: UpdateRow,
-    audited: Mapping[str, int],
+    seal: Seal,
     learned: Mapping[str, int] | None = None,
 ) -> tuple[list[Suite], list[Suite]]:
     """Return the suites that judge an update, without what is sealed: configured and memory suites, and fresh ones.
-    ``audited``: end of the data of the last audit. ``learned``: end of the data that the incumbent has learned; by
+    ``learned``: end of the data that the incumbent has learned; by
     default the start of the update's own. For an upgrade, which learns them again, their held-out samples are in both
     kinds of suite. Raises GateError if a suite cannot be read."""
     learned = update.data_from if learned is None else learned
     family = _family(update)
-    held_out = HeldOut(store, update.store_version, HAVING[family], audited)
+    held_out = HeldOut(store, update.store_version, HAVING[family], seal)
     fresh = held_out.rows(TEXT_COLUMNS, update.data_from)
     min_items, most = settings.gate.min_items, settings.gate.max_items
-    seal = Seal.of(store)
     suites = [each.part("judged", seal) for each in load_suites(settings.gate.suites, settings.home, family, most)]
     if learned:  # else nothing was learned yet
         pending = fresh if learned == update.data_from else held_out.rows(["id"], learned)
@@ -200,11 +199,11 @@ class TuningScores:
         store: SampleStore,
         base: Base,
         update: UpdateRow,
-        audited: Mapping[str, int],
+        seal: Seal,
         learned: Mapping[str, int] | None = None,
     ) -> TuningScores:
         """Scores for the suites of :func:`update_suites`. Raises GateError."""
-        suites, fresh = update_suites(settings, store, update, audited, learned)
+        suites, fresh = update_suites(settings, store, update, seal, learned)
         return cls(settings, base, tuned_on([*suites, *fresh], settings.gate.min_items))
 
     @property

@@ -74,7 +74,7 @@ def _state(settings: Settings, ledger: Ledger, store: SampleStore, family: Famil
         recipe = settings.updater.recipe if family == "clip" else settings.updater.vlm_recipe
         halved = bool(load_recipe(recipe).merge.search)
     learned = Learned.of(ledger, store, family)
-    fresh = triggers.fresh_items(settings.gate, ledger, store, family, learned, halved=halved)
+    fresh = triggers.fresh_items(settings, ledger, store, family, learned, halved=halved)
     looked_at = fresh.candidate.update if fresh.candidate else None
     plan = triggers.plan(settings.gate, ledger, family, looked_at, halved=halved)
     lacks = ""

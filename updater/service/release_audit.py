@@ -78,7 +78,8 @@ def audit_release(
     """Audit the live adapter, and record the result; idempotent. Raises GateError: a suite cannot be read, or a model
     cannot be scored; AdapterError: an adapter is missing or damaged."""
     learned = Learned.of(ledger, store, family)
-    suites = sealed_suites(settings, store, family, learned, ledger.audited_data(family))
+    seal = Seal.of(settings, store, ledger.audited_data(family))
+    suites = sealed_suites(settings, store, family, learned, seal)
     references = {"the base": None, **({f"release {due.last.release}": due.last.adapter} if due.last else {})}
     progress_log.info(f"audit of release {due.live.number}: {due.adapter} on the sealed items of {len(suites)} suites")
     with open_evaluator(settings, base) as evaluator:
@@ -121,17 +122,16 @@ def audit_release(
 
 
 def sealed_suites(
-    settings: Settings, store: SampleStore, family: Family, learned: Learned, audited: Mapping[str, int]
+    settings: Settings, store: SampleStore, family: Family, learned: Learned, seal: Seal
 ) -> list[tuple[Suite, np.ndarray]]:
     """Suites with the rows of their sealed items [n]. A suite is asked whole, so that its questions are as hard as a
     verdict's; of the samples only those that were sealed since the last audit are asked."""
-    seal = Seal.of(store)
     suites = []
     for suite in load_suites(settings.gate.suites, settings.home, family, settings.gate.max_items):
         sealed = np.array([seal.holds(item.key) for item in suite.items()])
         if suite.role == "retention" and sealed.sum() >= 2:
             suites.append((suite, sealed))
-    held_out = HeldOut(store, learned.store_version, HAVING[family], audited)
+    held_out = HeldOut(store, learned.store_version, HAVING[family], seal)
     rows = held_out.rows(TEXT_COLUMNS, part="sealed")
     known = learned_before(rows, held_out.rows(["id"], learned.data_from, part="sealed"))
     items = [item for own in items_by_domain(known, family, held_out).values() for item in own]

@@ -22,6 +22,7 @@ from updater.adapters.recorded import fetch_recorded
 from updater.budget.throttle import Throttle
 from updater.data.pools import draw_pools
 from updater.families import reference_of, spaces_of
+from updater.gate.suite_items import Seal
 from updater.heads import learn_heads, with_heads
 from updater.recipes import Recipe
 from updater.service import triggers
@@ -89,7 +90,8 @@ def train_update(
     incumbent = fetch_recorded(artifacts, ledger, begins_at) if begins_at else None
     scored = None
     if recipe.merge.search:
-        scored = TuningScores.of(settings, store, base, update, ledger.audited_data(update.family), learned)
+        seal = Seal.of(settings, store, ledger.audited_data(update.family))
+        scored = TuningScores.of(settings, store, base, update, seal, learned)
     memory = f"memories/{begins_at}"  # left by the update of the incumbent, if its recipe remembers something
     carry_over = artifacts.fetch(memory) if begins_at and artifacts.exists(memory) else None
     throttle.begin()

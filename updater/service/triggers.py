@@ -24,6 +24,7 @@ from streams.store.sample_store import Having, SampleStore
 from updater.data.draw import HAVING
 from updater.gate.interim_analyses import RANK_EFFICIENCY, AnalysisPlan, candidate_alpha, needed_items
 from updater.gate.sample_suites import TEXT_COLUMNS, HeldOut, fresh_suites
+from updater.gate.suite_items import Seal
 from updater.recipes import Family, Recipe
 
 HISTORY = 10_000
@@ -142,7 +143,7 @@ def decide(
         tried = next((each.data_to for each in finished if each.recipe.get("name") == recipe.name), {})
         seen = {place: max(seen.get(place, 0), tried.get(place, 0)) for place in {*seen, *tried}}
     count = store.count(version=version, split="train", after=seen, having=HAVING[family])
-    fresh = fresh_items(settings.gate, ledger, store, family, learned, halved=bool(recipe.merge.search))
+    fresh = fresh_items(settings, ledger, store, family, learned, halved=bool(recipe.merge.search))
     metrics.update.new_samples(family, count)
     metrics.update.fresh_items(family, fresh.items, fresh.needed)
     waits = settings.updater.wait_for_items and not (now or retry)
@@ -238,18 +239,19 @@ def _base_name(settings: Settings, family: Family) -> str:
 
 
 def fresh_items(
-    settings: GateSettings, ledger: Ledger, store: SampleStore, family: Family, learned: Learned, *, halved: bool
+    settings: Settings, ledger: Ledger, store: SampleStore, family: Family, learned: Learned, *, halved: bool
 ) -> FreshItems:
     """Fresh items that a family's next update, or its kept candidate, waits for. ``halved``: whether the recipe
     searches for a weight on half of them: see :func:`updater.service.gate_update.tuned_on`."""
     candidate = kept_candidate(ledger, learned)
-    needed = candidate.needed if candidate else plan(settings, ledger, family, None, halved=halved).needed
+    gate = settings.gate
+    needed = candidate.needed if candidate else plan(gate, ledger, family, None, halved=halved).needed
     version, after = learned.store_version, learned.data_from
     rows = store.count(version=version, split="fresh_eval", after=after, having=HAVING[family])
     if rows == 0 or (candidate is None and rows > PLENTY * needed):
         return FreshItems(rows, needed, candidate)
-    places, audited = (tuple(sorted(each.items())) for each in (after, ledger.audited_data(family)))
-    items = _units(store, family, version, places, audited, settings.min_items, settings.max_items, halved)
+    seal = Seal.of(settings, store, ledger.audited_data(family))
+    items = _units(store, family, version, tuple(sorted(after.items())), seal, gate.min_items, gate.max_items, halved)
     return FreshItems(items, needed, candidate)
 
 
@@ -259,12 +261,12 @@ def _units(
     family: Family,
     version: int,
     data_from: tuple[tuple[str, int], ...],
-    audited: tuple[tuple[str, int], ...],
+    seal: Seal,
     min_items: int,
     max_items: int,
     halved: bool,
 ) -> int:
-    held_out = HeldOut(store, version, HAVING[family], dict(audited))
+    held_out = HeldOut(store, version, HAVING[family], seal)
     rows = held_out.rows(TEXT_COLUMNS, dict(data_from))
     suites = fresh_suites(rows, held_out, family=family, min_items=min_items, limit=max_items)
     gated = [each.half("hidden") if halved and each.divisible(min_items) else each for each in suites]

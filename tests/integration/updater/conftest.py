@@ -8,6 +8,8 @@ import pytest
 
 from core.settings import Settings
 from tests.integration.updater.home import make_home
+from tests.support.sealing import nothing_sealed as nothing_sealed
+from tests.support.sealing import sealed as sealed
 
 
 @pytest.fixture

@@ -18,12 +18,13 @@ from serving.engines.adapters import read_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import load_base
 from tests.integration.updater.home import add_samples, changed, commit, judged_as, made_by, report_of
+from tests.support.sealing import NOTHING
 from tests.support.tiny import tiny_adapter
 from tests.unit.updater.builders import COLOURS, recipe
 from tests.unit.updater.gate.builders import folder_dataset
 from updater.families import spaces_of
 from updater.gate.run import open_evaluator
-from updater.gate.sample_suites import head_suites
+from updater.gate.sample_suites import HeldOut, head_suites
 from updater.gate.suites import load_suites
 from updater.service.gate_update import TuningScores, tuned_on, update_suites
 from updater.service.update_loop import UpdaterService
@@ -60,7 +61,9 @@ def test_a_labelled_stream_ends_in_a_head_that_the_gate_asks(labelled: Settings)
     assert {check["name"]: check["ok"] for check in report["checks"]}["loads"]
     bare = changed(labelled, "updater", heads=[])
     with pytest.raises(AdapterError, match="nothing judges the head 'colours'"):
-        head_suites(bare, service.store, update.store_version, files.heads)  # what is not judged does not pass
+        head_suites(
+            bare, HeldOut(service.store, update.store_version, None, NOTHING), files.heads
+        )  # what is not judged does not pass
     # learned of the candidate's own vectors, and of no sample that is held out
     engine = ClipEngine(load_base(labelled.home, "tiny"), "cpu")
     engine.load(files.name, folder)
@@ -108,7 +111,7 @@ def test_a_merge_weight_is_chosen_on_one_half_and_judged_by_the_other(settings: 
     halves = {suite["name"]: suite["half"] for suite in report["suites"]}
     assert halves == {"few": "all", "things": "hidden", "fresh.things": "hidden"}
     assert sorted(report["meta"]["tuned_on"]) == ["fresh.things", "things"]
-    own, fresh = update_suites(settings, service.store, update)
+    own, fresh = update_suites(settings, service.store, update, NOTHING)
     with open_evaluator(settings, load_base(home, "tiny")) as evaluator:
         name = str(update.adapter)
         evaluator.load(name, service.artifacts.fetch(f"adapters/{name}"))

@@ -6,6 +6,8 @@ import pytest
 
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
+from tests.support.sealing import nothing_sealed as nothing_sealed
+from tests.support.sealing import sealed as sealed
 from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.unit.updater.gate.builders import changed, outcomes, ranked, scores, suite_over
-from updater.gate.decision import RANK_STATISTIC, Findings, Scores, conclude, decide
+from updater.gate.decision import BASE, INCUMBENT, RANK_STATISTIC, Findings, Scores, conclude, decide
 from updater.gate.verdict import Check, SuiteResult
 
 LEVEL = 0.03
@@ -61,6 +61,38 @@ def test_only_what_kept_everything_and_learnt_passes(
     broken = Check("finite", False, "3 of 9 vectors hold NaN")
     assert conclude(found, [broken])[1][0] == "finite: 3 of 9 vectors hold NaN"
     assert {conclude(each, [broken])[0] for each in (found, Findings((), None))} == {"rejected"}
+
+
+def test_small_losses_everywhere_are_stopped_by_their_mean_though_each_suite_stays_inside_its_margin() -> None:
+    entries = [scores(f"s{i}", hits(800, 0.5), changed(hits(800, 0.5), 24, 8)) for i in range(6)]  # 2 points each
+    found = findings(*entries, LEARNT, mean_margin=0.015)
+    assert {result.decision for result in found.results} == {"passed"}
+    assert found.mean is not None and found.mean.decision == "failed" and found.mean.units == 4800
+    outcome, reasons = conclude(found, FINE)
+    assert outcome == "rejected" and reasons == (
+        "mean loss: lost 2.0 points on average against the incumbent (from 47.9% to 45.9%)",
+    )
+    wider = findings(*entries, LEARNT, mean_margin=0.04)
+    assert conclude(wider, FINE)[0] == "passed" and "at most 2.5 points lost" in str(wider.mean)
+    few = findings(scores("few", hits(800, 0.5), changed(hits(800, 0.5), 10, 6)), LEARNT, mean_margin=0.01)
+    assert few.mean is not None and few.mean.decision == "inconclusive" and few.mean.needed > 800
+    assert conclude(few, FINE)[1][0].startswith("mean loss: a loss of")
+
+
+def test_the_mean_is_compared_with_base_and_best_release_and_what_was_learned_hides_no_loss_to_the_base() -> None:
+    base, live = hits(800, 0.5), changed(hits(800, 0.5), 0, 80)
+    below_live = scores("static", live, base, base=base)  # ten points below the incumbent, equal to the base
+    below_base = scores("static", changed(base, 80, 0), changed(base, 80, 0), base=base)
+    learned = scores("memory.flags", changed(base, 0, 200), changed(base, 0, 200), base=base)
+    assert not learned.suite.data
+    for entry, reference in ((below_live, INCUMBENT), (below_base, BASE)):
+        static = replace(entry, suite=entry.suite.model_copy(update={"data": "x"}))
+        found = findings(static, learned, LEARNT, margin=0.3, mean_margin=0.03)
+        assert found.mean is not None and found.mean.decision == "failed" and reference in found.mean.reason
+    best = replace(KEPT, overall=outcomes(changed(hits(600, 0.5), 0, 60)), overall_name="clip-best")
+    found = findings(best, LEARNT, mean_margin=0.03)
+    assert found.mean is not None and "the best release clip-best" in found.mean.reason
+    assert found.results[0].decision == "passed", "it is a reference of the mean alone"
 
 
 def test_a_loss_that_chance_makes_in_one_of_many_suites_is_undecided_and_not_a_failure() -> None:

@@ -17,6 +17,7 @@ from core.settings import Settings
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.samples import sample
+from tests.support.sealing import NOTHING
 from tests.unit.updater.gate.builders import TableImages, fresh_suite, fresh_suites, picture, question_rows, sample_rows
 from updater.gate.sample_suites import (
     CAPACITY,
@@ -31,6 +32,7 @@ from updater.gate.sample_suites import (
     memory_suites,
     reservoir,
 )
+from updater.gate.suite_items import Part, Seal
 from updater.gate.suites import Family, Suite
 from updater.service.gate_update import update_suites
 
@@ -137,7 +139,7 @@ def test_images_of_samples_that_are_not_asked_are_not_read(store: RecordingStore
         data_from={"samples:0": LEARNED}, data_to={}, incumbent=None, adapter=None,
         cost={}, error=None, created_at=VERSION_TIME, updated_at=VERSION_TIME,
     )  # fmt: skip
-    suites, fresh = update_suites(settings, store, update)
+    suites, fresh = update_suites(settings, store, update, NOTHING)
     memory = [suite for suite in suites if suite.name.startswith("memory")]
     sizes = {suite.name: len(suite.items()) for suite in (*memory, *fresh)}
     learned = {"memory.flags": 400 if family == "vlm" else 420}
@@ -152,7 +154,7 @@ def test_images_of_samples_that_are_not_asked_are_not_read(store: RecordingStore
 
 
 def test_neighbours_are_read_once_and_a_broken_store_is_no_verdict(store: RecordingStore, family: str) -> None:
-    held_out = HeldOut(store, store.version(), "text" if family == "clip" else "question")
+    held_out = HeldOut(store, store.version(), "text" if family == "clip" else "question", NOTHING)
     every = held_out.rows(TEXT_COLUMNS)["id"].to_pylist()
     ids, unread = every[: 4 * PAGE], every[-1]
     held_out.expect(ids)
@@ -162,6 +164,23 @@ def test_neighbours_are_read_once_and_a_broken_store_is_no_verdict(store: Record
     shutil.rmtree(store.url)
     with pytest.raises(GateError, match="images of held-out samples"):
         held_out(unread)
+
+
+@pytest.mark.usefixtures("sealed")
+def test_a_quarter_of_the_samples_is_sealed_until_an_audit_has_asked_for_them(
+    store: RecordingStore, family: str
+) -> None:
+    def ids(part: Part, audited: dict[str, int]) -> set[str]:
+        seal = Seal(b"secret", tuple(audited.items()))
+        held_out = HeldOut(store, store.version(), "text" if family == "clip" else "question", seal)
+        return set(held_out.rows(["id"], part=part)["id"].to_pylist())
+
+    judged, sealed = ids("judged", {}), ids("sealed", {})
+    assert not judged & sealed and len(judged | sealed) == LEARNED + FRESH
+    assert 0.15 < len(sealed) / (LEARNED + FRESH) < 0.35
+    audited = {"samples:0": LEARNED}
+    assert ids("sealed", audited) == {name for name in sealed if int(name, 16) >= LEARNED}
+    assert ids("judged", audited) == judged | {name for name in sealed if int(name, 16) < LEARNED}
 
 
 # The newest samples

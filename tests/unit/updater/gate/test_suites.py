@@ -7,7 +7,7 @@ import pytest
 from core.errors import GateError
 from core.settings.updates import Gate
 from tests.unit.updater.gate.builders import folder_dataset, fresh_suite, fresh_suites, picture, sample_rows
-from updater.gate.suite_items import grade, majority, normalise
+from updater.gate.suite_items import Seal, grade, majority, normalise
 from updater.gate.suites import BUILTIN, Suite, load_suites
 
 
@@ -47,6 +47,21 @@ def test_the_draw_depends_on_the_seed_and_not_on_the_order_of_rows_the_task_or_t
     moved.mkdir()
     (tmp_path / "data").rename(moved / "data")
     assert _ids(_suite(moved, text)) == _ids(first)
+
+
+@pytest.mark.usefixtures("sealed")
+def test_a_quarter_of_a_suite_is_sealed_by_a_key_and_keeps_a_concept_together(tmp_path: Path) -> None:
+    folder_dataset(tmp_path / "data" / "things", count=240)
+    suite = _suite(tmp_path, "task: retrieval\n")
+    judged, sealed = (suite.part(part, Seal(b"one")) for part in ("judged", "sealed"))
+    assert sorted(_ids(judged) + _ids(sealed)) == sorted(_ids(suite))
+    assert 36 <= len(sealed.items()) <= 84
+    assert not {i.key for i in judged.items()} & {i.key for i in sealed.items()}
+    assert _ids(_suite(tmp_path, "task: retrieval\n").part("sealed", Seal(b"one"))) == _ids(sealed)
+    assert _ids(suite.part("sealed", Seal(b"two"))) != _ids(sealed)
+    assert judged.digest() != suite.digest()
+    half = judged.half("hidden")
+    assert set(_ids(half)) == set(_ids(judged)) & set(_ids(suite.half("hidden")))
 
 
 def test_halves_split_the_items_and_keep_a_concept_together(tmp_path: Path) -> None:
