@@ -17,6 +17,7 @@ import yaml
 from typer.testing import CliRunner
 
 from core.addresses import free_port
+from core.artifacts import Artifacts, directory_digest
 from core.child_process import processor_seconds
 from core.ledger import Ledger
 from core.waiting import StoodStill, wait_for_progress
@@ -27,6 +28,7 @@ from ops.cli.main import app
 from ops.cli.metrics import targets_of
 from ops.cli.supervisor import Supervisor
 from ratchet_client import Client, data_uri
+from serving.engines.clip_base import load_base
 from streams.publish.folders import read_folder
 from streams.store.sample_store import SampleStore
 from tests.support.dashboards import EXPRESSIONS
@@ -34,8 +36,9 @@ from tests.support.kafka import produce
 from tests.support.pages import ROOT
 from tests.support.prometheus import Alertmanager, Prometheus, alertmanager, impatient_rules, prometheus
 from tests.support.shapes import shapes
-from tests.support.tiny import tiny_base
+from tests.support.tiny import tiny_adapter, tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
+from updater.families import spaces_of
 
 pytestmark = [pytest.mark.timeout(900)]
 
@@ -112,7 +115,10 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
             "metrics_port": free_port(), "min_new_samples": TRIGGER, "recipe": str(home / "quick.yaml"),
             "reference": [str(home / "data" / "old")], "threads": 1,
         },
-        "gate": {"suites": [str(home / "suites")], "detect": 0.2},
+        "gate": {
+            "suites": [str(home / "suites")], "detect": 0.2, "mean_margin": 0.2, "audit_every": 1,
+            "trusted_sources": ["*"],
+        },
         "watch": {"seconds": 1.0},
         # Repeated inputs are answered from the cache, so they are compared at once or never. This update changes much,
         # and the guard would roll it back.
@@ -202,10 +208,50 @@ def test_every_panel_and_every_rule_speaks_of_a_running_ratchet(installation: In
     wait(lambda: sum(installation.store.offsets().values()) == 540 + installation.refused)
 
 
+def force_a_drift(installation: Installation) -> str:
+    """Release noise as if a verdict had let it pass; returns the adapter's name."""
+    settings, ledger = installation.context.settings, installation.ledger
+    base, folder = load_base(settings.home, settings.base.clip), settings.home / "noise"
+    name = tiny_adapter(base, folder, seed=5, scale=50.0)
+    Artifacts(settings.artifacts).put_directory(folder, f"adapters/{name}")
+    ledger.register_adapter(name, "clip", base.digest, *spaces_of(base, folder), {}, digest=directory_digest(folder))
+    last = ledger.updates(1, "clip")[0]
+    ledger.begin_update(
+        "drift", family="clip", recipe=last.recipe, seed=0, store_version=last.store_version, data_from=last.data_to,
+        data_to=last.data_to, incumbent=last.adapter, adapter=name,
+    )  # fmt: skip
+    ledger.record_verdict("drift", name, "passed", "reports/drift", {"suites": {}, "reasons": ["forced"]})
+    ledger.advance_update("drift", "done")
+    ledger.propose("update", clip=name, vlm=None, actor="updater", reason="forced", update_id="drift")
+    return name
+
+
+def test_a_drift_that_a_verdict_let_pass_is_found_by_the_audit_and_taken_back(installation: Installation) -> None:
+    ledger, settings = installation.ledger, installation.context.settings
+    wait(lambda: bool(ledger.release_audits("clip")))
+    assert ledger.release_audits("clip")[0].passed, "what was learned forgot nothing"
+    items = list(read_folder(settings.home / "data" / "old"))
+    probes = {"images": [item.bytes() for item in items[::20]], "texts": sorted({item.text for item in items})}
+    with Traffic(installation.client.url, settings=settings, rate=5.0, **probes) as traffic:
+        name = force_a_drift(installation)
+        wait(lambda: ledger.failed_audit("clip") is not None)
+        failed, held = ledger.failed_audit("clip"), ledger.held()
+        assert failed is not None and failed.adapter == name and held is not None
+        assert f"the audit of release {failed.release} failed: " in held.reason and "since release 2" in held.reason
+        wait(lambda: "RatchetAuditFailed" in installation.pager.alerts(), explain=installation.pager.alerts)
+        assert failed.advice in " ".join(installation.ratchet("status").split())
+        back = ["releases", "rollback", "--family", "clip", "--to", str(failed.reference_release), "--reason", "drift"]
+        assert "is live everywhere" in installation.ratchet(*back)
+        wait(lambda: "RatchetAuditFailed" not in installation.pager.alerts(), explain=installation.pager.alerts)
+        installation.ratchet("releases", "resume", "--reason", "taken back")
+    report = traffic.report()
+    assert (report.failed, report.mixed) == (0, 0), report.problems
+    assert {failed.release, failed.release + 1} <= set(report.releases)
+
+
 @pytest.mark.long
 def test_after_a_crash_of_everything_it_goes_on_where_it_was(installation: Installation) -> None:
     live, stored, offsets = installation.client.live(), installation.store.count(), installation.store.offsets()
-    assert live == 4
     [before] = installation.client.embed(["a red circle"])
     for name in ("serve", "ingest"):
         process = installation.parts.part(name).process
