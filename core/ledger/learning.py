@@ -260,12 +260,13 @@ class LearningQueries(Queries):
             query = query.where(VerdictRow.id > since, UpdateRow.family == family, spent).order_by(VerdictRow.id)
             return list(session.scalars(query))
 
-    def judgements_of(self, family: str) -> dict[str, int]:
-        """By suite the number of verdicts of a family that asked it so far."""
+    def judgements_of(self, family: str, role: str | None = None) -> dict[str, int]:
+        """By suite (of a role) the number of verdicts of a family that asked it so far."""
         used: dict[str, int] = {}
         for verdict in self.verdicts_of(family):
             for name, suite in verdict.summary.get("suites", {}).items():
-                used[name] = max(used.get(name, 0), suite.get("used", 0) + 1)
+                if role in (None, suite["role"]):
+                    used[name] = max(used.get(name, 0), suite.get("used", 0) + 1)
         return used
 
     def begin_base_upgrade(

@@ -8,6 +8,8 @@ from core.ledger.events import note
 from core.ledger.releases import ReleaseQueries, add_hold, open_hold
 from core.ledger.rows import Family, ReleaseAuditRow
 
+RELEASES = 1000
+
 
 class ReleaseAuditQueries(ReleaseQueries):
     def record_release_audit(self, row: ReleaseAuditRow) -> ReleaseAuditRow:
@@ -35,6 +37,13 @@ class ReleaseAuditQueries(ReleaseQueries):
         if family is not None:
             query = query.where(ReleaseAuditRow.family == family)
         return self._all(query if base is None else query.where(ReleaseAuditRow.base == base))
+
+    def unaudited(self, family: Family, base: str | None = None) -> set[str]:
+        """The adapters that answered everybody since the newest audit."""
+        audits = self.release_audits(family, base)
+        newest = audits[0].release if audits else 0
+        names = (row.adapter(family) for row in self.releases(limit=RELEASES) if row.plain and row.number > newest)
+        return {name for name in names if name} - {row.adapter for row in audits}
 
     def audited_data(self, family: str) -> dict[str, int]:
         """End of the data of the newest audit; empty without one."""

@@ -172,9 +172,17 @@ class ReleaseAuditRow(Base, kw_only=True):
     created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
 
     @property
+    def outcome(self) -> str:
+        return "passed" if self.passed else "failed"
+
+    @property
+    def back_to(self) -> int:
+        """The release that takes a failed one back: that of the last audit that passed, or the first one."""
+        return self.reference_release or 1
+
+    @property
     def advice(self) -> str:
-        """What takes a failed one back: the release of the last audit that passed, or the first one."""
-        back = f"ratchet releases rollback --family {self.family} --to {self.reference_release or 1}"
+        back = f"ratchet releases rollback --family {self.family} --to {self.back_to}"
         return f"`{back}` takes it back, and updates go on after `ratchet releases resume`"
 
 

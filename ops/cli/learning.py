@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from core.ledger.rows import Family
 from ops.cli import context as ctx
 from ops.cli.bases import tell_outcome
 from ops.cli.terminal import AsJson, printable, show_rows
@@ -83,6 +84,31 @@ def report(
     from updater.gate.gate_command import report_command
 
     typer.echo(report_command(ctx.of(context).settings, update, out=out))
+
+
+@gate.command()
+def audit(
+    context: typer.Context,
+    family: Annotated[Family, typer.Option(help="The model to audit.")] = "clip",
+) -> None:
+    """Audit the live adapter on the sealed items now, before `gate.audit_every` releases. A failure holds updates.
+
+    Compares it with the base and with the adapter of the last audit that passed. Status 1 if it failed.
+
+    Examples:  ratchet gate audit    |    ratchet gate audit --family vlm
+    """
+    from updater.service.release_audit import audit_now
+
+    row = audit_now(ctx.of(context).settings, family)
+    if row is None:
+        typer.echo(f"there is nothing to audit: no adapter of the {family.upper()} is live")
+        return
+    typer.echo(f"release {row.release}, {row.adapter}: {row.outcome} ({row.created_at:%Y-%m-%d %H:%M} UTC)")
+    for reason in row.summary["reasons"]:
+        typer.echo(printable(reason))
+    if not row.passed:
+        typer.echo(row.advice)
+        raise typer.Exit(1)
 
 
 @adapters.command("import")

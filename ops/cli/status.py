@@ -129,7 +129,13 @@ def screen(settings: Settings, parts: Supervisor | None = None) -> RenderableTyp
         top.append(_parts(parts))
     title = Text.assemble(("Ratchet ", "bold"), (f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC", "dim"))
     tables = [_updates(facts), _releases(facts)] if "live" in facts else []
-    return Group(title, dependency_lines(facts["dependencies"]), Columns(top, equal=True, expand=True), *tables)
+    return Group(
+        title,
+        dependency_lines(facts["dependencies"]),
+        *audit_lines(facts.get("learning", {})),
+        Columns(top, equal=True, expand=True),
+        *tables,
+    )
 
 
 def dependency_lines(dependencies: dict[str, dict[str, str]]) -> Text:
@@ -296,6 +302,19 @@ def _learning(facts: dict[str, Any]) -> Panel:
     return Panel(Text("\n".join(lines)), title="learning")
 
 
+def audit_lines(learning: dict[str, dict[str, Any]]) -> list[Text]:
+    """A line for each family whose live adapter failed its audit."""
+    failed = ((family, state["audits"]["failed"]) for family, state in learning.items())
+    return [
+        Text.assemble(
+            (f"{family}: the audit of release {audit['release']} failed, and it is live: ", "bold red"),
+            f"{audit['reason']}. {audit['advice']}",
+        )
+        for family, audit in failed
+        if audit is not None
+    ]
+
+
 def learning_line(family: str, state: dict[str, Any]) -> str:
     line = f"{family}: {state['fresh_items']:,} of {state['fresh_items_needed']:,} fresh items"
     if state["lacks"]:
@@ -306,7 +325,12 @@ def learning_line(family: str, state: dict[str, Any]) -> str:
     if (candidate := state["kept"]) is not None:
         items = f"{candidate['asked_again_with']:,} fresh items"
         line += f"\n  {candidate['adapter']}: {candidate['looks']} looks, the next with {items}"
-    return line
+    audits = state["audits"]
+    line += f"\n  audit: {audits['releases']} of {audits['every']} releases since the last one"
+    if (newest := audits["newest"]) is not None:
+        outcome = "passed" if newest["passed"] else "failed"
+        line += f"\n  release {newest['release']} {outcome} it: {newest['reasons'][0]}"
+    return f"{line}\n  retention items used for {audits['used']} judgements"
 
 
 def _parts(parts: Supervisor) -> Panel:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.artifacts import Artifacts
-from core.ledger import Ledger
+from core.ledger import Ledger, ReleaseAuditRow
 from core.settings import Settings
 from core.settings.serving import Rollout
 from serving.releases.guard import ComparisonCounts, Observations, RequestCounts, look
@@ -22,6 +22,7 @@ from updater.gate.verdict import Check, Diagnostics, FeatureShift, Regression, T
 EVIL = '<script>document.title = "stolen"</script><img src=x onerror="document.title=\'stolen\'">'
 """A caption that attempts script injection."""
 ITEMS = 400
+LOST = "emoji: lost 6.0 points against the base (-6.0 [-9.0, -3.0]), 5.0 points allowed, since release 1"
 SHIFT = FeatureShift({"image": TowerShift(128, 0.01, 0.03, 31.0, 30.0)}, 0.8, 0.79)
 
 
@@ -42,7 +43,7 @@ def verdict(candidate: str, lost: int, won: int) -> Verdict:
     outcome, reasons = conclude(findings, checks)
     return Verdict(
         outcome=outcome, reasons=reasons, candidate=candidate, incumbent=None, base="tiny", suites=findings.results,
-        gain=findings.gain, checks=checks, alpha=0.05,
+        gain=findings.gain, mean=findings.mean, checks=checks, alpha=0.05,
         look=AnalysisPlan(0.03, 0.05, 300).look(300), candidates=0, fresh=300, seconds=12.5,
         created_at="2026-01-01T00:00:00+00:00",
         cost={"gflops_planned": 6000.0, "gflops_spent": 5801.5, "seconds": 41.0}, meta={"recipe": EVIL},
@@ -69,6 +70,15 @@ def seen(number: int, incumbent: int, agreed: int = 38) -> dict[str, Any]:
         "compared": {"clip": asdict(compared)},
         "guardrails": [one.detail() for one in evidence],
     }
+
+
+def audit(release: int, adapter: str, passed: bool = False) -> ReleaseAuditRow:
+    """An audit of a CLIP adapter against the base and the adapter of release 1."""
+    against: dict[str, Any] = {words: {} for words in ("the base", "release 1")}
+    return ReleaseAuditRow(
+        family="clip", base="b", release=release, adapter=adapter, reference=None, reference_release=1, passed=passed,
+        data_to={}, summary={"reasons": ["nothing is lost" if passed else LOST], "references": against},
+    )  # fmt: skip
 
 
 def withdraw(ledger: Ledger, number: int, incumbent: int, adapter: str) -> str:

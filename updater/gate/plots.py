@@ -14,6 +14,8 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from updater.gate.verdict import MEAN
+
 Suites = Sequence[Mapping[str, Any]]
 
 INK, MUTED, LINE = "#010101", "#020202", "#030303"
@@ -53,6 +55,12 @@ def forest(suites: Suites) -> str:
     axes.axvline(0, color=INK, linewidth=0.9)
     axes.set_xlabel("after − before, points", color=MUTED)
     return drawn(plot, "Difference of every suite with its interval and margin", "f")
+
+
+def mean_row(mean: Mapping[str, Any]) -> dict[str, Any]:
+    """The mean loss against the incumbent, as a row of :func:`forest`."""
+    incumbent = next(iter(mean["references"].values()))
+    return {**mean, **incumbent, "name": MEAN, "role": "retention", "difference_base": incumbent["difference"]}
 
 
 def bars(suites: Suites) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from core.files import replace_file
-from updater.gate.plots import bars, forest
+from updater.gate.plots import bars, forest, mean_row
 from updater.gate.verdict import PAIR_CHANCE, TAIL_BINS, YES_BOUND, Verdict, jsonable
 
 JSON_NAME = "report.json"
@@ -54,10 +54,11 @@ def _fill(template: str, report: Mapping[str, Any]) -> str:
     )
     environment.filters |= {"percent": _percent, "signed": _signed, "number": _number, "value": _value}
     gains, retention = ([s for s in report["suites"] if s["role"] == role] for role in ("gain", "retention"))
-    suites = gains + retention
+    suites, mean = gains + retention, report.get("mean")
     return environment.get_template(template).render(
         r={**report, "suites": suites},
-        forest=forest(suites) if suites else "",
+        mean=mean,
+        forest=forest([*suites, *([mean_row(mean)] if mean else [])]) if suites else "",
         bars=bars(suites) if suites else "",
         beside=report["diagnostics"],
         bins=TAIL_BINS,
@@ -114,6 +115,8 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         lost = f"lower bound of the difference {_signed(crossing['ci_low'])}, margin {_percent(crossing['margin'])}"
         said = f"recall@{crossing['k']} {shares} ({lost}; {crossing['n']} texts)"
         rows.append(("Search while the catalog is embedded again", said))
+    if (mean := report.get("mean")) is not None:
+        rows.append(("Mean loss", f"{mean['reason']} ({mean['n']:,} items of {mean['suites']} suites)"))
     meta.pop("load_error", None)
     return [*rows, *((key.replace("_", " ").capitalize(), _value(value)) for key, value in meta.items())]
 

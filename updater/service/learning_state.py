@@ -12,10 +12,10 @@ from typing import Any
 
 from core import metrics
 from core.errors import ConfigError, GateError, RatchetError
-from core.ledger import Ledger, VerdictRow
+from core.ledger import Ledger, ReleaseAuditRow, VerdictRow
 from core.metrics.learning import Score
 from core.settings import Settings
-from serving.engines.clip_base import list_bases
+from serving.engines.clip_base import list_bases, names_by_digest
 from streams.store.sample_store import SampleStore
 from updater.data.pools import check_reference
 from updater.gate.interim_analyses import AnalysisPlan, alpha_left
@@ -25,6 +25,51 @@ from updater.service import triggers
 from updater.service.triggers import FreshItems, Learned
 
 VERDICTS = 500
+AUDITS = 20
+
+
+@dataclass(frozen=True)
+class AuditState:
+    """The audits of a family's releases on the present base."""
+
+    rows: tuple[ReleaseAuditRow, ...]
+    """The newest, newest first."""
+    failed: ReleaseAuditRow | None
+    """The newest one, if it failed and its adapter is still live."""
+    releases: int
+    """Releases with a new adapter since then."""
+    every: int
+    """``gate.audit_every``"""
+    used: int
+    """Verdicts that have used the items of the retention suites, of the one that was asked most often."""
+
+    @classmethod
+    def of(cls, settings: Settings, ledger: Ledger, family: Family) -> AuditState:
+        name = settings.base.clip if family == "clip" else settings.base.vlm
+        base = next((digest for digest, each in names_by_digest(settings.home).items() if each == name), None)
+        used = ledger.judgements_of(family, "retention").values()
+        return cls(
+            tuple(ledger.release_audits(family, base)[:AUDITS]),
+            ledger.failed_audit(family),
+            len(ledger.unaudited(family, base)),
+            settings.gate.audit_every,
+            max(used, default=0),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        newest = next(iter(self.rows), None)
+        return {
+            "releases": self.releases, "every": self.every, "used": self.used,
+            "newest": None if newest is None else {
+                "release": newest.release, "adapter": newest.adapter, "passed": newest.passed,
+                "reasons": newest.summary["reasons"], "reference_release": newest.reference_release,
+                "created_at": newest.created_at,
+            },
+            "failed": None if self.failed is None else {
+                "release": self.failed.release, "reason": self.failed.summary["reasons"][0],
+                "advice": self.failed.advice,
+            },
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,6 +78,7 @@ class LearningState:
     plan: AnalysisPlan
     alpha: float
     """``gate.alpha``: for the gains of all candidates until the next release, and for the losses of each."""
+    audits: AuditState
     lacks: str = ""
     """Missing items to judge an update; none begins until it is empty."""
 
@@ -58,6 +104,7 @@ class LearningState:
                 "asked_again_with": candidate.next_items,
             },
             "lacks": self.lacks, "alpha": self.alpha, "alpha_spent": self.spent, "candidates": self.plan.candidates,
+            "audits": self.audits.to_json(),
         }  # fmt: skip
 
 
@@ -83,7 +130,7 @@ def _state(settings: Settings, ledger: Ledger, store: SampleStore, family: Famil
         check_reference(settings.updater.reference)
     except (GateError, ConfigError) as error:
         lacks = str(error)
-    return LearningState(fresh, plan, settings.gate.alpha, lacks)
+    return LearningState(fresh, plan, settings.gate.alpha, AuditState.of(settings, ledger, family), lacks)
 
 
 def check_suites(settings: Settings, family: Family, *, learned: bool = False, read: bool = True) -> int:

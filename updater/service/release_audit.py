@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from core.settings import Settings
 from streams.store.sample_store import SampleStore
 from updater.adapters.recorded import fetch_recorded
 from updater.data.draw import HAVING
+from updater.families import family_base
 from updater.gate.decision import ItemScores, moved, points
 from updater.gate.run import Evaluator, open_evaluator
 from updater.gate.sample_suites import CAPACITY, TEXT_COLUMNS, HeldOut, items_by_domain, learned_before, store_suite
@@ -58,10 +60,7 @@ def due_audit(settings: Settings, ledger: Ledger, base: Base, family: Family, *,
     audits = ledger.release_audits(family, base.digest)
     if any(row.release == live.number or (row.adapter == adapter and row.passed) for row in audits):
         return None
-    newest = audits[0].release if audits else 0
-    names = {row.adapter(family) for row in ledger.releases(limit=1000) if row.plain and row.number > newest}
-    names -= {None, *(row.adapter for row in audits)}
-    if len(names) < settings.gate.audit_every and not now:
+    if not now and len(ledger.unaudited(family, base.digest)) < settings.gate.audit_every:
         return None
     return DueAudit(live, adapter, next((row for row in audits if row.passed), None))
 
@@ -119,6 +118,19 @@ def audit_release(
     outcome = "passed" if row.passed else "failed, and updates are on hold"
     progress_log.info(f"audit of release {row.release} {outcome}: {row.summary['reasons'][0]}")
     return row
+
+
+def audit_now(settings: Settings, family: Family) -> ReleaseAuditRow | None:
+    """Audit the live release as an operator asks. The earlier audit of an adapter that needs no other one; None if the
+    base alone is live. Raises as :func:`audit_release`, and BaseModelError or ConfigError without a base."""
+    base, store = family_base(settings, family), SampleStore(settings.lake)
+    with closing(Ledger.open(settings.ledger)) as ledger:
+        due = due_audit(settings, ledger, base, family, now=True)
+        if due is not None:
+            return audit_release(settings, ledger, Artifacts(settings.artifacts), store, base, family, due)
+        live = ledger.stable()
+        adapter = live.adapter(family) if live else None
+        return next((row for row in ledger.release_audits(family, base.digest) if row.adapter == adapter), None)
 
 
 def sealed_suites(

@@ -11,7 +11,7 @@ from ops.console import action_preview
 from ops.console.action_preview import BASE, NO_SHARE, Action, Choice, How
 from ops.console.data import ACTION_SECONDS
 from ops.console.request_context import Operator, Reader, RequestContext
-from ops.console.timeline import on_trial, timeline, unreleased, watching
+from ops.console.timeline import FAMILIES, on_trial, timeline, unreleased, watching
 from ratchet_client import Client, Conflict, ServerError
 from serving.releases.leadership import clip_bases
 
@@ -30,7 +30,7 @@ def releases(context: Reader, limit: Annotated[int, Query(ge=1, le=MOST)] = PAGE
         "releases.html", "Releases", entries=entries[:limit], more=limit + PAGE if len(entries) > limit < MOST else 0,
         held=ledger.held(), proposals=unreleased(ledger), away=context.data.status() is None,
         trial=on_trial(live), stable=ledger.stable(), watch=watching(context.data.status(), live),
-        bases=bases,
+        bases=bases, failed_audits=[row for family in FAMILIES if (row := ledger.failed_audit(family))],
     )  # fmt: skip
 
 

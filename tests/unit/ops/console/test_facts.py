@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -24,7 +25,7 @@ from streams.store.rows import Position, SampleTable
 from streams.store.sample_store import SampleStore
 from tests.support.pictures import png
 from tests.support.samples import refusal, sample
-from tests.support.story import EVIL
+from tests.support.story import EVIL, LOST, audit
 from tests.unit.ops.console.conftest import LOCAL, release, settings, text
 
 STATUS: dict[str, Any] = {
@@ -169,6 +170,28 @@ def test_each_deletion_is_listed_and_its_receipt_names_what_learned_from_it(
     for name in ("deletion-nowhere", "x" * 400, "deletion-nowhere/receipt"):
         answer = visitor.get(f"/audit/deletions/{name}")
         assert answer.status_code == 404 and "no such deletion" in answer.text
+
+
+def test_a_failed_audit_of_what_is_live_is_shown_with_the_rollback_until_it_is_taken_back(
+    operator: TestClient, ledger: Ledger, tmp_path: Path
+) -> None:
+    ledger.register_adapter("clip-a", "clip", "b", "i", "t", {})
+    release(ledger)
+    release(ledger, "clip-a")
+    ledger.record_release_audit(audit(2, "clip-a"))
+    shown = "Release 2 failed its audit, and its CLIP is live"
+    for page in ("/", "/gate", "/releases"):
+        told = operator.get(page).text
+        assert shown in told and LOST in html.unescape(told), page
+        assert 'href="/releases/rollback?to=1&amp;family=clip"' in told, page
+        with TestClient(build_console(settings(tmp_path, public=True)), base_url=LOCAL) as screen:
+            told = screen.get(page).text
+            assert shown in told and "/releases/rollback" not in told and "ratchet releases" not in told, page
+    assert "The CLIP changes from clip-a to the base alone." in text(operator, "/releases/rollback?to=1&family=clip")
+    gate = text(operator, "/gate")
+    assert "0 of 8 releases since the last one" in gate and "the base, release 1" in gate
+    release(ledger)
+    assert shown not in operator.get("/releases").text
 
 
 def test_many_viewers_cost_one_question(tmp_path: Path) -> None:

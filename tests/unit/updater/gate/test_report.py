@@ -42,7 +42,7 @@ def verdict_of(*entries: Scores, **fields: Any) -> v.Verdict:
     outcome, reasons = conclude(findings, CHECKS)
     made = v.Verdict(
         outcome=outcome, reasons=reasons, candidate="clip-0123456789ab", incumbent="clip-ba9876543210", base="shipped",
-        suites=findings.results, gain=findings.gain, checks=CHECKS, alpha=0.05,
+        suites=findings.results, gain=findings.gain, mean=findings.mean, checks=CHECKS, alpha=0.05,
         look=AnalysisPlan(0.03, 0.05, 300, (100,)).look(250), candidates=3, fresh=250, seconds=41.25,
         created_at="2026-01-01T00:00:00+00:00",
     )  # fmt: skip
@@ -85,7 +85,7 @@ def verdict() -> v.Verdict:
 def test_both_files_are_written_and_say_the_same(verdict: v.Verdict, tmp_path: Path) -> None:
     write_report(verdict, tmp_path)
     report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
-    assert (report["outcome"], report["caught_by"]) == ("rejected", ["emoji_retrieval"])
+    assert (report["outcome"], report["caught_by"]) == ("rejected", ["emoji_retrieval", v.MEAN])
     assert report["gain"]["strata"] == {"fresh.fluent3d": 300}
     assert report["checks"][1]["value"] is None, "NaN has no word in JSON"
     page = (tmp_path / "report.html").read_text()
@@ -118,6 +118,31 @@ def test_the_page_stands_alone_in_both_colour_schemes_and_captions_cannot_become
     assert not [words for words in absent if words in bare]
 
 
+def test_the_mean_loss_and_earlier_judgements_are_shown_where_the_report_has_them(verdict: v.Verdict) -> None:
+    suites = (replace(verdict.suites[0], used=7), *verdict.suites[1:])
+    assert verdict.mean is not None
+    base = v.Change("mean", 0.5, 0.45, -0.05, -0.075, -0.025, 0.2)
+    mean_loss = replace(verdict.mean, references={**verdict.mean.references, "the base": base})
+    report = json.loads(json.dumps(replace(verdict, suites=suites, mean=mean_loss).to_json()))
+    page = " ".join(render(report).split())
+    mean = report["mean"]
+    card = page[page.index("Mean loss over the retention suites") :]
+    assert mean["decision"] == "failed" and '<span class="pill failed">failed</span>' in card[:100]
+    assert "A loss of 5.0 points must be excluded" in card
+    assert set(mean["references"]) == {"the incumbent", "the base"}
+    for name, change in mean["references"].items():
+        assert f'<strong>{name}</strong></td><td class="n">{100 * change["before"]:.1f}</td>' in card
+    assert f"{mean['reason']} ({mean['n']:,} items of 2 suites)" in page
+    assert page.count("earlier judgement") == page.count("used for 7 earlier judgements") == 1
+    assert ">mean loss<" in page, "a row of the drawing"
+    del report["mean"]
+    for suite in report["suites"]:
+        del suite["used"]
+    old = render(report)
+    assert "Gain over all new data" in old
+    assert not [words for words in ("Mean loss over", "earlier judgement", ">mean loss<") if words in old]
+
+
 def test_a_look_that_was_not_made_has_spent_nothing(verdict: v.Verdict) -> None:
     made = verdict.to_json()["look"]
     unmade = replace(verdict, spent=False).to_json()["look"]
@@ -130,7 +155,7 @@ def test_a_look_that_was_not_made_has_spent_nothing(verdict: v.Verdict) -> None:
 def test_the_ledgers_summary_is_small_without_pictures_and_is_told_on_a_terminal(verdict: v.Verdict) -> None:
     summary = verdict.summary()
     text = json.dumps(summary)
-    assert "base64" not in text and len(text) < 6000 and summary["caught_by"] == ["emoji_retrieval"]
+    assert "base64" not in text and len(text) < 6000 and summary["caught_by"] == ["emoji_retrieval", v.MEAN]
     keys = {"before", "after", "ci", "decision", "n", "units", "role", "statistic", "recall"}
     assert set(summary["suites"]["fresh.fluent3d"]) >= keys
     gain = summary["gain"]

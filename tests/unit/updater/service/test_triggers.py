@@ -15,8 +15,10 @@ from core.ledger import Ledger
 from core.ledger.rows import GateOutcome
 from core.loading import load_settings
 from core.settings import Settings
+from ops.cli.status import audit_lines, learning_line
 from streams.store.sample_store import SampleStore
 from tests.integration.updater.home import add_samples
+from tests.support.story import LOST, audit
 from updater.gate.interim_analyses import AnalysisPlan, candidate_alpha
 from updater.recipes import Recipe, load_recipe
 from updater.service import triggers
@@ -249,6 +251,37 @@ def test_the_state_of_learning_says_what_is_there_and_what_was_spent(lab: Lab) -
     assert (facts["kept"]["adapter"], facts["kept"]["looks"]) == ("clip-u1", 1)
     assert facts["alpha_spent"] == pytest.approx(candidate_alpha(0.05, 0) + candidate_alpha(0.05, 1))
     assert state.alpha_line.startswith("alpha 0.05 for gains until the next release: 0.038 spent, 0.012 left")
+
+
+def test_the_state_of_learning_says_when_the_live_adapter_failed_its_audit_and_what_takes_it_back(lab: Lab) -> None:
+    for number in (1, 2, 3):
+        lab.ledger.register_adapter(f"clip-{number}", "clip", "b", "i", "t", {})
+        lab.ledger.commit_release(number, clip=f"clip-{number}", vlm=None, actor="u", reason="r", proposal_id=None)
+        audits = learning_states(lab.settings, lab.ledger, lab.store)["clip"].audits
+        assert (audits.releases, audits.every, audits.failed, audits.rows) == (number, 8, None, ())
+    lab.ledger.record_release_audit(audit(2, "clip-2", passed=True))
+    lab.ledger.record_release_audit(audit(3, "clip-3"))
+    facts = learning_states(lab.settings, lab.ledger, lab.store)["clip"].to_json()
+    told = facts["audits"]
+    assert (told["releases"], told["newest"]["release"], told["newest"]["passed"]) == (0, 3, False)
+    assert told["failed"]["reason"] == LOST
+    assert "`ratchet releases rollback --family clip --to 1`" in told["failed"]["advice"]
+    (line,) = audit_lines({"clip": facts})
+    assert line.plain.startswith(f"clip: the audit of release 3 failed, and it is live: {LOST}. `ratchet releases")
+    assert f"audit: 0 of 8 releases since the last one\n  release 3 failed it: {LOST}" in learning_line("clip", facts)
+    lab.ledger.commit_release(4, clip="clip-2", vlm=None, actor="u", reason="r", proposal_id=None)
+    told = learning_states(lab.settings, lab.ledger, lab.store)["clip"].to_json()["audits"]
+    assert told["failed"] is None and told["releases"] == 0, "clip-2 was audited"
+
+
+def test_the_judgements_of_retention_items_are_counted_without_those_of_new_data(lab: Lab) -> None:
+    suites = {"emoji": {"role": "retention", "used": 4}, "fresh.a": {"role": "gain", "used": 8}}
+    lab.ledger.begin_update(
+        "u1", family="clip", recipe={}, seed=0, store_version=1, data_from={}, data_to={}, incumbent=None
+    )
+    lab.ledger.record_verdict("u1", "clip-u1", "rejected", "r", {"suites": suites})
+    assert lab.ledger.judgements_of("clip") == {"emoji": 5, "fresh.a": 9}
+    assert learning_states(lab.settings, lab.ledger, lab.store)["clip"].audits.used == 5
 
 
 def value(name: str, **labels: str) -> float | None:
