@@ -42,7 +42,8 @@ class ReleaseAuditQueries(ReleaseQueries):
         """The adapters that answered everybody since the newest audit."""
         audits = self.release_audits(family, base)
         newest = audits[0].release if audits else 0
-        names = (row.adapter(family) for row in self.releases(limit=RELEASES) if row.plain and row.number > newest)
+        releases = self.releases(RELEASES, base if family == "clip" else None)
+        names = (row.adapter(family) for row in releases if row.plain and row.number > newest)
         return {name for name in names if name} - {row.adapter for row in audits}
 
     def audited_data(self, family: str) -> dict[str, int]:
