@@ -47,6 +47,19 @@ def run(
 
 
 @gate.command()
+def promise(context: typer.Context, as_json: AsJson = False) -> None:
+    """Show what the gate promises here: which losses can pass how often, on which items, and how many in a year.
+
+    Computed from the settings, the suites, the store and the ledger; nothing is judged or created.
+
+    Example:  ratchet gate promise
+    """
+    from ops.cli.promise import show_promises
+
+    show_promises(ctx.of(context).settings, as_json)
+
+
+@gate.command()
 def pairs(
     context: typer.Context,
     suite: Annotated[str, typer.Argument(help="A retrieval suite, e.g. emoji_retrieval or fresh.fluent3d.")],

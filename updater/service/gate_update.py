@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from core import metrics
 from core.artifacts import Artifacts
 from core.errors import AdapterError
@@ -171,10 +173,15 @@ def update_suites(
     suites = [each.part("judged", seal) for each in load_suites(settings.gate.suites, settings.home, family, most)]
     if learned:  # else nothing was learned yet
         pending = fresh if learned == update.data_from else held_out.rows(["id"], learned)
-        chosen = choose_memory(learned_before(held_out.rows(["id", "domain"]), pending), family, 2 * min_items)
-        rows = held_out.some([each for ids in chosen.values() for each in ids], TEXT_COLUMNS)
-        suites += memory_suites(rows, chosen, family, 2 * min_items, held_out)
+        suites += learned_suites(held_out, family, pending, 2 * min_items)
     return suites, fresh_suites(fresh, held_out, family=family, min_items=min_items, limit=most)
+
+
+def learned_suites(held_out: HeldOut, family: Family, pending: pa.Table, min_units: int) -> list[Suite]:
+    """Memory suites of all samples except the ``pending`` ones, a table with their ids. ``min_units``: of a suite."""
+    chosen = choose_memory(learned_before(held_out.rows(["id", "domain"]), pending), family, min_units)
+    rows = held_out.some([each for ids in chosen.values() for each in ids], TEXT_COLUMNS)
+    return memory_suites(rows, chosen, family, min_units, held_out)
 
 
 def tuned_on(suites: Sequence[Suite], min_items: int) -> list[Suite]:
