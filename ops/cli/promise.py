@@ -53,7 +53,7 @@ def promise_rows(promise: Promise) -> list[dict[str, str]]:
     gain = promise.gain
     rows.append(
         _row(
-            f"a candidate without a gain passes with a chance of at most {percent(promise.alpha)}",
+            f"a candidate without a gain passes {_at_most(promise)}",
             "release interval",
             f"{gain.needed:,} fresh needed, {gain.fresh:,} there",
             f"{_count(gain.candidates, 'candidate')} since the last release; the next has {percent(gain.alpha)}",
@@ -70,7 +70,7 @@ def _row(promised: str, per: str, items: str = "", used: str = "", power: str = 
 def _loss_row(test: LossTest, where: str, promise: Promise) -> dict[str, str]:
     items = f"{test.units:,} judged, {test.sealed:,} sealed"
     return _row(
-        f"a candidate that loses {points(test.margin)} {where} passes with a chance of at most {percent(promise.alpha)}",
+        f"a candidate that loses {points(test.margin)} {where} passes {_at_most(promise)}",
         "candidate",
         items if promise.counted else f"about {items}",
         _count(test.used, "judgement"),
@@ -78,17 +78,21 @@ def _loss_row(test: LossTest, where: str, promise: Promise) -> dict[str, str]:
     )
 
 
+def _at_most(promise: Promise) -> str:
+    return f"with a chance of at most {percent(promise.alpha)}"
+
+
 def _lineage_row(promise: Promise) -> dict[str, str]:
     lineage = promise.lineage
     found = sorted(test.audit_finds for test in promise.suites if test.audit_finds is not None)
     power = "no sealed items"
     if found:
-        power = f"finds a loss of {points(found[0])} to {points(found[-1])} on a suite"
+        power = f"finds a loss of {100 * found[0]:.1f} to {points(found[-1])} on a suite"
         if promise.mean is not None and promise.mean.audit_finds is not None:
             power += f", of {points(promise.mean.audit_finds)} on average"
         power += f", {_POWER}"
     return _row(
-        f"an audit fails without a loss with a chance of at most {percent(promise.alpha)}",
+        f"an audit of a lineage without a loss fails {_at_most(promise)}",
         f"{lineage.every} releases",
         f"{promise.mean.sealed:,} sealed" if promise.mean else "",
         f"{_count(lineage.since, 'release')} since {_last(lineage)}",
@@ -110,7 +114,7 @@ def _year_rows(year: Year) -> list[dict[str, str]]:
     rate = f"{year.candidates:,.0f} candidates, {year.releases:,.0f} releases: the rate of {_period(year.days)}"
     rows = [
         _row(
-            f"at most {year.harmful_at_most:,.1f} harmful releases, if every candidate loses just its margin on a suite",
+            f"at most {year.harmful_at_most:,.1f} harmful releases, if each candidate loses just its margin on a suite",
             "year",
             used=rate,
         )

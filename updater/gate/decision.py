@@ -7,7 +7,7 @@ over several suites are stratified by suite and weighted by units. A gain of ret
 and counts only if a loss of the default margin is also excluded for the metric. Single suites only attribute the gain
 (Holm over them). Rejection: one suite, or the mean, that is significantly worse, by Holm over them and Bonferroni over
 the references. Anything neither shown to stay inside the margin nor to be worse is *inconclusive*. Reasons:
-docs/how-it-works.md.
+docs/gate.md.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ A look is one gate run whose tests were possible. Two rules bound the chance of 
   first look and returns none of it, because the number of later looks may depend on the answers.
 
 The tests that exclude a loss have the whole alpha for each candidate, shared over its looks only: the number of items
-in retention suites does not grow. Reasons: docs/how-it-works.md, "A verdict".
+in retention suites does not grow. Reasons: docs/gate.md, "Alpha".
 """
 
 from __future__ import annotations

@@ -111,10 +111,10 @@ def test_the_page_stands_alone_in_both_colour_schemes_and_captions_cannot_become
     assert "prefers-color-scheme: dark" in page and 'stroke="var(--bad)"' in page and "var(--good)" in page
     assert not re.findall(r"#0[1-7]0[1-7]0[1-7]", page), "every marker colour became a variable"
     assert "style=" not in body and "<style" not in body, "so that the console can forbid it"
-    assert "emoji_retrieval" in body and "<svg" in body
+    assert "emoji_retrieval" in body and "<svg" in body and "How to read this verdict" in body
     bare = render({**replace(verdict, diagnostics=v.Diagnostics()).to_json(), "suites": [], "meta": {}, "cost": {}})
     assert "Engineering checks" in bare
-    absent = ("Change per suite", "how often a concept", "look alike", "Share of", "features moved")
+    absent = ("How to read", "Change per suite", "how often a concept", "look alike", "Share of", "features moved")
     assert not [words for words in absent if words in bare]
 
 
