@@ -44,10 +44,16 @@ class Home:
     def promise(self) -> Promise:
         return promises(self.settings)["clip"]
 
-    def judged(self, name: str, outcome: GateOutcome, suites: dict[str, Any] | None = None) -> None:
+    def judged(
+        self,
+        name: str,
+        outcome: GateOutcome,
+        suites: dict[str, Any] | None = None,
+        data_to: dict[str, int] | None = None,
+    ) -> None:
         update = self.opened().begin_update(
-            name, family="clip", recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None,
-            adapter=f"clip-{name}",
+            name, family="clip", recipe={}, seed=0, store_version=0, data_from={}, data_to=data_to or {},
+            incumbent=None, adapter=f"clip-{name}",
         )  # fmt: skip
         look = {"loss_level": 0.05, "alpha": 0.03, "loss_alpha": 0.05, "needed": 100, "items": 100, "next": None}
         summary = {"spent": True, "look": {**look, "candidates": 0, "fresh": 100}, "suites": suites or {}}
@@ -115,6 +121,18 @@ def test_with_a_store_the_seal_counts_every_item_once(home: Home) -> None:
     assert promise.counted and test.units + test.sealed == ITEMS and 10 < test.sealed < 50
     assert mean is not None and (mean.units, mean.sealed) == (test.units, test.sealed)
     assert f" {test.units} judged, {test.sealed} sealed" in home.show()
+
+
+def test_what_was_learned_is_a_suite_of_the_samples_that_are_not_sealed(home: Home) -> None:
+    add_samples(home.settings, 200, "fresh_eval", words=lambda offset: {"text": f"thing {offset}"})
+    learned = SampleStore(home.settings.lake).offsets()
+    add_samples(home.settings, 100, "fresh_eval", words=lambda offset: {"text": f"thing {offset}"})
+    home.judged("u1", "passed", data_to=learned)
+    home.release("clip-u1")
+    tests = {test.name: test for test in home.promise().suites}
+    memory = tests["memory.things"]
+    assert 110 < memory.units < 190 and memory.sealed == 0 and memory.audit_finds is None
+    assert home.promise().gain.fresh == pytest.approx(75, abs=20)
 
 
 def test_power_follows_from_the_margin_the_items_and_the_spread_that_verdicts_measured(home: Home) -> None:
