@@ -109,7 +109,7 @@ class Gate(Section):
     trusted_sources: list[str] = Field(
         default_factory=list,
         description="Values of `source` whose held-out samples may show a gain even if the base does not agree with "
-        "their labels.",
+        "their labels; * for all.",
     )
     min_items: int = Field(
         50, ge=2, description="Minimum independent items (captions, images); fewer are inconclusive."

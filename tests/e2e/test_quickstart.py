@@ -70,6 +70,7 @@ def test_the_page_leads_from_nothing_to_a_verdict_and_back(tmp_path: Path) -> No
         "RATCHET_KAFKA__BOOTSTRAP": f"127.0.0.1:{free_port()}", "RATCHET_INGEST__SPLIT_KEY": "quickstart",
         "RATCHET_UPDATER__THREADS": "1", "RATCHET_UPDATER__NICE": "0",
         "RATCHET_BUDGET__GFLOPS_PER_UPDATE": "110",  # some 200 steps
+        "RATCHET_GATE__TRUSTED_SOURCES": "['*']",  # the tiny base knows nothing of the new shapes
         "MODEL": str(mine / "tiny-vit"), "WEIGHTS": str(weights), "KNOWN": str(mine / "known"),
         "NEW": str(mine / "new"), "SERVER": f"http://127.0.0.1:{ports['RATCHET_SERVE__PORT']}",
     }  # fmt: skip

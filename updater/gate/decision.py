@@ -25,7 +25,17 @@ from core.ledger.rows import GateOutcome
 from updater.gate.interim_analyses import LEAST_LEVEL
 from updater.gate.statistics import Comparison, compare_clusters, holm, pool, reciprocal_log_rank
 from updater.gate.suites import Suite, Task
-from updater.gate.verdict import MEAN, Change, Check, Decision, MeanLoss, PooledGain, Regression, SuiteResult
+from updater.gate.verdict import (
+    MEAN,
+    Change,
+    Check,
+    Decision,
+    MeanLoss,
+    PooledGain,
+    Regression,
+    SourceAgreement,
+    SuiteResult,
+)
 
 RANK_STATISTIC = "1/log2(2 + rank)"
 INCUMBENT, BASE = "the incumbent", "the base"
@@ -76,6 +86,7 @@ class Findings:
     tested: bool = False
     """True if all tests that a pass needs were possible: retention suites, each with enough items, and a gain. Depends
     on the number of items, not on the answers."""
+    trust: tuple[SourceAgreement, ...] = ()
 
 
 def decide(
@@ -133,6 +144,8 @@ def conclude(findings: Findings, checks: Sequence[Check]) -> tuple[GateOutcome, 
         unproven.append(f"gain: {gain.reason}")
     if unproven or gain is None:
         return "inconclusive", tuple(unproven)
+    if doubts := tuple(source.reason for source in findings.trust if source.reason):
+        return "inconclusive", doubts
     return "passed", (
         f"gain: {gain.reason}",
         f"all {len(retention)} retention suites stay inside their margin, against every model that was compared",

@@ -23,7 +23,9 @@ from updater.gate.clip import ClipEvaluator
 from updater.gate.decision import Findings, ItemScores, Scores, conclude, decide
 from updater.gate.diagnostics import ConceptCounts, measure_tail
 from updater.gate.interim_analyses import AnalysisPlan, InterimAnalysis
+from updater.gate.suite_items import Item
 from updater.gate.suites import Family, Suite
+from updater.gate.trust import judge_sources, trust_warnings
 from updater.gate.verdict import YES_BOUND, Check, CrossVersion, Diagnostics, Regression, Verdict
 from updater.gate.vlm import VlmEvaluator
 
@@ -60,8 +62,8 @@ class Evaluator(Protocol[M]):
     def diagnostics(self, scores: Sequence[Scores], incumbent: str | None, candidate: str) -> Diagnostics:
         pass
 
-    def chance(self, suite: Suite) -> float:
-        """Score of guessing."""
+    def chance(self, suite: Suite, some: Sequence[Item] | None = None) -> float:
+        """Score of guessing for some items of a suite; None: all."""
 
     def regressions(self, suite: Suite, before: M, after: M) -> tuple[Regression, ...]:
         """Items that were right before and are wrong now."""
@@ -146,6 +148,7 @@ def run_gate(
     crossing = None
     if outcome == "passed":
         crossing = evaluator.cross_version(gated, incumbent, candidate, settings.margin, settings.alpha)
+    beside = diagnose(evaluator, scores, incumbent, candidate, counts)
     verdict = Verdict(
         outcome=outcome,
         reasons=reasons,
@@ -155,6 +158,7 @@ def run_gate(
         suites=findings.results,
         gain=findings.gain,
         mean=findings.mean,
+        trust=findings.trust,
         spent=sound and findings.tested,
         checks=tuple(checks),
         alpha=settings.alpha,
@@ -166,7 +170,7 @@ def run_gate(
         cost=dict(cost or {}),
         meta={**facts, "base_digest": evaluator.base.digest},
         cross_version=crossing,
-        diagnostics=diagnose(evaluator, scores, incumbent, candidate, counts),
+        diagnostics=replace(beside, warnings=(*trust_warnings(findings.trust, findings.gain), *beside.warnings)),
     )
     progress_log.info(f"gate: {candidate} {outcome} in {verdict.seconds:.0f} s: {reasons[0]}")
     return verdict
@@ -215,6 +219,7 @@ def _suites(
     levels = {"level": look.level, "loss_level": look.loss_level}
     levels |= {"margin": settings.margin, "mean_margin": settings.mean_margin}
     findings = decide(scores, **levels, min_items=settings.min_items)
+    findings = replace(findings, trust=judge_sources(scores, evaluator.chance, settings, candidate))
     return findings, evaluator.answer_checks(candidate, suites), scores
 
 

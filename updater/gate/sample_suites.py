@@ -33,7 +33,7 @@ MOST_FRESH = 6
 PREFIX = "memory"
 COLUMNS = ("id", "label", "domain", "concept")
 WORDS_ROWS = 1024
-TEXT_COLUMNS = ("id", "text", "question", "answer", "domain", "concept")
+TEXT_COLUMNS = ("id", "text", "question", "answer", "domain", "concept", "source")
 PAGE = 16
 PAGES = 8
 """Cached pages, for as many threads: with images of 8 MiB, the ingest limit, 1 GiB."""

@@ -103,13 +103,14 @@ class Scorer:
         texts = sorted({item.text for item in items})
         return (texts,) if suite.task == "classification" else (texts, [item.id for item in items])
 
-    def chance(self, suite: Suite) -> float:
-        """Expected score of random answers: a hit if one of the right choices is among k drawn."""
+    def chance(self, suite: Suite, some: Sequence[Item] | None = None) -> float:
+        """Expected score of random answers to some or all items: a hit if one of the right choices is among k drawn."""
         items, choices = suite.items(), self.choices(suite)
         same = Counter(item.text for item in items)
         shares = [min(1.0, suite.k / len(choices[0]))]  # one right class, or one right text
         if suite.task == "retrieval":
-            wrong = [math.comb(len(items) - same[i.text], suite.k) / math.comb(len(items), suite.k) for i in items]
+            asked = items if some is None else some
+            wrong = [math.comb(len(items) - same[i.text], suite.k) / math.comb(len(items), suite.k) for i in asked]
             shares.append(1.0 - sum(wrong) / len(wrong))
         return sum(shares) / len(shares)
 

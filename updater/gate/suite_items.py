@@ -66,6 +66,8 @@ class Item:
     read: Callable[[], bytes]
     answers: tuple[str, ...] = ()
     concept: str = ""
+    origin: str = ""
+    """Column `source` of a sample: who sent it. Empty for an item of a folder."""
 
     @property
     def sample_id(self) -> str:
@@ -95,8 +97,8 @@ def sample_item(
     """Item of a sample of the store. ``images``: by sample ID; ``key``: its concept by default."""
     source, concept = f"{SAMPLE}{row['id']}", row.get("concept") or ""
     key = key or concept or (source if answer else text)
-    answers = (answer,) if answer else ()
-    return make_item(source, source, text, key, partial(images, row["id"]), answers=answers, concept=concept)
+    more = {"answers": (answer,) if answer else (), "concept": concept, "origin": row.get("source") or ""}
+    return make_item(source, source, text, key, partial(images, row["id"]), **more)
 
 
 def caption_clusters(items: Sequence[Item]) -> NDArray[np.int_]:

@@ -16,7 +16,7 @@ TAIL_BINS = ("never", "1-9", "10-99", "100+")
 """Bins by the number of times that a concept was seen, the rarest first."""
 PAIR_CHANCE = 0.25
 """Score of guessing pairs: both of two."""
-MEAN = "mean loss"
+MEAN, SOURCES = "mean loss", "sources"
 YES_BOUND = 0.1
 """Movement of a share of "yes" away from the truth that gives a warning."""
 
@@ -114,6 +114,34 @@ class MeanLoss:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceAgreement:
+    """How far the base agrees with the held-out labels of a source, or of several small ones, in a new domain."""
+
+    suite: str
+    source: str
+    """Empty for samples that name none, and for several sources."""
+    sources: int
+    n: int
+    units: int
+    base: float
+    chance: float
+    p: float
+    """H0: the base is right no more often than by chance."""
+    trusted: bool
+    others: float | None
+    """Score of the base on the domain's other sources; None without any."""
+    p_others: float
+    """H0: above chance, the base agrees no less than with the other sources."""
+    lower: bool = False
+    """True if it is shown to agree less (Holm over the sources of a domain)."""
+    reason: str = ""
+    """Why the verdict does not pass; empty if it may."""
+
+    def summary(self) -> dict[str, Any]:
+        return {**{name: value for name, value in asdict(self).items() if name != "reason"}, "held": bool(self.reason)}
+
+
+@dataclass(frozen=True, slots=True)
 class SuiteResult:
     name: str
     role: str
@@ -170,21 +198,12 @@ class SuiteResult:
 
     def summary(self) -> dict[str, Any]:
         names = (
-            "role",
-            "metric",
-            "n",
-            "units",
-            "base",
-            "before",
-            "after",
-            "difference",
-            "margin",
-            "margin_left",
-            "used",
-        )
+            "role", "metric", "n", "units", "base", "before", "after", "difference", "margin", "margin_left", "used",
+            "decision",
+        )  # fmt: skip
         changes = {name: getattr(self, name) for name in ("statistic", "recall", "best_release")}
         return {
-            **{name: getattr(self, name) for name in (*names, "decision")},
+            **{name: getattr(self, name) for name in names},
             "ci": [self.ci_low, self.ci_high],
             **{name: asdict(change) for name, change in changes.items() if change},
             **({"best": self.best} if self.best_release else {}),
@@ -345,6 +364,8 @@ class Verdict:
     """The test over all gain suites; None without any, or if nothing was scored."""
     mean: MeanLoss | None = None
     """The test of the mean over all retention suites; None without any, or if nothing was scored."""
+    trust: tuple[SourceAgreement, ...] = ()
+    """By source of each new domain."""
     spent: bool = True
     """True if the look counts and spent its part of alpha, because its tests could have passed. False if a check before
     scoring failed, or there were too few items."""
@@ -353,7 +374,7 @@ class Verdict:
     @property
     def caught_by(self) -> tuple[str, ...]:
         """Names of failed checks and suites or, if nothing failed, of unproven ones; `gain` is the test over all gain
-        suites."""
+        suites, and `sources` stands for labels that the base does not agree with."""
         failed = [check.name for check in self.checks if not check.ok]
         failed += [suite.name for suite in self.suites if suite.decision == "failed"]
         failed += [MEAN] if self.mean is not None and self.mean.decision == "failed" else []
@@ -361,7 +382,8 @@ class Verdict:
             return tuple(failed)
         unproven = [s.name for s in self.suites if s.role == "retention" and s.decision == "inconclusive"]
         unproven += [MEAN] if self.mean is not None and self.mean.decision != "passed" else []
-        return (*unproven, *(["gain"] if self.gain is None or self.gain.decision != "passed" else []))
+        unproven += ["gain"] if self.gain is None or self.gain.decision != "passed" else []
+        return tuple(unproven) or ((SOURCES,) if any(source.reason for source in self.trust) else ())
 
     def look_summary(self) -> dict[str, Any]:
         """The look and its consequences. A look that does not count has spent nothing."""
@@ -390,6 +412,7 @@ class Verdict:
             "suites": {suite.name: suite.summary() for suite in self.suites},
             "gain": self.gain.summary() if self.gain else None,
             "mean": self.mean.summary() if self.mean else None,
+            "trust": [source.summary() for source in self.trust],
             "checks": {check.name: check.ok for check in self.checks},
             "diagnostics": self.diagnostics.summary(),
             "cross_version": self.cross_version and {**self.cross_version.summary(), "incumbent": self.incumbent},

@@ -89,9 +89,9 @@ class VlmEvaluator:
         earned = [grade(str(suite.metric), text, item.answers) for text, item in zip(texts, items, strict=True)]
         return VlmAnswers(ids, tuple(texts), np.array(earned, dtype=np.float64)[:, None])
 
-    def chance(self, suite: Suite) -> float:
-        """Score of the most common answer when given to every question."""
-        return majority(str(suite.metric), [item.answers for item in suite.items()])[1]
+    def chance(self, suite: Suite, some: Sequence[Item] | None = None) -> float:
+        """Score of the most common answer when given to each of some questions, or all."""
+        return majority(str(suite.metric), [item.answers for item in (suite.items() if some is None else some)])[1]
 
     def cross_version(
         self, suites: Sequence[Suite], incumbent: str | None, candidate: str, margin: float, level: float

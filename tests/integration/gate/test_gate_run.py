@@ -31,7 +31,7 @@ from updater.gate.run import run_gate
 from updater.gate.suites import Suite, load_suites
 from updater.gate.verdict import Verdict
 
-SETTINGS = Gate(margin=0.1)
+SETTINGS = Gate(margin=0.1, mean_margin=0.1, trusted_sources=["*"])
 COUNT = 160
 
 
@@ -62,13 +62,13 @@ class World:
         _, best = linear_sum_assignment(-(shown - shown.mean(axis=0)) @ (said - said.mean(axis=0)).T)
         return [(image, texts[i]) for image, i in zip(images, best, strict=True)]
 
-    def folder_suite(self, name: str, first: int) -> Suite:
+    def folder_suite(self, name: str, first: int, adapter: str | None = None) -> Suite:
         folder = self.home / "data" / name
         folder.mkdir(parents=True)
         with (folder / "data.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["file", "text"])
-            for i, (image, text) in enumerate(self.deal(None, first, name)):
+            for i, (image, text) in enumerate(self.deal(adapter, first, name)):
                 (folder / f"{i}.png").write_bytes(image)
                 writer.writerow([f"{i}.png", text])
         return self.suite(name, "metric: recall@10\nmargin: 0.1\n")
@@ -123,6 +123,17 @@ def test_a_candidate_that_learns_and_forgets_nothing_passes(world: World) -> Non
     assert verdict.outcome == "passed", verdict.reasons
     assert verdict.caught_by == () and verdict.spent
     assert [s.decision for s in verdict.suites] == ["passed", "passed"]
+
+
+def test_a_gain_on_labels_that_the_base_does_not_agree_with_is_held_until_their_source_is_trusted(world: World) -> None:
+    """An adapter far from the base finds captions that the base finds no more often than by chance."""
+    far = world.load("far", seed=5, scale=0.7)
+    kept, learnt = world.folder_suite("far", 5000, far), world.gain_suite(far, 6000)
+    doubting = SETTINGS.model_copy(update={"trusted_sources": []})
+    held, trusted = (world.judge(far, kept, [learnt], settings=each) for each in (doubting, SETTINGS))
+    print(held.reasons, held.trust, held.outcome, trusted.outcome, trusted.reasons)
+    assert (held.outcome, held.caught_by) == ("inconclusive", ("sources",)), held.reasons
+    assert trusted.outcome == "passed" and held.summary()["trust"][0]["held"]
 
 
 def test_a_candidate_like_the_incumbent_is_inconclusive_and_the_same_again(world: World) -> None:

@@ -64,6 +64,12 @@ DIAGNOSTICS = v.Diagnostics(
 )  # fmt: skip
 
 
+TRUST = (
+    v.SourceAgreement("fresh.fluent3d", EVIL, 1, 210, 205, 0.098, 0.101, 0.61, False, 0.455, 0.0001, True, "look"),
+    v.SourceAgreement("fresh.fluent3d", "", 7, 90, 88, 0.455, 0.101, 0.0001, True, 0.098, 1.0),
+)
+
+
 @pytest.fixture(scope="module")
 def verdict() -> v.Verdict:
     before = (np.random.default_rng(0).random((300, 2)) < 0.5).astype(float)
@@ -75,7 +81,7 @@ def verdict() -> v.Verdict:
     lost = (v.Regression("a2", EVIL, "answer", 0, 1, "red", "", "data:image/jpeg;base64,AAAA", "red, crimson"),)
     return verdict_of(
         replace(kept, chance=0.05, worst=worst), new, Scores(asked, answers, answers, answers, 0.3, lost),
-        cost={"gflops_planned": 60000.0, "gflops_spent": 58211.4, "seconds": 231.2, "losses": [1.0, 0.5],
+        trust=TRUST, cost={"gflops_planned": 60000.0, "gflops_spent": 58211.4, "seconds": 231.2, "losses": [1.0, 0.5],
               "peak_bytes": 2.5e8},
         meta={"update": "u-1", "recipe": {"name": EVIL}, "data_from": {"t:0": 0}, "data_to": {"t:0": 812}},
         diagnostics=DIAGNOSTICS,
@@ -95,6 +101,7 @@ def test_both_files_are_written_and_say_the_same(verdict: v.Verdict, tmp_path: P
                  "clip-ba9876543210", "Gain over all new data", "1/log2(2 + rank)", "recall@5",
                  "red → nothing", "right: red, crimson", "exact_match", "chance 30.0",
                  "estimated from 1,000,000", "41 items", "−25.0", "17 pairs", "sample sample-of-it", "0.987", "71.0",
+                 "9.8", "10.1", "base agrees less", "7 small ones", "held",
                  "0.0123", "31.5 → 29.2", "0.810 → 0.790", "data:image/jpeg;base64,B", "Warning:"):  # fmt: skip
         assert text in page, text
 
@@ -112,9 +119,19 @@ def test_the_page_stands_alone_in_both_colour_schemes_and_captions_cannot_become
     assert not re.findall(r"#0[1-7]0[1-7]0[1-7]", page), "every marker colour became a variable"
     assert "style=" not in body and "<style" not in body, "so that the console can forbid it"
     assert "emoji_retrieval" in body and "<svg" in body and "How to read this verdict" in body
-    bare = render({**replace(verdict, diagnostics=v.Diagnostics()).to_json(), "suites": [], "meta": {}, "cost": {}})
+    bare = render(
+        {**replace(verdict, diagnostics=v.Diagnostics(), trust=()).to_json(), "suites": [], "meta": {}, "cost": {}}
+    )
     assert "Engineering checks" in bare
-    absent = ("How to read", "Change per suite", "how often a concept", "look alike", "Share of", "features moved")
+    absent = (
+        "How to read",
+        "Change per suite",
+        "Where the new labels",
+        "how often a concept",
+        "look alike",
+        "Share of",
+        "features moved",
+    )
     assert not [words for words in absent if words in bare]
 
 
