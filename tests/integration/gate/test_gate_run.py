@@ -131,7 +131,6 @@ def test_a_gain_on_labels_that_the_base_does_not_agree_with_is_held_until_their_
     kept, learnt = world.folder_suite("far", 5000, far), world.gain_suite(far, 6000)
     doubting = SETTINGS.model_copy(update={"trusted_sources": []})
     held, trusted = (world.judge(far, kept, [learnt], settings=each) for each in (doubting, SETTINGS))
-    print(held.reasons, held.trust, held.outcome, trusted.outcome, trusted.reasons)
     assert (held.outcome, held.caught_by) == ("inconclusive", ("sources",)), held.reasons
     assert trusted.outcome == "passed" and held.summary()["trust"][0]["held"]
 
