@@ -102,7 +102,7 @@ def test_a_candidate_that_forgets_is_rejected_by_the_suite_it_forgot(world: Worl
     harsh = world.load("harsh", seed=2, scale=0.7)
     verdict = world.judge(harsh, fresh=[world.gain_suite(harsh, 1000)])
     known, new = verdict.suites
-    assert (verdict.outcome, verdict.caught_by) == ("rejected", ("known",))
+    assert (verdict.outcome, verdict.caught_by) == ("rejected", ("known", "mean loss"))
     assert known.decision == "failed" and known.ci_high < 0
     assert new.decision == "passed", "it did learn: retention alone kept it out"
     assert known.worst and all(w.rank_after >= 10 > w.rank_before for w in known.worst)
