@@ -8,6 +8,8 @@ cases       truth and verdict of one candidate, the latter by the gate's own dec
 redrawn     items split repeatedly between the gate and a truth that it never sees
 resample    other draws of items, also under exact no change and exactly at the margin
 counting    false accepts, false rejects and the slow drift; power, plot: how many items a suite needs
+lineage     simulated lineages whose items are used again and again (lineage_world: their models and answers;
+            lineage_report: their figures)
 
 A killed run resumes without training anything twice. The engineering checks are left out of the verdicts; they can only
 keep more candidates out.

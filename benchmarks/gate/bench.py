@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gate import counting, resample
+from benchmarks.gate import counting, lineage_report, resample
 from benchmarks.gate.cases import Case, Outcomes, Rule, has_ranks, hits_of
 from benchmarks.gate.margin import TRIES, beside, parents_of
 from benchmarks.gate.plans import BAD, CHAIN, DRIFT, GOOD, GatePlan, plans
@@ -31,6 +31,7 @@ from updater.training.checkpoint import write_json
 
 Figures = dict[str, Any]
 FEWEST = CHAIN + len(BAD)
+LINEAGES, UPDATES = 20, 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +241,18 @@ def _rate(share: Mapping[str, Any]) -> str:
     return f"{share['count']}/{share['of']} ({share['low']:.1%} to {share['high']:.1%})"
 
 
+def lineage(settings: Settings, lineages: int, updates: int, out: Path) -> None:
+    if not (1 <= lineages <= 1000 and 1 <= updates <= 400):
+        raise ConfigError(
+            f"--lineages {lineages} --updates {updates}: one is out of bounds.",
+            "Ask for 1 to 1000 lineages and 1 to 400 updates.",
+        )
+    progress_log.info(f"{lineages} lineages of {updates} updates for each kind and size; results go to {out}")
+    figures = lineage_report.run(settings.gate, lineages=lineages, updates=updates)
+    write_json(out / "lineage.json", figures)
+    lineage_report.show(figures)
+
+
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="ratchet bench gate", description="How often the gate is wrong.")
     parser.add_argument("--candidates", type=int, default=40, help=f"bad ones, and as many good ones (>= {FEWEST})")
@@ -248,7 +261,14 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser.add_argument("--deals", type=int, default=FULL.deals, help="redrawn item sets of each candidate")
     parser.add_argument("--parents", type=int, default=FULL.parents, help="bad ones that are scaled to the margin")
     parser.add_argument("--out", type=Path, help="folder of outcomes and results; by default home/bench/gate")
+    parser.add_argument("--lineage", action="store_true", help="simulated lineages on items that are used again, alone")
+    parser.add_argument("--lineages", type=int, default=LINEAGES, help=f"of each kind and size ({LINEAGES})")
+    parser.add_argument("--updates", type=int, default=UPDATES, help=f"of a lineage ({UPDATES})")
     options = parser.parse_args(arguments)
+    out = options.out or settings.home / "bench" / "gate"
+    if options.lineage:
+        lineage(settings, options.lineages, options.updates, out)
+        return
     if not FEWEST <= options.candidates <= 150 or min(options.draws, options.deals, options.parents) < 1:
         raise ConfigError(
             f"--candidates {options.candidates} --draws {options.draws} --deals {options.deals} "
@@ -258,6 +278,5 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
         )
     given = Extent(options.candidates, options.candidates, options.parents, TRIES, options.deals, options.draws)
     extent = FAST if options.fast else given
-    out = options.out or settings.home / "bench" / "gate"
     progress_log.info(f"{extent.bad} bad and {extent.good} good candidates; outcomes are kept in {out / 'outcomes'}")
     show(run(settings, extent, out))
