@@ -13,7 +13,15 @@ from benchmarks.lifetime.world import Model, World
 from core.settings.updates import Gate
 from updater.gate.decision import Findings, Scores, decide
 from updater.gate.interim_analyses import InterimAnalysis
-from updater.gate.sample_suites import choose_memory, fresh_suites, memory_suites
+from updater.gate.sample_suites import (
+    CAPACITY,
+    choose_memory,
+    fresh_suites,
+    items_by_domain,
+    memory_suites,
+    store_suite,
+)
+from updater.gate.suite_items import Part, Seal, sample_item
 from updater.gate.suites import Suite
 
 Sample = tuple[str, int]
@@ -44,8 +52,14 @@ class RankedSuite:
         return ranks if ranked else (ranks < self.suite.k).astype(np.float64)
 
 
-def static_suites(world: World) -> list[RankedSuite]:
-    return [RankedSuite(domain.suite, ((domain.name, np.arange(domain.suite_items)),)) for domain in world.static]
+def static_suites(world: World, part: Part, seal: Seal) -> list[RankedSuite]:
+    """A part of each static suite."""
+    suites = []
+    for domain in world.static:
+        whole, names = domain.suite.model_copy(), [item_name((domain.name, i)) for i in range(domain.suite_items)]
+        whole._items = tuple(sample_item({"id": name}, NoImages(), name) for name in names)
+        suites.append(_ranked_suite(whole.part(part, seal)))
+    return suites
 
 
 def fresh_of(samples: Sequence[Sample], settings: Gate) -> list[RankedSuite]:
@@ -60,12 +74,21 @@ def memory_of(samples: Sequence[Sample], settings: Gate) -> list[RankedSuite]:
     return [_ranked_suite(suite) for suite in suites]
 
 
+def samples_of(samples: Sequence[Sample], name: str) -> list[RankedSuite]:
+    """One suite of all samples, or none of fewer than two."""
+    items = [item for own in items_by_domain(_table(samples), "clip", NoImages()).values() for item in own]
+    if len(items) < 2:
+        return []
+    return [_ranked_suite(store_suite(items, name, "retention", "clip", CAPACITY["clip"], "", NoImages()))]
+
+
 def findings_of(
     suites: Sequence[RankedSuite],
     base: Model,
     incumbent: Model,
     candidate: Model,
     best: Mapping[str, tuple[str, Model]],
+    overall: tuple[str, Model] | None,
     look: InterimAnalysis,
     settings: Gate,
     *,
@@ -75,6 +98,7 @@ def findings_of(
 
     Args:
         best: name and model of the best release, by retention suite.
+        overall: the same of the best release by the mean over them.
         ranked: whether the gate sees ranks; else only hits.
     """
     scores = []
@@ -83,9 +107,17 @@ def findings_of(
             item_scores_of(each.suite, each.answers(model, ranked=ranked)) for model in (base, incumbent, candidate)
         ]
         before = sides[0] if incumbent is base else sides[1]
-        name, released = best.get(each.suite.name, ("", None))
-        rival = None if released is None else item_scores_of(each.suite, each.answers(released, ranked=ranked))
-        scores.append(Scores(each.suite, sides[0], before, sides[2], best=rival, best_name=name))
+        rivals = [best.get(each.suite.name), overall if each.suite.role == "retention" else None]
+        marks = [
+            item_scores_of(each.suite, each.answers(rival[1], ranked=ranked)) if rival else None for rival in rivals
+        ]
+        names = [rival[0] if rival else "" for rival in rivals]
+        scores.append(
+            Scores(
+                each.suite, sides[0], before, sides[2],
+                best=marks[0], best_name=names[0], overall=marks[1], overall_name=names[1],
+            )
+        )  # fmt: skip
     return decide(
         scores,
         level=look.level,
@@ -96,8 +128,12 @@ def findings_of(
     )
 
 
+def item_name(sample: Sample) -> str:
+    return "/".join(map(str, sample))
+
+
 def _table(samples: Sequence[Sample]) -> pa.Table:
-    ids = [f"{domain}/{item}" for domain, item in samples]
+    ids = [item_name(sample) for sample in samples]
     return pa.table({"id": ids, "text": ids, "domain": [domain for domain, _ in samples]})
 
 

@@ -8,6 +8,7 @@ yields the wanted change. The number of moving items is as in the real update.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,18 +92,19 @@ class Moves:
 
         Args:
             base, back: share of the items that first return to their ranks under the base.
-            churn: share of the items that have donors at all.
+            churn: moves of an item, on average.
         """
+        least = max(1, math.ceil(churn))
         wanted = self.share(ranks) + change
         if base is not None:
             ranks = np.where(rng.random(len(ranks))[:, None] < back, base, ranks)
-        for _ in range(MOST_ROUNDS):
-            taking = rng.random(len(ranks))[:, None] < churn
+        for number in range(1, MOST_ROUNDS + 1):
+            taking = rng.random(len(ranks))[:, None] < churn / least
             one, other = (np.where(taking, kernel.step(ranks, rng), ranks) for kernel in (self.forward, self.backward))
             better = (_statistic(one) >= _statistic(other))[:, None]
             up, down = np.where(better, one, other), np.where(better, other, one)
             ranks, reached = self._mixed(ranks, up, down, wanted, rng)
-            if reached:
+            if reached and number >= least:
                 break
         return ranks
 

@@ -17,6 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.command import show_table
+from benchmarks.lifetime.churn import churn_of_chain
 from benchmarks.lifetime.outcomes import ARCHIVE, Source, read_sources
 from benchmarks.lifetime.report import FigureRow, draw, row_of
 from benchmarks.lifetime.stream import GAIN3, OTHER_GAINS, Course, Rules, Stream, lessons_of
@@ -94,6 +95,8 @@ def run(
         "kept_of_learned": real[0]["kept"],
         "harmful_released": real[0]["harmful_released"],
         "harmful": real[0]["harmful"],
+        **{key: real[0][key] for key in ("audits", "audits_failed", "audits_failed_wrongly")},
+        **_churn(outcomes),
         "released_without_gain": idle["by_gain"]["0"]["rate"],
         "alpha_mean": real[0]["alpha_mean"],
         "alpha_most": real[0]["alpha_most"],
@@ -104,6 +107,12 @@ def run(
         "seconds": round(time.monotonic() - started, 1),
         "machine": machine(),
     }
+
+
+def _churn(outcomes: Path) -> dict[str, float]:
+    world_rng, rng = (np.random.default_rng([0, number]) for number in range(2))
+    churn = churn_of_chain(make_world(read_sources(outcomes), world_rng), 8, rng)
+    return {f"churn_after_{updates}": round(churn[updates - 1], 4) for updates in (1, 8)}
 
 
 def _run_all(tasks: Sequence[Task], outcomes: Path, workers: int | None) -> Iterator[Course]:
@@ -133,7 +142,8 @@ def _run(task: Task) -> Course:
 
 
 def show(figures: Mapping[str, Any]) -> None:
-    table = Table("rules", "released, gain 3", "triggers", "kept", "learned", "harmful released", "looks", "alpha",
+    table = Table("rules", "released, gain 3", "triggers", "kept", "learned", "harmful released", "audits failed",
+                  "looks", "alpha",
                   title=f"{figures['updates']} updates, {figures['rules'][0]['streams']} streams")  # fmt: skip
     for row in figures["rules"]:
         table.add_row(*_cells(row))
@@ -149,6 +159,7 @@ def _cells(row: FigureRow) -> list[str]:
         "-" if row["kept"] is None else f"{row['kept']:.0%}",
         f"{row['learned_points']:.0f}",
         f"{row['harmful_released']}/{row['harmful']}",
+        f"{row['audits_failed']}/{row['audits']}",
         str(row["looks"]),
         f"{row['alpha_mean']:.3f} (most {row['alpha_most']:.3f})",
     ]

@@ -7,7 +7,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.lifetime.evaluation import RankedSuite, Sample, findings_of, fresh_of, memory_of, static_suites
+from benchmarks.lifetime.audits import audit, truly_lost
+from benchmarks.lifetime.evaluation import (
+    RankedSuite,
+    Sample,
+    findings_of,
+    fresh_of,
+    item_name,
+    memory_of,
+    samples_of,
+    static_suites,
+)
 from benchmarks.lifetime.moves import Generator
 from benchmarks.lifetime.schedule import Schedule
 from benchmarks.lifetime.world import FORGOTTEN, ITEMS, Model, World
@@ -15,7 +25,9 @@ from core.ledger import VerdictRow
 from core.settings.updates import Gate
 from updater.gate.decision import conclude
 from updater.gate.interim_analyses import InterimAnalysis
-from updater.gate.sample_suites import best_by_suite
+from updater.gate.sample_suites import best_by_suite, best_overall
+from updater.gate.suite_items import Seal
+from updater.service.release_audit import SAMPLES
 
 TRIGGERS = 12
 """Triggers after which the stream moves to the next lesson."""
@@ -24,8 +36,9 @@ FRESH = 45
 GAIN3 = 0.03
 OTHER_GAINS = (0.01, 0.02, 0.05, 0.1)
 HARMFUL = 0.1
-"""Share of candidates that lose more than the margin somewhere, by up to HARM."""
+"""Share of candidates that lose more than the margin of a suite, by up to HARM."""
 HARM = 0.02
+SEAL = Seal(b"lifetime")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +80,12 @@ class Course:
 
     lessons: list[Ended] = field(default_factory=list)
     harmful: int = 0
-    """Candidates that truly lose more than a margin and were judged."""
+    """Candidates that truly lose more than a margin, of a suite or of the mean, and were judged."""
     harmful_released: int = 0
+    audits: int = 0
+    audits_failed: int = 0
+    audits_failed_wrongly: int = 0
+    """Nothing had truly lost more than a margin."""
     best: dict[str, float] = field(default_factory=dict)
     """By domain the most that a release was truly above the base."""
     end: dict[str, float] = field(default_factory=dict)
@@ -82,12 +99,38 @@ class Course:
         return sum(self.end[name] for name in self.best) / most if most > 0 else float("nan")
 
 
+@dataclass(frozen=True, slots=True)
+class _Release:
+    verdict: VerdictRow
+    model: Model
+    samples: list[Sample]
+    gains: dict[str, float]
+    """What it learned, by domain."""
+
+
 @dataclass(slots=True)
 class _Live:
-    model: Model
-    name: str = ""
-    released: dict[str, Model] = field(default_factory=dict)
-    verdicts: list[VerdictRow] = field(default_factory=list)
+    base: Model
+    releases: list[_Release] = field(default_factory=list)
+    """The newest last; those that an audit took back are left out."""
+    audited: int = 0
+    """How many of them the last audit that passed covers."""
+
+    @property
+    def model(self) -> Model:
+        return self.releases[-1].model if self.releases else self.base
+
+    @property
+    def name(self) -> str | None:
+        return self.releases[-1].verdict.adapter if self.releases else None
+
+    @property
+    def verdicts(self) -> list[VerdictRow]:
+        """The newest first."""
+        return [release.verdict for release in reversed(self.releases)]
+
+    def named(self, name: str) -> Model:
+        return next(release.model for release in self.releases if release.verdict.adapter == name)
 
 
 def lessons_of(world: World, count: int, gains: Sequence[float], rng: Generator) -> list[Lesson]:
@@ -109,11 +152,14 @@ class Stream:
         self.live = _Live(world.base)
         self.schedule = Schedule(settings, rules.waiting)
         self.course = Course()
-        self._static = static_suites(world)
+        self._static = static_suites(world, "judged", SEAL)
         self._order = {domain.name: rng.permutation(ITEMS) for domain in world.streamed}
         self._arrived = dict.fromkeys(self._order, 0)
         self._fresh: list[Sample] = []
-        self._learned: list[Sample] = []
+        self._sealed: list[Sample] = []
+        """Sealed samples since the last audit; then they join the others."""
+        self._opened: list[Sample] = []
+        self._since_audit = 0
         self._memory: list[RankedSuite] = []
         self._pending: dict[str, float] = {}
 
@@ -148,7 +194,9 @@ class Stream:
     def _arrive(self, domain: str) -> None:
         first = self._arrived[domain]
         self._arrived[domain] += FRESH
-        self._fresh += [(domain, int(self._order[domain][i % ITEMS])) for i in range(first, first + FRESH)]
+        arrived = [(domain, int(self._order[domain][i % ITEMS])) for i in range(first, first + FRESH)]
+        self._sealed += [sample for sample in arrived if SEAL.holds(item_name(sample))]
+        self._fresh += [sample for sample in arrived if not SEAL.holds(item_name(sample))]
 
     def _candidate(self) -> Model:
         harm: dict[str, float] = {}
@@ -160,22 +208,19 @@ class Stream:
         return candidate
 
     def _is_harmful(self, model: Model) -> bool:
-        """True if a static suite is truly below incumbent or base by more than its margin."""
-        return any(
-            max(domain.score(self.live.model), domain.score(self.world.base)) - domain.score(model)
-            > (domain.suite.margin or self.settings.margin)
-            for domain in self.world.static
-        )
+        """True if a static suite, or their mean, is truly below incumbent or base by more than its margin."""
+        references = (self.live.model, self.world.base)
+        return any(truly_lost(self._static, self.world, each, model, self.settings) for each in references)
 
     def _judge(self, candidate: Model, look: InterimAnalysis) -> tuple[VerdictRow, bool]:
         suites = [*self._static, *(self._memory if self.rules.memory else ()), *fresh_of(self._fresh, self.settings)]
         findings = findings_of(
-            suites, self.world.base, self.live.model, candidate, self._best(suites), look,
+            suites, self.world.base, self.live.model, candidate, self._best(suites), self._overall(), look,
             self.settings, ranked=self.rules.ranks,
         )  # fmt: skip
         outcome, _ = conclude(findings, ())
         summary = {
-            "suites": {result.name: {"after": result.after, "base": result.base} for result in findings.results},
+            "suites": {r.name: {"after": r.after, "base": r.base, "units": r.units} for r in findings.results},
             "gain": findings.gain.summary() if findings.gain else None,
         }
         name = f"clip-{len(self.schedule.verdicts):012d}"
@@ -187,17 +232,42 @@ class Stream:
         if not self.rules.best:
             return {}
         names = [each.suite.name for each in suites if each.suite.role == "retention"]
-        best = best_by_suite(self.live.verdicts, names, self.live.name or None)
-        return {suite: (name, self.live.released[name]) for suite, name in best.items()}
+        best = best_by_suite(self.live.verdicts, names, self.live.name)
+        return {suite: (name, self.live.named(name)) for suite, name in best.items()}
+
+    def _overall(self) -> tuple[str, Model] | None:
+        static = [each.suite.name for each in self._static]
+        name = best_overall(self.live.verdicts, static, self.live.name) if self.rules.best else ""
+        return (name, self.live.named(name)) if name else None
 
     def _release(self, candidate: Model, verdict: VerdictRow) -> None:
         self.course.harmful_released += self._is_harmful(candidate)
-        self.live.verdicts.insert(0, verdict)
-        self.live.released[verdict.adapter] = candidate
-        self.live.model, self.live.name = candidate, verdict.adapter
-        self._learned += self._fresh
+        self.live.releases.append(_Release(verdict, candidate, self._fresh, self._pending))
         self._fresh, self._pending = [], {}
-        self._memory = memory_of(self._learned, self.settings) if self.rules.memory else []
         for domain in self.world.streamed:
             above = self.world.learned(domain, candidate)
             self.course.best[domain.name] = max(self.course.best.get(domain.name, 0.0), above)
+        self._since_audit += 1
+        if self._since_audit == self.settings.audit_every:
+            self._audit()
+        learned = [*self._opened, *(sample for release in self.live.releases for sample in release.samples)]
+        self._memory = memory_of(learned, self.settings) if self.rules.memory else []
+
+    def _audit(self) -> None:
+        """Audit the live release; one that fails is taken back, and what was learned since is pending again."""
+        live, suites = self.live, [*static_suites(self.world, "sealed", SEAL), *samples_of(self._sealed, SAMPLES)]
+        last = live.releases[live.audited - 1].model if live.audited else None
+        audited = audit(suites, self.world, last, live.model, self.settings)
+        self.course.audits += 1
+        self.course.audits_failed += not audited.passed
+        self.course.audits_failed_wrongly += audited.wrong
+        if audited.passed:
+            live.audited = len(live.releases)
+            self._opened += self._sealed
+        else:
+            taken_back = live.releases[live.audited :]
+            del live.releases[live.audited :]
+            self._fresh = [*self._sealed, *(sample for release in taken_back for sample in release.samples)]
+            gains = [item for release in taken_back for item in release.gains.items()]
+            self._pending = {domain: sum(gain for name, gain in gains if name == domain) for domain, _ in gains}
+        self._sealed, self._since_audit = [], 0

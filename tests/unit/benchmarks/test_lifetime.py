@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,20 +15,26 @@ from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.repeated import repeated
 from benchmarks.gate.plans import NEW
 from benchmarks.gate.trial import fresh_name
+from benchmarks.lifetime.audits import Audited, audit, truly_lost
+from benchmarks.lifetime.churn import churn_of_chain
+from benchmarks.lifetime.evaluation import samples_of, static_suites
 from benchmarks.lifetime.outcomes import Source, read_sources
+from benchmarks.lifetime.report import row_of
 from benchmarks.lifetime.run_lifetime import Task, run
 from benchmarks.lifetime.schedule import PATIENCE, Schedule
-from benchmarks.lifetime.stream import Lesson, Rules, Stream
+from benchmarks.lifetime.stream import GAIN3, SEAL, Course, Ended, Lesson, Rules, Stream
 from benchmarks.lifetime.world import FORGOTTEN, World, make_world
 from core.errors import ConfigError
 from core.ledger import VerdictRow
 from core.ledger.rows import GateOutcome
 from core.settings import Settings
 from core.settings.updates import Gate
+from updater.gate.suite_items import Part
 from updater.gate.suites import load_suites
 
 ROOT = Path(__file__).parents[3]
 N = 400
+PARTS: tuple[Part, Part] = ("judged", "sealed")
 SETTINGS = Gate()
 
 
@@ -145,6 +153,87 @@ def test_what_a_stream_forgets_is_what_committed_chains_of_the_default_recipe_fo
     assert len(courses) == 2
     figures = repeated(courses, reference)
     assert figures["forgotten_per_update"] <= figures["forgotten_without_largest"] == FORGOTTEN
+
+
+def test_answers_differ_from_the_bases_in_about_as_many_cases_as_in_committed_chains() -> None:
+    results = ROOT / "docs" / "benchmarks" / "continual" / "outcomes.tar.xz"
+    with tarfile.open(results) as archive:
+        files = {m.name: json.load(archive.extractfile(m) or io.BytesIO()) for m in archive if m.name.endswith(".json")}
+    base = next(content for name, content in files.items() if name.endswith("zero-shot.json"))
+    held_out = [name for name, role in base["roles"].items() if role == "held-out"]
+    simulated = churn_of_chain(make_world(read_sources(), np.random.default_rng(0)), 8, np.random.default_rng(1))
+    for updates in (1, 8):
+        chains = [
+            c["hits"] for name, c in files.items() if "/default/" in name and name.endswith(f"-{updates:02d}.json")
+        ]
+        differing = [
+            np.mean(
+                [np.array(list(a)) != np.array(list(b)) for a, b in zip(hits[name], base["hits"][name], strict=True)]
+            )
+            for hits in chains
+            for name in held_out
+        ]
+        assert simulated[updates - 1] == pytest.approx(np.mean(differing), abs=0.01)
+
+
+def test_a_sealed_sample_is_judged_on_after_an_audit_and_not_before(world: World) -> None:
+    stream = Stream(world, Rules(), SETTINGS, np.random.default_rng(4))
+    stream._arrive("domain-0")
+    judged, sealed = set(stream._fresh), set(stream._sealed)
+    assert sealed and not judged & sealed and all(SEAL.holds(f"domain-0/{item}") for _, item in sealed)
+    parts = [{i for each in static_suites(world, part, SEAL) for i in each.suite.items()} for part in PARTS]
+    assert parts[0] and parts[1] and not parts[0] & parts[1]
+    stream._audit()
+    assert not stream._sealed and sealed <= {*stream._opened, *stream._fresh}
+
+
+def test_an_audit_finds_a_loss_and_passes_what_has_none(world: World) -> None:
+    rng = np.random.default_rng(5)
+    sealed = [*static_suites(world, "sealed", SEAL), *samples_of([("domain-0", i) for i in range(200)], "samples")]
+    kept = world.candidate(world.base, {"domain-0": 0.1}, {}, 0.0, rng)
+    harmed = world.candidate(kept, {}, {domain.name: 0.2 for domain in world.static}, 0.0, rng)
+    assert audit(sealed, world, None, kept, SETTINGS).passed
+    found = audit(sealed, world, kept, harmed, SETTINGS)
+    assert not found.passed and not found.wrong
+    strict = SETTINGS.model_copy(update={"mean_margin": 0.3, "margin": 0.3})
+    assert not truly_lost([each for each in sealed if not each.suite.margin], world, kept, kept, strict)
+
+
+def test_many_small_losses_are_harmful_by_their_mean(world: World) -> None:
+    rng = np.random.default_rng(6)
+    small = world.candidate(world.base, {}, {domain.name: 0.03 for domain in world.static}, 0.0, rng)
+    judged = static_suites(world, "judged", SEAL)
+    assert truly_lost(judged, world, world.base, small, SETTINGS)
+    assert not truly_lost(judged, world, world.base, small, SETTINGS.model_copy(update={"mean_margin": 0.05}))
+
+
+def test_a_failed_audit_takes_releases_back_and_they_are_learned_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.lifetime.stream.audit", lambda *_: Audited(passed=False, wrong=True))
+    stream = Stream(
+        world, Rules(waiting=False), SETTINGS.model_copy(update={"audit_every": 1}), np.random.default_rng(4)
+    )
+    stream._pending = {"domain-0": 0.1}
+    stream._arrive("domain-0")
+    arrived = {*stream._fresh, *stream._sealed}
+    stream._release(world.base, verdict("passed"))
+    assert stream.live.model is world.base and not stream.live.releases
+    assert stream._pending == {"domain-0": 0.1} and set(stream._fresh) == arrived
+    assert (stream.course.audits, stream.course.audits_failed, stream.course.audits_failed_wrongly) == (1, 1, 1)
+
+
+def test_intervals_are_by_stream_where_there_are_enough_of_them() -> None:
+    lesson = Lesson("domain-0", GAIN3)
+
+    def course(released: bool) -> Course:
+        return Course([Ended(lesson, 3, released, 1, ())] * 10)
+
+    alike, unlike = (row_of("", [course(i < good) for i in range(5)])["gain3"] for good in (5, 3))
+    assert (alike["low"], alike["high"], unlike["rate"]) == (1.0, 1.0, 0.6)
+    assert unlike["high"] - unlike["low"] > 0.5, "streams differ, and fifty lessons say no more than five"
+    few = row_of("", [course(True), course(False)])["gain3"]
+    assert few["by"] == "lesson" and unlike["by"] == "stream"
 
 
 def verdict(outcome: GateOutcome) -> VerdictRow:
