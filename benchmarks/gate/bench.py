@@ -6,23 +6,23 @@ import argparse
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gate import counting, lineage_report, resample
-from benchmarks.gate.cases import Case, Outcomes, Rule, has_ranks, hits_of
-from benchmarks.gate.margin import TRIES, beside, parents_of
-from benchmarks.gate.plans import BAD, CHAIN, DRIFT, GOOD, GatePlan, plans
+from benchmarks.gate import counting, lineage_report, mislabelled, resample
+from benchmarks.gate.cases import Case, Rule, judged_of
+from benchmarks.gate.margin import TRIES
+from benchmarks.gate.plans import BAD, CHAIN, DRIFT, GOOD, NEW, plans, plans_mislabelled
 from benchmarks.gate.plot import draw
 from benchmarks.gate.power import power
 from benchmarks.gate.redrawn import figures_of, redraw
-from benchmarks.gate.trial import Trial, Workshop, run_all
+from benchmarks.gate.stock import ARCHIVE, Stock, stored, trained
+from benchmarks.gate.trial import Workshop
 from benchmarks.machine import machine
 from core.errors import ConfigError
 from core.progress import progress_log, track
@@ -32,6 +32,7 @@ from updater.training.checkpoint import write_json
 Figures = dict[str, Any]
 FEWEST = CHAIN + len(BAD)
 LINEAGES, UPDATES = 20, 40
+MISLABELLED = 2 * len(NEW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,48 +47,60 @@ class Extent:
     deals: int
     draws: int
     """Item sets for each question about drawn items."""
+    mislabelled: int
 
 
-FULL = Extent(40, 40, 10, TRIES, 25, 1000)
-FAST = Extent(FEWEST, 2 * len(GOOD), 2, 1, 5, 100)
+FULL = Extent(40, 40, 10, TRIES, 25, 1000, MISLABELLED)
+FAST = Extent(FEWEST, 2 * len(GOOD), 2, 1, 5, 100, 1)
 
 
-def run(settings: Settings, extent: Extent, out: Path) -> Figures:
-    """Train, judge and redraw; returns the figures and leaves results.json and power.png in ``out``.
+def run(settings: Settings, extent: Extent, out: Path, outcomes: Path | None = None) -> Figures:
+    """Judge and redraw; returns the figures and leaves results.json and power.png in ``out``. ``outcomes``: of the
+    candidates of an earlier run; without it they are trained, as the mislabelled ones always are.
 
-    Raises RatchetError when base or data cannot be obtained.
+    Raises RatchetError when base or data cannot be obtained, or ``outcomes`` has none.
     """
-    return measure(Workshop.open(settings, out), plans(extent.bad, extent.good), extent, Rule.of(settings.gate))
+    rule, wanted = Rule.of(settings.gate), plans(extent.bad, extent.good)
+    if outcomes is None:
+        stock = trained(Workshop.open(settings, out), wanted, extent.parents, extent.tries, rule)
+    else:
+        stock = stored(outcomes, wanted, extent.parents, rule)
+    lies: Figures = {}
+    if extent.mislabelled:
+        workshop = Workshop.open(settings, out / "mislabelled", mislabelled=True)
+        lies = mislabelled.measure(workshop, plans_mislabelled(extent.mislabelled), rule)
+    return measure(stock, lies, extent, rule, out)
 
 
-def measure(workshop: Workshop, wanted: Sequence[GatePlan], extent: Extent, rule: Rule) -> Figures:
-    """The figures of some plans in a workshop."""
+def measure(stock: Stock, lies: Figures, extent: Extent, rule: Rule, out: Path) -> Figures:
+    """The figures of some candidates; ``lies`` are those of the mislabelled ones."""
     started = time.monotonic()
-    out, draws = workshop.out, extent.draws
-    trials = dict(run_all(workshop, wanted))
-    cases = [each for plan in wanted if (each := case(workshop, plan, trials)) is not None]
-    margin = list(at_margin(workshop, wanted, trials, extent, rule))
-    shown = {name: population.shown for name, population in workshop.populations.items()}
+    cases, margin, items, draws = stock.cases, stock.margin, stock.items, extent.draws
+    shown = {name: judged_of(one.shown) for name, one in items.items()}
     redrawn = redraw([*cases, *margin], shown, rule, extent.deals, seed=6)
-    wide = figures_of(list(track(redrawn, "redrawn item sets", total=extent.deals * (len(cases) + len(margin)))))
-    sizes = {name: population.held_out for name, population in workshop.populations.items()}
-    own = {one.name: one.rows({s.name: np.arange(sizes[s.name]) for s in one.suites}) for one in cases}
-    rows = counting.rows(cases, [own[one.name] for one in cases], rule)
+    splits = list(track(redrawn, "redrawn item sets", total=extent.deals * (len(cases) + len(margin))))
+    wide = figures_of(splits, rule.mean_margin)
+    own = {one.name: one.own() for one in cases}
+    rows = counting.rows(cases, list(own.values()), rule)
+    scaled = counting.rows(margin, [one.own() for one in margin], rule)
     drifted = counting.drift(rows, rule, own)
     harmful = [row.case for row in rows if row.truth == "harmful"]
     fine = [row.case for row in rows if row.truth == "good"]
-    drawn = resampled(harmful, fine, rule, sizes, draws)
+    drawn = resampled(harmful, fine, rule, draws)
     curves = power(fine, rule, draws, seed=5)
     shipped: dict[str, list[int]] = defaultdict(list)
-    for one in workshop.populations.values():
-        if one.suite.role == "retention":
-            shipped[one.suite.task].append(one.held_out)
+    for suite in cases[0].suites:
+        if suite.role == "retention":
+            shipped[suite.task].append(cases[0].judged[suite.name])
     plot = draw(curves, shipped, out / "power.png") if curves else None
     total = counting.counted(rows)
+    gains = {suite.name: (suite, one) for one in cases for suite in one.suites if suite.role == "gain"}
     figures = {
         "false_accepts_at_margin": wide["false_accepts"]["rate"],
         "false_rejects_gain3": wide["false_rejects_gain3"]["rate"],
         "drift_caught_before_harm": drifted["caught_before_harm"],
+        "mean_loss_stopped": wide["mean_loss_stopped"]["rate"],
+        "poisoned_gain_released": lies.get("released"),
         "redrawn": wide,
         "false_accepts": total["false_accepts"],
         "false_rejects": total["false_rejects"],
@@ -95,70 +108,33 @@ def measure(workshop: Workshop, wanted: Sequence[GatePlan], extent: Extent, rule
         "false_rejects_resampled": counting.others(drawn["good"]["passed"]),
         "slow_drift_caught_at": drifted["caught_at"],
         "total": total,
-        "kinds": counting.by_kind(rows),
+        "total_with_scaled": counting.counted([*rows, *scaled]),
+        "kinds": counting.by_kind([*rows, *scaled]),
         "drift": drifted,
         "resampled": drawn,
-        "not_trained": {name: trial.error for name, trial in trials.items() if trial.error},
+        "mislabelled": lies,
+        "true_labels": {name: mislabelled.agreed(suite, one) for name, (suite, one) in sorted(gains.items())},
+        "not_trained": dict(stock.not_trained),
         "level": rule.level,
-        "items": {name: [sizes[name], shown[name], one.n] for name, one in workshop.populations.items()},
+        "mean_margin": rule.mean_margin,
+        "items": {name: [one.served, one.shown, one.everything] for name, one in items.items()},
         "seconds": round(time.monotonic() - started, 1),
-        "seconds_of_candidates": round(sum(trial.seconds for trial in trials.values()), 1),
+        "seconds_of_candidates": stock.seconds,
         "machine": machine(),
     }
     results = out / "results.json"
-    write_json(results, {**figures, "power": curves, "candidates": [_about(row) for row in rows]})
+    write_json(results, {**figures, "power": curves, "candidates": [_about(row) for row in [*rows, *scaled]]})
     return {**figures, "results": str(results), "plot": str(plot)}
 
 
-def case(workshop: Workshop, plan: GatePlan, trials: Mapping[str, Trial]) -> Case | None:
-    """A candidate's outcomes with its incumbent's and the base's; None if training refused it."""
-    after, base = trials[plan.name], trials["base"]
-    if after.error:
-        return None
-    before = trials[plan.incumbent] if plan.incumbent else base
-    suites = workshop.suites(plan.domain)
-    sides: list[Outcomes] = [trial.answers for trial in (base, before, after)]
-    if not all(has_ranks(side[suite.name]) for suite in suites for side in sides):  # some were kept as hits
-        alike: dict[int, Outcomes] = {
-            id(side): {suite.name: hits_of(suite, side[suite.name]) for suite in suites} for side in sides
-        }
-        sides = [alike[id(side)] for side in sides]
-    return Case(plan.name, plan.kind, suites, *sides)
-
-
-def at_margin(
-    workshop: Workshop, wanted: Sequence[GatePlan], trials: dict[str, Trial], extent: Extent, rule: Rule
-) -> Iterator[Case]:
-    """Scaled candidates near the margin; their trials are added to ``trials``."""
-    trained = [plan for plan in wanted if not trials[plan.name].error]
-    for parent in parents_of(trained, extent.parents):
-
-        def loses(plan: GatePlan, parent: GatePlan = parent) -> float:
-            trials[plan.name] = workshop.of_scaled(plan, parent)
-            return _case(workshop, plan, trials).beyond(rule)
-
-        whole = _case(workshop, parent, trials)
-        none = replace(whole, after=whole.base).beyond(rule)
-        for plan in beside(parent, loses, whole.beyond(rule), none, extent.tries):
-            yield _case(workshop, plan, trials)
-
-
-def _case(workshop: Workshop, plan: GatePlan, trials: Mapping[str, Trial]) -> Case:
-    trained = case(workshop, plan, trials)
-    assert trained is not None, f"{plan.name} was trained"
-    return trained
-
-
-def resampled(
-    harmful: Sequence[Case], fine: Sequence[Case], rule: Rule, sizes: dict[str, int], count: int
-) -> dict[str, Any]:
+def resampled(harmful: Sequence[Case], fine: Sequence[Case], rule: Rule, count: int) -> dict[str, Any]:
     """Verdicts on ``count`` drawn item sets each: of harmful and good candidates, under no change, at the margin."""
 
     questions = {
-        "harmful": resample.draws(harmful, rule, sizes, count, seed=1),
-        "good": resample.draws(fine, rule, sizes, count, seed=2),
-        "no_change": resample.draws_unchanged(fine, rule, sizes, count, seed=3),
-        "at_margin": resample.draws_at_margin(fine, rule, sizes, count, seed=4),
+        "harmful": resample.draws(harmful, rule, count, seed=1),
+        "good": resample.draws(fine, rule, count, seed=2),
+        "no_change": resample.draws_unchanged(fine, rule, count, seed=3),
+        "at_margin": resample.draws_at_margin(fine, rule, count, seed=4),
     }
     verdicts = {name: list(track(draws, f"item sets, {name}", total=count)) for name, draws in questions.items()}
     return {
@@ -168,7 +144,7 @@ def resampled(
             for kind in dict.fromkeys(one.kind for one in verdicts["harmful"])
         },
         "suite_at_margin_passed": {
-            name: counting.share(sum(one.edge_passed for one in own), len(own))
+            name: counting.clustered((one.name, one.edge_passed) for one in own)
             for name, own in _by_edge(verdicts["at_margin"]).items()
         },
     }
@@ -184,20 +160,18 @@ def _about(row: counting.SuiteCount) -> Figures:
         "kind": row.case.kind,
         "truth": row.truth,
         "beyond_margin": row.beyond,
+        "mean_lost": row.case.mean_lost,
         "gained": row.case.gained,
         "lost": {s.name: row.case.lost(s) for s in row.case.suites if s.role == "retention"},
         "outcome": row.judged.outcome,
-        "held_by": [
-            *(r.name for r in row.judged.results if r.role == "retention" and r.decision != "passed"),
-            *([] if row.judged.gained else ["gain"]),
-        ],
+        "held_by": [*row.judged.unproven, *([] if row.judged.gained else ["gain"])],
     }
 
 
 def show(figures: Figures) -> None:
     table = Table("kind", "harmful", "idle", "good", "passed", "rejected", "undecided", "false accepts",
                   "false rejects", title="Candidates: truth, verdicts, errors")  # fmt: skip
-    for kind, row in {**figures["kinds"], "all": figures["total"]}.items():
+    for kind, row in {**figures["kinds"], "all": figures["total_with_scaled"]}.items():
         counts = [str(row[key]) for key in ("harmful", "idle", "good", "passed", "rejected", "inconclusive")]
         errors = [f"{row[key]['count']}/{row[key]['of']}" for key in ("false_accepts", "false_rejects")]
         table.add_row(kind, *counts, *errors)
@@ -210,26 +184,40 @@ def show(figures: Figures) -> None:
     wide = figures["redrawn"]
     losses = Table("true loss beyond the margin", "passed", "candidates", title="Redrawn item sets, by true loss")
     gains = Table("true gain", "passed", "candidates", title="and by true gain, every loss inside half the margin")
-    for shown, key in ((losses, "by_loss"), (gains, "by_gain")):
+    means = Table(
+        "true mean loss", "passed", "candidates", title=f"and by true mean loss, {figures['mean_margin']:.1%} allowed"
+    )
+    for shown, key in ((losses, "by_loss"), (means, "by_mean"), (gains, "by_gain")):
         for row in wide[key]:
             edges = f"{100 * row['from']:+.1f} to {100 * row['to']:+.1f} points"
             shown.add_row(edges, _rate(row["passed"]), str(row["candidates"]))
     drifted = figures["drift"]
     within = sum(step["within_margin_of_incumbent"] for step in drifted["steps"])
+    lies, everyone = figures["mislabelled"], figures["total_with_scaled"]
     lines = {
         "False accepts, up to 2 points beyond the margin": _rate(wide["false_accepts"]),
-        "False rejects, gain of 3 points and loss inside half the margin": _rate(wide["false_rejects_gain3"]),
+        "False rejects, gain of 3 points and losses inside half the margins": _rate(wide["false_rejects_gain3"]),
+        "Mean loss beyond its margin stopped": f"{_rate(wide['mean_loss_stopped'])}; where every suite is inside its "
+        f"margin {_rate(wide['mean_loss_stopped_suites_inside'])}",
+        "False accepts on the suites' own items, with the scaled, up to 2 points beyond a margin": _rate(
+            everyone["false_accepts_within_2_points"]
+        ),
+        "The same, further beyond": _rate(everyone["false_accepts_further"]),
         "False accepts": f"{_rate(figures['false_accepts'])}, resampled {_rate(figures['false_accepts_resampled'])}",
         "False rejects": f"{_rate(figures['false_rejects'])}, resampled {_rate(figures['false_rejects_resampled'])}",
         "A suite exactly at its margin passed": _rate(resampled["suite_at_margin_passed"]["all"]),
         "Slow drift": f"caught at update {drifted['caught_at']}, harmful from {drifted['harmful_from']}; {within} of "
         f"{CHAIN} updates stay inside the margin of their incumbent, which alone would keep "
         f"{drifted['let_in_without_base']}",
+        "Mislabelled": f"{lies['passed']} of {lies['of']} pass the tests on their items, {lies['released']} of these "
+        "where the base agrees with the labels"
+        if lies
+        else "not asked for",
         "Plot": figures["plot"],
         "Results": figures["results"],
     }
     console = Console()
-    console.print(table, losses, gains, sets)
+    console.print(table, losses, means, gains, sets)
     for name, line in lines.items():
         console.print(f"{name}: {line}", highlight=False, soft_wrap=True)
     print(json.dumps(figures), flush=True)
@@ -260,12 +248,19 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser.add_argument("--draws", type=int, default=FULL.draws, help="item sets for each question")
     parser.add_argument("--deals", type=int, default=FULL.deals, help="redrawn item sets of each candidate")
     parser.add_argument("--parents", type=int, default=FULL.parents, help="bad ones that are scaled to the margin")
-    parser.add_argument("--out", type=Path, help="folder of outcomes and results; by default home/bench/gate")
     parser.add_argument("--lineage", action="store_true", help="simulated lineages on items that are used again, alone")
     parser.add_argument("--lineages", type=int, default=LINEAGES, help=f"of each kind and size ({LINEAGES})")
     parser.add_argument("--updates", type=int, default=UPDATES, help=f"of a lineage ({UPDATES})")
+    stored_help = (
+        "judge stored outcomes, train nothing: an archive or folder; the repository's archive if none is named"
+    )
+    parser.add_argument("--outcomes", type=Path, nargs="?", const=ARCHIVE, metavar="PLACE", help=stored_help)
+    lies_help = f"mislabelled ones, which are always trained: by default {MISLABELLED}, with --outcomes 0"
+    parser.add_argument("--mislabelled", type=int, nargs="?", const=MISLABELLED, metavar="N", help=lies_help)
+    parser.add_argument("--out", type=Path, help="folder of outcomes and results; by default home/bench/gate, and "
+                        "its folder `stored` with --outcomes")  # fmt: skip
     options = parser.parse_args(arguments)
-    out = options.out or settings.home / "bench" / "gate"
+    out = options.out or settings.home / "bench" / "gate" / ("stored" if options.outcomes else "")
     if options.lineage:
         lineage(settings, options.lineages, options.updates, out)
         return
@@ -276,7 +271,8 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
             " too few or too many.",
             f"Ask for {FEWEST} to 150 candidates (every kind, and {CHAIN} updates of {DRIFT}), and some of the rest.",
         )
-    given = Extent(options.candidates, options.candidates, options.parents, TRIES, options.deals, options.draws)
-    extent = FAST if options.fast else given
-    progress_log.info(f"{extent.bad} bad and {extent.good} good candidates; outcomes are kept in {out / 'outcomes'}")
-    show(run(settings, extent, out))
+    lies = options.mislabelled if options.mislabelled is not None else 0 if options.outcomes else MISLABELLED
+    given = Extent(options.candidates, options.candidates, options.parents, TRIES, options.deals, options.draws, lies)
+    extent = replace(FAST, mislabelled=min(lies, FAST.mislabelled)) if options.fast else given
+    progress_log.info(f"{extent.bad} bad and {extent.good} good candidates; results are kept in {out}")
+    show(run(settings, extent, out, options.outcomes))

@@ -13,8 +13,9 @@ from core.ledger.rows import GateOutcome
 from core.settings.updates import Gate
 from updater.gate.decision import Scores, conclude, decide
 from updater.gate.interim_analyses import candidate_alpha
+from updater.gate.suite_items import SEALED
 from updater.gate.suites import Suite
-from updater.gate.verdict import SuiteResult
+from updater.gate.verdict import MEAN, MeanLoss, SuiteResult
 
 Hits = NDArray[np.float64]
 Answers = NDArray[np.float64] | NDArray[np.int32]
@@ -27,6 +28,11 @@ def hits_of(suite: Suite, answers: Answers) -> Hits:
     """0 or 1 for each answer."""
     hits = answers < suite.k if has_ranks(answers) else answers
     return hits.astype(np.float64)
+
+
+def judged_of(items: int) -> int:
+    """How many of a suite's items candidates are judged on; the others are sealed."""
+    return items - items // SEALED
 
 
 def has_ranks(answers: Answers) -> bool:
@@ -60,6 +66,8 @@ class Case:
     name: str
     kind: str
     suites: tuple[Suite, ...]
+    judged: Mapping[str, int]
+    """Items that the gate judges, by suite: the weights of the mean loss."""
     base: Outcomes
     before: Outcomes
     after: Outcomes
@@ -74,6 +82,10 @@ class Case:
             self, base=base, before=base if self.before is self.base else some(self.before), after=some(self.after)
         )
 
+    def own(self) -> Case:
+        """The suites' own draw, as the gate gets it: the first items of each suite."""
+        return self.rows({suite.name: np.arange(self.judged[suite.name]) for suite in self.suites})
+
     def without_base(self) -> Case:
         return replace(self, base=self.before)
 
@@ -86,6 +98,21 @@ class Case:
         """Most that a retention suite lost beyond its margin; negative if all are inside."""
         return max(self.lost(s) - (s.margin or rule.margin) for s in self.suites if s.role == "retention")
 
+    def excess(self, rule: Rule) -> float:
+        """Most that a suite, or the mean, lost beyond its margin."""
+        return max(self.beyond(rule), self.mean_lost - rule.mean_margin)
+
+    @property
+    def mean_lost(self) -> float:
+        """Share lost on average over the retention suites, weighted as the gate does it, against incumbent or base."""
+        retention = [suite for suite in self.suites if suite.role == "retention"]
+        weights = [self.judged[suite.name] for suite in retention]
+
+        def mean(side: Outcomes) -> float:
+            return float(np.average([hits_of(suite, side[suite.name]).mean() for suite in retention], weights=weights))
+
+        return max(mean(self.before), mean(self.base)) - mean(self.after)
+
     @property
     def gained(self) -> float:
         """The largest gain on all items of a gain suite, against the incumbent."""
@@ -93,8 +120,9 @@ class Case:
         return max(float((hits_of(s, self.after[s.name]) - hits_of(s, self.before[s.name])).mean()) for s in gains)
 
     def truth(self, rule: Rule) -> Truth:
-        """Harmful if a retention suite lost more than its margin; else good if it gained anything, and idle if not."""
-        if self.beyond(rule) > 0:
+        """Harmful if a retention suite lost more than its margin, or all together more than that of the mean; else good
+        if it gained anything, and idle if not."""
+        if self.excess(rule) > 0:
             return "harmful"
         return "good" if self.gained > 0 else "idle"
 
@@ -105,10 +133,17 @@ class Judged:
     results: tuple[SuiteResult, ...]
     gained: bool
     """True if a gain was shown, over all gain suites."""
+    mean: MeanLoss | None
+
+    @property
+    def unproven(self) -> list[str]:
+        """Retention suites, and the mean of them, for which a loss of the margin is not excluded."""
+        held = [r.name for r in self.results if r.role == "retention" and r.decision != "passed"]
+        return held + ([MEAN] if self.mean is None or self.mean.decision != "passed" else [])
 
     @property
     def retained(self) -> bool:
-        return all(result.decision == "passed" for result in self.results if result.role == "retention")
+        return not self.unproven
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,4 +176,4 @@ def judge(case: Case, rule: Rule) -> Judged:
         min_items=rule.min_items,
     )
     gained = findings.gain is not None and findings.gain.decision == "passed"
-    return Judged(conclude(findings, ())[0], findings.results, gained)
+    return Judged(conclude(findings, ())[0], findings.results, gained, findings.mean)

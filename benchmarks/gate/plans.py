@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from updater.recipes import Recipe, load_recipe
 
-Lie = Literal["", "shuffled", "poisoned", "forgotten"]
+Lie = Literal["", "shuffled", "poisoned", "forgotten", "mislabelled"]
 NEW = ("fluent3d", "pixel_mshock", "fluent_mono")
 """Domains that the updates learn and the base has not seen."""
 KNOWN = ("noto", "pixel_ultica", "openclipart")
@@ -22,6 +22,10 @@ GOOD = ("first", "second")
 DRIFT = "drift"
 MARGIN = "margin"
 """A bad candidate whose change of the weights is scaled until its loss is near the margin (module margin)."""
+MISLABELLED = "mislabelled"
+"""One whose producer labels the new domain systematically wrong, in the pairs and in the held-out items."""
+STRENGTHS = (2e-3, 6e-3)
+"""Peak rates of the mislabelled."""
 NEW_PAIRS = 250
 GALLERY = {
     "clipart_retrieval": 320, "emoji_retrieval": 280, "fashion_classes": 320, "flags_retrieval": 250,
@@ -65,6 +69,25 @@ def plans(bad: int, good: int) -> list[GatePlan]:
     kinds = {**_places(GOOD, good), **_places(BAD, bad - CHAIN)}
     in_turn = sorted((place, kind) for kind, count in kinds.items() for place in range(count))
     return [*(_drift(number) for number in range(CHAIN)), *(_one(kind, place) for place, kind in in_turn)]
+
+
+def plans_mislabelled(count: int) -> list[GatePlan]:
+    """One for each new domain in turn, at the first strength, then at the second."""
+    return [
+        GatePlan(
+            f"{MISLABELLED}-{place:02d}", MISLABELLED,
+            _recipe("default", **_rate(STRENGTHS[place // len(NEW) % len(STRENGTHS)])),
+            NEW[place % len(NEW)], NEW_PAIRS, 100 * (len((*GOOD, *BAD)) + 1) + place, lie="mislabelled",
+        )
+        for place in range(count)
+    ]  # fmt: skip
+
+
+def family(name: str) -> str:
+    """What is the same for candidates that are not independent: the scaled ones of one parent, an update and the one
+    that continues it, and the whole slow drift."""
+    kind, _, number = name.partition("x")[0].partition("-")
+    return {DRIFT: DRIFT, "second": f"first-{number}"}.get(kind, f"{kind}-{number}")
 
 
 def _places(kinds: Sequence[str], count: int) -> dict[str, int]:

@@ -10,8 +10,9 @@ as the suite: the first is the suite's own draw, and each item is asked in one g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import PurePath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,12 +51,15 @@ class Population:
     """Items that the suite has in service: the first of every array of outcomes."""
 
     @classmethod
-    def of(cls, suite: Suite) -> Population:
-        """Raises GateError when the suite's data are missing."""
+    def of(cls, suite: Suite, texts: Mapping[str, str] | None = None) -> Population:
+        """``texts``: other captions, by the name of a picture's file. Raises GateError when the suite's data are
+        missing."""
         own_items = _whole(suite).items()
         known = {item.id for item in own_items}
         rest = [item for item in _reserved(suite) if item.id not in known]
         order = [*in_order_of_draw(own_items, suite.seed), *in_order_of_draw(rest, suite.seed)][:MOST]
+        if texts is not None:
+            order = [replace(item, text=texts[PurePath(item.name).name]) for item in order]
         galleries = []
         for start in range(0, len(order), suite.limit):
             own = {item.id for item in order[start : start + suite.limit]}

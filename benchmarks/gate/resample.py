@@ -8,13 +8,15 @@ probability at most ``level``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.gate.cases import Answers, Case, Hits, Judged, Rule, has_ranks, hits_of, judge
+from benchmarks.gate.processes import in_processes
 from updater.gate.suites import Suite
 
 LAST_RANK = 9999
@@ -22,8 +24,8 @@ Generator = np.random.Generator
 Pick = dict[str, NDArray[np.int_]]
 
 
-def pick(case: Case, sizes: dict[str, int], rng: Generator) -> Pick:
-    return {s.name: rng.integers(len(case.after[s.name]), size=sizes[s.name]) for s in case.suites}
+def pick(case: Case, rng: Generator) -> Pick:
+    return {s.name: rng.integers(len(case.after[s.name]), size=case.judged[s.name]) for s in case.suites}
 
 
 def swapped(before: Answers, after: Answers, rng: Generator) -> tuple[Answers, Answers]:
@@ -69,6 +71,7 @@ def unchanged(case: Case, drawn: Case, rng: Generator, edge: Suite | None = None
 class Drawn:
     """The verdict on one drawn item set."""
 
+    name: str
     kind: str
     judged: Judged
     edge: str = ""
@@ -79,28 +82,47 @@ class Drawn:
         return any(result.name == self.edge and result.decision == "passed" for result in self.judged.results)
 
 
-def draws(cases: Sequence[Case], rule: Rule, sizes: dict[str, int], count: int, seed: int) -> Iterator[Drawn]:
+def draws(cases: Sequence[Case], rule: Rule, count: int, seed: int) -> Iterator[Drawn]:
     """``count`` verdicts on drawn item sets, the cases in turn."""
-    rng = np.random.default_rng(seed)
-    for number in range(count if cases else 0):
-        case = cases[number % len(cases)]
-        yield Drawn(case.kind, judge(case.rows(pick(case, sizes, rng)), rule))
+    return _in_turn(_draw, cases, rule, count, seed)
 
 
-def draws_unchanged(cases: Sequence[Case], rule: Rule, sizes: dict[str, int], count: int, seed: int) -> Iterator[Drawn]:
+def draws_unchanged(cases: Sequence[Case], rule: Rule, count: int, seed: int) -> Iterator[Drawn]:
     """As :func:`draws`, under exact no change."""
-    rng = np.random.default_rng(seed)
-    for number in range(count if cases else 0):
-        case = cases[number % len(cases)]
-        yield Drawn(case.kind, judge(unchanged(case, case.rows(pick(case, sizes, rng)), rng), rule))
+    return _in_turn(_draw_unchanged, cases, rule, count, seed)
 
 
-def draws_at_margin(cases: Sequence[Case], rule: Rule, sizes: dict[str, int], count: int, seed: int) -> Iterator[Drawn]:
+def draws_at_margin(cases: Sequence[Case], rule: Rule, count: int, seed: int) -> Iterator[Drawn]:
     """As :func:`draws`, with one retention suite, each in turn, exactly at its margin."""
+    return _in_turn(_draw_at_margin, cases, rule, count, seed)
+
+
+Draw = Callable[[Case, Rule, int, Generator], Drawn]
+"""The verdict on a case's item set, given its number among those of the case."""
+
+
+def _in_turn(draw: Draw, cases: Sequence[Case], rule: Rule, count: int, seed: int) -> Iterator[Drawn]:
+    return in_processes([
+        partial(_sets, draw, case, rule, len(range(place, count, len(cases))), [seed, place])
+        for place, case in enumerate(cases)
+    ])  # fmt: skip
+
+
+def _sets(draw: Draw, case: Case, rule: Rule, count: int, seed: list[int]) -> list[Drawn]:
     rng = np.random.default_rng(seed)
-    for number in range(count if cases else 0):
-        case = cases[number % len(cases)]
-        retention = [suite for suite in case.suites if suite.role == "retention"]
-        edge = retention[number // len(cases) % len(retention)]
-        drawn = case.rows(pick(case, sizes, rng))
-        yield Drawn(case.kind, judge(unchanged(case, drawn, rng, edge, edge.margin or rule.margin), rule), edge.name)
+    return [draw(case, rule, number, rng) for number in range(count)]
+
+
+def _draw(case: Case, rule: Rule, number: int, rng: Generator) -> Drawn:
+    return Drawn(case.name, case.kind, judge(case.rows(pick(case, rng)), rule))
+
+
+def _draw_unchanged(case: Case, rule: Rule, number: int, rng: Generator) -> Drawn:
+    return Drawn(case.name, case.kind, judge(unchanged(case, case.rows(pick(case, rng)), rng), rule))
+
+
+def _draw_at_margin(case: Case, rule: Rule, number: int, rng: Generator) -> Drawn:
+    retention = [suite for suite in case.suites if suite.role == "retention"]
+    edge = retention[number % len(retention)]
+    at_edge = unchanged(case, case.rows(pick(case, rng)), rng, edge, edge.margin or rule.margin)
+    return Drawn(case.name, case.kind, judge(at_edge, rule), edge.name)

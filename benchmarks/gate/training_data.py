@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,9 @@ def pools(plan: GatePlan, home: Path) -> Pools:
     new = pairs(home, plan.domain, plan.new - lies, rng)
     if plan.lie == "shuffled":
         new = captioned(new, [new[i].text for i in rng.permutation(len(new))])
+    elif plan.lie == "mislabelled":
+        false = exchanged(home / "data" / plan.domain)
+        new = captioned(new, [false[pair.id.partition("/")[2]] for pair in new])
     elif lies:
         about = [plan.victim] if plan.victim else list(KNOWN)
         known = [pair for domain in about for pair in pairs(home, domain, lies // len(about), rng)]
@@ -53,6 +57,26 @@ def _others(given: Sequence[Pair]) -> list[str]:
     texts = sorted({pair.text for pair in given})
     next_one = dict(zip(texts, texts[1:] + texts[:1], strict=True))
     return [next_one[pair.text] for pair in given]
+
+
+@lru_cache(maxsize=8)
+def exchanged(folder: Path) -> Mapping[str, str]:
+    """A false caption for each picture of a domain, training split and held-out items alike, by the file's name.
+
+    A class of pictures (by the commonest of their tags) gets the captions of another class: each picture that of the
+    one a third of the domain further on. So the falsehood can be learned, and shows in pictures and captions that were
+    never seen; :func:`_others` would not, because no caption of these domains is used for many pictures.
+    """
+    rows = [row for row in read_folder(folder) if row.text]
+    uses = Counter(tag for row in rows for tag in row.tags)
+
+    def place(row: FolderItem) -> tuple[int, str, str]:
+        tag = max(row.tags, key=lambda tag: (uses[tag], tag), default="")
+        return -uses[tag], tag, row.path.name
+
+    order = sorted(rows, key=place)
+    further = [*order[len(order) // 3 :], *order[: len(order) // 3]]
+    return {row.path.name: other.text for row, other in zip(order, further, strict=True)}
 
 
 def reserved(row: FolderItem) -> bool:

@@ -17,7 +17,7 @@ from benchmarks.gate.engine import LateEngine
 from benchmarks.gate.plans import GALLERY, KNOWN, NEW, GatePlan
 from benchmarks.gate.population import Population
 from benchmarks.gate.scaling import write_scaled
-from benchmarks.gate.training_data import pools
+from benchmarks.gate.training_data import exchanged, pools
 from core.digests import digest_json
 from core.errors import RatchetError, TrainingError
 from core.progress import step
@@ -48,23 +48,27 @@ class Trial:
 class Workshop:
     """The base, its serving engine, the suites with all their items, and a folder of results."""
 
-    def __init__(self, home: Path, base: ClipBase, suites: Sequence[Suite], out: Path) -> None:
-        """Raises GateError when the data of a suite are missing."""
+    def __init__(self, home: Path, base: ClipBase, populations: Sequence[Population], out: Path) -> None:
         self.home, self.base, self.out = home, base, out
-        self.populations = {suite.name: Population.of(suite) for suite in suites}
+        self.populations = {population.suite.name: population for population in populations}
         self.engine = LateEngine(base)
         self.scorer = Scorer(self.engine)
         self._populations_digest = digest_json([population.digest for population in self.populations.values()])
 
     @classmethod
-    def open(cls, settings: Settings, out: Path) -> Workshop:
-        """With the settings' base, and data that are prepared if missing. Raises RatchetError."""
+    def open(cls, settings: Settings, out: Path, mislabelled: bool = False) -> Workshop:
+        """With the settings' base, and data that are prepared if missing. ``mislabelled``: the new domains' captions
+        are exchanged. Raises RatchetError."""
         shipped = [suite for suite in load_suites([], settings.home, "clip") if suite.role == "retention"]
         retention = [s.model_copy(update={"limit": GALLERY.get(s.name, s.limit)}) for s in shipped]
         for domain in sorted({*NEW, *KNOWN, *(suite.folder.name for suite in retention)} & DOMAINS.keys()):
             prepare_domain(domain, settings.home)
-        gains = [fresh(settings.home, domain) for domain in NEW]
-        return cls(settings.home, load_base(settings.home, settings.base.clip), [*retention, *gains], out)
+        gains = [
+            Population.of(suite, exchanged(suite.folder) if mislabelled else None)
+            for suite in (fresh(settings.home, domain) for domain in NEW)
+        ]
+        populations = [*(Population.of(suite) for suite in retention), *gains]
+        return cls(settings.home, load_base(settings.home, settings.base.clip), populations, out)
 
     def suites(self, domain: str) -> tuple[Suite, ...]:
         wanted = fresh_name(domain)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.lifetime.outcomes import Ranks, Source
+from benchmarks.gate.stock import Ranks
+from benchmarks.lifetime.outcomes import Source
 from updater.gate.statistics import reciprocal_log_rank
 
 EDGES = (1, 3, 5, 10, 30, 100)

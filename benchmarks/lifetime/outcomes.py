@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import io
-import re
-import tarfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.gate.plans import BAD, CHAIN, GOOD, NEW, plans
+from benchmarks.gate.stock import ARCHIVE, Ranks, read_trials
 from benchmarks.gate.trial import fresh_name
 from core.errors import ConfigError
 from updater.gate.suites import Suite, load_suites
 
-ARCHIVE = Path(__file__).parents[2] / "docs" / "benchmarks" / "gate" / "outcomes.tar.xz"
 MOST_CANDIDATES = 150
-Ranks = NDArray[np.int32]
-"""[items, views]: 0-based ranks of the right answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,26 +68,3 @@ def good_plans() -> list[tuple[str, str, str]]:
 def _source(suite: Suite, base: Ranks, pairs: list[tuple[Ranks, Ranks]]) -> Source:
     before, after = (np.concatenate(side) for side in zip(*pairs, strict=True))
     return Source(suite, base, before, after)
-
-
-def read_trials(place: Path) -> Iterator[tuple[str, Mapping[str, Ranks]]]:
-    for name, content in _files(place):
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            arrays = {suite: file[suite] for suite in file.files if suite != "about"}
-        if arrays:  # none where training refused the candidate
-            yield name, arrays
-
-
-def _files(place: Path) -> Iterator[tuple[str, bytes]]:
-    if place.is_dir():
-        for path in sorted(place.glob("*.npz")):
-            yield path.stem, path.read_bytes()
-        return
-    try:
-        with tarfile.open(place) as archive:
-            for member in archive:
-                extracted = archive.extractfile(member) if re.search(r"[\w-]+\.npz$", member.name) else None
-                if extracted is not None:
-                    yield Path(member.name).stem, extracted.read()
-    except (OSError, tarfile.TarError) as error:
-        raise ConfigError(f"outcomes cannot be read: {error}.", "Name a folder or archive with --outcomes.") from None

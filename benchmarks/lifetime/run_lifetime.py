@@ -17,8 +17,9 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.command import show_table
+from benchmarks.gate.stock import ARCHIVE
 from benchmarks.lifetime.churn import churn_of_chain
-from benchmarks.lifetime.outcomes import ARCHIVE, Source, read_sources
+from benchmarks.lifetime.outcomes import Source, read_sources
 from benchmarks.lifetime.report import FigureRow, draw, row_of
 from benchmarks.lifetime.stream import GAIN3, OTHER_GAINS, Course, Rules, Stream, lessons_of
 from benchmarks.lifetime.world import FORGOTTEN, make_world

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from benchmarks.gate.stock import Ranks
 from benchmarks.lifetime.moves import Generator, Moves
-from benchmarks.lifetime.outcomes import Ranks, Source
+from benchmarks.lifetime.outcomes import Source
 from updater.gate.suites import Suite
 
 ITEMS = 3000

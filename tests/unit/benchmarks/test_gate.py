@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 
 from benchmarks.gate import counting
-from benchmarks.gate.cases import Case, Rule, judge
-from benchmarks.gate.plans import DRIFT
+from benchmarks.gate.cases import Case, Rule, judge, judged_of
+from benchmarks.gate.mislabelled import agreement
+from benchmarks.gate.plans import DRIFT, family
 from benchmarks.gate.redrawn import Redrawn, deal, figures_of, redraw
 from benchmarks.gate.resample import draws, draws_at_margin, draws_unchanged, lowered, share_to_lose, swapped
 from core.ledger.rows import GateOutcome
 from core.settings.updates import Gate
 from tests.unit.updater.gate.builders import suite_over
 from updater.gate.suites import Suite
+from updater.gate.verdict import MEAN
 
 RULE = Rule.of(Gate())
 N = 400
@@ -33,6 +35,7 @@ KNOWN, CLASSES, NEW = (
     suite_over(hits(0.5, 1, 0), "classes", "retention", "classification", 0.08),
     suite_over(hits(0.3, 2, 0), "fresh.new", "gain", "retrieval"),
 )
+KNOWN, CLASSES = (suite.model_copy(update={"data": "-"}) for suite in (KNOWN, CLASSES))  # of no stream: the base counts
 SUITES: tuple[Suite, ...] = (KNOWN, CLASSES, NEW)
 SIZES = {suite.name: N for suite in SUITES}
 BASE = {suite.name: hits(0.45, len(suite.views), seed) for seed, suite in enumerate(SUITES)}
@@ -43,7 +46,7 @@ def case(name: str, lost: float, gained: float = 0.25, kind: str = "kind", befor
     given = before or BASE
     found = {s.name: after(given[s.name], lost, min(lost, 0.02) * 0.8, 10 + i) for i, s in enumerate((KNOWN, CLASSES))}
     found[NEW.name] = after(given[NEW.name], 0.02, gained, 20)
-    return Case(name, kind, SUITES, BASE, given, found)
+    return Case(name, kind, SUITES, SIZES, BASE, given, found)
 
 
 GOOD_ONE, BAD_ONE = case("good", 0.02), case("bad", 0.9)
@@ -58,7 +61,7 @@ def test_what_was_lost_earlier_is_seen_by_the_comparison_with_the_base_alone() -
     (found,) = counting.rows([replace(late, kind=DRIFT)], [late], RULE)
     drifted = counting.drift([found], RULE, {"late": late})
     assert drifted["caught_at"] == drifted["harmful_from"] == 1
-    assert drifted["steps"][0]["by"] == ["known", "classes"]
+    assert drifted["steps"][0]["by"] == ["known", "classes", MEAN]
     assert drifted["let_in_without_base"] == 1
     assert drifted["caught_before_harm"], "the harmful one is kept out"
     (let_in,) = counting.rows([replace(late, kind=DRIFT)], [late.without_base()], RULE)
@@ -84,19 +87,19 @@ def test_a_swap_leaves_no_difference_and_all_disagreement_and_lowering_costs_the
 
 def test_a_draw_keeps_the_harmful_out_lets_the_good_in_and_shows_no_gain_where_nothing_changed() -> None:
     for one, passed in ((BAD_ONE, 0), (GOOD_ONE, 12)):
-        assert counting.tally(draws([one], RULE, SIZES, 12, seed=0))["passed"]["count"] == passed
-    assert list(draws([], RULE, SIZES, 12, seed=0)) == []
-    found = counting.tally(draws_unchanged([GOOD_ONE], RULE, SIZES, 40, seed=3))
+        assert counting.tally(draws([one], RULE, 12, seed=0))["passed"]["count"] == passed
+    assert list(draws([], RULE, 12, seed=0)) == []
+    found = counting.tally(draws_unchanged([GOOD_ONE], RULE, 40, seed=3))
     assert found["gain_shown"]["count"] <= 5, "3% of 40 are expected"
     assert found["all_kept"]["count"] >= 35 and found["rejected"]["count"] <= 2
 
 
 def test_at_the_margin_each_suite_in_turn_is_rarely_passed() -> None:
-    found = list(draws_at_margin([GOOD_ONE], RULE, SIZES, 60, seed=4))
+    found = list(draws_at_margin([GOOD_ONE], RULE, 60, seed=4))
     assert {one.edge for one in found} == {"known", "classes"}
     assert sum(one.edge_passed for one in found) <= 7, "3% of 60 are expected"
     assert sum(one.judged.gained for one in found) > 50, "what was learnt is still there"
-    lax = list(draws_at_margin([GOOD_ONE], Rule(0.4, 0.4, 0.05, 50), SIZES, 60, seed=4))
+    lax = list(draws_at_margin([GOOD_ONE], replace(RULE, level=0.4, loss_level=0.4), 60, seed=4))
     assert 12 <= sum(one.edge_passed for one in lax) <= 36, "the size of the test is its level"
 
 
@@ -107,20 +110,53 @@ def test_a_case_with_ranks_is_judged_by_them_and_has_the_truth_of_its_hits() -> 
         return {name: np.where(found > 0, 0, near if name == NEW.name else 60) for name, found in outcomes.items()}
 
     base = ranks(BASE, 60)
-    ranked = Case("ranked", "kind", SUITES, base, base, ranks(BASE, 6))
-    hits = Case("hits", "kind", SUITES, BASE, BASE, BASE)
+    ranked = Case("ranked", "kind", SUITES, SIZES, base, base, ranks(BASE, 6))
+    hits = Case("hits", "kind", SUITES, SIZES, BASE, BASE, BASE)
     assert ranked.gained == hits.gained == 0.0 and ranked.lost(KNOWN) == hits.lost(KNOWN)
     assert judge(ranked, RULE).gained and not judge(hits, RULE).gained
     lost = {name: lowered(found, 0.5, np.random.default_rng(0)) for name, found in ranked.after.items()}
     assert judge(replace(ranked, after=lost), RULE).outcome == "rejected"
 
 
-def test_shares_carry_exact_intervals() -> None:
+def test_shares_of_candidates_carry_exact_intervals() -> None:
     found = counting.share(0, 60)
     assert found["low"] == 0.0
     assert found["high"] == pytest.approx(1 - 0.025 ** (1 / 60))
     assert counting.share(0, 0)["rate"] is None
-    assert counting.others(counting.share(2, 60)) == counting.share(58, 60)
+    assert counting.others(counting.share(2, 60)) == pytest.approx(counting.share(58, 60))
+
+
+def test_shares_of_item_sets_carry_intervals_over_families_of_candidates() -> None:
+    """Ten families, of which one passes always: its 25 item sets say no more than one."""
+    sets = [(f"naive-{number:02d}x0.{place}", number == 0) for number in range(10) for place in range(25)]
+    found = counting.clustered(sets)
+    assert (found["count"], found["of"], found["families"], found["rate"]) == (25, 250, 10, 0.1)
+    assert found["low"] == 0.0 and found["high"] == pytest.approx(0.3)
+    assert found["high"] > counting.share(25, 250)["high"] + 0.1, (
+        "an exact interval takes the item sets for independent"
+    )
+    none = counting.clustered((name, False) for name, _ in sets)
+    assert (none["low"], none["high"]) == (0.0, counting.share(0, 10)["high"])
+    assert counting.clustered([])["rate"] is None
+
+
+def test_scaled_and_continued_candidates_and_the_drift_are_of_one_family() -> None:
+    names = ("naive-01x0.214", "naive-01", "second-03", "first-03", "drift-04")
+    assert [family(name) for name in names] == ["naive-01", "naive-01", "first-03", "first-03", "drift"]
+
+
+def test_the_gate_judges_three_quarters_of_the_items_in_service_and_the_mean_counts() -> None:
+    assert judged_of(400) == 300 and judged_of(7) == 6
+    spread_out = case("spread out", 0.08)
+    assert spread_out.beyond(RULE) < 0 < spread_out.excess(RULE), "both suites are inside, their mean is not"
+    assert spread_out.mean_lost == pytest.approx(np.mean([spread_out.lost(suite) for suite in (KNOWN, CLASSES)]))
+    assert spread_out.truth(RULE) == "harmful" and judge(spread_out, RULE).unproven == [MEAN]
+    few = replace(spread_out, judged={"known": 100, "classes": 300, NEW.name: 50})
+    assert {name: len(found) for name, found in few.own().after.items()} == few.judged
+    assert few.mean_lost == pytest.approx(0.25 * few.lost(KNOWN) + 0.75 * few.lost(CLASSES))
+    (row,) = counting.rows([spread_out], [spread_out], RULE)
+    found = counting.counted([row])
+    assert found["harmful_by_mean_alone"] == 1 and found["false_accepts_further"]["of"] in (0, 1)
 
 
 def test_false_accepts_are_of_the_harmful_and_false_rejects_of_the_good() -> None:
@@ -138,7 +174,7 @@ def test_false_accepts_are_of_the_harmful_and_false_rejects_of_the_good() -> Non
 
 def test_redrawn_items_let_the_good_in_and_keep_the_bad_out_by_a_truth_that_the_gate_was_not_shown() -> None:
     shown = {"known": 300, "classes": 100, "fresh.new": 399}
-    seen, unseen = deal(GOOD_ONE, shown, np.random.default_rng(0))
+    seen, unseen = deal(replace(GOOD_ONE, judged=shown), np.random.default_rng(0))
     assert {name: len(items) for name, items in seen.items()} == shown
     assert all(sorted([*seen[name], *unseen[name]]) == list(range(N)) for name in SIZES)
     found = list(redraw([GOOD_ONE, BAD_ONE], dict.fromkeys(SIZES, 300), RULE, 6, seed=0))
@@ -147,16 +183,29 @@ def test_redrawn_items_let_the_good_in_and_keep_the_bad_out_by_a_truth_that_the_
 
 
 def test_errors_are_counted_where_the_truth_lies() -> None:
-    def one(name: str, beyond: float, gained: float, outcome: GateOutcome, worst: float = 0.2) -> Redrawn:
-        return Redrawn(name, "kind", beyond, worst, gained, outcome, outcome == "passed")
+    def one(
+        name: str, beyond: float, gained: float, outcome: GateOutcome, worst: float = 0.2, mean: float = 0.0
+    ) -> Redrawn:
+        return Redrawn(name, "kind", beyond, worst, mean, gained, outcome, outcome == "passed")
 
     found = figures_of([
         one("harmful", 0.01, 0.02, "passed"), one("harmful", 0.01, 0.02, "rejected"),
         one("without gain", 0.01, 0.0, "rejected"), one("far", 0.05, 0.02, "rejected"),
         one("good", -0.03, 0.04, "inconclusive"), one("good", -0.04, 0.04, "passed"),
         one("good but near", -0.01, 0.04, "rejected", worst=0.8), one("small gain", -0.04, 0.02, "inconclusive"),
-    ])  # fmt: skip
+        one("lossy", -0.03, 0.04, "passed", mean=0.02), one("lossy", 0.05, 0.04, "rejected", mean=0.03),
+    ], 0.015)  # fmt: skip
     assert (found["false_accepts"]["count"], found["false_accepts"]["of"]) == (1, 2)
-    assert (found["false_accepts_any_gain"]["of"], found["false_accepts_beyond"]["of"]) == (3, 1)
+    assert (found["false_accepts_any_gain"]["of"], found["false_accepts_beyond"]["of"]) == (3, 2)
     assert (found["false_rejects_gain3"]["count"], found["false_rejects_gain3"]["of"]) == (1, 2)
+    assert found["false_rejects_gain3_any_mean"]["of"] == 4
     assert (found["candidates_at_margin"], found["candidates_gain3"]) == (1, 1)
+    assert (found["mean_loss_stopped"]["count"], found["mean_loss_stopped"]["of"]) == (1, 2)
+    assert (found["mean_loss_stopped_suites_inside"]["count"], found["mean_loss_stopped_suites_inside"]["of"]) == (0, 1)
+    (low,) = [row for row in found["by_mean"] if row["from"] == 0.0175]
+    assert (low["passed"]["count"], low["passed"]["of"]) == (1, 1)
+
+
+def test_the_base_agrees_with_labels_that_it_answers_better_than_chance() -> None:
+    assert agreement(hits(0.1, 2, 1), 0.0125) and not agreement(hits(0.0125, 2, 1), 0.0125)
+    assert not agreement(np.zeros((50, 2)), 0.0125)

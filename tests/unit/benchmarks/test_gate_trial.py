@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from benchmarks.gate.bench import Extent, measure
-from benchmarks.gate.cases import Rule
+from benchmarks.gate.cases import Judged, Rule
 from benchmarks.gate.engine import LateEngine
 from benchmarks.gate.margin import scaled as scaled_plan
-from benchmarks.gate.plans import KNOWN, NEW, GatePlan
+from benchmarks.gate.mislabelled import measure as measure_mislabelled
+from benchmarks.gate.plans import KNOWN, NEW, GatePlan, plans_mislabelled
 from benchmarks.gate.population import Population
-from benchmarks.gate.training_data import pairs, reserved
+from benchmarks.gate.stock import stored, trained
+from benchmarks.gate.training_data import exchanged, pairs, pools, reserved
 from benchmarks.gate.trial import Workshop, fresh
-from core.errors import AdapterError
+from core.errors import AdapterError, ConfigError
 from core.settings.updates import Gate
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
@@ -24,6 +26,7 @@ from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.updater.builders import recipe, run
 from tests.unit.updater.gate.builders import folder_dataset
 from updater.gate.suites import Suite
+from updater.training.checkpoint import write_json
 from updater.training.result import TrainResult
 
 LAST = {"blocks": 1}
@@ -89,7 +92,7 @@ def test_what_no_candidate_trains_on_is_asked_besides_the_suites_own_items(base:
 def workshop(base: ClipBase, home: Path, tmp_path: Path) -> Workshop:
     held = Suite(name="held", task="retrieval", data=str(home / "data" / KNOWN[0]), limit=15)
     gain = fresh(home, NEW[0]).model_copy(update={"split": None})
-    return Workshop(home, base, [held, gain], tmp_path / "out")
+    return Workshop(home, base, [Population.of(held), Population.of(gain)], tmp_path / "out")
 
 
 def short(name: str, incumbent: str = "") -> GatePlan:
@@ -101,13 +104,68 @@ def test_a_short_run_says_all_and_trains_nothing_twice(workshop: Workshop, monke
     """Tiny models on forty pictures: the figures mean nothing."""
     monkeypatch.setattr("benchmarks.gate.power.SIZES", (20,))
     wanted = [short("one"), replace(short("first-00"), kind="first"), replace(short("drift-00"), kind="drift")]
-    extent, rule = Extent(1, 1, 1, 1, 2, 2), Rule.of(Gate(min_items=5))
-    first = measure(workshop, wanted, extent, rule)
+    extent, rule = Extent(1, 1, 1, 1, 2, 2, 0), Rule.of(Gate(min_items=5))
+
+    def figures() -> dict:
+        return measure(trained(workshop, wanted, 1, 1, rule), {}, extent, rule, workshop.out)
+
+    first = figures()
     assert first["redrawn"]["deals"] >= 6
     assert {"false_accepts_at_margin", "false_rejects_gain3", "drift_caught_before_harm"} <= first.keys()
     assert len(list((workshop.out / "outcomes").glob("onex*.npz"))) <= 5
     monkeypatch.setattr(TRAIN, Mock(side_effect=AssertionError("trained again")))
     timed = dict.fromkeys(("seconds", "machine"))
-    assert measure(workshop, wanted, extent, rule) | timed == first | timed
+    assert figures() | timed == first | timed
     trials = [workshop.of_scaled(scaled_plan(wanted[0], 0.5), wanted[0]) for _ in range(2)]
     assert trials[0].adapter == trials[1].adapter != workshop.of(wanted[0], None).adapter
+
+
+def test_stored_outcomes_are_judged_without_training(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rule = Rule.of(Gate(min_items=5))
+    wanted = [short("naive-00"), replace(short("drift-00"), kind="drift")]
+    now = trained(workshop, wanted, 1, 1, rule)
+    for name in ("train", "load_base"):
+        monkeypatch.setattr(f"benchmarks.gate.trial.{name}", Mock(side_effect=AssertionError("needs no model")))
+    suites = [one.suite for one in workshop.populations.values()]
+    monkeypatch.setattr("benchmarks.gate.stock.load_suites", Mock(return_value=suites[:1]))
+    monkeypatch.setattr("benchmarks.gate.stock.NEW", NEW[:1])
+    folder = workshop.out / "outcomes"
+    with pytest.raises(ConfigError, match="does not say how many items"):
+        stored(folder, wanted, 1, rule)
+    items = {name: [one.served, one.shown, one.everything] for name, one in now.items.items()}
+    write_json(workshop.out / "results.json", {"items": items})
+    kept = stored(folder, wanted, 1, rule)
+    assert kept.items == now.items and [case.name for case in kept.cases] == ["naive-00", "drift-00"]
+    assert sorted(case.name for case in kept.margin) == sorted(case.name for case in now.margin)
+    for before, after in zip(now.cases, kept.cases, strict=True):
+        assert before.judged == after.judged and before.excess(rule) == after.excess(rule)
+    write_json(workshop.out / "results.json", {"items": {**items, "held": [1, 1, 7]}})
+    with pytest.raises(ConfigError, match="holds no outcomes of the base"):
+        stored(folder, wanted, 1, rule)
+
+
+def test_false_labels_are_the_same_in_pairs_and_held_out_items_and_exchange_whole_classes(tmp_path: Path) -> None:
+    folder = folder_dataset(tmp_path / "data" / NEW[0], count=60, split="train")
+    false = exchanged(folder)
+    true = {row.path.name: row.text for row in read_folder(folder)}
+    assert sorted(false.values()) == sorted(true.values()) and sum(false[name] == true[name] for name in true) < 20
+    alone = recipe("naive", reference_limit=0, mixture={"reference": 0.0, "new": 1.0, "replay": 0.0})
+    own = pools(replace(plans_mislabelled(1)[0], domain=NEW[0], new=9, recipe=alone), tmp_path)
+    assert own.new and all(pair.text == false[pair.id.partition("/")[2]] for pair in own.new)
+    suite = Suite(name="things", task="retrieval", data=str(folder), split="train", limit=15)
+    population = Population.of(suite, false)
+    for gallery in population.galleries:
+        assert all(item.text == false[Path(item.name).name] for item in gallery.suite.items())
+
+
+def test_a_mislabelled_gain_is_released_only_if_the_base_agrees_with_the_labels(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed = Judged("passed", (), True, None)
+    monkeypatch.setattr("benchmarks.gate.mislabelled.judge", Mock(return_value=passed))
+    for agrees in (True, False):
+        monkeypatch.setattr("benchmarks.gate.mislabelled.agreement", Mock(return_value=agrees))
+        found = measure_mislabelled(workshop, [short("mislabelled-00")], Rule.of(Gate(min_items=5)))
+        assert (found["passed"], found["of"], found["released"]) == (1, 1, int(agrees))
