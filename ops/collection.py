@@ -22,7 +22,7 @@ from core import metrics
 from core.artifacts import Artifacts
 from core.artifacts.folder import file_size
 from core.errors import LeaseLost, LedgerError, ReleaseConflict
-from core.ledger import Family, Ledger
+from core.ledger import Family, Ledger, VerdictRow
 from core.ledger.collection import COLLECT_LEASE, AdapterUse, JudgedUpdate
 from core.ledger.leases import renewing
 from core.progress import progress_log
@@ -30,7 +30,7 @@ from core.settings import Settings
 from serving.engines.clip_base import names_by_digest
 from serving.releases.residency import read_residency
 from updater.gate.sample_suites import PREFIX as MEMORY
-from updater.gate.sample_suites import best_by_suite
+from updater.gate.sample_suites import best_releases
 from updater.service.process import work_folders
 
 T = TypeVar("T")
@@ -317,11 +317,20 @@ def best_adapters(ledger: Ledger, family: str, base: str) -> dict[str, str]:
     names = {name for name, suite in judged if suite.get("role") != "gain" or name.startswith(FRESH)}
     # The fresh suite of a domain also stands for its memory suite.
     names |= {f"{MEMORY}{name.removeprefix(FRESH)}" for name in names if name.startswith(FRESH)}
+    asked = {tuple(sorted(_fixed(verdict))) for verdict in verdicts}
     best: dict[str, str] = {}
+    for name in {name for fixed in asked for name in best_releases(verdicts, fixed, (), None).values()}:
+        best[name] = "best release on average"
     for suite in sorted(names):
-        for name in best_by_suite(verdicts, [suite], None).values():
+        for name in best_releases(verdicts, (), [suite], None).values():
             best.setdefault(name, f"best release on {suite}")
     return best
+
+
+def _fixed(verdict: VerdictRow) -> list[str]:
+    """Retention suites over folders."""
+    suites = verdict.summary.get("suites", {}).items()
+    return [name for name, suite in suites if suite.get("role") == "retention" and not name.startswith(MEMORY)]
 
 
 def home_items(home: Path, ledger: Ledger, keep_days: float) -> list[Item]:

@@ -23,7 +23,7 @@ from benchmarks.gate.lineage_world import SUITES, Floats, Kind, Model, World
 from core.ledger import VerdictRow
 from core.settings.updates import Gate
 from updater.gate.decision import Findings, Scores, decide
-from updater.gate.sample_suites import best_by_suite, best_overall
+from updater.gate.sample_suites import best_releases
 from updater.gate.statistics import Comparison, pool
 from updater.gate.verdict import MEAN
 from updater.service.release_audit import compare_rows, lost
@@ -55,8 +55,7 @@ class References:
     """What a candidate is compared with, besides the base."""
 
     incumbent: Model
-    best: dict[str, Model]
-    overall: Model | None
+    best: Model | None
 
 
 class Lineage:
@@ -84,9 +83,8 @@ class Lineage:
     def references(self) -> References:
         verdicts, models = [row for _, row in self.released], {model.name: model for model, _ in self.released}
         incumbent = None if self.live is self.base else self.live.name
-        best = best_by_suite(verdicts, self.names, incumbent)
-        overall = best_overall(verdicts, self.names, incumbent)
-        return References(self.live, {name: models[own] for name, own in best.items()}, models.get(overall))
+        best = best_releases(verdicts, self.names, (), incumbent)
+        return References(self.live, models[best[self.names[0]]] if best else None)
 
     def judge(
         self, candidate: Model, references: References, asked: Sequence[int] = range(SUITES), mean_margin: float = 0.0
@@ -94,12 +92,11 @@ class Lineage:
         """The gate's findings about the retention suites ``asked``. ``mean_margin``: that of the settings if 0."""
         scores = []
         for i in asked:
-            suite, best, overall = self.world.suites[i], references.best.get(self.names[i]), references.overall
+            suite, best = self.world.suites[i], references.best
             base, before, after = (model.judged[i] for model in (self.base, references.incumbent, candidate))
             scores.append(Scores(
                 suite, base, before, after,
                 best=best.judged[i] if best else None, best_name=best.name if best else "",
-                overall=overall.judged[i] if overall else None, overall_name=overall.name if overall else "",
             ))  # fmt: skip
         return decide(
             scores,
@@ -112,11 +109,8 @@ class Lineage:
 
     def _probe(self, number: int) -> None:
         references, counts = self.references(), self.course.counts
-        compared = [m for m in (self.base, references.incumbent, references.overall) if m is not None]
-        own = [references.best.get(name, self.base) for name in self.names]
-        top = np.maximum(
-            np.max([model.truth for model in compared], axis=0), [model.truth[i] for i, model in enumerate(own)]
-        )
+        compared = [m for m in (self.base, references.incumbent, references.best) if m is not None]
+        top = np.max([model.truth for model in compared], axis=0)
         suites, mean = kept(self.judge(self._update(top), references))
         counts.update(harmless=1, harmless_suites=suites, harmless_mean=mean, harmless_passed=suites and mean)
         best = max(compared, key=lambda model: model.truth.mean())
@@ -124,10 +118,11 @@ class Lineage:
         counts.update(mean_loss=1, mean_loss_suites=suites, mean_loss_mean=mean, mean_loss_passed=suites and mean)
         i = number % SUITES
         lower = top.copy()
-        lower[i] -= self.rule.margin + self.rng.uniform(0, EDGE)
+        margin = self.world.suites[i].margin or self.rule.margin
+        lower[i] -= margin + self.rng.uniform(0, EDGE)
         # A suite passes or not whatever the others say. One suite alone with its own margin as that of the mean takes
         # no bootstrap: a pool of one stratum is the stratum.
-        (found,) = self.judge(self._update(lower), references, [i], self.rule.margin).results
+        (found,) = self.judge(self._update(lower), references, [i], margin).results
         counts.update(edge=1, edge_passed=found.decision == "passed")
 
     def _propose(self, number: int) -> None:

@@ -88,7 +88,6 @@ def findings_of(
     incumbent: Model,
     candidate: Model,
     best: Mapping[str, tuple[str, Model]],
-    overall: tuple[str, Model] | None,
     look: InterimAnalysis,
     settings: Gate,
     *,
@@ -98,7 +97,6 @@ def findings_of(
 
     Args:
         best: name and model of the best release, by retention suite.
-        overall: the same of the best release by the mean over them.
         ranked: whether the gate sees ranks; else only hits.
     """
     scores = []
@@ -107,17 +105,9 @@ def findings_of(
             item_scores_of(each.suite, each.answers(model, ranked=ranked)) for model in (base, incumbent, candidate)
         ]
         before = sides[0] if incumbent is base else sides[1]
-        rivals = [best.get(each.suite.name), overall if each.suite.role == "retention" else None]
-        marks = [
-            item_scores_of(each.suite, each.answers(rival[1], ranked=ranked)) if rival else None for rival in rivals
-        ]
-        names = [rival[0] if rival else "" for rival in rivals]
-        scores.append(
-            Scores(
-                each.suite, sides[0], before, sides[2],
-                best=marks[0], best_name=names[0], overall=marks[1], overall_name=names[1],
-            )
-        )  # fmt: skip
+        name, released = best.get(each.suite.name, ("", None))
+        rival = None if released is None else item_scores_of(each.suite, each.answers(released, ranked=ranked))
+        scores.append(Scores(each.suite, sides[0], before, sides[2], best=rival, best_name=name))
     return decide(
         scores,
         level=look.level,

@@ -81,7 +81,7 @@ def draw(rows: Sequence[FigureRow], path: Path) -> Path:
                   markersize=4, label=row["rules"])  # fmt: skip
     axes.set_ylim(0, 101)
     axes.set_xticks(places)
-    axes.set_xlabel("triggers (256 samples to train on, 45 held out)", color=MUTED)
+    axes.set_xlabel("triggers (256 samples to train on, 64 held out)", color=MUTED)
     axes.set_ylabel("released, %", color=MUTED)
     axes.set_title("Updates with a true gain of 3 points", color=INK, fontsize=11, loc="left")
     axes.grid(color=LINE, linewidth=0.7)

@@ -25,14 +25,14 @@ from core.ledger import VerdictRow
 from core.settings.updates import Gate
 from updater.gate.decision import conclude
 from updater.gate.interim_analyses import InterimAnalysis
-from updater.gate.sample_suites import best_by_suite, best_overall
+from updater.gate.sample_suites import best_releases
 from updater.gate.suite_items import Seal
 from updater.service.release_audit import SAMPLES
 
 TRIGGERS = 12
 """Triggers after which the stream moves to the next lesson."""
-FRESH = 45
-"""Held-out samples of a trigger: 256 to train on at the default share of 15%."""
+FRESH = 64
+"""Held-out samples of a trigger: 256 to train on at the default share of 20%."""
 GAIN3 = 0.03
 OTHER_GAINS = (0.01, 0.02, 0.05, 0.1)
 HARMFUL = 0.1
@@ -215,7 +215,7 @@ class Stream:
     def _judge(self, candidate: Model, look: InterimAnalysis) -> tuple[VerdictRow, bool]:
         suites = [*self._static, *(self._memory if self.rules.memory else ()), *fresh_of(self._fresh, self.settings)]
         findings = findings_of(
-            suites, self.world.base, self.live.model, candidate, self._best(suites), self._overall(), look,
+            suites, self.world.base, self.live.model, candidate, self._best(), look,
             self.settings, ranked=self.rules.ranks,
         )  # fmt: skip
         outcome, _ = conclude(findings, ())
@@ -228,17 +228,12 @@ class Stream:
             id=0, update_id=name, adapter=name, outcome=outcome, report_key="", summary=summary
         ), findings.tested
 
-    def _best(self, suites: Sequence[RankedSuite]) -> Mapping[str, tuple[str, Model]]:
+    def _best(self) -> Mapping[str, tuple[str, Model]]:
         if not self.rules.best:
             return {}
-        names = [each.suite.name for each in suites if each.suite.role == "retention"]
-        best = best_by_suite(self.live.verdicts, names, self.live.name)
+        fixed, learned = ([each.suite.name for each in suites] for suites in (self._static, self._memory))
+        best = best_releases(self.live.verdicts, fixed, learned, self.live.name)
         return {suite: (name, self.live.named(name)) for suite, name in best.items()}
-
-    def _overall(self) -> tuple[str, Model] | None:
-        static = [each.suite.name for each in self._static]
-        name = best_overall(self.live.verdicts, static, self.live.name) if self.rules.best else ""
-        return (name, self.live.named(name)) if name else None
 
     def _release(self, candidate: Model, verdict: VerdictRow) -> None:
         self.course.harmful_released += self._is_harmful(candidate)

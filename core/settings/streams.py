@@ -82,7 +82,7 @@ class Ingest(Section):
     max_pixels: int = Field(DEFAULT_LIMITS.max_pixels, ge=1, description="Maximum size of an image, in pixels.")
     min_side: int = Field(DEFAULT_LIMITS.min_side, ge=1, description="Minimum side of an image, in pixels.")
     fresh_eval_share: float = Field(
-        0.15, ge=0, lt=1, description="Share of samples that are held out of training, for the gate."
+        0.2, ge=0, lt=1, description="Share of samples that are held out of training, for the gate."
     )
     near_duplicate_distance: int = Field(
         -1,

@@ -294,7 +294,7 @@ def _tell(
     settings: Settings, sample: LabelledSample, plan: SuitePlan, powers: list[SuitePower], mean_margin: float
 ) -> None:
     """Print how pictures are used, and which loss and gain the suites can detect."""
-    from ops.cli.init_suites import fresh_needed
+    from ops.cli.init_suites import JUDGED, fresh_needed
     from updater.gate.statistics import POWER
 
     gate, console = settings.gate, Console()
@@ -316,5 +316,5 @@ def _tell(
             console.print(Text(f"         {each.suite.name}: {each.advice}", style="yellow"))
     typer.echo(f"mean     a mean loss of {100 * mean_margin:g} points over them is excluded (gate.mean_margin)")
     needed, share = fresh_needed(gate), settings.ingest.fresh_eval_share
-    pairs = f", about {needed / share:,.0f} new pairs ({share:.0%} of them are never trained on)" if share else ""
+    pairs = f", about {needed / share / JUDGED:,.0f} new pairs ({share:.0%} are never trained on)" if share else ""
     typer.echo(f"gain     one of {100 * gate.detect:g} points (gate.detect) shows with {needed:,} fresh items{pairs}")

@@ -32,6 +32,8 @@ MAX_COPIED_BYTES = 2 * 2**30
 FORMATS = "subfolders that are classes, a data.csv, or a metadata.csv; or name a CSV or JSON Lines file with --labels"
 HELD_OUT, REST = "test", "train"
 """Splits of the folder dataset: suites, and the reference pool."""
+JUDGED = 1 - 1 / SEALED
+"""Share of items that candidates are judged on."""
 TEMPLATES = '["a photo of {}.", "a picture of {}."]'
 
 
@@ -272,7 +274,7 @@ class SuitePower:
 def suite_power(suite: Suite, gate: Gate) -> SuitePower:
     """Compute a suite's power for a single look at the three quarters that are judged, with the spread that the gate
     assumes."""
-    level, units = gate.alpha, suite.units() * (SEALED - 1) // SEALED
+    level, units = gate.alpha, int(suite.units() * JUDGED)
     margin = suite.margin or gate.margin
     return SuitePower(
         suite=suite,

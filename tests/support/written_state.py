@@ -25,7 +25,6 @@ import pytest
 
 from core.ledger import Ledger
 from core.settings import Settings
-from core.settings.streams import Ingest
 from streams.ingest.perceptual_hash import SplitRule
 from streams.ingest.validate import Received
 from streams.store import deletion
@@ -81,7 +80,7 @@ def records() -> Iterator[Received]:
 def write_lake(folder: Path) -> dict[str, Any]:
     """Write a lake in ``folder``, called ``lake``, and return its contents."""
     store = SampleStore(str(folder))
-    split = SplitRule(store.table.identity()[1], Ingest().fresh_eval_share)
+    split = SplitRule(store.table.identity()[1], 0.15)
     workers = [Worker(folder.parent, partition, distance=-1, split=split) for partition in (0, 1)]
     for number, record in enumerate(records(), 1):
         worker = workers[record.partition]

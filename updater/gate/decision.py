@@ -69,11 +69,9 @@ class Scores:
     clusters: NDArray[np.int_] | None = None
     """Items with the same number are not independent (:meth:`Suite.clusters`); None: all items are independent."""
     best: ItemScores | None = None
-    """Of the best release by this suite; None if that is the incumbent, or there was none."""
+    """Of the best release so far, which is the same for all suites over folders; None if that is the incumbent, or
+    there was none."""
     best_name: str = ""
-    overall: ItemScores | None = None
-    """Of the best release by the mean over all retention suites, likewise; the same release for all suites."""
-    overall_name: str = ""
     used: int = 0
     """Earlier judgements that the items were asked for."""
 
@@ -163,7 +161,6 @@ class _Sides:
     base: Comparison
     statistic: Comparison
     best: Comparison | None = None
-    overall: Comparison | None = None
 
     @classmethod
     def of(cls, scores: Scores, margin: float, level: float, tests: int) -> _Sides:
@@ -190,8 +187,7 @@ class _Sides:
         ranked = suite.role == "gain" and suite.task == "retrieval"
         if ranked and before_ranks is not None and after_ranks is not None:
             statistic = paired(reciprocal_log_rank(before_ranks), reciprocal_log_rank(after_ranks), graded=True)
-        overall = None if scores.overall is None else compared(scores.overall)
-        return cls(references, incumbent, base, statistic, best, overall)
+        return cls(references, incumbent, base, statistic, best)
 
     @property
     def units(self) -> int:
@@ -303,16 +299,16 @@ def _gain(
 
 
 def _means(retention: Sequence[tuple[Scores, _Sides]], margin: float) -> dict[str, Comparison]:
-    """The mean difference to each reference. Suites without a folder ask for what was learned from the stream: against
-    the base their gains would hide losses elsewhere, so they have no part there."""
+    """The mean difference to each reference. Suites without a folder ask for what was learned from the stream. Their
+    gains would hide losses elsewhere from the base and an older release, so they count against the incumbent alone."""
     if not retention:
         return {}
     means = {INCUMBENT: pool([side.incumbent for _, side in retention], margin)}
-    if static := [side.base for scores, side in retention if scores.suite.data and side.base is not side.incumbent]:
-        means[BASE] = pool(static, margin)
-    best = next((scores.overall_name for scores, _ in retention if scores.overall is not None), "")
-    if best:
-        means[_best(best)] = pool([side.overall or side.incumbent for _, side in retention], margin)
+    fixed = [(scores.best_name, side) for scores, side in retention if scores.suite.data]
+    if base := [side.base for _, side in fixed if side.base is not side.incumbent]:
+        means[BASE] = pool(base, margin)
+    if best := [side.best for _, side in fixed if side.best is not None]:
+        means[_best(fixed[0][0])] = pool(best, margin)
     return means
 
 
@@ -326,9 +322,8 @@ def _mean_loss(means: Mapping[str, Comparison], suites: int, is_worse: bool, lev
         decision = "passed"
         kept = f"at most {points(-low)} lost on average" if low < 0 else "nothing lost on average"
         reason = f"{kept}, {points(worst.margin)} allowed"
-    elif is_worse:
+    elif is_worse and (lost := [entry for entry in means.items() if entry[1].difference < -entry[1].margin]):
         decision = "failed"
-        lost = [entry for entry in means.items() if entry[1].p_noninferior > level]
         reference, side = min(lost, key=lambda entry: entry[1].p_worse)
         reason = f"lost {points(-side.difference)} on average against {reference} ({moved(side)})"
     else:

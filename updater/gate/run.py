@@ -97,7 +97,6 @@ def run_gate(
     plan: AnalysisPlan,
     settings: GateSettings,
     best: Mapping[str, str] | None = None,
-    overall: str = "",
     used: Mapping[str, int] | None = None,
     counts: ConceptCounts | None = None,
     cost: Mapping[str, Any] | None = None,
@@ -112,7 +111,6 @@ def run_gate(
         fresh: gain suites from `fresh_eval`, see `fresh_suites`.
         plan: budget and history of the looks at this candidate; `AnalysisPlan.alone` for a single one.
         best: by retention suite the adapter of the best release so far, resident in the engine.
-        overall: the adapter of the best release by the mean over them, likewise; empty without one.
         used: earlier judgements by suite.
         counts: frequency of concepts in the candidate's training data; without them results are not split by it.
         meta: for the report. `tuned_on`: suites that the recipe was tuned on, judged on their hidden half;
@@ -137,10 +135,9 @@ def run_gate(
     findings = Findings((), None)
     scores: list[Scores] = []
     if all(check.ok for check in checks if check.name in ("loads", "finite")):
-        rivals = {
-            suite.name: ((best or {}).get(suite.name, ""), overall) for suite in gated if suite.role == "retention"
-        }
-        findings, failed, scores = _suites(evaluator, candidate, incumbent, gated, rivals, used or {}, settings, look)
+        findings, failed, scores = _suites(
+            evaluator, candidate, incumbent, gated, best or {}, used or {}, settings, look
+        )
         checks += failed
     # Checks of the answers come after the tests, and do not undo the spending of alpha.
     sound = all(check.ok for check in checks[:early])
@@ -181,23 +178,21 @@ def _suites(
     candidate: str,
     incumbent: str | None,
     suites: Sequence[Suite],
-    rivals: Mapping[str, tuple[str, str]],
+    best: Mapping[str, str],
     used: Mapping[str, int],
     settings: GateSettings,
     look: InterimAnalysis,
 ) -> tuple[Findings, list[Check], list[Scores]]:
-    """Results, checks of the answers, and the answers of all suites; no answers if the candidate failed. ``rivals``:
-    the best releases by retention suite: by this suite, and over all."""
+    """Results, checks of the answers, and the answers of all suites; no answers if the candidate failed."""
     scores: list[Scores] = []
     for number, suite in enumerate(suites, start=1):
         progress_log.info(f"gate: suite {number}/{len(suites)} {suite.name} ({len(suite.items())} items)")
         try:
             base = evaluator.score(suite, None, label=f"{suite.name}, base")
             before = base if incumbent is None else evaluator.score(suite, incumbent, label=f"{suite.name}, incumbent")
-            names = ["" if name in (incumbent, candidate) else name for name in rivals.get(suite.name, ("", ""))]
-            best, overall = (
-                evaluator.score(suite, name, label=f"{suite.name}, best release") if name else None for name in names
-            )
+            rival = best.get(suite.name, "") if suite.role == "retention" else ""
+            rival = "" if rival in (incumbent, candidate) else rival
+            released = evaluator.score(suite, rival, label=f"{suite.name}, best release") if rival else None
         except (RuntimeError, ValueError, AdapterError) as error:
             raise GateError(
                 f"suite {suite.name}: base, incumbent or best release cannot be scored: {error}",
@@ -213,9 +208,7 @@ def _suites(
         worst = evaluator.regressions(suite, before, after)
         chance, clusters = evaluator.chance(suite), suite.clusters()
         asked = used.get(suite.name, 0)
-        scores.append(
-            Scores(suite, base, before, after, chance, worst, clusters, best, names[0], overall, names[1], asked)
-        )
+        scores.append(Scores(suite, base, before, after, chance, worst, clusters, released, rival, asked))
     levels = {"level": look.level, "loss_level": look.loss_level}
     levels |= {"margin": settings.margin, "mean_margin": settings.mean_margin}
     findings = decide(scores, **levels, min_items=settings.min_items)

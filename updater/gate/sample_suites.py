@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from threading import Lock
 from typing import Any, Protocol
 
@@ -38,7 +38,7 @@ PAGE = 16
 PAGES = 8
 """Cached pages, for as many threads: with images of 8 MiB, the ingest limit, 1 GiB."""
 MOST_RIVALS = 2
-"""Best releases by single suites to compare: each is resident in the gate's engine with incumbent and candidate."""
+"""Best releases to compare: each is resident in the gate's engine with incumbent and candidate."""
 
 
 class Images(Protocol):
@@ -253,40 +253,42 @@ def head_suites(settings: Settings, held_out: HeldOut, heads: Mapping[str, Head]
     return suites
 
 
-def best_by_suite(verdicts: Sequence[VerdictRow], suites: Sequence[str], incumbent: str | None) -> dict[str, str]:
-    """By suite, the released adapter with the highest score in its verdict relative to the base's score there.
+def best_releases(
+    verdicts: Sequence[VerdictRow], fixed: Sequence[str], learned: Sequence[str], incumbent: str | None
+) -> dict[str, str]:
+    """By retention suite the released adapter with the highest score in its verdict relative to the base's score there.
     Candidates are compared with it, so that small losses cannot add up.
 
-    Scores are relative to the base because the items of a memory suite change as data are learned. The incumbent is
-    omitted, as it is a reference anyway. Of more than MOST_RIVALS adapters, those best on most suites are kept.
-    ``verdicts``: released ones of one family and base, newest first. ``suites``: names of retention suites. A memory
-    suite also stands for the fresh suite of its domain, by which the domain was judged when it was new.
+    For ``fixed`` suites, those over folders, it is the one with the highest mean over all of them: the highest of each
+    suite would be chosen by the chance of its items. Each ``learned`` suite has its own, as a domain may have been
+    learned and lost since. Scores are relative to the base because the items of a memory suite change as data are
+    learned; such a suite also stands for the fresh suite of its domain, by which the domain was judged when it was new.
+    The incumbent is omitted, as it is a reference anyway. Of more than MOST_RIVALS adapters, that of the fixed suites
+    and those best on most others are kept. ``verdicts``: released ones of one family and base, newest first.
     """
-    best: dict[str, str] = {}
-    for name in suites:
-        scored = [(score, verdict.adapter) for verdict in verdicts if (score := _score(verdict, name)) is not None]
-        if scored:  # verdicts are newest first, so ties go to the newest
-            best[name] = max(scored, key=lambda pair: pair[0])[1]
-    best = {name: adapter for name, adapter in best.items() if adapter != incumbent}
-    named = {adapter for adapter, _ in Counter(best.values()).most_common(MOST_RIVALS)}
+    overall = _best(verdicts, lambda verdict: _mean_score(verdict, fixed))
+    best = dict.fromkeys(fixed, overall) | {name: _best(verdicts, partial(_score, name=name)) for name in learned}
+    best = {name: adapter for name, adapter in best.items() if adapter not in ("", incumbent)}
+    ranked = Counter(best.values())
+    ranked[overall] += len(best)
+    named = {adapter for adapter, _ in ranked.most_common(MOST_RIVALS)}
     return {name: adapter for name, adapter in best.items() if adapter in named}
 
 
-def best_overall(verdicts: Sequence[VerdictRow], suites: Sequence[str], incumbent: str | None) -> str:
-    """The released adapter with the highest mean over retention suites relative to the base, weighted by independent
-    items; empty if that is the incumbent, or none was asked all of these suites. Arguments as in
-    :func:`best_by_suite`."""
-    best, most = "", 0.0
-    for verdict in verdicts:
-        asked = [verdict.summary.get("suites", {}).get(name) for name in suites]
-        known = [suite for suite in asked if suite is not None]
-        if not known or len(known) < len(asked):
-            continue
-        units = sum(suite.get("units", 1) for suite in known)
-        mean = sum((suite["after"] - suite["base"]) * suite.get("units", 1) for suite in known) / units
-        if mean > most:
-            best, most = verdict.adapter, mean
-    return "" if best == incumbent else best
+def _best(verdicts: Sequence[VerdictRow], score: Callable[[VerdictRow], float | None]) -> str:
+    """The adapter with the highest score, the newest of equal ones; empty if none has a score."""
+    scored = [(value, verdict.adapter) for verdict in verdicts if (value := score(verdict)) is not None]
+    return max(scored, key=lambda pair: pair[0])[1] if scored else ""
+
+
+def _mean_score(verdict: VerdictRow, names: Sequence[str]) -> float | None:
+    """Mean over suites, weighted by independent items; None unless the verdict has all of them."""
+    suites: Mapping[str, Mapping[str, Any]] = verdict.summary.get("suites", {})
+    if not names or any(name not in suites for name in names):
+        return None
+    weights = [suites[name].get("units", 1) for name in names]
+    scores = [suites[name]["after"] - suites[name]["base"] for name in names]
+    return float(np.average(scores, weights=weights))
 
 
 def _score(verdict: VerdictRow, name: str) -> float | None:

@@ -29,8 +29,7 @@ from updater.gate.run import Evaluator, open_evaluator, run_gate
 from updater.gate.sample_suites import (
     TEXT_COLUMNS,
     HeldOut,
-    best_by_suite,
-    best_overall,
+    best_releases,
     choose_memory,
     fresh_suites,
     head_suites,
@@ -96,12 +95,10 @@ def _gate(
         suites += head_suites(settings, everything, read_heads(directory))
     except AdapterError as error:  # a verdict, with this as its reason
         directory, meta["load_error"] = None, error.message
-    names = [suite.name for suite in suites if suite.role == "retention"]
+    retention = [suite for suite in suites if suite.role == "retention"]
+    fixed, learned = ([suite.name for suite in retention if bool(suite.data) == over] for over in (True, False))
     released = base.digest if upgrade is None else upgrade.old_base
-    verdicts = ledger.released_verdicts(base.family, released)
-    best = best_by_suite(verdicts, names, update.incumbent)
-    static = [suite.name for suite in suites if suite.role == "retention" and suite.data]
-    overall = best_overall(verdicts, static, update.incumbent)
+    best = best_releases(ledger.released_verdicts(base.family, released), fixed, learned, update.incumbent)
     halved = bool(update.recipe.get("merge", {}).get("search"))
     plan = triggers.plan(settings.gate, ledger, base.family, update, halved=halved)
     incumbent = update.incumbent
@@ -120,12 +117,11 @@ def _gate(
     with opened as evaluator:
         if update.incumbent:
             evaluator.load(update.incumbent, fetch_recorded(artifacts, ledger, update.incumbent))
-        for name in sorted({*best.values(), overall} - {adapter, ""}):
+        for name in sorted({*best.values()} - {adapter}):
             try:
                 evaluator.load(name, fetch_recorded(artifacts, ledger, name))
             except AdapterError as error:  # a missing old release must not block every new one
                 best = {suite: other for suite, other in best.items() if other != name}
-                overall = "" if overall == name else overall
                 meta.setdefault("not_compared", {})[name] = error.message
         if directory is not None:
             try:
@@ -140,7 +136,6 @@ def _gate(
             suites=suites,
             fresh=fresh,
             best=best,
-            overall=overall,
             used=ledger.judgements_of(base.family),
             counts=StoreCounts(store, update.store_version, HAVING[_family(update)], settings.home / "cache" / "gate"),
             plan=plan,

@@ -26,7 +26,7 @@ from updater.gate.sample_suites import (
     PAGE,
     TEXT_COLUMNS,
     HeldOut,
-    best_by_suite,
+    best_releases,
     choose_memory,
     learned_before,
     memory_suites,
@@ -241,18 +241,28 @@ def judged(ledger: Ledger, name: str, scores: dict[str, float], base: str = BASE
         ledger.commit_release(number, clip=name, vlm=None, actor="a", reason="r", proposal_id=None, share=share)
 
 
-def best_releases(ledger: Ledger, suites: list[str], incumbent: str | None) -> dict[str, str]:
-    return best_by_suite(ledger.released_verdicts("clip", BASE), suites, incumbent)
+def best(ledger: Ledger, suites: list[str], incumbent: str | None, fixed: Sequence[str] = ()) -> dict[str, str]:
+    return best_releases(ledger.released_verdicts("clip", BASE), fixed, suites, incumbent)
 
 
 def test_each_suite_has_the_release_with_the_highest_score_above_the_base(ledger: Ledger) -> None:
     judged(ledger, "clip-1", {"flags": 0.2, "emoji": 0.0, "fresh.facts": 0.2})
     judged(ledger, "clip-2", {"flags": 0.1, "emoji": 0.1, "memory.facts": 0.1})
     judged(ledger, "clip-3", {"flags": 0.1, "emoji": 0.05})
-    found = best_releases(ledger, ["flags", "emoji", "new"], "clip-3")
+    found = best(ledger, ["flags", "emoji", "new"], "clip-3")
     assert found == {"flags": "clip-1", "emoji": "clip-2"}
-    assert best_releases(ledger, ["flags"], "clip-1") == {}, "the incumbent is compared anyway"
-    assert best_releases(ledger, ["memory.facts"], "clip-3") == {"memory.facts": "clip-1"}, "back to when it was new"
+    assert best(ledger, ["flags"], "clip-1") == {}, "the incumbent is compared anyway"
+    assert best(ledger, ["memory.facts"], "clip-3") == {"memory.facts": "clip-1"}, "back to when it was new"
+
+
+def test_suites_over_folders_share_the_release_with_the_highest_mean(ledger: Ledger) -> None:
+    judged(ledger, "clip-1", {"flags": 0.3, "emoji": -0.2})
+    judged(ledger, "clip-2", {"flags": 0.1, "emoji": 0.1, "fresh.facts": 0.2})
+    judged(ledger, "clip-3", {"flags": 0.9, "fresh.facts": 0.1})  # it was not asked about emoji
+    fixed = {"flags": "clip-2", "emoji": "clip-2"}
+    assert best(ledger, ["memory.facts"], None, list(fixed)) == {**fixed, "memory.facts": "clip-2"}
+    assert best(ledger, [], "clip-2", list(fixed)) == {}
+    assert best(ledger, [], None, ["flags"]) == {"flags": "clip-3"}
 
 
 def test_only_what_answered_everybody_on_this_base_and_was_not_withdrawn_counts(ledger: Ledger) -> None:
@@ -262,12 +272,12 @@ def test_only_what_answered_everybody_on_this_base_and_was_not_withdrawn_counts(
     ledger.withdraw(["clip-bad"], actor="guard", subject="release 2", reason="errors", evidence={})
     judged(ledger, "clip-good", {"flags": 0.1})
     judged(ledger, "clip-trial", {"flags": 0.6}, share=0.1)
-    assert best_releases(ledger, ["flags"], None) == {"flags": "clip-good"}
+    assert best(ledger, ["flags"], None) == {"flags": "clip-good"}
 
 
 def test_the_number_of_further_adapters_is_bounded(ledger: Ledger) -> None:
     names = [f"s{n}" for n in range(6)]
     for number, own in enumerate((names[:3], names[3:5], names[5:])):
         judged(ledger, f"clip-{number}", dict.fromkeys(own, 0.2))
-    found = best_releases(ledger, names, None)
+    found = best(ledger, names, None)
     assert len(set(found.values())) == MOST_RIVALS == 2 and set(found) == set(names[:5])
