@@ -113,7 +113,9 @@ def measure(stock: Stock, lies: Figures, extent: Extent, rule: Rule, out: Path) 
         "drift": drifted,
         "resampled": drawn,
         "mislabelled": lies,
-        "true_labels": {name: mislabelled.agreed(suite, one) for name, (suite, one) in sorted(gains.items())},
+        "true_labels": {
+            name: mislabelled.agreed(suite, one, rule.loss_level) for name, (suite, one) in sorted(gains.items())
+        },
         "not_trained": dict(stock.not_trained),
         "level": rule.level,
         "mean_margin": rule.mean_margin,

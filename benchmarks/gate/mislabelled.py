@@ -9,28 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from benchmarks.gate.cases import Case, Hits, Rule, hits_of, judge
+from benchmarks.gate.cases import Case, Rule, hits_of, judge
 from benchmarks.gate.plans import GatePlan
 from benchmarks.gate.stock import trained
 from benchmarks.gate.trial import Workshop
-from updater.gate.statistics import bootstrap
 from updater.gate.suites import Suite
-
-LEVEL = 0.05
-
-
-def agreement(base_hits: Hits, chance: float) -> bool:
-    """True if the base's answers [n, views] are right more often than ``chance``, at LEVEL."""
-    shares: NDArray[np.float64] = base_hits.mean(axis=1) - chance
-    return bootstrap(shares).p_above(0.0) <= LEVEL
+from updater.gate.trust import agreement
 
 
 def measure(workshop: Workshop, wanted: Sequence[GatePlan], rule: Rule) -> dict[str, Any]:
     """Verdicts on mislabelled candidates: how many would be released by the tests on their items, and how many are by
-    these and :func:`agreement` of the base with the labels. Raises RatchetError when one cannot be trained."""
+    these and the base's agreement with the labels. Raises RatchetError when one cannot be trained."""
     stock = trained(workshop, wanted, 0, 0, rule)
     rows = [_row(case, rule) for case in stock.cases]
     passed = [row for row in rows if row["outcome"] == "passed"]
@@ -57,12 +46,14 @@ def _row(case: Case, rule: Rule) -> dict[str, Any]:
         "gained": case.gained,
         "beyond_margin": case.beyond(rule),
         "mean_lost": case.mean_lost,
-        **agreed(suite, case),
+        **agreed(suite, case, rule.loss_level),
     }
 
 
-def agreed(suite: Suite, case: Case) -> dict[str, Any]:
-    """How the base stands to the labels of a gain suite, on the items that the gate judges."""
+def agreed(suite: Suite, case: Case, level: float) -> dict[str, Any]:
+    """How the base stands to the labels of a gain suite, on the items that the gate judges, by the gate's own test at
+    ``level``."""
     hits = hits_of(suite, case.own().base[suite.name])
     chance = suite.k / min(suite.limit, len(case.base[suite.name]))  # nearly every caption is of one picture
-    return {"base": float(hits.mean()), "chance": chance, "agrees": agreement(hits, chance)}
+    agrees = agreement(hits, chance, None, level).p_superior <= level
+    return {"base": float(hits.mean()), "chance": chance, "agrees": agrees}

@@ -189,7 +189,7 @@ def _in_use(session: Session) -> dict[str, str]:
     for number, adapter, incumbent in session.execute(updates):
         needed |= {name: f"{number} is not finished" for name in (adapter, incumbent) if name}
     audits = select(ReleaseAuditRow.family, ReleaseAuditRow.adapter).where(ReleaseAuditRow.passed)
-    last = dict(session.execute(audits.order_by(ReleaseAuditRow.id)).tuples())
+    last = {row.family: row.adapter for row in session.execute(audits.order_by(ReleaseAuditRow.id))}
     needed |= dict.fromkeys(last.values(), "the next audit compares with it")
     proposals = select(ProposalRow).where(
         ProposalRow.state.in_(OPEN_PROPOSALS), or_(ProposalRow.clip.is_not(None), ProposalRow.vlm.is_not(None))

@@ -38,7 +38,7 @@ def verdict(candidate: str, lost: int, won: int) -> Verdict:
     kept = scores("emoji_retrieval", before, changed(before, lost, 4))
     gained = scores("fresh.fluent3d", before, changed(before, 6, won), role="gain")
     entries = [replace(kept, worst=worst), gained]
-    findings = decide(entries, level=0.03, loss_level=0.05, margin=0.05, mean_margin=0.05, min_items=50)
+    findings = decide(entries, level=0.03, loss_level=0.05, margin=0.05, mean_margin=0.015, min_items=50)
     checks = (Check("finite", True, "128 vectors are finite", 0.0, 0.01),)
     outcome, reasons = conclude(findings, checks)
     return Verdict(

@@ -269,9 +269,8 @@ def best_releases(
     overall = _best(verdicts, lambda verdict: _mean_score(verdict, fixed))
     best = dict.fromkeys(fixed, overall) | {name: _best(verdicts, partial(_score, name=name)) for name in learned}
     best = {name: adapter for name, adapter in best.items() if adapter not in ("", incumbent)}
-    ranked = Counter(best.values())
-    ranked[overall] += len(best)
-    named = {adapter for adapter, _ in ranked.most_common(MOST_RIVALS)}
+    ranked = [adapter for adapter, _ in Counter(best.values()).most_common() if adapter != overall]
+    named = [*({overall} & {*best.values()}), *ranked][:MOST_RIVALS]
     return {name: adapter for name, adapter in best.items() if adapter in named}
 
 

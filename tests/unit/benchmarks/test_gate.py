@@ -7,7 +7,6 @@ import pytest
 
 from benchmarks.gate import counting
 from benchmarks.gate.cases import Case, Rule, judge, judged_of
-from benchmarks.gate.mislabelled import agreement
 from benchmarks.gate.plans import DRIFT, family
 from benchmarks.gate.redrawn import Redrawn, deal, figures_of, redraw
 from benchmarks.gate.resample import draws, draws_at_margin, draws_unchanged, lowered, share_to_lose, swapped
@@ -204,8 +203,3 @@ def test_errors_are_counted_where_the_truth_lies() -> None:
     assert (found["mean_loss_stopped_suites_inside"]["count"], found["mean_loss_stopped_suites_inside"]["of"]) == (0, 1)
     (low,) = [row for row in found["by_mean"] if row["from"] == 0.0175]
     assert (low["passed"]["count"], low["passed"]["of"]) == (1, 1)
-
-
-def test_the_base_agrees_with_labels_that_it_answers_better_than_chance() -> None:
-    assert agreement(hits(0.1, 2, 1), 0.0125) and not agreement(hits(0.0125, 2, 1), 0.0125)
-    assert not agreement(np.zeros((50, 2)), 0.0125)

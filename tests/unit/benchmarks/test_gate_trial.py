@@ -166,6 +166,8 @@ def test_a_mislabelled_gain_is_released_only_if_the_base_agrees_with_the_labels(
     passed = Judged("passed", (), True, None)
     monkeypatch.setattr("benchmarks.gate.mislabelled.judge", Mock(return_value=passed))
     for agrees in (True, False):
-        monkeypatch.setattr("benchmarks.gate.mislabelled.agreement", Mock(return_value=agrees))
+        monkeypatch.setattr(
+            "benchmarks.gate.mislabelled.agreement", Mock(return_value=Mock(p_superior=0.001 if agrees else 0.4))
+        )
         found = measure_mislabelled(workshop, [short("mislabelled-00")], Rule.of(Gate(min_items=5)))
         assert (found["passed"], found["of"], found["released"]) == (1, 1, int(agrees))

@@ -163,7 +163,7 @@ def test_the_best_releases_of_a_suite_stay(made: Installation) -> None:
             f"fresh.{'emoji' if name == 'clip-2' else 'other'}": {"after": 0.5, "base": 0.1, "role": "gain"},
         }
         made.judged(name, 200.0 * (6 - number), "passed", suites=suites)
-    assert made.reason("clip-1") == "stays: best release on flags"
+    assert made.reason("clip-1") == "stays: best release on average"
     assert made.reason("clip-2") == "stays: best release on fresh.emoji"
     assert made.reason("clip-3").startswith("goes")
     assert "its adapter stays" in made.reason("clip-1", "carry-over")

@@ -38,7 +38,7 @@ CHECKS = (v.Check("finite", True, "128 vectors are finite", 0.0, 0.01), v.Check(
 
 
 def verdict_of(*entries: Scores, **fields: Any) -> v.Verdict:
-    findings = decide(entries, level=0.03, loss_level=0.05, margin=0.05, mean_margin=0.05, min_items=50)
+    findings = decide(entries, level=0.03, loss_level=0.05, margin=0.05, mean_margin=0.015, min_items=50)
     outcome, reasons = conclude(findings, CHECKS)
     made = v.Verdict(
         outcome=outcome, reasons=reasons, candidate="clip-0123456789ab", incumbent="clip-ba9876543210", base="shipped",
@@ -145,7 +145,7 @@ def test_the_mean_loss_and_earlier_judgements_are_shown_where_the_report_has_the
     mean = report["mean"]
     card = page[page.index("Mean loss over the retention suites") :]
     assert mean["decision"] == "failed" and '<span class="pill failed">failed</span>' in card[:100]
-    assert "A loss of 5.0 points must be excluded" in card
+    assert "A loss of 1.5 points must be excluded" in card
     assert set(mean["references"]) == {"the incumbent", "the base"}
     for name, change in mean["references"].items():
         assert f'<strong>{name}</strong></td><td class="n">{100 * change["before"]:.1f}</td>' in card
