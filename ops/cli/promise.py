@@ -92,7 +92,7 @@ def _lineage_row(promise: Promise) -> dict[str, str]:
             power += f", of {points(promise.mean.audit_finds)} on average"
         power += f", {_POWER}"
     return _row(
-        f"an audit of a lineage without a loss fails {_at_most(promise)}",
+        f"an audit of a lineage that stays inside all margins fails {_at_most(promise)}",
         f"{lineage.every} releases",
         f"{promise.mean.sealed:,} sealed" if promise.mean else "",
         f"{_count(lineage.since, 'release')} since {_last(lineage)}",

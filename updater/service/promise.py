@@ -246,11 +246,11 @@ def _mean(tests: Sequence[LossTest], gate: GateSettings, audit_level: float) -> 
 
 
 def _audit_finds(spread: float, margin: float, units: int, level: float) -> float | None:
-    """An audit fails if the loss is significant, and its estimate is beyond the margin."""
+    """An audit fails if a loss beyond the margin is shown."""
     if units < 2:
         return None
     error = spread / math.sqrt(units)
-    return float(max(margin, stats.norm.isf(level) * error) + stats.norm.ppf(POWER) * error)
+    return float(margin + (stats.norm.isf(level) + stats.norm.ppf(POWER)) * error)
 
 
 def _gain(gate: GateSettings, verdicts: Sequence[VerdictRow], state: LearningState) -> GainTest:

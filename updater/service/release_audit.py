@@ -1,10 +1,10 @@
 """Audits of the live adapter on the sealed quarter of all items, which no candidate was judged on. Every
 ``gate.audit_every`` releases it is compared with the base and with the adapter of the last audit that passed.
 
-An audit has a level of ``gate.alpha`` of its own. It fails if a suite, or the mean over them, is shown to be worse
-(Holm over all of them, Bonferroni over the two references), by an estimate beyond its margin. With a quarter of the
-items it cannot exclude what a verdict excludes; it finds what repeated use of the same items has let in. A failed audit
-holds updates.
+An audit has a level of ``gate.alpha`` of its own. It fails if a suite, or the mean over them, is shown to have lost
+more than its margin (Holm over all of them, Bonferroni over the two references): a lineage that keeps what its verdicts
+promise fails with at most that probability. With a quarter of the items it cannot exclude what a verdict excludes; it
+finds what repeated use of the same items has let in. A failed audit holds updates.
 """
 
 from __future__ import annotations
@@ -155,13 +155,14 @@ def sealed_suites(
 
 
 def lost(results: Mapping[str, Comparison], level: float) -> list[tuple[str, Comparison]]:
-    """What is shown to be worse by more than its margin. ``level``: of the tests against one reference together."""
-    shown = holm([found.p_worse for found in results.values()], level)
-    return [
-        (name, found)
-        for (name, found), (is_worse, _) in zip(results.items(), shown, strict=True)
-        if is_worse and found.difference < -found.margin
-    ]
+    """What is shown to have lost more than its margin. ``level``: of the tests against one reference together."""
+    shown = holm([_p_beyond(found) for found in results.values()], level)
+    return [entry for entry, (is_beyond, _) in zip(results.items(), shown, strict=True) if is_beyond]
+
+
+def _p_beyond(found: Comparison) -> float:
+    """p of H0: the loss is at most the margin."""
+    return found.resample().p_below(-found.margin)
 
 
 def _compare(
@@ -197,5 +198,5 @@ def compare_rows(
 
 
 def _change(name: str, found: Comparison, level: float) -> dict[str, Any]:
-    change = Change(name, found.before, found.after, found.difference, *found.bounds(level), found.p_worse)
+    change = Change(name, found.before, found.after, found.difference, *found.bounds(level), _p_beyond(found))
     return {**asdict(change), "margin": found.margin, "n": found.n, "units": found.units}
