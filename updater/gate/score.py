@@ -110,7 +110,8 @@ class Scorer:
         shares = [min(1.0, suite.k / len(choices[0]))]  # one right class, or one right text
         if suite.task == "retrieval":
             asked = items if some is None else some
-            wrong = [math.comb(len(items) - same[i.text], suite.k) / math.comb(len(items), suite.k) for i in asked]
+            draws = max(1, math.comb(len(items), suite.k))  # none of fewer than k items: all of them are hits
+            wrong = [math.comb(len(items) - same[i.text], suite.k) / draws for i in asked]
             shares.append(1.0 - sum(wrong) / len(wrong))
         return sum(shares) / len(shares)
 

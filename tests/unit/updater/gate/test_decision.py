@@ -176,7 +176,7 @@ def at_most_the_level(count: int, runs: int) -> bool:
 def test_false_accepts_stay_below_the_level() -> None:
     """A whole gate with five suites, one of which truly loses its margin: rarely all are passed."""
     rng = np.random.default_rng(2)
-    accepted, runs = 0, 300
+    accepted, runs = 0, 150
     for _ in range(runs):
         entries = []
         for i, loss in enumerate((0.05, 0.0, 0.0, 0.0, 0.0)):
@@ -190,7 +190,7 @@ def test_false_accepts_stay_below_the_level() -> None:
 def test_many_suites_without_change_do_not_make_a_rejection_likelier() -> None:
     """Ten suites of items that disagree by a coin flip; at the level each, one run of four would be rejected."""
     rng = np.random.default_rng(5)
-    runs, rejected, alone = 120, 0, 0
+    runs, rejected, alone = 80, 0, 0
     for _ in range(runs):
         entries = []
         for i in range(10):

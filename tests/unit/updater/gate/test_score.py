@@ -143,6 +143,7 @@ def test_chance_is_what_random_answers_score(engine: ClipEngine) -> None:
         hits.append((to_text.mean() + to_image.mean()) / 2)
     # a rank below k allows k - 1 wrong answers above the best right one: k draws hold a right one
     assert Scorer(engine).chance(suite) == pytest.approx(np.mean(hits), abs=0.01)
+    assert Scorer(engine).chance(fresh_suite(sample_rows(3))) == 1.0, "any order of three has the right one among five"
 
 
 def test_an_unreadable_image_names_its_item(home: Path, engine: ClipEngine) -> None:
