@@ -15,7 +15,10 @@ from updater.gate.statistics import POWER
 from updater.gate.suites import Family
 from updater.service.promise import Lineage, LossTest, Promise, Year, promises
 
-_POWER: Final = f"at {POWER:.0%} power"
+_POWER: Final = (
+    "Passes: the chance that such a candidate does. Power: the share of unchanged candidates that pass that test alone, "
+    f"and the loss or gain that is excluded, detected or found with {POWER:.0%}."
+)
 NOT_PROMISED: Final = (
     "A loss smaller than the margins may pass at any time; only the mean loss and the audits bound what such losses "
     "add up to.",
@@ -34,6 +37,7 @@ def show_promises(settings: Settings, as_json: bool) -> None:
         return
     for family, promise in found.items():
         show_rows(promise_rows(promise), _title(family, promise))
+        typer.echo(_POWER)
         _show_lines("Nothing is judged until these are corrected:", promise.unread)
     _show_lines("Not promised:", NOT_PROMISED)
 
@@ -53,11 +57,11 @@ def promise_rows(promise: Promise) -> list[dict[str, str]]:
     gain = promise.gain
     rows.append(
         _row(
-            f"a candidate without a gain passes {_at_most(promise)}",
+            f"no gain passes {_at_most(promise)}",
             "release interval",
             f"{gain.needed:,} fresh needed, {gain.fresh:,} there",
-            f"{_count(gain.candidates, 'candidate')} since the last release; the next has {percent(gain.alpha)}",
-            f"detects a gain of {points(gain.detects)} {_POWER}",
+            f"{_count(gain.candidates, 'candidate')}; the next has {percent(gain.alpha)}",
+            f"detects {points(gain.detects)}",
         )
     )
     return [*rows, _lineage_row(promise), *_year_rows(promise.year)]
@@ -70,16 +74,16 @@ def _row(promised: str, per: str, items: str = "", used: str = "", power: str = 
 def _loss_row(test: LossTest, where: str, promise: Promise) -> dict[str, str]:
     items = f"{test.units:,} judged, {test.sealed:,} sealed"
     return _row(
-        f"a candidate that loses {points(test.margin)} {where} passes {_at_most(promise)}",
+        f"a loss of {points(test.margin)} {where} passes {_at_most(promise)}",
         "candidate",
         items if promise.counted else f"about {items}",
         _count(test.used, "judgement"),
-        f"{percent(test.power)} to pass if nothing changed; excludes {points(test.excludes)} {_POWER}",
+        f"{percent(test.power)} pass unchanged; excludes {points(test.excludes)}",
     )
 
 
 def _at_most(promise: Promise) -> str:
-    return f"with a chance of at most {percent(promise.alpha)}"
+    return f"at most {percent(promise.alpha)}"
 
 
 def _lineage_row(promise: Promise) -> dict[str, str]:
@@ -87,12 +91,11 @@ def _lineage_row(promise: Promise) -> dict[str, str]:
     found = sorted(test.audit_finds for test in promise.suites if test.audit_finds is not None)
     power = "no sealed items"
     if found:
-        power = f"finds a loss of {100 * found[0]:.1f} to {points(found[-1])} on a suite"
+        power = f"finds {100 * found[0]:.1f} to {points(found[-1])} on a suite"
         if promise.mean is not None and promise.mean.audit_finds is not None:
-            power += f", of {points(promise.mean.audit_finds)} on average"
-        power += f", {_POWER}"
+            power += f", {points(promise.mean.audit_finds)} on average"
     return _row(
-        f"an audit of a lineage that stays inside all margins fails {_at_most(promise)}",
+        f"an audit of what stays inside all margins fails {_at_most(promise)}",
         f"{lineage.every} releases",
         f"{promise.mean.sealed:,} sealed" if promise.mean else "",
         f"{_count(lineage.since, 'release')} since {_last(lineage)}",
