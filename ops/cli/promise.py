@@ -16,7 +16,7 @@ from updater.gate.suites import Family
 from updater.service.promise import Lineage, LossTest, Promise, Year, promises
 
 _POWER: Final = (
-    "Passes: the chance that such a candidate does. Power: the share of unchanged candidates that pass that test alone, "
+    "Passes: the chance that such a candidate does. Power: the share of unchanged candidates that pass that test, "
     f"and the loss or gain that is excluded, detected or found with {POWER:.0%}."
 )
 NOT_PROMISED: Final = (
