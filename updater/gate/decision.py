@@ -337,7 +337,7 @@ def _mean_loss(means: Mapping[str, Comparison], suites: int, is_worse: bool, lev
         n=worst.n,
         units=worst.units,
         suites=suites,
-        references={name: _change("mean", side, level, side.p_noninferior) for name, side in means.items()},
+        references={name: _change(name, side, level, side.p_noninferior) for name, side in means.items()},
         margin=worst.margin,
         alpha=level,
         method=worst.method,
