@@ -138,7 +138,7 @@ def test_the_page_stands_alone_in_both_colour_schemes_and_captions_cannot_become
 def test_the_mean_loss_and_earlier_judgements_are_shown_where_the_report_has_them(verdict: v.Verdict) -> None:
     suites = (replace(verdict.suites[0], used=7), *verdict.suites[1:])
     assert verdict.mean is not None
-    base = v.Change("mean", 0.5, 0.45, -0.05, -0.075, -0.025, 0.2)
+    base = v.Change("the base", 0.5, 0.45, -0.05, -0.075, -0.025, 0.2)
     mean_loss = replace(verdict.mean, references={**verdict.mean.references, "the base": base})
     report = json.loads(json.dumps(replace(verdict, suites=suites, mean=mean_loss).to_json()))
     page = " ".join(render(report).split())
