@@ -99,10 +99,10 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
     tiny_base(home)
     tiny_vlm_base(home)
     shapes(home / "data" / "new", copies=45)
-    shapes(home / "data" / "old", copies=24, seed=1)
+    shapes(home / "data" / "old", copies=60, seed=1)
     (home / "quick.yaml").write_text(yaml.safe_dump(RECIPE))
     (home / "suites").mkdir()
-    suite = {"task": "classification", "data": str(home / "data" / "old"), "label": "label", "margin": 0.05}
+    suite = {"task": "classification", "data": str(home / "data" / "old"), "label": "label", "margin": 0.02}
     (home / "suites" / "old.yaml").write_text(yaml.safe_dump(suite))
     settings_file = {
         "home": str(home),
@@ -116,7 +116,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
             "reference": [str(home / "data" / "old")], "threads": 1,
         },
         "gate": {
-            "suites": [str(home / "suites")], "detect": 0.2, "mean_margin": 0.05, "audit_every": 1,
+            "suites": [str(home / "suites")], "detect": 0.2, "mean_margin": 0.02, "audit_every": 1,
             "trusted_sources": ["*"],
         },
         "watch": {"seconds": 1.0},
@@ -158,7 +158,7 @@ def descendants(pid: int) -> list[int]:
 def test_an_update_goes_from_the_stream_into_service_and_back_under_load(installation: Installation) -> None:
     settings = installation.context.settings
     items = list(read_folder(settings.home / "data" / "old"))
-    probes = {"images": [item.bytes() for item in items[::40]], "texts": sorted({item.text for item in items})}
+    probes = {"images": [item.bytes() for item in items[::100]], "texts": sorted({item.text for item in items})}
     with Traffic(installation.client.url, settings=settings, rate=5.0, **probes) as traffic:
         assert "540 samples" in installation.ratchet("publish", str(settings.home / "data" / "new"))
         wait(lambda: installation.store.count() == 540)
@@ -231,7 +231,7 @@ def test_a_drift_that_a_verdict_let_pass_is_found_by_the_audit_and_taken_back(in
     wait(lambda: bool(ledger.release_audits("clip")))
     assert ledger.release_audits("clip")[0].passed, "what was learned forgot nothing"
     items = list(read_folder(settings.home / "data" / "old"))
-    probes = {"images": [item.bytes() for item in items[::40]], "texts": sorted({item.text for item in items})}
+    probes = {"images": [item.bytes() for item in items[::100]], "texts": sorted({item.text for item in items})}
     installation.ratchet("releases", "resume", "--reason", "the rollback was a try")
     with Traffic(installation.client.url, settings=settings, rate=5.0, **probes) as traffic:
         name = force_a_drift(installation)
