@@ -9,7 +9,6 @@ population  all items of each suite that no candidate trains on: they decide wha
 cases       truth and verdict of one candidate, the latter by the gate's own decision on the suites' own draw
 redrawn     items split repeatedly between the gate and a truth that it never sees
 resample    other draws of items, also under exact no change and exactly at the margin
-processes   verdicts over all cores
 counting    false accepts, false rejects and the slow drift; power, plot: how many items a suite needs
 lineage     simulated lineages whose items are used again and again (lineage_world: their models and answers;
             lineage_report: their figures)

@@ -23,6 +23,9 @@ Answers = NDArray[np.float64] | NDArray[np.int32]
 Outcomes = Mapping[str, Answers]
 Truth = Literal["harmful", "idle", "good"]
 
+FEW = 30
+"""Cases whose verdicts take no longer than processes take to start."""
+
 
 def hits_of(suite: Suite, answers: Answers) -> Hits:
     """0 or 1 for each answer."""
@@ -31,7 +34,7 @@ def hits_of(suite: Suite, answers: Answers) -> Hits:
 
 
 def judged_of(items: int) -> int:
-    """How many of a suite's items candidates are judged on; the others are sealed."""
+    """Number of a suite's items that candidates are judged on; the others are sealed."""
     return items - items // SEALED
 
 

@@ -1,7 +1,7 @@
 """Lineages of updates in a row, judged on items that are used again and again.
 
-Every proposal is judged by the gate's own decision, against the references of the service: the incumbent, the base, the
-best release by each suite and over all. It is released if retention passes; the gain is taken as shown, which is the
+Every proposal is judged by the gate's own decision, against the references of the service: the incumbent, the base and
+the best release. It is released if retention passes; the gain is taken as shown, which is the
 worst case for what retention has to hold back. Audits of the live model on the sealed items decide as in service; after
 a failed one the lineage goes back to the last audited model. At every step three probes are judged and never released:
 
@@ -35,7 +35,7 @@ EDGE = 0.01
 
 @dataclass(slots=True)
 class Course:
-    """What happened in a lineage."""
+    """The events of a lineage."""
 
     items: int
     kind: Kind
@@ -52,7 +52,7 @@ class Course:
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """What a candidate is compared with, besides the base."""
+    """The models that a candidate is compared with, in addition to the base."""
 
     incumbent: Model
     best: Model | None
@@ -171,7 +171,7 @@ class Lineage:
 
 
 def kept(findings: Findings) -> tuple[bool, bool]:
-    """Whether all retention suites pass, and whether the mean does."""
+    """True if all retention suites pass, and true if the mean does."""
     suites = all(result.decision == "passed" for result in findings.results)
     return suites, findings.mean is not None and findings.mean.decision == "passed"
 

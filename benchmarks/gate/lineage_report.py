@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -19,7 +16,7 @@ from benchmarks.gate.counting import share
 from benchmarks.gate.lineage import Course, Lineage
 from benchmarks.gate.lineage_world import Churn, Kind, kinds, read_churn
 from benchmarks.machine import machine
-from core.child_process import end_with_parent, kill_workers
+from benchmarks.processes import in_processes
 from core.progress import track
 from core.settings.updates import Gate
 from updater.gate.suite_items import SEALED
@@ -53,7 +50,7 @@ def run(
     measured = read_churn()
     cells = [(size, kind) for kind in kinds(measured) for size in sizes]
     tasks = [Task(size, kind, updates, seed, settings) for size, kind in cells for seed in range(lineages)]
-    courses = track(_run_all(tasks, workers or len(os.sched_getaffinity(0))), "lineages", total=len(tasks))
+    courses = track(in_processes(Task.run, tasks, workers=workers), "lineages", total=len(tasks))
     groups = [list(islice(courses, lineages)) for _ in cells]
     rows = [row_of(group, settings.margin) for group in groups]
     total = row_of([course for group in groups for course in group if course.kind.headline], settings.margin)
@@ -117,18 +114,6 @@ def interval(pairs: np.ndarray) -> list[float] | None:
     drawn = pairs[np.random.default_rng(0).integers(len(pairs), size=(RESAMPLES, len(pairs)))].sum(axis=1)
     drawn = drawn[drawn[:, 1] > 0]
     return [float(edge) for edge in np.quantile(drawn[:, 0] / drawn[:, 1], (0.025, 0.975))]
-
-
-def _run_all(tasks: Sequence[Task], workers: int) -> Iterator[Course]:
-    if workers == 1:
-        yield from (task.run() for task in tasks)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent) as pool:
-        try:
-            yield from pool.map(Task.run, tasks)
-        except BaseException:  # the end of the block would wait for all tasks
-            kill_workers(pool)
-            raise
 
 
 def show(figures: dict[str, Any]) -> None:

@@ -51,8 +51,8 @@ def _row(case: Case, rule: Rule) -> dict[str, Any]:
 
 
 def agreed(suite: Suite, case: Case, level: float) -> dict[str, Any]:
-    """How the base stands to the labels of a gain suite, on the items that the gate judges, by the gate's own test at
-    ``level``."""
+    """Agreement of the base with the labels of a gain suite, on the items that the gate judges, by the gate's own test
+    at ``level``."""
     hits = hits_of(suite, case.own().base[suite.name])
     chance = suite.k / min(suite.limit, len(case.base[suite.name]))  # nearly every caption is of one picture
     agrees = agreement(hits, chance, None, level).p_superior <= level

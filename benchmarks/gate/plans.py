@@ -84,7 +84,7 @@ def plans_mislabelled(count: int) -> list[GatePlan]:
 
 
 def family(name: str) -> str:
-    """What is the same for candidates that are not independent: the scaled ones of one parent, an update and the one
+    """A name shared by candidates that are not independent: the scaled ones of one parent, an update and the one
     that continues it, and the whole slow drift."""
     kind, _, number = name.partition("x")[0].partition("-")
     return {DRIFT: DRIFT, "second": f"first-{number}"}.get(kind, f"{kind}-{number}")

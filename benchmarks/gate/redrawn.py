@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.gate.cases import Case, Rule, judge
+from benchmarks.gate.cases import FEW, Case, Rule, judge
 from benchmarks.gate.counting import Share, clustered
-from benchmarks.gate.processes import in_processes
+from benchmarks.processes import in_processes
 from core.ledger.rows import GateOutcome
 
 GAIN3 = 0.03
@@ -50,10 +50,12 @@ class Redrawn:
 def redraw(cases: Sequence[Case], shown: Mapping[str, int], rule: Rule, times: int, seed: int) -> Iterator[Redrawn]:
     """``times`` splits of each case. ``shown``: items of each suite that the gate gets."""
     judged = [replace(case, judged={suite.name: shown[suite.name] for suite in case.suites}) for case in cases]
-    return in_processes([partial(_splits, case, rule, times, [seed, number]) for number, case in enumerate(judged)])
+    tasks = [(case, [seed, number]) for number, case in enumerate(judged)]
+    return itertools.chain.from_iterable(in_processes(partial(_splits, rule, times), tasks, few=FEW))
 
 
-def _splits(case: Case, rule: Rule, times: int, seed: list[int]) -> list[Redrawn]:
+def _splits(rule: Rule, times: int, task: tuple[Case, list[int]]) -> list[Redrawn]:
+    case, seed = task
     rng = np.random.default_rng(seed)
     return [_split(case, rule, rng) for _ in range(times)]
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.gate.cases import Answers, Case, Hits, Judged, Rule, has_ranks, hits_of, judge
-from benchmarks.gate.processes import in_processes
+from benchmarks.gate.cases import FEW, Answers, Case, Hits, Judged, Rule, has_ranks, hits_of, judge
+from benchmarks.processes import in_processes
 from updater.gate.suites import Suite
 
 LAST_RANK = 9999
@@ -102,13 +103,12 @@ Draw = Callable[[Case, Rule, int, Generator], Drawn]
 
 
 def _in_turn(draw: Draw, cases: Sequence[Case], rule: Rule, count: int, seed: int) -> Iterator[Drawn]:
-    return in_processes([
-        partial(_sets, draw, case, rule, len(range(place, count, len(cases))), [seed, place])
-        for place, case in enumerate(cases)
-    ])  # fmt: skip
+    tasks = [(case, len(range(place, count, len(cases))), [seed, place]) for place, case in enumerate(cases)]
+    return chain.from_iterable(in_processes(partial(_sets, draw, rule), tasks, few=FEW))
 
 
-def _sets(draw: Draw, case: Case, rule: Rule, count: int, seed: list[int]) -> list[Drawn]:
+def _sets(draw: Draw, rule: Rule, task: tuple[Case, int, list[int]]) -> list[Drawn]:
+    case, count, seed = task
     rng = np.random.default_rng(seed)
     return [draw(case, rule, number, rng) for number in range(count)]
 

@@ -1,4 +1,4 @@
-"""What is measured: candidates with their outcomes, from a workshop that trains them, or from stored outcomes."""
+"""Candidates with their outcomes, from a workshop that trains them, or from stored outcomes."""
 
 from __future__ import annotations
 

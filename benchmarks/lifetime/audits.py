@@ -32,7 +32,7 @@ def audit(suites: Sequence[RankedSuite], world: World, last: Model | None, model
 
 
 def truly_lost(suites: Sequence[RankedSuite], world: World, reference: Model, model: Model, settings: Gate) -> bool:
-    """Whether a suite, or the mean over them weighted by items, is truly worse by more than its margin."""
+    """True if a suite, or the mean over them weighted by items, is truly worse by more than its margin."""
     changes = {each.suite.name: _change(each, world, reference, model) for each in suites}
     counted = _counted(suites, world, reference)
     items = [len(each.suite.items()) for each in counted]

@@ -1,4 +1,4 @@
-"""How many answers of a simulated chain differ from the base's."""
+"""The share of a simulated chain's answers that differ from the base's."""
 
 from __future__ import annotations
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from benchmarks.lifetime.report import FigureRow, draw, row_of
 from benchmarks.lifetime.stream import GAIN3, OTHER_GAINS, Course, Rules, Stream, lessons_of
 from benchmarks.lifetime.world import FORGOTTEN, make_world
 from benchmarks.machine import machine
-from core.child_process import end_with_parent, kill_workers
+from benchmarks.processes import in_processes
 from core.errors import ConfigError
 from core.progress import progress_log, track
 from core.settings import Settings
@@ -88,7 +86,9 @@ def run(
     groups = {each.name: tasks(each, gains, updates) for each in rules}
     groups[IDLE] = tasks(rules[0], (0.0,), min(updates, IDLE_UPDATES))
     wanted = [task for group in groups.values() for task in group]
-    courses = track(_run_all(wanted, outcomes, workers), "streams", total=len(wanted))
+    courses = track(
+        in_processes(_run, wanted, workers=workers, prepare=partial(_prepare, outcomes)), "streams", total=len(wanted)
+    )
     rows = [row_of(name, list(islice(courses, len(group)))) for name, group in groups.items()]
     *real, idle = rows
     return {
@@ -116,25 +116,10 @@ def _churn(outcomes: Path) -> dict[str, float]:
     return {f"churn_after_{updates}": round(churn[updates - 1], 4) for updates in (1, 8)}
 
 
-def _run_all(tasks: Sequence[Task], outcomes: Path, workers: int | None) -> Iterator[Course]:
-    count = workers or len(os.sched_getaffinity(0))
-    if count == 1:
-        sources = read_sources(outcomes)
-        yield from (task.run(sources) for task in tasks)
-        return
-    with ProcessPoolExecutor(count, get_context("spawn"), initializer=_begin, initargs=(outcomes,)) as pool:
-        try:
-            yield from pool.map(_run, tasks)
-        except BaseException:  # the end of the block would wait for all tasks
-            kill_workers(pool)
-            raise
-
-
 _SOURCES: dict[str, Source] = {}
 
 
-def _begin(outcomes: Path) -> None:
-    end_with_parent()
+def _prepare(outcomes: Path) -> None:
     _SOURCES.update(read_sources(outcomes))
 
 

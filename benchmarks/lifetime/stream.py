@@ -105,7 +105,7 @@ class _Release:
     model: Model
     samples: list[Sample]
     gains: dict[str, float]
-    """What it learned, by domain."""
+    """True gains that it learned, by domain."""
 
 
 @dataclass(slots=True)
@@ -114,7 +114,7 @@ class _Live:
     releases: list[_Release] = field(default_factory=list)
     """The newest last; those that an audit took back are left out."""
     audited: int = 0
-    """How many of them the last audit that passed covers."""
+    """Number of them that the last audit that passed covers."""
 
     @property
     def model(self) -> Model:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,7 +141,7 @@ def compare_accuracy(
         spread=math.sqrt((gained + lost + 2 * PSEUDO) / (n + 2 * PSEUDO)),
         bounds=lambda level: tango_interval(gained, lost, n, level),
         units=n,
-        resample=lambda: bootstrap(after - before, seed=seed, draws=_draws(level, tests)),
+        resample=cache(lambda: bootstrap(after - before, seed=seed, draws=_draws(level, tests))),
     )
 
 

@@ -157,9 +157,9 @@ def update_suites(
     learned: Mapping[str, int] | None = None,
 ) -> tuple[list[Suite], list[Suite]]:
     """Return the suites that judge an update, without what is sealed: configured and memory suites, and fresh ones.
-    ``learned``: end of the data that the incumbent has learned; by
-    default the start of the update's own. For an upgrade, which learns them again, their held-out samples are in both
-    kinds of suite. Raises GateError if a suite cannot be read."""
+    ``learned``: end of the data that the incumbent has learned; by default the start of the update's own. For an
+    upgrade, which learns them again, their held-out samples are in both kinds of suite. Raises GateError if a suite
+    cannot be read."""
     learned = update.data_from if learned is None else learned
     family = _family(update)
     held_out = HeldOut(store, update.store_version, HAVING[family], seal)

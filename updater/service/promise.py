@@ -167,8 +167,7 @@ def _promise(settings: Settings, ledger: Ledger, store: SampleStore, family: Fam
     else:
         sealed = {suite.name: suite.units() // SEALED for suite in suites}
         units = {suite.name: suite.units() - sealed[suite.name] for suite in suites}
-    live_base = _base_of_live(ledger, family)
-    audits = ledger.release_audits(family, live_base)
+    audits = state.audits.rows
     references = 1 + any(row.passed for row in audits)
     asked = len(sealed) + bool(learned.data_from) + 1  # suites, sealed samples of what was learned, and the mean
     level = gate.alpha / references / asked
@@ -188,8 +187,8 @@ def _promise(settings: Settings, ledger: Ledger, store: SampleStore, family: Fam
         unread=tuple(unread),
         gain=_gain(gate, verdicts, state),
         lineage=Lineage(
-            gate.audit_every,
-            len(ledger.unaudited(family, live_base)),
+            state.audits.every,
+            state.audits.releases,
             last.release if last else None,
             last.passed if last else None,
             last.created_at if last else None,
@@ -210,13 +209,6 @@ def _readable(settings: Settings, family: Family) -> tuple[list[Suite], list[str
             except GateError as error:
                 unread.append(str(error))
     return suites, unread
-
-
-def _base_of_live(ledger: Ledger, family: Family) -> str | None:
-    """Audits of another base say nothing about this lineage."""
-    stable = ledger.stable()
-    adapter = stable.adapter(family) if stable else None
-    return ledger.adapter(adapter).base if adapter else None
 
 
 def measured_spreads(verdicts: Sequence[VerdictRow]) -> dict[str, float]:

@@ -222,7 +222,7 @@ def test_a_domain_has_enough_when_its_captions_or_its_images_are_enough() -> Non
     assert fresh_suites(captions, family="vlm") == []
 
 
-# The best release by each suite
+# The best releases
 
 BASE = "b" * 64
 
