@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import io
 import json
 import pickle
 import tarfile
 import tracemalloc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +42,6 @@ def images(root: Path, *names: str, colour: str = "red") -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(png(colour))
     return root
-
-
-@contextmanager
-def memory_below(size: int) -> Iterator[None]:
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < size
-    finally:
-        tracemalloc.stop()
 
 
 def test_ratchets_own_formats_are_found_and_a_format_can_be_forced(tmp_path: Path) -> None:
@@ -201,8 +190,10 @@ def test_a_header_that_would_fill_the_memory_is_not_read_and_members_are_forgott
         tar.addfile(info, io.BytesIO(bytes(info.size)))
     assert "a header of" in error_of(tmp_path / "a.tar.gz").message
     shard = members(tmp_path / "b.tar", *((f"{n}.{kind}", b"x") for n in range(1500) for kind in ("png", "txt")))
-    with memory_below(2**20):
-        assert sum(1 for _ in read_dataset(shard)) == 1500
+    for number, _ in enumerate(read_dataset(shard), 1):
+        if number == 1500:
+            assert sum(isinstance(each, tarfile.TarInfo) for each in gc.get_objects()) < 10
+    assert number == 1500
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
@@ -367,7 +358,7 @@ def test_every_turn_of_a_llava_conversation_is_a_sample_of_the_image(tmp_path: P
         ('[{"a": 1}, {"a": ', "after element 1: not JSON"),
         ("[" * 100_000, "nested deeper"),
         ('[{"a":' * 100_000, "nested deeper"),
-        ('[{"a": "' + "x" * 2**24 + '"}]', "an element of more than"),
+        ('[{"a": "' + "x" * 2**26 + '"}]', "an element of more than"),
     ],
     ids=["breaks off", "arrays", "objects", "large"],
 )
@@ -376,5 +367,11 @@ def test_a_document_that_breaks_off_or_is_too_deep_or_large_is_refused_before_it
 ) -> None:
     monkeypatch.setattr("streams.publish.datasets.json_annotations.MAX_ELEMENT_BYTES", 2**20)
     (tmp_path / "a.json").write_text(content)
-    with memory_below(8 * 2**20), pytest.raises(RecordError, match=said):
-        list(elements(tmp_path / "a.json"))
+    tracemalloc.start()
+    try:
+        with pytest.raises(RecordError, match=said):
+            list(elements(tmp_path / "a.json"))
+        # Python's own table of interned strings counts in full, some 16 MB, if it happens to grow meanwhile.
+        assert tracemalloc.get_traced_memory()[1] < 2**25
+    finally:
+        tracemalloc.stop()
