@@ -77,10 +77,11 @@ def _lines(model: type[BaseModel], prefix: str, chosen: Mapping[str, Any], live:
         else:
             yield f"{indent}# {field.description}"
             sign = "" if dotted in chosen else "#"
-            yield f"{indent}{sign}{name}: {_value(chosen.get(dotted, field.get_default(call_default_factory=True)))}"
+            value = chosen.get(dotted, field.get_default(call_default_factory=True))
+            yield f"{indent}{sign}{name}: {yaml_value(value)}"
 
 
-def _value(value: Any) -> str:
+def yaml_value(value: Any) -> str:
     if isinstance(value, list):
         value = [str(each) if isinstance(each, PurePath) else each for each in value]
     value = str(value) if isinstance(value, PurePath) else value

@@ -179,20 +179,14 @@ def _registered(settings: Settings, what: str, name: str, family: Family) -> Fin
 
 def _suites(settings: Settings) -> Finding:
     """Each model with a base needs suites: without them no update begins."""
-    from updater.data.pools import check_reference
-    from updater.families import families_with_a_base, family_recipe, reference_of
+    from updater.families import families_with_a_base, family_recipe, need_reference
     from updater.service.learning_state import check_suites
 
     told = []
     for family in families_with_a_base(settings):
         try:
             told.append(f"{check_suites(settings, family)} for the {family.upper()}")
-            if family_recipe(settings, family).mixture.reference > 0:
-                folders = reference_of(settings, family)
-                check_reference(folders)
-                if not folders:
-                    fix = "Name folders in updater.reference: they hold the model in place."
-                    return Finding("warn", "suites", f"{', '.join(told)}, and no reference pool", fix)
+            need_reference(settings, family_recipe(settings, family))
         except (ConfigError, GateError) as error:
             return Finding("warn", "suites", f"nothing is trained: {error.message}", error.fix)
     return Finding("ok", "suites", ", ".join(told))

@@ -22,7 +22,7 @@ from core.log_format import STARS
 from core.settings import Settings
 from core.settings.serving import SHIPPED
 from ops.cli import context as ctx
-from ops.cli.config import settings_yaml
+from ops.cli.config import settings_yaml, yaml_value
 from ops.cli.terminal import printable, show_rows
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ EMBEDDED = "embedded"
 """Means the broker that `ratchet up` starts."""
 BROKER_SECONDS = 5.0
 EXAMPLES = 3
+FIRST_SAMPLES = 2000
+"""About as many as a suite needs: a fifth is never trained on."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,12 @@ def init(
     labels: Annotated[
         Path | None, typer.Option(help="CSV or JSON Lines file with the columns file, and label or caption.")
     ] = None,
+    from_stream: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Instead of --data: the first so many stored samples. If there is a settings file, it stays."
+        ),
+    ] = 0,
     held_out: Annotated[
         float, typer.Option(min=0.05, max=1.0, help="Share of the pictures for the suites; the rest: reference pool.")
     ] = 0.5,
@@ -106,6 +114,16 @@ def init(
     """
     shared = ctx.of(context)
     file = shared.file or Path(os.environ.get("RATCHET_CONFIG", FILE))
+    if from_stream and (data or labels):
+        raise ConfigError("--from-stream: the pictures come from --data or --labels already.", "Leave one out.")
+    if from_stream and file.exists():
+        settings = shared.settings
+        wanted = _write_suites(settings, _plan(settings, None, None, from_stream, held_out, suites, force), margin)
+        missing = {each: value for each, value in wanted.items() if value != attrgetter(each)(settings)}
+        typer.echo(f"written  suites in {suites}")
+        for each, value in missing.items():
+            typer.echo(f"next     set {each} in {file} to {yaml_value(value)}")
+        return
     if file.exists() and not force:
         raise ConfigError(f"{file} exists already.", "Replace it with --force, or write another: ratchet -c FILE init.")
     answers = _ask(shared, home, InitAnswers(model or "", weights, data, labels, broker or "", topic or ""), yes)
@@ -115,27 +133,19 @@ def init(
     if choice.name != SHIPPED:
         chosen.setdefault("base.vlm", "")  # the shipped VLM takes minutes to prepare: only with --set
     broker_line, suites_line = _broker(settings, answers, offline), ""
-    if answers.data or answers.labels:
-        from ops.cli.init_suites import mean_excluded, plan_suites, read_sample, suite_power, write_suites
-
-        most = settings.gate.max_items + REFERENCE_PICTURES
-        sample = read_sample(answers.data, answers.labels, settings.ingest, most)
-        plan = plan_suites(sample, held_out, settings.gate.max_items, settings.home, suites, force)
-        model_line = _register_model(settings.home, choice)
-        written = write_suites(plan, margin or settings.gate.margin)
-        chosen |= {"gate.suites": [suites], "updater.reference": [plan.data] if plan.rest else []}
-        powers = [suite_power(suite, settings.gate) for suite in written]
-        if (excluded := mean_excluded(powers, settings.gate)) > settings.gate.mean_margin:
-            chosen["gate.mean_margin"] = math.ceil(200 * excluded) / 200
-        _tell(settings, sample, plan, powers, chosen.get("gate.mean_margin", settings.gate.mean_margin))
+    plan = None
+    if answers.data or answers.labels or from_stream:
+        plan = _plan(settings, answers.data, answers.labels, from_stream, held_out, suites, force)
+    model_line = _register_model(settings.home, choice)
+    if plan is not None:
+        chosen |= _write_suites(settings, plan, margin)
         suites_line = f", suites in {suites}"
-    elif choice.name == SHIPPED:
-        model_line = _register_model(settings.home, choice)
-    else:
-        raise ConfigError(
-            "--data: a model of your own needs suites of your own, and there are no pictures to make them of.",
-            "Give a folder of labelled pictures with --data, or a file that lists them with --labels.",
-        )
+    elif choice.name != SHIPPED:
+        from ops.cli.init_suites import STREAM
+
+        chosen |= {"gate.suites": [suites], "updater.reference": [settings.home / "data" / STREAM]}
+        make = f"ratchet init --from-stream {FIRST_SAMPLES}"
+        suites_line = f"\nsuites   none: nothing is trained until `{make}` makes them of stored samples"
     replace_file(file, settings_yaml(chosen).encode())
     typer.echo(f"model    {model_line}\nbroker   {broker_line}\nwritten  {file}{suites_line}")
     typer.echo("next     ratchet up, then ratchet publish FOLDER with new pairs (docs/quickstart.md)")
@@ -288,6 +298,44 @@ def _broker(settings: Settings, answers: InitAnswers, offline: bool) -> str:
         fix = "Correct it, or write the settings without asking it: --offline."
         raise ConfigError(f"--broker: {error.message}", fix) from error
     return f"{kafka.bootstrap} answers; topic {kafka.topic} " + ("is there" if exists else "will be made by ingest")
+
+
+def _plan(
+    settings: Settings,
+    data: Path | None,
+    labels: Path | None,
+    from_stream: int,
+    held_out: float,
+    suites: Path,
+    replace: bool,
+) -> tuple[LabelledSample, SuitePlan]:
+    from ops.cli.init_suites import plan_suites, read_sample, read_stream
+    from streams.store.sample_store import SampleStore
+
+    most = settings.gate.max_items + REFERENCE_PICTURES
+    if from_stream:
+        sample = read_stream(SampleStore(settings.lake), min(from_stream, most), settings.ingest)
+    else:
+        sample = read_sample(data, labels, settings.ingest, most)
+    return sample, plan_suites(sample, held_out, settings.gate.max_items, settings.home, suites, replace)
+
+
+def _write_suites(
+    settings: Settings, planned: tuple[LabelledSample, SuitePlan], margin: float | None
+) -> dict[str, Any]:
+    """Write suites and reference pool, print what they can show, and return the settings that they need."""
+    from ops.cli.init_suites import mean_excluded, suite_power, write_suites
+
+    sample, plan = planned
+    powers = [suite_power(suite, settings.gate) for suite in write_suites(plan, margin or settings.gate.margin)]
+    wanted: dict[str, Any] = {
+        "gate.suites": [plan.suites],
+        "updater.reference": [plan.data] if plan.rest else [],
+    }
+    if (excluded := mean_excluded(powers, settings.gate)) > settings.gate.mean_margin:
+        wanted["gate.mean_margin"] = math.ceil(200 * excluded) / 200
+    _tell(settings, sample, plan, powers, wanted.get("gate.mean_margin", settings.gate.mean_margin))
+    return wanted
 
 
 def _tell(

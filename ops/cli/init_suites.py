@@ -6,8 +6,9 @@ import math
 import secrets
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from core.digests import digest_bytes
@@ -20,6 +21,8 @@ from ratchet_client.images import open_image, sniff
 from streams.publish.datasets import imagefolder
 from streams.publish.datasets.mapping import Source
 from streams.publish.folders import INDEX, DatasetRow, FolderItem, write_folder
+from streams.store.sample_queries import SampleFilter, stream_samples
+from streams.store.sample_store import SampleStore
 from updater.gate.interim_analyses import PRIOR_SPREAD, candidate_alpha, needed_items
 from updater.gate.statistics import items_needed, smallest_difference
 from updater.gate.suite_items import SEALED
@@ -32,6 +35,10 @@ MAX_COPIED_BYTES = 2 * 2**30
 FORMATS = "subfolders that are classes, a data.csv, or a metadata.csv; or name a CSV or JSON Lines file with --labels"
 HELD_OUT, REST = "test", "train"
 """Splits of the folder dataset: suites, and the reference pool."""
+STREAM = "stream"
+"""Name of the suites of stored samples, and of their data folder."""
+FRESH = "fresh_eval"
+"""Split of stored samples that no update is trained on."""
 JUDGED = 1 - 1 / SEALED
 """Share of items that candidates are judged on."""
 TEMPLATES = '["a photo of {}.", "a picture of {}."]'
@@ -83,10 +90,29 @@ def read_sample(data: Path | None, labels: Path | None, bounds: Ingest, most: in
     def place(path: Path) -> str:
         return digest_bytes(path.relative_to(source.path).as_posix().encode(errors="surrogateescape"))
 
-    _open(sample, [(path, by_path[path]) for path in sorted(by_path, key=place)[:most]], bounds)
+    chosen = sorted(by_path, key=place)[:most]
+    _open(sample, ((path, by_path[path]) for path in chosen), bounds, len(chosen))
     if not sample.pictures:
         why = f" The first: {sample.unusable[0]}" if sample.unusable else ""
         raise ConfigError(f"{option}: {source.path} has no picture that can be used.{why}", f"Give {FORMATS}.")
+    return sample
+
+
+def read_stream(store: SampleStore, count: int, bounds: Ingest) -> LabelledSample:
+    """Read the first ``count`` stored samples with a text. Raises ConfigError without any."""
+    sample = LabelledSample(STREAM)
+    rows = (row for row in stream_samples(store, SampleFilter()) if row["text"])
+    fields = ("text", "label", "split")
+
+    def items() -> Iterator[tuple[Path, list[FolderItem]]]:
+        for row in islice(rows, count):
+            path = Path(row["id"])
+            yield path, [FolderItem(path, inline=row["image"], **{name: row[name] or "" for name in fields})]
+
+    _open(sample, items(), bounds, count)
+    sample.listed = len(sample.pictures)
+    if not sample.pictures:
+        raise ConfigError("--from-stream: no sample with a text is stored.", "Publish some, or give --data.")
     return sample
 
 
@@ -112,10 +138,10 @@ def _rows(source: Source, labels: Path | None) -> Iterator[DatasetRow]:
     return imagefolder.read(source)
 
 
-def _open(sample: LabelledSample, drawn: list[tuple[Path, list[FolderItem]]], bounds: Ingest) -> None:
+def _open(sample: LabelledSample, drawn: Iterable[tuple[Path, list[FolderItem]]], bounds: Ingest, total: int) -> None:
     taken: dict[str, Picture] = {}
     size = 0
-    for path, rows in track(drawn, "looking at the pictures"):
+    for path, rows in track(drawn, "looking at the pictures", total):
         try:
             data = rows[0].bytes(bounds.max_image_bytes)
             opened = open_image(data, bounds.max_pixels, bounds.max_image_bytes, bounds.min_side)
@@ -144,6 +170,8 @@ class SuitePlan:
     home: Path
     data: Path
     """Folder dataset with copies of the pictures."""
+    suites: Path
+    """Folder of the suites' files."""
     files: dict[str, Path]
 
 
@@ -162,7 +190,7 @@ def plan_suites(sample: LabelledSample, share: float, most: int, home: Path, fol
             "Give a folder for each class, or captions with --labels.",
         )
     plan = SuitePlan(
-        held_out, rest, home, home / "data" / name, {task: folder / f"{name}-{task}.yaml" for task in tasks}
+        held_out, rest, home, home / "data" / name, folder, {task: folder / f"{name}-{task}.yaml" for task in tasks}
     )
     existing = [path for path in (plan.data, *plan.files.values()) if path.exists()]
     if existing and not replace:
@@ -173,7 +201,11 @@ def plan_suites(sample: LabelledSample, share: float, most: int, home: Path, fol
 
 
 def _divide(pictures: Sequence[Picture], share: float, most: int) -> tuple[list[Picture], list[Picture]]:
-    """Hold out a share of each class, at least two pictures, deterministically by digest."""
+    """Hold out a share of each class, at least two pictures, deterministically by digest. Of stored samples, hold out
+    those that are never trained on."""
+    if any(row.split == FRESH for picture in pictures for row in picture.rows):
+        untrained = [picture for picture in pictures if all(row.split == FRESH for row in picture.rows)][:most]
+        return untrained, [picture for picture in pictures if any(row.split != FRESH for row in picture.rows)]
     classes: dict[str, list[Picture]] = defaultdict(list)
     for picture in sorted(pictures, key=lambda picture: picture.digest):
         classes[picture.label].append(picture)

@@ -78,6 +78,20 @@ def reference_of(settings: Settings, family: Family) -> list[Path]:
     return asking or shipped_folders(settings, settings.base.vlm == SHIPPED_VLM, VLM_REFERENCE)
 
 
+def need_reference(settings: Settings, recipe: Recipe) -> None:
+    """Raise ConfigError if a recipe trains on reference examples, and there are none or a folder of them is missing."""
+    if recipe.mixture.reference == 0:
+        return
+    folders = reference_of(settings, recipe.family)
+    check_reference(folders)
+    if not folders:
+        raise ConfigError(
+            f"there is no reference pool to hold the {recipe.family.upper()} in place.",
+            "Name folder datasets in updater.reference (`ratchet init` makes one of your pictures), or a recipe that "
+            "uses none.",
+        )
+
+
 def spaces_of(base: Base, adapter: Path) -> tuple[str, str]:
     """Image space and text space of an adapter directory; empty for a VLM, which has none."""
     if isinstance(base, VlmBase):

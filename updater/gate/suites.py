@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import yaml
@@ -209,6 +209,9 @@ def probe(suites: Sequence[Suite]) -> list[tuple[Suite, list[Item]]]:
     return [(suite, spread(suite.items(), share)) for suite in suites]
 
 
+MAKE_SUITES: Final = "`ratchet init` makes suites of your pictures (--data), or of stored samples (--from-stream)."
+
+
 def load_suites(
     paths: Iterable[Path] = (), home: Path | None = None, family: Family | None = None, max_items: int = MAX_ITEMS
 ) -> list[Suite]:
@@ -219,6 +222,8 @@ def load_suites(
     files: list[Path] = []
     for path in given or [BUILTIN]:
         place = Path(str(path).replace("${home}", str(home or "."))).expanduser()
+        if not place.exists():
+            raise GateError(f"{place} does not exist.", f"Correct gate.suites; {MAKE_SUITES}")
         matches = sorted([*place.glob("*.yaml"), *place.glob("*.yml")]) if place.is_dir() else [place]
         if not matches:
             raise GateError(f"{place} holds no suite.", "Put *.yaml suites there, or change gate.suites.")

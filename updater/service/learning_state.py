@@ -15,12 +15,13 @@ from core.errors import ConfigError, GateError, RatchetError
 from core.ledger import Ledger, ReleaseAuditRow, VerdictRow
 from core.metrics.learning import Score
 from core.settings import Settings
+from core.settings.serving import SHIPPED, SHIPPED_VLM
 from serving.engines.clip_base import list_bases, names_by_digest
 from streams.store.sample_store import SampleStore
-from updater.data.pools import check_reference
+from updater.families import family_recipe, need_reference
 from updater.gate.interim_analyses import AnalysisPlan, alpha_left
-from updater.gate.suites import load_suites
-from updater.recipes import Family, load_recipe
+from updater.gate.suites import MAKE_SUITES, load_suites
+from updater.recipes import Family
 from updater.service import triggers
 from updater.service.triggers import FreshItems, Learned
 
@@ -116,10 +117,10 @@ def learning_states(settings: Settings, ledger: Ledger, store: SampleStore) -> d
 
 
 def _state(settings: Settings, ledger: Ledger, store: SampleStore, family: Family) -> LearningState:
-    halved = False
+    recipe = None
     with suppress(RatchetError):  # the updater reports an unreadable recipe
-        recipe = settings.updater.recipe if family == "clip" else settings.updater.vlm_recipe
-        halved = bool(load_recipe(recipe).merge.search)
+        recipe = family_recipe(settings, family)
+    halved = bool(recipe and recipe.merge.search)
     learned = Learned.of(ledger, store, family)
     fresh = triggers.fresh_items(settings, ledger, store, family, learned, halved=halved)
     looked_at = fresh.candidate.update if fresh.candidate else None
@@ -127,7 +128,8 @@ def _state(settings: Settings, ledger: Ledger, store: SampleStore, family: Famil
     lacks = ""
     try:
         check_suites(settings, family, learned=bool(learned.data_from), read=False)
-        check_reference(settings.updater.reference)
+        if recipe:
+            need_reference(settings, recipe)
     except (GateError, ConfigError) as error:
         lacks = str(error)
     return LearningState(fresh, plan, settings.gate.alpha, AuditState.of(settings, ledger, family), lacks)
@@ -138,6 +140,13 @@ def check_suites(settings: Settings, family: Family, *, learned: bool = False, r
     memory suites. ``read``: read all items, instead of only checking their folders. Raises GateError: a suite cannot be
     read, or there is no retention suite."""
     suites = load_suites(settings.gate.suites, settings.home, family, settings.gate.max_items)
+    base = settings.base.clip if family == "clip" else settings.base.vlm
+    built_in = not settings.gate.suites and base not in (SHIPPED, SHIPPED_VLM)
+    if built_in and not all(suite.folder.is_dir() for suite in suites):
+        raise GateError(
+            f"there is no suite for base {base!r}: gate.suites is empty.",
+            MAKE_SUITES,
+        )
     for suite in suites:
         if read:
             suite.items()
@@ -146,7 +155,7 @@ def check_suites(settings: Settings, family: Family, *, learned: bool = False, r
     if not learned and not any(suite.role == "retention" for suite in suites):
         raise GateError(
             f"no retention suite asks a {family.upper()}: no update of it could pass the gate.",
-            "Name one in gate.suites (`ratchet init` makes one of your pictures).",
+            f"Name one in gate.suites; {MAKE_SUITES}",
         )
     return len(suites)
 

@@ -41,12 +41,12 @@ from serving.engines.clip_base import ClipBase, need_base, shown
 from streams.store.sample_store import SampleStore
 from updater.budget.cost import StepUnaffordable
 from updater.budget.throttle import Throttle, latencies
-from updater.data.pools import check_reference, mixed_seed
-from updater.families import families_with_a_base, family_base, family_recipe, reference_of
+from updater.data.pools import mixed_seed
+from updater.families import families_with_a_base, family_base, family_recipe, need_reference
 from updater.recipes import Family, Recipe, load_recipe
 from updater.service import triggers
 from updater.service.gate_update import gate_update
-from updater.service.learning_state import LedgerMetrics, check_suites, export_budget
+from updater.service.learning_state import LedgerMetrics, check_suites, export_budget, learning_states
 from updater.service.process import StopSignal, ThrottledLog, only_one, work_folders
 from updater.service.release_audit import audit_release, due_audit
 from updater.service.train_update import BucketEmpty, train_update
@@ -117,6 +117,10 @@ class UpdaterService:
         for family in self.turns:
             metrics.update.now(family, "waiting")
         waiting_log = ThrottledLog()
+        with suppress(RatchetError):  # of a store that is away, as below
+            for family, state in learning_states(self.settings, self.ledger, self.store).items():
+                if family in self.turns and state.lacks:
+                    progress_log.info(f"nothing is trained for the {family.upper()}: {state.lacks}")
         while not self.stop():
             try:
                 for folder in work_folders(self.settings.home):
@@ -208,8 +212,7 @@ class UpdaterService:
     def _lacks(self, recipe: Recipe, ready: Ready) -> str:
         try:
             check_suites(self.settings, recipe.family, learned=bool(ready.learned.data_from))
-            if recipe.mixture.reference > 0:
-                check_reference(reference_of(self.settings, recipe.family))
+            need_reference(self.settings, recipe)
         except (GateError, ConfigError) as error:
             metrics.update.unjudged(recipe.family, True)
             return str(error)

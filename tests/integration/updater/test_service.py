@@ -212,10 +212,11 @@ def test_without_suites_or_reference_nothing_is_begun_and_spent_and_it_is_told(s
     for suite, reference, reason in (
         ("task: retrieval\ndata: ${home}/data/nothing\n", "things", "nothing does not exist"),
         (f"{things}role: gain\n", "things", "no retention suite"),
+        (f"{things}margin: 0.9\n", "", "no reference pool"),
         (f"{things}margin: 0.9\n", "gone", "gone does not exist"),
     ):
         file.write_text(suite)
-        settings = changed(settings, "updater", reference=[data / reference])
+        settings = changed(settings, "updater", reference=[data / reference] if reference else [])
         service = UpdaterService(settings)
         outcome = service.step()
         assert outcome.update is None and reason in outcome.reason

@@ -12,16 +12,22 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from core.errors import ConfigError
+from core.digests import digest_bytes
+from core.errors import ConfigError, GateError
 from core.loading import load_settings
 from core.settings.updates import Gate
 from ops.cli.init_suites import suite_power
 from ops.cli.main import app
 from serving.engines.clip_base import list_bases
 from streams.publish.folders import read_folder
+from streams.store.rows import Position
+from streams.store.sample_store import SampleStore
+from tests.support.samples import TOPIC, put, sample
 from tests.support.tiny import tiny_base
+from updater.families import family_recipe, need_reference
 from updater.gate.statistics import items_needed, smallest_difference
 from updater.gate.suites import load_suites
+from updater.service.learning_state import check_suites
 
 Run = Callable[..., Result]
 COLOURS = {"red_thing": (200, 20, 20), "green_thing": (20, 200, 20), "blue_thing": (20, 20, 200)}
@@ -98,6 +104,38 @@ def test_a_labelled_sample_with_captions_makes_both_suites(run: Run, suffix: str
     assert {item.text for item in tasks["retrieval"].items()} <= {row["caption"] for row in rows}
 
 
+def test_a_model_without_suites_is_not_trained_until_stored_samples_have_made_some(run: Run) -> None:
+    done = run("init", "--model", "tiny", "--yes")
+    assert "nothing is trained until `ratchet init --from-stream 2000`" in done.output, done.exception
+    written = Path("ratchet.yaml").read_text()
+    settings = load_settings(environ={})
+    with pytest.raises(GateError, match="suites does not exist") as lacking:
+        check_suites(settings, "clip")
+    assert "--from-stream" in lacking.value.fix
+    splits: dict[str, set[bytes]] = {"train": set(), "fresh_eval": set()}
+    rows = []
+    for offset in range(40):
+        kind, split = list(COLOURS)[offset % 3], "fresh_eval" if offset % 4 == 0 else "train"
+        image = png(offset, COLOURS[kind])
+        splits[split].add(image)
+        words = {"text": f"a {kind} number {offset}", "label": kind}
+        rows.append(sample(0, offset, split=split, image=image, id=digest_bytes(image), **words))
+    put(SampleStore(settings.lake), rows, Position(TOPIC, 0, 40))
+    told = run("init", "--from-stream", "30").output
+    assert "30 pictures: 8 held out" in told
+    assert Path("ratchet.yaml").read_text() == written
+    suites = load_suites(settings.gate.suites, settings.home)
+    assert {(suite.name, suite.task) for suite in suites} == {
+        ("stream-classification", "classification"), ("stream-retrieval", "retrieval")
+    }  # fmt: skip
+    assert check_suites(settings, "clip") == 2
+    need_reference(settings, family_recipe(settings, "clip"))
+    (folder,) = settings.updater.reference
+    held, rest = ({item.bytes() for item in read_folder(folder, split=each)} for each in ("test", "train"))
+    assert held <= splits["fresh_eval"] and rest <= splits["train"] and (len(held), len(rest)) == (8, 22)
+    assert "next     set gate.mean_margin" in told
+
+
 def test_a_picture_that_is_there_twice_is_on_one_side(run: Run) -> None:
     folder = class_folders(Path("things"))
     for number in range(8):
@@ -133,7 +171,7 @@ def test_what_a_suite_can_show_is_what_the_gate_needs_turned_round(run: Run) -> 
 WRONG: dict[str, tuple[list[str], str, str]] = {
     "no model": ([], "--model is not given", "--yes"),
     "a hub": (["--model", "hf-hub:a/b"], "--model: hf-hub:a/b", "ratchet base add"),
-    "no data": (["--model", "tiny"], "--data: a model of your own", "--labels"),
+    "an empty store": (["--model", "tiny", "--from-stream", "100"], "--from-stream: no sample", "Publish some"),
     "one class": (["--model", "tiny", "--data", "one"], "--data: the 4 pictures", "captions"),
     "other columns": (["--model", "tiny", "--labels", "wrong.csv"], "--labels: wrong.csv, line 1", "caption"),
     "broker away": (["--model", "tiny", "--data", "things", "--broker", "127.0.0.1:1"], "--broker", "--offline"),
