@@ -232,5 +232,5 @@ def _mapping(path: Path, text: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}", "Fix the line that it names.") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a mapping of settings.", "See docs/operator.md for an example.")
+        raise ConfigError(f"{path} must hold a mapping of settings.", "See docs/operator/reference.md for an example.")
     return value

@@ -40,7 +40,7 @@ MADE = {
     "reference/metrics.md": metrics_reference.page,
 }
 OUT = ROOT / "build" / "documentation"
-ASSETS = ("*.png", "*.svg")
+ASSETS = ("*.png", "*.svg", "*.css")
 EXAMPLES = "examples"
 """The folder of examples is a folder of the site: its page, and the files that the page links to."""
 

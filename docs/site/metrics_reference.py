@@ -9,7 +9,7 @@ from core.metrics import declared
 HEAD = """# Metrics
 
 Names end with their base unit: seconds, bytes, flops, or `_ratio` for a share from 0 to 1; counters end with `_total`.
-Where each process exports them: [Metrics](../operator.md#metrics).
+Where each process exports them: [Metrics](../operator/incidents.md#metrics-and-dashboards).
 """
 
 

@@ -17,7 +17,7 @@ from core.settings.section import Section
 HEAD = """# Settings
 
 Flags (`--set serve.port=9000`) win over environment variables (`RATCHET_SERVE__PORT=9000`), which win over
-`ratchet.yaml`, which wins over the defaults; see [how settings are read](../operator.md#settings). `ratchet config
+`ratchet.yaml`, which wins over the defaults ([details](../operator/reference.md#settings)). `ratchet config
 show` lists every setting with its value on your machine, and where that comes from. A number has the unit that the
 name or the description says; bounds are part of the type.
 """

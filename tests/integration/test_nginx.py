@@ -1,4 +1,4 @@
-"""The console behind a real nginx, set up as in docs/operator.md: TLS termination, a path, and large pictures."""
+"""The console behind a real nginx, as in docs/operator/access.md: TLS termination, a path, and large pictures."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from core.addresses import free_port, listens
 from tests.support.downloads import installed, running
 
 BINARY: Final = installed("nginx")
-OPERATOR: Final = Path(__file__).parents[2] / "docs" / "operator.md"
+OPERATOR: Final = Path(__file__).parents[2] / "docs" / "operator"
 START_SECONDS: Final = 20.0
 
 
@@ -41,6 +41,7 @@ def nginx(folder: Path, server: str, *, port: int = 0, tls: bool = False) -> Ite
 
 
 def documented(port: str, real: int) -> str:
-    """The example of docs/operator.md whose upstream is at ``port`` (as in ``:8001``), with the real port."""
-    (found,) = (each for each in re.findall(r"```nginx\n(.*?)```", OPERATOR.read_text(), re.DOTALL) if port in each)
+    """The example in docs/operator whose upstream is at ``port`` (as in ``:8001``), with the real port."""
+    pages = "\n".join(page.read_text() for page in sorted(OPERATOR.glob("*.md")))
+    (found,) = (each for each in re.findall(r"```nginx\n(.*?)```", pages, re.DOTALL) if port in each)
     return str(found).replace(f"127.0.0.1{port}", f"127.0.0.1:{real}")
