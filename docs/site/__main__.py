@@ -25,13 +25,14 @@ from serving.http.app import openapi
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Path(__file__).parent / "site.yml"
 COPIES = {
-    "README.md": "index.md",
     "client/README.md": "python-client.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
 }
 """Files that are where GitHub and package registries show them, and the pages that they become."""
+HOME = {"README.md": "index.md"}
+"""GitHub's front page and the site's: links to the one lead to the other, ``docs/index.md``."""
 MADE = {
     "reference/api.md": api_reference.page,
     "reference/cli.md": cli_reference.page,
@@ -121,7 +122,7 @@ def _names(nav: Any) -> Iterator[str]:
 
 def page_of(name: str) -> str:
     """Where the site has a file of the repository: what lies in ``docs/`` is at its top."""
-    return COPIES.get(name, name.removeprefix("docs/"))
+    return (COPIES | HOME).get(name, name.removeprefix("docs/"))
 
 
 def relinked(text: str, name: str) -> str:

@@ -13,7 +13,7 @@ HEAD = """# HTTP API
 
 The server gives the same description as OpenAPI 3.1 at `/openapi.json`, and a page to try calls out at `/docs`. How
 to use the calls, with examples: [the guide for clients](../client.md). Every call takes a header `x-request-id`, and
-every answer has one: [request ids](../client.md#request-ids).
+every answer has one: [request ids](../client/errors.md#request-ids).
 """
 ERRORS = """## Errors
 

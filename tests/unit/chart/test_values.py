@@ -54,8 +54,8 @@ def test_what_every_installation_has_to_say_is_asked_for(missing: str) -> None:
         chart().render({name: value for name, value in NEEDED.items() if name != missing}, name="live")
 
 
-def test_the_example_of_the_deployers_page_is_a_valid_one_and_refusals_read_as_it_says() -> None:
-    page = (ROOT / "docs" / "deployer.md").read_text()
+def test_the_example_of_the_install_page_is_a_valid_one_and_refusals_read_as_it_says() -> None:
+    page = (ROOT / "docs" / "deployer" / "install.md").read_text()
     example = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
     assert example.keys() >= NEEDED.keys()
     for name in PROFILES:
@@ -63,7 +63,7 @@ def test_the_example_of_the_deployers_page_is_a_valid_one_and_refusals_read_as_i
         assert chart().render(merged(profile(name), example), name="ratchet")
     with pytest.raises(HelmError) as caught:
         chart().render(merged(example, {"serving": {"workers": {"replicas": 0}}}), name="ratchet")
-    shown = page.partition("names itself (`")[2].partition("`")[0]
+    shown = page.partition("names the value (`")[2].partition("`")[0]
     assert shown in str(caught.value)
 
 

@@ -129,7 +129,7 @@ def test_two_updates_in_a_row_change_what_may_change_and_are_served_as_trained(
 
 def test_both_pages_have_a_row_for_each_recipe_as_it_is() -> None:
     assert not missing(), "add or replace these rows, and say when to use each:\n" + "\n".join(missing())
-    methods = PAGE.with_name("methods.md").read_text()
+    methods = PAGE.parents[1].joinpath("methods.md").read_text()
     rows = [line.strip("|").split("|") for line in methods.splitlines() if line.startswith("| `")]
     named = [name for cells in rows for name in re.findall(r"`([a-z0-9._-]+)`", cells[0])]
     assert sorted(told()) == sorted(named) == recipe_names()
@@ -165,7 +165,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 
 def test_the_example_of_the_page_is_trained_and_served(install: Install, base: ClipBase, tmp_path: Path) -> None:
     files, points = {}, ""
-    for block in Page(PAGE).blocks:
+    for block in Page(PAGE.with_name("write.md")).blocks:
         first, _, rest = block.text.partition("\n")
         if place := re.fullmatch(r"# (my_methods/[\w/-]+\.(?:py|yaml))", first):
             files[place[1]] = rest
