@@ -38,11 +38,11 @@ spec:
       {{- end }}
       containers:
         - name: {{ .part }}
-          {{- include "ratchet.container" $top | nindent 10 }}
+          {{- include "ratchet.container" (list $top .part) | nindent 10 }}
           command: [ratchet, {{ .command }}]
           env:
             {{- include "ratchet.env" (list $top .part) | nindent 12 }}
-            {{- include "ratchet.addedEnv" $top | nindent 12 }}
+            {{- include "ratchet.addedEnv" (list $top .values) | nindent 12 }}
           ports:
             - {name: {{ .portName }}, containerPort: {{ .port }}}
           {{- include "ratchet.probes" (dict "path" .path "port" .portName "ready" .ready "timeout" 10 "start" 60) | nindent 10 }}

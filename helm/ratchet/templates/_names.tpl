@@ -36,9 +36,14 @@ app.kubernetes.io/instance: {{ $top.Release.Name }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end -}}
 
+{{/* Of the containers of a part: (list $ "ingest"). Those without a model have the slim image. */}}
 {{- define "ratchet.image" -}}
-{{- $tag := default (printf "%s-%s" .Chart.AppVersion .Values.image.flavour) .Values.image.tag -}}
-{{- printf "%s:%s" .Values.image.repository $tag -}}
+{{- $top := index . 0 -}}
+{{- $slim := has (index . 1) (list "ingest" "maintain" "console" "migration" "test") -}}
+{{- with $top.Values.image -}}
+{{- $tag := default (printf "%s-%s" $top.Chart.AppVersion ($slim | ternary "slim" .flavour)) .tag -}}
+{{- printf "%s:%s" .repository ($slim | ternary (default $tag .slimTag) $tag) -}}
+{{- end -}}
 {{- end -}}
 
 {{- define "ratchet.server" -}}

@@ -21,8 +21,8 @@ capabilities: {drop: [ALL]}
 serviceAccountName: {{ include "ratchet.fullname" $top }}
 automountServiceAccountToken: {{ and (gt (len .) 3) (last .) | not | not }}
 enableServiceLinks: false
-{{- with $top.Values.runtimeClassName }}
-runtimeClassName: {{ . }}
+{{- if and $values.gpus $top.Values.runtimeClassName }}
+runtimeClassName: {{ $top.Values.runtimeClassName }}
 {{- end }}
 {{- with include "ratchet.priorityClass" (list $top (has $part (list "updater" "training-head" "training-worker") | ternary "training" "serving")) }}
 priorityClassName: {{ . }}
@@ -63,14 +63,20 @@ affinity: {{- toYaml . | nindent 2 }}
 {{- with .Values.podAnnotations }}{{ toYaml . }}{{ end -}}
 {{- end -}}
 
+{{/* Of a container: (list $), and the values that have its GPUs. Without GPUs NVIDIA's runtime is told to show none, since an
+image can ask it for all. */}}
 {{- define "ratchet.addedEnv" -}}
-{{- if or .Values.caBundle.configMap .Values.caBundle.secret }}
+{{- $values := (index . 0).Values -}}
+{{- if or (eq (len .) 1) (not (last .).gpus) }}
+- {name: NVIDIA_VISIBLE_DEVICES, value: void}
+{{- end }}
+{{- if or $values.caBundle.configMap $values.caBundle.secret }}
 {{- range list "SSL_CERT_FILE" "REQUESTS_CA_BUNDLE" "AWS_CA_BUNDLE" }}
 - name: {{ . }}
-  value: /etc/ratchet/ca/{{ $.Values.caBundle.key }}
+  value: /etc/ratchet/ca/{{ $values.caBundle.key }}
 {{- end }}
 {{- end }}
-{{- with .Values.extraEnv }}
+{{- with $values.extraEnv }}
 {{ toYaml . }}
 {{- end }}
 {{- end -}}
@@ -99,9 +105,10 @@ affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end -}}
 
+{{/* Of a part: (list $ "ingest"). */}}
 {{- define "ratchet.container" -}}
 image: {{ include "ratchet.image" . }}
-imagePullPolicy: {{ .Values.image.pullPolicy }}
+imagePullPolicy: {{ (index . 0).Values.image.pullPolicy }}
 securityContext: {{- include "ratchet.containerSecurity" . | nindent 2 }}
 {{- end -}}
 
@@ -274,7 +281,7 @@ template, a namespace that Helm makes), nothing is: every namespace has the serv
 {{- $base := default (dict) $top.Values.settings.base -}}
 {{- $names := list (default "shipped" $base.clip) (hasKey $base "vlm" | ternary $base.vlm "shipped-vlm") | compact -}}
 - name: bases
-  {{- include "ratchet.container" $top | nindent 2 }}
+  {{- include "ratchet.container" . | nindent 2 }}
   {{- if eq $top.Values.bases.source "build" }}
   command: [ratchet, base, build{{ if lt (len $names) 2 }}, --family, clip{{ end }}]
   {{- else if eq $top.Values.bases.source "artifacts" }}
@@ -284,7 +291,7 @@ template, a namespace that Helm makes), nothing is: every namespace has the serv
   {{- end }}
   env:
     {{- include "ratchet.env" (list $top "bases") | nindent 4 }}
-    {{- include "ratchet.addedEnv" $top | nindent 4 }}
+    {{- include "ratchet.addedEnv" (list $top) | nindent 4 }}
   resources: {{- toYaml $top.Values.bases.resources | nindent 4 }}
   volumeMounts:
     {{- include "ratchet.mounts" . | nindent 4 }}

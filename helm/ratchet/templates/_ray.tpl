@@ -66,12 +66,12 @@ over, or when their successors run elsewhere, which takes encoders half a minute
 {{- $top := index . 0 -}}
 upscalingMode: Default
 idleTimeoutSeconds: {{ index . 1 | int }}
-image: {{ include "ratchet.image" $top }} # Ray's own is another version's
+image: {{ include "ratchet.image" (list $top "serving") }} # Ray's own is another version's
 imagePullPolicy: {{ $top.Values.image.pullPolicy }}
 securityContext: {{- include "ratchet.containerSecurity" $top | nindent 2 }}
 env:
   - {name: HOME, value: /home/ratchet}
-  {{- include "ratchet.addedEnv" $top | nindent 2 }}
+  {{- include "ratchet.addedEnv" (list $top) | nindent 2 }}
 volumeMounts:
   - {name: user, mountPath: /home/ratchet}
   - {name: tmp, mountPath: /tmp}
@@ -161,11 +161,11 @@ initContainers:
   {{- include "ratchet.bases" (list $top "serving") | nindent 2 }}
 containers:
   - name: ray # KubeRay takes the first container for Ray's
-    {{- include "ratchet.container" $top | nindent 4 }}
+    {{- include "ratchet.container" (list $top $part) | nindent 4 }}
     env:
       {{- include "ratchet.env" (list $top "serving") | nindent 6 }}
       {{- include "ratchet.rayEnv" $top | nindent 6 }}
-      {{- include "ratchet.addedEnv" $top | nindent 6 }}
+      {{- include "ratchet.addedEnv" (list $top $values) | nindent 6 }}
     ports:
       - {name: agent, containerPort: 52365, protocol: TCP}
       - {name: metrics, containerPort: 8080, protocol: TCP}
@@ -190,11 +190,11 @@ containers:
       - {name: metrics, mountPath: /run/ratchet/metrics}
       - {name: shm, mountPath: /dev/shm}
   - name: exporter
-    {{- include "ratchet.container" $top | nindent 4 }}
+    {{- include "ratchet.container" (list $top $part) | nindent 4 }}
     command: [ratchet, metrics, serve, /run/ratchet/metrics, --port, {{ $top.Values.serving.exporter.port | int | quote }}, --host, "0.0.0.0"]
     env:
       - {name: HOME, value: /home/ratchet}
-      {{- include "ratchet.addedEnv" $top | nindent 6 }}
+      {{- include "ratchet.addedEnv" (list $top) | nindent 6 }}
     ports:
       - {name: exporter, containerPort: {{ $top.Values.serving.exporter.port | int }}, protocol: TCP}
     {{- include "ratchet.probes" (dict "path" "/metrics" "port" "exporter" "timeout" 10 "start" 30) | nindent 4 }}
@@ -235,13 +235,13 @@ spec:
   {{- include "ratchet.podSpec" (list $top $part $values $head) | nindent 2 }}
   containers:
     - name: ray
-      {{- include "ratchet.container" $top | nindent 6 }}
+      {{- include "ratchet.container" (list $top $part) | nindent 6 }}
       env:
         - {name: HOME, value: /home/ratchet}
         - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
         - {name: OMP_NUM_THREADS, value: "1"} # workers set their own number
         {{- include "ratchet.storeEnv" $top | nindent 8 }} # they read their samples from the lake
-        {{- include "ratchet.addedEnv" $top | nindent 8 }}
+        {{- include "ratchet.addedEnv" (list $top $values) | nindent 8 }}
       ports:
         - {name: agent, containerPort: 52365, protocol: TCP}
         {{- if $head }}

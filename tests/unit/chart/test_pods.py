@@ -118,10 +118,33 @@ def test_one_process_trains_and_one_maintains_and_no_upgrade_adds_a_writer(objec
     assert scaled <= {"live-ratchet-ingest"} and not of_kind(objects, "HorizontalPodAutoscaler")
 
 
+def test_only_containers_that_ask_for_gpus_see_any(values: Any, objects: list[dict[str, Any]]) -> None:
+    """Also on nodes whose default runtime is NVIDIA's, and with an image that sets NVIDIA_VISIBLE_DEVICES=all."""
+    for component, spec, container in containers(objects):
+        on_gpu = "nvidia.com/gpu" in container["resources"]["limits"]
+        visible = variables(container).get("NVIDIA_VISIBLE_DEVICES")
+        assert visible == (None if on_gpu else "void"), (component, container["name"])
+        if container in spec["containers"][:1]:
+            wanted = values.get("runtimeClassName") if on_gpu else None
+            assert spec.get("runtimeClassName") == wanted, component
+
+
+def test_parts_without_a_model_have_the_slim_image() -> None:
+    def tags(**image: str) -> dict[str, str]:
+        found = containers(render({"image": image}))
+        return {component: container["image"] for component, _, container in found}
+
+    slim = {"ingest", "maintain", "console", "migration", "test"}
+    default = tags(flavour="gpu")
+    assert {part for part, image in default.items() if image.endswith("-slim")} == slim
+    assert all(image.endswith("-gpu") for part, image in default.items() if part not in slim)
+    assert set(tags(tag="mine").values()) == {"ratchet:mine"}, "one image for all"
+    assert {part for part, image in tags(tag="mine", slimTag="small").items() if image == "ratchet:small"} == slim
+
+
 def test_every_pod_has_what_the_installation_adds() -> None:
     for component, template in pods(render(EVERYTHING)):
         assert template["metadata"]["annotations"]["example.org/team"] == "ml", component
-        assert template["spec"]["runtimeClassName"] == "nvidia"
     ca = dict.fromkeys(("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE"), "/etc/ratchet/ca/ca.crt")
     for component, spec, container in containers(render(EVERYTHING)):
         told = variables(container)
