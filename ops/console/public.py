@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ops.console.security import Session
 from serving.http.client_address import RateLimiter, TrustedProxies, address, set_client
-from serving.http.health import Recent
+from serving.http.recent import Recent
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD"})
 SPEAKERS: Final = frozenset({"updater", "guard"})

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -16,11 +16,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from core import metrics
 from core.dependencies import Dependency, State, current
-from core.request_context import detached
 from serving.errors import QueueFull, VlmStarting
 from serving.http.app_state import AppState, app_state, release_headers
 from serving.http.bodies import ResponseBody
 from serving.http.errors import RESPONSES, RETRY_AFTER_SECONDS, ApiError, ErrorBody, ErrorDetail, answer, described
+from serving.http.recent import Recent
 from serving.own_threads import OwnThreads
 
 router = APIRouter(tags=["Health"])
@@ -35,10 +35,8 @@ log = logging.getLogger("ratchet.http")
 Component = Literal["clip", "vlm", "catalog"]
 COMPONENTS: tuple[Component, ...] = ("clip", "vlm", "catalog")
 PROBE_SECONDS = 10.0
-FRESH_SECONDS = 1.0
 WATCH_SECONDS = 10.0
 """Between updates of the metric of ready parts."""
-Value = TypeVar("Value")
 
 
 class Alive(ResponseBody):
@@ -266,24 +264,3 @@ async def _observed(work: Awaitable[object], release: int) -> ComponentState:
             log.error("a probe failed", exc_info=error)
         return ComponentState(False, description.message, release, time.perf_counter() - began)
     return ComponentState(True, "ok", release, time.perf_counter() - began)
-
-
-class Recent(Generic[Value]):
-    """A value that is recomputed when older than ``seconds``; concurrent callers share it."""
-
-    def __init__(self, compute: Callable[[], Awaitable[Value]], seconds: float = FRESH_SECONDS) -> None:
-        self._compute = compute
-        self._seconds = seconds
-        self._task: asyncio.Task[Value] | None = None
-        self._ended = float("-inf")
-
-    async def get(self) -> Value:
-        if self._task is None or (self._task.done() and time.monotonic() - self._ended >= self._seconds):
-            self._task = asyncio.get_running_loop().create_task(self._timed(), context=detached())
-        return await asyncio.shield(self._task)  # a caller that leaves must not cancel it for others
-
-    async def _timed(self) -> Value:
-        try:
-            return await self._compute()
-        finally:
-            self._ended = time.monotonic()

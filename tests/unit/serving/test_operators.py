@@ -16,7 +16,7 @@ from core import dependencies
 from core.errors import AlreadyResubmitted, BrokerError, LedgerUnavailable, RecordError, UnknownRecord
 from core.metrics import declared
 from serving.errors import QueueFull, Unavailable
-from serving.http import health, operations, store_services
+from serving.http import health, operations, recent, store_services
 from serving.http.app_state import AppState
 from serving.http.operations import LastReleases
 from serving.http.store_services import DeletionService, ReceiptService
@@ -121,8 +121,7 @@ async def test_before_a_release_is_live_nothing_is_ready() -> None:
 
 async def test_a_flood_of_probes_costs_one_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
-    monkeypatch.setattr(health, "time", clock)
+    monkeypatch.setattr(recent, "time", SimpleNamespace(monotonic=lambda: now[0]))
     gate = asyncio.Event()
 
     async def encode(*_: Any) -> None:
@@ -138,7 +137,7 @@ async def test_a_flood_of_probes_costs_one_forward_pass(monkeypatch: pytest.Monk
         gate.set()
         assert {answer.status_code for answer in await asyncio.gather(*staying)} == {200}
         assert passes.await_count == 1
-        now[0] = health.FRESH_SECONDS
+        now[0] = recent.FRESH_SECONDS
         await http.get("/health/ready")
         assert passes.await_count == 2, "computed again when it is old"
 
