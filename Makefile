@@ -8,7 +8,7 @@ FOR_TESTS := $(VENV)/.installed-dev
 # uv leaves it to the first import to compile a module: without bytecode on the disk every process would.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test long outside packages check chart docs lock release clean
+.PHONY: demo test long outside packages check chart docs lock audit release clean
 
 demo: $(or $(wildcard $(FOR_TESTS)),$(FOR_DEMO))
 	@$(BIN)/ratchet demo
@@ -46,6 +46,10 @@ $(VENV)/.installed-%: pyproject.toml client/pyproject.toml methods/pyproject.tom
 
 lock: $(FOR_TESTS)
 	@bash locks/lock.sh $(BIN)/uv
+
+# Known vulnerabilities of what the locks name.
+audit: $(FOR_TESTS)
+	@bash locks/audit.sh $(abspath $(BIN)/uv)
 
 release: $(FOR_TESTS)
 	@$(BIN)/python release.py $(VERSION)

@@ -94,7 +94,7 @@ def main(version: str) -> None:
         raise
     print(f"\nReleased {version} here. To publish it:\n\n  git push origin HEAD v{version}")
     print(f"  uv publish {' '.join(str(path.relative_to(ROOT)) for path in built)}")
-    for target in ("cpu", "gpu"):
+    for target in ("cpu", "gpu", "slim"):
         print(f"  docker build --target {target} -t ratchet:{version}-{target} .")
 
 

