@@ -17,7 +17,7 @@ import yaml
 from core.loading import describe, load_settings
 from core.metrics import declared
 from core.settings import Settings
-from docs.site import cli_reference
+from docs.site import cli_reference, pictures
 from docs.site.__main__ import build, collect
 from ops.cli.main import app
 from ratchet_client.records import REASONS
@@ -114,6 +114,12 @@ def test_each_link_leads_to_a_file_and_a_heading_and_each_call_exists(page: Page
     for path in re.findall(r"(/(?:v1|admin/v1|health)/[a-z_/]+)", page.path.read_text()):
         call = path.rstrip("/")
         assert call in CALLS or f"{call.rpartition('/')[0]}/{{model}}" in WITH_MODEL, path
+
+
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_each_picture_is_the_one_that_the_script_draws(name: str) -> None:
+    """``python -m docs.site.pictures`` writes them."""
+    assert (pictures.FOLDER / f"{name}.svg").read_text() == pictures.PICTURES[name]()
 
 
 # The site
