@@ -5,6 +5,7 @@ in Ratchet reads the environment."""
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -23,9 +24,14 @@ from core.log_format import STARS, redact_url
 from core.settings import Settings
 from core.settings.section import Section
 
+log = logging.getLogger("ratchet.settings")
 PREFIX = "RATCHET_"
 FILE = "ratchet.yaml"
 FILE_VARIABLE = "RATCHET_CONFIG"
+CLIENT_VARIABLES = ("RATCHET_CLIENT_URL", "RATCHET_CLIENT_KEY")
+"""Those of programs that use a server, such as the examples."""
+_OF_KUBERNETES = re.compile(r"(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+"""Variables that Kubernetes sets for each service, ``RATCHET_SERVE_SERVICE_HOST``; ``RATCHET_SERVE_PORT`` is a URL."""
 MASKED = ("kafka.client",)
 """Mappings whose values are masked, because some are secrets."""
 
@@ -38,7 +44,7 @@ def load_settings(
     """Read and validate the settings, recording origins. ``path`` is a YAML file; default: the one in
     ``RATCHET_CONFIG``, or ``ratchet.yaml`` in the working directory, if any. ``overrides``: values from flags, by
     dotted name (``{"serve.port": 9000}``). Raises ConfigError that names the wrong key or value, its origin and the
-    fix."""
+    fix. A variable without a section that names no setting may belong to another program: it is only a warning."""
     environ = os.environ if environ is None else environ
     named = environ.get(FILE_VARIABLE)
     origins: dict[str, str] = {}
@@ -46,6 +52,9 @@ def load_settings(
     flags = ((name, value, "flag") for name, value in (overrides or {}).items())
     for name, value, origin in chain(_of_file(path or (Path(named) if named else None)), _of_environ(environ), flags):
         if _field(name) is None:
+            if origin.startswith("environment") and "." not in name:  # a setting of a section has a dot
+                log.warning("%s names no setting, and is ignored. %s", origin, _nearest(name))
+                continue
             raise ConfigError(f"unknown setting {name!r} (from {origin}).", _nearest(name))
         *sections, leaf = name.split(".")
         target = values
@@ -96,13 +105,22 @@ def _of_file(path: Path | None) -> Iterator[tuple[str, Any, str]]:
             else:
                 yield name, value, str(file)
 
-    return flat(_mapping(file, file.read_text()) if file.exists() else {})
+    try:
+        text = file.read_text() if file.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"settings file {file} cannot be read: {error}.", f"Check --config, or {FILE_VARIABLE}."
+        ) from None
+    return flat(_mapping(file, text))
 
 
 def _of_environ(environ: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
     for key, text in environ.items():
-        if key.startswith(PREFIX) and key != FILE_VARIABLE and not key.startswith(f"{PREFIX}TEST_"):
-            name = key[len(PREFIX) :].lower().replace("__", ".")
+        rest = key.removeprefix(PREFIX)
+        if rest == key or key in (FILE_VARIABLE, *CLIENT_VARIABLES) or rest.startswith("TEST_"):
+            continue
+        if not (_OF_KUBERNETES.fullmatch(rest) or (rest.endswith("PORT") and "://" in text)):
+            name = rest.lower().replace("__", ".")
             yield name, parse_value(name, text), f"environment {key}"
 
 
@@ -186,8 +204,8 @@ FIXED: Final = {
 def _nearest(name: str) -> str:
     if name in FIXED:
         return f"It is fixed now, at {FIXED[name]}: remove it."
-    close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.4)
-    return f"Did you mean {close[0]!r}? " if close else "See `ratchet config show` for the names."
+    close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.4 if "." in name else 0.6)
+    return f"Did you mean {close[0]!r}?" if close else "See `ratchet config show` for the names."
 
 
 def update_section(path: Path, section: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 import { readFile } from "node:fs/promises";
 import { basename } from "node:path";
 
-const url = process.env.RATCHET_URL ?? "http://127.0.0.1:8000";
-const key = process.env.RATCHET_KEY ?? "none"; // a server on another machine wants a key: ratchet keys create
+const url = process.env.RATCHET_CLIENT_URL ?? "http://127.0.0.1:8000";
+const key = process.env.RATCHET_CLIENT_KEY ?? "none"; // a server on another machine wants a key: ratchet keys create
 const picture = process.argv[2];
 
 async function call(path, body, headers = { "content-type": "application/json" }) {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ratchet_client import Client
 
-URL = os.environ.get("RATCHET_URL", "http://127.0.0.1:8000")
-KEY = os.environ.get("RATCHET_KEY")  # a server on another machine wants a key: ratchet keys create
+URL = os.environ.get("RATCHET_CLIENT_URL", "http://127.0.0.1:8000")
+KEY = os.environ.get("RATCHET_CLIENT_KEY")  # a server on another machine wants a key: ratchet keys create
 PICTURE = Path(sys.argv[1])
 LABELS = ["bus", "dragon", "red circle"]
 

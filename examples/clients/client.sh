@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Embed texts, classify a picture and search, with curl: `bash client.sh bus.png`.
 set -euo pipefail
-url="${RATCHET_URL:-http://127.0.0.1:8000}"
-key="${RATCHET_KEY:-none}" # a server on another machine wants a key: ratchet keys create
+url="${RATCHET_CLIENT_URL:-http://127.0.0.1:8000}"
+key="${RATCHET_CLIENT_KEY:-none}" # a server on another machine wants a key: ratchet keys create
 picture="$1"
 
 call() { # a status of 400 or more ends this, with the server's message

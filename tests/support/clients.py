@@ -116,7 +116,7 @@ def start(client: LibraryClient, folder: Path, work: Path, url: str, contract: P
         example.parent.mkdir(exist_ok=True)
     example.write_text(snippet(client, url))
     environ = {
-        **os.environ, "RATCHET_URL": url, "RATCHET_CONTRACT": str(contract), "RATCHET_SNIPPET": str(example),
+        **os.environ, "RATCHET_CLIENT_URL": url, "RATCHET_CONTRACT": str(contract), "RATCHET_SNIPPET": str(example),
         "RATCHET_LIMITED_KEY": limited_key, "PYTHONPATH": str(folder) if client.from_folder else "",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LANGSMITH_TRACING": "false", "NO_PROXY": "127.0.0.1",
     }  # fmt: skip

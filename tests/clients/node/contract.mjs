@@ -5,7 +5,7 @@ import { readFileSync } from "node:fs";
 import { pathToFileURL } from "node:url";
 
 const contract = JSON.parse(readFileSync(process.env.RATCHET_CONTRACT, "utf8"));
-export const URL = `${process.env.RATCHET_URL}/v1`;
+export const URL = `${process.env.RATCHET_CLIENT_URL}/v1`;
 export const KEY = "none";
 export const WRONG_KEY = contract.wrong_key;
 export const LIMITED_KEY = process.env.RATCHET_LIMITED_KEY;

@@ -1,8 +1,8 @@
 """Requests, expected answers and a JSON report, shared by the scripts of the Python clients.
 
-The environment names the server (``RATCHET_URL``) and a file (``RATCHET_CONTRACT``) with the requests and the answers
-that plain HTTP got. A script runs all of its checks, even after a failure, and prints one JSON object: ``passed`` or a
-traceback under the name of each check.
+The environment names the server (``RATCHET_CLIENT_URL``) and a file (``RATCHET_CONTRACT``) with the requests and the
+answers that plain HTTP got. A script runs all of its checks, even after a failure, and prints one JSON object:
+``passed`` or a traceback under the name of each check.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-URL = os.environ["RATCHET_URL"] + "/v1"
+URL = os.environ["RATCHET_CLIENT_URL"] + "/v1"
 CONTRACT: dict[str, Any] = json.loads(Path(os.environ["RATCHET_CONTRACT"]).read_text())
 KEY = "none"
 TEXTS: list[str] = CONTRACT["texts"]

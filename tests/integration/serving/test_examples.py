@@ -41,7 +41,7 @@ PICTURE = EXAMPLES / "suite" / "pictures" / "red-circle.png"
 
 def run(server: ServerFixture, folder: Path, *command: str | Path) -> str:
     server.until_covered()
-    named = {"RATCHET_URL": server.url, "NO_PROXY": "127.0.0.1", "MPLBACKEND": "agg"}
+    named = {"RATCHET_CLIENT_URL": server.url, "NO_PROXY": "127.0.0.1", "MPLBACKEND": "agg"}
     done = subprocess.run(
         [*map(str, command)], cwd=folder, env={**os.environ, **named}, capture_output=True, text=True, timeout=60,
         check=False,

@@ -49,6 +49,21 @@ def test_a_wrong_key_or_value_names_itself_and_the_fix(tmp_path: Path, text: str
         load_settings(environ={"RATCHET_SERVE__PRT": "1"})
 
 
+def test_variables_of_other_programs_are_named_in_a_warning_and_those_of_kubernetes_are_passed_over(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    theirs = {
+        "RATCHET_CONSOLE_SERVICE_HOST": "10.0.0.7", "RATCHET_SERVE_SERVICE_PORT": "8000",
+        "RATCHET_SERVE_SERVICE_PORT_HTTP": "8000", "RATCHET_SERVE_PORT": "tcp://10.0.0.7:8000",
+        "RATCHET_SERVE_PORT_8000_TCP": "tcp://10.0.0.7:8000", "RATCHET_SERVE_PORT_8000_TCP_ADDR": "10.0.0.7",
+        "RATCHET_SERVICE_HOST": "10.0.0.7", "RATCHET_CLIENT_URL": "http://far:8000", "RATCHET_CLIENT_KEY": "rk_1",
+    }  # fmt: skip
+    assert load_settings(environ=theirs).origins == {} and not caplog.messages
+    assert load_settings(environ={"RATCHET_URL": "x", "RATCHET_SERVE_PORT": "9000"}).serve.port == 8000
+    assert "RATCHET_URL names no setting" in caplog.messages[0]
+    assert "RATCHET_SERVE_PORT names no setting" in caplog.messages[1] and "'serve.port'" in caplog.messages[1]
+
+
 def test_a_missing_settings_file_that_was_asked_for_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load_settings(tmp_path / "none.yaml")
