@@ -35,6 +35,13 @@ def replace_file(path: Path, data: bytes, mode: int = 0o644, prefix: str = "") -
         staging.write_bytes(data)
 
 
+def make_private(path: Path) -> None:
+    """Create an empty file, and its folder, that only this user can read; existing ones stay as they are."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not path.exists():
+        path.touch(mode=0o600)
+
+
 def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

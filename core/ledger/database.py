@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, Select, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, Select, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import (
     ArgumentError,
     InterfaceError,
@@ -29,6 +29,7 @@ from sqlalchemy.orm import Session
 
 from core.dependencies import outage_state
 from core.errors import CommitUnknown, LedgerError, LedgerUnavailable
+from core.files import make_private
 from core.ledger.time_limits import CALL_SECONDS, CHECKOUT_SECONDS, MIGRATION_SECONDS, time_limit
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def open_database(url: str, migrate: bool, check: bool = True) -> Database:
 def _make_engine(url: URL) -> Engine:
     if url.get_backend_name() == "sqlite":
         if url.database:
-            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+            _make_file(Path(url.database))
         engine = create_engine(url, pool_timeout=CHECKOUT_SECONDS) if url.database else create_engine(url)
         _prepare_sqlite(engine)
         return engine
@@ -165,6 +166,15 @@ def _make_engine(url: URL) -> Engine:
     engine = create_engine(bounded, pool_pre_ping=True, pool_timeout=CHECKOUT_SECONDS)
     postgres.prepare_postgres(engine)
     return engine
+
+
+def _make_file(path: Path) -> None:
+    try:
+        make_private(path)
+    except OSError as error:
+        words = error.strerror or str(error)
+        fix = "Choose a folder that can be written: --set home=DIR, or RATCHET_HOME."
+        raise LedgerUnavailable(f"ledger {path} cannot be made: {words}.", fix, outage_state(words)) from None
 
 
 def alembic_config(connection: Connection | None = None) -> Config:
@@ -179,16 +189,14 @@ def alembic_config(connection: Connection | None = None) -> Config:
 def _migrate(database: Database) -> None:
     """Upgrade the schema. A newer Ratchet's schema is left alone: migrations only add, so that the software can be
     rolled back."""
-    from alembic import command  # imported here: replicas do not migrate, and start without it
-    from alembic.runtime.migration import MigrationContext
-    from alembic.script import ScriptDirectory
-
-    script = ScriptDirectory.from_config(alembic_config())
+    known = sorted(path.name.partition("_")[0] for path in MIGRATIONS.glob("versions/[0-9]*.py"))
     with time_limit(CALL_SECONDS), database.engine.connect() as connection:
-        revision = MigrationContext.configure(connection).get_current_revision()
-    known = {each.revision for each in script.walk_revisions()}
-    if revision == script.get_current_head() or (revision is not None and revision not in known):
+        made = inspect(connection).has_table("alembic_version")
+        revision = connection.scalar(text("select version_num from alembic_version")) if made else None
+    if revision == known[-1] or (revision is not None and revision not in known):
         return
+    from alembic import command  # imported here: it takes long, and is rarely needed
+
     with time_limit(MIGRATION_SECONDS), database._writing.connect() as connection, connection.begin():
         lock_migrations(connection)
         command.upgrade(alembic_config(connection), "head")

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 
 from core.errors import LedgerError, LedgerUnavailable
 from core.ledger import Ledger
+from core.ledger.database import MIGRATIONS, alembic_config
 from core.ledger.rows import Base
 from tests.support.ledger_limits import patient, patient_limits
 from tests.unit.core.ledger.steps import of_revision, race, release
@@ -58,6 +60,26 @@ def test_keys_from_before_searches_had_a_scope_may_search_as_before(url: str) ->
         }  # fmt: skip
     with of_revision(url, "0010") as connection:
         assert "search" not in str(connection.execute(text("select name, scopes from api_keys")).all())
+
+
+def test_only_its_user_can_read_a_new_ledger_and_its_folder_and_old_ones_stay_as_they_are(tmp_path: Path) -> None:
+    def modes() -> dict[str, int]:
+        return {path.name: path.stat().st_mode & 0o777 for path in (home, *home.iterdir())}
+
+    home = tmp_path / "home"
+    with closing(Ledger.open(f"sqlite:///{home}/ledger.db")) as opened:
+        release(opened)
+        assert modes() == {"home": 0o700, "ledger.db": 0o600, "ledger.db-wal": 0o600, "ledger.db-shm": 0o600}
+    home.chmod(0o755)
+    (home / "ledger.db").chmod(0o640)
+    Ledger.open(f"sqlite:///{home}/ledger.db").close()
+    assert modes() == {"home": 0o755, "ledger.db": 0o640}
+
+
+def test_the_newest_migration_is_the_last_file_so_that_a_ledger_is_known_to_be_up_to_date() -> None:
+    script = ScriptDirectory.from_config(alembic_config())
+    newest = sorted(path.name for path in MIGRATIONS.glob("versions/[0-9]*.py"))[-1]
+    assert newest.startswith(f"{script.get_current_head()}_")
 
 
 def test_a_ledger_that_a_newer_version_migrated_is_used_as_it_is(url: str) -> None:
