@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from core import metrics
 from core.errors import (
     ArtifactsUnavailable,
     BrokerError,
@@ -73,6 +72,8 @@ def current() -> dict[Dependency, DependencyState]:
 
 
 def _set(name: Dependency, state: DependencyState) -> None:
+    from core import metrics  # imported here: commands of the ledger start without it
+
     _current[name] = state
     metrics.dependency.state(name, state.state)
 

@@ -8,13 +8,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from pydantic import BaseModel, SecretStr
+from typing import TYPE_CHECKING, Any, Literal
 
 from core.log_format import JsonFormatter, RecordFormatter, Redactor, TextFormatter
-from core.settings import Settings
-from core.settings.watching import Logs
+
+if TYPE_CHECKING:  # commands log before they have read the settings, and `ratchet --help` never does
+    from pydantic import BaseModel
+
+    from core.settings import Settings
 
 OURS = ("ratchet", "streams")
 """Loggers to which ``logs.level`` applies. Libraries log from warnings up."""
@@ -59,10 +60,12 @@ def configure_logging(
     wins. A root logger with foreign handlers, as in a program that uses Ratchet as a library, stays unchanged. ``role``
     is the process's (``serve``, ``ingest``, ``encoder``, ...), ``replica`` which one of several. ``service``: a
     long-running process whose log is collected, not an interactive command."""
-    logs = settings.logs if settings is not None else Logs()
+    wanted, least = (settings.logs.format, settings.logs.level) if settings is not None else ("auto", "info")
     labels = {"role": role} | ({"replica": replica} if replica else {})
-    level = logging.getLevelNamesMapping()[logs.level.upper()]
-    inherit(LogConfig(log_format(logs.format, service), level, labels, tuple(secrets_of(settings))), request_id)
+    level = logging.getLevelNamesMapping()[least.upper()]
+    inherit(LogConfig(log_format(wanted, service), level, labels, tuple(secrets_of(settings))), request_id)
+    # The client logs a page of lines about a broker that is away; a command's error names it in one.
+    logging.getLogger("kafka").setLevel(logging.NOTSET if service else logging.CRITICAL)
 
 
 def inherited() -> LogConfig | None:
@@ -110,6 +113,8 @@ def secrets_of(settings: Settings | None, environ: Mapping[str, str] = os.enviro
 
 
 def _secrets_in(section: BaseModel) -> Iterator[str]:
+    from pydantic import BaseModel, SecretStr
+
     for name in type(section).model_fields:
         value: Any = getattr(section, name)
         if isinstance(value, SecretStr):

@@ -10,7 +10,6 @@ from datetime import datetime
 from typing import Any, Final, cast
 
 from sqlalchemy import CursorResult, delete, func, or_, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from core.errors import LedgerError
@@ -88,6 +87,8 @@ class EventQueries(Queries):
 
 
 def add_event(session: Session, type: EventType, event_id: str, subject: str, data: Mapping[str, Any]) -> bool:
+    from sqlalchemy.dialects import postgresql, sqlite  # imported here: commands that only read start without them
+
     _check(type, event_id, subject, data)
     dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
     statement = dialect.insert(EventRow).values(

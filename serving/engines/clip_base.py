@@ -20,15 +20,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from safetensors import SafetensorError
-
 from core.digests import digest12, digest_json, digest_tensor
 from core.errors import BaseModelError
-from serving.engines.preprocess import Preprocess
-from serving.engines.tokens import Tokenizer, make_tokenizer, tokenizer_digest
 
 if TYPE_CHECKING:  # most processes read only descriptions, and importing torch takes two seconds
     from torch import nn
+
+    from serving.engines.preprocess import Preprocess
+    from serving.engines.tokens import Tokenizer
 
 Base = TypeVar("Base")
 FORMAT = 1
@@ -101,6 +100,7 @@ class ClipBase:
     def build_model(self) -> nn.Module:
         """Build the model: ``eval`` mode, float32, no gradients, weights memory-mapped from the directory. Raises
         :class:`BaseModelError` when files are missing, truncated or of another model."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         from serving.engines.layers import SkipInit
@@ -125,6 +125,8 @@ class ClipBase:
 
     def tokenizer(self) -> Tokenizer:
         """``list[str]`` -> ``int64 [n, at most context_length]``, trimmed to the longest text where the tower can."""
+        from serving.engines.tokens import make_tokenizer
+
         return make_tokenizer(self.tokenizer_cfg, self.directory, self.context_length)
 
 
@@ -139,6 +141,8 @@ def base_directory(home: Path | str, name: str) -> Path:
 
 def load_base(home: Path | str, name: str) -> ClipBase:
     """Load the registered base ``name``. Raises :class:`BaseModelError` when it is missing or damaged."""
+    from serving.engines.preprocess import Preprocess
+
     return load_described(home, name, ClipBase, preprocess=Preprocess.from_json)
 
 
@@ -228,6 +232,8 @@ def save_base(
     :class:`BaseModelError` unless ``replace``."""
     import torch
     from safetensors.torch import save_file
+
+    from serving.engines.tokens import tokenizer_digest
 
     target = base_directory(home, name)
     with work_folder(target) as work:

@@ -100,6 +100,20 @@ def test_a_process_that_is_spawned_logs_as_its_parent_does() -> None:
     assert (fields["message"], fields["role"], fields["logger"]) == ("from a child", "ingest", "streams.x")
 
 
+def test_lines_of_the_kafka_client_are_those_of_services_alone() -> None:
+    program = (
+        "import logging\n"
+        "from core.logs import configure_logging\n"
+        "from core.settings import Settings\n"
+        "configure_logging(service=False)\n"
+        "logging.getLogger('kafka.net').error('of a command')\n"
+        "configure_logging(Settings(), 'ingest')\n"
+        "logging.getLogger('kafka.net').error('of a service')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert [json.loads(line)["message"] for line in done.stderr.splitlines()] == ["of a service"]
+
+
 def record(message: str, *arguments: object, error: bool = False) -> logging.LogRecord:
     info: Any = None
     if error:
