@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 
 from core.errors import ConfigError
 from core.settings import Settings
-from demo.first_start import make_clip, make_vlm
 
 BENCHMARKS = {
     "agreement": "benchmarks.agreement",
@@ -40,9 +40,12 @@ def run(name: str, settings: Settings, arguments: list[str]) -> None:
     benchmark has this name.
     """
     if name not in BENCHMARKS:
-        raise ConfigError(f"there is no benchmark {name!r}.", f"There are: {', '.join(sorted(BENCHMARKS))}.")
+        near = difflib.get_close_matches(name, BENCHMARKS) or sorted(BENCHMARKS)
+        raise ConfigError(f"there is no benchmark {name!r}.", f"Did you mean {' or '.join(near)}?")
     main = importlib.import_module(BENCHMARKS[name]).main
     if name not in WITHOUT_MODELS and not {"-h", "--help"} & {*arguments}:
+        from demo.first_start import make_clip, make_vlm
+
         make_clip(settings)
         make_vlm(settings)
     main(settings, arguments)

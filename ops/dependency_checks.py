@@ -51,6 +51,8 @@ def _state(check: Callable[[], str]) -> DependencyState:
 
 
 def _ledger(settings: Settings) -> str:
+    if not settings.has_ledger:
+        return "none yet"
     with closing(Ledger.open(settings.ledger)) as ledger:
         live = ledger.live()
     return f"live release: {live.number if live else 'none yet'}"

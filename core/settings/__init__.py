@@ -64,12 +64,23 @@ class Settings(Section):
         return self.ledger_url or f"sqlite:///{(self.home / 'ledger.db').resolve()}"
 
     @property
+    def has_ledger(self) -> bool:
+        """False if the ledger is a SQLite file that does not exist yet."""
+        _, file, path = self.ledger.partition("sqlite:///")
+        return not file or Path(path.partition("?")[0]).exists()
+
+    @property
     def artifacts(self) -> str:
         return self.artifacts_url or str((self.home / "artifacts").resolve())
 
     @property
     def lake(self) -> str:
         return self.lake_url or str((self.home / "lake").resolve())
+
+    @property
+    def has_store(self) -> bool:
+        """False if the sample store is a folder in home that does not exist yet."""
+        return self.lake_url is not None or (self.home / "lake").exists()
 
     @property
     def update_folders(self) -> Path:

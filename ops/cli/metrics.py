@@ -7,16 +7,17 @@ import os
 import signal
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from core import metrics
 from core.errors import ConfigError
 from core.progress import progress_log
-from core.settings import Settings
-from ops.alerts import Target, as_yaml, prometheus_config, rule_groups
 from ops.cli import context as ctx
+
+if TYPE_CHECKING:
+    from core.settings import Settings
+    from ops.alerts import Target
 
 app = typer.Typer(no_args_is_help=True, help="Where Prometheus finds the metrics, and the alerts on them.")
 
@@ -60,6 +61,8 @@ def prometheus(
 
     Example:  ratchet metrics prometheus --alertmanager 127.0.0.1:9093 > prometheus.yml
     """
+    from ops.alerts import as_yaml, prometheus_config
+
     settings = ctx.of(context).settings
     for name in ("ingest", "maintain", "updater"):
         if getattr(settings, name).metrics_port == 0:
@@ -79,6 +82,8 @@ def rules(
 
     Example:  ratchet metrics rules --runbooks https://git.example.com/ratchet/docs/runbooks > ratchet-rules.yml
     """
+    from ops.alerts import as_yaml, rule_groups
+
     typer.echo(as_yaml({"groups": rule_groups(runbooks)}), nl=False)
 
 
@@ -95,6 +100,8 @@ def serve(
 
     Example:  ratchet metrics serve /var/run/ratchet-metrics --host 0.0.0.0
     """
+    from core import metrics
+
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         raise ConfigError(
             "PROMETHEUS_MULTIPROC_DIR is set: this process would write into the folder that it reads.",

@@ -5,20 +5,21 @@ from __future__ import annotations
 import time
 from functools import partial
 from importlib.metadata import entry_points
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.live import Live
 
 from core.errors import ConfigError, RatchetError
-from core.ledger.rows import Family
 from core.progress import progress_log, step
-from core.settings import Settings
 from core.stop_signals import Stopped, stop_on_signals
 from ops.cli import context as ctx
 from ops.cli.admin import collect_garbage
 from ops.cli.terminal import Reason
+from ratchet_client.models import Family
+
+if TYPE_CHECKING:
+    from core.settings import Settings
 
 UpdateId = Annotated[str, typer.Argument(metavar="ID", help="Of the update, as `ratchet status` shows it.")]
 
@@ -36,6 +37,8 @@ def up(
 
     Examples:  ratchet up    |    ratchet up --without trainer    |    ratchet --set serve.port=9000 up
     """
+    from rich.live import Live
+
     from ops.cli.status import screen
     from ops.cli.supervisor import Supervisor
     from ops.cli.tune import is_tuned
@@ -80,6 +83,7 @@ def make_ready(settings: Settings) -> None:
     trainer. Raises RatchetError when another base is not registered."""
     from serving.engines.clip_base import list_bases
 
+    settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)  # an error before minutes of building bases
     provided = {point.name: point for point in entry_points(group="ratchet.bases")}
     bases: list[tuple[Family, str, str]] = [
         ("clip", settings.base.clip, "--model ..."), ("vlm", settings.base.vlm, "--family vlm --model ..."),
@@ -143,10 +147,12 @@ def ingest(context: typer.Context) -> None:
 
     Example:  ratchet --set kafka.bootstrap=kafka-1:9092 ingest
     """
-    if context.invoked_subcommand is None:
-        from streams.ingest.consumer import run_ingest
+    if context.invoked_subcommand is not None:
+        ctx.of(context).role = "ratchet"  # its commands are no services
+        return
+    from streams.ingest.consumer import run_ingest
 
-        run_ingest(ctx.of(context).settings)
+    run_ingest(ctx.of(context).settings)
 
 
 @ingest_app.command()
@@ -175,9 +181,7 @@ def trainer(
     context: typer.Context,
     once: Annotated[bool, typer.Option("--once", help="Train one update now and exit.")] = False,
     recipe: Annotated[str | None, typer.Option(help="Recipe name or YAML file; by default those of updater.")] = None,
-    family: Annotated[
-        Literal["clip", "vlm"] | None, typer.Option(help="Update only this model; a recipe decides by itself.")
-    ] = None,
+    family: Annotated[Family | None, typer.Option(help="Update only this model; a recipe decides by itself.")] = None,
     retry: Annotated[
         bool, typer.Option("--retry", help="Use all data not learned yet, also if an update of it was rejected.")
     ] = False,
@@ -188,6 +192,7 @@ def trainer(
     Examples:  ratchet trainer    |    ratchet trainer --once --recipe vlm-naive --retry
     """
     if context.invoked_subcommand is not None:
+        ctx.of(context).role = "ratchet"  # its commands are no services
         return
     from updater.service.process import be_nice, use_environment
 

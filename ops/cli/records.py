@@ -62,9 +62,13 @@ def publish(
 
     ratchet publish coco/annotations/captions_train2017.json --dry-run    |    ratchet publish flickr30k/ --resume
     """
+    from streams.publish.datasets import choose
     from streams.publish.publisher import publish as send
 
     settings = ctx.of(context).settings
+    choose(path, format)  # a wrong path is told first
+    if not dry_run:
+        ctx.need_broker(settings)
     report = send(
         settings, path, format=format, split=split, limit=limit, source=source, dry_run=dry_run, skip_bad=skip_bad,
         resume=resume, rejects=rejects,
@@ -96,7 +100,7 @@ def list_quarantined(
 
     if refused_for is not None and refused_for not in REASONS:
         raise typer.BadParameter(f"--refused-for is one of {', '.join(sorted(REASONS))}")
-    store = SampleStore(ctx.of(context).settings.lake)
+    store = SampleStore(ctx.installed(context).lake)
     rows = store.quarantined(limit, refused_for, source)
     shown = (
         {"record": f"{row['topic']}:{row['partition']}:{row['offset']}", "reason": row["reason"],
@@ -133,9 +137,12 @@ def resubmit(
     if (refused_for, source, since) == (None, None, None) and not everything:
         raise typer.BadParameter("name --refused-for, --source or --since, or say --all")
     which = QuarantineFilter(refused_for, source, parse_since(since), limit)
+    settings, ledger = ctx.of(context).settings, ctx.ledger_of(context)
+    if not dry_run:
+        ctx.need_broker(settings)
     with meter("sending again") as progress:
         report = resubmit_many(
-            ctx.of(context).settings, ctx.ledger_of(context), which, actor=ctx.person(), reason=reason,
+            settings, ledger, which, actor=ctx.person(), reason=reason,
             dry_run=dry_run, per_second=per_second,
             on_progress=lambda so_far: progress(lambda: f"{so_far.sent} of {so_far.chosen}"),
         )  # fmt: skip

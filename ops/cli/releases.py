@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from core.errors import ReleaseError
-from core.ledger import Family, Ledger, ProposalRow, answers
 from core.progress import progress_log
 from ops.cli import context as ctx
 from ops.cli.context import ServerOption, operator_client
 from ops.cli.terminal import AsJson, ExpectedLive, Reason, facts_text, show_facts, show_json, show_rows
+from ratchet_client.models import Family
+
+if TYPE_CHECKING:
+    from core.ledger import ProposalRow
 
 app = typer.Typer(help="List, show, create, roll back, hold and resume releases.", no_args_is_help=True)
 
@@ -24,11 +27,11 @@ def list_releases(
 
     Example:  ratchet releases list --limit 5
     """
+    from core.ledger import answers
     from serving.engines.clip_base import names_by_digest
     from serving.releases.leadership import clip_bases
 
-    settings = ctx.of(context).settings
-    ledger = Ledger.open(settings.ledger)
+    settings, ledger = ctx.of(context).settings, ctx.ledger_of(context)
     rows, stable, held = ledger.releases(limit), ledger.stable(), ledger.held()
     bases = clip_bases(rows, names_by_digest(settings.home), settings.base.clip)
     collected = ledger.collected([name for row in rows for name in (row.clip, row.vlm)])
@@ -74,10 +77,11 @@ def show(
 
     Example:  ratchet releases show 3
     """
-    from updater.gate.verdict import diagnostics_lines
-
     ledger = ctx.ledger_of(context)
     release = ledger.release(number)
+    from core.ledger import answers
+    from updater.gate.verdict import diagnostics_lines
+
     facts: dict[str, Any] = {
         "release": release.number, "clip": release.clip or "base", "vlm": release.vlm or "base",
         "answers": answers(release.share), "actor": release.actor, "reason": release.reason,
@@ -135,7 +139,7 @@ def rollback(
 
         served: list[Family] = ["clip", "vlm"] if serves_vlm(settings) else ["clip"]
         row = roll_back_offline(
-            Ledger.open(settings.ledger), served if family is None else [family], to=to, actor=ctx.person(),
+            ctx.ledger_of(context), served if family is None else [family], to=to, actor=ctx.person(),
             reason=reason, expected_live=expected_live, hold_after_rollback=settings.rollout.hold_after_rollback,
         )  # fmt: skip
         typer.echo(
@@ -220,6 +224,8 @@ def _sets(row: ProposalRow) -> str:
 
 
 def _tell(result: dict[str, Any]) -> None:
+    from core.ledger import answers
+
     seconds = " ".join(f"{name}={value:.3f}" for name, value in result.items() if name.endswith("seconds"))
     trial = f" ({answers(result['share'])})" if result["share"] < 1 else ""
     typer.echo(

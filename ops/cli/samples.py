@@ -14,12 +14,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 
 from core.errors import ConfigError, LedgerError, RecordError, UnknownRecord
-from core.ledger import DeletionRow, Ledger
 from core.progress import meter, progress_log, track
 from ops.cli import context as ctx
-from ops.cli.terminal import SINCE_HELP, AsJson, facts_text, parse_since, show_facts, show_json, show_rows
+from ops.cli.terminal import (
+    SINCE_HELP,
+    AsJson,
+    Reason,
+    facts_text,
+    parse_since,
+    show_facts,
+    show_json,
+    show_rows,
+)
 
 if TYPE_CHECKING:
+    from core.ledger import DeletionRow, Ledger
     from core.settings.streams import Ingest
     from streams.store.sample_store import SampleStore
 
@@ -130,7 +139,7 @@ def show(
 
     Example:  ratchet samples show 0123456789ab --image bus.jpg
     """
-    settings = ctx.of(context).settings
+    settings = ctx.installed(context)
     row = _one(_store(context), sample_id)
     if image is not None:
         _write(image, row["image"])
@@ -207,7 +216,7 @@ def export(
 @app.command()
 def delete(
     context: typer.Context,
-    reason: Annotated[str, typer.Option(prompt="Reason", help="Kept in the audit log.")],
+    reason: Reason,
     sample_id: Annotated[str | None, typer.Option("--id", help="The sample with this id.")] = None,
     source: Annotated[str | None, typer.Option(help="Samples and refused records of this source.")] = None,
     domain: Annotated[str | None, typer.Option(help="Samples of this domain.")] = None,
@@ -227,12 +236,13 @@ def delete(
     Examples:  ratchet samples delete --source crawler-7 --dry-run --reason "consent withdrawn"    |
     ratchet samples delete --key user-17 --before 30d --reason "account closed" --yes --wait
     """
+    from core.ledger import Ledger
     from streams.store.deletion import count_selected, request_deletion
     from streams.store.sample_store import SampleStore
 
     if not 0 < len(reason.strip()) <= MAX_REASON:
         raise typer.BadParameter(f"--reason has 1 to {MAX_REASON} characters")
-    settings = ctx.of(context).settings
+    settings = ctx.installed(context)
     moment = parse_since(before)
     if key is not None:
         key = key[2:].lower() if key.startswith("0x") else key.encode().hex()
@@ -245,6 +255,8 @@ def delete(
     typer.echo(f"{selected.samples:,} samples and {selected.refusals:,} refused records are selected.")
     if dry_run:
         return
+    if not (selected.samples or selected.refusals):
+        raise UnknownRecord("nothing is selected, so no deletion is requested.", "See `ratchet samples list --help`.")
     if not yes:
         typer.confirm("Delete them? This cannot be undone", abort=True)
     ledger = Ledger.open(settings.ledger)
@@ -335,7 +347,7 @@ def _show_receipt(row: DeletionRow) -> None:
 def _store(context: typer.Context) -> SampleStore:
     from streams.store.sample_store import SampleStore
 
-    return SampleStore(ctx.of(context).settings.lake)
+    return SampleStore(ctx.installed(context).lake)
 
 
 def _one(store: SampleStore, sample_id: str) -> dict[str, Any]:

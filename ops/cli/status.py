@@ -19,18 +19,16 @@ from rich.text import Text
 
 from core.dependencies import Dependency, DependencyState, dependency_of
 from core.errors import RatchetError
-from core.ledger import Ledger, UpdateRow, VerdictRow, answers
-from core.settings import Settings
 from ops.cli import context as ctx
 from ops.cli.context import ServerOption, operator_client
 from ops.cli.releases import adapters
 from ops.cli.terminal import COLOURS, AsJson, show_json, table_of
-from ops.dependency_checks import look
-from ops.stream_state import StreamState, stream_state
-from serving.own_threads import BoundedCall
 
 if TYPE_CHECKING:
+    from core.ledger import UpdateRow, VerdictRow
+    from core.settings import Settings
     from ops.cli.supervisor import Supervisor
+    from ops.stream_state import StreamState
 
 FACTS_SECONDS = 20.0
 LOOKED_SECONDS = 10.0
@@ -48,6 +46,8 @@ def status(
     Examples:  ratchet status    |    ratchet status --watch    |    ratchet status --json
     """
     settings = ctx.of(context).calling(server)
+    if settings.server_url is None:
+        ctx.installed(context)
     if as_json:
         show_json(
             {name: value for name, value in collect(settings).items() if name != "stream"}
@@ -67,6 +67,8 @@ def status(
 
 def collect(settings: Settings) -> dict[str, Any]:
     """The data of the screen, without what needs an unhealthy dependency or takes longer than :data:`FACTS_SECONDS`."""
+    from serving.own_threads import BoundedCall
+
     dependencies = _dependencies(settings)
     facts: dict[str, Any] = {
         "dependencies": {name: asdict(found) for name, found in dependencies.items()},
@@ -75,7 +77,7 @@ def collect(settings: Settings) -> dict[str, Any]:
         **_controller(settings),
     }
     parts: dict[Dependency, Callable[[Settings], dict[str, Any]]] = {"ledger": _ledger_facts, "store": _stream_facts}
-    for name, make in parts.items():
+    for name, make in parts.items() if settings.has_ledger else ():
         if dependencies["ledger"].state == dependencies[name].state == "ok":
             try:
                 facts |= BoundedCall(partial(make, settings), FACTS_SECONDS)()
@@ -87,6 +89,8 @@ def collect(settings: Settings) -> dict[str, Any]:
 
 
 def _ledger_facts(settings: Settings) -> dict[str, Any]:
+    from core.ledger import Ledger
+
     capacity = settings.budget.gflops_per_day
     counts = ("pending", "visited", "passed_over")  # of new samples: all, those in a batch, the others
     with closing(Ledger.open(settings.ledger)) as ledger:
@@ -105,6 +109,8 @@ def _ledger_facts(settings: Settings) -> dict[str, Any]:
 
 
 def _stream_facts(settings: Settings) -> dict[str, Any]:
+    from core.ledger import Ledger
+    from ops.stream_state import stream_state
     from streams.store.sample_store import SampleStore
     from updater.service.learning_state import learning_states
 
@@ -117,6 +123,8 @@ def _stream_facts(settings: Settings) -> dict[str, Any]:
 
 def _dependencies(settings: Settings) -> dict[Dependency, DependencyState]:
     """Cached for :data:`LOOKED_SECONDS`: the screen is drawn every second."""
+    from ops.dependency_checks import look
+
     if not _looked or _looked[0][0] is not settings or time.monotonic() - _looked[0][1] > LOOKED_SECONDS:
         _looked[:] = [(settings, time.monotonic(), look(settings))]
     return dict(_looked[0][2])
@@ -372,6 +380,8 @@ def _spent(update: UpdateRow) -> str:
 
 
 def _releases(facts: dict[str, Any]) -> Table:
+    from core.ledger import answers
+
     rows = [
         {"release": row.number, "answers": answers(row.share), "adapters": adapters(row.clip, row.vlm),
          "who": row.actor, "why": row.reason, "when (UTC)": f"{row.created_at:%m-%d %H:%M:%S}"}

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from core.addresses import listens
 from core.child_process import STOP_SECONDS, ChildProcess, processor_seconds, tail
 from core.errors import RatchetError
-from core.ledger.rows import Family
 from core.stop_signals import undisturbed
 from ops.cli.context import Context
+from ratchet_client.models import Family
 
 if TYPE_CHECKING:
     from serving.start_progress import StartProgress

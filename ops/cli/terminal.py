@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime, timedelta
@@ -14,8 +15,27 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
-Reason = Annotated[str, typer.Option("--reason", "-r", prompt="Reason", help="Why; kept in the audit log.")]
+
+def on_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
+def _reason(context: typer.Context, given: str) -> str:
+    if given or context.resilient_parsing:
+        return given
+    if not on_terminal():
+        raise typer.BadParameter("--reason is required without a terminal to ask on.")
+    return str(typer.prompt("Reason"))
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Reason = Annotated[
+    str,
+    typer.Option(
+        "--reason", "-r", default_factory=str, show_default=False, callback=_reason,
+        help="Why; kept in the audit log. Asked for at a terminal.",
+    ),
+]  # fmt: skip
 ExpectedLive = Annotated[int | None, typer.Option(help="Refuse if another release is live by now.")]
 
 _AGO: Final = re.compile(r"([0-9]{1,6})([smhd])")

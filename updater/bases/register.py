@@ -70,7 +70,7 @@ def add_base(home: Path | str, name: str, model: str, weights: Path | None = Non
 def check_safetensors(path: Path) -> None:
     """Raise :class:`BaseModelError` unless ``path`` is a safetensors file with that suffix."""
     if not path.is_file():
-        raise BaseModelError(f"There is no weights file {path}.", "Check the path.")
+        raise BaseModelError(f"There is no weights file {path}.", "Correct --weights.")
     try:
         with safe_open(path, framework="pt") as file:
             file.keys()

@@ -13,11 +13,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 from scipy import stats
-from sqlalchemy import make_url
 
 from core.errors import GateError
 from core.ledger import Ledger, VerdictRow
@@ -146,9 +144,7 @@ def promises(settings: Settings) -> dict[Family, Promise]:
 
 def _open(settings: Settings) -> Ledger:
     """The ledger, or an empty one in memory where SQLite would make the file."""
-    url = make_url(settings.ledger)
-    missing = url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file()
-    return Ledger.open("sqlite://" if missing else settings.ledger)
+    return Ledger.open(settings.ledger if settings.has_ledger else "sqlite://")
 
 
 def _promise(settings: Settings, ledger: Ledger, store: SampleStore, family: Family, state: LearningState) -> Promise:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from core.errors import AlreadyResubmitted, LedgerError
+from core.errors import AlreadyResubmitted, ConfigError, LedgerError
 from core.ledger import Ledger
 from core.ledger.keys import RESERVED, parse_token
 from ops.cli import context
@@ -126,6 +126,10 @@ def test_the_commands_make_list_and_revoke_keys_and_show_the_audit(
         assert done.exit_code == 0, done.output
         return done.stdout
 
+    with pytest.raises(ConfigError, match="there is no installation at"):
+        run("keys", "create", "page", "-s", "infer")
+    assert not list(tmp_path.iterdir())
+    Ledger.open(f"sqlite:///{tmp_path}/ledger.db").close()
     token = run("keys", "create", "page", "-s", "infer", "-s", "publish", "--per-minute", "600")
     assert parse_token(token.removesuffix("\n")) is not None, "it is alone on standard output"
     run("keys", "create", "ops", "--scope", "operate", "--days", "1.5")

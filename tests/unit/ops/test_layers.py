@@ -6,12 +6,16 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import ops
+from core.ledger import Ledger
 
 ROOT = Path(ops.__file__).parents[1]
 SLIM = ("ops.cli.main", "streams.ingest.consumer", "streams.store.maintenance", "ops.console.app", "ops.recovery")
 PARTS = (*SLIM, "serving.app", "serving.http.ingress", "serving.replicas.catalog", "serving.releases.controller")
 MODELS = {"faiss", "num2words", "open_clip", "peft", "timm", "torch", "torchvision", "transformers"}
+HEAVY = {"alembic", "sqlalchemy", "kafka", "pyarrow", "lance", "pandas", "numpy", "torch", "ray", "httpx", "fsspec"}
 
 
 def test_every_module_has_its_layer() -> None:
@@ -36,3 +40,17 @@ for name in {PARTS!r}:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("words", "allowed"), [(["--help"], ()), (["--version"], ()), (["releases", "list"], ("sqlalchemy",))]
+)
+def test_commands_import_only_what_they_need_so_that_they_start_at_once(
+    tmp_path: Path, words: list[str], allowed: tuple[str, ...]
+) -> None:
+    Ledger.open(f"sqlite:///{tmp_path}/ledger.db").close()
+    command = [sys.executable, "-X", "importtime", "-m", "ops.cli.main", "--set", f"home={tmp_path}", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout, done.stderr[-2000:]
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "typer" in imported and not (HEAVY - {*allowed}) & imported

@@ -13,7 +13,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from core.errors import RatchetError
-from ops.cli.doctor import fault_of
+from core.loading import load_settings
+from ops.cli.doctor import _ports, fault_of
 from ops.cli.main import app
 from tests.support.command_line import ratchet
 from tests.support.web_server import reply, web_server
@@ -58,7 +59,20 @@ def test_doctor_fails_only_for_what_stops_ratchet(tmp_path: Path, monkeypatch: p
     result = ratchet(tmp_path, "--set", "serve.vlm_engine=transformers", "doctor")
     assert result.exit_code == 0
     assert "is not registered" in result.output and "ratchet base build" in result.output
+    assert not (tmp_path / "ledger.db").exists()
     away = ["--set", "ledger_url=postgresql://a@127.0.0.1:1/b", "--set", 'base.vlm=""']
     assert ratchet(tmp_path, *away, "doctor").exit_code == 1
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'ratchet-server[local]'" in ratchet(tmp_path, "doctor").output, "with its brackets"
+
+
+def test_doctor_names_ports_that_other_programs_have_and_not_those_of_ratchet(tmp_path: Path) -> None:
+    off = {f"{part}.metrics_port": 0 for part in ("ingest", "maintain", "updater")}
+    with web_server() as other, web_server() as ours:
+        ours.pages = {"/health/live": reply(b"{}", connection="close")}
+        ports = {"serve.port": other.port, "console.port": ours.port}
+        settings = load_settings(overrides={"home": tmp_path, **off, **ports})
+        found = _ports(settings)
+    assert found.state == "warn" and f"serve.port (http://127.0.0.1:{other.port})" in found.found
+    assert "console" not in found.found
+    assert _ports(settings).state == "ok"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import subprocess
@@ -11,11 +12,13 @@ from typing import Any
 
 import httpx
 import pytest
+import typer
 
 from core.addresses import free_port
 from core.errors import ConfigError, LedgerError, LedgerUnavailable, RatchetError
 from core.ledger import Ledger
 from core.loading import load_settings
+from ops.cli.main import app
 from ops.cli.parts import make_ready
 from serving.engines.clip_base import list_bases
 from tests.support.command_line import ratchet
@@ -68,6 +71,23 @@ def test_an_update_is_abandoned_with_a_reason_and_taken_up_again_unless_another_
         with pytest.raises(LedgerError, match=message):
             ratchet(tmp_path, "trainer", "retry", name)
     assert ledger.update("update-1").state == "failed"
+
+
+def commands(group: Any, words: str = "") -> dict[str, Any]:
+    """Commands of a group, and of the groups in it, by their words."""
+    below = getattr(group, "commands", {}).items()
+    found = {f"{words} {name}".strip(): child for name, child in below}
+    return found | {k: v for name, child in below for k, v in commands(child, f"{words} {name}").items()}
+
+
+def test_what_prints_a_table_prints_json_as_well() -> None:
+    known = commands(typer.main.get_command(app))
+    code = {words: inspect.getsource(inspect.unwrap(each.callback)) for words, each in known.items() if each.callback}
+    tables = {words for words, text in code.items() if "show_rows(" in text}
+    assert {"releases list", "keys list", "samples list", "doctor", "recipes list", "demo data list"} <= tables
+    for words in tables:
+        [option] = [each for each in known[words].params if "--json" in each.opts]
+        assert option.help, words
 
 
 # Bases

@@ -18,6 +18,7 @@ from core.ledger import DeletionRow, Ledger
 from core.settings import Settings
 from ops.cli import context, samples
 from streams.store import maintenance
+from streams.store.deletion import Selected
 from streams.store.maintenance import Maintainer
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
@@ -65,6 +66,7 @@ def test_samples_are_listed_counted_and_exported_and_texts_stay_texts(home: Path
     assert "--refused-for is one of" in shown(home, "quarantine", "list", "--refused-for", "nonsense")
     assert "2 samples" in shown(home, "samples", "export", str(tmp_path / "out.tar"), "--source", "cam 0")
     assert (tmp_path / "out.tar").stat().st_size > 0
+    Ledger.open(f"sqlite:///{tmp_path}/ledger.db").close()
     assert as_json(tmp_path, "samples", "list") == as_json(tmp_path, "quarantine", "list") == []
     assert as_json(tmp_path, "samples", "stats")["sample"] == 0
 
@@ -123,7 +125,9 @@ def test_a_dry_run_says_how_much_and_a_deletion_is_confirmed_first(tmp_path: Pat
     assert row.selector["source"] == "cam" and datetime.fromisoformat(row.selector["before"]) <= datetime.now(UTC)
 
 
-def test_every_option_becomes_a_field_and_what_cannot_be_selected_is_named(tmp_path: Path, ledger: Ledger) -> None:
+def test_every_option_becomes_a_field_and_what_cannot_be_selected_is_named(
+    tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
     delete, sure = ("samples", "delete"), ("--reason", "r", "--yes")
     for words, named in ((["--id", "abc"], "`id`"), (["--record", "t"], "`record`"), ([], "everything")):
         with pytest.raises(SelectorError, match=named):
@@ -133,7 +137,12 @@ def test_every_option_becomes_a_field_and_what_cannot_be_selected_is_named(tmp_p
     assert ledger.deletions() == []
     options = {"id": "a" * 64, "source": "s", "domain": "d", "concept": "c", "label": "l", "record": "t:0:1"}
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
-    shown(tmp_path, *delete, *words, "--key", "user-1", "--before", "2026-01-31", *sure)
+    words += ["--key", "user-1", "--before", "2026-01-31"]
+    with pytest.raises(UnknownRecord, match="no deletion is requested"):
+        shown(tmp_path, *delete, *words, *sure)
+    assert ledger.deletions() == []
+    monkeypatch.setattr("streams.store.deletion.count_selected", lambda *_: Selected(samples=1, refusals=0))
+    shown(tmp_path, *delete, *words, *sure)
     key, before = b"user-1".hex(), "2026-01-31T00:00:00+00:00"
     assert requested(ledger).selector == {**options, "key": key, "before": before}
 
