@@ -102,12 +102,11 @@ def read_stream(store: SampleStore, count: int, bounds: Ingest) -> LabelledSampl
     """Read the first ``count`` stored samples with a text. Raises ConfigError without any."""
     sample = LabelledSample(STREAM)
     rows = (row for row in stream_samples(store, SampleFilter()) if row["text"])
-    fields = ("text", "label", "split")
 
     def items() -> Iterator[tuple[Path, list[FolderItem]]]:
         for row in islice(rows, count):
             path = Path(row["id"])
-            yield path, [FolderItem(path, inline=row["image"], **{name: row[name] or "" for name in fields})]
+            yield path, [FolderItem(path, row["text"], row["label"] or "", split=row["split"], inline=row["image"])]
 
     _open(sample, items(), bounds, count)
     sample.listed = len(sample.pictures)

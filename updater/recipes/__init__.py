@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from core.digests import digest_json
 from core.errors import ConfigError
 from core.ledger.rows import Family as Family
+from core.settings import Settings
 from updater.recipes.plugin_registry import recipe_files
 
 SHIPPED = Path(__file__).parent
@@ -237,3 +238,15 @@ def load_recipe(name: str | Path) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}", "Fix the line it names.") from None
     return Recipe.parse(values, str(path))
+
+
+def family_recipe(settings: Settings, family: Family) -> Recipe:
+    """Recipe that the settings name for a family. Raises ConfigError if it is of the other one."""
+    setting = "vlm_recipe" if family == "vlm" else "recipe"
+    recipe = load_recipe(getattr(settings.updater, setting))
+    if recipe.family != family:
+        raise ConfigError(
+            f"updater.{setting} is {recipe.name!r}, which trains a {recipe.family.upper()}.",
+            f"Name a recipe with `family: {family}` there.",
+        )
+    return recipe

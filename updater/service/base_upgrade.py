@@ -26,11 +26,11 @@ from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, digest_of, list_bases, load_base
 from streams.store.sample_store import SampleStore
 from updater.adapters.recorded import fetch_recorded
+from updater.bases import reference_of
 from updater.data.draw import HAVING
 from updater.data.mixture import plan_batches
 from updater.data.pools import draw_pools, mixed_seed
-from updater.families import family_recipe, reference_of
-from updater.recipes import Recipe
+from updater.recipes import Recipe, family_recipe
 from updater.service.process import StopSignal, only_one
 from updater.service.triggers import Learned
 from updater.service.update_loop import UpdaterService, waits_for_base

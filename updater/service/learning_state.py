@@ -18,10 +18,10 @@ from core.settings import Settings
 from core.settings.serving import SHIPPED, SHIPPED_VLM
 from serving.engines.clip_base import list_bases, names_by_digest
 from streams.store.sample_store import SampleStore
-from updater.families import family_recipe, need_reference
+from updater.bases import need_reference
 from updater.gate.interim_analyses import AnalysisPlan, alpha_left
 from updater.gate.suites import MAKE_SUITES, load_suites
-from updater.recipes import Family
+from updater.recipes import Family, family_recipe
 from updater.service import triggers
 from updater.service.triggers import FreshItems, Learned
 

@@ -19,9 +19,10 @@ from serving.engines.clip_base import ClipBase
 from serving.engines.heads import read_heads
 from streams.store.sample_store import SampleStore
 from updater.adapters.recorded import fetch_recorded
+from updater.bases import reference_of
 from updater.budget.throttle import Throttle
 from updater.data.pools import draw_pools
-from updater.families import reference_of, spaces_of
+from updater.families import spaces_of
 from updater.gate.suite_items import Seal
 from updater.heads import learn_heads, with_heads
 from updater.recipes import Recipe

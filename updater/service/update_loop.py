@@ -39,11 +39,12 @@ from core.settings import Settings
 from ratchet_client import Client
 from serving.engines.clip_base import ClipBase, need_base, shown
 from streams.store.sample_store import SampleStore
+from updater.bases import need_reference
 from updater.budget.cost import StepUnaffordable
 from updater.budget.throttle import Throttle, latencies
 from updater.data.pools import mixed_seed
-from updater.families import families_with_a_base, family_base, family_recipe, need_reference
-from updater.recipes import Family, Recipe, load_recipe
+from updater.families import families_with_a_base, family_base
+from updater.recipes import Family, Recipe, family_recipe, load_recipe
 from updater.service import triggers
 from updater.service.gate_update import gate_update
 from updater.service.learning_state import LedgerMetrics, check_suites, export_budget, learning_states

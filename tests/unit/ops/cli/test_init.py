@@ -24,9 +24,10 @@ from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.samples import TOPIC, put, sample
 from tests.support.tiny import tiny_base
-from updater.families import family_recipe, need_reference
+from updater.bases import need_reference
 from updater.gate.statistics import items_needed, smallest_difference
 from updater.gate.suites import load_suites
+from updater.recipes import family_recipe
 from updater.service.learning_state import check_suites
 
 Run = Callable[..., Result]
