@@ -178,6 +178,10 @@ RELEASE_PHASE = Histogram("ratchet_release_phase_seconds", "Time of a release ph
 RELEASES = Counter("ratchet_releases_total", "Proposals decided.", ["kind", "outcome"])
 RELEASE_PENDING = _latest("ratchet_release_proposals", "Proposals not decided yet.")
 RELEASE_HELD = _latest("ratchet_release_held", "Whether updates are on hold (1) or not (0).")
+RELEASE_OTHER_BASE = _latest(
+    "ratchet_release_other_base",
+    "Whether the live release has another base than this server (1), as while the base is switched, or not (0).",
+)
 RELEASE_IN_FLIGHT = Gauge(
     "ratchet_release_in_flight_requests", "Requests being answered, by the release that they were stamped with.",
     ["age"], multiprocess_mode="livesum",

@@ -130,6 +130,9 @@ class release:
     def live(part: str, number: int) -> None:
         d.RELEASE_LIVE.labels(part).set(number)
 
+    other_base = d.RELEASE_OTHER_BASE.set
+    """Set to 1 where the live release has another base than this server."""
+
     committed = d.RELEASE_COMMITTED.set
     """``timestamp``: seconds since 1970."""
 

@@ -24,7 +24,7 @@ def rule_files() -> list[Path]:
 
 
 def rule_groups(runbooks: str = "") -> list[dict[str, Any]]:
-    """The groups of all files. ``runbooks``: URL of the runbook folder for links to its pages."""
+    """The groups of all files. ``runbooks``: URL of a copy of ``docs/runbooks``, to whose pages alerts then link."""
     groups = [group for file in rule_files() for group in yaml.safe_load(file.read_text())["groups"]]
     for group in groups:
         for rule in group["rules"]:

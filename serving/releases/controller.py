@@ -271,6 +271,7 @@ class ReleaseController:
                 if outcome is None and self.lease.epoch is not None and not other_base:
                     outcome = await self.protocol.step()
                 self._last_error = other_base
+                metrics.release.other_base(bool(other_base))
                 if outcome is not None:
                     self._recorded(outcome)
                     continue

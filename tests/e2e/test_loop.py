@@ -188,7 +188,9 @@ def test_an_update_goes_from_the_stream_into_service_and_back_under_load(install
 def test_every_panel_and_every_rule_speaks_of_a_running_ratchet(installation: Installation) -> None:
     wait(lambda: installation.monitor.healthy_targets() == {"serve", "ingest", "maintain", "update"})
 
-    silent = {f"{each.dashboard}, {each.panel}: {each.expr}": each.expr for each in EXPRESSIONS}
+    silent = {
+        f"{each.dashboard}, {each.panel}: {each.expr}": each.expr for each in EXPRESSIONS if "ray_" not in each.expr
+    }  # Ray's own metrics are off by default
     silent |= {f"examples/grafana/team.json: {expr}": expr for expr in EXAMPLE}
     silent |= {rule["name"]: rule["name"] for rule in installation.monitor.rules() if rule["type"] == "recording"}
 
@@ -268,7 +270,7 @@ def test_after_a_crash_of_everything_it_goes_on_where_it_was(installation: Insta
     )
     paged = installation.pager.alerts()["RatchetServingAbsent"]
     assert paged["labels"]["severity"] == "page"
-    assert paged["annotations"]["runbook_url"].endswith("docs/runbooks/RatchetServingAbsent.md")
+    assert paged["annotations"]["runbook_url"] == "https://example.com/docs/runbooks/RatchetServingAbsent.md"
     installation.ledger.hold("test", "a row that is written while everything is down")
     wait(lambda: installation.parts.restart_dead() or installation.client.is_ready())
     assert installation.client.live() == live

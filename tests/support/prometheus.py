@@ -18,7 +18,7 @@ from ops.alerts import as_yaml, rule_groups
 from tests.support.downloads import answers, running
 
 START_SECONDS = 60.0
-GRAFANA = {"$__rate_interval": "10m", "$__range": "10m"}
+GRAFANA = {"$__rate_interval": "10m", "$__range": "10m", "$namespace": ".*"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Alertmanager:
 
 def impatient_rules(file: Path, seconds: int) -> Path:
     """The rules of :mod:`ops.alerts`, but alerts wait at most ``seconds`` before they fire."""
-    groups = rule_groups()
+    groups = rule_groups("https://example.com/docs/runbooks")
     for group in groups:
         for rule in group["rules"]:
             if "for" in rule:

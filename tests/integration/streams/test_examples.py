@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -111,6 +112,9 @@ def test_kafka_connect(settings: Settings, take: Take) -> None:
     assert worker["value.converter.schemas.enable"] == "true"
     assert int(worker["producer.max.request.size"]) >= settings.ingest.max_image_bytes * 4 // 3 + 100_000
     assert worker["bootstrap.servers"] == Settings().kafka.bootstrap
+    assert re.fullmatch(r"\$\{file:[^:]+:\w+\}", connector["connection.password"])
+    assert "file" in worker["config.providers"].split(",")
+    assert worker["config.providers.file.class"] == "org.apache.kafka.common.config.provider.FileConfigProvider"
     assert connector["topic.prefix"] == Settings().kafka.topic  # with a query the prefix is the whole topic
     selected = connector["query"].partition("(SELECT ")[2].partition(" FROM products)")[0]
     columns = [each.split(" AS ")[-1].strip() for each in selected.split(",")]

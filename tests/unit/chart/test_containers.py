@@ -268,6 +268,19 @@ def test_its_commands_are_ratchets_and_its_health_checks_ask_what_is_there(route
     assert "ratchet admin migrate" in setup and "ratchet base build" in setup
 
 
+def test_prometheus_sends_alerts_to_an_alertmanager_whose_receivers_are_the_users_to_fill_in() -> None:
+    config = yaml.safe_load((ROOT / "compose" / "prometheus.yml").read_text())
+    (peer,) = config["alerting"]["alertmanagers"]
+    (address,) = peer["static_configs"][0]["targets"]
+    service = SERVICES[address.partition(":")[0]]
+    assert address.endswith(":9093") and "127.0.0.1:9093:9093" in service["ports"]
+    (mount,) = [each for each in service["volumes"] if each.startswith("./")]
+    assert f"--config.file={mount.split(':')[1]}" in service["command"]
+    assert "SUCCESS" in run("amtool", "check-config", ROOT / mount.split(":")[0])
+    receivers = yaml.safe_load((ROOT / mount.split(":")[0]).read_text())["receivers"]
+    assert [each.keys() for each in receivers] == [{"name"}] * len(receivers), "nobody is told by default"
+
+
 def test_its_settings_name_its_services_and_prometheus_scrapes_each_under_its_name(tmp_path: Path) -> None:
     environment = {
         name: re.sub(r"\$\{(\w+):\?[^}]*\}", "secret", value)

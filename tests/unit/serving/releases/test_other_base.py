@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from core.artifacts import Artifacts
 from core.errors import ConfigError, LedgerUnavailable, ReleaseError
@@ -118,6 +119,21 @@ async def test_a_server_whose_base_was_never_released_says_so(bases: TwoBases) -
         _check_base(bases.settings(third), bases.ledger)
     for base in (bases.old, bases.new):  # have releases to answer with
         _check_base(bases.settings(base), bases.ledger)
+
+
+async def test_a_server_exports_that_another_base_is_live(bases: TwoBases, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exported() -> float | None:
+        return REGISTRY.get_sample_value("ratchet_release_other_base")
+
+    servers = Controllers(bases.settings(bases.old), monkeypatch)
+    try:
+        await servers.start()
+        bases.change(bases.new, "n")
+        await until(lambda: exported() == 1)
+        bases.change(bases.old, "a", rollback=True)
+        await until(lambda: exported() == 0)
+    finally:
+        servers.stop_all()
 
 
 async def test_the_lease_goes_to_a_server_of_the_live_base(bases: TwoBases, monkeypatch: pytest.MonkeyPatch) -> None:
