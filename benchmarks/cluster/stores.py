@@ -44,6 +44,7 @@ class Stores:
     @property
     def values(self) -> dict[str, Any]:
         return {
+            "image": {"repository": "localhost/ratchet"},
             "ledger": {"existingSecret": {"name": "ratchet-ledger"}},
             "operatorKey": {"existingSecret": {"name": "ratchet-operator"}},
             "objectStore": {

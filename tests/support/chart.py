@@ -17,6 +17,7 @@ CHART = ROOT / "helm" / "ratchet"
 Object = dict[str, Any]
 PROFILES = ("cpu", "gpu", "multigpu")
 NEEDED: dict[str, Any] = {
+    "image": {"repository": "registry.example/ratchet"},
     "ledger": {"existingSecret": {"name": "ratchet-ledger"}},
     "objectStore": {"artifacts": "s3://models/ratchet", "lake": "s3://models/lake"},
     "kafka": {"bootstrap": "kafka-1:9092,kafka-2:9092"},

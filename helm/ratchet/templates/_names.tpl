@@ -41,6 +41,9 @@ app.kubernetes.io/component: {{ index . 1 }}
 {{- $top := index . 0 -}}
 {{- $slim := has (index . 1) (list "ingest" "maintain" "console" "migration" "test") -}}
 {{- with $top.Values.image -}}
+{{- if not (regexMatch "^([^/]*[.:][^/]*|localhost)/" .repository) -}}
+{{- fail (printf "image.repository is %q, which names no registry, so nodes would pull it from Docker Hub. Name yours, as in registry.example/ratchet; Docker Hub's is docker.io/OWNER/ratchet." .repository) -}}
+{{- end -}}
 {{- $tag := default (printf "%s-%s" $top.Chart.AppVersion ($slim | ternary "slim" .flavour)) .tag -}}
 {{- printf "%s:%s" .repository ($slim | ternary (default $tag .slimTag) $tag) -}}
 {{- end -}}

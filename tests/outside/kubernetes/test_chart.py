@@ -63,11 +63,11 @@ def test_another_image_and_another_request_timeout_and_back_fail_no_request(clus
     with cluster.load() as found:
         cluster.upgrade("serving.requestTimeoutSeconds=61", "image.tag=next")
         images = {each["image"] for pod in cluster.pods(WORKERS) for each in pod["spec"]["containers"]}
-        assert images == {"local/ratchet:next"} and cluster.active() != before
+        assert images == {"docker.io/local/ratchet:next"} and cluster.active() != before
         cluster.helm("rollback")
         cluster.replaced()
         images = {each["image"] for pod in cluster.pods(WORKERS) for each in pod["spec"]["containers"]}
-        assert images == {"local/ratchet:1"}
+        assert images == {"docker.io/local/ratchet:1"}
     told("image and settings, roll-back", found)
 
 

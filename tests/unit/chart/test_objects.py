@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from core.loading import load_settings
+from core.settings import Settings
 from ops.cli.metrics import targets_of
 from tests.support.chart import EVERYTHING, ROOT, merged, named, of_kind, pods, profile, render, variables
 
@@ -105,6 +106,8 @@ def test_migration_runs_before_everything_and_a_failure_says_so_soon(everything:
     assert annotations["helm.sh/hook"] == "pre-install,pre-upgrade"
     assert annotations["helm.sh/hook-output-log-policy"] == "hook-failed"
     assert (job["spec"]["backoffLimit"], job["spec"]["ttlSecondsAfterFinished"]) == (2, 24 * 3600)
+    pull_seconds = 6.1e9 / 2e6  # the largest image at 2 MB/s; the deadline counts from the Job's start
+    assert job["spec"]["activeDeadlineSeconds"] > pull_seconds
     (container,) = spec["containers"]
     assert container["command"] == ["ratchet", "admin", "migrate"]
     assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
@@ -139,12 +142,66 @@ def test_what_is_published_is_neither_metrics_nor_the_operators_calls(everything
     hosts = of_kind(everything, "Ingress")[0]["spec"]["rules"]
     paths = {path["path"] for rule in hosts if rule["host"] == "a.example" for path in rule["http"]["paths"]}
     assert "/v1" in paths
-    assert not [path for path in paths if "/admin".startswith(path) or "/metrics".startswith(path)]
+    hidden = ("/admin", "/metrics", "/docs", "/openapi.json")
+    assert not [path for path in paths for each in hidden if each.startswith(path)]
     controller = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress-nginx"}}}
     on = {"enabled": True, "host": "a.example"}
     for ingress, published in (({}, set()), (on, {8000}), ({**on, "consoleHost": "c.example"}, {8000, 8001})):
         found = rules(render({"ingress": ingress}), "ingress")
         assert {port["port"] for rule in found if controller in rule["from"] for port in rule["ports"]} == published
+
+
+def test_the_ingress_lets_bodies_through_that_the_server_takes() -> None:
+    """ingress-nginx takes 1 MiB by default; an annotation of the installation wins."""
+    name = "nginx.ingress.kubernetes.io/proxy-body-size"
+    ingress: dict[str, Any] = {"enabled": True, "host": "a.example"}
+    for size in (None, 3 << 20):
+        told = {"serve": {"max_image_bytes": size} if size else {}}
+        objects = render({"ingress": ingress, "settings": told})
+        expected = Settings.model_validate(told).serve.max_body_bytes
+        assert of_kind(objects, "Ingress")[0]["metadata"]["annotations"] == {name: str(expected)}
+    own = render({"ingress": {**ingress, "annotations": {name: "64m", "a.example/b": "c"}}})
+    assert of_kind(own, "Ingress")[0]["metadata"]["annotations"] == {name: "64m", "a.example/b": "c"}
+
+
+def keda(*layers: Any) -> tuple[dict[str, str], dict[str, tuple[str, str]]]:
+    """Metadata of KEDA's trigger, and its parameters with the Secret or ConfigMap and the key of each."""
+    objects = render({"kafka": {"existingSecret": {"name": "ratchet-kafka"}}}, *layers)
+    (scaled,) = of_kind(objects, "ScaledObject")
+    found = {
+        each["parameter"]: (each["name"], each["key"])
+        for auth in of_kind(objects, "TriggerAuthentication")
+        for references in auth["spec"].values()
+        for each in references
+    }
+    (trigger,) = scaled["spec"]["triggers"]
+    assert bool(found) == ("authenticationRef" in trigger)
+    return trigger["metadata"], found
+
+
+def test_keda_is_told_mechanism_and_tls_by_values_and_credentials_by_the_secret_of_kafka() -> None:
+    """As KEDA's Kafka scaler reads them: ``sasl`` and ``tls`` in the trigger's metadata, the rest as parameters."""
+    secret = "ratchet-kafka"
+    told, found = keda({"ingest": {"keda": {"enabled": True}}})
+    assert not {"sasl", "tls"} & told.keys() and not found
+    told, found = keda({"ingest": {"keda": {"enabled": True, "sasl": "scram_sha512", "tls": "enable"}}})
+    assert (told["sasl"], told["tls"]) == ("scram_sha512", "enable")
+    assert found == {name: (secret, name) for name in ("username", "password", "ca")}
+    told, found = keda({"ingest": {"keda": {"enabled": True, "tls": "mutual"}}})
+    assert told["tls"] == "enable" and found == {name: (secret, name) for name in ("ca", "cert", "key")}
+
+
+def test_keda_gets_its_token_where_ingest_does() -> None:
+    oauth = {"token_url": "https://id.example/token", "client_id": "ratchet", "scope": "kafka offline"}
+    values = {"settings": {"kafka": {"oauth": oauth}}, "ingest": {"keda": {"enabled": True, "sasl": "oauthbearer"}}}
+    told, found = keda(values)
+    assert told["sasl"] == "oauthbearer" and found["password"] == ("ratchet-kafka", "oauth-client-secret")
+    objects = render({"kafka": {"existingSecret": {"name": "ratchet-kafka"}}}, values)
+    data = named(objects, "ConfigMap", "kafka")["data"]
+    plain = {name: data[key] for name, (holder, key) in found.items() if holder == "live-ratchet-kafka"}
+    assert plain == {
+        "username": "ratchet", "oauthTokenEndpointUri": "https://id.example/token", "scopes": "kafka,offline"
+    }  # fmt: skip
 
 
 # Network policies
@@ -229,6 +286,21 @@ def test_cloud_identities_are_reached_by_the_users_of_the_object_store_alone() -
     assert found == components - {"migration", "test"}
     closed = rules(render(), "egress")
     assert not [peer for rule in closed for peer in rule.get("to", []) if "ipBlock" in peer], "by default"
+
+
+def test_the_example_for_services_outside_the_cluster_opens_their_addresses_and_no_others() -> None:
+    values = yaml.safe_load((ROOT / "examples" / "kubernetes" / "external-services.yaml").read_text())
+    objects = render(values)
+    opened = {
+        (peer["ipBlock"]["cidr"], port["port"])
+        for rule in rules(objects, "egress", "ingest")
+        for peer in rule.get("to", [])
+        for port in rule["ports"]
+        if "ipBlock" in peer
+    }
+    brokers = {(f"10.{number}.0.0/24", 9096) for number in (21, 22, 23)}
+    assert opened == {("10.20.0.0/24", 5432), *brokers, ("10.24.0.0/24", 443), ("169.254.170.23/32", 80)}
+    assert all(rule.get("to") for rule in rules(objects, "egress", "ingest")), "an opening to any address"
 
 
 # Rules and dashboards

@@ -9,6 +9,7 @@ from helm_python import lint
 from jsonschema import Draft202012Validator
 from ray._private import ray_constants
 
+from benchmarks.cluster.ray_service import quantity
 from tests.support import chart
 from tests.support.chart import EVERYTHING, ROOT, containers, named, of_kind, pods, render, variables
 
@@ -73,6 +74,16 @@ def test_every_container_has_few_rights_a_read_only_root_and_bounds(objects: lis
         assert {"/tmp", "/home/ratchet", home} <= {mount["mountPath"] for mount in mounts}
         assert {"cpu", "memory"} <= container["resources"]["requests"].keys(), component
         assert "memory" in container["resources"]["limits"], component
+
+
+def test_a_pod_asks_for_the_disk_that_it_usually_fills(objects: list[dict[str, Any]]) -> None:
+    """Else the scheduler puts pods on a node without room for it, and the kubelet evicts them."""
+    for component, template in pods(objects):
+        asked = [each["resources"]["requests"] for each in template["spec"]["containers"]]
+        disk = sum(quantity(each["ephemeral-storage"]) for each in asked if "ephemeral-storage" in each)
+        empty = [volume["emptyDir"] for volume in template["spec"]["volumes"] if "emptyDir" in volume]
+        room = sum(quantity(each["sizeLimit"]) for each in empty if each.get("medium") != "Memory")
+        assert 0 < disk <= room, component
 
 
 def test_each_part_has_its_pods_which_are_probed_and_spread_over_nodes(objects: list[dict[str, Any]]) -> None:
