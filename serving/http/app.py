@@ -15,6 +15,7 @@ from serving.http import (
     chat,
     classify,
     deletions,
+    docs,
     embeddings,
     errors,
     health,
@@ -89,11 +90,12 @@ def openapi() -> dict[str, Any]:
 @cache
 def _with_routes() -> FastAPI:
     """Cached: FastAPI takes half a second to process all models."""
-    app = FastAPI(title="Ratchet", version="1", description=DESCRIPTION, redoc_url=None)
+    app = FastAPI(title="Ratchet", version="1", description=DESCRIPTION, docs_url=None, redoc_url=None)
     for part in (chat, embeddings, vqa, classify, search, operations, records, deletions):
         # The middleware checks keys before any route; here the schema learns of them, for the "Authorize" of /docs.
         app.include_router(part.router, dependencies=[Depends(BEARER)], responses={**errors.RESPONSES, **REFUSALS})
     app.include_router(health.router)
+    docs.add_to(app)
     _describe(app)
     return app
 

@@ -35,7 +35,6 @@ from serving.http.errors import ApiError, field_error
 from serving.own_threads import BoundedCall, OwnThreads
 
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
-ANY_KEY = ("/metrics", "/docs", "/openapi.json")
 log = logging.getLogger("ratchet.access")
 FORMAT: Final = 1
 KEY: Final = "keys.json"
@@ -47,9 +46,9 @@ _ROWS: Final = TypeAdapter(list[KeyRow])
 
 def needs(path: str) -> tuple[KeyScope, ...]:
     """The scopes of which a caller needs one; empty for open paths."""
-    if path.startswith("/health/"):
+    if path in ("/docs", "/openapi.json") or path.startswith(("/docs/", "/health/")):
         return ()
-    if path in ANY_KEY or path.startswith("/docs/"):
+    if path == "/metrics":
         return SCOPES
     if path.startswith(("/admin/v1/quarantine", "/v1/records")):
         return ("publish", "operate")
