@@ -114,9 +114,9 @@ def needed_items(
 
 def spending(alpha: float, fraction: float) -> float:
     """Alpha that may be spent up to an information fraction: 2 - 2 Phi(z(alpha / 2) / sqrt(fraction))."""
-    if fraction <= 0.0:
-        return 0.0
-    return float(2.0 * stats.norm.sf(stats.norm.isf(alpha / 2.0) / math.sqrt(min(1.0, fraction))))
+    if not 0.0 < fraction < 1.0:
+        return alpha if fraction >= 1.0 else 0.0  # exactly: what is left then is 0
+    return float(2.0 * stats.norm.sf(stats.norm.isf(alpha / 2.0) / math.sqrt(fraction)))
 
 
 def _levels(alpha: float, looks: Sequence[int], needed: int) -> list[float]:

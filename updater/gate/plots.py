@@ -53,7 +53,7 @@ def forest(suites: Suites) -> str:
         axes.plot([low, high], [y, y], color=colour, linewidth=2.6, solid_capstyle="round")
         axes.plot(middle, y, "o", color=colour, markersize=6.5)
     axes.axvline(0, color=INK, linewidth=0.9)
-    axes.set_xlabel("after − before, points", color=MUTED)
+    axes.set_xlabel("← worse\u2003\u2003after − before, points\u2003\u2003better →", color=MUTED)
     return drawn(plot, "Difference of every suite with its interval and margin", "f")
 
 

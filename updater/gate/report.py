@@ -19,6 +19,25 @@ JSON_NAME = "report.json"
 HTML_NAME = "report.html"
 NO_LOOK = "none: it could not have passed, and spent no alpha"
 TEMPLATES = Path(__file__).parent / "templates"
+COST = {
+    "gflops_planned": ("Compute planned, memory-adjusted", "GFLOPs"),
+    "gflops_spent": ("Compute spent, memory-adjusted", "GFLOPs"),
+    "memory_ratio": ("Memory, as a share of full fine-tuning", ""),
+    "peak_bytes": ("Peak memory of training", ""),
+    "seconds": ("Training time", "s"),
+    "steps": ("Training steps", ""),
+    "visited": ("New samples trained on", ""),
+    "passed_over": ("New samples that the budget did not pay for", ""),
+    "left_out": ("Samples that could not be prepared", ""),
+    "incumbent_kept": ("Share of the incumbent that the recipe's rank holds", ""),
+}
+"""Costs that a reader of the page may want, with labels and units; ``report.json`` has all."""
+META = {
+    "store_version": "Version of the sample store",
+    "data_from": "Learned from, offset by partition",
+    "data_to": "Learned up to, offset by partition",
+    "bytes": "Size of the adapter",
+}
 BOTH = ("before", "after")
 SAMPLES = ("sample", *(f"sample_{when}" for when in BOTH))
 
@@ -52,7 +71,7 @@ def _fill(template: str, report: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "signed": _signed, "number": _number, "value": _value}
+    environment.filters |= {"percent": _percent, "signed": _signed, "moment": _moment, "number": _number}
     gains, retention = ([s for s in report["suites"] if s["role"] == role] for role in ("gain", "retention"))
     suites, mean = gains + retention, report.get("mean")
     return environment.get_template(template).render(
@@ -72,25 +91,10 @@ def _fill(template: str, report: Mapping[str, Any]) -> str:
 
 
 def _cost(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    labels = {
-        "gflops_planned": ("Compute planned (MAF)", "GFLOPs"),
-        "gflops_spent": ("Compute spent (MAF)", "GFLOPs"),
-        "memory_ratio": ("Memory, of full fine-tuning", ""),
-        "seconds": ("Training time", "s"),
-        "samples": ("Samples seen", ""),
-        "incumbent_kept": ("Share of the incumbent that the recipe's rank holds", ""),
-    }
-    rows = []
-    for key, value in report["cost"].items():
-        if isinstance(value, (dict, list, bool)) or value is None:
-            continue
-        if key.endswith("_bytes") and isinstance(value, (int, float)):
-            value = f"{value / 1e6:,.0f} MB" if value >= 1e6 else f"{value / 1e3:,.1f} kB"
-        words = key.removesuffix("_bytes").removesuffix("_gflops").replace("_", " ").capitalize()
-        label, unit = labels.get(key, (words, "GFLOPs" if key.endswith("_gflops") else ""))
-        rows.append((label, f"{_number(value)} {unit}".strip()))
-    rows.append(("Gate time", f"{report['seconds']:.1f} s"))
-    return rows
+    found = [(label, unit, key, report["cost"][key]) for key, (label, unit) in COST.items() if key in report["cost"]]
+    rows = [(label, f"{_size(value) if key == 'peak_bytes' else _number(value)} {unit}".strip())
+            for label, unit, key, value in found if value is not None]  # fmt: skip
+    return [*rows, ("Time of the gate", f"{report['seconds']:.1f} s")]
 
 
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -102,12 +106,12 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Candidate", report["candidate"]),
         ("Incumbent", report["incumbent"] or "the base alone"),
         ("Base", f"{report['base']} ({str(meta.pop('base_digest', ''))[:12]})"),
-        ("Look", f"{number}; {look['items']:,} of {look['needed']:,} independent items of new data"),
+        ("Look (interim analysis)", f"{number}; {look['items']:,} of {look['needed']:,} independent items of new data"),
         ("Level of this look", f"{look['level']:.2g} for the gain, {look['loss_level']:.2g} for losses"),
-        ("Spent on its gain", f"{look['spent']:.2g} of {look['alpha']:.2g}, {look['left']:.2g} left"),
+        ("Alpha spent on its gain", f"{look['spent']:.2g} of {look['alpha']:.2g}, {look['left']:.2g} left"),
         ("Next look", following),
-        ("Before the next release", f"α = {report['alpha']:g}; candidate {look['candidates'] + 1}, {left}"),
-        ("Time", report["created_at"]),
+        ("Alpha until the next release", f"{report['alpha']:g}; this is candidate {look['candidates'] + 1}; {left}"),
+        ("Judged at", _moment(report["created_at"])),
     ]
     if (crossing := report["cross_version"]) is not None:
         words = {"old_old": "before", "new_old": "new texts in old images", "new_new": "after"}
@@ -118,7 +122,11 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if (mean := report.get("mean")) is not None:
         rows.append(("Mean loss", f"{mean['reason']} ({mean['n']:,} items of {mean['suites']} suites)"))
     meta.pop("load_error", None)
-    return [*rows, *((key.replace("_", " ").capitalize(), _value(value)) for key, value in meta.items())]
+    if meta.get("data_from") == {}:
+        meta["data_from"] = "the beginning"
+    if "bytes" in meta:
+        meta["bytes"] = _size(meta["bytes"])
+    return [*rows, *((META.get(key, key.replace("_", " ").capitalize()), _value(value)) for key, value in meta.items())]
 
 
 def _percent(share: float | None) -> str:
@@ -129,10 +137,18 @@ def _signed(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:+.1f}".replace("-", "−")
 
 
+def _moment(iso: str) -> str:
+    return f"{iso[:16].replace('T', ' ')} UTC"
+
+
 def _number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e3:,.0f} kB"
 
 
 def _value(value: Any) -> str:

@@ -26,7 +26,7 @@ from tests.unit.ops.console.conftest import settings as console_settings
 from tests.unit.updater.gate.builders import changed, fresh_suite, outcomes, picture, scores
 from updater.gate import verdict as v
 from updater.gate.decision import Scores, conclude, decide
-from updater.gate.interim_analyses import AnalysisPlan
+from updater.gate.interim_analyses import AnalysisPlan, candidate_alpha
 from updater.gate.report import render, render_body, write_report
 from updater.gate.score import Outcomes, thumbnail, worst_answers, worst_items
 from updater.gate.suites import Suite
@@ -82,7 +82,7 @@ def verdict() -> v.Verdict:
     return verdict_of(
         replace(kept, chance=0.05, worst=worst), new, Scores(asked, answers, answers, answers, 0.3, lost),
         trust=TRUST, cost={"gflops_planned": 60000.0, "gflops_spent": 58211.4, "seconds": 231.2, "losses": [1.0, 0.5],
-              "peak_bytes": 2.5e8},
+              "peak_bytes": 2.5e8, "full_bytes": 1e9, "row_bytes": 45708.1, "closing": 0},
         meta={"update": "u-1", "recipe": {"name": EVIL}, "data_from": {"t:0": 0}, "data_to": {"t:0": 812}},
         diagnostics=DIAGNOSTICS,
     )  # fmt: skip
@@ -96,7 +96,9 @@ def test_both_files_are_written_and_say_the_same(verdict: v.Verdict, tmp_path: P
     assert report["checks"][1]["value"] is None, "NaN has no word in JSON"
     page = (tmp_path / "report.html").read_text()
     assert page == render(report), "an old report can be drawn again from its JSON"
+    assert not re.search(r">(?:Full|Peak|Row|Closing|Bytes)<", page), "fields' names are not labels"
     for text in ("Rejected", "emoji_retrieval", "fresh.fluent3d", "58,211 GFLOPs", "250 MB", "41.2 s", "candidate 4",
+                 "2026-01-01 00:00 UTC",
                  "number 2 at this candidate; 250 of 300 independent items", "with 300 items, if it is inconclusive",
                  "clip-ba9876543210", "Gain over all new data", "1/log2(2 + rank)", "recall@5",
                  "red → nothing", "right: red, crimson", "exact_match", "chance 30.0",
@@ -165,6 +167,8 @@ def test_a_look_that_was_not_made_has_spent_nothing(verdict: v.Verdict) -> None:
     unmade = replace(verdict, spent=False).to_json()["look"]
     assert unmade["spent"] == made["before"] < made["spent"] and unmade["left"] > made["left"]
     assert unmade["left_for_others"] == made["left_for_others"], "the share was taken by the look before"
+    last = replace(verdict, look=AnalysisPlan(candidate_alpha(0.05, 1), 0.05, 225).look(225)).to_json()["look"]
+    assert (last["spent"], last["left"]) == (last["alpha"], 0.0), "all is spent, to the last digit"
     first = replace(verdict, spent=False, look=AnalysisPlan(0.03, 0.05, 300).look(250)).to_json()["look"]
     assert first["spent"] == 0.0 and first["left_for_others"] > made["left_for_others"]
 
