@@ -21,15 +21,18 @@ from demo.load.traffic import CheckedSample
 from demo.story.captions import DEPTH, Comparison, Hit, Search
 from demo.story.questions import AnswerComparison
 from demo.story.screen import Chapter, clock
+from demo.story.stage import SOME_ANSWERS_SECONDS
 from demo.story.summary import Facts, Lesson
+from updater.gate.plots import BAD, BEFORE, GOOD, MUTED, drawn, figure, style
 from updater.gate.report import TEMPLATES as PALETTE
 
 TEMPLATES = Path(__file__).parent / "templates"
 SIDE = 96  # pixels of a thumbnail
 QUALITY = 80  # JPEG quality of a thumbnail: 2 to 5 KB
-BEFORE_SECONDS, AFTER_SECONDS = 20.0, 12.0  # of the chart: before the first release and after the last
-INK, FAILED, RELEASES = "#808080", "#d7191c", ("#1a9641", "#7b8fb2")
-"""Colours visible on light and dark pages: the chart has no background."""
+BEFORE_SECONDS, AFTER_SECONDS = 20.0, SOME_ANSWERS_SECONDS
+"""Of the chart: before the first release, and after the last until the demo starts hundreds of searches of its own."""
+RELEASES = GOOD, BEFORE
+"""By the parity of a release: the first is the base, and each change of CLIP goes from one model to the other."""
 MOST_BYTES = 1_500_000
 """Total of all encoded pictures; later ones are left out."""
 
@@ -132,7 +135,7 @@ class Mark:
 
 def marks(releases: Sequence[ReleaseRow]) -> list[Mark]:
     changed = [release for before, release in pairwise(releases) if release.clip != before.clip]
-    labels = ("the update", "rolled back", "forward again")
+    labels = ("the update", "rolled back", "rolled forward")
     return [
         Mark(release.created_at.timestamp(), f"release {release.number}: {label}")
         for release, label in zip(changed, labels, strict=False)
@@ -151,7 +154,7 @@ class Chart:
 
 
 def latency_chart(samples: Sequence[CheckedSample], marks: Sequence[Mark]) -> Chart | None:
-    """The requests around the marks, with logarithmic latency; None without data."""
+    """The requests around the marks; None without data."""
     if not marks:
         return None
     swap, last = marks[0].at, marks[-1].at
@@ -164,28 +167,22 @@ def latency_chart(samples: Sequence[CheckedSample], marks: Sequence[Mark]) -> Ch
 
 
 def _drawn(samples: Sequence[CheckedSample], times: Sequence[float], marks: Sequence[Mark]) -> str:
-    from matplotlib.figure import Figure  # takes a second
-
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    axes = figure.subplots()
-    swap = marks[0].at
-    colours = [FAILED if each.problem else RELEASES[each.release % 2] for each in samples]
-    axes.scatter([each.due - swap for each in samples], times, s=6, c=colours)
-    axes.set(yscale="log", xlabel="seconds from the swap", ylabel="ms")
-    for number, mark in enumerate(marks):
-        axes.axvline(mark.at - swap, color=INK, linestyle="--", linewidth=0.8)
+    plot, swap = figure(height=2.9, width=7.0), marks[0].at
+    axes = plot.add_axes((0.09, 0.16, 0.89, 0.66))
+    style(axes)
+    colours = [BAD if each.problem else RELEASES[each.release % 2] for each in samples]
+    axes.scatter([each.due - swap for each in samples], times, s=9, c=colours)
+    axes.set_yscale("log")
+    axes.tick_params(axis="y", which="both", length=0, colors=MUTED)
+    axes.yaxis.set_major_formatter("{x:g} ms")
+    axes.set_xlabel("seconds from the swap", color=MUTED)
+    for number, mark in enumerate(marks):  # each label left of its line, on a line of its own
+        axes.axvline(mark.at - swap, color=MUTED, linestyle="--", linewidth=0.8)
         axes.annotate(
-            mark.label, (mark.at - swap, 1.0), (2, 2 + 10 * (number % 2)), xycoords=("data", "axes fraction"),
-            textcoords="offset points", fontsize=8, color=INK,
+            mark.label, (mark.at - swap, 1.0), (-3, 3 + 11 * number), xycoords=("data", "axes fraction"),
+            textcoords="offset points", fontsize=9, color=MUTED, ha="right",
         )  # fmt: skip
-    axes.tick_params(colors=INK, which="both")
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-    for side, spine in axes.spines.items():
-        spine.set(visible=side in ("left", "bottom"), color=INK)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=140, transparent=True)
-    return f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
+    return drawn(plot, "Latency of each request over time, with the moments of swap and rollback", "l")
 
 
 def _side(search: Search, pictures: Pictures) -> dict[str, Any]:
@@ -210,4 +207,4 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _points(share: float) -> str:
-    return f"{share * 100:+.1f}"
+    return f"{share * 100:+.1f}".replace("-", "−")

@@ -57,7 +57,7 @@ def plan_chapters(domain: str, questions: str = "") -> list[Chapter]:
         Chapter(
             "start", "A base model, a broker, a server and a console start",
             "Everything runs on this machine, on what package registries ship. The server answers as soon as CLIP is "
-            "there; what gate and trainer will need is downloaded meanwhile.",
+            "there; data for the trainer and the gate is downloaded meanwhile.",
         ),
         Chapter(
             "stream", f"The stream brings pictures that the base has not seen: {domain}",
@@ -75,8 +75,8 @@ def plan_chapters(domain: str, questions: str = "") -> list[Chapter]:
             "by one release alone; none fails, and none mixes two.",
         ),
         Chapter(
-            "rollback", "An operator takes the update back, and forward again",
-            "The model before stays in memory, and its search index complete: going back takes milliseconds.",
+            "rollback", "An operator rolls the update back, then forward again",
+            "The previous model stays in memory with its complete search index, so going back takes milliseconds.",
         ),
         Chapter(
             "compare", "The same searches before and after the update",
@@ -98,7 +98,7 @@ def plan_chapters(domain: str, questions: str = "") -> list[Chapter]:
                 "CLIP goes on as it is: the two models are released and taken back independently.",
             ),
             Chapter(
-                "vlm-rollback", "An operator takes the VLM back alone, and forward again",
+                "vlm-rollback", "An operator rolls the VLM alone back, then forward again",
                 "An answer that is being written goes on with the release that it began with.",
             ),
         ]  # fmt: skip
