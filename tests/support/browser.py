@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
+from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
 
 from tests.support.downloads import answers, running
 
@@ -19,9 +19,11 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
-DESKTOP = {"width": 1280, "height": 900}
-PHONE = {"width": 390, "height": 844}
+DESKTOP: ViewportSize = {"width": 1280, "height": 900}
+PHONE: ViewportSize = {"width": 390, "height": 844}
 START_SECONDS = 120.0
+AA = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
+"""axe's tags of WCAG 2.1's levels A and AA."""
 
 
 @contextmanager
@@ -58,9 +60,23 @@ class Complaints:
             self.heard.append(text)
 
 
-def serious(findings: Sequence[dict[str, Any]]) -> list[str]:
-    return [
-        f"{found['id']}: {found['help']}: {[node['target'] for node in found['nodes']][:5]}"
-        for found in findings
-        if found["impact"] in ("serious", "critical")
-    ]
+def violations(page: Page) -> list[str]:
+    """Violations of WCAG 2.1 at AA that axe finds, in light colours, and of contrasts in dark ones."""
+    found = []
+    for scheme, rules in (
+        ("light", {"type": "tag", "values": AA}),
+        ("dark", {"type": "rule", "values": ["color-contrast"]}),
+    ):
+        page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
+        answer = Axe().run(page, options={"resultTypes": ["violations"], "runOnly": rules})
+        found += [
+            f"{scheme}: {each['id']}: {each['help']}: {[node['target'] for node in each['nodes']][:5]}"
+            for each in answer.response["violations"]
+        ]
+    return found
+
+
+def width(page: Page) -> int:
+    """Pixels that a page takes on a phone: more than the phone's, and it scrolls sideways."""
+    page.set_viewport_size(PHONE)
+    return int(page.evaluate("document.scrollingElement.scrollWidth"))

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
 from core.addresses import free_port
+from demo.story import page as demo_page
 from ops.console import public
 from ops.console.request_context import NAV
 from tests.integration.console.conftest import Place
-from tests.support.browser import DESKTOP, PHONE, serious
+from tests.support.browser import DESKTOP, PHONE, violations, width
 from tests.support.console_server import console_server
 from tests.support.kafka import picture, produce, records_seen, wait_for
+from tests.support.story import verdict
+from tests.unit.demo.test_story import picture as demo_picture
+from tests.unit.demo.test_story import story as demo_story
+from tests.unit.updater.gate.test_report import DIAGNOSTICS, TRUST
+from updater.gate import report
 
 pytestmark = pytest.mark.timeout(300)
 PAGES = (*(link for link, _ in NAV), "/audit/deletions", "/tour", "/sign-in")
@@ -34,17 +40,6 @@ def confirm(page: Page, reason: str, verb: str) -> None:
 
 def said(page: Page, words: str) -> None:
     expect(page.get_by_role("dialog")).to_contain_text(words, timeout=30_000)
-
-
-def found_by_axe(page: Page) -> list[str]:
-    """Serious violations in light, and of contrasts in dark."""
-    contrast = {"type": "rule", "values": ["color-contrast"]}
-    found = []
-    for scheme, options in (("light", {}), ("dark", {"runOnly": contrast})):
-        page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
-        answer = Axe().run(page, options={"resultTypes": ["violations"], **options})
-        found += [f"{scheme}: {each}" for each in serious(answer.response["violations"])]
-    return found
 
 
 def releases(place: Place, count: int) -> list[str]:
@@ -83,7 +78,7 @@ def test_the_tour_of_a_first_visit_goes_by_keyboard_and_is_not_shown_again(visit
     visitor.keyboard.press("Enter")
     expect(visitor.get_by_role("dialog", name="What is live?")).to_be_visible()
     expect(visitor.locator(".toured")).to_have_id("tour-live")
-    assert found_by_axe(visitor) == []
+    assert violations(visitor) == []
     visitor.keyboard.press("Escape")
     expect(visitor.get_by_role("dialog")).to_have_count(0)
     expect(visitor.locator(".toured")).to_have_count(0)
@@ -105,7 +100,7 @@ def test_a_public_screen_shows_what_comes_and_has_nothing_to_press_but_pause(vis
         for path in public.PAGES:
             visitor.goto(f"{url}{path}")
             assert visitor.get_by_role("button").all_inner_texts() == ["Pause updates"], path
-            assert found_by_axe(visitor) == [], path
+            assert violations(visitor) == [], path
         visitor.goto(f"{url}/")
         expect(visitor.get_by_role("dialog")).to_have_count(0)
         releases(place, 1)
@@ -205,13 +200,34 @@ def test_a_verdict_is_drawn_and_captions_in_it_stay_captions(visitor: Page, plac
     assert visitor.title().startswith("Rejected")
 
 
-def test_axe_finds_nothing_serious_and_every_page_fits_a_phone(ana: Page, place: Place) -> None:
-    verdict, wide = f"/gate/{place.story.rejected}", {}
-    for path in (verdict, *PAGES, "/releases/rollback"):
+def test_axe_finds_nothing_and_every_page_fits_a_phone(ana: Page, place: Place) -> None:
+    for path in (f"/gate/{place.story.rejected}", *PAGES, "/releases/rollback"):
         ana.set_viewport_size(DESKTOP)
         ana.goto(path)
-        assert found_by_axe(ana) == [], path
-        ana.set_viewport_size(PHONE)
-        wide[path] = ana.evaluate("document.documentElement.scrollWidth")
-    del wide[verdict]  # drawn wider than a phone
-    assert set(wide.values()) == {PHONE["width"]}, wide
+        assert (path, violations(ana), width(ana)) == (path, [], PHONE["width"])
+
+
+def test_axe_finds_nothing_in_pages_that_are_files_and_they_fit_a_phone(visitor: Page, tmp_path: Path) -> None:
+    """Reports with every section, and the demo's page."""
+    made = {
+        outcome: replace(verdict("clip-0123456789ab", lost, won), diagnostics=DIAGNOSTICS, trust=TRUST)
+        for outcome, lost, won in (("passed", 4, 80), ("inconclusive", 12, 60), ("rejected", 90, 60))
+    }
+    assert {outcome: each.outcome for outcome, each in made.items()} == {outcome: outcome for outcome in made}
+    pages = {outcome: report.render(each.to_json()) for outcome, each in made.items()}
+    for name, content in {**pages, "demo": demo_page.render(demo_story(tmp_path), demo_picture, tmp_path)}.items():
+        visitor.set_viewport_size(DESKTOP)
+        visitor.set_content(content)
+        assert (name, violations(visitor), width(visitor)) == (name, [], PHONE["width"])
+
+
+def test_the_page_of_the_api_loads_nothing_from_elsewhere_and_calls_the_server(visitor: Page, place: Place) -> None:
+    asked: list[str] = []
+    visitor.on("request", lambda request: asked.append(request.url))
+    visitor.goto(f"{place.server.url}/docs")
+    visitor.locator(".opblock-summary", has_text="Models that requests may name").click()
+    visitor.get_by_role("button", name="Try it out").click()
+    visitor.get_by_role("button", name="Execute").click()
+    expect(visitor.locator(".live-responses-table tbody .response-col_status")).to_contain_text("200")
+    elsewhere = [url for url in asked if not url.startswith((f"{place.server.url}/", "data:"))]
+    assert elsewhere == [] and f"{place.server.url}/v1/models" in asked
