@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from pathlib import Path
 
 import uvicorn
@@ -156,6 +157,7 @@ def _trouble(request: Request, status: int, title: str, message: str, fix: str) 
 def run_console(settings: Settings) -> None:
     console = settings.console
     progress_log.info(f"console on http://{console.host}:{console.port}")
+    signal.signal(signal.SIGTERM, lambda number, frame: None)  # uvicorn sends it once more when it has stopped
     uvicorn.run(  # no log_config: the logging setup is the same as in other processes
         build_console(settings), host=console.host, port=console.port, log_config=None, log_level="warning",
         server_header=False, timeout_graceful_shutdown=STOP_SECONDS, limit_concurrency=256,

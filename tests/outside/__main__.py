@@ -49,7 +49,7 @@ PEERS: Final = (
     Peer("MinIO", lambda: minio.RELEASE, ("tests/outside/s3", "tests/integration/test_s3.py",
          "tests/integration/test_held_deletions.py")),
     Peer("Kubernetes", lambda: cluster.VERSIONS, ("tests/outside/kubernetes",)),
-    Peer("Docker", lambda: _says("docker", "version", "--format", "{{.Client.Version}}"), ("tests/outside/images",)),
+    Peer("Docker", lambda: _says(installed("dockerd"), "--version"), ("tests/outside/images",)),
     Peer("Keycloak", lambda: f"{keycloak.VERSION}, nginx {_says(nginx.BINARY, '-v')}", ("tests/outside/oidc",)),
     Peer("nginx", lambda: _says(nginx.BINARY, "-v"), ("tests/integration/test_nginx.py",)),
     Peer("PgBouncer", lambda: f"{_says(installed('pgbouncer'), '--version')}, by transaction, PostgreSQL "

@@ -145,6 +145,7 @@ def _debian() -> Path:
     packages = ",".join(["ca-certificates", *_packages_of(home / "lib" / f"python{version}" / "lib-dynload")])
     _run("debootstrap", "--variant=minbase", f"--include={packages}", suite, str(root))
     _run("chroot", str(root), "apt-get", "clean")
+    (root / "etc/apt/apt.conf.d/docker-clean").write_text('Dir::Cache::pkgcache "";\nDir::Cache::srcpkgcache "";\n')
     local = root / "usr" / "local"
     left_out = shutil.ignore_patterns("site-packages", "__pycache__", "test", "*.a", "*tkinter*")
     shutil.copytree(home / "lib", local / "lib", symlinks=True, dirs_exist_ok=True, ignore=left_out)

@@ -33,19 +33,22 @@ PARTS: Final = ("serve", "trainer", *SLIM)
 FILES: Final = (str(ROOT / "compose.yaml"), "--file", str(Path(__file__).with_name("compose.yaml")))
 PROJECT: Final = ("--project-name", "ratchet-images-test", "--project-directory", str(ROOT), "--file", *FILES)
 SECRETS: Final = dict.fromkeys(("POSTGRES_PASSWORD", "S3_SECRET_KEY", "OPERATOR_KEY", "GRAFANA_PASSWORD"), "secret")
-EMBED: Final = """
-import json, sys, urllib.error, urllib.request
+ASK: Final = """
+import json, time, urllib.error, urllib.request
 body = json.dumps({"model": "clip", "input": ["a red square"]}).encode()
-def ask(**headers):
-    url = "http://127.0.0.1:8000/v1/embeddings"
-    request = urllib.request.Request(url, body, {"content-type": "application/json", **headers})
-    return json.load(urllib.request.urlopen(request, timeout=60))
-print(len(ask(authorization="Bearer secret")["data"][0]["embedding"]))
-try:
-    ask()
-except urllib.error.HTTPError as error:
-    print(error.code)
+key = {"authorization": "Bearer secret"}
+def ask(path, body=None, **headers):
+    headers["content-type"] = "application/json"
+    try:
+        with urllib.request.urlopen(urllib.request.Request("http://127.0.0.1:8000" + path, body, headers)) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, None
+print(ask("/v1/embeddings", body)[0], len(ask("/v1/embeddings", body, **key)[1]["data"][0]["embedding"]))
+while ask("/health/ready/vlm", **key)[0] != 200:
+    time.sleep(1)
 """
+"""Asks the model server without a key, then with one, and waits until the VLM is ready."""
 Show = Callable[[str, list[tuple[str, ...]]], None]
 
 
@@ -70,6 +73,8 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not answers(PYTORCH_INDEX, None):
         cpu, gpu = ((copy / "locks" / name) for name in ("cpu.txt", "gpu.txt"))
         cpu.write_text(with_pytorch_of(gpu.read_text(), cpu.read_text()))
+        dockerfile = copy / "Dockerfile"  # else pip tries that index again and again for each package
+        dockerfile.write_text(re.sub(r"--extra-index-url \S+ ", "", dockerfile.read_text()))
     return copy
 
 
@@ -141,11 +146,14 @@ def test_an_image_lacks_what_its_parts_do_not_import_and_lists_what_it_has(
 
 
 @pytest.fixture(scope="module")
-def started(docker: Engine, images: dict[str, list[Layer]]) -> Iterator[dict[str, str]]:
+def started(
+    docker: Engine, images: dict[str, list[Layer]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
     """IDs of Compose's containers, by part."""
+    environment = {**SECRETS, "DATA": str(tmp_path_factory.mktemp("data"))}
 
     def compose(*words: str, seconds: float = 300) -> str:
-        return docker("compose", *PROJECT, *words, seconds=seconds, **SECRETS)
+        return docker("compose", *PROJECT, *words, seconds=seconds, **environment)
 
     try:
         compose("up", "--detach", "--no-build", *PARTS, seconds=HEALTHY_SECONDS)
@@ -165,7 +173,7 @@ def test_every_part_runs_without_rights_is_healthy_and_ends_cleanly(
         for line in ("Uid:\t10001\t10001", "NoNewPrivs:\t1", "CapEff:\t0000000000000000", "CapBnd:\t0000000000000000"):
             assert line in status, part
         assert "Read-only file system" in docker("exec", container, "sh", "-c", "touch /usr/local/x 2>&1 || true")
-    assert docker("exec", started["serve"], "python", "-c", EMBED).split() == ["256", "401"]
+    assert docker("exec", started["serve"], "python", "-c", ASK, seconds=HEALTHY_SECONDS).split() == ["401", "384"]
     for part, container in started.items():
         memory = docker("stats", "--no-stream", "--format", "{{.MemUsage}}", container).partition(" /")[0]
         begun = time.monotonic()
