@@ -38,7 +38,7 @@ PHONE = {"width": 400, "height": 620}
 EVERY_SECONDS = 5.0
 SHOWN_MS = 3500
 QUALITY = 60
-NOW = re.compile(r"▸ (\d+)  ")
+NOW = re.compile(r"▸\s+(\d+)  ")
 CONSOLE = re.compile(r"console (http://[\d.:]+)")
 PAGE = """<!doctype html><style>
 body {{ margin: 0; display: flex; background: #16161d; }}
@@ -59,7 +59,7 @@ class Terminal:
     """A command in a terminal of its own, and what that shows."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        import pyte
+        import pyte  # type: ignore[import-not-found]
 
         self.screen: Any = pyte.Screen(COLUMNS, LINES)
         self.lock = Lock()
