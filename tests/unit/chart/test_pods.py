@@ -150,7 +150,9 @@ def test_parts_without_a_model_have_the_slim_image() -> None:
     assert {part for part, image in default.items() if image.endswith("-slim")} == slim
     assert all(image.endswith("-gpu") for part, image in default.items() if part not in slim)
     assert set(tags(tag="mine").values()) == {"registry.example/ratchet:mine"}, "one image for all"
-    assert {part for part, image in tags(tag="mine", slimTag="small").items() if image == "ratchet:small"} == slim
+    assert {
+        part for part, image in tags(tag="mine", slimTag="small").items() if image == "registry.example/ratchet:small"
+    } == slim
 
 
 def test_every_pod_has_what_the_installation_adds() -> None:
