@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from core.addresses import free_port
-from core.errors import ConfigError, LedgerError, LedgerUnavailable, RatchetError
+from core.errors import LedgerError, LedgerUnavailable, RatchetError
 from core.ledger import Ledger
 from core.loading import load_settings
 from ops.cli.main import app
@@ -113,17 +113,16 @@ def test_a_first_start_makes_no_vlm_where_none_is_wanted_and_no_other_base_than_
 # Metrics
 
 
-def test_the_exporter_tells_what_replicas_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    with pytest.raises(ConfigError, match="PROMETHEUS_MULTIPROC_DIR"):  # it would write among them
-        ratchet(tmp_path, "metrics", "serve", str(tmp_path), "--port", "0")
-    wrote = "from core import metrics; metrics.http.refused('overloaded')"
-    writing = {**environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", wrote], env=writing, check=True)
-    written = sorted(tmp_path.iterdir())
+def test_the_exporter_tells_what_replicas_wrote(tmp_path: Path) -> None:
     port = free_port()
     command = [sys.executable, "-m", "ops.cli.main", "metrics", "serve", str(tmp_path), "--port", str(port)]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    writing = {**environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    refused = subprocess.run(command, env=writing, capture_output=True, text=True)  # it would write among them
+    assert refused.returncode == 1 and "PROMETHEUS_MULTIPROC_DIR" in refused.stderr
+    wrote = "from core import metrics; metrics.http.refused('overloaded')"
+    subprocess.run([sys.executable, "-c", wrote], env=writing, check=True)
+    written = sorted(tmp_path.iterdir())
     process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
