@@ -30,7 +30,7 @@ from playwright.sync_api import Browser, Page
 
 from core.loading import load_settings
 from core.waiting import wait_until
-from tests.support.browser import chromium
+from tests.support.browser import chromium, signed_in
 
 COLUMNS, LINES = 104, 30
 FRAME = {"width": 1280, "height": 620}
@@ -126,7 +126,7 @@ def record(terminal: Terminal, browser: Browser, home: Path) -> list[Moment]:
         picture = None
         if address is not None:
             try:
-                page = page or _signed_in(browser, address[1], home)
+                page = page or signed_in(browser, address[1], _key(home), viewport=PHONE, color_scheme="light")
                 page.goto("/")
                 picture = page.screenshot()
             except Exception as error:  # it starts, or stops, meanwhile: the terminal alone is shown
@@ -136,16 +136,8 @@ def record(terminal: Terminal, browser: Browser, home: Path) -> list[Moment]:
     return list(moments.values())
 
 
-def _signed_in(browser: Browser, url: str, home: Path) -> Page:
-    key = load_settings(home / "ratchet.yaml", environ={}).operator_key().get_secret_value()
-    context = browser.new_context(base_url=url, viewport=PHONE, color_scheme="light", reduced_motion="reduce")  # type: ignore[arg-type]
-    context.add_init_script("localStorage.setItem('ratchet-tour', 'seen')")
-    page = context.new_page()
-    page.goto("/sign-in")
-    page.get_by_label("API key").fill(key)
-    page.get_by_role("button", name="Sign in").click()
-    page.get_by_role("button", name="Sign out").wait_for()
-    return page
+def _key(home: Path) -> str:
+    return load_settings(home / "ratchet.yaml", environ={}).operator_key().get_secret_value()
 
 
 def draw(browser: Browser, moments: Sequence[Moment], home: Path) -> list[Image.Image]:

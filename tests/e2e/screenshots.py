@@ -14,22 +14,22 @@ import argparse
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 from PIL import Image
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, ViewportSize
 
 from core.addresses import free_port
 from core.ledger import Ledger
 from core.loading import load_settings
 from core.waiting import wait_until
-from tests.support.browser import PHONE, chromium, console
+from tests.support.browser import PHONE, chromium, console, signed_in
 
 PATIENCE_SECONDS = 1800.0
 COLOURS = 256
 """Enough colours for a picture of a page, at a third of the bytes."""
-DESKTOP = {"width": 1440, "height": 900}
+DESKTOP: ViewportSize = {"width": 1440, "height": 900}
 
 
 def rollback(page: Page) -> None:
@@ -57,7 +57,7 @@ class Picture(NamedTuple):
     moment: Callable[[Ledger], bool]
     visit: Callable[[Page], object]
     scheme: str = "light"
-    viewport: dict[str, int] = DESKTOP
+    viewport: ViewportSize = DESKTOP
 
 
 PICTURES = (
@@ -102,18 +102,11 @@ def take_all(browser: Browser, home: Path, out: Path) -> None:
 
 
 def take(browser: Browser, url: str, key: str, picture: Picture, out: Path) -> None:
-    how: Any = {"viewport": picture.viewport, "color_scheme": picture.scheme, "reduced_motion": "reduce"}
-    context = browser.new_context(base_url=url, **how)
-    context.add_init_script("localStorage.setItem('ratchet-tour', 'seen')")
-    page = context.new_page()
-    page.goto("/sign-in")
-    page.get_by_label("API key").fill(key)
-    page.get_by_role("button", name="Sign in").click()
-    page.get_by_role("button", name="Sign out").wait_for()
+    page = signed_in(browser, url, key, viewport=picture.viewport, color_scheme=picture.scheme)
     picture.visit(page)
     page.wait_for_load_state("networkidle")
     save(page.screenshot(), out / f"{picture.name}.png")
-    context.close()
+    page.context.close()
 
 
 def save(picture: bytes, path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
@@ -45,6 +46,18 @@ def console(config: Path, url: str, log: Path) -> Iterator[str]:
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     with running(command, log, lambda: answers(f"{url}/health/live"), START_SECONDS, env=environ, cwd=ROOT):
         yield url
+
+
+def signed_in(browser: Browser, url: str, key: str, **look: Any) -> Page:
+    """The console, signed in and with the tour seen. ``look``: options of the browser's context."""
+    context = browser.new_context(base_url=url, reduced_motion="reduce", **look)
+    context.add_init_script("localStorage.setItem('ratchet-tour', 'seen')")
+    page = context.new_page()
+    page.goto("/sign-in")
+    page.get_by_label("API key").fill(key)
+    page.get_by_role("button", name="Sign in").click()
+    page.get_by_role("button", name="Sign out").wait_for()
+    return page
 
 
 class Complaints:
