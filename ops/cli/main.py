@@ -4,7 +4,7 @@ of the :class:`typer.Typer` below. The demo is one; benchmarks need a checkout."
 from __future__ import annotations
 
 import errno
-import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -39,6 +39,7 @@ from ops.cli.context import Context, of
 CHECKOUT = Path(__file__).parents[2]
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC)
 OTHER_PATH = "Give a path that this user can write to; for all of Ratchet's own: --set home=DIR, or RATCHET_HOME."
+WITH_MODELS = "Use the image cpu or gpu, not slim; without images install the extra `local`."
 
 log = logging.getLogger("ratchet.cli")
 app = typer.Typer(
@@ -133,6 +134,11 @@ def main() -> None:
         sys.exit(130)
     except Stopped as stopped:
         sys.exit(128 + stopped.number)
+    except ModuleNotFoundError as error:
+        if error.name is None or importlib.util.find_spec(error.name.partition(".")[0]) is not None:
+            raise
+        _show(RatchetError(f"this needs {error.name}, which is not installed here.", WITH_MODELS))
+        sys.exit(1)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
             _show(RatchetError(f"{error.filename} cannot be used: {error.strerror}.", OTHER_PATH))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -18,7 +19,7 @@ from core.addresses import free_port
 from core.errors import LedgerError, LedgerUnavailable, RatchetError
 from core.ledger import Ledger
 from core.loading import load_settings
-from ops.cli.main import app
+from ops.cli.main import app, main
 from ops.cli.parts import make_ready
 from serving.engines.clip_base import list_bases
 from tests.support.command_line import ratchet
@@ -38,6 +39,15 @@ def test_a_known_error_is_shown_with_its_fix_and_without_a_traceback(tmp_path: P
     result = subprocess.run(words, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "serve.prt" in result.stderr and "serve.port" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_what_an_image_without_models_lacks_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ops.cli.main.app", Mock(side_effect=ModuleNotFoundError(name="no_torch.nn")))
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert "this needs no_torch.nn" in (said := capsys.readouterr().err) and "not slim" in said
 
 
 def test_the_ledger_is_migrated_as_often_as_one_likes_and_its_password_is_not_shown(tmp_path: Path) -> None:
