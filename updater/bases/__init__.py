@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
 from core.errors import ConfigError
 from core.settings import Settings
 from core.settings.serving import SHIPPED, SHIPPED_VLM
-from streams.publish.folders import read_folder
+from streams.publish.folders import INDEX, read_folder
 from updater.data.pools import check_reference
 from updater.recipes import Family, Recipe
 
@@ -33,10 +34,18 @@ def reference_of(settings: Settings, family: Family) -> list[Path]:
     if family == "clip":
         return reference_folders(settings)
     check_reference(settings.updater.reference)
-    asking = [
-        folder for folder in settings.updater.reference if any(item.question for item in read_folder(folder, "train"))
-    ]
+    asking = [folder for folder in settings.updater.reference if _asks(folder, _modified(folder))]
     return asking or shipped_folders(settings, settings.base.vlm == SHIPPED_VLM, VLM_REFERENCE)
+
+
+def _modified(folder: Path) -> int:
+    index = folder / INDEX
+    return index.stat().st_mtime_ns if index.exists() else 0
+
+
+@lru_cache(maxsize=64)  # the screen of `ratchet status` asks again and again
+def _asks(folder: Path, modified: int) -> bool:
+    return any(item.question for item in read_folder(folder, "train"))
 
 
 def need_reference(settings: Settings, recipe: Recipe) -> None:

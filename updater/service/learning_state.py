@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core import metrics
-from core.errors import ConfigError, GateError, RatchetError
+from core.errors import ConfigError, GateError, RatchetError, RecordError
 from core.ledger import Ledger, ReleaseAuditRow, VerdictRow
 from core.metrics.learning import Score
 from core.settings import Settings
@@ -130,7 +130,7 @@ def _state(settings: Settings, ledger: Ledger, store: SampleStore, family: Famil
         check_suites(settings, family, learned=bool(learned.data_from), read=False)
         if recipe:
             need_reference(settings, recipe)
-    except (GateError, ConfigError) as error:
+    except (GateError, ConfigError, RecordError) as error:
         lacks = str(error)
     return LearningState(fresh, plan, settings.gate.alpha, AuditState.of(settings, ledger, family), lacks)
 

@@ -17,6 +17,7 @@ from tests.integration.updater.mortal_trainer import SECONDS, start
 from updater.data.pools import Pair, Pools, Question
 from updater.recipes import Family, load_recipe
 from updater.service import train_update
+from updater.service.learning_state import learning_states
 from updater.service.update_loop import UpdaterService
 
 
@@ -41,6 +42,14 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> dict[Family, Pools]:
 
 def every_third(offset: int) -> bool:
     return offset % 3 == 0
+
+
+def test_a_reference_folder_that_cannot_be_read_is_told_and_breaks_no_screen(settings: Settings) -> None:
+    asked = settings.home / "data" / "asked"
+    service = UpdaterService(settings)
+    assert learning_states(settings, service.ledger, service.store)["vlm"].lacks == ""
+    (asked / "data.csv").write_text("file,text\n")
+    assert "asked" in learning_states(settings, service.ledger, service.store)["vlm"].lacks
 
 
 def test_both_models_learn_in_turn_from_one_stream_each_its_own_samples_and_wait_for_their_own_proposals(
