@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Iterator
@@ -37,3 +38,7 @@ def progress_on_standard_error() -> None:
     logger = logging.getLogger("ratchet.progress")
     logger.addHandler(_StandardError())
     logger.setLevel(logging.INFO)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported now is no garbage later

@@ -253,7 +253,7 @@ def test_the_environment_lets_large_messages_and_commands_pass(tmp_path: Path, m
 def test_the_collector_looks_at_what_comes_later_alone_and_collects_it_by_itself() -> None:
     """The imports of a replica are no measure of the garbage worth collecting: adapters leave a few megabytes each."""
     threshold = gc.get_threshold()
-    gc.set_threshold(700, 10, 10)  # Python's, and a replica's: commands that other tests have run set their own
+    gc.set_threshold(700, 10, 10)  # Python's, and a replica's: the tests have another
     gc.disable()  # to make these would collect them again and again
     imported: list[list[object]] = [[] for _ in range(400_000)]
     gc.enable()
