@@ -152,8 +152,6 @@ def main() -> None:
             raise
         log.critical("unexpected error", exc_info=True)
         sys.exit(1)
-    finally:
-        gc.freeze()  # or Python goes through all objects of the imports when it exits, which takes 0.1 s
 
 
 def _show(error: RatchetError) -> None:
