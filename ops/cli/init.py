@@ -80,7 +80,7 @@ def init(
     ] = 0,
     held_out: Annotated[
         float, typer.Option(min=0.05, max=1.0, help="Share of the pictures for the suites; the rest: reference pool.")
-    ] = 0.5,
+    ] = 0.6,
     margin: Annotated[
         float | None,
         typer.Option(

@@ -76,14 +76,14 @@ def test_a_folder_of_classes_becomes_a_suite_and_a_reference_pool(run: Run) -> N
     named = (suite.name, suite.task, suite.role, suite.margin)
     assert named == ("things-classification", "classification", "retention", 0.05)
     assert sorted({item.text for item in suite.items()}) == sorted(COLOURS)
-    assert len(suite.items()) == 12
+    assert len(suite.items()) == 15
     assert settings.updater.reference == [suite.folder]
     held, rest = pictures_of("test"), pictures_of("train")
-    assert (len(held), len(rest), held & rest) == (12, 12, set())
+    assert (len(held), len(rest), held & rest) == (15, 9, set())
     assert (settings.base.clip, settings.base.vlm) == ("tiny", "")
     told = yaml.safe_load(Path("ratchet.yaml").read_text())
     assert set(told) == {"base", "gate", "updater"}
-    for fact in ("24 pictures: 12 held out", "with fewer than 50", "513 fresh items", "3,420 new pairs"):
+    for fact in ("24 pictures: 15 held out", "with fewer than 50", "513 fresh items", "3,420 new pairs"):
         assert fact in done.output, done.output
     Path("moved").mkdir()
     Path("things").rename("moved/things")
@@ -173,7 +173,7 @@ WRONG: dict[str, tuple[list[str], str, str]] = {
     "no model": ([], "--model is not given", "--yes"),
     "a hub": (["--model", "hf-hub:a/b"], "--model: hf-hub:a/b", "ratchet base add"),
     "an empty store": (["--model", "tiny", "--from-stream", "100"], "--from-stream: no sample", "Publish some"),
-    "one class": (["--model", "tiny", "--data", "one"], "--data: the 4 pictures", "captions"),
+    "one class": (["--model", "tiny", "--data", "one"], "--data: the 5 pictures", "captions"),
     "other columns": (["--model", "tiny", "--labels", "wrong.csv"], "--labels: wrong.csv, line 1", "caption"),
     "broker away": (["--model", "tiny", "--data", "things", "--broker", "127.0.0.1:1"], "--broker", "--offline"),
 }  # fmt: skip
