@@ -2,7 +2,7 @@
 
     key          made with `ratchet keys create`; has the scopes it was given
     operator     the bootstrap key, ``settings.operator_key()``: every scope, so that the first key can be made
-    anonymous    no key; may infer and search where the server is open (``access.require_keys``), nothing elsewhere
+    anonymous    no key; may infer, search and report answers where the server is open (``access.require_keys``)
 
 Keys are reread from the ledger every :data:`KEYS_SECONDS`, which bounds the time until a revocation takes effect. While
 the ledger is unreachable, the keys read last stay valid until they expire, and a starting process uses a copy.
@@ -35,7 +35,7 @@ READ_SECONDS = 1.0
 TOUCH = timedelta(minutes=1)
 MAX_ACTOR_CHARS = 100
 NEVER = float("-inf")
-ANONYMOUS: frozenset[KeyScope] = frozenset({"infer", "search"})
+ANONYMOUS: frozenset[KeyScope] = frozenset({"infer", "search", "feedback"})
 _NO_KEY = digest_of("")
 
 

@@ -109,6 +109,14 @@ class UnknownRecord(StoreError):
     """No record was quarantined at this place."""
 
 
+class FeedbackRefused(RatchetError):
+    """Feedback contradicts what its caller said before, or is one too many (``too_many``)."""
+
+    def __init__(self, message: str, *, too_many: bool = False) -> None:
+        super().__init__(message, "Go on tomorrow." if too_many else "What was said first stays.")
+        self.too_many = too_many
+
+
 class BaseModelError(RatchetError):
     """A base checkpoint is missing or unusable."""
 

@@ -15,6 +15,7 @@ from core.ledger.budget import BudgetQueries
 from core.ledger.collection import CollectionQueries
 from core.ledger.database import Database, open_database
 from core.ledger.events import EventQueries
+from core.ledger.feedback import FeedbackQueries
 from core.ledger.keys import KeyQueries
 from core.ledger.learning import LearningQueries
 from core.ledger.leases import LeaseQueries
@@ -39,7 +40,7 @@ from core.ledger.rows import answers as answers
 
 class Ledger(
     LearningQueries, ProposalQueries, ReleaseAuditQueries, BudgetQueries, KeyQueries, EventQueries, LeaseQueries,
-    RecordQueries, CollectionQueries,
+    RecordQueries, CollectionQueries, FeedbackQueries,
 ):  # fmt: skip
     """Safe to use from several threads and processes; every call is one transaction."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -25,7 +25,7 @@ from sqlalchemy.exc import (
     ProgrammingError,
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from core.dependencies import outage_state
 from core.errors import CommitUnknown, LedgerError, LedgerUnavailable
@@ -262,6 +262,16 @@ def write_once(database: Database, transaction: Callable[[Session, bool], Result
                     "Look it up when the ledger is back (`ratchet releases list`), before you decide again.",
                 ) from error
         time.sleep(_PAUSE_SECONDS)
+
+
+def insert_new(session: Session, key: InstrumentedAttribute[str], values: Mapping[str, Any]) -> bool:
+    """Insert a row unless there is one with this ``key``, also if another transaction inserts it now. Returns whether
+    it was inserted."""
+    from sqlalchemy.dialects import postgresql, sqlite  # imported here: commands that only read start without them
+
+    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
+    statement = dialect.insert(key.class_).values(**values).on_conflict_do_nothing(index_elements=[key])
+    return session.scalars(statement.returning(key)).first() is not None
 
 
 _SQLITE_WRITE_SECONDS: Final = 15

@@ -13,7 +13,7 @@ from sqlalchemy import CursorResult, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from core.errors import LedgerError
-from core.ledger.database import Queries
+from core.ledger.database import Queries, insert_new
 from core.ledger.leases import check_lease
 from core.ledger.rows import AdapterRow, AuditRow, EventRow, EventType, ProposalRow, ReleaseRow, utc_now
 
@@ -26,6 +26,7 @@ EVENT_TYPES: Final[Mapping[str, EventType]] = {
     "rollback": "ratchet.rollback.v1",
     "deletion": "ratchet.deletion.v1",
     "gap": "ratchet.gap.v1",
+    "feedback": "ratchet.feedback.v1",
 }
 #: Brokers accept 1 MB by default, and an event has some 500 bytes in addition to its data.
 MAX_DATA_BYTES = 512 * 1024
@@ -87,15 +88,9 @@ class EventQueries(Queries):
 
 
 def add_event(session: Session, type: EventType, event_id: str, subject: str, data: Mapping[str, Any]) -> bool:
-    from sqlalchemy.dialects import postgresql, sqlite  # imported here: commands that only read start without them
-
     _check(type, event_id, subject, data)
-    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
-    statement = dialect.insert(EventRow).values(
-        event_id=event_id, type=type, subject=subject, data=dict(data), time=utc_now(), published=False
-    )
-    statement = statement.on_conflict_do_nothing(index_elements=[EventRow.event_id]).returning(EventRow.id)
-    return session.scalars(statement).first() is not None
+    values = {"event_id": event_id, "type": type, "subject": subject, "data": dict(data), "time": utc_now()}
+    return insert_new(session, EventRow.event_id, {**values, "published": False})
 
 
 def clipped(text: str | None) -> str | None:

@@ -34,17 +34,19 @@ GateOutcome = Literal["passed", "rejected", "inconclusive"]
 UpdateState = Literal["training", "trained", "gated", "done", "failed", "abandoned"]
 ProposalKind = Literal["initial", "update", "rollback", "release", "promotion"]
 ProposalState = Literal["pending", "preparing", "committed", "failed"]
-KeyScope = Literal["infer", "search", "publish", "operate"]
-"""Rights of a key: query the models; read the corpus; resubmit quarantined records; release, roll back, hold and
-resume."""
+KeyScope = Literal["infer", "search", "feedback", "publish", "operate"]
+"""Rights of a key: query the models; read the corpus; report answers; resubmit quarantined records; release, roll back,
+hold and resume."""
 EventType = Literal[
     "ratchet.candidate.v1", "ratchet.verdict.v1", "ratchet.proposal.v1", "ratchet.release.v1", "ratchet.rollback.v1",
-    "ratchet.deletion.v1", "ratchet.gap.v1",
+    "ratchet.deletion.v1", "ratchet.gap.v1", "ratchet.feedback.v1",
 ]  # fmt: skip
 SYSTEM_ACTORS: Final = frozenset({"controller", "updater", "guard", "ratchet"})
 """Actors that are parts of Ratchet; every other actor is a person, or acts for one."""
 ResubmissionState = Literal["sending", "sent", "failed"]
 DeletionState = Literal["requested", "removed", "held", "done"]
+FeedbackVerdict = Literal["right", "wrong", "correct", "chosen"]
+"""``correct``: wrong, and the caller says what is right; ``chosen``: one of the samples that were found."""
 
 
 class UtcTime(TypeDecorator[datetime]):
@@ -384,3 +386,25 @@ class DeletionRow(Base, kw_only=True):
     remains: Mapped[str | None] = mapped_column(Text, default=None)
     """Remains in the bucket, or why they are unknown."""
     remains_until: Mapped[datetime | None] = mapped_column(default=None)
+
+
+class FeedbackRow(Base, kw_only=True):
+    """What a caller said of an answer, once."""
+
+    __tablename__ = "feedback"
+    __table_args__ = (
+        Index("ix_feedback_caller", "caller", "created_at"), Index("ix_feedback_release", "release", "route"),
+    )  # fmt: skip
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """Digest of the answer and the caller."""
+    caller: Mapped[str] = mapped_column(String(200))
+    release: Mapped[int]
+    """That gave the answer."""
+    route: Mapped[str] = mapped_column(String(16))
+    input: Mapped[str] = mapped_column(String(64))
+    """Digest of what was asked, hex."""
+    answered_at: Mapped[datetime]
+    verdict: Mapped[FeedbackVerdict] = mapped_column(String(16))
+    detail: Mapped[dict[str, Any]]
+    """What else the caller said: label, text, object_id, position, comment."""
+    created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)

@@ -8,10 +8,11 @@
 from core.metrics.declared import names
 from core.metrics.exposition import NAME_PREFIXES, Process, exposition, listen
 from core.metrics.learning import gate, update
-from core.metrics.serving import build, catalog, drift, encoder, http, operator, release, rollout, vlm
+from core.metrics.serving import build, catalog, drift, encoder, feedback, http, operator, release, rollout, vlm
 from core.metrics.stream import dependency, events, ingest, maintain
 
 __all__ = [
-    "NAME_PREFIXES", "Process", "build", "catalog", "dependency", "drift", "encoder", "events", "exposition", "gate",
-    "http", "ingest", "listen", "maintain", "names", "operator", "release", "rollout", "update", "vlm",
+    "NAME_PREFIXES", "Process", "build", "catalog", "dependency", "drift", "encoder", "events", "exposition",
+    "feedback", "gate", "http", "ingest", "listen", "maintain", "names", "operator", "release", "rollout", "update",
+    "vlm",
 ]  # fmt: skip

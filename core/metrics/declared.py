@@ -55,7 +55,8 @@ LABELS = {
     "suite": "suites of the last verdict: YAML files, and at most six domains of fresh samples",
     "term": "terms of the recipe's objective, and `loss`, their weighted sum",
     "tower": "image, text",
-    "type": "of an event: candidate, verdict, proposal, release, rollback, deletion, gap",
+    "type": "of an event: candidate, verdict, proposal, release, rollback, deletion, gap, feedback",
+    "verdict": "right, wrong, correct, chosen: what a caller said of an answer",
     "version": "one at a time",
 }
 
@@ -97,6 +98,7 @@ STORE_BYTES = Gauge("ratchet_store_bytes", "Data files of the sample store's new
 STORE_FRAGMENTS = Gauge("ratchet_store_fragments", "Fragments of the sample store; compaction keeps them few.")
 EVENTS_PUBLISHED = Counter("ratchet_events_published_total", "Events put into the events topic.", ["type"])
 EVENTS_WAITING = Gauge("ratchet_events_waiting", "Events that are not in the events topic yet.")
+FEEDBACK = Counter("ratchet_feedback_total", "Answers that a caller reported.", ["route", "verdict"])
 MAINTAIN_RUNS = Counter("ratchet_maintain_runs_total", "Runs of maintenance.", ["outcome"])
 MAINTAIN_LAST = Gauge(
     "ratchet_maintain_last_run_timestamp_seconds", "When a run of maintenance ended last; absent before the first.",
@@ -307,7 +309,7 @@ _start(INGEST_WAITING, ("broker", "store", "registry"))
 _start(MAINTAIN_RUNS, ("done", "failed"))
 _start(MAINTAIN_DELETED, ("retention", "deletion"))
 _start(COLLECTED, ("adapter", "carry-over", "report", "work folder", "score cache", "engine cache"))
-_start(EVENTS_PUBLISHED, ("candidate", "verdict", "proposal", "release", "rollback", "deletion", "gap"))
+_start(EVENTS_PUBLISHED, ("candidate", "verdict", "proposal", "release", "rollback", "deletion", "gap", "feedback"))
 _start(RELEASES, ("initial", "update", "rollback", "release"), ("committed", "failed"))
 _start(RELEASE_PHASE, ("prepare", "commit", "rollback"))
 _start(VLM_TOKENS, ("prompt", "completion"))

@@ -173,6 +173,12 @@ class release:
         d.RELEASE_FORGETTING.labels(family).set(forgetting)
 
 
+class feedback:
+    @staticmethod
+    def given(route: str, verdict: str) -> None:
+        d.FEEDBACK.labels(route, verdict).inc()
+
+
 class operator:
     @staticmethod
     @contextmanager

@@ -94,9 +94,9 @@ def report(
     Example:  ratchet gate report
     """
     settings = ctx.installed(context)
-    from updater.gate.gate_command import report_command
+    from updater.gate.report import fetch_report
 
-    typer.echo(report_command(settings, update, out=out))
+    typer.echo(fetch_report(settings, update, out=out))
 
 
 @gate.command()

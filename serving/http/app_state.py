@@ -18,12 +18,13 @@ from core.settings.serving import Serve
 from serving.engines.tokens import Tokenizer
 from serving.engines.vlm.generation import GenerationRequest
 from serving.errors import VlmStarting
+from serving.http.answer_receipts import HEADER, AnswerReceipts, Route
 from serving.http.calls import CatalogCalls, ControllerCalls, VlmCalls
 from serving.http.clip_vectors import ClipVectors, EncoderCalls
 from serving.http.errors import ApiError, field_error, is_fault
 from serving.http.image_loader import ImageLoader
 from serving.http.request_bodies import cancel_on_disconnect
-from serving.http.store_services import DeletionService, QuarantineService, ReceiptService
+from serving.http.store_services import DeletionService, FeedbackService, QuarantineService, ReceiptService
 from serving.messages import TEXT_CHARS, TEXTS_PER_REQUEST
 from serving.releases.admission import Admission
 from serving.releases.shadow_traffic import ShadowTraffic
@@ -50,6 +51,8 @@ class AppState:
     refresh: Callable[[], Awaitable[None]]
     quarantine: QuarantineService
     receipts: ReceiptService
+    answers: AnswerReceipts
+    feedback: FeedbackService
     deletions: DeletionService
     vlms: VlmCalls | None = None
     """None: no VLM is served."""
@@ -124,6 +127,18 @@ class AppState:
     def check_length(self, param: str, text: str) -> None:
         if len(text) > TEXT_CHARS:
             raise field_error(param, f"{len(text)} characters are more than {TEXT_CHARS}.", "text_too_long")
+
+    def headers(
+        self,
+        request: Request,
+        route: Route,
+        snapshot: ReleaseSnapshot,
+        family: Family = CLIP,
+        shown: Sequence[str] = (),
+    ) -> dict[str, str]:
+        """Headers of an answer: its release, and its receipt. ``shown``: IDs of the samples that were found."""
+        receipt = self.answers.issue(route, snapshot.release, request.state.body, shown)
+        return release_headers(snapshot, family) | {HEADER: receipt}
 
 
 def app_state(request: Request) -> AppState:

@@ -54,6 +54,8 @@ def needs(path: str) -> tuple[KeyScope, ...]:
         return ("publish", "operate")
     if path.startswith("/admin"):
         return ("operate",)
+    if path == "/v1/feedback":
+        return ("feedback",)
     if path == "/v1/search" or path.startswith("/v1/samples"):
         return ("search",)
     return ("infer",)

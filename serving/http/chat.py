@@ -21,7 +21,7 @@ from serving.engines.vlm.generation import (
     is_denormal,
 )
 from serving.errors import Unavailable
-from serving.http.app_state import VLM, AppState, app_state, release_headers
+from serving.http.app_state import VLM, AppState, app_state
 from serving.http.bodies import VLM_MODEL, Body, ImageUrl, OpenAIBody, inline, is_empty, json_body, json_schema
 from serving.http.chunks import ChatCompletion, ChatCompletionBody, ChatCompletionChunk, EventStream
 from serving.http.errors import ApiError, field_error
@@ -218,7 +218,7 @@ async def chat_completions(request: Request) -> Response:
     text_of = state.token_text if body.logprobs else None
     async with contextlib.AsyncExitStack() as held:
         snapshot = held.enter_context(state.admit(request, body.model, VLM, body.caller))
-        headers = release_headers(snapshot, VLM)
+        headers = state.headers(request, "chat", snapshot, VLM)
         async with cancel_on_disconnect(request.receive, deadline):
             pictures = await held.enter_async_context(state.image_loader.pictures(images, caller_of(request.scope)))
             generation = GenerationRequest(

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, FailFast, Field, field_validator, model_validat
 from pydantic_core import PydanticCustomError
 
 from serving.engines.heads import Head, HeadScores, backed_off
-from serving.http.app_state import app_state, release_headers
+from serving.http.app_state import app_state
 from serving.http.bodies import (
     MODEL,
     TRUNCATE,
@@ -132,7 +132,7 @@ async def classify(request: Request) -> Response:
         state.check_texts(prompts, "templates", TEXTS_PER_REQUEST * PROMPTS_PER_TEXT)
     caller = caller_of(request.scope)
     async with state.answering(request, body.model) as (snapshot, deadline):
-        headers = release_headers(snapshot)
+        headers = state.headers(request, "classify", snapshot)
         if body.head:
             head = await state.vectors.head(body.head, snapshot, deadline)
             vectors = await state.vectors.of_images(images, snapshot, deadline, caller)

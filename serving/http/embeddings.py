@@ -12,7 +12,7 @@ from fastapi import Path as PathParameter
 from pydantic import ConfigDict, Discriminator, FailFast, Field, Tag, field_validator
 
 from core.ledger.rows import Family
-from serving.http.app_state import CLIP, VLM, AppState, app_state, release_headers
+from serving.http.app_state import CLIP, VLM, AppState, app_state
 from serving.http.bodies import (
     MODEL,
     TRUNCATE,
@@ -208,7 +208,7 @@ async def embeddings(request: Request) -> Response:
         if embedded.cut:
             usage["truncated"] = embedded.cut
         answer = {"object": "list", "data": data, "model": f"clip@{snapshot.release}", "usage": usage}
-        return json_response(answer, release_headers(snapshot) | embedded.headers)
+        return json_response(answer, state.headers(request, "embeddings", snapshot) | embedded.headers)
 
 
 async def read_inputs(request: Request, state: AppState) -> tuple[EmbeddingsRequest, list[Input]]:

@@ -23,13 +23,14 @@ from core.settings import Settings
 from core.settings.serving import Serve
 from serving.engines.clip_base import base_directory, load_base
 from serving.engines.vlm.vlm_base import MODEL
+from serving.http.answer_receipts import AnswerReceipts
 from serving.http.app import build_app
 from serving.http.app_state import AppState
 from serving.http.auth import KeyCopy
 from serving.http.calls import CatalogCalls, ControllerCalls, VlmCalls
 from serving.http.clip_vectors import EncoderCalls
 from serving.http.image_loader import ImageLoader
-from serving.http.store_services import DeletionService, QuarantineService, ReceiptService
+from serving.http.store_services import DeletionService, FeedbackService, QuarantineService, ReceiptService
 from serving.messages import EncodeResult, Modality
 from serving.own_threads import OwnThreads
 from serving.ray.deployment_status import read_statuses
@@ -108,6 +109,8 @@ class Ingress:
                 quarantine=QuarantineService(settings, self.ledger),
                 receipts=ReceiptService(settings),
                 deletions=DeletionService(settings, self.ledger),
+                answers=AnswerReceipts(settings.operator_key()),
+                feedback=FeedbackService(self.ledger),
                 ledger=self.ledger,
                 refresh=self.refresh,
                 vlms=self.vlms,

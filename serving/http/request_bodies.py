@@ -68,6 +68,7 @@ class RequestBodies:
         try:
             with span("intake"):
                 data = await body.read(receive)
+            scope["state"] = {**scope.get("state", {}), "body": data}
             operator = scope["path"].startswith(OPERATOR_ROUTES)  # a release waits for the catalog, without a bound
             slots = self._slots_of(scope["path"])
             longest = None if operator else self.settings.deadline_seconds + SEND_SECONDS

@@ -11,7 +11,7 @@ from fastapi import Path as PathParameter
 from pydantic import ConfigDict, FailFast, Field, field_validator
 
 from serving.catalog.queries import as_filters
-from serving.http.app_state import app_state, release_headers
+from serving.http.app_state import app_state
 from serving.http.bodies import (
     MODEL,
     TRUNCATE,
@@ -113,7 +113,7 @@ async def search(request: Request) -> Response:
         hits = await state.index.search(snapshot.image_space, vectors.rows[0], body.k, filters)
         return json_response(
             {"object": "list", "model": f"clip@{snapshot.release}", "space": snapshot.image_space, "data": hits},
-            release_headers(snapshot) | vectors.headers,
+            state.headers(request, "search", snapshot, shown=[hit.id for hit in hits]) | vectors.headers,
         )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from core import metrics
 from core.errors import StoreUnavailable
 from core.ledger import DeletionState, Ledger
+from core.ledger.rows import FeedbackRow
 from core.settings import Settings
 from serving.own_threads import OwnThreads
 from streams.store.deletion import as_json, count_selected, request_deletion
@@ -115,6 +116,21 @@ class DeletionService:
     async def one(self, deletion_id: str) -> dict[str, Any] | None:
         row = await self._ledger_threads.run(self.ledger.deletion, deletion_id)
         return None if row is None else as_json(row)
+
+
+class FeedbackService:
+    """What callers say of answers. The ledger keeps it before it is acknowledged."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._threads = OwnThreads("feedback")
+
+    async def record(self, row: FeedbackRow) -> tuple[FeedbackRow, bool]:
+        """See :meth:`core.ledger.feedback.FeedbackQueries.record_feedback`."""
+        recorded, new = await self._threads.run(self.ledger.record_feedback, row)
+        if new:
+            metrics.feedback.given(row.route, row.verdict)
+        return recorded, new
 
 
 class ReceiptService:

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field, StringConstraints, field_validator
 
 from serving.engines.vlm.generation import question
-from serving.http.app_state import VLM, app_state, release_headers
+from serving.http.app_state import VLM, app_state
 from serving.http.bodies import (
     VLM_MODEL,
     Body,
@@ -110,7 +110,7 @@ async def vqa(request: Request) -> JSONResponse:
                 answer = {"answer": body.choices[shares.index(max(shares))], "choices": rows, "usage": None}
             state.offer(generation)
         origin = {"model": f"vlm@{snapshot.release}", "release": snapshot.release, "adapter": snapshot.vlm_adapter}
-        return JSONResponse({"object": "vqa", **answer, **origin}, headers=release_headers(snapshot, VLM))
+        return JSONResponse({"object": "vqa", **answer, **origin}, headers=state.headers(request, "vqa", snapshot, VLM))
 
 
 def normalised(scores: Sequence[float]) -> list[float]:

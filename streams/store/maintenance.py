@@ -52,6 +52,7 @@ EXPIRE_SECONDS: Final = 600.0
 """Interval of retention: each pass reads the times of all samples."""
 PRUNE_SECONDS: Final = 600.0
 KEEP_EVENTS_DAYS: Final = 7.0
+KEEP_FEEDBACK_DAYS: Final = 365.0
 """Time for which the ledger keeps published events; the topic has them too."""
 SETTLE_SECONDS: Final = 60.0
 """Minimum age of a finished deletion: records validated before it may be stored after it, and are searched for
@@ -144,7 +145,7 @@ class Maintainer:
             pending = self._deletions("removed")
         index(self.store)
         metrics.maintain.written(written)
-        self._prune_events()
+        self._prune_ledger()
         self._collect()
         try:  # last: a store that forbids deleting ends the run here
             freed = self._clean(pending)
@@ -198,10 +199,11 @@ class Maintainer:
             self.ledger.record_event("ratchet.gap.v1", event, subject[:300], data)
         self._gaps = gaps
 
-    def _prune_events(self) -> None:
+    def _prune_ledger(self) -> None:
         if not self._due("prune", PRUNE_SECONDS):
             return
         self.ledger.prune_events(datetime.now(UTC) - timedelta(days=KEEP_EVENTS_DAYS))
+        self.ledger.prune_feedback(datetime.now(UTC) - timedelta(days=KEEP_FEEDBACK_DAYS))
         self._done_at["prune"] = time.monotonic()
 
     def _clean(self, pending: list[DeletionRow]) -> int:

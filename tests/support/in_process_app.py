@@ -27,10 +27,11 @@ from serving.catalog.tables import Tables
 from serving.engines.clip import ClipEngine
 from serving.engines.heads import Head
 from serving.engines.vlm.generation import GenerationRequest
+from serving.http.answer_receipts import AnswerReceipts
 from serving.http.app import build_app
 from serving.http.app_state import AppState
 from serving.http.image_loader import ImageLoader
-from serving.http.store_services import DeletionService
+from serving.http.store_services import DeletionService, FeedbackService
 from serving.messages import EncodeResult, Modality
 from serving.releases.admission import Admission
 from serving.releases.guard import Observations
@@ -198,7 +199,8 @@ async def open_in_process_app(home: Path, settings: Serve) -> tuple[InProcessApp
     app_state = AppState(
         settings=settings, dim=base.dim, tokenizer=engine.tokenizer, admission=in_process.admission, access=access,
         image_loader=ImageLoader(base.preprocess, settings), ledger=in_process.ledger, refresh=_nothing,
-        deletions=DeletionService(Settings(home=home), in_process.ledger), **stand_ins,
+        deletions=DeletionService(Settings(home=home), in_process.ledger), answers=AnswerReceipts(SecretStr(KEY)),
+        feedback=FeedbackService(in_process.ledger), **stand_ins,
     )  # fmt: skip
     return in_process, build_app(app_state)
 

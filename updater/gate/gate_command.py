@@ -1,5 +1,4 @@
-"""The gate from a command line or a Python prompt: `ratchet gate run`, `report` and `pairs`, and scores for `ratchet
-tune`."""
+"""The gate from a command line or a Python prompt: `ratchet gate run` and `pairs`, and scores for `ratchet tune`."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from streams.store.sample_store import SampleStore
 from updater.data.draw import HAVING
 from updater.gate.diagnostics import HardPair, StoreCounts, hard_pairs
 from updater.gate.interim_analyses import AnalysisPlan
-from updater.gate.report import HTML_NAME, JSON_NAME, write_report
+from updater.gate.report import HTML_NAME, write_report
 from updater.gate.run import open_evaluator, run_gate
 from updater.gate.sample_suites import TEXT_COLUMNS, HeldOut, fresh_suites, head_suites
 from updater.gate.score import Scorer
@@ -94,22 +93,6 @@ def gate_command(
     folder = out or settings.home / "gate" / Path(name).name
     write_report(verdict, folder)
     return verdict, folder / HTML_NAME
-
-
-def report_command(settings: Settings, update: str | None = None, out: Path | None = None) -> Path:
-    """Fetch the report of an update (by default the last judged one) into a local folder; returns the HTML file. Raises
-    GateError: there is no verdict yet, or none for this update."""
-    with closing(Ledger.open(settings.ledger)) as ledger:
-        verdict = ledger.verdict_of(update) if update else next(iter(ledger.verdicts(limit=1)), None)
-    if verdict is None:
-        what = f"of update {update}" if update else "yet"
-        raise GateError(f"there is no verdict {what}.", "See `ratchet status` for updates.")
-    artifacts = Artifacts(settings.artifacts)
-    folder = out or settings.home / "gate" / verdict.update_id
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (JSON_NAME, HTML_NAME):
-        (folder / name).write_bytes(artifacts.read_bytes(f"reports/{verdict.update_id}/{name}"))
-    return folder / HTML_NAME
 
 
 def _family(candidate: str) -> Family:

@@ -6,12 +6,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from core.artifacts import Artifacts
+from core.errors import GateError
 from core.files import replace_file
+from core.ledger import Ledger
+from core.settings import Settings
 from updater.gate.plots import bars, forest, mean_row
 from updater.gate.verdict import PAIR_CHANCE, TAIL_BINS, YES_BOUND, Verdict, jsonable
 
@@ -47,6 +52,22 @@ def write_report(verdict: Verdict, directory: Path) -> None:
     value = verdict.to_json()
     replace_file(directory / JSON_NAME, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
     replace_file(directory / HTML_NAME, render(value).encode())
+
+
+def fetch_report(settings: Settings, update: str | None = None, out: Path | None = None) -> Path:
+    """Fetch the report of an update (by default the last judged one) into a local folder; returns the HTML file. Raises
+    GateError: there is no verdict yet, or none for this update."""
+    with closing(Ledger.open(settings.ledger)) as ledger:
+        verdict = ledger.verdict_of(update) if update else next(iter(ledger.verdicts(limit=1)), None)
+    if verdict is None:
+        what = f"of update {update}" if update else "yet"
+        raise GateError(f"there is no verdict {what}.", "See `ratchet status` for updates.")
+    artifacts = Artifacts(settings.artifacts)
+    folder = out or settings.home / "gate" / verdict.update_id
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (JSON_NAME, HTML_NAME):
+        (folder / name).write_bytes(artifacts.read_bytes(f"reports/{verdict.update_id}/{name}"))
+    return folder / HTML_NAME
 
 
 def render(report: Mapping[str, Any]) -> str:

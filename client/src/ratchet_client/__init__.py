@@ -18,6 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ratchet_client.async_producer import AsyncProducer as AsyncProducer
     from ratchet_client.calls import data_uri as data_uri
+    from ratchet_client.calls import last_answer as last_answer
     from ratchet_client.client import AsyncClient as AsyncClient
     from ratchet_client.client import Client as Client
     from ratchet_client.errors import BrokerError as BrokerError
@@ -56,6 +57,7 @@ _MODULES = {
     "TimedOut": "errors",
     "Unreachable": "errors",
     "data_uri": "calls",
+    "last_answer": "calls",
 }
 
 __all__ = list(_MODULES)

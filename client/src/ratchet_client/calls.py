@@ -12,6 +12,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from types import EllipsisType
@@ -32,6 +33,9 @@ FIRST_PAUSE = 0.25
 LONGEST_PAUSE = 8.0
 """Seconds. Each pause is twice as long as the one before, and up to half of it is left to chance, so that clients that
 failed together do not come back together."""
+
+
+RECEIPT: ContextVar[str] = ContextVar("ratchet_answer", default="")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,8 @@ class Call(Generic[T]):
         """Parse the answer. Raises ServerError, or one of its subclasses."""
         if self.check and answer.status_code >= 400:
             raise error_of(answer)
+        if receipt := answer.headers.get("x-ratchet-answer"):
+            RECEIPT.set(receipt)
         try:
             return self.read(answer)
         except (ValueError, KeyError, TypeError) as error:
@@ -129,6 +135,22 @@ def chat(content: str | Sequence[str | bytes], model: str = "vlm", **options: An
     ]
     body = {"model": model, "messages": [{"role": "user", "content": turn}], **options}
     return Call("POST", "/v1/chat/completions", _object, body)
+
+
+def feedback(answer: str, verdict: str, **said: Any) -> Call[dict[str, Any]]:
+    """Report an answer, by the receipt that :func:`last_answer` returns: ``right``, ``wrong``, ``correct`` with
+    ``label=`` or ``text=``, or ``chosen`` with ``position=`` or ``object_id=``. Counted once, so it may be repeated.
+
+    >>> client.classify([image], ["car", "bus"])
+    >>> client.feedback(last_answer(), "correct", label="bus")["repeated"]
+    False
+    """
+    return Call("POST", "/v1/feedback", _object, {"answer": answer, "verdict": verdict, **said})
+
+
+def last_answer() -> str:
+    """Receipt of the last answer to this thread or task (``x-ratchet-answer``); empty before the first."""
+    return RECEIPT.get()
 
 
 def releases(limit: int = 50) -> Call[dict[str, Any]]:

@@ -100,6 +100,7 @@ class _Calls:
     sample_image = _Method(calls.sample_image)
     vqa = _Method(calls.vqa)
     chat = _Method(calls.chat)
+    feedback = _Method(calls.feedback)
     releases = _Method(calls.releases)
     live = _Method(calls.live)
     status = _Method(calls.status)

@@ -30,7 +30,8 @@ from tests.support.colour_squares import encoded_square
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.unit.updater.gate.builders import folder_dataset
-from updater.gate.gate_command import gate_command, report_command
+from updater.gate.gate_command import gate_command
+from updater.gate.report import fetch_report
 from updater.service.gate_update import gate_update
 
 STORED = 3
@@ -158,7 +159,7 @@ def test_an_update_whose_engine_died_is_judged_again_and_every_engine_is_closed(
         raise EngineDead("out of memory", "Start a new engine.")
 
     with pytest.raises(GateError, match="no verdict yet"):
-        report_command(asked)
+        fetch_report(asked)
     with monkeypatch.context() as patch:
         patch.setattr(TransformersEngine, "reply", die)
         with pytest.raises(GateError, match="out of memory"):
@@ -174,11 +175,11 @@ def test_an_update_whose_engine_died_is_judged_again_and_every_engine_is_closed(
     assert verdict.summary["suites"]["colours"]["metric"] == "exact_match"
     page = Artifacts(asked.artifacts).read_bytes(f"reports/{update.id}/report.html")
     assert str(update.incumbent) in page.decode() and "parity" in page.decode()
-    brought = report_command(asked)
+    brought = fetch_report(asked)
     assert brought.read_bytes() == page
     assert json.loads((brought.parent / "report.json").read_text())["candidate"] == update.adapter
     with pytest.raises(GateError, match="nobody"):
-        report_command(asked, "nobody")
+        fetch_report(asked, "nobody")
 
 
 @pytest.mark.parametrize(("broken", "why"), [(cut_short, "cut short"), (of_nans, "not finite")])

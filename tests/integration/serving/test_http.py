@@ -22,7 +22,8 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from ratchet_client import ServerError, data_uri
+from core.ledger import Ledger
+from ratchet_client import ServerError, data_uri, last_answer
 from tests.integration.serving.server_fixture import ServerFixture
 from tests.support.inputs import pictures
 
@@ -125,6 +126,26 @@ def test_a_release_answers_by_its_own_head_and_a_rollback_takes_it_back(server: 
         client.rollback(reason="back")
         assert post(server, "/v1/classify", body).status_code == 404
         assert classified(model=f"clip@{release['number']}"), "it is still resident, and may be named"
+
+
+def test_the_answers_of_all_routes_can_be_reported(server: ServerFixture) -> None:
+    with server.client() as client:
+        picture, said = server.images[0], []
+        for ask in (
+            lambda: client.embed(["a cat"]),
+            lambda: client.classify([picture], ["cat", "map"]),
+            lambda: client.search("a cat", k=3),
+            lambda: client.vqa(picture, "what is this?"),
+            lambda: client.chat([picture, "what is this?"], max_tokens=2),
+        ):
+            ask()
+            said.append(client.feedback(last_answer(), "wrong", comment="a test"))
+        assert [each["route"] for each in said] == ["embeddings", "classify", "search", "vqa", "chat"]
+        assert client.feedback(last_answer(), "wrong", comment="a test") == {**said[-1], "repeated": True}
+        rows = Ledger.open(server.settings.ledger).feedback()
+        assert {row.id for row in rows} == {each["id"] for each in said}
+        assert {row.release for row in rows} == {client.live()}
+        assert 'ratchet_feedback_total{route="search",verdict="wrong"} 1.0' in client.metrics()
 
 
 def test_overload_is_answered_429_with_retry_after_and_then_all_is_well(server: ServerFixture) -> None:

@@ -22,8 +22,10 @@ import schemathesis
 from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from pydantic import SecretStr
 from schemathesis import Case, GenerationMode
 
+from serving.http.answer_receipts import AnswerReceipts
 from tests.support.hostile_images import PLAIN, REFUSED, TAKEN
 from tests.support.in_process_app import KEY, InProcessApp
 
@@ -154,6 +156,8 @@ def teach(in_process_app: InProcessApp) -> None:
     schemathesis.openapi.format(
         "sample", st.sampled_from([sample.id for sample in in_process_app.samples]) | st.text(max_size=9)
     )
+    receipt = AnswerReceipts(SecretStr(KEY)).issue("search", 1, b"", [sample.id for sample in in_process_app.samples])
+    schemathesis.openapi.format("answer", st.just(receipt) | st.text(max_size=9))
     deletion = in_process_app.ledger.request_deletion(
         "deletion-0", {"source": "nobody's"}, actor="ann", reason="asked to"
     )

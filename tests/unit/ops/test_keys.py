@@ -41,7 +41,8 @@ def test_a_token_is_told_once_and_only_its_digest_is_kept(ledger: Ledger) -> Non
 def test_names_that_could_be_taken_for_others_unknown_scopes_and_wrong_limits_are_refused(ledger: Ledger) -> None:
     names = ("", "Ann", "a b", "key:x", "a/b", "-x", "x" * 65, "é", *RESERVED)
     wrong: list[tuple[dict[str, Any], str]] = [({"name": name}, "name of a key") for name in names]
-    wrong += [({"scopes": scopes}, "Scopes are infer, search, publish, operate") for scopes in ([], ["infer", "fly"])]
+    all_scopes = "Scopes are infer, search, feedback, publish, operate"
+    wrong += [({"scopes": scopes}, all_scopes) for scopes in ([], ["infer", "fly"])]
     wrong += [({"days": days}, "cannot be valid for") for days in (0, -1, float("nan"), float("inf"), 1e9)]
     for what, message in [*wrong, ({"requests_per_minute": -1}, "-1 requests per minute")]:
         with pytest.raises(LedgerError, match=message):

@@ -18,6 +18,7 @@ from core.settings import Settings
 from core.settings.serving import Serve
 from serving.engines.preprocess import Preprocess
 from serving.engines.vlm.generation import PROBE, Finish, GenerationRequest, GenerationResult, TokenChunk, whole
+from serving.http.answer_receipts import AnswerReceipts
 from serving.http.app import build_app
 from serving.http.app_state import AppState
 from serving.http.image_loader import ImageLoader
@@ -99,7 +100,8 @@ def app_state(vlms: ScriptedVlms | None, settings: Serve = SETTINGS) -> AppState
         settings=settings, dim=8, tokenizer=cast(Any, Words()), admission=admission, encoders=unused,
         index=unused, operations=unused,
         image_loader=ImageLoader(Preprocess(size=16), settings), access=access,
-        quarantine=unused, receipts=unused, deletions=unused, ledger=unused, refresh=unused, vlms=cast(Any, vlms),
+        quarantine=unused, receipts=unused, deletions=unused, feedback=unused,
+        answers=AnswerReceipts(SecretStr("key")), ledger=unused, refresh=unused, vlms=cast(Any, vlms),
         token_text=lambda token: f"<{token}>",
     )  # fmt: skip
 

@@ -113,7 +113,7 @@ async def test_a_key_opens_what_its_scopes_name_and_the_bootstrap_key_everything
         ("POST", "/v1/search", infer, "`search`"), ("GET", "/v1/samples/some/image", infer, "`search`"),
         ("POST", "/admin/v1/hold", infer, "`operate`"), ("POST", "/admin/v1/hold", publish, "`operate`"),
         ("POST", "/admin/v1/deletions", publish, "`operate`"), ("GET", "/admin/v1/deletions/d1", publish, "`operate`"),
-        ("GET", "/admin/v1/quarantine", infer, "`publish` or `operate`"),
+        ("GET", "/admin/v1/quarantine", infer, "`publish` or `operate`"), ("POST", "/v1/feedback", infer, "`feedback`"),
         ("GET", "/v1/records/t/0/0", infer, "`publish` or `operate`"),
     ]:  # fmt: skip
         answer = await closed.send(method, path, key, **held)

@@ -1,0 +1,56 @@
+"""``ratchet feedback``: what callers say of answers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from core.errors import ConfigError
+from ops.cli import context as ctx
+from ops.cli.terminal import AsJson, show_rows
+
+if TYPE_CHECKING:
+    from core.ledger.rows import FeedbackVerdict
+
+VERDICTS: Final[tuple[FeedbackVerdict, ...]] = ("right", "wrong", "correct", "chosen")
+app = typer.Typer(help="Show what callers say of answers.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_feedback(
+    context: typer.Context,
+    verdict: Annotated[str | None, typer.Option(help="right, wrong, correct or chosen.")] = None,
+    release: Annotated[int | None, typer.Option(help="Of the answers of this release.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000)] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """The newest feedback, with who gave it. Times are in UTC.
+
+    Example:  ratchet feedback list --verdict correct
+    """
+    wanted = next((each for each in VERDICTS if each == verdict), None)
+    if verdict is not None and wanted is None:
+        raise ConfigError(f"--verdict: there is no {verdict!r}.", f"One of {', '.join(VERDICTS)}.")
+    rows = ctx.ledger_of(context).feedback(limit, verdict=wanted, release=release)
+    shown = (
+        {"when": row.created_at, "caller": row.caller, "release": row.release, "route": row.route,
+         "verdict": row.verdict, "says": "; ".join(f"{name}: {value}" for name, value in row.detail.items())}
+        for row in rows
+    )  # fmt: skip
+    show_rows(shown, "Feedback", as_json, data=rows)
+
+
+@app.command()
+def stats(context: typer.Context, as_json: AsJson = False) -> None:
+    """Counts by release and route. Few answers are reported, and not at random: compare releases, not shares.
+
+    Example:  ratchet feedback stats
+    """
+    counts = ctx.ledger_of(context).feedback_counts()
+    table: dict[tuple[int, str], dict[str, int]] = defaultdict(lambda: dict.fromkeys(VERDICTS, 0))
+    for row in counts:
+        table[row["release"], row["route"]][row["verdict"]] = row["count"]
+    rows = ({"release": release, "route": route, **by} for (release, route), by in table.items())
+    show_rows(rows, "Feedback", as_json, data=counts)

@@ -1,0 +1,126 @@
+"""Feedback: what a caller says of an answer."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import ConfigDict, Field, StringConstraints
+
+from core.access import Principal
+from core.digests import digest_bytes
+from core.errors import FeedbackRefused
+from core.ledger.rows import FeedbackRow, FeedbackVerdict
+from serving.http.answer_receipts import HEADER, MAX_CHARS, MOST_SHOWN, AnswerReceipt, Route
+from serving.http.app_state import AppState, app_state
+from serving.http.bodies import Body, ResponseBody, json_body, json_schema
+from serving.http.errors import ApiError, ErrorBody, field_error
+
+router = APIRouter(tags=["Feedback"])
+SampleId = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+
+
+class FeedbackRequest(Body):
+    """What is said of one answer."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"answer": "a1.Xk2...", "verdict": "correct", "label": "fire truck"},
+                {"answer": "a1.Xk2...", "verdict": "chosen", "position": 2},
+            ]
+        },
+    )
+    answer: str = Field(
+        max_length=MAX_CHARS,
+        description=f"The header `{HEADER}` of the answer.",
+        json_schema_extra={"format": "answer"},
+    )
+    verdict: FeedbackVerdict = Field(
+        description="`right`; `wrong`; `correct`: wrong, and `label` or `text` says what is right; `chosen`: the found "
+        "sample that was taken, by `object_id` or `position`."
+    )
+    label: str | None = Field(None, min_length=1, max_length=512, description="The right class.")
+    text: str | None = Field(None, min_length=1, max_length=4096, description="The right caption or answer.")
+    object_id: SampleId | None = Field(None, description="A sample that the answer of a search named.")
+    position: int | None = Field(None, ge=0, lt=MOST_SHOWN, description="Its place in the answer, from 0.")
+    comment: str | None = Field(None, min_length=1, max_length=2000, description="For the people who read it.")
+
+
+class FeedbackBody(ResponseBody):
+    """Feedback as it was recorded."""
+
+    object: Literal["feedback"]
+    id: str
+    release: int
+    """That gave the answer."""
+    route: Route
+    verdict: FeedbackVerdict
+    created_at: datetime
+    repeated: bool
+    """True if the same was said before; it counts once."""
+
+
+@router.post(
+    "/v1/feedback",
+    summary="Report an answer",
+    status_code=201,
+    response_model=FeedbackBody,
+    responses={
+        200: {"model": FeedbackBody, "description": "The same was said before."},
+        409: {"model": ErrorBody, "description": "`feedback_exists`: you said something else of this answer."},
+        410: {"model": ErrorBody, "description": "`sample_deleted`: the sample was deleted."},
+    },
+    openapi_extra=json_schema(FeedbackRequest),
+)
+async def feedback(request: Request) -> JSONResponse:
+    """Say whether an answer was right, and what would be. Needs the scope `feedback`.
+
+    Recorded before it is acknowledged, once for each answer and caller, and told as the event `ratchet.feedback.v1`.
+    """
+    state = app_state(request)
+    wanted = await json_body(request, FeedbackRequest)
+    receipt = state.answers.read(wanted.answer)
+    detail = wanted.model_dump(exclude_none=True, exclude={"answer", "verdict"})
+    if wanted.verdict == "correct" and not (wanted.label or wanted.text):
+        raise field_error("label", "a correction says what is right, as label or text.", "missing_value")
+    await _check_sample(state, wanted, receipt, detail)
+    principal: Principal = request.state.principal
+    row = FeedbackRow(
+        id=digest_bytes(receipt.key.encode(), principal.name.encode()), caller=principal.name, release=receipt.release,
+        route=receipt.route, input=receipt.input, answered_at=receipt.at, verdict=wanted.verdict, detail=detail,
+    )  # fmt: skip
+    try:
+        recorded, new = await state.feedback.record(row)
+    except FeedbackRefused as error:
+        if error.too_many:
+            raise ApiError(429, str(error), code="rate_limited", headers={"Retry-After": "3600"}) from None
+        raise ApiError(409, str(error), param="verdict", code="feedback_exists") from None
+    answer = {
+        "object": "feedback", "id": recorded.id, "release": recorded.release, "route": recorded.route,
+        "verdict": recorded.verdict, "created_at": recorded.created_at.isoformat(), "repeated": not new,
+    }  # fmt: skip
+    return JSONResponse(answer, 201 if new else 200)
+
+
+async def _check_sample(
+    state: AppState, wanted: FeedbackRequest, receipt: AnswerReceipt, detail: dict[str, object]
+) -> None:
+    """Check that the answer showed the named sample, and that it is still there."""
+    if wanted.verdict == "chosen" and wanted.object_id is None and wanted.position is None:
+        raise field_error("position", "say which sample was chosen, by position or object_id.", "missing_value")
+    if wanted.position is not None and wanted.position >= len(receipt.shown):
+        raise field_error("position", f"the answer showed {len(receipt.shown)} samples.", "invalid_value")
+    if wanted.object_id is None:
+        return
+    if wanted.object_id[:12] not in receipt.shown:
+        raise field_error("object_id", "the answer did not show this sample.", "invalid_value")
+    place = receipt.shown.index(wanted.object_id[:12])
+    if wanted.position not in (None, place):
+        raise field_error("position", f"this sample was at {place}.", "invalid_value")
+    detail["position"] = place
+    outcomes = [each["outcome"] for each in await state.receipts.of_sample(wanted.object_id)]
+    if "stored" not in outcomes:
+        raise ApiError(410, "this sample was deleted.", param="object_id", code="sample_deleted")
