@@ -17,6 +17,7 @@ BENCHMARKS = {
     "duty": "benchmarks.duty",
     "encode": "benchmarks.encode.run_encode",
     "families": "benchmarks.families",
+    "feedback": "benchmarks.feedback",
     "gate": "benchmarks.gate",
     "heads": "benchmarks.heads",
     "hostile": "benchmarks.hostile",
@@ -32,7 +33,7 @@ BENCHMARKS = {
     "vqa": "benchmarks.vqa",
 }
 """Name to module; a module has ``main(settings, arguments)``."""
-WITHOUT_MODELS = frozenset({"chaos", "families", "ingest", "lifetime", "search", "variety"})
+WITHOUT_MODELS = frozenset({"chaos", "families", "feedback", "ingest", "lifetime", "search", "variety"})
 
 
 def run(name: str, settings: Settings, arguments: list[str]) -> None:

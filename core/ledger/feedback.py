@@ -3,18 +3,32 @@ an event of the same transaction."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final, cast
 
-from sqlalchemy import CursorResult, delete, func, select
+from sqlalchemy import CursorResult, case, delete, func, select, true, update
+from sqlalchemy.orm import Session, undefer
 
-from core.errors import FeedbackRefused
+from core.errors import FeedbackRefused, LedgerError
 from core.ledger.database import Queries, insert_new
-from core.ledger.events import EVENT_TYPES, add_event
-from core.ledger.rows import FeedbackRow, FeedbackVerdict, utc_now
+from core.ledger.events import EVENT_TYPES, add_event, note
+from core.ledger.rows import CorrectionState, FeedbackRow, FeedbackVerdict, utc_now
 
 PER_DAY: Final = 1000
 """Of one caller, so that none fills the ledger."""
+WAITING: Final = 500
+"""Corrections with images that wait at most, a fifth of them of one caller."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallerReports:
+    caller: str
+    wrong: int
+    """Wrong, or corrected."""
+    of: int
+    """Right or wrong."""
 
 
 class FeedbackQueries(Queries):
@@ -32,6 +46,8 @@ class FeedbackQueries(Queries):
                 raise FeedbackRefused(
                     f"{row.caller} has given feedback on {PER_DAY} answers within a day.", too_many=True
                 )
+            if row.state == "waiting":
+                _check_room(session, row.caller)
             values = {column.key: getattr(row, column.key) for column in FeedbackRow.__mapper__.column_attrs}
             if not insert_new(session, FeedbackRow.id, values):  # said by another request at the same time
                 return _same(session.get_one(FeedbackRow, row.id), row), False
@@ -51,6 +67,38 @@ class FeedbackQueries(Queries):
             query = query.where(FeedbackRow.verdict == verdict)
         return self._all(query if release is None else query.where(FeedbackRow.release == release))
 
+    def corrections(self, state: CorrectionState, limit: int = 50, *, images: bool = False) -> list[FeedbackRow]:
+        """Corrections in a state, oldest first; ``images``: with their images."""
+        query = select(FeedbackRow).where(FeedbackRow.state == state).order_by(FeedbackRow.created_at).limit(limit)
+        return self._all(query.options(undefer(FeedbackRow.image)) if images else query)
+
+    def review_correction(self, prefix: str, accept: bool, *, actor: str, reason: str) -> FeedbackRow:
+        """Accept a waiting correction, or dismiss it and forget its image. ``prefix``: the first 8 digits of its ID or
+        more. Raises LedgerError if none waits, or several do."""
+        with self.database.write() as session:
+            waiting = select(FeedbackRow).where(FeedbackRow.state == "waiting", FeedbackRow.id.startswith(prefix))
+            rows = session.scalars(waiting.limit(2)).all()
+            if len(prefix) < 8 or len(rows) != 1:
+                found = "more than one correction waits" if len(rows) > 1 else "no correction waits"
+                raise LedgerError(
+                    f"{found} for a review with the ID {prefix!r}.",
+                    "`ratchet feedback list --waiting` lists them; give 8 digits or more.",
+                )
+            (row,) = rows
+            row.state, row.outcome = ("accepted", None) if accept else ("dismissed", reason[:300])
+            if not accept:
+                row.image = None
+            action = "accept correction" if accept else "dismiss correction"
+            note(session, actor, action, f"feedback {row.id}", {"reason": reason})
+            session.flush()
+            return row
+
+    def settle_correction(self, feedback_id: str, state: CorrectionState, outcome: str) -> None:
+        """Record what became of an accepted correction, and forget its image."""
+        settled = update(FeedbackRow).where(FeedbackRow.id == feedback_id, FeedbackRow.state == "accepted")
+        with self.database.write() as session:
+            session.execute(settled.values(state=state, outcome=outcome[:300], image=None))
+
     def feedback_counts(self) -> list[dict[str, Any]]:
         """Rows with ``release``, ``route``, ``verdict``, ``count`` and ``callers``, the newest releases first."""
         by = (FeedbackRow.release, FeedbackRow.route, FeedbackRow.verdict)
@@ -59,11 +107,33 @@ class FeedbackQueries(Queries):
         with self.database.read() as session:
             return [dict(row) for row in session.execute(query).mappings()]
 
+    def feedback_by_caller(
+        self, release: int, routes: Sequence[str], before: datetime | None = None
+    ) -> list[CallerReports]:
+        """Reports of a release's answers on these routes, recorded ``before`` a time."""
+        wrong = func.sum(case((FeedbackRow.verdict == "right", 0), else_=1))
+        query = select(FeedbackRow.caller, wrong, func.count()).where(
+            FeedbackRow.release == release, FeedbackRow.route.in_(routes), FeedbackRow.verdict != "chosen"
+        )
+        if before is not None:
+            query = query.where(FeedbackRow.created_at < before)
+        with self.database.read() as session:
+            return [CallerReports(*row) for row in session.execute(query.group_by(FeedbackRow.caller))]
+
     def prune_feedback(self, before: datetime) -> int:
         """Remove feedback from before a time. Returns the number of rows."""
         with self.database.write() as session:
             result = session.execute(delete(FeedbackRow).where(FeedbackRow.created_at < before))
             return int(cast(CursorResult[Any], result).rowcount)
+
+
+def _check_room(session: Session, caller: str) -> None:
+    for who, condition, most in (
+        (f"{caller}'s", FeedbackRow.caller == caller, WAITING // 5), ("all", true(), WAITING),
+    ):  # fmt: skip
+        waiting = select(func.count()).where(FeedbackRow.state.in_(("waiting", "accepted")), condition)
+        if (session.scalar(waiting) or 0) >= most:
+            raise FeedbackRefused(f"{most} of {who} corrections wait for a review already.", too_many=True)
 
 
 def _same(known: FeedbackRow, row: FeedbackRow) -> FeedbackRow:

@@ -19,6 +19,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     String,
     Text,
     TypeDecorator,
@@ -47,6 +48,7 @@ ResubmissionState = Literal["sending", "sent", "failed"]
 DeletionState = Literal["requested", "removed", "held", "done"]
 FeedbackVerdict = Literal["right", "wrong", "correct", "chosen"]
 """``correct``: wrong, and the caller says what is right; ``chosen``: one of the samples that were found."""
+CorrectionState = Literal["waiting", "accepted", "dismissed", "published"]
 
 
 class UtcTime(TypeDecorator[datetime]):
@@ -407,4 +409,10 @@ class FeedbackRow(Base, kw_only=True):
     verdict: Mapped[FeedbackVerdict] = mapped_column(String(16))
     detail: Mapped[dict[str, Any]]
     """What else the caller said: label, text, object_id, position, comment."""
+    state: Mapped[CorrectionState | None] = mapped_column(String(16), default=None, index=True)
+    """Of a correction with an image, which can become a sample."""
+    image: Mapped[bytes | None] = mapped_column(LargeBinary, default=None, deferred=True, repr=False)
+    """As it was sent, until the correction is published or dismissed."""
+    outcome: Mapped[str | None] = mapped_column(String(300), default=None)
+    """Place of the record that was published, or why it was dismissed."""
     created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)

@@ -9,12 +9,16 @@ import typer
 
 from core.errors import ConfigError
 from ops.cli import context as ctx
-from ops.cli.terminal import AsJson, show_rows
+from ops.cli.terminal import AsJson, Reason, show_rows
 
 if TYPE_CHECKING:
     from core.ledger.rows import FeedbackVerdict
 
 VERDICTS: Final[tuple[FeedbackVerdict, ...]] = ("right", "wrong", "correct", "chosen")
+FIELDS: Final = (
+    "id", "created_at", "caller", "release", "route", "input", "answered_at", "verdict", "detail", "state", "outcome",
+)  # fmt: skip
+Ids = Annotated[list[str], typer.Argument(metavar="ID...", help="First 8 digits of each, or more.")]
 app = typer.Typer(help="Show what callers say of answers.", no_args_is_help=True)
 
 
@@ -22,24 +26,53 @@ app = typer.Typer(help="Show what callers say of answers.", no_args_is_help=True
 def list_feedback(
     context: typer.Context,
     verdict: Annotated[str | None, typer.Option(help="right, wrong, correct or chosen.")] = None,
+    waiting: Annotated[
+        bool, typer.Option("--waiting", help="Corrections with an image that wait for a review.")
+    ] = False,
     release: Annotated[int | None, typer.Option(help="Of the answers of this release.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000)] = 50,
     as_json: AsJson = False,
 ) -> None:
     """The newest feedback, with who gave it. Times are in UTC.
 
-    Example:  ratchet feedback list --verdict correct
+    Examples:  ratchet feedback list --verdict correct    |    ratchet feedback list --waiting
     """
     wanted = next((each for each in VERDICTS if each == verdict), None)
     if verdict is not None and wanted is None:
         raise ConfigError(f"--verdict: there is no {verdict!r}.", f"One of {', '.join(VERDICTS)}.")
-    rows = ctx.ledger_of(context).feedback(limit, verdict=wanted, release=release)
+    ledger = ctx.ledger_of(context)
+    rows = ledger.corrections("waiting", limit) if waiting else ledger.feedback(limit, verdict=wanted, release=release)
     shown = (
-        {"when": row.created_at, "caller": row.caller, "release": row.release, "route": row.route,
+        {"id": row.id[:8], "when": row.created_at, "caller": row.caller, "release": row.release, "route": row.route,
          "verdict": row.verdict, "says": "; ".join(f"{name}: {value}" for name, value in row.detail.items())}
         for row in rows
     )  # fmt: skip
-    show_rows(shown, "Feedback", as_json, data=rows)
+    show_rows(shown, "Feedback", as_json, data=[{name: getattr(row, name) for name in FIELDS} for row in rows])
+
+
+@app.command()
+def accept(context: typer.Context, ids: Ids, reason: Reason) -> None:
+    """Make samples of waiting corrections: maintenance sends them to the stream, with the source `feedback:CALLER`.
+
+    Example:  ratchet feedback accept 1f3a9c02 --reason "looked at it"
+    """
+    _review(context, ids, True, reason)
+
+
+@app.command()
+def dismiss(context: typer.Context, ids: Ids, reason: Reason) -> None:
+    """Dismiss waiting corrections, and forget their images.
+
+    Example:  ratchet feedback dismiss 1f3a9c02 --reason "another car"
+    """
+    _review(context, ids, False, reason)
+
+
+def _review(context: typer.Context, ids: list[str], accepted: bool, reason: str) -> None:
+    ledger = ctx.ledger_of(context)
+    for each in ids:
+        row = ledger.review_correction(each, accepted, actor=ctx.person(), reason=reason)
+        typer.echo(f"{row.id[:8]} of {row.caller} is {row.state}")
 
 
 @app.command()

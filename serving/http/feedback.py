@@ -12,14 +12,20 @@ from pydantic import ConfigDict, Field, StringConstraints
 from core.access import Principal
 from core.digests import digest_bytes
 from core.errors import FeedbackRefused
-from core.ledger.rows import FeedbackRow, FeedbackVerdict
+from core.ledger.rows import CorrectionState, FeedbackRow, FeedbackVerdict
 from serving.http.answer_receipts import HEADER, MAX_CHARS, MOST_SHOWN, AnswerReceipt, Route
 from serving.http.app_state import AppState, app_state
 from serving.http.bodies import Body, ResponseBody, json_body, json_schema
 from serving.http.errors import ApiError, ErrorBody, field_error
+from serving.http.image_loader import from_data_uri
+from serving.http.request_bodies import caller_of
 
 router = APIRouter(tags=["Feedback"])
 SampleId = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+
+
+MAX_IMAGE_BYTES = 1 << 20
+CLIP_ROUTES = ("embeddings", "classify", "search")
 
 
 class FeedbackRequest(Body):
@@ -44,6 +50,13 @@ class FeedbackRequest(Body):
     )
     label: str | None = Field(None, min_length=1, max_length=512, description="The right class.")
     text: str | None = Field(None, min_length=1, max_length=4096, description="The right caption or answer.")
+    image: str | None = Field(
+        None,
+        max_length=2 * MAX_IMAGE_BYTES,
+        description="With a correction of embeddings, a class or a search: the image as a data URI, so that `text` or "
+        "`label` and it become a sample once an operator has accepted it.",
+        json_schema_extra={"format": "uri"},
+    )
     object_id: SampleId | None = Field(None, description="A sample that the answer of a search named.")
     position: int | None = Field(None, ge=0, lt=MOST_SHOWN, description="Its place in the answer, from 0.")
     comment: str | None = Field(None, min_length=1, max_length=2000, description="For the people who read it.")
@@ -58,6 +71,8 @@ class FeedbackBody(ResponseBody):
     """That gave the answer."""
     route: Route
     verdict: FeedbackVerdict
+    state: CorrectionState | None
+    """Of a correction with an image: it waits for a review."""
     created_at: datetime
     repeated: bool
     """True if the same was said before; it counts once."""
@@ -83,14 +98,16 @@ async def feedback(request: Request) -> JSONResponse:
     state = app_state(request)
     wanted = await json_body(request, FeedbackRequest)
     receipt = state.answers.read(wanted.answer)
-    detail = wanted.model_dump(exclude_none=True, exclude={"answer", "verdict"})
+    detail = wanted.model_dump(exclude_none=True, exclude={"answer", "verdict", "image"})
     if wanted.verdict == "correct" and not (wanted.label or wanted.text):
         raise field_error("label", "a correction says what is right, as label or text.", "missing_value")
     await _check_sample(state, wanted, receipt, detail)
+    image = await _image(state, wanted, receipt, caller_of(request.scope))
     principal: Principal = request.state.principal
     row = FeedbackRow(
         id=digest_bytes(receipt.key.encode(), principal.name.encode()), caller=principal.name, release=receipt.release,
         route=receipt.route, input=receipt.input, answered_at=receipt.at, verdict=wanted.verdict, detail=detail,
+        state=None if image is None else "waiting", image=image,
     )  # fmt: skip
     try:
         recorded, new = await state.feedback.record(row)
@@ -100,9 +117,21 @@ async def feedback(request: Request) -> JSONResponse:
         raise ApiError(409, str(error), param="verdict", code="feedback_exists") from None
     answer = {
         "object": "feedback", "id": recorded.id, "release": recorded.release, "route": recorded.route,
-        "verdict": recorded.verdict, "created_at": recorded.created_at.isoformat(), "repeated": not new,
+        "verdict": recorded.verdict, "state": recorded.state, "created_at": recorded.created_at.isoformat(),
+        "repeated": not new,
     }  # fmt: skip
     return JSONResponse(answer, 201 if new else 200)
+
+
+async def _image(state: AppState, wanted: FeedbackRequest, receipt: AnswerReceipt, caller: str) -> bytes | None:
+    """The checked image of a correction."""
+    if wanted.image is None:
+        return None
+    if wanted.verdict != "correct" or receipt.route not in CLIP_ROUTES:
+        raise field_error("image", f"only a correction about {', '.join(CLIP_ROUTES)} has an image.", "invalid_value")
+    image = from_data_uri(wanted.image, "image", MAX_IMAGE_BYTES)
+    await state.image_loader.inspect([("image", image)], caller)
+    return image
 
 
 async def _check_sample(

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from core import metrics
 from core.errors import RatchetError, ReleaseConflict, ReleaseError
 from core.ledger.rows import Family, ReleaseRow
 from core.settings.serving import Rollout
+from serving.releases.feedback_guard import feedback_evidence
 from serving.releases.guard import (
     ACTOR,
     ComparisonCounts,
@@ -32,6 +34,8 @@ from serving.releases.types import FAMILIES, PromoteCommand, ReleaseResult, Roll
 
 log = logging.getLogger("ratchet.guard")
 CHECK_SECONDS: Final = 2.0
+REPORTS_SECONDS: Final = 10.0
+"""Interval at which the guard counts what callers report."""
 ANSWER_SECONDS: Final = 30.0
 """Time for all replicas to say whether they hold an adapter; the next check asks again."""
 MAX_RELEASES: Final = 50
@@ -46,6 +50,7 @@ class Guard:
         self.protocol = protocol
         self.settings = settings
         self._last: dict[str, Any] = {"state": "idle"}
+        self._reports_due = 0.0
         self._looked = (0, 0)
         """Release, and number of its last look."""
 
@@ -53,6 +58,8 @@ class Guard:
         """Take one look if it is due. Returns the release that it made. Raises ReleaseError, to be tried again, when
         the ingress does not answer or the decision cannot be released."""
         now = time.time()
+        if (taken_back := await self._reported()) is not None:
+            return taken_back
         target = await asyncio.to_thread(find_guard_target, self.ledger, self.settings, now)
         if target is None:
             self._last = {"state": "idle"}
@@ -77,6 +84,20 @@ class Guard:
                 return await self._promote(target, evidence, counted, now)
         except ReleaseConflict:  # an operator was faster; the next look is at their release
             log.info("release %d is not live any more", target.release.number)
+        return None
+
+    async def _reported(self) -> ReleaseResult | None:
+        """Take back a release whose answers are reported as wrong more often, however old it is."""
+        if self.settings.guard_seconds <= 0 or time.monotonic() < self._reports_due:
+            return None
+        self._reports_due = time.monotonic() + REPORTS_SECONDS
+        target = await asyncio.to_thread(find_guard_target, self.ledger, self.settings, 0.0)
+        if target is None:
+            return None
+        evidence = await asyncio.to_thread(feedback_evidence, self.ledger, target)
+        if bad := broken(evidence):
+            with suppress(ReleaseConflict):  # an operator was faster
+                return await self._take_back(target, bad[0], {"guardrails": [one.detail() for one in evidence]})
         return None
 
     def status(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Each guardrail counts bad events, and bounds the probability of one:
 ``errors``     the watched release's part of all failures; bound: its part of the requests, times :data:`FAILS`
 ``latency``    inputs that took more than :data:`SLOWER` times as long; bound: one half
 ``agreement``  inputs on which it disagrees with the incumbent; bound: ``1 - min_agreement`` (``min_vlm_agreement``)
+``feedback``   answers that callers report as wrong; see :mod:`serving.releases.feedback_guard`
 
 Looks repeat, so look k spends 1/(k(k+1)) of :data:`FALSE_ALARM`, which sums to all of it. There is one look in each
 :data:`LOOK_SECONDS`, numbered by time, so that no state is needed. Which release is watched, against which and until
@@ -35,7 +36,7 @@ FAILS = 2.0
 """Bound of the watched release's share of failed requests, as a multiple of its incumbent's."""
 SLOWER = 2.0
 """An input that takes more than so many times as long as with the incumbent counts as slower."""
-Guardrail = Literal["errors", "latency", "agreement"]
+Guardrail = Literal["errors", "latency", "agreement", "feedback"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class GuardTarget:
 
 
 def find_guard_target(ledger: Ledger, settings: Rollout, now: float) -> GuardTarget | None:
-    """The live release, if it is watched at ``now`` (seconds since the epoch)."""
+    """The live release, if it is watched at ``now`` (seconds since the epoch; 0: whenever it was released)."""
     with ledger.reading():
         live = ledger.live()
         incumbent = None if live is None else ledger.incumbent(live.number, live.clip_base)

@@ -30,12 +30,13 @@ from lance.commit import CommitConflictError
 from core import metrics
 from core.dependencies import answered, noted
 from core.digests import digest12
-from core.errors import ConfigError, LedgerUnavailable, RatchetError, StoreUnavailable
+from core.errors import BrokerError, ConfigError, LedgerUnavailable, RatchetError, StoreUnavailable
 from core.ledger import DeletionRow, DeletionState, Ledger
 from core.ledger.collection import COLLECT_LEASE
 from core.ledger.leases import renewing
 from core.progress import progress_log
 from core.settings import Settings
+from streams.kafka.corrections import publish_corrections
 from streams.kafka.events import EventPublisher
 from streams.store import deletion, retention
 from streams.store.deletion import OldVersions, is_tombstone
@@ -52,8 +53,8 @@ EXPIRE_SECONDS: Final = 600.0
 """Interval of retention: each pass reads the times of all samples."""
 PRUNE_SECONDS: Final = 600.0
 KEEP_EVENTS_DAYS: Final = 7.0
-KEEP_FEEDBACK_DAYS: Final = 365.0
 """Time for which the ledger keeps published events; the topic has them too."""
+KEEP_FEEDBACK_DAYS: Final = 365.0
 SETTLE_SECONDS: Final = 60.0
 """Minimum age of a finished deletion: records validated before it may be stored after it, and are searched for
 again."""
@@ -145,6 +146,7 @@ class Maintainer:
             pending = self._deletions("removed")
         index(self.store)
         metrics.maintain.written(written)
+        self._publish_corrections()
         self._prune_ledger()
         self._collect()
         try:  # last: a store that forbids deleting ends the run here
@@ -198,6 +200,12 @@ class Maintainer:
             subject = f"{row['topic']}:{row['partition']}"
             self.ledger.record_event("ratchet.gap.v1", event, subject[:300], data)
         self._gaps = gaps
+
+    def _publish_corrections(self) -> None:
+        try:
+            publish_corrections(self.settings, self.ledger)
+        except BrokerError as error:  # the next run sends the others
+            noted(error)
 
     def _prune_ledger(self) -> None:
         if not self._due("prune", PRUNE_SECONDS):

@@ -137,14 +137,16 @@ def chat(content: str | Sequence[str | bytes], model: str = "vlm", **options: An
     return Call("POST", "/v1/chat/completions", _object, body)
 
 
-def feedback(answer: str, verdict: str, **said: Any) -> Call[dict[str, Any]]:
+def feedback(answer: str, verdict: str, image: bytes | None = None, **said: Any) -> Call[dict[str, Any]]:
     """Report an answer, by the receipt that :func:`last_answer` returns: ``right``, ``wrong``, ``correct`` with
-    ``label=`` or ``text=``, or ``chosen`` with ``position=`` or ``object_id=``. Counted once, so it may be repeated.
+    ``label=`` or ``text=`` (and the image, to learn from), or ``chosen`` with ``position=`` or ``object_id=``. Counted
+    once, so it may be repeated.
 
     >>> client.classify([image], ["car", "bus"])
     >>> client.feedback(last_answer(), "correct", label="bus")["repeated"]
     False
     """
+    said |= {"image": data_uri(image)} if image is not None else {}
     return Call("POST", "/v1/feedback", _object, {"answer": answer, "verdict": verdict, **said})
 
 

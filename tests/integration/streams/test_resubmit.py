@@ -9,15 +9,18 @@ from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from core.errors import AlreadyResubmitted, BrokerError, ConfigError, RecordError, UnknownRecord
+from core.errors import AlreadyResubmitted, BrokerError, ConfigError, LedgerError, RecordError, UnknownRecord
 from core.ledger import Ledger
+from core.ledger.rows import FeedbackRow
 from core.settings import Settings
 from streams.ingest import resubmit as module
 from streams.ingest.consumer import Consumer
 from streams.ingest.resubmit import HEADER, QuarantineFilter, ResubmitReport, list_quarantine, resubmit, resubmit_many
+from streams.kafka.corrections import publish_corrections
 from streams.records.codecs import glimpse
 from streams.store.rows import Position
 from streams.store.sample_queries import trace
@@ -217,3 +220,46 @@ def test_a_dry_run_counts_by_filter_and_sends_nothing(tmp_path: Path) -> None:
     for wrong in ({"reason": "nonsense"}, {"limit": 0}, {"limit": 10**9}):
         with pytest.raises(ConfigError):
             QuarantineFilter(**wrong)
+
+
+def test_an_accepted_correction_is_a_sample_once_even_if_its_process_died_before_it_noted_that(
+    stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = stream.ledger
+    said = {
+        1: {"label": "bus"},
+        2: {"text": "a red bus", "label": "bus"},
+        3: {"label": "no image"},
+        4: {"label": "car"},
+    }
+    for number, detail in said.items():
+        ledger.record_feedback(FeedbackRow(
+            id=f"{number}" * 64, caller="app", release=1, route="classify", input="", answered_at=WHEN, state="waiting",
+            verdict="correct", detail=detail, image=b"none" if number == 3 else picture(100 + number),
+        ))  # fmt: skip
+    assert publish_corrections(stream.settings, ledger) == 0
+    for number in (1, 2, 3):
+        assert ledger.review_correction(f"{number}" * 8, True, actor="ann", reason="seen").state == "accepted"
+    with monkeypatch.context() as dying, taken(stream.ingest, 1), pytest.raises(KeyboardInterrupt):
+        dying.setattr(ledger, "settle_correction", Mock(side_effect=KeyboardInterrupt))
+        publish_corrections(stream.settings, ledger)
+    with taken(stream.ingest, 2):
+        assert publish_corrections(stream.settings, ledger) == 3
+    assert publish_corrections(stream.settings, ledger) == 0
+
+    outcomes = {row.detail.get("text", row.detail["label"]): row.outcome for row in ledger.corrections("published")}
+    assert {text: stream.became(str(place)) for text, place in outcomes.items()} == {
+        "bus": "duplicate", "a red bus": "stored",
+    }  # fmt: skip
+    (refused,) = ledger.corrections("dismissed")
+    assert refused.detail == {"label": "no image"} and refused.outcome
+    columns = ["source", "domain", "label"]
+    for row in SampleStore(stream.settings.lake).newest(9, "source = 'feedback:app'", columns):
+        assert [row[column] for column in columns] == ["feedback:app", "feedback", "bus"]
+    dismissed = ledger.review_correction("44444444", False, actor="ann", reason="not a car")
+    assert (dismissed.state, dismissed.outcome) == ("dismissed", "not a car")
+    assert not any(row.image for state in ("published", "dismissed") for row in ledger.corrections(state, images=True))
+    for prefix, problem in (("44444444", "no correction waits"), ("4444", "no correction waits")):
+        with pytest.raises(LedgerError, match=problem):
+            ledger.review_correction(prefix, True, actor="ann", reason="again")
+    assert [row.action for row in ledger.audit_rows(2, actor="ann")] == ["dismiss correction", "accept correction"]

@@ -17,17 +17,20 @@ from pydantic import SecretStr
 from core.errors import LedgerUnavailable
 from core.ledger import feedback as feedback_queries
 from core.ledger.rows import utc_now
+from ratchet_client import data_uri
 from serving.http import answer_receipts
 from serving.http.answer_receipts import MAX_CHARS, MOST_SHOWN, ROUTES, AnswerReceipts, Route
 from serving.http.errors import ApiError
 from serving.http.store_services import FeedbackService, ReceiptService
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
+from tests.support.inputs import pictures
 from tests.support.samples import put, sample
 from tests.unit.serving.auth_app import OPERATOR, AuthApp, refusal
 from tests.unit.serving.scripted_vlms import app_of
 
 ANSWERS = AnswerReceipts(SecretStr(OPERATOR))
+PICTURE = pictures(1)[0]
 IDS = [sample(0, offset)["id"] for offset in range(3)]
 
 
@@ -137,6 +140,28 @@ async def test_a_chosen_sample_is_one_that_the_answer_showed_and_that_is_still_t
     refusal(await say(server, answer, verdict="correct"), 400, "missing_value")
     refusal(await say(server, "a1.", verdict="right"), 400, "invalid_answer")
     assert len(server.ledger.feedback()) == 1
+
+
+async def test_a_correction_with_an_image_waits_for_a_review_and_others_have_none(server: AuthApp) -> None:
+    answer, image = ANSWERS.issue("search", 3, b"{}"), data_uri(PICTURE)
+    said = {"verdict": "correct", "label": "bus", "image": image}
+    first = await say(server, answer, **said)
+    assert (first.status_code, first.json()["state"]) == (201, "waiting")
+    assert (await say(server, answer, **said)).json()["repeated"]
+    (row,) = server.ledger.corrections("waiting", images=True)
+    assert row.image == PICTURE and "image" not in row.detail
+    assert all(image not in str(each.data) for each in server.ledger.waiting_events())
+    routes: list[tuple[Route, dict[str, str], str]] = [
+        ("search", {"verdict": "wrong"}, "invalid_value"),
+        ("vqa", {}, "invalid_value"),
+        ("search", {"image": "data:image/png;base64,AAAA"}, "image_format"),
+        ("search", {"image": "https://elsewhere.example/a.png"}, "image_format"),
+        ("search", {"image": "data:image/png;base64," + "A" * (3 << 19)}, "image_too_large"),
+    ]
+    for answered, other, code in routes:
+        refused = await say(server, ANSWERS.issue(answered, 3, b""), **{**said, **other})
+        assert (refused.json()["error"]["param"], refused.json()["error"]["code"]) == ("image", code)
+    assert len(server.ledger.corrections("waiting")) == 1
 
 
 async def test_a_caller_without_the_scope_one_that_says_too_much_and_a_ledger_that_is_away(

@@ -18,9 +18,13 @@ def upgrade() -> None:
         sa.Column("answered_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("verdict", sa.String(16), nullable=False),
         sa.Column("detail", sa.JSON(), nullable=False),
+        sa.Column("state", sa.String(16), nullable=True),
+        sa.Column("image", sa.LargeBinary(), nullable=True),
+        sa.Column("outcome", sa.String(300), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
     )
     op.create_index("ix_feedback_caller", "feedback", ["caller", "created_at"])
+    op.create_index("ix_feedback_state", "feedback", ["state"])
     op.create_index("ix_feedback_release", "feedback", ["release", "route"])
 
 

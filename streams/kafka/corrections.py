@@ -1,0 +1,43 @@
+"""Accepted corrections become records of the stream, with the source ``feedback:CALLER``, and from there samples like
+any others. One that is sent twice, because its process died before it noted the first time, is a duplicate for
+ingest."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Final
+
+from core.errors import RecordError
+from core.ledger import Ledger
+from core.settings import Settings
+from ratchet_client.broker import CONNECT_SECONDS
+from ratchet_client.encoding import encode
+from ratchet_client.producer import RecordSender, check_sample
+from ratchet_client.records import make_sample
+from streams.kafka.clients import connection, producer_limits
+
+DOMAIN: Final = "feedback"
+AT_ONCE: Final = 20
+SEND_SECONDS: Final = 20.0
+
+
+def publish_corrections(settings: Settings, ledger: Ledger) -> int:
+    """Send some accepted corrections, and wait for the broker. Returns their number. Raises BrokerError: the others are
+    sent the next time."""
+    rows = ledger.corrections("accepted", AT_ONCE, images=True)
+    if not rows:
+        return 0
+    limits = producer_limits(settings.ingest)
+    with closing(RecordSender(connection(settings.kafka), CONNECT_SECONDS, SEND_SECONDS)) as sender:
+        for row in rows:
+            label, text = row.detail.get("label", ""), row.detail.get("text", "")
+            fields = {"image": row.image, "text": text or label, "label": label, "domain": DOMAIN}
+            try:
+                sample = make_sample({**fields, "source": f"feedback:{row.caller}"})
+                check_sample(sample, limits)
+            except RecordError as error:
+                ledger.settle_correction(row.id, "dismissed", error.message)
+                continue
+            place = sender.send(settings.kafka.topic, encode(sample), note=sample.id).result(SEND_SECONDS + 5)
+            ledger.settle_correction(row.id, "published", f"{place.topic}:{place.partition}:{place.offset}")
+    return len(rows)
