@@ -197,7 +197,7 @@ def test_a_server_is_open_only_on_loopback_unless_told_and_limits_only_strangers
     for token in (None, "", "none", "sk-anything"):
         found = access.identify(token)
         assert (None if found is None else found.requests_per_minute) == limit
-        assert found is None or found.scopes == {"infer", "search"}
+        assert found is None or found.scopes == {"infer", "search", "feedback"}
 
 
 KEY = Principal("ci", frozenset({"operate"}))
