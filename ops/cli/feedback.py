@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -29,19 +30,32 @@ def list_feedback(
     waiting: Annotated[
         bool, typer.Option("--waiting", help="Corrections with an image that wait for a review.")
     ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="With --waiting: write the images to this folder, named by their IDs.")
+    ] = None,
     release: Annotated[int | None, typer.Option(help="Of the answers of this release.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000)] = 50,
     as_json: AsJson = False,
 ) -> None:
     """The newest feedback, with who gave it. Times are in UTC.
 
-    Examples:  ratchet feedback list --verdict correct    |    ratchet feedback list --waiting
+    Examples:  ratchet feedback list --verdict correct    |    ratchet feedback list --waiting --out images/
     """
     wanted = next((each for each in VERDICTS if each == verdict), None)
     if verdict is not None and wanted is None:
         raise ConfigError(f"--verdict: there is no {verdict!r}.", f"One of {', '.join(VERDICTS)}.")
     ledger = ctx.ledger_of(context)
-    rows = ledger.corrections("waiting", limit) if waiting else ledger.feedback(limit, verdict=wanted, release=release)
+    if waiting:
+        rows = ledger.corrections("waiting", limit, images=out is not None)
+    else:
+        rows = ledger.feedback(limit, verdict=wanted, release=release)
+    if waiting and out is not None:
+        from ratchet_client.images import sniff
+
+        out.mkdir(parents=True, exist_ok=True)
+        for row in rows:
+            image = row.image or b""
+            (out / f"{row.id[:8]}.{(sniff(image) or 'bin').lower()}").write_bytes(image)
     shown = (
         {"id": row.id[:8], "when": row.created_at, "caller": row.caller, "release": row.release, "route": row.route,
          "verdict": row.verdict, "says": "; ".join(f"{name}: {value}" for name, value in row.detail.items())}

@@ -16,6 +16,7 @@ from core.ledger import Ledger, feedback
 from core.ledger.rows import FeedbackRow, utc_now
 from core.loading import load_settings
 from tests.support.command_line import ratchet
+from tests.support.inputs import pictures
 
 
 def row(number: int = 0, **fields: Any) -> FeedbackRow:
@@ -52,13 +53,19 @@ def test_it_is_listed_and_counted(tmp_path: Path) -> None:
     with closing(Ledger.open(load_settings(None, {"home": tmp_path}, environ={}).ledger)) as ledger:
         ledger.record_feedback(row(0))
         ledger.record_feedback(row(1, caller="b", verdict="correct", detail={"label": "bus"}))
+        ledger.record_feedback(row(3, detail={"label": "car"}, state="waiting", image=pictures(1)[0]))
         ledger.record_feedback(row(2, release=2, route="search", verdict="chosen", detail={"position": 0}))
     shown = ratchet(tmp_path, "feedback", "list", "--verdict", "correct").output
     assert "label: bus" in shown and "app" not in shown
     listed = json.loads(ratchet(tmp_path, "feedback", "list", "--release", "2", "--json").output)
     assert [(each["route"], each["detail"]) for each in listed] == [("search", {"position": 0})]
     table = [line.split() for line in ratchet(tmp_path, "feedback", "stats").output.splitlines()]
-    assert ["│", "3", "│", "classify", "│", "0", "│", "1", "│", "1", "│", "0", "│"] in table
+    assert ["│", "3", "│", "classify", "│", "0", "│", "2", "│", "1", "│", "0", "│"] in table
     assert len(json.loads(ratchet(tmp_path, "feedback", "stats", "--json").output)) == 3
+    done = ratchet(tmp_path, "feedback", "list", "--waiting", "--out", str(tmp_path / "images"))
+    assert "label: car" in done.output
+    assert (tmp_path / "images" / "00000000.png").read_bytes() == pictures(1)[0]
+    done = ratchet(tmp_path, "feedback", "dismiss", f"{3:064x}", "--reason", "another car")
+    assert "00000000 of app is dismissed" in done.output
     with pytest.raises(ConfigError, match="--verdict: there is no 'bad'"):
         ratchet(tmp_path, "feedback", "list", "--verdict", "bad")
