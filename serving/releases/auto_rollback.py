@@ -34,8 +34,8 @@ from serving.releases.types import FAMILIES, PromoteCommand, ReleaseResult, Roll
 
 log = logging.getLogger("ratchet.guard")
 CHECK_SECONDS: Final = 2.0
-REPORTS_SECONDS: Final = 10.0
-"""Interval at which the guard counts what callers report."""
+REPORTS_SECONDS: Final = 60.0
+"""Interval at which the guard counts what callers report: of a million reports, in half a second."""
 ANSWER_SECONDS: Final = 30.0
 """Time for all replicas to say whether they hold an adapter; the next check asks again."""
 MAX_RELEASES: Final = 50

@@ -44,7 +44,9 @@ def test_a_known_error_is_shown_with_its_fix_and_without_a_traceback(tmp_path: P
 def test_what_an_image_without_models_lacks_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ops.cli.main.app", Mock(side_effect=ModuleNotFoundError(name="no_torch.nn")))
+    monkeypatch.setattr(
+        "ops.cli.main.app", Mock(side_effect=ModuleNotFoundError(name="no_torch.nn"), registered_groups=[])
+    )
     with pytest.raises(SystemExit, match="1"):
         main()
     assert "this needs no_torch.nn" in (said := capsys.readouterr().err) and "not slim" in said

@@ -73,7 +73,7 @@ async def test_a_release_that_is_reported_as_wrong_is_taken_back_long_after_it_w
     guard = Guard(server, Rollout())
     assert await guard.step() is None
     report(server.ledger, 2, wrong=20, of=40, verdict="correct")
-    assert await guard.step() is None, "the next count is ten seconds later"
+    assert await guard.step() is None, "the next count is a minute later"
     with patch.object(auto_rollback, "REPORTS_SECONDS", 0.0):
         guard._reports_due = 0.0
         outcome = await guard.step()
