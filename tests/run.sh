@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All checks and tests but the long ones. What mostly waits for servers to start has the terminal; beside it run the
-# other jobs, six at a time and first those that take or wait longest, in a session of low priority (Linux shares
+# other jobs, five at a time and first those that take or wait longest, in a session of low priority (Linux shares
 # processors out by session, see sched(7)). What these say is shown when all are done, and what failed anywhere is named
 # once more at the end. Of low priority, they have longer limits: beside other work on the same cores, what takes 10 s
 # alone took more than 120.
@@ -15,7 +15,7 @@ servers=(tests/integration/console tests/integration/serving tests/e2e)
 alone=(tests/integration/serving/test_{openapi,bodies}.py) # start no server
 named=(tests/unit/{updater,core,ops,serving} "${servers[@]}" tests/integration/{streams,updater})
 jobs=("tests/integration ${named[*]/#/--ignore=}" "tests/unit/updater ${alone[*]}" "tests/unit/core tests/unit/ops tests/unit/serving"
-  "tests/integration/streams tests/outside/kafka" "tests/integration/updater" "tests/unit ${named[*]/#/--ignore=}" types)
+  "tests/integration/streams tests/integration/updater tests/outside/kafka" "tests/unit ${named[*]/#/--ignore=}" types)
 if [ "${2:-}" = job ]; then
   exec >"$(mktemp "$3/XXXXXX")" 2>&1
   if [ "$4" = types ]; then
@@ -28,7 +28,7 @@ if [ "${2:-}" = job ]; then
 fi
 if [ "${2:-}" = beside ]; then
   { echo 10 >/proc/self/autogroup; } 2>/dev/null
-  printf '%s\0' "${jobs[@]}" | nice -n 10 xargs -0 -n 1 -P 6 bash "$0" "$bin" job "$3"
+  printf '%s\0' "${jobs[@]}" | nice -n 10 xargs -0 -n 1 -P 5 bash "$0" "$bin" job "$3"
   exit
 fi
 said="$(mktemp -d)"
