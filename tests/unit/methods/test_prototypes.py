@@ -136,6 +136,7 @@ def test_prototypes_learn_to_lie_at_their_images_and_to_keep_their_relations() -
     assert float(objective(made)) < 0.9 * value
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "term"), [("prd", "prototype_relation"), ("two-teachers", "two_teacher_relations")])
 def test_the_term_lowers_in_training_what_it_measures(base: ClipBase, name: str, term: str) -> None:
     """Two updates, the second on other data, with the term strongly and then weakly weighted."""
