@@ -1,5 +1,5 @@
-"""Queries of feedback: what callers say of answers. Rows are only added, and removed when they are old; each is told by
-an event of the same transaction."""
+"""Queries of feedback: reports of callers on answers. Each has an event of the same transaction; only the review of a
+correction changes a row, and old ones are removed."""
 
 from __future__ import annotations
 

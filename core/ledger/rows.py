@@ -391,7 +391,7 @@ class DeletionRow(Base, kw_only=True):
 
 
 class FeedbackRow(Base, kw_only=True):
-    """What a caller said of an answer, once."""
+    """A caller's report on an answer; one for each caller and answer."""
 
     __tablename__ = "feedback"
     __table_args__ = (
@@ -408,7 +408,7 @@ class FeedbackRow(Base, kw_only=True):
     answered_at: Mapped[datetime]
     verdict: Mapped[FeedbackVerdict] = mapped_column(String(16))
     detail: Mapped[dict[str, Any]]
-    """What else the caller said: label, text, object_id, position, comment."""
+    """The rest of the report: label, text, object_id, position, comment, image_digest."""
     state: Mapped[CorrectionState | None] = mapped_column(String(16), default=None, index=True)
     """Of a correction with an image, which can become a sample."""
     image: Mapped[bytes | None] = mapped_column(LargeBinary, default=None, deferred=True, repr=False)

@@ -12,12 +12,12 @@ from ops.cli.terminal import AsJson, Reason, show_rows
 
 app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 
-Allowed = StrEnum("Allowed", "infer search publish operate")  # typer takes a list of an enum, not of a Literal
+Allowed = StrEnum("Allowed", "infer search feedback publish operate")  # typer takes a list of an enum, not of a Literal
 Scopes = Annotated[
     list[Allowed],
     typer.Option("--scope", "-s", help="infer: ask the models; search: search the corpus, see its images and the "
-                 "console; publish: send quarantined records again; operate: release, roll back, hold, resume. "
-                 "Repeatable; none includes another."),
+                 "console; feedback: report answers; publish: send quarantined records again; operate: release, roll "
+                 "back, hold, resume. Repeatable; none includes another."),
 ]  # fmt: skip
 
 

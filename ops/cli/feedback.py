@@ -31,7 +31,7 @@ def list_feedback(
         bool, typer.Option("--waiting", help="Corrections with an image that wait for a review.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="With --waiting: write the images to this folder, named by their IDs.")
+        Path | None, typer.Option(help="As --waiting; writes the images to this folder, named by their IDs.")
     ] = None,
     release: Annotated[int | None, typer.Option(help="Of the answers of this release.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000)] = 50,
@@ -45,11 +45,11 @@ def list_feedback(
     if verdict is not None and wanted is None:
         raise ConfigError(f"--verdict: there is no {verdict!r}.", f"One of {', '.join(VERDICTS)}.")
     ledger = ctx.ledger_of(context)
-    if waiting:
+    if waiting or out is not None:
         rows = ledger.corrections("waiting", limit, images=out is not None)
     else:
         rows = ledger.feedback(limit, verdict=wanted, release=release)
-    if waiting and out is not None:
+    if out is not None:
         from ratchet_client.images import sniff
 
         out.mkdir(parents=True, exist_ok=True)

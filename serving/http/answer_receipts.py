@@ -18,7 +18,7 @@ from typing import Final, Literal, get_args
 
 from pydantic import SecretStr
 
-from serving.http.errors import ApiError
+from serving.http.errors import field_error
 
 Route = Literal["embeddings", "classify", "search", "chat", "vqa"]
 HEADER: Final = "x-ratchet-answer"
@@ -67,17 +67,20 @@ class AnswerReceipts:
             raw = b""
         data, signature = raw[:-_SIGNATURE], raw[-_SIGNATURE:]
         if len(data) < _HEAD.size:
-            raise _refused(f"this is no value of {HEADER}.", "invalid_answer")
+            raise field_error("answer", f"this is no value of {HEADER}.", "invalid_answer")
         name, route, release, at, digest = _HEAD.unpack_from(data)
         if name != self._name:
-            raise _refused(
-                "another installation gave this answer, or the operator key has changed since.", "unknown_answer"
+            raise field_error(
+                "answer",
+                "another installation gave this answer, or the operator key has changed since.",
+                "unknown_answer",
             )
         if not hmac.compare_digest(self._signature(data), signature):
-            raise _refused("its signature is wrong: it was changed or cut short.", "invalid_answer")
+            raise field_error("answer", "its signature is wrong: it was changed or cut short.", "invalid_answer")
         age = time.time() - at
         if age > DAYS * 86400 or age < -SKEW_SECONDS:
-            raise _refused(
+            raise field_error(
+                "answer",
                 f"answers can be reported for {DAYS:.0f} days, and this one is from {age / 86400:.0f} days ago.",
                 "answer_expired",
             )
@@ -88,7 +91,3 @@ class AnswerReceipts:
 
     def _signature(self, data: bytes) -> bytes:
         return hmac.digest(self._key, data, "sha256")[:_SIGNATURE]
-
-
-def _refused(problem: str, code: str) -> ApiError:
-    return ApiError(400, problem, param="answer", code=code)

@@ -1,4 +1,4 @@
-"""Feedback: what a caller says of an answer."""
+"""Feedback: reports of callers on answers."""
 
 from __future__ import annotations
 
@@ -10,26 +10,24 @@ from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field, StringConstraints
 
 from core.access import Principal
-from core.digests import digest_bytes
+from core.digests import digest12, digest_bytes
 from core.errors import FeedbackRefused
 from core.ledger.rows import CorrectionState, FeedbackRow, FeedbackVerdict
 from serving.http.answer_receipts import HEADER, MAX_CHARS, MOST_SHOWN, AnswerReceipt, Route
-from serving.http.app_state import AppState, app_state
+from serving.http.app_state import CLIP, AppState, app_state
 from serving.http.bodies import Body, ResponseBody, json_body, json_schema
 from serving.http.errors import ApiError, ErrorBody, field_error
 from serving.http.image_loader import from_data_uri
 from serving.http.request_bodies import caller_of
+from serving.releases.feedback_guard import ROUTES
 
 router = APIRouter(tags=["Feedback"])
 SampleId = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
-
-
 MAX_IMAGE_BYTES = 1 << 20
-CLIP_ROUTES = ("embeddings", "classify", "search")
 
 
 class FeedbackRequest(Body):
-    """What is said of one answer."""
+    """A report on one answer."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -102,7 +100,7 @@ async def feedback(request: Request) -> JSONResponse:
     if wanted.verdict == "correct" and not (wanted.label or wanted.text):
         raise field_error("label", "a correction says what is right, as label or text.", "missing_value")
     await _check_sample(state, wanted, receipt, detail)
-    image = await _image(state, wanted, receipt, caller_of(request.scope))
+    image = await _image(state, wanted, receipt, detail, caller_of(request.scope))
     principal: Principal = request.state.principal
     row = FeedbackRow(
         id=digest_bytes(receipt.key.encode(), principal.name.encode()), caller=principal.name, release=receipt.release,
@@ -123,14 +121,18 @@ async def feedback(request: Request) -> JSONResponse:
     return JSONResponse(answer, 201 if new else 200)
 
 
-async def _image(state: AppState, wanted: FeedbackRequest, receipt: AnswerReceipt, caller: str) -> bytes | None:
-    """The checked image of a correction."""
+async def _image(
+    state: AppState, wanted: FeedbackRequest, receipt: AnswerReceipt, detail: dict[str, object], caller: str
+) -> bytes | None:
+    """Check the image of a correction. Its digest stays in ``detail`` after the image is removed: a correction with
+    another image is another one."""
     if wanted.image is None:
         return None
-    if wanted.verdict != "correct" or receipt.route not in CLIP_ROUTES:
-        raise field_error("image", f"only a correction about {', '.join(CLIP_ROUTES)} has an image.", "invalid_value")
+    if wanted.verdict != "correct" or receipt.route not in ROUTES[CLIP]:
+        raise field_error("image", f"only a correction about {', '.join(ROUTES[CLIP])} has an image.", "invalid_value")
     image = from_data_uri(wanted.image, "image", MAX_IMAGE_BYTES)
-    await state.image_loader.inspect([("image", image)], caller)
+    (inspected,) = await state.image_loader.inspect([("image", image)], caller)
+    detail["image_digest"] = digest12(inspected.digest.hex())
     return image
 
 

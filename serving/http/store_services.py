@@ -119,7 +119,7 @@ class DeletionService:
 
 
 class FeedbackService:
-    """What callers say of answers. The ledger keeps it before it is acknowledged."""
+    """Records feedback in the ledger before it is acknowledged."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger

@@ -67,7 +67,7 @@ def p_value(reports: Reports, rate: float) -> float:
 
 
 def feedback_evidence(ledger: Ledger, target: GuardTarget) -> list[Evidence]:
-    """What callers reported of the models that the release changes; nothing of a model without reports of both."""
+    """Test the reports on each model that the release changes, if there are reports on both releases."""
     found = []
     for family in FAMILIES:
         if not target.differs(family):

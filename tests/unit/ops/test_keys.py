@@ -13,8 +13,9 @@ import pytest
 
 from core.errors import AlreadyResubmitted, ConfigError, LedgerError
 from core.ledger import Ledger
-from core.ledger.keys import RESERVED, parse_token
+from core.ledger.keys import RESERVED, SCOPES, parse_token
 from ops.cli import context
+from ops.cli.access import Allowed
 from tests.support.command_line import ratchet
 
 PLACE = "samples@1:0:7"
@@ -134,6 +135,7 @@ def test_the_commands_make_list_and_revoke_keys_and_show_the_audit(
     token = run("keys", "create", "page", "-s", "infer", "-s", "publish", "--per-minute", "600")
     assert parse_token(token.removesuffix("\n")) is not None, "it is alone on standard output"
     run("keys", "create", "ops", "--scope", "operate", "--days", "1.5")
+    assert [each.value for each in Allowed] == list(SCOPES)
     assert "no limit" in run("keys", "list")
     run("keys", "revoke", "page", "--reason", "in a [red]screenshot")
     valid, everything = run("keys", "list"), run("keys", "list", "--all")

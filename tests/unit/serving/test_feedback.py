@@ -148,6 +148,8 @@ async def test_a_correction_with_an_image_waits_for_a_review_and_others_have_non
     first = await say(server, answer, **said)
     assert (first.status_code, first.json()["state"]) == (201, "waiting")
     assert (await say(server, answer, **said)).json()["repeated"]
+    for other_image in ({"image": data_uri(pictures(2)[1])}, {"image": None}):
+        refusal(await say(server, answer, **{**said, **other_image}), 409, "feedback_exists")
     (row,) = server.ledger.corrections("waiting", images=True)
     assert row.image == PICTURE and "image" not in row.detail
     assert all(image not in str(each.data) for each in server.ledger.waiting_events())
