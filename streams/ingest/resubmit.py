@@ -33,19 +33,17 @@ from core.errors import (
 from core.ledger import Ledger, ResubmissionRow
 from core.settings import Settings
 from core.settings.streams import Kafka
-from ratchet_client.broker import CONNECT_SECONDS
 from ratchet_client.encoding import Encoded, Headers
 from ratchet_client.producer import Delivery, RecordSender
 from ratchet_client.records import REASONS
 from streams.ingest.membership import start_position
 from streams.ingest.quarantine import original
-from streams.kafka.clients import Admin, connection, reading_alone
+from streams.kafka.clients import Admin, deliver, reading_alone, record_sender
 from streams.store.conditions import quarantine_condition
 from streams.store.rows import SCHEMA, Position, RecordPosition, gap_row, name_of, position_of, read_position, tally_of
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
 
-PUBLISH_SECONDS: Final = 20.0
 #: Header of a resubmitted record: the place where it was quarantined. Decoders ignore it.
 HEADER: Final = "x-ratchet-resubmission-of"
 
@@ -97,12 +95,11 @@ def resubmit(
     record = quarantined(settings, place)
     if not record.value:
         raise RecordError("empty", f"record {place} has no value.", "There is nothing to send again.")
-    with _claimed(ledger, place, actor=actor, reason=reason, force=force), closing(_sender(settings)) as sender:
+    with (
+        _claimed(ledger, place, actor=actor, reason=reason, force=force),
+        closing(record_sender(settings.kafka)) as sender,
+    ):
         return _deliver(sender, settings.kafka.topic, place, record)
-
-
-def _sender(settings: Settings) -> RecordSender:
-    return RecordSender(connection(settings.kafka), CONNECT_SECONDS, PUBLISH_SECONDS)
 
 
 @contextmanager
@@ -118,10 +115,7 @@ def _claimed(ledger: Ledger, place: str, **who: Any) -> Iterator[None]:
 
 def _deliver(sender: RecordSender, topic: str, place: str, record: Encoded) -> Delivery:
     headers: Headers = [*((name, value) for name, value in record.headers if name != HEADER), (HEADER, place.encode())]
-    try:
-        return sender.send(topic, Encoded(record.key, record.value, headers)).result(timeout=PUBLISH_SECONDS + 5)
-    except TimeoutError as error:
-        raise BrokerError("the broker did not answer in time.", "Try again.") from error
+    return deliver(sender, topic, Encoded(record.key, record.value, headers))
 
 
 LIMIT: Final = 1000
@@ -206,7 +200,7 @@ def resubmit_many(
     if dry_run or not places:
         return report
     next_at = 0.0
-    with closing(_sender(settings)) as sender:
+    with closing(record_sender(settings.kafka)) as sender:
         for place in places:
             row = store.quarantined_record(*place)
             if row is None:

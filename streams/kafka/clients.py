@@ -25,12 +25,15 @@ from kafka.errors import (
 from core.errors import BrokerError
 from core.settings.streams import Ingest, Kafka
 from ratchet_client.broker import CONNECT_SECONDS, MAX_RECORD_BYTES, Connection, client_options, explain
-from ratchet_client.producer import Producer
+from ratchet_client.encoding import Encoded
+from ratchet_client.producer import Delivery, Producer, RecordSender
 from ratchet_client.records import Limits
 from streams.kafka.oauth import oauth_options
 
 log = logging.getLogger(__name__)
 REQUEST_SECONDS = 10.0
+SEND_SECONDS = 20.0
+"""Longest wait for the acknowledgement of a single record."""
 #: ``max.message.bytes`` of topics that Ratchet creates: the largest record plus quarantine's headers.
 TOPIC_RECORD_BYTES = MAX_RECORD_BYTES + 1024 * 1024
 #: Retention of a quarantine topic that Ratchet creates. The sample store has the records too, and deletions only reach
@@ -50,6 +53,19 @@ def connect_producer(kafka: Kafka, limits: Ingest | None = None, **options: Any)
     if limits is not None:
         options["limits"] = producer_limits(limits)
     return Producer(to.bootstrap, kafka.topic, options=to.options, **options)
+
+
+def record_sender(kafka: Kafka) -> RecordSender:
+    """A sender of encoded records, for :func:`deliver`. Raises BrokerError."""
+    return RecordSender(connection(kafka), CONNECT_SECONDS, SEND_SECONDS)
+
+
+def deliver(sender: RecordSender, topic: str, record: Encoded) -> Delivery:
+    """Send one record, and wait for the broker's acknowledgement. Raises BrokerError."""
+    try:
+        return sender.send(topic, record).result(timeout=SEND_SECONDS + 5)
+    except TimeoutError as error:
+        raise BrokerError("the broker did not answer in time.", "Try again.") from error
 
 
 def producer_limits(ingest: Ingest) -> Limits:

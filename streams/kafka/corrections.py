@@ -10,15 +10,13 @@ from typing import Final
 from core.errors import RecordError
 from core.ledger import Ledger
 from core.settings import Settings
-from ratchet_client.broker import CONNECT_SECONDS
 from ratchet_client.encoding import encode
-from ratchet_client.producer import RecordSender, check_sample
+from ratchet_client.producer import check_sample
 from ratchet_client.records import make_sample
-from streams.kafka.clients import connection, producer_limits
+from streams.kafka.clients import deliver, producer_limits, record_sender
 
 DOMAIN: Final = "feedback"
 AT_ONCE: Final = 20
-SEND_SECONDS: Final = 20.0
 
 
 def publish_corrections(settings: Settings, ledger: Ledger) -> int:
@@ -28,7 +26,7 @@ def publish_corrections(settings: Settings, ledger: Ledger) -> int:
     if not rows:
         return 0
     limits = producer_limits(settings.ingest)
-    with closing(RecordSender(connection(settings.kafka), CONNECT_SECONDS, SEND_SECONDS)) as sender:
+    with closing(record_sender(settings.kafka)) as sender:
         for row in rows:
             label, text = row.detail.get("label", ""), row.detail.get("text", "")
             fields = {"image": row.image, "text": text or label, "label": label, "domain": DOMAIN}
@@ -38,6 +36,6 @@ def publish_corrections(settings: Settings, ledger: Ledger) -> int:
             except RecordError as error:
                 ledger.settle_correction(row.id, "dismissed", error.message)
                 continue
-            place = sender.send(settings.kafka.topic, encode(sample), note=sample.id).result(SEND_SECONDS + 5)
+            place = deliver(sender, settings.kafka.topic, encode(sample))
             ledger.settle_correction(row.id, "published", f"{place.topic}:{place.partition}:{place.offset}")
     return len(rows)

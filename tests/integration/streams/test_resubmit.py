@@ -20,6 +20,7 @@ from core.settings import Settings
 from streams.ingest import resubmit as module
 from streams.ingest.consumer import Consumer
 from streams.ingest.resubmit import HEADER, QuarantineFilter, ResubmitReport, list_quarantine, resubmit, resubmit_many
+from streams.kafka import clients
 from streams.kafka.corrections import publish_corrections
 from streams.records.codecs import glimpse
 from streams.store.rows import Position
@@ -192,7 +193,7 @@ def test_a_broker_that_is_gone_ends_it_what_failed_may_be_tried_again_and_the_ol
         def close(self) -> None: ...
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "RecordSender", Refusing)
+        patch.setattr(clients, "RecordSender", Refusing)
         with pytest.raises(BrokerError, match="ended early: 0 of 5 records were sent again; 3 failed"):
             again(settings, ledger, QuarantineFilter(limit=5))
     assert ledger.resubmissions(["t:0:0"])["t:0:0"].state == "failed"
