@@ -176,7 +176,7 @@ def test_operators_act_and_readers_look(ledger: Ledger, operator: TestClient, ke
 def test_refused_records_are_shown_and_sent(
     operator: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streams.ingest.resubmit.CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr("streams.kafka.clients.CONNECT_SECONDS", 0.3)
     values = (json.dumps({"text": "<b>bold</b>", "domain": "cats"}).encode(), png())
     rows = [{**refusal(0, at, value, "image_undecodable"), "source": f"<cam {at}>"} for at, value in enumerate(values)]
     SampleStore(settings(tmp_path).lake).put(rows, [Position("samples", 0, len(rows))])
