@@ -15,6 +15,7 @@ from core.addresses import local_url
 from core.metrics import NAME_PREFIXES
 from core.metrics.exposition import SHARED
 from core.settings import Settings
+from streams.store.rows import HELD, SPLITS
 
 if TYPE_CHECKING:
     from core.ledger import Ledger
@@ -49,7 +50,7 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class StreamState:
-    samples: dict[str, int] = field(default_factory=lambda: {"train": 0, "fresh_eval": 0})
+    samples: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     """By split."""
     records: int = 0
     """Records that ingest consumed, including duplicates and quarantined ones."""
@@ -71,6 +72,11 @@ class StreamState:
     maintenance_known: bool = False
     deletions: int = 0
     oldest_deletion: timedelta = timedelta(0)
+
+    @property
+    def held(self) -> int:
+        """Samples that wait for an operator to accept them."""
+        return sum(count for split, count in self.samples.items() if split.startswith(HELD))
 
     def problems(self) -> list[str]:
         problems = []
@@ -95,7 +101,7 @@ def stream_state(settings: Settings, store: SampleStore, ledger: Ledger) -> Stre
     oldest = ledger.oldest_deletion()
     waiting_for = _labelled(ingest, "ratchet_ingest_waiting")
     return StreamState(
-        samples={split: tally[split] for split in ("train", "fresh_eval")},
+        samples={split: tally[split] for split in SPLITS},
         records=sum(tally[kind] for kind in ("sample", "duplicate", "quarantine", "tombstone", "deleted")),
         offsets=store.offsets(),
         fragments=store.fragments(),

@@ -36,11 +36,12 @@ from core.ledger.rows import ResubmissionRow as ResubmissionRow
 from core.ledger.rows import UpdateRow as UpdateRow
 from core.ledger.rows import VerdictRow as VerdictRow
 from core.ledger.rows import answers as answers
+from core.ledger.trust import TrustQueries
 
 
 class Ledger(
     LearningQueries, ProposalQueries, ReleaseAuditQueries, BudgetQueries, KeyQueries, EventQueries, LeaseQueries,
-    RecordQueries, CollectionQueries, FeedbackQueries,
+    RecordQueries, CollectionQueries, FeedbackQueries, TrustQueries,
 ):  # fmt: skip
     """Safe to use from several threads and processes; every call is one transaction."""
 

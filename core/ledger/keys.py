@@ -16,15 +16,15 @@ from sqlalchemy.exc import IntegrityError
 from core.errors import LedgerError
 from core.ledger.database import Queries
 from core.ledger.events import note
-from core.ledger.rows import SYSTEM_ACTORS, KeyRow, KeyScope, utc_now
+from core.ledger.rows import AUDITOR, SYSTEM_ACTORS, KeyRow, KeyScope, utc_now
 
 SCOPES: Final[tuple[KeyScope, ...]] = get_args(KeyScope)
 PREFIX: Final = "rk_"
 TOKEN: Final = re.compile(rf"{PREFIX}([a-z0-9]{{8}})_([0-9a-f]{{64}})")
 KEY_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._@-]{0,63}")
 MAX_DAYS: Final = 3660
-#: Names in the audit log for Ratchet's own parts and the bootstrap key.
-RESERVED: Final = SYSTEM_ACTORS | {"operator", "anonymous"}
+#: Names in the audit log for Ratchet's own parts and the bootstrap key, and callers without a key.
+RESERVED: Final = SYSTEM_ACTORS | {"operator", "anonymous", AUDITOR}
 
 
 class KeyQueries(Queries):

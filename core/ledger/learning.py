@@ -27,6 +27,8 @@ RELEASED_VERDICTS = 500
 FINISHED = ("done", "failed", "abandoned")
 BEGAN = "began"
 """Key in an update's cost: the place a process is working at, and how many have died there."""
+TRIGGER = "trigger"
+"""Key in an update's cost: why it began; missing in those of imports and upgrades."""
 
 
 class LearningQueries(Queries):
@@ -334,7 +336,7 @@ def _update(session: Session, update_id: str) -> UpdateRow:
 def _tell_candidate(session: Session, row: UpdateRow) -> None:
     data = {
         "update": row.id, "adapter": row.adapter, "family": row.family, "data_from": row.data_from,
-        "data_to": row.data_to,
+        "data_to": row.data_to, "trigger": row.cost.get(TRIGGER),
     }  # fmt: skip
     add_event(session, "ratchet.candidate.v1", f"candidate-{row.id}", f"updates/{row.id}", data)
 

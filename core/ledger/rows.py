@@ -46,8 +46,12 @@ SYSTEM_ACTORS: Final = frozenset({"controller", "updater", "guard", "ratchet"})
 """Actors that are parts of Ratchet; every other actor is a person, or acts for one."""
 ResubmissionState = Literal["sending", "sent", "failed"]
 DeletionState = Literal["requested", "removed", "held", "done"]
-FeedbackVerdict = Literal["right", "wrong", "correct", "chosen"]
+ReportedVerdict = Literal["right", "wrong", "correct", "chosen"]
 """``correct``: wrong, and the caller says what is right; ``chosen``: one of the samples that were found."""
+FeedbackVerdict = Literal[ReportedVerdict, "audit"]
+"""``audit``: not reported, but drawn at random for a review."""
+AUDITOR: Final = "audit"
+"""Caller of audited answers; no key has this name."""
 CorrectionState = Literal["waiting", "accepted", "dismissed", "published"]
 
 
@@ -408,7 +412,7 @@ class FeedbackRow(Base, kw_only=True):
     answered_at: Mapped[datetime]
     verdict: Mapped[FeedbackVerdict] = mapped_column(String(16))
     detail: Mapped[dict[str, Any]]
-    """The rest of the report: label, text, object_id, position, comment, image_digest."""
+    """The rest of the report: label, text, object_id, position, comment, image_digest; of an audit: answered."""
     state: Mapped[CorrectionState | None] = mapped_column(String(16), default=None, index=True)
     """Of a correction with an image, which can become a sample."""
     image: Mapped[bytes | None] = mapped_column(LargeBinary, default=None, deferred=True, repr=False)
@@ -416,3 +420,27 @@ class FeedbackRow(Base, kw_only=True):
     outcome: Mapped[str | None] = mapped_column(String(300), default=None)
     """Place of the record that was published, or why it was dismissed."""
     created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
+
+
+class DistrustedSourceRow(Base, kw_only=True):
+    """A source whose samples no update learns from, and no suite asks for."""
+
+    __tablename__ = "distrusted_sources"
+    source: Mapped[str] = mapped_column(String(256), primary_key=True)
+    actor: Mapped[str] = mapped_column(String(200))
+    reason: Mapped[str] = mapped_column(Text)
+    update_id: Mapped[str | None] = mapped_column(String(64), default=None)
+    """The update that passed without the source; None if an operator distrusts it."""
+    created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
+
+
+class ScreeningRow(Base, kw_only=True):
+    """How much images and texts of samples agree, and which samples were asked; one row for each family."""
+
+    __tablename__ = "screenings"
+    family: Mapped[str] = mapped_column(String(16), primary_key=True)
+    offsets: Mapped[dict[str, int]]
+    """Next offsets by ``topic:partition``."""
+    counts: Mapped[dict[str, Any]]
+    """See :class:`updater.data.agreement.Agreements`."""
+    updated_at: Mapped[datetime] = mapped_column(default_factory=utc_now, onupdate=utc_now)

@@ -35,7 +35,8 @@ LABELS = {
     "model": "base, incumbent, candidate",
     "outcome": "of a verdict: kept, passed, rejected, inconclusive; of a proposal: committed, failed; of a run of "
     "maintenance: done, failed; of an action: done, refused; of an answer: ok, late, ask, adapter, gone, dead; of a "
-    "comparison: agree, differ, failed, dropped; of a look into the cache: hit, miss",
+    "comparison: agree, differ, failed, dropped; of a look into the cache: hit, miss; of an audit: recorded, repeated, "
+    "full, dropped, too_large, url, failed",
     "part": "ingest, maintain, update, ingress, encoder, vlm, catalog, controller; of what an ingress asks: clip, vlm, "
     "catalog",
     "partition": "partitions of the topic",
@@ -48,7 +49,7 @@ LABELS = {
     "side": "trial, stable: which release a request went to",
     "source": "ledger, file (in the home of the node), artifacts",
     "space": "image: the only tower whose vectors are kept",
-    "split": "train, fresh_eval",
+    "split": "train, fresh_eval; held_train, held_fresh_eval: until an operator accepts them",
     "state": "of a dependency: ok, away, slow, refused, full; "
     "of the trainer: waiting, training, judging, proposing; of an update: done, failed, abandoned",
     "status": "HTTP status codes that the application uses",
@@ -99,6 +100,7 @@ STORE_FRAGMENTS = Gauge("ratchet_store_fragments", "Fragments of the sample stor
 EVENTS_PUBLISHED = Counter("ratchet_events_published_total", "Events put into the events topic.", ["type"])
 EVENTS_WAITING = Gauge("ratchet_events_waiting", "Events that are not in the events topic yet.")
 FEEDBACK = Counter("ratchet_feedback_total", "Answers that a caller reported.", ["route", "verdict"])
+FEEDBACK_AUDITS = Counter("ratchet_feedback_audits_total", "Answers drawn at random for a review.", ["outcome"])
 MAINTAIN_RUNS = Counter("ratchet_maintain_runs_total", "Runs of maintenance.", ["outcome"])
 MAINTAIN_LAST = Gauge(
     "ratchet_maintain_last_run_timestamp_seconds", "When a run of maintenance ended last; absent before the first.",
@@ -131,6 +133,9 @@ UPDATE_SECONDS = Histogram("ratchet_update_seconds", "Time to train one update."
 UPDATES = Counter("ratchet_updates_total", "Updates finished.", ["family", "state"])
 UPDATE_LEFT_OUT = Counter(
     "ratchet_update_left_out_total", "Samples that could not be prepared, and that updates went on without.", ["family"]
+)
+UPDATE_HELD = Counter(
+    "ratchet_update_held_total", "New samples that are held because image and text agree less than is usual."
 )
 UPDATE_VISITED = Counter("ratchet_update_visited_total", "New samples that updates have visited.", ["family"])
 UPDATE_PASSED_OVER = Counter(

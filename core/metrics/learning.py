@@ -48,6 +48,8 @@ class update:
         """True if no update can be judged, because suites or the reference pool are missing."""
         d.UPDATE_UNJUDGED.labels(family).set(missing)
 
+    held = d.UPDATE_HELD.inc
+
     @staticmethod
     def left_out(family: str, samples: int) -> None:
         d.UPDATE_LEFT_OUT.labels(family).inc(samples)

@@ -12,6 +12,7 @@ from core.errors import RatchetError
 from core.metrics import declared as d
 
 Age = Literal["live", "incumbent", "older"]
+AuditOutcome = Literal["recorded", "repeated", "full", "dropped", "too_large", "url", "failed"]
 
 
 class build:
@@ -177,6 +178,10 @@ class feedback:
     @staticmethod
     def given(route: str, verdict: str) -> None:
         d.FEEDBACK.labels(route, verdict).inc()
+
+    @staticmethod
+    def audited(outcome: AuditOutcome) -> None:
+        d.FEEDBACK_AUDITS.labels(outcome).inc()
 
 
 class operator:

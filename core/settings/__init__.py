@@ -10,8 +10,9 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 
 from core.settings.section import Section
-from core.settings.serving import AccessRules, BaseModels, Catalog, Console, Rollout, Serve
+from core.settings.serving import AccessRules, BaseModels, Catalog, Console, Feedback, Rollout, Serve
 from core.settings.streams import Collection, Ingest, Kafka, Maintain, Retention
+from core.settings.trust import Trust
 from core.settings.updates import Budget, Gate, Updater
 from core.settings.watching import Logs, Traces, Watch
 
@@ -43,9 +44,11 @@ class Settings(Section):
     gc: Collection = Field(default_factory=Collection)
     serve: Serve = Field(default_factory=Serve)
     access: AccessRules = Field(default_factory=AccessRules)
+    feedback: Feedback = Field(default_factory=Feedback)
     updater: Updater = Field(default_factory=Updater)
     budget: Budget = Field(default_factory=Budget)
     gate: Gate = Field(default_factory=Gate)
+    trust: Trust = Field(default_factory=Trust)
     catalog: Catalog = Field(default_factory=Catalog)
     watch: Watch = Field(default_factory=Watch)
     console: Console = Field(default_factory=Console)

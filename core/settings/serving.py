@@ -161,6 +161,23 @@ class AccessRules(Section):
     )
 
 
+class Feedback(Section):
+    """What becomes of answers after they were given."""
+
+    accept: list[Literal["second_caller", "agreement"]] = Field(
+        default_factory=list,
+        description="Corrections that become samples without a review. second_caller: two callers say the same of the "
+        "same image; agreement: all, of which screening holds those that trust.hold_below does not let pass.",
+    )
+    audit_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the answers of /v1/classify that go, with one of their images, to the review of "
+        "corrections, whatever callers report; 0: none.",
+    )
+
+
 class Catalog(Section):
     """Embedding and search of the catalog."""
 

@@ -36,11 +36,23 @@ OWNED_OPTIONS: Final[Mapping[str, str]] = {
 have their own setting; each with its reason."""
 
 
+class BoundTopic(Section):
+    """A topic whose records are of one source, whatever their headers say: the broker's ACLs tell who writes to it."""
+
+    name: str = Field(min_length=1, max_length=249, description="Name of the topic.")
+    source: str = Field(min_length=1, max_length=256, description="Source of its samples.")
+
+
 class Kafka(Section):
     """The broker and the topics."""
 
     bootstrap: str = Field("127.0.0.1:19092", description="host:port of one or more brokers, comma separated.")
     topic: str = Field(TOPIC, description="Topic that producers write to.")
+    topics: list[BoundTopic] = Field(
+        default_factory=list,
+        max_length=64,
+        description="Further topics, each bound to one source. `ratchet ingest --topic NAME` reads one of them.",
+    )
     quarantine_topic: str = Field("ratchet.quarantine", description="Topic for quarantined records.")
     events_topic: str = Field("ratchet.events", description="Topic for events, such as releases; empty: off.")
     events_source: str = Field(
@@ -56,6 +68,27 @@ class Kafka(Section):
     schema_registry_auth: SecretStr | None = Field(None, description="user:password for the schema registry.")
 
     _url = field_validator("schema_registry")(http_url)
+
+    def reading(self, topic: str) -> Kafka:
+        """These settings for an ingest process that reads another topic. Raises KeyError if it is not bound."""
+        if topic == self.topic:
+            return self
+        if topic not in self.bound:
+            raise KeyError(topic)
+        return self.model_copy(update={"topic": topic, "group": f"{self.group}.{topic}"})
+
+    @property
+    def bound(self) -> dict[str, str]:
+        """Sources by topic."""
+        return {each.name: each.source for each in self.topics}
+
+    @field_validator("topics")
+    @classmethod
+    def _distinct(cls, value: list[BoundTopic]) -> list[BoundTopic]:
+        for what, names in (("name", [each.name for each in value]), ("source", [each.source for each in value])):
+            if len(names) != len(set(names)):
+                raise ValueError(f"each topic needs a {what} of its own")
+        return value
 
     @field_validator("client")
     @classmethod

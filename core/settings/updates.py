@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from cronsim import CronSim, CronSimError
+from pydantic import Field, ValidationInfo, field_validator
 
 from core.settings.section import Section
 
 Draw = Literal["uniform", "newest"]
+Trigger = Literal["samples", "age", "drift", "wrong_rate", "cron"]
 
 
 HEAD_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -34,6 +37,12 @@ class Updater(Section):
 
     recipe: str = Field("default", description="Recipe of CLIP updates: name or YAML path.")
     vlm_recipe: str = Field("vlm-default", description="Recipe of VLM updates: name or YAML path.")
+    triggers: list[Trigger] = Field(
+        ["samples", "age"],
+        min_length=1,
+        description="Any of these begins an update, see docs/operator/learning.md.",
+    )
+    cron: str = Field("", max_length=100, description="Cron expression in UTC, for the trigger cron: `0 3 * * *`.")
     min_new_samples: int = Field(256, ge=1, description="New train samples that trigger an update.")
     max_wait_seconds: float = Field(
         3600.0, gt=0, description="Maximum wait before an update starts with fewer samples or fresh items."
@@ -75,6 +84,16 @@ class Updater(Section):
         description="Classifiers that each CLIP update learns from labelled samples; see docs/heads.md.",
     )
     metrics_port: int = Field(9465, ge=0, le=65535, description="Prometheus port of the updater; 0: off.")
+
+    @field_validator("cron")
+    @classmethod
+    def _due_some_time(cls, value: str, info: ValidationInfo) -> str:
+        if value or "cron" in info.data.get("triggers", ()):
+            try:
+                next(CronSim(value, datetime.now(UTC)))
+            except (CronSimError, StopIteration) as error:
+                raise ValueError(f"the trigger cron needs five fields such as `0 3 * * *` ({error})") from None
+        return value
 
 
 class Budget(Section):

@@ -59,6 +59,8 @@ def _operation(label: str, operation: dict[str, Any], common: dict[str, Any]) ->
     yield f"**{operation['summary']}.** {operation['description']}\n"
     content = operation.get("requestBody", {}).get("content", {})
     json_body = content.get("application/json", {}).get("schema")
+    if json_body is not None:
+        json_body = json_body.get("anyOf", [json_body])[0]  # the others are lists of it
     fields = set() if json_body is None else set(json_body.get("properties", {}))
     own = [each for each in operation.get("parameters", []) if "$ref" not in each]  # the others are of every call
     parameters = [each for each in own if each["name"] not in fields]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from core.settings import Settings
 from core.settings.section import Section
@@ -66,7 +66,9 @@ def _type(annotation: Any) -> str:
     if origin in (list, tuple):
         return f"list of {_type(arguments[0])}"
     if origin is dict:
-        return "mapping"
+        return f"mapping to {_type(arguments[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return f"mapping ({', '.join(f'`{name}`' for name in annotation.model_fields)})"
     return NAMES.get(annotation, "path" if getattr(annotation, "__name__", "") == "Path" else "text")
 
 
@@ -87,5 +89,5 @@ def _default(field: FieldInfo) -> str:
         return "unset"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
-    shown = json.dumps(value) if isinstance(value, list | dict) else value
+    shown = json.dumps(to_jsonable_python(value)) if isinstance(value, list | dict) else value
     return f"`{shown}`"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,13 +34,17 @@ def show(
 
     Examples:  ratchet config show --changed    |    RATCHET_SERVE__PORT=9000 ratchet config show
     """
+    from pydantic_core import to_jsonable_python
+
     from core.loading import describe
 
-    rows = [row for row in describe(_checked(context)) if not changed or row[2] != "default"]
-    shown = ({"setting": name, "value": str(value), "origin": origin, "meaning": meaning}
-             for name, value, origin, meaning in rows)  # fmt: skip
-    data = {name: {"value": str(value), "origin": origin} for name, value, origin, _ in rows}
-    show_rows(shown, "Settings", as_json, data=data, whole=["setting"])
+    rows = [
+        {"setting": name, "value": str(to_jsonable_python(value)), "origin": origin, "meaning": meaning}
+        for name, value, origin, meaning in describe(_checked(context))
+        if not changed or origin != "default"
+    ]
+    data = {row["setting"]: {"value": row["value"], "origin": row["origin"]} for row in rows}
+    show_rows(rows, "Settings", as_json, data=data, whole=["setting"])
 
 
 @app.command()
@@ -104,8 +107,6 @@ def _lines(model: type[BaseModel], prefix: str, chosen: Mapping[str, Any], live:
 
 def yaml_value(value: Any) -> str:
     import yaml
+    from pydantic_core import to_jsonable_python
 
-    if isinstance(value, list):
-        value = [str(each) if isinstance(each, PurePath) else each for each in value]
-    value = str(value) if isinstance(value, PurePath) else value
-    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).splitlines()[0]
+    return yaml.safe_dump(to_jsonable_python(value), default_flow_style=True, width=float("inf")).splitlines()[0]

@@ -65,12 +65,18 @@ def list_feedback(
 
 
 @app.command()
-def accept(context: typer.Context, ids: Ids, reason: Reason) -> None:
+def accept(
+    context: typer.Context,
+    ids: Ids,
+    reason: Reason,
+    label: Annotated[str | None, typer.Option(help="The right class, instead of what the caller said.")] = None,
+    text: Annotated[str | None, typer.Option(help="The right caption, instead of what the caller said.")] = None,
+) -> None:
     """Make samples of waiting corrections: maintenance sends them to the stream, with the source `feedback:CALLER`.
 
-    Example:  ratchet feedback accept 1f3a9c02 --reason "looked at it"
+    Example:  ratchet feedback accept 1f3a9c02 --label "fire truck" --reason "looked at it"
     """
-    _review(context, ids, True, reason)
+    _review(context, ids, True, reason, {"label": label, "text": text})
 
 
 @app.command()
@@ -79,13 +85,13 @@ def dismiss(context: typer.Context, ids: Ids, reason: Reason) -> None:
 
     Example:  ratchet feedback dismiss 1f3a9c02 --reason "another car"
     """
-    _review(context, ids, False, reason)
+    _review(context, ids, False, reason, {})
 
 
-def _review(context: typer.Context, ids: list[str], accepted: bool, reason: str) -> None:
+def _review(context: typer.Context, ids: list[str], accepted: bool, reason: str, edit: dict[str, str | None]) -> None:
     ledger = ctx.ledger_of(context)
     for each in ids:
-        row = ledger.review_correction(each, accepted, actor=ctx.person(), reason=reason)
+        row = ledger.review_correction(each, accepted, actor=ctx.person(), reason=reason, **edit)
         typer.echo(f"{row.id[:8]} of {row.caller} is {row.state}")
 
 

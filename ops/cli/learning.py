@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from core.errors import GateError
 from ops.cli import context as ctx
 from ops.cli.bases import tell_outcome
 from ops.cli.terminal import AsJson, printable, show_rows
@@ -97,6 +98,39 @@ def report(
     from updater.gate.report import fetch_report
 
     typer.echo(fetch_report(settings, update, out=out))
+
+
+@gate.command()
+def blame(
+    context: typer.Context,
+    update: Annotated[str, typer.Argument(metavar="UPDATE", help="A rejected update, as `ratchet status` shows it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show which sources a rejected update's regression comes from, the most harmful first.
+
+    Harm is minus the dot product of a source's mean gradient and that of the items that got worse. A source that stands
+    out is blamed, and the update is repeated once without it (trust.retry_without).
+
+    Example:  ratchet gate blame update-0123456789ab
+    """
+    from core.ledger.learning import TRIGGER
+
+    ledger = ctx.ledger_of(context)
+    verdict = ledger.verdict_of(update)
+    found = verdict.summary.get("blame") if verdict is not None else None
+    if not found:
+        raise GateError(
+            f"{update} has no ranking of sources.",
+            "It has one if suites got worse, and it has learned from two sources or more: see `ratchet gate report`.",
+        )
+    named = f"{printable(found['source'])} is blamed" if found["source"] else "no source stands out"
+    rows = [{**each, "harm": f"{each['harm']:.3g}"} for each in found["suspects"]]
+    show_rows(rows, f"{found['items']} items got worse; {named}", as_json, data=found)
+    began = f"blame: {update} "
+    again = next((each for each in ledger.updates() if str(each.cost.get(TRIGGER)).startswith(began)), None)
+    if again is not None and not as_json:
+        judged = ledger.verdict_of(again.id)
+        typer.echo(f"{again.id} repeats it without the source: {judged.outcome if judged else again.state}")
 
 
 @gate.command()

@@ -36,6 +36,7 @@ from ops.cli import (
     releases,
     samples,
     status,
+    trust,
 )
 from ops.cli.context import Context, of
 
@@ -112,6 +113,7 @@ app.command(rich_help_panel=DATA)(records.publish)
 app.add_typer(samples.app, name="samples", rich_help_panel=DATA)
 app.add_typer(records.app, name="quarantine", rich_help_panel=DATA)
 app.add_typer(feedback.app, name="feedback", rich_help_panel=OPERATE)
+app.add_typer(trust.app, name="trust", rich_help_panel=OPERATE)
 app.add_typer(bases.app, name="base", rich_help_panel=DATA)
 app.add_typer(learning.adapters, name="adapters", rich_help_panel=DATA)
 app.add_typer(learning.recipes, name="recipes", rich_help_panel=DATA)

@@ -142,17 +142,22 @@ def broker(context: typer.Context) -> None:
 
 
 @ingest_app.callback(invoke_without_command=True)
-def ingest(context: typer.Context) -> None:
+def ingest(
+    context: typer.Context,
+    topic: Annotated[
+        str | None, typer.Option(help="One of kafka.topics, each bound to a source; by default kafka.topic.")
+    ] = None,
+) -> None:
     """Read the Kafka topic into the sample store, until SIGTERM; or, with a command, look after a partition.
 
-    Example:  ratchet --set kafka.bootstrap=kafka-1:9092 ingest
+    Examples:  ratchet --set kafka.bootstrap=kafka-1:9092 ingest    |    ratchet ingest --topic samples.cameras
     """
     if context.invoked_subcommand is not None:
         ctx.of(context).role = "ratchet"  # its commands are no services
         return
     from streams.ingest.consumer import run_ingest
 
-    run_ingest(ctx.of(context).settings)
+    run_ingest(ctx.of(context).settings, topic)
 
 
 @ingest_app.command()

@@ -48,7 +48,10 @@ MAX_REASON: Final = 1000
 MAX_VALUE_CHARS: Final = 2000
 
 
-InSplit = Annotated[Literal["train", "fresh_eval"] | None, typer.Option("--split", help="Only samples of this split.")]
+InSplit = Annotated[
+    Literal["train", "fresh_eval", "held_train", "held_fresh_eval"] | None,
+    typer.Option("--split", help="Only samples of this split."),
+]
 InDomain = Annotated[str | None, typer.Option("--domain", help="Only samples of this domain.")]
 OfSource = Annotated[str | None, typer.Option("--source", help="Only samples from this source.")]
 OfConcept = Annotated[str | None, typer.Option("--concept", help="Only samples of this concept.")]
@@ -68,7 +71,7 @@ def trace(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Trace a record: stored, a duplicate of what, refused and why, deleted, lost, or not read yet.
+    """Trace a record: stored, held and why, a duplicate of what, refused and why, deleted, lost, or not read yet.
 
     Examples:  ratchet samples trace ratchet.samples:0:42    |    ratchet samples trace --id 0123456789ab
     """
@@ -168,13 +171,14 @@ def stats(
     Examples:  ratchet samples stats --json    |    ratchet samples stats --near-duplicates 0
     """
     from streams.ingest.duplicates import near_duplicates
+    from streams.store.rows import SPLITS
     from streams.store.sample_queries import store_stats
 
     store = _store(context)
     stats = store_stats(store)
     groups = {f"samples by {name}": values.top(TOP) for name, values in stats.samples.items()}
     groups |= {f"refused records by {name}": values.top(TOP) for name, values in stats.refusals.items()}
-    kinds = ("sample", "train", "fresh_eval", "duplicate", "quarantine", "tombstone", "deleted", "gap_offsets")
+    kinds = ("sample", *SPLITS, "duplicate", "quarantine", "tombstone", "deleted", "gap_offsets")
     counts = {name: stats.tally[name] for name in kinds}
     counts |= {"bytes": stats.tally["bytes"], "bytes on disk": stats.size}
     if distance is not None:

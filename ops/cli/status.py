@@ -269,6 +269,8 @@ def _stream(facts: dict[str, Any]) -> Panel:
     stream: StreamState = facts["stream"]
     lines = Text()
     lines.append(f"{stream.samples['train']:,} to train on\n{stream.samples['fresh_eval']:,} for the gate\n")
+    if stream.held:
+        lines.append(f"{stream.held:,} held: ratchet trust list\n", "yellow")
     lines.append(f"{stream.records:,} records read, {stream.fragments} fragments\n")
     if stream.lost:
         last = f", last: {stream.gaps[0].shown}" if stream.gaps else ""
@@ -356,7 +358,7 @@ def _updates(facts: dict[str, Any]) -> Table:
             "update, adapter": f"{update.id}\n{update.adapter or '-'}", "recipe": update.recipe.get("name", ""),
             "state": update.state, "verdict": _outcome(verdict), "MAF-GFLOPs": _spent(update),
             "visited": update.cost.get("visited", 0), "passed over": update.cost.get("passed_over", 0),
-            "when (UTC)": f"{update.created_at:%m-%d %H:%M}",
+            "began (UTC)": f"{update.created_at:%m-%d %H:%M} {update.cost.get('trigger', '')}",
         }
         for update, verdict in facts["updates"]
     ]  # fmt: skip

@@ -31,6 +31,9 @@ class Supervisor:
             for name in self.ORDER
             if name in names and (name != "broker" or own_broker)
         ]
+        for topic in settings.kafka.bound if "ingest" in names else ():
+            command = context.command("--set", "ingest.metrics_port=0", "ingest", "--topic", topic)
+            self.parts.append(ChildProcess(f"ingest-{topic}", command, logs / f"ingest-{topic}.log"))
 
     def __enter__(self) -> Supervisor:
         with undisturbed():

@@ -21,7 +21,9 @@ from ops.console.data import ConsoleData
 from ops.console.pages import (
     audit,
     budget,
+    feedback,
     gate,
+    held,
     models,
     overview,
     pictures,
@@ -42,7 +44,9 @@ log = logging.getLogger("ratchet.console")
 FORM_BYTES = 256 * 1024
 PUBLIC_REQUESTS_PER_MINUTE = 300
 """Per address in public mode: an open page makes six a minute, so fifty screens may share an address."""
-PAGES = (overview, playground, releases, models, gate, stream, quarantine, budget, audit, pictures, sign_in)
+PAGES = (
+    overview, playground, releases, models, gate, stream, quarantine, feedback, held, budget, audit, pictures, sign_in,
+)  # fmt: skip
 PUBLIC_PAGES = (overview, releases, models, gate, stream, budget)
 STOP_SECONDS = 5
 STATIC = Path(__file__).parent / "static"

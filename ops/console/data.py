@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 import pyarrow as pa
+from PIL import Image
 
 from core.access import Access
 from core.artifacts import Artifacts
@@ -136,14 +137,17 @@ class ConsoleData:
         data = self.picture(sample_id)
         return None if data is None else self.draw(data, size)
 
-    def draw(self, data: bytes, size: int) -> bytes | None:
-        """An untrusted image as PNG of at most ``size`` pixels a side; None if it does not decode."""
+    def draw(self, data: bytes, size: int, *, enlarge: bool = False) -> bytes | None:
+        """An untrusted image as PNG of at most ``size`` pixels a side; None if it does not decode. ``enlarge``: a small
+        one by a whole factor, so that its pixels stay sharp."""
         ingest = self.settings.ingest
         try:
             image = decode_image(data, max_pixels=ingest.max_pixels, max_bytes=ingest.max_image_bytes)
         except RecordError:
             return None
         image.thumbnail((size, size))
+        if enlarge and (factor := size // max(image.size)) > 1:
+            image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         return buffer.getvalue()

@@ -28,6 +28,8 @@ NAV = (
     ("/gate", "Gate"),
     ("/stream", "Stream"),
     ("/quarantine", "Quarantine"),
+    ("/feedback", "Review"),
+    ("/held", "Held"),
     ("/budget", "Budget"),
     ("/audit", "Audit"),
 )

@@ -57,14 +57,11 @@ class AnswerReceipts:
         """``body``: of the request; ``shown``: IDs of samples, hex."""
         head = _HEAD.pack(self._name, ROUTES.index(route), release, int(time.time()), sha256(body).digest()[:16])
         data = head + b"".join(bytes.fromhex(each[: 2 * _ID]) for each in shown[:MOST_SHOWN])
-        return PREFIX + urlsafe_b64encode(data + self._signature(data)).decode()
+        return _encoded(data + self._signature(data))
 
     def read(self, receipt: str) -> AnswerReceipt:
         """Raises ApiError: it is none, of another installation, changed, or too old."""
-        try:
-            raw = urlsafe_b64decode(receipt.removeprefix(PREFIX).encode("ascii")) if receipt.startswith(PREFIX) else b""
-        except ValueError:
-            raw = b""
+        raw = _decoded(receipt)
         data, signature = raw[:-_SIGNATURE], raw[-_SIGNATURE:]
         if len(data) < _HEAD.size:
             raise field_error("answer", f"this is no value of {HEADER}.", "invalid_answer")
@@ -91,3 +88,16 @@ class AnswerReceipts:
 
     def _signature(self, data: bytes) -> bytes:
         return hmac.digest(self._key, data, "sha256")[:_SIGNATURE]
+
+
+def _encoded(raw: bytes) -> str:
+    return PREFIX + urlsafe_b64encode(raw).decode()
+
+
+def _decoded(receipt: str) -> bytes:
+    """The bytes of a receipt; none if it is not their only encoding: Python's decoder passes over other characters."""
+    try:
+        raw = urlsafe_b64decode(receipt[:MAX_CHARS].removeprefix(PREFIX))
+    except ValueError:
+        return b""
+    return raw if _encoded(raw) == receipt else b""

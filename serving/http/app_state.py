@@ -18,6 +18,7 @@ from core.settings.serving import Serve
 from serving.engines.tokens import Tokenizer
 from serving.engines.vlm.generation import GenerationRequest
 from serving.errors import VlmStarting
+from serving.http.answer_audits import AnswerAudits
 from serving.http.answer_receipts import HEADER, AnswerReceipts, Route
 from serving.http.calls import CatalogCalls, ControllerCalls, VlmCalls
 from serving.http.clip_vectors import ClipVectors, EncoderCalls
@@ -58,6 +59,8 @@ class AppState:
     """None: no VLM is served."""
     shadow_traffic: ShadowTraffic | None = None
     """Gets questions to VLMs; :class:`EncoderCalls` offers it what clients had encoded."""
+    audits: AnswerAudits | None = None
+    """None: no answer is audited."""
     token_text: Callable[[int], str] = "token_id:{}".format
     """The text of a token of the VLM, for log-probabilities."""
     proxies: Sequence[str] = ()

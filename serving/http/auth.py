@@ -54,7 +54,7 @@ def needs(path: str) -> tuple[KeyScope, ...]:
         return ("publish", "operate")
     if path.startswith("/admin"):
         return ("operate",)
-    if path == "/v1/feedback":
+    if path in ("/v1/feedback", "/v1/feedback/ubi"):
         return ("feedback",)
     if path == "/v1/search" or path.startswith("/v1/samples"):
         return ("search",)

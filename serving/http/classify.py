@@ -12,6 +12,7 @@ from pydantic import ConfigDict, FailFast, Field, field_validator, model_validat
 from pydantic_core import PydanticCustomError
 
 from serving.engines.heads import Head, HeadScores, backed_off
+from serving.http.answer_receipts import HEADER
 from serving.http.app_state import app_state
 from serving.http.bodies import (
     MODEL,
@@ -150,6 +151,8 @@ async def classify(request: Request) -> Response:
                 }
                 for row in probabilities(vectors.rows, texts.rows, len(body.templates), vectors.logit_scale)
             ]
+        if state.audits is not None:
+            state.audits.offer(headers[HEADER], sources, [each["label"] for each in data])
         return json_response({"object": "list", "model": f"clip@{snapshot.release}", "data": data}, headers)
 
 

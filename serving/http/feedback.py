@@ -12,18 +12,18 @@ from pydantic import ConfigDict, Field, StringConstraints
 from core.access import Principal
 from core.digests import digest12, digest_bytes
 from core.errors import FeedbackRefused
-from core.ledger.rows import CorrectionState, FeedbackRow, FeedbackVerdict
+from core.ledger.rows import CorrectionState, FeedbackRow, ReportedVerdict
+from core.ledger.wrong_answers import ROUTES
+from serving.http.answer_audits import MAX_IMAGE_BYTES
 from serving.http.answer_receipts import HEADER, MAX_CHARS, MOST_SHOWN, AnswerReceipt, Route
 from serving.http.app_state import CLIP, AppState, app_state
 from serving.http.bodies import Body, ResponseBody, json_body, json_schema
 from serving.http.errors import ApiError, ErrorBody, field_error
 from serving.http.image_loader import from_data_uri
 from serving.http.request_bodies import caller_of
-from serving.releases.feedback_guard import ROUTES
 
 router = APIRouter(tags=["Feedback"])
 SampleId = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
-MAX_IMAGE_BYTES = 1 << 20
 
 
 class FeedbackRequest(Body):
@@ -38,11 +38,10 @@ class FeedbackRequest(Body):
         },
     )
     answer: str = Field(
-        max_length=MAX_CHARS,
         description=f"The header `{HEADER}` of the answer.",
-        json_schema_extra={"format": "answer"},
+        json_schema_extra={"format": "answer", "maxLength": MAX_CHARS},
     )
-    verdict: FeedbackVerdict = Field(
+    verdict: ReportedVerdict = Field(
         description="`right`; `wrong`; `correct`: wrong, and `label` or `text` says what is right; `chosen`: the found "
         "sample that was taken, by `object_id` or `position`."
     )
@@ -51,8 +50,8 @@ class FeedbackRequest(Body):
     image: str | None = Field(
         None,
         max_length=2 * MAX_IMAGE_BYTES,
-        description="With a correction of embeddings, a class or a search: the image as a data URI, so that `text` or "
-        "`label` and it become a sample once an operator has accepted it.",
+        description="With `wrong` or `correct` about embeddings, a class or a search: the image as a data URI, so that "
+        "it becomes a sample, with `text` or `label` or what an operator says is right, once one has accepted it.",
         json_schema_extra={"format": "uri"},
     )
     object_id: SampleId | None = Field(None, description="A sample that the answer of a search named.")
@@ -68,9 +67,9 @@ class FeedbackBody(ResponseBody):
     release: int
     """That gave the answer."""
     route: Route
-    verdict: FeedbackVerdict
+    verdict: ReportedVerdict
     state: CorrectionState | None
-    """Of a correction with an image: it waits for a review."""
+    """Of a report with an image: it waits for a review."""
     created_at: datetime
     repeated: bool
     """True if the same was said before; it counts once."""
@@ -93,8 +92,19 @@ async def feedback(request: Request) -> JSONResponse:
 
     Recorded before it is acknowledged, once for each answer and caller, and told as the event `ratchet.feedback.v1`.
     """
+    recorded, new = await record(request, await json_body(request, FeedbackRequest))
+    answer = {
+        "object": "feedback", "id": recorded.id, "release": recorded.release, "route": recorded.route,
+        "verdict": recorded.verdict, "state": recorded.state, "created_at": recorded.created_at.isoformat(),
+        "repeated": not new,
+    }  # fmt: skip
+    return JSONResponse(answer, 201 if new else 200)
+
+
+async def record(request: Request, wanted: FeedbackRequest) -> tuple[FeedbackRow, bool]:
+    """Check a report and record it once. Returns its row, and False if its caller said the same before. Raises
+    ApiError."""
     state = app_state(request)
-    wanted = await json_body(request, FeedbackRequest)
     receipt = state.answers.read(wanted.answer)
     detail = wanted.model_dump(exclude_none=True, exclude={"answer", "verdict", "image"})
     if wanted.verdict == "correct" and not (wanted.label or wanted.text):
@@ -108,28 +118,23 @@ async def feedback(request: Request) -> JSONResponse:
         state=None if image is None else "waiting", image=image,
     )  # fmt: skip
     try:
-        recorded, new = await state.feedback.record(row)
+        return await state.feedback.record(row)
     except FeedbackRefused as error:
         if error.too_many:
             raise ApiError(429, str(error), code="rate_limited", headers={"Retry-After": "3600"}) from None
         raise ApiError(409, str(error), param="verdict", code="feedback_exists") from None
-    answer = {
-        "object": "feedback", "id": recorded.id, "release": recorded.release, "route": recorded.route,
-        "verdict": recorded.verdict, "state": recorded.state, "created_at": recorded.created_at.isoformat(),
-        "repeated": not new,
-    }  # fmt: skip
-    return JSONResponse(answer, 201 if new else 200)
 
 
 async def _image(
     state: AppState, wanted: FeedbackRequest, receipt: AnswerReceipt, detail: dict[str, object], caller: str
 ) -> bytes | None:
-    """Check the image of a correction. Its digest stays in ``detail`` after the image is removed: a correction with
+    """Check the image of a wrong answer. Its digest stays in ``detail`` after the image is removed: a report with
     another image is another one."""
     if wanted.image is None:
         return None
-    if wanted.verdict != "correct" or receipt.route not in ROUTES[CLIP]:
-        raise field_error("image", f"only a correction about {', '.join(ROUTES[CLIP])} has an image.", "invalid_value")
+    if wanted.verdict not in ("wrong", "correct") or receipt.route not in ROUTES[CLIP]:
+        about = ", ".join(ROUTES[CLIP])
+        raise field_error("image", f"only a wrong answer about {about} has an image.", "invalid_value")
     image = from_data_uri(wanted.image, "image", MAX_IMAGE_BYTES)
     (inspected,) = await state.image_loader.inspect([("image", image)], caller)
     detail["image_digest"] = digest12(inspected.digest.hex())

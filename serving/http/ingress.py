@@ -23,6 +23,7 @@ from core.settings import Settings
 from core.settings.serving import Serve
 from serving.engines.clip_base import base_directory, load_base
 from serving.engines.vlm.vlm_base import MODEL
+from serving.http.answer_audits import AnswerAudits
 from serving.http.answer_receipts import AnswerReceipts
 from serving.http.app import build_app
 from serving.http.app_state import AppState
@@ -92,6 +93,7 @@ class Ingress:
 
         vlm_folder = None if vlm is None else base_directory(settings.home, settings.base.vlm) / MODEL
         tokenizer = base.tokenizer()
+        answers = AnswerReceipts(settings.operator_key())
         self.shadow_traffic = ShadowTraffic(
             settings.rollout, unhurried, tokenizer.rows(list(TEXTS)), self.vlms, settings.serve.deadline_seconds
         )
@@ -109,8 +111,9 @@ class Ingress:
                 quarantine=QuarantineService(settings, self.ledger),
                 receipts=ReceiptService(settings),
                 deletions=DeletionService(settings, self.ledger),
-                answers=AnswerReceipts(settings.operator_key()),
-                feedback=FeedbackService(self.ledger),
+                answers=answers,
+                audits=AnswerAudits(self.ledger, answers, settings.feedback.audit_share),
+                feedback=FeedbackService(self.ledger, settings.feedback.accept),
                 ledger=self.ledger,
                 refresh=self.refresh,
                 vlms=self.vlms,

@@ -4,7 +4,7 @@ threads of its own."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Collection, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -121,13 +121,15 @@ class DeletionService:
 class FeedbackService:
     """Records feedback in the ledger before it is acknowledged."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, accept: Collection[str] = ()) -> None:
+        """``accept``: the setting `feedback.accept`."""
         self.ledger = ledger
+        self._accept = accept
         self._threads = OwnThreads("feedback")
 
     async def record(self, row: FeedbackRow) -> tuple[FeedbackRow, bool]:
         """See :meth:`core.ledger.feedback.FeedbackQueries.record_feedback`."""
-        recorded, new = await self._threads.run(self.ledger.record_feedback, row)
+        recorded, new = await self._threads.run(self.ledger.record_feedback, row, self._accept)
         if new:
             metrics.feedback.given(row.route, row.verdict)
         return recorded, new

@@ -24,6 +24,7 @@ from core.errors import StoreError, StoreUnavailable
 from core.settings.streams import Kafka
 from streams.ingest.duplicates import CORRECTED, Duplicate, DuplicateIndex, KnownSample
 from streams.ingest.membership import BATCH_BYTES, PartitionReader
+from streams.ingest.sources import Holds
 from streams.ingest.validate import BY_KEY, Accepted, StoreRow, quarantine_row
 from streams.store.conditions import IDS_PER_QUERY, hexadecimal, is_in, quoted
 from streams.store.rows import (
@@ -63,10 +64,11 @@ class CommitResult:
 
 
 class Batch:
-    def __init__(self, kafka: Kafka, writer: StoreWriter, index: DuplicateIndex) -> None:
+    def __init__(self, kafka: Kafka, writer: StoreWriter, index: DuplicateIndex, holds: Holds) -> None:
         self.kafka = kafka
         self.writer = writer
         self.index = index
+        self.holds = holds
         self._entries: list[Entry] = []
         self._readings: set[PartitionReader] = set()
         self._bytes = 0
@@ -162,6 +164,7 @@ class Batch:
     def _decide(self, outcome: CommitResult) -> dict[RecordPosition, StoreRow]:
         """Choose the rows to store: samples, duplicates for those that repeat the store or this batch, others
         unchanged. Returns the receipts of stored samples that they replace."""
+        self.holds.begin()
         accepted = [result for _, _, result, _ in self._entries if isinstance(result, Accepted)]
         corrections = Corrections(self.writer.table, self.index, accepted)
         rows = [
@@ -198,9 +201,9 @@ class Batch:
                 corrections.add(repeated)
             return repeated
         if same is None:
-            row = {**row, "split": self.index.add(sample)}
+            row = {**row, **self.holds.place(row, self.index.add(sample))}
         else:
-            row = {**row, "split": same["split"]}
+            row = {**row, **{name: same[name] for name in ("split", "reason", "detail")}}
             self.index.move(row["id"], position)
         corrections.add(row)
         outcome.samples[row["split"]] += 1
@@ -227,7 +230,8 @@ def _position(
 
 METADATA: Final = ("source", "domain", "concept", "label", "tags", "extra")
 _COLUMNS: Final = [
-    "kind", "topic", "partition", "offset", "id", "split", "key", "text", "question", "sent_at", *METADATA,
+    "kind", "topic", "partition", "offset", "id", "split", "reason", "detail", "key", "text", "question", "sent_at",
+    *METADATA,
 ]  # fmt: skip
 
 

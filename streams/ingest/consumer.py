@@ -26,7 +26,7 @@ from typing import Any, Final
 from kafka.errors import KafkaError, LogTruncationError, OffsetOutOfRangeError
 
 from core import metrics
-from core.errors import BrokerError, RatchetError, RegistryUnavailable, StoreError, Superseded
+from core.errors import BrokerError, ConfigError, RatchetError, RegistryUnavailable, StoreError, Superseded
 from core.progress import progress_log
 from core.settings import Settings
 from ratchet_client.broker import explain
@@ -46,6 +46,7 @@ from streams.ingest.membership import (
 )
 from streams.ingest.perceptual_hash import SplitRule
 from streams.ingest.quarantine import BACKOFF_SECONDS, QuarantinePublisher
+from streams.ingest.sources import Holds
 from streams.ingest.validate import Received, quarantine_row
 from streams.ingest.validators import ValidationPool, ValidationSetup, crashed, start_validators
 from streams.kafka import tolerant_fetch
@@ -142,10 +143,10 @@ class Consumer:
         name, generated = self.store.table.identity()
         split = SplitRule(limits.own_split_key or generated, limits.fresh_eval_share)
         index = DuplicateIndex(folder / "duplicates.db", name, limits.near_duplicate_distance, split)
-        self._guard, validators = start_validators(ValidationSetup(limits, kafka), self._processes, folder)
+        self._guard, validators = start_validators(ValidationSetup(limits, kafka, generated), self._processes, folder)
         self._pool = ValidationPool(validators, 2 * BATCH_BYTES, 2 * kafka.batch_records + POLL_RECORDS)
         self._writer = StoreWriter(self.store.table)
-        self._batch = Batch(kafka, self._writer, index)
+        self._batch = Batch(kafka, self._writer, index, Holds(self.settings.trust, self.store.table))
         self._publisher = QuarantinePublisher(self._clients, self.store)
         self._opened = True
 
@@ -458,7 +459,13 @@ SWITCH_SECONDS: Final = 0.0005
 """Switch interval of the GIL: reading, committing and publishing take turns."""
 
 
-def run_ingest(settings: Settings) -> None:
+def run_ingest(settings: Settings, topic: str | None = None) -> None:
+    """Ingest until SIGTERM. ``topic``: one of those bound to a source. Raises ConfigError if it is none of them."""
+    if topic is not None:
+        try:
+            settings = settings.model_copy(update={"kafka": settings.kafka.reading(topic)})
+        except KeyError:
+            raise ConfigError(f"--topic: {topic!r} is not bound to a source.", "Name it in `kafka.topics`.") from None
     sys.setswitchinterval(SWITCH_SECONDS)
     processes = settings.ingest.processes or os.cpu_count() or 1
     consumer = Consumer(settings, on_change=ThrottledLog(), processes=processes)

@@ -421,7 +421,7 @@ class Staging:
         numbers = (samples[name].cast(pa.string()) for name in ("partition", "offset"))
         positions = pc.binary_join_element_wise(samples["topic"], *numbers, ":").to_pylist()
         ids, looks = list(map(bytes.fromhex, samples["id"].to_pylist())), samples["look"].to_pylist()
-        held = pc.equal(samples["split"], "fresh_eval").to_pylist()
+        held = pc.ends_with(samples["split"], "fresh_eval").to_pylist()
         groups = (samples[name].to_pylist() for name in ("domain", "question"))
         sides = [
             self._split.columns(look, domain or "", bool(question))

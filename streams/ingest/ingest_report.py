@@ -13,6 +13,7 @@ from core.dependencies import Dependency, answered, noted
 from core.errors import BrokerError, RatchetError, StoreError, StoreUnavailable
 from core.progress import progress_log
 from streams.ingest.batch import CommitResult
+from streams.store.rows import SPLITS
 from streams.store.sample_store import SampleStore
 from streams.store.writer import Claim
 
@@ -143,7 +144,7 @@ class IngestReport:
             try:
                 if (version := self._store.version()) != measured:
                     tally, measured = self._store.tally(), version
-                    rows = {split: tally[split] for split in ("train", "fresh_eval")}
+                    rows: dict[str, int] = {split: tally[split] for split in SPLITS}
                     metrics.ingest.store(rows, self._store.size(), self._store.fragments())
             except StoreError as error:
                 silent.cancel()

@@ -40,7 +40,17 @@ from streams.ingest.membership import start_position
 from streams.ingest.quarantine import original
 from streams.kafka.clients import Admin, deliver, reading_alone, record_sender
 from streams.store.conditions import quarantine_condition
-from streams.store.rows import SCHEMA, Position, RecordPosition, gap_row, name_of, position_of, read_position, tally_of
+from streams.store.rows import (
+    SCHEMA,
+    Position,
+    RecordPosition,
+    gap_row,
+    name_of,
+    parse_stream,
+    position_of,
+    read_position,
+    tally_of,
+)
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
 
@@ -99,7 +109,7 @@ def resubmit(
         _claimed(ledger, place, actor=actor, reason=reason, force=force),
         closing(record_sender(settings.kafka)) as sender,
     ):
-        return _deliver(sender, settings.kafka.topic, place, record)
+        return _deliver(sender, settings.kafka, place, record)
 
 
 @contextmanager
@@ -113,7 +123,10 @@ def _claimed(ledger: Ledger, place: str, **who: Any) -> Iterator[None]:
     ledger.end_resubmission(place)
 
 
-def _deliver(sender: RecordSender, topic: str, place: str, record: Encoded) -> Delivery:
+def _deliver(sender: RecordSender, kafka: Kafka, place: str, record: Encoded) -> Delivery:
+    """Send a record to the topic that it came from, or to the main one if that is not read any more."""
+    came_from = parse_stream(place.rsplit(":", 2)[0])[0]
+    topic = came_from if came_from in kafka.bound else kafka.topic
     headers: Headers = [*((name, value) for name, value in record.headers if name != HEADER), (HEADER, place.encode())]
     return deliver(sender, topic, Encoded(record.key, record.value, headers))
 
@@ -215,7 +228,7 @@ def resubmit_many(
             next_at = max(now, next_at) + 1.0 / max(per_second, 1e-3)
             try:
                 with _claimed(ledger, name, actor=actor, reason=reason):
-                    _deliver(sender, settings.kafka.topic, name, record)
+                    _deliver(sender, settings.kafka, name, record)
             except AlreadyResubmitted:  # another process was faster
                 report.chosen, report.before = report.chosen - 1, report.before + 1
             except BrokerError as error:
@@ -280,15 +293,17 @@ def skip(settings: Settings, ledger: Ledger, partition: str, to: int, *, actor: 
     match = _PARTITION.fullmatch(partition)
     if match is None:
         raise RecordError("position", f"{partition[:300]!r} is not a partition.", "It reads topic:partition.")
-    if match[1] != settings.kafka.topic:
+    try:
+        kafka = settings.kafka.reading(match[1])
+    except KeyError:
         reads = f"ingest reads the topic {settings.kafka.topic}, not {match[1]}."
-        raise RecordError("position", reads, "See `kafka.topic`.")
+        raise RecordError("position", reads, "See `kafka.topic` and `kafka.topics`.") from None
     number = int(match[2])
-    topic_id, first, end = _describe(settings.kafka, number)
+    topic_id, first, end = _describe(kafka, number)
     store = SampleStore(settings.lake)
     writer = StoreWriter(store.table)
     known = store.positions().values()
-    start = start_position(known, settings.kafka.topic, topic_id, number, first)
+    start = start_position(known, kafka.topic, topic_id, number, first)
     _check(start, to, end)  # before a worker is disturbed
     subject = f"partition {partition}"
     ledger.audit(actor, "skip", subject, {"reason": reason, "stream": start.stream, "from": start.next, "to": to})

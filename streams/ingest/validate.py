@@ -8,15 +8,18 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from core.errors import BrokerError, RecordError, StoreError
 from core.settings.streams import Ingest as Limits
+from core.settings.streams import Kafka
 from ratchet_client.images import decode_image
 from ratchet_client.records import DEFAULT_LIMITS, Sample, check_text
 from streams.ingest.perceptual_hash import perceptual_hash
+from streams.ingest.sources import source_of
+from streams.records import signatures
 from streams.records.codecs import Fetch, decode
 from streams.records.registry import SchemaRegistry
 from streams.store.rows import RecordPosition, record_key, words_hash
@@ -68,6 +71,9 @@ class Rules:
     """Fetches referenced images; without it such records are quarantined."""
     registry: SchemaRegistry | None = None
     end: Callable[[], None] = lambda: None
+    kafka: Kafka = field(default_factory=Kafka)
+    key: bytes = b""
+    """The store's secret, see :mod:`streams.ingest.sources`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +148,12 @@ def _accept(sample: Sample, record: Received, rules: Rules, now: datetime) -> Ac
     sent = record_time(record.timestamp) or now
     image = decode_image(sample.image, limits.max_pixels, limits.max_image_bytes, limits.min_side)
     look = perceptual_hash(image)
+    signature = (_header(record, signatures.HEADER) or "").encode()
     row = {
         "kind": "sample",
         **sample.row(),
         "id": sample.id,
+        "source": source_of(rules.kafka, rules.key, record.stream, sample.source, sample.id, signature),
         "time": sample.time or sent,
         "sent_at": sent,
         "ingested_at": now,

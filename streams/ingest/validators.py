@@ -162,6 +162,7 @@ class ValidationPool:
 class ValidationSetup:
     limits: Ingest
     kafka: Kafka
+    key: bytes = b""
 
     @property
     def threads(self) -> int:
@@ -176,7 +177,7 @@ class ValidationSetup:
             if registry is not None:
                 registry.close()
 
-        return Rules(self.limits, fetcher.fetch, registry, end)
+        return Rules(self.limits, fetcher.fetch, registry, end, self.kafka, self.key)
 
 
 def start_validators(work: ValidationSetup, processes: int, folder: Path) -> tuple[CrashGuard, Validators]:

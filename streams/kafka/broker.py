@@ -93,7 +93,7 @@ def run_broker(settings: Settings) -> None:
         signal.signal(number, lambda number, frame: stop.set())
     kafka = settings.kafka
     with EmbeddedBroker(kafka.bootstrap.split(",")[0], settings.home / "logs" / "tansu.log") as broker:
-        broker.ensure_topics([kafka.topic], kafka.partitions)
+        broker.ensure_topics([kafka.topic, *kafka.bound], kafka.partitions)
         broker.ensure_topics([kafka.quarantine_topic])
         progress_log.info(f"broker: listening on {broker.address}; it keeps everything in memory only")
         while not stop.wait(0.5):

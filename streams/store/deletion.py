@@ -183,7 +183,7 @@ def adapters_of(ledger: Ledger, samples: Sequence[Mapping[str, Any]]) -> dict[st
     offsets: dict[str, dict[str, list[int]]] = {"clip": defaultdict(list), "vlm": defaultdict(list)}
     for row in samples:
         for family, field in (("clip", "text"), ("vlm", "question")):
-            if row["split"] == "train" and field in (row["tags"] or ()):
+            if str(row["split"]).endswith("train") and field in (row["tags"] or ()):
                 offsets[family][f"{row['topic']}:{row['partition']}"].append(row["offset"])
     for partitions in offsets.values():
         for each in partitions.values():

@@ -203,7 +203,7 @@ class Maintainer:
 
     def _publish_corrections(self) -> None:
         try:
-            publish_corrections(self.settings, self.ledger)
+            publish_corrections(self.settings, self.ledger, lambda: self.store.table.identity()[1])
         except BrokerError as error:  # the next run sends the others
             noted(error)
 

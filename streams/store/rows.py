@@ -2,7 +2,8 @@
 one row, so that each can be accounted for:
 
     kind        meaning                                                          columns
-    sample      an accepted sample                                               all sample columns
+    sample      an accepted sample                                               all sample columns; reason and detail
+                                                                                 if it is held
     duplicate   a record whose sample was there already                          position, id, reason, duplicate_of,
                                                                                  key, and metadata of the sample
     quarantine  the outbox of the quarantine topic                               position, reason, original bytes
@@ -34,7 +35,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import blake2b
 from itertools import islice
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar, get_args
 
 import lance
 import pyarrow as pa
@@ -46,7 +47,11 @@ from core.errors import RecordError, StoreError, StoreFull, StoreUnavailable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-Split = Literal["train", "fresh_eval"]
+Split = Literal["train", "fresh_eval", "held_train", "held_fresh_eval"]
+"""Where a sample is used. A held one is neither learned from nor judged with until it is accepted: then it is on the
+side that follows ``held_``."""
+SPLITS: Final[tuple[Split, ...]] = get_args(Split)
+HELD: Final = "held_"
 RecordPosition = tuple[str, int, int]
 _UTC = pa.timestamp("us", tz="UTC")
 _POSITION: Final = re.compile(r"([^:]{1,260}):([0-9]{1,9}):([0-9]{1,18})")
@@ -109,9 +114,8 @@ POSITION_SCHEMA: Final = pa.schema([SCHEMA.field(name) for name in POSITION_COLU
 KEY_BYTES: Final = 256
 
 Tally = Counter[str]
-"""Row counts by kind; samples also by ``train`` and ``fresh_eval``, and for each of those ``train/text`` and
-``train/question``; ``bytes`` of images, ``refused_bytes`` of quarantined records. Kept with the positions, so that no
-scan is needed."""
+"""Row counts by kind; samples also by split, and for each of those as in ``train/text`` and ``train/question``;
+``bytes`` of images, ``refused_bytes`` of quarantined records. Kept with the positions, so that no scan is needed."""
 
 
 def tally_of(rows: Iterable[Mapping[str, Any]]) -> Tally:

@@ -15,11 +15,24 @@ import pyarrow.compute as pc
 
 from core.errors import RecordError
 from streams.store.conditions import at_offset, in_gap, moment, quarantine_condition, quoted
-from streams.store.rows import SAMPLE_COLUMNS, Position, RecordPosition, Split, Tally, chunks, name_of, parse_stream
+from streams.store.rows import (
+    HELD,
+    SAMPLE_COLUMNS,
+    Position,
+    RecordPosition,
+    Split,
+    Tally,
+    chunks,
+    name_of,
+    parse_stream,
+)
 from streams.store.sample_store import SampleStore
 
-RecordOutcome = Literal["stored", "duplicate", "refused", "tombstone", "deleted", "lost", "no_record", "not_read_yet"]
+RecordOutcome = Literal[
+    "stored", "held", "duplicate", "refused", "tombstone", "deleted", "lost", "no_record", "not_read_yet"
+]  # fmt: skip
 """stored        a sample, in the split ``split``
+held          a sample that is not used until an operator accepts it, for ``reason``
 duplicate     repeats the sample ``duplicate_of``; ``reason`` is duplicate_exact, duplicate_perceptual, or
               duplicate_older than the record that corrected it
 refused       in quarantine, for ``reason``
@@ -126,9 +139,9 @@ def _by_id(store: SampleStore, text: str) -> list[Receipt]:
 
 def _receipt(row: Mapping[str, Any]) -> Receipt:
     texts = {name: row[name] or "" for name in ("id", "duplicate_of", "reason", "detail", "source", "split")}
-    return Receipt(
-        row["topic"], row["partition"], row["offset"], _OUTCOMES[row["kind"]], time=row["ingested_at"], **texts
-    )
+    held = row["kind"] == "sample" and texts["split"].startswith(HELD)
+    outcome: RecordOutcome = "held" if held else _OUTCOMES[row["kind"]]
+    return Receipt(row["topic"], row["partition"], row["offset"], outcome, time=row["ingested_at"], **texts)
 
 
 LIST_COLUMNS: Final = (

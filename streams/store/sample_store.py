@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, Literal
 
@@ -24,6 +24,7 @@ from streams.store.rows import (
     ROOT,
     SAMPLE_COLUMNS,
     SCHEMA,
+    SPLITS,
     Position,
     SampleTable,
     Tally,
@@ -118,13 +119,15 @@ class SampleStore:
         split: str | None = None,
         after: Mapping[str, int] | None = None,
         having: Having | None = None,
+        without: Collection[str] = (),
     ) -> int:
-        """Number of samples: in a split, at or after the given offsets, with a text or a question. Needs no scan
-        without ``after``; with it, only what may be after the offsets is read."""
-        if after:
-            return self.count_rows(*self._where(version, split, after, having))
+        """Number of samples: in a split, at or after the given offsets, with a text or a question, not of the sources
+        ``without``. Needs no scan without ``after`` and ``without``; with ``after``, only what may be after the offsets
+        is read."""
+        if after or without:
+            return self.count_rows(*self._where(version, split, after, having, without))
         tally = self.tally(version)
-        splits = ("train", "fresh_eval") if split is None else (split,)
+        splits = SPLITS if split is None else (split,)
         return sum(tally[name if having is None else f"{name}/{having}"] for name in splits)
 
     def scan(
@@ -158,10 +161,11 @@ class SampleStore:
         split: str | None = None,
         having: Having | None = None,
         after: Mapping[str, int] | None = None,
+        without: Collection[str] = (),
     ) -> Iterator[pa.RecordBatch]:
-        """Batches of sample columns with their ``_rowaddr``, in file order; chosen as by :meth:`scan`. Pass the
+        """Batches of sample columns with their ``_rowaddr``, in file order; chosen as by :meth:`count`. Pass the
         addresses to :meth:`rows_at`, with the same version."""
-        where, version = self._where(version, split, after, having)
+        where, version = self._where(version, split, after, having, without)
         yield from self.batches(where, columns, version=version, addresses=True)
 
     def rows_at(
@@ -304,7 +308,12 @@ class SampleStore:
         return StoreWriter(self.table).put(rows, ends)
 
     def _where(
-        self, version: int | None, split: str | None, after: Mapping[str, int] | None, having: Having | None
+        self,
+        version: int | None,
+        split: str | None,
+        after: Mapping[str, int] | None,
+        having: Having | None,
+        without: Collection[str] = (),
     ) -> tuple[str, int | None]:
         """The condition, and the version to read with it: the one whose partitions it names."""
         clauses = ["kind = 'sample'"]
@@ -312,6 +321,8 @@ class SampleStore:
             clauses.append(f"{having} != ''")
         if split is not None:
             clauses.append(f"split = {quoted(split)}")
+        if without:
+            clauses.append(f"(source IS NULL OR NOT {is_in('source', map(quoted, sorted(without)))})")
         if after:
             # Ranges, which the index on the offset can prune.
             version = self.version() if version is None else version

@@ -28,6 +28,7 @@ from core.errors import StoreUnavailable, Superseded
 from streams.store.conditions import CONTENT, IDS_PER_QUERY, SENT, at_offset, at_positions, is_in, quoted
 from streams.store.rows import (
     CLAIM,
+    HELD,
     POSITION_SCHEMA,
     ROOT,
     SCHEMA,
@@ -46,6 +47,7 @@ from streams.store.rows import (
 Rows = Sequence[Mapping[str, Any]]
 _REMOVED: Final = ["kind", "split", "text", "question", "size", *CLAIM]
 DELETION: Final = "deletion"
+IMAGES_AT_ONCE: Final = 64
 MOVED: Final = {"ratchet": "moved"}
 """Transaction property of commits that only move rows."""
 ATTEMPTS: Final = 30
@@ -153,6 +155,32 @@ class StoreWriter:
 
         return self._swap(f"{SENT} AND ({at_positions(details)})", receipt, pass_on=True)[0] if details else []
 
+    def hold(self, reasons: Mapping[str, tuple[str, str]]) -> int:
+        """Hold samples back from learning and judging: a reason and its detail by ID. Returns how many were not held
+        already."""
+
+        def held(row: dict[str, Any], stays: bool) -> dict[str, Any]:
+            reason, detail = reasons[row["id"]]
+            return {**row, "split": f"{HELD}{row['split']}", "reason": reason, "detail": detail}
+
+        return self._resplit(reasons, "split IN ('train', 'fresh_eval')", held)
+
+    def accept(self, ids: Iterable[str]) -> int:
+        """Let held samples be used, each on its side of the split. Returns how many were held."""
+
+        def accepted(row: dict[str, Any], stays: bool) -> dict[str, Any]:
+            return {**row, "split": row["split"].removeprefix(HELD), "reason": None, "detail": None}
+
+        return self._resplit(ids, "split NOT IN ('train', 'fresh_eval')", accepted)
+
+    def _resplit(self, ids: Iterable[str], where: str, change: Callable[..., dict[str, Any]]) -> int:
+        """Rewrite samples, with their images, some at a time. Raises StoreUnavailable after some of them."""
+        changed = 0
+        for some in chunks(ids, IMAGES_AT_ONCE):
+            named = f"kind = 'sample' AND {where} AND {is_in('id', map(quoted, some))}"
+            changed += len(self._swap(named, change, columns=SCHEMA.names)[0])
+        return changed
+
     def settle_double(self, sample_id: str, position: RecordPosition) -> bool:
         """Turn a sample that is also stored at another position into a duplicate. False if it already is one."""
         where = f"kind = 'sample' AND id = {quoted(sample_id)} AND {at_offset(*position)}"
@@ -166,14 +194,15 @@ class StoreWriter:
         moves: Sequence[tuple[Claim, Position]] = (),
         pass_on: bool = False,
         kept: Collection[str] = (),
+        columns: Sequence[str] = _REMOVED,
     ) -> tuple[list[dict[str, Any]], int]:
         """Replace each row that meets ``where`` (in Lance's SQL), and store new rows. Returns the replaced rows and the
-        version. ``receipt`` makes the replacement from a row, and ``stays``: whether its content stays in the store.
-        ``pass_on``: pass a sample to a duplicate record that also sent it. ``kept``: IDs of samples that stay stored in
-        any case."""
+        version. ``receipt`` makes the replacement from a row's ``columns``, and ``stays``: whether its content stays in
+        the store. ``pass_on``: pass a sample to a duplicate record that also sent it. ``kept``: IDs of samples that
+        stay stored in any case."""
         for _ in range(ATTEMPTS):
             dataset = self.table.create()
-            table = dataset.to_table(columns=_REMOVED, filter=where, with_row_address=True)
+            table = dataset.to_table(columns=list(columns), filter=where, with_row_address=True)
             rows: list[dict[str, Any]] = table.to_pylist()
             if not rows:
                 return [], self._commit(new, moves) if moves else int(dataset.version)

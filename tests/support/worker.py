@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.settings.streams import Ingest, Kafka
+from core.settings.trust import Trust
 from streams.ingest.batch import Batch, CommitResult
 from streams.ingest.duplicates import DuplicateIndex
 from streams.ingest.membership import PartitionReader, start_position
 from streams.ingest.perceptual_hash import SplitRule
+from streams.ingest.sources import Holds
 from streams.ingest.validate import Accepted, Received, Rules, StoreRow, validate
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
@@ -31,7 +33,7 @@ class Worker:
         self.store = SampleStore(str(root / "lake"))
         self.writer = StoreWriter(self.store.table)
         self.index = self.new_index(root / f"home-{partition}" / "duplicates.db")
-        self.batch = Batch(kafka or Kafka(), self.writer, self.index)
+        self.batch = Batch(kafka or Kafka(), self.writer, self.index, Holds(Trust(), self.store.table))
         start = start_position(self.store.positions().values(), "t", "id-1", partition, 0)
         self.reading = PartitionReader.of(self.writer.claim([start])[0])
 

@@ -8,16 +8,20 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
+from core.ledger import UpdateRow
+from core.settings.trust import Trust
 from core.settings.updates import Draw
 from streams.store.sample_store import ADDRESS, Having, SampleStore
 from updater.recipes import Family, Recipe
 
+WITHOUT = "without"
+"""In the cost of an update: sources that it does not learn from, and whose held-out samples do not judge it."""
 HAVING: Mapping[Family, Having] = {"clip": "text", "vlm": "question"}
 PLACE = ("topic", "partition", "offset")
 PARTITIONS = 1 << 32
@@ -39,13 +43,17 @@ def draw_rows(
     seed: int,
     draw: Draw,
     data_to: Mapping[str, int] | None = None,
+    trust: Trust | None = None,
+    without: Collection[str] = (),
 ) -> Drawn:
     """Draw from the training split of a version; rows at or after the offsets ``data_from`` are new. Rows at or after
-    ``data_to`` are excluded; None excludes none."""
+    ``data_to`` are excluded; None excludes none. ``trust``: bounds the shares of sources among the new rows.
+    ``without``: sources to leave out."""
     replays = recipe.mixture.replay > 0
-    new, old = _Rows(), _Rows()
-    columns = ["id", *PLACE, "ingested_at", "domain", "concept", *(["label"] if recipe.family == "vlm" else [])]
-    for batch in store.addresses(columns, version, "train", HAVING[recipe.family]):
+    new, old = _Rows(trust), _Rows()
+    columns = ["id", *PLACE, "ingested_at", "domain", "concept", "source"]
+    columns += ["label"] if recipe.family == "vlm" else []
+    for batch in store.addresses(columns, version, "train", HAVING[recipe.family], without=without):
         if data_to is not None:
             batch = batch.filter(pa.array(~_is_new(batch, data_to)))
         fresh = _is_new(batch, data_from)
@@ -69,8 +77,15 @@ def _is_new(batch: pa.RecordBatch, data_from: Mapping[str, int]) -> np.ndarray:
     return later
 
 
+def left_out(update: UpdateRow) -> frozenset[str]:
+    """Sources that an update does without."""
+    return frozenset(update.cost.get(WITHOUT, ()))
+
+
 class _Rows:
-    def __init__(self) -> None:
+    def __init__(self, trust: Trust | None = None) -> None:
+        self.bounded = {name: each.share for name, each in trust.sources.items() if each.share < 1} if trust else {}
+        self.trust = trust
         self.pieces: list[dict[str, np.ndarray]] = []
         self.topics: dict[str, int] = {}
         self.concepts: dict[str, int] = {}
@@ -82,6 +97,10 @@ class _Rows:
         columns["key"] = np.fromiter((draw_key(each, seed) for each in rows["id"].to_pylist()), np.uint64)
         columns["time"] = rows["ingested_at"].cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
         columns["topic"] = _codes(rows["topic"].to_pylist(), self.topics)
+        if self.trust is not None and self.bounded:
+            rules = [self.trust.rule(source or "") for source in rows["source"].to_pylist()]
+            known = {name: number for number, name in enumerate(self.bounded)}
+            columns["rule"] = np.array([known.get(each[0], -1) if each else -1 for each in rules], np.int64)
         if family is not None:
             columns["concept"] = _codes(_concepts(rows, family), self.concepts)
         self.pieces.append(columns)
@@ -95,8 +114,19 @@ class _Rows:
             rows = rows[np.argsort(-self._column("time")[rows], kind="stable")]
         else:
             rows = rows[np.argsort(self._column("key")[rows], kind="stable")]
-        drawn: np.ndarray = self._column(ADDRESS)[rows]
+        drawn: np.ndarray = self._column(ADDRESS)[self._within_shares(rows)]
         return drawn
+
+    def _within_shares(self, rows: np.ndarray) -> np.ndarray:
+        """Without the last rows of sources that exceed their share of all that is left."""
+        keep = np.ones(len(rows), bool)
+        rules = self._column("rule")[rows] if self.bounded else np.full(len(rows), -1)
+        for number, share in enumerate(self.bounded.values()):
+            (own,) = np.nonzero(rules == number)
+            most = int(share / (1 - share) * (len(rows) - len(own)))
+            keep[own[most:]] = False
+        kept: np.ndarray = rows[keep]
+        return kept
 
     def replayed(self, recipe: Recipe) -> np.ndarray:
         if not self.pieces:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 from core.digests import digest12, digest_bytes
 from core.errors import ConfigError
 from core.progress import progress_log
+from core.settings.trust import Trust
 from core.settings.updates import Draw
 from streams.publish.folders import FolderItem, read_folder
 from streams.store.sample_store import SampleStore
@@ -119,11 +120,14 @@ def draw_pools(
     seed: int,
     draw: Draw = "uniform",
     data_to: Mapping[str, int] | None = None,
+    trust: Trust | None = None,
+    without: Collection[str] = (),
 ) -> Pools:
-    """Draw the pools of an update: D from ``data_from`` on (up to ``data_to``) in ``version``, B from before it.
-    Contains only samples that the recipe's family learns from. A pure function of its arguments and of the reference
-    folders' contents. Words and images of the store are read when an example is accessed."""
-    drawn = draw_rows(store, recipe, version, data_from, seed, draw, data_to)
+    """Draw the pools of an update: D from ``data_from`` on (up to ``data_to``) in ``version``, B from before it, as
+    :func:`updater.data.draw.draw_rows`. Contains only samples that the recipe's family learns from. A pure function of
+    its arguments and of the reference folders' contents. Words and images of the store are read when an example is
+    accessed."""
+    drawn = draw_rows(store, recipe, version, data_from, seed, draw, data_to, trust, without)
     folders = reference if recipe.mixture.reference > 0 else ()
     return Pools(
         new=StoredExamples(store, version, drawn.new, recipe.family),

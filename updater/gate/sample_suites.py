@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, partial
 from threading import Lock
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from core.errors import AdapterError, GateError, StoreError
 from core.ledger import VerdictRow
 from core.settings import Settings
 from serving.engines.heads import Head
+from streams.records.signatures import FEEDBACK
 from streams.store.rows import SAMPLE_SCHEMA
 from streams.store.sample_store import ADDRESS, Having, SampleStore
 from updater.gate.suite_items import Item, Part, Seal, limited, sample_item
@@ -52,10 +53,12 @@ class Images(Protocol):
 class HeldOut:
     """The split ``fresh_eval`` of one version of the store; also gives the images of the rows that were read.
     Thread-safe. ``version``: pinned, or otherwise kept for as long as images are needed. ``having``: only samples with
-    this field; None: all."""
+    this field; None: all. ``without``: sources to leave out."""
 
-    def __init__(self, store: SampleStore, version: int, having: Having | None, seal: Seal) -> None:
-        self.store, self.version, self.having, self.seal = store, version, having, seal
+    def __init__(
+        self, store: SampleStore, version: int, having: Having | None, seal: Seal, without: Collection[str] = ()
+    ) -> None:
+        self.store, self.version, self.having, self.seal, self.without = store, version, having, seal, without
         self._addresses: dict[str, int] = {}
         self._pages: list[list[str]] = []
         self._page_of: dict[str, int] = {}
@@ -68,7 +71,7 @@ class HeldOut:
         schema = pa.schema([SAMPLE_SCHEMA.field(name) for name in columns])
         parts = [schema.empty_table()]
         sealed = self._sealed
-        for batch in self.store.addresses(columns, self.version, "fresh_eval", self.having, after):
+        for batch in self.store.addresses(columns, self.version, "fresh_eval", self.having, after, self.without):
             self._addresses.update(zip(batch["id"].to_pylist(), batch[ADDRESS].to_pylist(), strict=True))
             wanted = [(name in sealed) == (part == "sealed") for name in batch["id"].to_pylist()]
             parts.append(pa.Table.from_batches([batch.select(list(columns))]).filter(pa.array(wanted, pa.bool_())))
@@ -147,15 +150,34 @@ def fresh_suites(
     return [suite for suite in suites if len(suite.items()) >= 2]
 
 
-def items_by_domain(rows: pa.Table, family: Family, images: Images) -> dict[str, list[Item]]:
+def items_by_domain(
+    rows: pa.Table, family: Family, images: Images, *, corrections: bool = False
+) -> dict[str, list[Item]]:
+    """Items of a family, without the corrections of callers; or only those. They were chosen by the errors of an
+    incumbent, so what they show is no gain: part of it is regression to the mean."""
     by_domain: dict[str, list[Item]] = defaultdict(list)
     for row in rows.select([name for name in TEXT_COLUMNS if name in rows.column_names]).to_pylist():
+        if corrections != str(row.get("source") or "").startswith(FEEDBACK):
+            continue
         text, question, answer = ((row.get(name) or "").strip() for name in ("text", "question", "answer"))
         if family == "clip" and text:
             by_domain[row.get("domain") or ""].append(sample_item(row, images, text))
         elif family == "vlm" and question and answer:
             by_domain[row.get("domain") or ""].append(sample_item(row, images, question, answer))
     return dict(by_domain)
+
+
+def correction_suites(rows: pa.Table, images: Images, *, family: Family, min_items: int, limit: int) -> list[Suite]:
+    """A suite of each domain's corrections, to report and not to decide. ``rows``: as in :func:`fresh_suites`."""
+    by_domain = items_by_domain(rows, family, images, corrections=True)
+    about = "Corrections of callers that were never trained on."
+    suites = [
+        store_suite(
+            items, slug(f"corrections.{domain}" if domain else "corrections"), "gain", family, limit, about, images
+        )
+        for domain, items in sorted(by_domain.items())
+    ]
+    return [each for each in suites if len(each.items()) >= 2 and each.units() >= min_items][:MOST_FRESH]
 
 
 def store_suite(

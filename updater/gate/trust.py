@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.settings.updates import Gate as GateSettings
+from streams.records.signatures import AUDIT
 from updater.gate.decision import Scores, percent
 from updater.gate.statistics import Comparison, Floats, compare_clusters, holm, stratified
 from updater.gate.suite_items import Item
@@ -95,7 +96,7 @@ def _groups(
     names, index = np.unique(origins, return_inverse=True)
     pairs = np.unique(np.stack([index, clusters], axis=1), axis=0)
     units = dict(zip(names.tolist(), np.bincount(pairs[:, 0]).tolist(), strict=True))
-    trusted = {name for name in units if {name, ANY} & set(settings.trusted_sources)}
+    trusted = {name for name in units if {name, ANY} & {AUDIT, *settings.trusted_sources}}
     groups = []
     for trust in (False, True):
         own = [name for name in units if (name in trusted) == trust]

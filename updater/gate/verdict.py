@@ -142,6 +142,25 @@ class SourceAgreement:
 
 
 @dataclass(frozen=True, slots=True)
+class Suspect:
+    source: str
+    samples: int
+    harm: float
+    """Minus the dot product of its mean gradient and that of the items that got worse; below 0 it helps them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blame:
+    """The sources of an update's new samples, the most harmful first."""
+
+    items: int
+    """That got worse."""
+    suspects: tuple[Suspect, ...]
+    source: str | None
+    """The one that stands out; None: the regression is not that of one source."""
+
+
+@dataclass(frozen=True, slots=True)
 class SuiteResult:
     name: str
     role: str
@@ -365,6 +384,7 @@ class Verdict:
     mean: MeanLoss | None = None
     """The test of the mean over all retention suites; None without any, or if nothing was scored."""
     trust: tuple[SourceAgreement, ...] = ()
+    blame: Blame | None = None
     """By source of each new domain."""
     spent: bool = True
     """True if the look counts and spent its part of alpha, because its tests could have passed. False if a check before
@@ -413,6 +433,7 @@ class Verdict:
             "gain": self.gain.summary() if self.gain else None,
             "mean": self.mean.summary() if self.mean else None,
             "trust": [source.summary() for source in self.trust],
+            "blame": self.blame and asdict(self.blame),
             "checks": {check.name: check.ok for check in self.checks},
             "diagnostics": self.diagnostics.summary(),
             "cross_version": self.cross_version and {**self.cross_version.summary(), "incumbent": self.incumbent},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from core.ledger import Ledger, UpdateRow, VerdictRow
 from core.settings import Settings
 from serving.engines.adapters import adapter_name
 from serving.engines.clip import ClipEngine
-from serving.engines.clip_base import need_base
+from serving.engines.clip_base import ClipBase, need_base
 from serving.engines.heads import read_heads
 from streams.store.sample_store import SampleStore
 from updater.adapters.recorded import fetch_recorded
-from updater.data.draw import HAVING
+from updater.data.draw import HAVING, left_out
 from updater.gate.clip import AcrossBasesEvaluator, base_alone
+from updater.gate.decision import percent
 from updater.gate.diagnostics import StoreCounts
 from updater.gate.report import write_report
 from updater.gate.run import Evaluator, open_evaluator, run_gate
@@ -31,6 +33,7 @@ from updater.gate.sample_suites import (
     HeldOut,
     best_releases,
     choose_memory,
+    correction_suites,
     fresh_suites,
     head_suites,
     learned_before,
@@ -38,9 +41,11 @@ from updater.gate.sample_suites import (
 )
 from updater.gate.suite_items import Seal
 from updater.gate.suites import Suite, load_suites
-from updater.gate.verdict import Verdict
-from updater.recipes import Family
+from updater.gate.verdict import Blame, Verdict
+from updater.recipes import Family, Recipe
 from updater.service import triggers
+from updater.service.blame import blame, worsened
+from updater.service.update_pools import pools_of
 from updater.step.learner import Base
 
 
@@ -91,7 +96,7 @@ def _gate(
     suites, fresh = update_suites(settings, store, update, seal, update.data_to if upgrade else None)
     try:
         directory = fetch_recorded(artifacts, ledger, adapter)
-        everything = HeldOut(store, update.store_version, None, seal)
+        everything = HeldOut(store, update.store_version, None, seal, left_out(update))
         suites += head_suites(settings, everything, read_heads(directory))
     except AdapterError as error:  # a verdict, with this as its reason
         directory, meta["load_error"] = None, error.message
@@ -129,7 +134,10 @@ def _gate(
                 evaluator.load(adapter, directory, candidate=True)
             except AdapterError as error:
                 meta["load_error"] = error.message
-        return run_gate(
+        corrected = correction_suites_of(settings, store, update, seal)
+        if corrected and directory is not None and "load_error" not in meta:
+            meta["corrections"] = [_told(evaluator, suite, update.incumbent, adapter) for suite in corrected]
+        verdict = run_gate(
             evaluator=evaluator,
             candidate=adapter,
             incumbent=incumbent,
@@ -143,6 +151,30 @@ def _gate(
             cost=update.cost,
             meta=meta,
         )
+        if verdict.outcome == "rejected" and isinstance(base, ClipBase) and directory is not None and upgrade is None:
+            return replace(verdict, blame=_blame(settings, store, base, update, evaluator, verdict, suites, directory))
+        return verdict
+
+
+def _blame(
+    settings: Settings,
+    store: SampleStore,
+    base: ClipBase,
+    update: UpdateRow,
+    evaluator: Evaluator[Any],
+    verdict: Verdict,
+    suites: Sequence[Suite],
+    directory: Path,
+) -> Blame | None:
+    """Find the source of a regression; None for an import, and where no suite got worse."""
+    lost = {result.name for result in verdict.suites if result.decision == "failed"}
+    if verdict.mean is not None and verdict.mean.decision == "failed":
+        lost |= {result.name for result in verdict.suites if result.role == "retention"}
+    if not lost or "visited" not in update.cost:
+        return None
+    worse = worsened(evaluator, [each for each in suites if each.name in lost], update.incumbent, str(update.adapter))
+    recipe = Recipe.parse(update.recipe, f"recipe of {update.id}")
+    return blame(base, recipe, directory, update, store, pools_of(settings, store, update, recipe), worse)
 
 
 def _family(update: UpdateRow) -> Family:
@@ -162,7 +194,7 @@ def update_suites(
     cannot be read."""
     learned = update.data_from if learned is None else learned
     family = _family(update)
-    held_out = HeldOut(store, update.store_version, HAVING[family], seal)
+    held_out = HeldOut(store, update.store_version, HAVING[family], seal, left_out(update))
     fresh = held_out.rows(TEXT_COLUMNS, update.data_from)
     min_items, most = settings.gate.min_items, settings.gate.max_items
     suites = [each.part("judged", seal) for each in load_suites(settings.gate.suites, settings.home, family, most)]
@@ -170,6 +202,24 @@ def update_suites(
         pending = fresh if learned == update.data_from else held_out.rows(["id"], learned)
         suites += learned_suites(held_out, family, pending, 2 * min_items)
     return suites, fresh_suites(fresh, held_out, family=family, min_items=min_items, limit=most)
+
+
+def correction_suites_of(settings: Settings, store: SampleStore, update: UpdateRow, seal: Seal) -> list[Suite]:
+    held_out = HeldOut(store, update.store_version, HAVING[_family(update)], seal, left_out(update))
+    rows, bounds = held_out.rows(TEXT_COLUMNS), settings.gate
+    return correction_suites(rows, held_out, family=_family(update), min_items=bounds.min_items, limit=bounds.max_items)
+
+
+def _told(evaluator: Evaluator[Any], suite: Suite, incumbent: str | None, candidate: str) -> str:
+    """A diagnostic for the report; a candidate that fails at it fails at the gate's own suites, too."""
+    try:
+        before, after = (evaluator.score(suite, name).hits.mean() for name in (incumbent, candidate))
+    except (RuntimeError, ValueError, AdapterError) as error:
+        return f"{suite.name}: not answered: {error}"
+    return (
+        f"{suite.name}: {suite.metric} of {len(suite.items())} corrections from {percent(before)} to {percent(after)}; "
+        "they were chosen by an incumbent's errors, so part of a gain is regression to the mean, and it decides nothing"
+    )
 
 
 def learned_suites(held_out: HeldOut, family: Family, pending: pa.Table, min_units: int) -> list[Suite]:

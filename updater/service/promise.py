@@ -156,7 +156,7 @@ def _promise(settings: Settings, ledger: Ledger, store: SampleStore, family: Fam
         units = {suite.name: suite.part("judged", seal).units() for suite in suites}
         sealed = {suite.name: suite.part("sealed", seal).units() for suite in suites}
         if learned.data_from:
-            held_out = HeldOut(store, learned.store_version, HAVING[family], seal)
+            held_out = HeldOut(store, learned.store_version, HAVING[family], seal, learned.without)
             pending = held_out.rows(["id"], learned.data_from)
             memory = learned_suites(held_out, family, pending, 2 * gate.min_items)
             suites, units = [*suites, *memory], units | {suite.name: suite.units() for suite in memory}

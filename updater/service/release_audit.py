@@ -143,7 +143,7 @@ def sealed_suites(
         sealed = np.array([seal.holds(item.key) for item in suite.items()])
         if suite.role == "retention" and sealed.sum() >= 2:
             suites.append((suite, sealed))
-    held_out = HeldOut(store, learned.store_version, HAVING[family], seal)
+    held_out = HeldOut(store, learned.store_version, HAVING[family], seal, learned.without)
     rows = held_out.rows(TEXT_COLUMNS, part="sealed")
     known = learned_before(rows, held_out.rows(["id"], learned.data_from, part="sealed"))
     items = [item for own in items_by_domain(known, family, held_out).values() for item in own]

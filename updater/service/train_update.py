@@ -19,9 +19,7 @@ from serving.engines.clip_base import ClipBase
 from serving.engines.heads import read_heads
 from streams.store.sample_store import SampleStore
 from updater.adapters.recorded import fetch_recorded
-from updater.bases import reference_of
 from updater.budget.throttle import Throttle
-from updater.data.pools import draw_pools
 from updater.families import spaces_of
 from updater.gate.suite_items import Seal
 from updater.heads import learn_heads, with_heads
@@ -30,6 +28,7 @@ from updater.service import triggers
 from updater.service.gate_update import TuningScores
 from updater.service.learning_state import export_budget
 from updater.service.process import StopSignal
+from updater.service.update_pools import pools_of
 from updater.step.learner import Base
 from updater.training.result import Limits, TrainResult, cost_of
 from updater.training.train import train
@@ -69,16 +68,7 @@ def train_update(
     export_budget(settings, ledger)
     recipe = Recipe.parse(update.recipe, f"recipe of {update.id}")
     learned = update.data_to if upgrade else None
-    pools = draw_pools(
-        store,
-        recipe,
-        reference_of(settings, recipe.family),
-        update.store_version,
-        update.data_from,
-        update.seed,
-        settings.updater.draw,
-        learned,
-    )
+    pools = pools_of(settings, store, update, recipe, upgrade)
     limits = Limits(
         gflops=planned,
         seconds=math.inf if upgrade else settings.budget.seconds_per_update,

@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
@@ -17,15 +17,16 @@ from typing import Any
 from core import metrics
 from core.digests import digest_json
 from core.ledger import Ledger, UpdateRow, VerdictRow
-from core.ledger.learning import FINISHED
+from core.ledger.learning import FINISHED, TRIGGER
 from core.settings import Settings
 from core.settings.updates import Gate as GateSettings
-from streams.store.sample_store import Having, SampleStore
+from streams.store.sample_store import SampleStore
 from updater.data.draw import HAVING
 from updater.gate.interim_analyses import RANK_EFFICIENCY, AnalysisPlan, candidate_alpha, needed_items
 from updater.gate.sample_suites import TEXT_COLUMNS, HeldOut, fresh_suites
 from updater.gate.suite_items import Seal
 from updater.recipes import Family, Recipe
+from updater.service.trigger_checks import NewSamples, check_triggers
 
 HISTORY = 10_000
 """Updates to search; far more than a daily budget pays for within the life of a base."""
@@ -38,7 +39,10 @@ NEEDED = "gflops_needed"
 """In the cost of an update that failed because its budget did not pay for one step: the budget that would have."""
 TRAINED_BY = "trained_by"
 """In the cost of a further look: the update that trained the candidate, whose cost it is."""
+BY_OPERATOR = "asked by an operator"
 IMPORTED = "imported"
+BLAMED = "blamed"
+"""In the cost of an update that repeats a rejected one: the source that it does without."""
 ONLY_LOOK = "only_look"
 """In the cost of an update that is judged once, with the available items, and not kept, like an import: see
 :class:`Ready`."""
@@ -52,6 +56,8 @@ class Learned:
     data_from: dict[str, int]
     """End of the data that the incumbent has learned; earlier after a rollback, and empty for an imported adapter."""
     store_version: int
+    without: frozenset[str] = frozenset()
+    """Distrusted sources."""
 
     @classmethod
     def of(cls, ledger: Ledger, store: SampleStore, family: Family) -> Learned:
@@ -59,7 +65,8 @@ class Learned:
         updates, stable = ledger.updates(HISTORY, family), ledger.stable()
         incumbent = stable.adapter(family) if stable else None
         made = next((update for update in updates if incumbent is not None and update.adapter == incumbent), None)
-        return cls(updates, incumbent, dict(made.data_to) if made else {}, store.version())
+        without = frozenset(row.source for row in ledger.distrusted())
+        return cls(updates, incumbent, dict(made.data_to) if made else {}, store.version(), without)
 
 
 @dataclass(frozen=True)
@@ -99,10 +106,14 @@ class Ready:
     learned: Learned
     data_to: dict[str, int]
     new_samples: int
+    trigger: str
     fresh: FreshItems
     """With fewer than needed the gate may miss a gain of ``gate.detect``."""
     once: bool
-    """Judged once, with the available items: an operator asked for it now, or ``updater.wait_for_items`` is off."""
+    """Judged once, with the available items: an operator asked for it now, ``updater.wait_for_items`` is off, or it
+    repeats a rejected one."""
+    blamed: str | None = None
+    """The source that a rejected update is repeated without; it is among ``learned.without``."""
 
 
 @dataclass(frozen=True)
@@ -122,27 +133,30 @@ def decide(
 ) -> Ready | Reevaluate | Waiting:
     """Decide whether an update of the recipe's family begins.
 
-    It learns the data that the live adapter has not learned: everything after the update that made it. The trigger
-    counts only data after the last finished update of this recipe, so that rejected data is not tried forever. Only the
-    family's own proposals block it. It waits for as many fresh items as the gate needs to show a gain of
-    ``gate.detect``, but at most ``updater.max_wait_seconds`` after the oldest new sample. While an inconclusive
-    candidate is kept for its next look nothing is trained, unless the stream brings new samples and no fresh ones. With
-    ``updater.wait_for_items`` off it waits for no items, and no candidate is kept. ``now``: begin with a single new
-    sample, whatever the gate can detect, and instead of a kept candidate. ``retry``: also if this recipe has tried all
-    of it before, or a budget did not pay for a step of it.
+    It begins with a new sample, when any of ``updater.triggers`` holds. It learns the data that the live adapter has
+    not learned: everything after the update that made it. Triggers count only data after the last finished update of
+    this recipe, so that rejected data is not tried forever. Only the family's own proposals block it. It waits for as
+    many fresh items as the gate needs to show a gain of ``gate.detect``, but at most ``updater.max_wait_seconds`` after
+    the oldest new sample. While an inconclusive candidate is kept for its next look nothing is trained, unless the
+    stream brings new samples and no fresh ones. With ``updater.wait_for_items`` off it waits for no items, and no
+    candidate is kept. ``now``: begin with a single new sample, whatever the gate can detect, and instead of a kept
+    candidate. ``retry``: also if this recipe has tried all of it before, or a budget did not pay for a step of it.
     """
     family = recipe.family
     unreleased = waits_for_release(ledger, family)
     if unreleased is not None:
         return Waiting(unreleased)
     learned = Learned.of(ledger, store, family)
+    rejected, blamed = _blamed(settings, ledger, learned, recipe)
+    if blamed is not None:
+        retry, learned = True, replace(learned, without=learned.without | {blamed})
     version = learned.store_version
     seen = learned.data_from
     if not retry:
         finished = (each for each in learned.updates if each.state in FINISHED)
         tried = next((each.data_to for each in finished if each.recipe.get("name") == recipe.name), {})
         seen = {place: max(seen.get(place, 0), tried.get(place, 0)) for place in {*seen, *tried}}
-    count = store.count(version=version, split="train", after=seen, having=HAVING[family])
+    count = store.count(version=version, split="train", after=seen, having=HAVING[family], without=learned.without)
     fresh = fresh_items(settings, ledger, store, family, learned, halved=bool(recipe.merge.search))
     metrics.update.new_samples(family, count)
     metrics.update.fresh_items(family, fresh.items, fresh.needed)
@@ -154,12 +168,15 @@ def decide(
             return Waiting(str(fresh))
     if count == 0:
         return Waiting("there are no new samples")
-    few = count < settings.updater.min_new_samples and not (now or retry)
-    if few or (waits and not fresh.enough):
-        age = _oldest_seconds(store, version, seen, HAVING[family])
-        if age < settings.updater.max_wait_seconds:
-            missing = f"{count} of {settings.updater.min_new_samples} new samples" if few else str(fresh)
-            return Waiting(f"{missing}, the oldest sample waiting for {age:.0f} s")
+    trigger = BY_OPERATOR if blamed is None else f"blame: {rejected} was rejected with {blamed}"
+    if not (now or retry):
+        new = NewSamples(store, family, version, seen, count, _last_began(learned.updates))
+        check = check_triggers(settings.updater, ledger, new)
+        if not check.holds:
+            return Waiting(check.text)
+        if waits and not fresh.enough and new.age < settings.updater.max_wait_seconds:
+            return Waiting(f"{fresh}, the oldest sample waiting for {new.age:.0f} s")
+        trigger = check.text
     unaffordable = None if retry else _unaffordable(settings, learned.updates, recipe)
     if unaffordable is not None:
         return Waiting(
@@ -171,7 +188,19 @@ def decide(
     lacking = planned_gflops(settings) - ledger.bucket_level(time.time(), rate, capacity)
     if lacking > 0:
         return Waiting(f"the budget lacks {lacking:,.0f} MAF-GFLOPs")
-    return Ready(learned, store.offsets(version), count, fresh, once=not waits)
+    return Ready(learned, store.offsets(version), count, trigger, fresh, once=not waits, blamed=blamed)
+
+
+def _blamed(settings: Settings, ledger: Ledger, learned: Learned, recipe: Recipe) -> tuple[str, str | None]:
+    """The newest update, if it was rejected and is to be repeated, once, without the source that the gate blames."""
+    last = learned.updates[0] if learned.updates else None
+    if last is None or not settings.trust.retry_without or BLAMED in last.cost or last.state != "done":
+        return "", None
+    if last.incumbent != learned.incumbent or last.recipe.get("name") != recipe.name:
+        return "", None
+    verdict = ledger.verdict_of(last.id)
+    source = (verdict.summary.get("blame") or {}).get("source") if verdict is not None else None
+    return last.id, None if source in learned.without else source
 
 
 # Why nothing begins
@@ -191,10 +220,10 @@ def waits_for_release(ledger: Ledger, family: Family) -> str | None:
     return None
 
 
-def _oldest_seconds(store: SampleStore, version: int, after: dict[str, int], having: Having) -> float:
-    rows = store.scan(version=version, split="train", after=after, columns=["ingested_at"], having=having)
-    oldest = min((moment for moment in rows["ingested_at"].to_pylist() if moment is not None), default=None)
-    return 0.0 if oldest is None else (datetime.now(UTC) - oldest.astimezone(UTC)).total_seconds()
+def _last_began(updates: Sequence[UpdateRow]) -> datetime | None:
+    """Start of the last update that a trigger or an operator began; not of a further look, an import or an upgrade."""
+    began = (each.created_at for each in updates if TRIGGER in each.cost and TRAINED_BY not in each.cost)
+    return next(began, None)
 
 
 def _dried_up(settings: Settings, fresh: FreshItems) -> bool:
@@ -247,11 +276,12 @@ def fresh_items(
     gate = settings.gate
     needed = candidate.needed if candidate else plan(gate, ledger, family, None, halved=halved).needed
     version, after = learned.store_version, learned.data_from
-    rows = store.count(version=version, split="fresh_eval", after=after, having=HAVING[family])
+    rows = store.count(version=version, split="fresh_eval", after=after, having=HAVING[family], without=learned.without)
     if rows == 0 or (candidate is None and rows > PLENTY * needed):
         return FreshItems(rows, needed, candidate)
     seal = Seal.of(settings, store, ledger.audited_data(family))
-    items = _units(store, family, version, tuple(sorted(after.items())), seal, gate.min_items, gate.max_items, halved)
+    places = tuple(sorted(after.items()))
+    items = _units(store, family, version, places, seal, gate.min_items, gate.max_items, halved, learned.without)
     return FreshItems(items, needed, candidate)
 
 
@@ -265,8 +295,9 @@ def _units(
     min_items: int,
     max_items: int,
     halved: bool,
+    without: frozenset[str],
 ) -> int:
-    held_out = HeldOut(store, version, HAVING[family], seal)
+    held_out = HeldOut(store, version, HAVING[family], seal, without)
     rows = held_out.rows(TEXT_COLUMNS, dict(data_from))
     suites = fresh_suites(rows, held_out, family=family, min_items=min_items, limit=max_items)
     gated = [each.half("hidden") if halved and each.divisible(min_items) else each for each in suites]

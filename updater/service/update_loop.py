@@ -33,7 +33,7 @@ from core.errors import (
     TrainingError,
 )
 from core.ledger import BaseUpgradeRow, Ledger, UpdateRow
-from core.ledger.learning import BEGAN, FINISHED
+from core.ledger.learning import BEGAN, FINISHED, TRIGGER
 from core.progress import progress_log
 from core.settings import Settings
 from ratchet_client import Client
@@ -42,6 +42,7 @@ from streams.store.sample_store import SampleStore
 from updater.bases import need_reference
 from updater.budget.cost import StepUnaffordable
 from updater.budget.throttle import Throttle, latencies
+from updater.data.draw import WITHOUT
 from updater.data.pools import mixed_seed
 from updater.families import families_with_a_base, family_base
 from updater.recipes import Family, Recipe, family_recipe, load_recipe
@@ -50,6 +51,7 @@ from updater.service.gate_update import gate_update
 from updater.service.learning_state import LedgerMetrics, check_suites, export_budget, learning_states
 from updater.service.process import StopSignal, ThrottledLog, only_one, work_folders
 from updater.service.release_audit import audit_release, due_audit
+from updater.service.screening import screen
 from updater.service.train_update import BucketEmpty, train_update
 from updater.service.triggers import IMPORTED, Learned, Ready, Reevaluate, Waiting
 from updater.step.learner import Base
@@ -193,6 +195,8 @@ class UpdaterService:
                 return StepResult(None, ready.reason)
             if isinstance(ready, Ready) and (lacks := self._lacks(recipe, ready)):
                 return StepResult(None, lacks)
+            if isinstance(ready, Ready) and self._screen(family, ready.learned):
+                return StepResult(None, "samples are held")
             update = self._reevaluate(ready) if isinstance(ready, Reevaluate) else self._begin(recipe, ready)
         # Again for one that goes on: the process that began it may have died before pinning, or it was abandoned.
         self.store.pin(update.id, update.store_version)
@@ -209,6 +213,18 @@ class UpdaterService:
         if failed is None or self.ledger.held() is None:
             return ""
         return f"the audit of release {failed.release} failed: {failed.summary['reasons'][0]}; {failed.advice}"
+
+    def _screen(self, family: Family, learned: Learned) -> int:
+        """Hold new samples whose image and text do not agree. Returns how many: then the update is decided again."""
+        base = self.bases[family]
+        if not isinstance(base, ClipBase):
+            return 0
+
+        def stop() -> None:
+            if self.stop():
+                raise Stopped
+
+        return screen(self.settings, self.ledger, self.artifacts, self.store, base, learned.incumbent, stop=stop)
 
     def _lacks(self, recipe: Recipe, ready: Ready) -> str:
         try:
@@ -246,9 +262,15 @@ class UpdaterService:
             data_from=learned.data_from,
             data_to=ready.data_to,
             incumbent=learned.incumbent,
-            cost={triggers.ONLY_LOOK: True} if ready.once else None,
+            cost={
+                TRIGGER: ready.trigger,
+                **({triggers.ONLY_LOOK: True} if ready.once else {}),
+                **({WITHOUT: sorted(learned.without)} if learned.without else {}),
+                **({triggers.BLAMED: ready.blamed} if ready.blamed else {}),
+            },
         )
-        progress_log.info(f"{update.id} begins: {ready.new_samples} new samples, {ready.fresh}, recipe {recipe.name}")
+        counts = f"{ready.new_samples} new samples, {ready.fresh}"
+        progress_log.info(f"{update.id} begins: {ready.trigger} ({counts}, recipe {recipe.name})")
         if ready.fresh.items < ready.fresh.needed:
             wanted = f"a gain of {100 * self.settings.gate.detect:.3g} points"
             then = "" if ready.once else ": then it asks again when more fresh items are there"
@@ -341,6 +363,11 @@ class UpdaterService:
                 update_id=update.id,
             )
             progress_log.info(f"{update.id} passed and is proposal {proposal.id}")
+            if (source := update.cost.get(triggers.BLAMED)) is not None:
+                self.ledger.distrust(
+                    source, actor="updater", reason=f"{update.id} passes without it; {update.cost[TRIGGER]}",
+                    update_id=update.id,
+                )  # fmt: skip
         return self.ledger.advance_update(update.id, "done")
 
     def _fail(self, update: UpdateRow, family: Family, error: RatchetError) -> UpdateRow:

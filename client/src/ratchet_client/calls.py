@@ -139,8 +139,8 @@ def chat(content: str | Sequence[str | bytes], model: str = "vlm", **options: An
 
 def feedback(answer: str, verdict: str, image: bytes | None = None, **said: Any) -> Call[dict[str, Any]]:
     """Report an answer, by the receipt that :func:`last_answer` returns: ``right``, ``wrong``, ``correct`` with
-    ``label=`` or ``text=`` (and the image, to learn from), or ``chosen`` with ``position=`` or ``object_id=``. Counted
-    once, so it may be repeated.
+    ``label=`` or ``text=``, or ``chosen`` with ``position=`` or ``object_id=``. The image of a wrong answer goes to a
+    review, to learn from. Counted once, so it may be repeated.
 
     >>> client.classify([image], ["car", "bus"])
     >>> client.feedback(last_answer(), "correct", label="bus")["repeated"]

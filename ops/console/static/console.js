@@ -100,3 +100,47 @@ document.addEventListener("click", (event) => {
   input.value = chip.dataset.value;
   input.form.requestSubmit();
 });
+
+// -- the review by keyboard
+const review = document.getElementById("review");
+if (review) {
+  const focusCard = () => review.querySelector("[tabindex]")?.focus();
+  const step = (way) => review.querySelector(".queue [aria-current]")?.closest("li")[way]?.querySelector("a").click();
+  const press = (decision) => review.querySelector(`button[value=${decision}]`)?.click();
+  const edit = () => { review.querySelector("[name=label]")?.focus(); review.querySelector("[name=label]")?.select(); };
+  const next = () => step("nextElementSibling");
+  const previous = () => step("previousElementSibling");
+  const keys = {
+    j: next, ArrowRight: next, k: previous, ArrowLeft: previous, e: edit, a: () => press("accept"), d: () => press("dismiss"),
+  };
+  document.addEventListener("htmx:afterSwap", () => { if (!review.querySelector("[autofocus]")) focusCard(); });
+  document.addEventListener("keydown", (event) => {
+    if (event.target.matches("input, textarea")) {
+      if (event.key !== "Escape" || event.isComposing) return;
+      event.target.value = event.target.defaultValue;
+      focusCard();
+    } else if (keys[event.key] && !event.repeat && !event.ctrlKey && !event.metaKey && !event.altKey
+               && !event.target.closest(".top")) {
+      event.preventDefault();
+      keys[event.key]();
+    }
+  });
+  if (!document.activeElement || document.activeElement === document.body) focusCard();
+}
+
+// -- held samples by keyboard: what is accepted leaves the focus to the next one
+const held = document.getElementById("held");
+if (held) {
+  let place = -1; // of the card in focus
+  const cards = () => [...held.querySelectorAll("li[tabindex]")];
+  const focusAt = (number) => cards()[Math.max(0, Math.min(number, cards().length - 1))]?.focus();
+  held.addEventListener("focusin", (event) => { place = cards().indexOf(event.target.closest("li")); });
+  document.addEventListener("htmx:afterSwap", () => focusAt(place));
+  document.addEventListener("keydown", (event) => {
+    if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.target.matches("select, textarea, input:not([type=checkbox])")) return;
+    if (event.key === "j") focusAt(place + 1);
+    if (event.key === "k") focusAt(place - 1);
+    if (event.key === "a") event.target.closest("#held li")?.querySelector("[name=only]")?.click();
+  });
+}

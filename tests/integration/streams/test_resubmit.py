@@ -15,7 +15,7 @@ import pytest
 
 from core.errors import AlreadyResubmitted, BrokerError, ConfigError, LedgerError, RecordError, UnknownRecord
 from core.ledger import Ledger
-from core.ledger.rows import FeedbackRow
+from core.ledger.rows import AUDITOR, FeedbackRow
 from core.settings import Settings
 from streams.ingest import resubmit as module
 from streams.ingest.consumer import Consumer
@@ -227,6 +227,10 @@ def test_an_accepted_correction_is_a_sample_once_even_if_its_process_died_before
     stream: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ledger = stream.ledger
+
+    def secret() -> bytes:
+        return SampleStore(stream.settings.lake).table.identity()[1]
+
     said = {
         1: {"label": "bus"},
         2: {"text": "a red bus", "label": "bus"},
@@ -235,18 +239,19 @@ def test_an_accepted_correction_is_a_sample_once_even_if_its_process_died_before
     }
     for number, detail in said.items():
         ledger.record_feedback(FeedbackRow(
-            id=f"{number}" * 64, caller="app", release=1, route="classify", input="", answered_at=WHEN, state="waiting",
-            verdict="correct", detail=detail, image=b"none" if number == 3 else picture(100 + number),
+            id=f"{number}" * 64, caller=AUDITOR if number == 2 else "app", release=1, route="classify", input="",
+            answered_at=WHEN, state="waiting", verdict="correct", detail=detail,
+            image=b"none" if number == 3 else picture(100 + number),
         ))  # fmt: skip
-    assert publish_corrections(stream.settings, ledger) == 0
+    assert publish_corrections(stream.settings, ledger, secret) == 0
     for number in (1, 2, 3):
         assert ledger.review_correction(f"{number}" * 8, True, actor="ann", reason="seen").state == "accepted"
     with monkeypatch.context() as dying, taken(stream.ingest, 1), pytest.raises(KeyboardInterrupt):
         dying.setattr(ledger, "settle_correction", Mock(side_effect=KeyboardInterrupt))
-        publish_corrections(stream.settings, ledger)
+        publish_corrections(stream.settings, ledger, secret)
     with taken(stream.ingest, 2):
-        assert publish_corrections(stream.settings, ledger) == 3
-    assert publish_corrections(stream.settings, ledger) == 0
+        assert publish_corrections(stream.settings, ledger, secret) == 3
+    assert publish_corrections(stream.settings, ledger, secret) == 0
 
     outcomes = {row.detail.get("text", row.detail["label"]): row.outcome for row in ledger.corrections("published")}
     assert {text: stream.became(str(place)) for text, place in outcomes.items()} == {
@@ -257,6 +262,8 @@ def test_an_accepted_correction_is_a_sample_once_even_if_its_process_died_before
     columns = ["source", "domain", "label"]
     for row in SampleStore(stream.settings.lake).newest(9, "source = 'feedback:app'", columns):
         assert [row[column] for column in columns] == ["feedback:app", "feedback", "bus"]
+    audited = SampleStore(stream.settings.lake).newest(9, "source = 'audit'", columns)
+    assert [[row[column] for column in columns] for row in audited] == [["audit", "feedback", "bus"]]
     dismissed = ledger.review_correction("44444444", False, actor="ann", reason="not a car")
     assert (dismissed.state, dismissed.outcome) == ("dismissed", "not a car")
     assert not any(row.image for state in ("published", "dismissed") for row in ledger.corrections(state, images=True))

@@ -51,6 +51,7 @@ def test_an_update_that_passes_is_stored_recorded_and_proposed(settings: Setting
     update = made_by(service)
     assert update.data_to == service.store.offsets() and update.data_from == {}
     assert "merge_weight" not in update.cost
+    assert update.cost["trigger"] == "samples: 24 new"
     adapter = service.ledger.adapter(str(update.adapter))
     artifacts = Artifacts(settings.artifacts)
     assert adapter_name(artifacts.fetch(f"adapters/{adapter.name}")) == adapter.name

@@ -63,10 +63,12 @@ def quiet() -> Iterator[None]:
 
 
 def test_a_gap_is_a_problem_and_counts_are_those_of_the_positions(made: Installation) -> None:
-    put(made.store, [LOST, sample(0, 612, topic="t")], Position("t", 0, 900))
+    held = [sample(0, 613, topic="t", split="held_train"), sample(0, 614, topic="t", split="held_fresh_eval")]
+    put(made.store, [LOST, sample(0, 612, topic="t"), *held], Position("t", 0, 900))
     state = made.state()
-    assert (state.lost, state.samples) == (512, {"train": 1, "fresh_eval": 0})
-    assert (state.records, state.offsets) == (1, {"t:0": 900}), "markers and aborted records are offsets, not records"
+    assert (state.lost, state.held) == (512, 2)
+    assert state.samples == {"train": 1, "fresh_eval": 0, "held_train": 1, "held_fresh_eval": 1}
+    assert (state.records, state.offsets) == (3, {"t:0": 900}), "markers and aborted records are offsets, not records"
     assert state.problems() == ["Records were lost before they were read: t:0 100..611 (retention)."]
 
 

@@ -1,26 +1,22 @@
-"""Receipts of answers, and what callers say of them."""
+"""What callers say of answers over HTTP, in calls and in events of User Behavior Insights."""
 
 from __future__ import annotations
 
 import asyncio
-from base64 import urlsafe_b64decode, urlsafe_b64encode
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from core.errors import LedgerUnavailable
+from core.errors import LedgerError, LedgerUnavailable
 from core.ledger import feedback as feedback_queries
 from core.ledger.rows import utc_now
 from ratchet_client import data_uri
 from serving.http import answer_receipts
-from serving.http.answer_receipts import MAX_CHARS, MOST_SHOWN, ROUTES, AnswerReceipts, Route
-from serving.http.errors import ApiError
+from serving.http.answer_receipts import MAX_CHARS, AnswerReceipts, Route
 from serving.http.store_services import FeedbackService, ReceiptService
 from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
@@ -34,57 +30,9 @@ PICTURE = pictures(1)[0]
 IDS = [sample(0, offset)["id"] for offset in range(3)]
 
 
-def refused(receipt: str, answers: AnswerReceipts = ANSWERS) -> str:
-    with pytest.raises(ApiError) as raised:
-        answers.read(receipt)
-    assert raised.value.status_code == 400
-    return str(raised.value.code)
-
-
-@given(st.sampled_from(ROUTES), st.integers(0, 2**32 - 1), st.binary(max_size=99), st.lists(st.sampled_from(IDS)))
-def test_a_receipt_says_what_was_answered_and_has_nothing_of_it(
-    route: Route, release: int, body: bytes, shown: list[str]
-) -> None:
-    receipt = ANSWERS.issue(route, release, body, shown)
-    read = ANSWERS.read(receipt)
-    assert (read.route, read.release, read.shown) == (route, release, tuple(each[:12] for each in shown[:MOST_SHOWN]))
-    assert abs(read.at - utc_now()) < timedelta(minutes=1)
-    assert len(receipt) <= MAX_CHARS
-    again, other = (
-        ANSWERS.read(ANSWERS.issue(route, release, body)),
-        ANSWERS.read(ANSWERS.issue(route, release, b"?" * 100)),
-    )
-    assert (again.input, other.input == read.input) == (read.input, False)
-    raw = urlsafe_b64decode(receipt.removeprefix("a1."))
-    assert len(body) < 8 or body not in raw
-
-
-@given(st.one_of(st.text(max_size=80), st.text(max_size=80).map("a1.".__add__), st.binary(max_size=80).map(
-    lambda raw: "a1." + urlsafe_b64encode(raw).decode()
-)))  # fmt: skip
-def test_what_is_no_receipt_is_refused(text: str) -> None:
-    assert refused(text) in ("invalid_answer", "unknown_answer")
-
-
-def test_each_changed_byte_another_installation_and_another_time_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    receipt = ANSWERS.issue("search", 7, b"body", IDS)
-    raw = urlsafe_b64decode(receipt.removeprefix("a1."))
-    for index in range(len(raw)):
-        changed = raw[:index] + bytes([raw[index] ^ 1]) + raw[index + 1 :]
-        code = refused("a1." + urlsafe_b64encode(changed).decode())
-        assert code == ("unknown_answer" if index < 4 else "invalid_answer")
-    for end in range(len(raw)):
-        assert refused("a1." + urlsafe_b64encode(raw[:end]).decode()) == "invalid_answer"
-    assert refused(receipt, AnswerReceipts(SecretStr("another"))) == "unknown_answer"
-    for days, code in ((31, "answer_expired"), (-1, "answer_expired")):
-        now = answer_receipts.time.time() + days * 86400
-        with monkeypatch.context() as at:
-            at.setattr(answer_receipts.time, "time", lambda now=now: now)
-            assert refused(receipt) == code
-
-
 @pytest.fixture
 def server(closed: AuthApp) -> AuthApp:
+    closed.ledger.prune_feedback(utc_now())
     put(SampleStore(closed.settings.lake), [sample(0, 0), sample(0, 1)], Position("samples", 0, 2))
     services = {"receipts": ReceiptService(closed.settings), "feedback": FeedbackService(closed.ledger)}
     closed.app = app_of(replace(closed.app_state(), answers=ANSWERS, **services))
@@ -142,6 +90,16 @@ async def test_a_chosen_sample_is_one_that_the_answer_showed_and_that_is_still_t
     assert len(server.ledger.feedback()) == 1
 
 
+async def test_a_wrong_answer_with_its_image_waits_for_a_person_who_says_what_is_right(server: AuthApp) -> None:
+    said = {"verdict": "wrong", "image": data_uri(PICTURE)}
+    routes: tuple[Route, ...] = ("embeddings", "classify", "search")
+    states = [(await say(server, ANSWERS.issue(route, 3, b"{}"), **said)).json()["state"] for route in routes]
+    assert states == ["waiting"] * 3
+    rows = server.ledger.corrections("waiting", images=True)
+    assert {(row.verdict, row.image) for row in rows} == {("wrong", PICTURE)}
+    assert all(row.detail.keys() == {"image_digest"} for row in rows)
+
+
 async def test_a_correction_with_an_image_waits_for_a_review_and_others_have_none(server: AuthApp) -> None:
     answer, image = ANSWERS.issue("search", 3, b"{}"), data_uri(PICTURE)
     said = {"verdict": "correct", "label": "bus", "image": image}
@@ -154,7 +112,7 @@ async def test_a_correction_with_an_image_waits_for_a_review_and_others_have_non
     assert row.image == PICTURE and "image" not in row.detail
     assert all(image not in str(each.data) for each in server.ledger.waiting_events())
     routes: list[tuple[Route, dict[str, str], str]] = [
-        ("search", {"verdict": "wrong"}, "invalid_value"),
+        ("search", {"verdict": "right"}, "invalid_value"),
         ("vqa", {}, "invalid_value"),
         ("search", {"image": "data:image/png;base64,AAAA"}, "image_format"),
         ("search", {"image": "https://elsewhere.example/a.png"}, "image_format"),
@@ -164,6 +122,115 @@ async def test_a_correction_with_an_image_waits_for_a_review_and_others_have_non
         refused = await say(server, ANSWERS.issue(answered, 3, b""), **{**said, **other})
         assert (refused.json()["error"]["param"], refused.json()["error"]["code"]) == ("image", code)
     assert len(server.ledger.corrections("waiting")) == 1
+
+
+async def test_no_caller_gives_the_verdict_of_an_audit_or_has_its_name(server: AuthApp) -> None:
+    refusal(await say(server, ANSWERS.issue("classify", 3, b"{}"), verdict="audit"), 400, "invalid_value")
+    with pytest.raises(LedgerError, match="audit"):
+        server.ledger.create_key("audit", ["feedback"], actor="test")
+    assert server.ledger.feedback() == []
+
+
+async def test_a_forged_an_expired_and_a_receipt_of_elsewhere_are_refused_and_a_replayed_one_counts_once(
+    server: AuthApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = ANSWERS.issue("classify", 3, b"{}")
+    forged = [answer[:40] + ("A" if answer[40] != "A" else "B") + answer[41:], answer[:-4], answer + "AAAA", "a1.", "",
+              answer + " " * MAX_CHARS]  # fmt: skip
+    for receipt in forged:
+        refusal(await say(server, receipt, verdict="wrong"), 400, "invalid_answer")
+    elsewhere = AnswerReceipts(SecretStr("another")).issue("classify", 3, b"{}")
+    refusal(await say(server, elsewhere, verdict="wrong"), 400, "unknown_answer")
+    with monkeypatch.context() as later:
+        later.setattr(answer_receipts, "DAYS", -1.0)
+        refusal(await say(server, answer, verdict="wrong"), 400, "answer_expired")
+    assert [(await say(server, answer, verdict="wrong")).status_code for _ in range(3)] == [201, 200, 200]
+    assert len(server.ledger.feedback()) == 1
+
+
+def event(action: str, answer: str | None, ordinal: int | None = None, **fields: Any) -> dict[str, Any]:
+    """As the collector of OpenSearch sends it."""
+    object_id = fields.pop("object_id", None)
+    return {
+        "application": "shop", "action_name": action, "query_id": answer, "session_id": "s", "client_id": "c",
+        "user_id": "", "timestamp": "2026-01-02T03:04:05.678Z", "message_type": "INFO", "message": "",
+        "event_attributes": {
+            "object": {"object_id": object_id, "object_id_field": "id", "description": None},
+            "position": {} if ordinal is None else {"ordinal": ordinal, "xy": {"x": 1.5, "y": 2}},
+        }, **fields,
+    }  # fmt: skip
+
+
+async def ubi(server: AuthApp, body: Any, key: str = OPERATOR) -> dict[str, Any]:
+    answer = await server.send("POST", "/v1/feedback/ubi", key, json=body)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def counts(recorded: int = 0, repeated: int = 0, ignored: int = 0, refused: Any = ()) -> dict[str, Any]:
+    return {
+        "object": "feedback.ubi", "recorded": recorded, "repeated": repeated, "ignored": ignored,
+        "refused": list(refused),
+    }  # fmt: skip
+
+
+async def test_a_result_that_was_taken_is_a_chosen_sample_counted_from_one_and_once(server: AuthApp) -> None:
+    by_place, by_id = (ANSWERS.issue("search", 3, body, IDS) for body in (b"1", b"2"))
+    clicks = [event("click", by_place, 1), event("purchase", by_id, 7, object_id=IDS[1])]
+    assert await ubi(server, clicks[0]) == counts(recorded=1)
+    assert await ubi(server, clicks) == counts(recorded=1, repeated=1)
+    rows = {row.input: (row.verdict, row.detail) for row in server.ledger.feedback()}
+    assert rows == {
+        ANSWERS.read(by_place).input: ("chosen", {"position": 0}),
+        ANSWERS.read(by_id).input: ("chosen", {"object_id": IDS[1], "position": 1}),
+    }
+    assert (await say(server, by_place, verdict="chosen", position=0)).json()["repeated"]
+
+
+async def test_thumbs_are_verdicts_and_other_actions_are_ignored(server: AuthApp) -> None:
+    up, down = (ANSWERS.issue("vqa", 3, body) for body in (b"1", b"2"))
+    others = [event(action, None) for action in ("impression", "on_search", "page_exit")]
+    events = [event("thumbs_up", up, 4), *others, event("thumbs_down", down, object_id="message 7")]
+    assert await ubi(server, events) == counts(recorded=2, ignored=3)
+    assert {(row.verdict, row.release, *row.detail) for row in server.ledger.feedback()} == {("right", 3), ("wrong", 3)}
+
+
+async def test_a_refused_event_is_named_and_the_others_count(server: AuthApp) -> None:
+    answer, vqa = ANSWERS.issue("search", 3, b"{}", IDS), ANSWERS.issue("vqa", 3, b"")
+    wrong: list[tuple[Any, str]] = [
+        (event("click", None, 1), "missing_value"),
+        (event("click", "00112233-4455-6677-8899-aabbccddeeff", 1), "invalid_answer"),
+        (event("click", answer, 0), "invalid_value"),
+        (event("click", answer, 4), "invalid_value"),
+        (event("click", answer), "missing_value"),
+        (event("click", answer, object_id="ISBN 0-061-96436-0"), "invalid_value"),
+        (event("click", answer, object_id=IDS[2]), "sample_deleted"),
+        (event("click", vqa, 1), "invalid_value"),
+        (event("click", answer, 1, timestamp="yesterday"), "invalid_value"),
+        (event("click", answer, 1, event_attributes=[]), "invalid_value"),
+        ({"action_name": "click"}, "invalid_value"),
+        ("click", "invalid_value"),
+        (event("click", answer, 3), "feedback_exists"),
+    ]
+    said = await ubi(server, [event("click", answer, 2), *(each for each, _ in wrong)])
+    assert (said["recorded"], said["repeated"], said["ignored"]) == (1, 0, 0)
+    assert [(each["index"], each["code"]) for each in said["refused"]] == [
+        (index, code) for index, (_, code) in enumerate(wrong, 1)
+    ]
+    assert all(each["message"] for each in said["refused"])
+    for body, code in (([event("view", None)] * 101, "invalid_value"), ("click", "invalid_value")):
+        refusal(await server.send("POST", "/v1/feedback/ubi", OPERATOR, json=body), 400, code)
+
+
+async def test_events_need_the_scope_and_have_the_limits_of_feedback(
+    server: AuthApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, reader = server.ledger.create_key("events-reader", ["infer", "search"], actor="test")
+    _, shop = server.ledger.create_key("shop", ["feedback"], actor="test")
+    refusal(await server.send("POST", "/v1/feedback/ubi", reader, json=[]), 403, "insufficient_scope")
+    monkeypatch.setattr(feedback_queries, "PER_DAY", 2)
+    said = await ubi(server, [event("like", ANSWERS.issue("vqa", 1, bytes([number]))) for number in range(3)], shop)
+    assert (said["recorded"], [each["code"] for each in said["refused"]]) == (2, ["rate_limited"])
 
 
 async def test_a_caller_without_the_scope_one_that_says_too_much_and_a_ledger_that_is_away(

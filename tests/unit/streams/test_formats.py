@@ -13,10 +13,12 @@ import lance
 import pytest
 
 from core.settings.streams import Ingest, Kafka
+from core.settings.trust import Trust
 from streams.ingest.batch import Batch, CommitResult
 from streams.ingest.duplicates import DuplicateIndex
 from streams.ingest.membership import PartitionReader, start_position
 from streams.ingest.perceptual_hash import SplitRule
+from streams.ingest.sources import Holds
 from streams.ingest.validate import Received, Rules, validate
 from streams.store.rows import FORMAT
 from streams.store.sample_store import SampleStore
@@ -41,7 +43,7 @@ def ingest(store: SampleStore, *records: Received) -> CommitResult:
     claims = writer.claim(start_position(known, TOPIC, "id-1", partition, 0) for partition in (0, 1))
     readings = [PartitionReader(claim, claim.position.next) for claim in claims]
     with closing(DuplicateIndex(":memory:", name, -1, SplitRule(split_key, 0.15))) as index:
-        batch = Batch(Kafka(), writer, index)
+        batch = Batch(Kafka(), writer, index, Holds(Trust(), writer.table))
         for record in records:
             batch.add(readings[record.partition], record.offset + 1, validate(record, Rules(Ingest())), record.size)
         return batch.commit(lambda reading: None)

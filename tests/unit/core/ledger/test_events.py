@@ -37,6 +37,7 @@ def test_the_way_of_an_update_into_service_and_back_is_told_with_the_fields_of_t
     ]  # fmt: skip
     assert found["candidate-u1"] == {
         "update": "u1", "adapter": "clip-a", "family": "clip", "data_from": {"t:0": 0}, "data_to": {"t:0": 10},
+        "trigger": None,
     }  # fmt: skip
     assert found["verdict-u1"] == {
         "update": "u1", "adapter": "clip-a", "outcome": "passed", "reasons": ["all suites pass"],

@@ -150,7 +150,7 @@ def test_every_route_that_posts_refuses(home: Path, screen: TestClient) -> None:
     key = settings(home).operator_key().get_secret_value()
     form = {"reason": "x", "expected_live": "3", "key": key, "text": "x", "action": "x", "left": "1", "right": "2"}
     for route in posts:
-        path = route.path.format(action="rollback", place="samples:0:0")
+        path = route.path.format(action="rollback", place="samples:0:0", feedback_id="0" * 64)
         answer = screen.post(path, data=form, headers={"authorization": f"Bearer {key}"})
         assert (answer.status_code, answer.text) == (403, "this console is public and read-only."), path
     for method in ("PUT", "DELETE", "PATCH"):

@@ -11,10 +11,10 @@ import pytest
 from core.ledger import Ledger
 from core.ledger.feedback import CallerReports
 from core.ledger.rows import FeedbackRow, FeedbackVerdict, utc_now
+from core.ledger.wrong_answers import ALPHA, Reports, highest_rate, p_value, without_loudest
 from core.settings.serving import Rollout
 from serving.releases import auto_rollback
 from serving.releases.auto_rollback import Guard
-from serving.releases.feedback_guard import ALPHA, Reports, highest_rate, p_value, without_loudest
 from tests.unit.serving.releases.plain_replicas import Server
 
 STREAMS, LOOKS = 200, 4000
