@@ -17,7 +17,7 @@ BENCHMARKS = {
     "duty": "benchmarks.duty",
     "encode": "benchmarks.encode.run_encode",
     "families": "benchmarks.families",
-    "feedback": "benchmarks.feedback",
+    "feedback": "benchmarks.feedback.run_feedback",
     "gate": "benchmarks.gate",
     "heads": "benchmarks.heads",
     "hostile": "benchmarks.hostile",
@@ -29,6 +29,7 @@ BENCHMARKS = {
     "step": "benchmarks.step",
     "swap": "benchmarks.swap",
     "traces": "benchmarks.traces",
+    "trust": "benchmarks.trust",
     "variety": "benchmarks.variety.run_variety",
     "vqa": "benchmarks.vqa",
 }

@@ -125,6 +125,7 @@ class Batch:
                     for reading, end in ends.items()
                 ]
                 outcome.version = self.writer.commit(outcome.rows, moves, replaced, newest)
+                self.holds.stored()
                 if not outcome.corrected:  # otherwise it is read again: samples may have passed to other records
                     self.index.stored(outcome.version, max(reading.claim.fragment for reading in ends))
         except StoreUnavailable as error:
@@ -164,8 +165,8 @@ class Batch:
     def _decide(self, outcome: CommitResult) -> dict[RecordPosition, StoreRow]:
         """Choose the rows to store: samples, duplicates for those that repeat the store or this batch, others
         unchanged. Returns the receipts of stored samples that they replace."""
-        self.holds.begin()
         accepted = [result for _, _, result, _ in self._entries if isinstance(result, Accepted)]
+        self.holds.begin(each.row["source"] for each in accepted)
         corrections = Corrections(self.writer.table, self.index, accepted)
         rows = [
             self._decide_one(result, corrections, outcome) if isinstance(result, Accepted) else result

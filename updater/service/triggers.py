@@ -147,7 +147,7 @@ def decide(
     if unreleased is not None:
         return Waiting(unreleased)
     learned = Learned.of(ledger, store, family)
-    rejected, blamed = _blamed(settings, ledger, learned, recipe)
+    failed, blamed = _blamed(settings, ledger, learned, recipe)
     if blamed is not None:
         retry, learned = True, replace(learned, without=learned.without | {blamed})
     version = learned.store_version
@@ -168,7 +168,7 @@ def decide(
             return Waiting(str(fresh))
     if count == 0:
         return Waiting("there are no new samples")
-    trigger = BY_OPERATOR if blamed is None else f"blame: {rejected} was rejected with {blamed}"
+    trigger = BY_OPERATOR if blamed is None else f"blame: {failed} failed with {blamed}"
     if not (now or retry):
         new = NewSamples(store, family, version, seen, count, _last_began(learned.updates))
         check = check_triggers(settings.updater, ledger, new)
@@ -192,15 +192,24 @@ def decide(
 
 
 def _blamed(settings: Settings, ledger: Ledger, learned: Learned, recipe: Recipe) -> tuple[str, str | None]:
-    """The newest update, if it was rejected and is to be repeated, once, without the source that the gate blames."""
+    """The newest update, and the source that it is to be repeated without, once."""
     last = learned.updates[0] if learned.updates else None
     if last is None or not settings.trust.retry_without or BLAMED in last.cost or last.state != "done":
         return "", None
     if last.incumbent != learned.incumbent or last.recipe.get("name") != recipe.name:
         return "", None
     verdict = ledger.verdict_of(last.id)
-    source = (verdict.summary.get("blame") or {}).get("source") if verdict is not None else None
+    source = None if verdict is None else suspected(verdict.summary)
     return last.id, None if source in learned.without else source
+
+
+def suspected(summary: Mapping[str, Any]) -> str | None:
+    """The source that an update failed for: the one that is blamed for a regression, or whose labels the base does not
+    agree with, if that is one alone."""
+    doubted = {row["source"] for row in summary.get("trust", ()) if row["held"]}
+    if summary.get("outcome") == "inconclusive":
+        return doubted.pop() or None if len(doubted) == 1 else None
+    return (summary.get("blame") or {}).get("source")
 
 
 # Why nothing begins

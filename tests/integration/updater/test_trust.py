@@ -48,7 +48,7 @@ def test_a_rejected_update_is_tried_once_more_without_the_source_that_is_blamed(
     assert report_of(service.settings, first)["blame"]["source"] == "evil"
     verdict["outcome"] = "passed"
     again = made_by(service)
-    assert again.cost["trigger"] == f"blame: {first.id} was rejected with evil"
+    assert again.cost["trigger"] == f"blame: {first.id} failed with evil"
     assert again.cost["without"] == ["evil"] and again.cost["pending"] == 16 and again.data_to == first.data_to
     (fresh,) = [each for each in report_of(service.settings, again)["suites"] if each["name"] == "fresh.things"]
     assert fresh["n"] <= 6

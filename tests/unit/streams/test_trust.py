@@ -100,13 +100,16 @@ def test_rules_hold_whole_sources_and_what_exceeds_a_day(tmp_path: Path) -> None
         columns = holds.place({"source": source}, "fresh_eval")
         return columns["split"], columns.get("reason", "")
 
-    for _ in range(2):  # each commit counts what is stored
-        holds.begin()
+    for _ in range(2):  # a commit that is tried again counts once
+        holds.begin(["cam:1", "cam:2", "shop", None])
         assert placed("cam:1") == ("fresh_eval", "")
         assert placed("cam:1") == placed("cam:1") == ("held_fresh_eval", "held_quota")
         assert [placed("cam:2")[1] for _ in range(3)] == ["", "", "held_quota"]
         assert placed("new:vendor") == ("held_fresh_eval", "held_source")
         assert placed("shop") == placed(None) == ("fresh_eval", "")
+    holds.stored()
+    holds.begin(["cam:1", "cam:2", "shop", None])
+    assert placed("cam:1")[1] == placed("cam:2")[1] == "held_quota"
 
 
 def test_a_held_sample_is_stored_with_a_receipt_and_comes_back_as_it_was(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_gate_blame_ranks_the_sources_of_a_rejected_update_and_names_what_became
     tmp_path: Path, ledger: Ledger
 ) -> None:
     suspects = [{"source": NASTY, "samples": 9, "harm": 3.21987}, {"source": "shop", "samples": 40, "harm": -0.2}]
-    for name, cost in (("update-1", {}), ("update-2", {"trigger": "blame: update-1 was rejected with x"})):
+    for name, cost in (("update-1", {}), ("update-2", {"trigger": "blame: update-1 failed with x"})):
         ledger.begin_update(
             name, family="clip", recipe={"name": "default"}, seed=0, store_version=1, data_from={}, data_to={},
             incumbent=None, cost=cost,
