@@ -204,7 +204,7 @@ class Batch:
         if same is None:
             row = {**row, **self.holds.place(row, self.index.add(sample))}
         else:
-            row = {**row, **{name: same[name] for name in ("split", "reason", "detail")}}
+            row = {**row, **{name: same[name] for name in ("split", "reason", "detail", "until")}}
             self.index.move(row["id"], position)
         corrections.add(row)
         outcome.samples[row["split"]] += 1
@@ -231,8 +231,8 @@ def _position(
 
 METADATA: Final = ("source", "domain", "concept", "label", "tags", "extra")
 _COLUMNS: Final = [
-    "kind", "topic", "partition", "offset", "id", "split", "reason", "detail", "key", "text", "question", "sent_at",
-    *METADATA,
+    "kind", "topic", "partition", "offset", "id", "split", "reason", "detail", "until", "key", "text", "question",
+    "sent_at", *METADATA,
 ]  # fmt: skip
 
 

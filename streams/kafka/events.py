@@ -6,10 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import socket
 import threading
-import uuid
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +17,7 @@ from core import metrics
 from core.dependencies import answered, noted
 from core.errors import Fenced, LeaseLost, RatchetError
 from core.ledger import EventRow, Ledger
+from core.ledger.leases import lease_holder
 from core.settings import Settings
 from core.settings.streams import Kafka
 from ratchet_client.encoding import EVENT_TYPE, Encoded
@@ -71,7 +69,7 @@ class EventPublisher:
     def __init__(self, settings: Settings, ledger: Ledger, lease_seconds: float = LEASE_SECONDS) -> None:
         self.kafka = settings.kafka
         self.ledger = ledger
-        self.holder = f"{socket.gethostname()[:100]}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self.holder = lease_holder()
         self.lease_seconds = lease_seconds
         self._epoch: int | None = None
         self._topic_made = False

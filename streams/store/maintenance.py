@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
 import signal
-import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -33,7 +30,7 @@ from core.digests import digest12
 from core.errors import BrokerError, ConfigError, LedgerUnavailable, RatchetError, StoreUnavailable
 from core.ledger import DeletionRow, DeletionState, Ledger
 from core.ledger.collection import COLLECT_LEASE
-from core.ledger.leases import renewing
+from core.ledger.leases import lease_holder, renewing
 from core.progress import progress_log
 from core.settings import Settings
 from streams.kafka.corrections import publish_corrections
@@ -87,7 +84,7 @@ class Maintainer:
         self.ledger = ledger or Ledger.open(settings.ledger)
         self.store = store or SampleStore(settings.lake)
         self.events = EventPublisher(settings, self.ledger)
-        self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._holder = lease_holder()
         self._collect_garbage = collect
         self._done_at: dict[str, float] = {}
         """Time of the last run of each periodic task, by name."""

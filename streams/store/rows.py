@@ -52,6 +52,9 @@ Split = Literal["train", "fresh_eval", "held_train", "held_fresh_eval"]
 side that follows ``held_``."""
 SPLITS: Final[tuple[Split, ...]] = get_args(Split)
 HELD: Final = "held_"
+ACCEPTED: Final = "@accepted"
+"""Among next offsets by partition: the version of the store up to which samples that were held are accepted. So they
+are new to an update that began before, wherever their records are."""
 RecordPosition = tuple[str, int, int]
 _UTC = pa.timestamp("us", tz="UTC")
 _POSITION: Final = re.compile(r"([^:]{1,260}):([0-9]{1,9}):([0-9]{1,18})")
@@ -98,7 +101,7 @@ SCHEMA: Final = pa.schema(
         ("reason", pa.string()),
         ("detail", pa.string()),
         ("duplicate_of", pa.string()),
-        ("until", pa.int64()),  # of a gap: the offset after its last
+        ("until", pa.int64()),  # of a gap: the offset after its last; of an accepted sample: see ACCEPTED
         ("original", pa.large_binary()),
         ("original_key", pa.large_binary()),
         ("original_headers", pa.string()),  # JSON: [[name, base64 or null], ...]
@@ -114,8 +117,9 @@ POSITION_SCHEMA: Final = pa.schema([SCHEMA.field(name) for name in POSITION_COLU
 KEY_BYTES: Final = 256
 
 Tally = Counter[str]
-"""Row counts by kind; samples also by split, and for each of those as in ``train/text`` and ``train/question``;
-``bytes`` of images, ``refused_bytes`` of quarantined records. Kept with the positions, so that no scan is needed."""
+"""Row counts by kind; samples also by split, for each of those as in ``train/text`` and ``train/question``, and those
+``accepted``; ``bytes`` of images, ``refused_bytes`` of quarantined records. Kept with the positions, so that no scan
+is needed."""
 
 
 def tally_of(rows: Iterable[Mapping[str, Any]]) -> Tally:
@@ -127,6 +131,7 @@ def tally_of(rows: Iterable[Mapping[str, Any]]) -> Tally:
             tally[split] += 1
             tally[f"{split}/text"] += bool(row.get("text"))
             tally[f"{split}/question"] += bool(row.get("question"))
+            tally["accepted"] += row.get("until") is not None
             tally["bytes"] += row.get("size") or len(row.get("image") or b"")
         elif row["kind"] == "quarantine":
             tally["refused_bytes"] += row.get("size") or 0  # rows of earlier versions have none

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from core.errors import StoreError
 from streams.store.conditions import IDS_PER_QUERY, at_offset, is_in, moment, quarantine_condition, quoted
 from streams.store.rows import (
+    ACCEPTED,
     ROOT,
     SAMPLE_COLUMNS,
     SCHEMA,
@@ -103,6 +104,12 @@ class SampleStore:
     def offsets(self, version: int | None = None) -> dict[str, int]:
         return {key: position.next for key, position in self.positions(version).items()}
 
+    def reached(self, version: int | None = None) -> dict[str, int]:
+        """:meth:`offsets`, with the version itself as :data:`~streams.store.rows.ACCEPTED` if samples were accepted."""
+        version = self.version() if version is None else version
+        accepted = {ACCEPTED: version} if self.tally(version)["accepted"] else {}
+        return {**self.offsets(version), **accepted}
+
     def tally(self, version: int | None = None) -> Tally:
         """Rows by kind and split, kept with the positions instead of counted. See :data:`streams.store.rows.Tally`."""
         dataset = self.table.open(version)
@@ -140,7 +147,7 @@ class SampleStore:
         having: Having | None = None,
     ) -> pa.Table:
         """Samples in the order of (topic, partition, offset). ``after`` leaves out samples before these next offsets,
-        as :meth:`offsets` returns them; partitions not named are returned whole. ``columns``: of
+        as :meth:`reached` returns them; partitions not named are returned whole. ``columns``: of
         :data:`~streams.store.rows.SAMPLE_COLUMNS`; all by default, images included. ``ids``: only these; unknown ones
         are skipped. ``having``: only samples with a ``text`` (a CLIP learns from these) or a ``question`` (a VLM)."""
         wanted = list(SAMPLE_COLUMNS if columns is None else columns)
@@ -327,7 +334,8 @@ class SampleStore:
             # Ranges, which the index on the offset can prune.
             version = self.version() if version is None else version
             ranges = {**dict.fromkeys(self.positions(version), 0), **after}
-            parts = []
+            accepted = int(ranges.pop(ACCEPTED, 0))
+            parts = [f"until > {accepted}"] if self.tally(version)["accepted"] else []
             for key, offset in sorted(ranges.items()):
                 stream, _, partition = key.rpartition(":")
                 parts.append(f"(topic = {quoted(stream)} AND partition = {int(partition)} AND offset >= {int(offset)})")

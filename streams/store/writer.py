@@ -45,7 +45,7 @@ from streams.store.rows import (
 )
 
 Rows = Sequence[Mapping[str, Any]]
-_REMOVED: Final = ["kind", "split", "text", "question", "size", *CLAIM]
+_REMOVED: Final = ["kind", "split", "text", "question", "size", "until", *CLAIM]
 DELETION: Final = "deletion"
 IMAGES_AT_ONCE: Final = 64
 MOVED: Final = {"ratchet": "moved"}
@@ -166,10 +166,12 @@ class StoreWriter:
         return self._resplit(reasons, "split IN ('train', 'fresh_eval')", held)
 
     def accept(self, ids: Iterable[str]) -> int:
-        """Let held samples be used, each on its side of the split. Returns how many were held."""
+        """Let held samples be used, each on its side of the split, as new ones. Returns how many were held."""
+        version = int(self.table.create().version) + 1
 
         def accepted(row: dict[str, Any], stays: bool) -> dict[str, Any]:
-            return {**row, "split": row["split"].removeprefix(HELD), "reason": None, "detail": None}
+            known = {"reason": None, "detail": None, "until": version}
+            return {**row, **known, "split": row["split"].removeprefix(HELD)}
 
         return self._resplit(ids, "split NOT IN ('train', 'fresh_eval')", accepted)
 

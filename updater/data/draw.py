@@ -17,6 +17,7 @@ import pyarrow as pa
 from core.ledger import UpdateRow
 from core.settings.trust import Trust
 from core.settings.updates import Draw
+from streams.store.rows import ACCEPTED
 from streams.store.sample_store import ADDRESS, Having, SampleStore
 from updater.recipes import Family, Recipe
 
@@ -51,7 +52,7 @@ def draw_rows(
     ``without``: sources to leave out."""
     replays = recipe.mixture.replay > 0
     new, old = _Rows(trust), _Rows()
-    columns = ["id", *PLACE, "ingested_at", "domain", "concept", "source"]
+    columns = ["id", *PLACE, "ingested_at", "domain", "concept", "source", "until"]
     columns += ["label"] if recipe.family == "vlm" else []
     for batch in store.addresses(columns, version, "train", HAVING[recipe.family], without=without):
         if data_to is not None:
@@ -64,7 +65,7 @@ def draw_rows(
 
 
 def _is_new(batch: pa.RecordBatch, data_from: Mapping[str, int]) -> np.ndarray:
-    """Mask of rows at or after the first new offset of their partition, bool [n]."""
+    """Mask of rows at or after the first new offset of their partition, or accepted since, bool [n]."""
     topics = batch["topic"].dictionary_encode()
     codes, partition = (
         each.to_numpy(zero_copy_only=False).astype(np.int64) for each in (topics.indices, batch["partition"])
@@ -74,7 +75,8 @@ def _is_new(batch: pa.RecordBatch, data_from: Mapping[str, int]) -> np.ndarray:
     keys = [f"{names[int(place) // PARTITIONS]}:{int(place) % PARTITIONS}" for place in places]
     first = np.array([data_from.get(key, 0) for key in keys], np.int64)
     later: np.ndarray = batch["offset"].to_numpy(zero_copy_only=False) >= first[which]
-    return later
+    accepted: np.ndarray = batch["until"].fill_null(0).to_numpy(zero_copy_only=False) > data_from.get(ACCEPTED, 0)
+    return later | accepted
 
 
 def left_out(update: UpdateRow) -> frozenset[str]:

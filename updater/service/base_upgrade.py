@@ -103,7 +103,7 @@ def plan_upgrade(settings: Settings, name: str, gflops: float | None = None) -> 
             raise TrainingError(f"{waiting}.", "Then upgrade.")
         learned = Learned.of(ledger, store, "clip")
     version = learned.store_version
-    data_to = learned.data_from or store.offsets(version)
+    data_to = learned.data_from or store.reached(version)
     everything, pending = (
         store.count(version=version, split="train", after=after, having=HAVING["clip"]) for after in ({}, data_to)
     )

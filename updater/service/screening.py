@@ -96,7 +96,8 @@ def _new(store: SampleStore, version: int, offsets: dict[str, int]) -> tuple[lis
     kinds: list[Kind] = []
     addresses: list[int] = []
     for split in ("train", "fresh_eval"):
-        for batch in store.addresses(["id", "source", "domain"], version, split, "text", offsets):
+        for batch in store.addresses(["id", "source", "domain", "until"], version, split, "text", offsets):
+            batch = batch.filter(batch["until"].is_null())  # others have been accepted
             ids += batch["id"].to_pylist()
             rows = zip(batch["source"].to_pylist(), batch["domain"].to_pylist(), strict=True)
             kinds += [(source or "", domain or "") for source, domain in rows]

@@ -188,7 +188,7 @@ def decide(
     lacking = planned_gflops(settings) - ledger.bucket_level(time.time(), rate, capacity)
     if lacking > 0:
         return Waiting(f"the budget lacks {lacking:,.0f} MAF-GFLOPs")
-    return Ready(learned, store.offsets(version), count, trigger, fresh, once=not waits, blamed=blamed)
+    return Ready(learned, store.reached(version), count, trigger, fresh, once=not waits, blamed=blamed)
 
 
 def _blamed(settings: Settings, ledger: Ledger, learned: Learned, recipe: Recipe) -> tuple[str, str | None]:

@@ -52,10 +52,7 @@ def detect(path: Path | str) -> Format:
 
 
 def read_dataset(
-    path: Path | str,
-    format: str | None = None,
-    split: str | None = None,
-    max_image_bytes: int = MAX_BYTES,
+    path: Path | str, format: str | None = None, split: str | None = None, max_image_bytes: int = MAX_BYTES
 ) -> Iterator[DatasetRow]:
     """Yield the rows of a data set in a stable order, bad rows with their errors. ``path``: a file, a folder, or a
     pattern of shards (``shards/{000..010}.tar``). ``format``: a name of :data:`FORMATS`; None: detected. ``split``:

@@ -16,11 +16,13 @@ from ratchet_client.records import make_sample
 from streams.ingest.sources import Holds, source_of
 from streams.ingest.validate import Accepted, Received, Rules, validate
 from streams.records.signatures import HEADER, sign
-from streams.store.rows import Position
+from streams.store.rows import ACCEPTED, Position
 from streams.store.sample_queries import trace
 from streams.store.sample_store import SampleStore
 from streams.store.writer import StoreWriter
 from tests.support.kafka import picture
+from updater.data.draw import draw_rows
+from updater.recipes import load_recipe
 
 KEY = b"k" * 32
 BOUND = Kafka(topics=[{"name": "cameras", "source": "gate-7"}])  # type: ignore[list-item]
@@ -135,6 +137,23 @@ def test_a_held_sample_is_stored_with_a_receipt_and_comes_back_as_it_was(tmp_pat
     writer.hold({rows[1]["id"]: ("held_agreement", "")})
     writer.remove("offset = 1", "deletion", "asked for")
     assert trace(store, ("samples", 0, 1))[0].outcome == "deleted"
+
+
+def test_what_is_accepted_is_new_to_whoever_had_passed_it(tmp_path: Path) -> None:
+    store = stored(tmp_path, *(row(number, split="held_train" if number < 3 else "train") for number in range(6)))
+    reached = store.reached()
+    assert reached == store.offsets() and store.count(split="train", after=reached) == 0
+    StoreWriter(store.table).accept([row(1)["id"]])
+    assert store.count(split="train", after=reached) == 1
+    assert store.scan(split="train", after=reached, columns=["offset"])["offset"].to_pylist() == [1]
+    later = store.reached()
+    assert later == {**store.offsets(), ACCEPTED: store.version()} and store.count(split="train", after=later) == 0
+    StoreWriter(store.table).accept([row(2)["id"]])
+    assert store.scan(split="train", after=later, columns=["offset"])["offset"].to_pylist() == [2]
+    drawn = draw_rows(store, load_recipe("default"), store.version(), later, 0, "uniform")
+    assert (len(drawn.new), len(drawn.replay)) == (1, 4)
+    StoreWriter(store.table).remove("offset < 3", "deletion", "asked for")
+    assert store.tally()["accepted"] == 0 and store.reached() == store.offsets()
 
 
 def test_sources_can_be_left_out_of_what_is_read(tmp_path: Path) -> None:
