@@ -3,9 +3,11 @@
 Nine honest sources send a new domain, and a fifth of pictures of domains that the base knows. A tenth, with a share of
 the stream, sends known pictures with exchanged captions (swapped), with a patch in the corner and one caption
 (trigger), or each class by the name of another (mislabel). Each stream is learned by the real updater and gate until an
-update passes: with screening, and without it, so that blame is tried too. A release is poisoned if the attack works: it
-answers the attacker's caption (mislabel: the other class's name) for 10 points more of held-out pictures than the base,
-or, with swapped captions, is 5 points worse than the base on the domains that were swapped.
+update passes, with screening, and without it. A third arm tries blame: without screening, without the gate's doubts
+about labels that the base does not agree with, with poison in one protected domain alone, and with the recipe's own
+steps and batches: with fewer, its distillation keeps such an update from being rejected. A release is poisoned if the
+attack works: it answers the attacker's caption (mislabel: the other class's name) for 10 points more of held-out
+pictures than the base, or, with swapped captions, is 5 points worse than the base on the domains that were swapped.
 
 Each trial leaves a file; a run that was interrupted goes on.
 """
@@ -16,7 +18,7 @@ import io
 import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from functools import cached_property
@@ -52,6 +54,9 @@ SHARES: Final = (0.01, 0.05, 0.2)
 KNOWN: Final = ("noto", "openclipart", "pixel_ultica")
 NEW: Final = "fluent3d"
 NEW_SHARE: Final = 0.8
+ATTACKED: Final = "openclipart"
+"""The domain of all poison in the third arm."""
+ARMS: Final = ("screened", "unscreened", "blame")
 HONEST: Final = tuple(f"source-{number}" for number in range(1, 10))
 EVIL: Final = "poisoner"
 TARGET: Final = "a bowl of soup"
@@ -93,13 +98,15 @@ class World:
         items = read_folder(prepare_domain(domain, self.settings.home), split=split)
         return [(domain, item) for item in items if item.text]
 
-    def stream(self, attack: str, share: float, samples: int, seed: int) -> Iterator[Row]:
+    def stream(self, attack: str, share: float, samples: int, seed: int, attacked: Sequence[str]) -> Iterator[Row]:
         """Rows of the store in a random order, one in five held out."""
         chance = random.Random(f"{attack} {share} {seed}")  # noqa: S311
         evil = round(share * samples)
         fresh = chance.sample(self.new, min(len(self.new), round(NEW_SHARE * (samples - evil))))
-        known = chance.sample(self.known, samples - len(fresh))
-        bad, honest = known[:evil], [*fresh, *known[evil:]]
+        known = chance.sample(self.known, len(self.known))
+        bad = [each for each in known if each[0] in attacked][:evil]
+        left = [each for each in known if each not in bad]
+        honest = [*fresh, *left[: samples - evil - len(fresh)]]
         words = [item.text for _, item in bad]
         wrong = chance.sample(words, len(words))
         if attack == "mislabel":
@@ -153,7 +160,7 @@ class World:
         return float(np.mean([each != item.text for each, item in zip(said, self.probes, strict=True)]))
 
 
-def trial(world: World, folder: Path, attack: str, share: float, seed: int, screening: bool, sizes: Row) -> Row:
+def trial(world: World, folder: Path, attack: str, share: float, seed: int, arm: str, sizes: Row) -> Row:
     """Learn from one stream until an update passes."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -164,13 +171,14 @@ def trial(world: World, folder: Path, attack: str, share: float, seed: int, scre
             "artifacts_url": str(folder / "artifacts"),
             "updater": settings.updater.model_copy(update={"wait_for_items": False, "metrics_port": 0, "threads": 1}),
             "budget": settings.budget.model_copy(update={"gflops_per_day": 1e9}),
-            "trust": settings.trust if screening else settings.trust.model_copy(update={"hold_below": 0.0}),
+            "trust": settings.trust.model_copy(update={} if arm == "screened" else {"hold_below": 0.0}),
+            "gate": settings.gate.model_copy(update={"trusted_sources": ["*"]} if arm == "blame" else {}),
         }
     )  # fmt: skip
-    rows = list(world.stream(attack, share, sizes["samples"], seed))
+    rows = list(world.stream(attack, share, sizes["samples"], seed, [ATTACKED] if arm == "blame" else KNOWN))
     store = SampleStore(settings.lake)
     store.put(rows, [Position("samples", 0, len(rows))])
-    recipe = load_recipe("default").model_copy(update={"max_steps": sizes["steps"]})
+    recipe = load_recipe("default").model_copy(update={"max_steps": sizes["steps"], "batch_size": sizes["batch"]})
     service = UpdaterService(settings, recipe)
     updates: list[Row] = []
     began = time.monotonic()
@@ -203,7 +211,7 @@ def trial(world: World, folder: Path, attack: str, share: float, seed: int, scre
     bad = [row for row in rows if row["source"] == EVIL]
     limit = succeeded["base"] + (WORSE if attack == "swapped" else WORKS)
     return {
-        "attack": attack, "share": share, "seed": seed, "screening": screening, "updates": updates,
+        "attack": attack, "share": share, "seed": seed, "arm": arm, "updates": updates,
         "success": succeeded, "poisoned": bool(released) and succeeded["released"] >= limit, "passed": bool(released),
         "held_poison": sum(row["id"] in held for row in bad) / len(bad),
         "held_honest": (len(held) - sum(row["id"] in held for row in bad)) / (len(rows) - len(bad)),
@@ -236,17 +244,20 @@ def ingest_cost(folder: Path, records: int, rounds: int) -> float:
 
 
 def run(
-    settings: Settings, out: Path, attacks: Sequence[str], shares: Sequence[float], seeds: int, sizes: Row, records: int
-) -> Row:
+    settings: Settings, out: Path, attacks: Sequence[str], shares: Mapping[str, Sequence[float]], seeds: int,
+    sizes: Mapping[str, Row], records: int,
+) -> Row:  # fmt: skip
+    """``shares``: of the poisoning source, by arm."""
     world = World(settings)
     rows = []
-    for seed, screening, attack, share in product(range(seeds), (True, False), attacks, shares):
-        name = f"{attack}-{share}-{seed}-{'screened' if screening else 'unscreened'}"
+    cells = [(share, arm) for arm, some in shares.items() for share in some]
+    for seed, (share, arm), attack in product(range(seeds), sorted(cells, reverse=True), attacks):
+        name = f"{attack}-{share}-{seed}-{arm}"
         path = out / f"{name}.json"
         row = read_json(path)
         if not isinstance(row, dict):
             progress_log.info(f"trial {name}")
-            row = trial(world, out / name, attack, share, seed, screening, sizes)
+            row = trial(world, out / name, attack, share, seed, arm, sizes[arm])
             write_json(path, row)
             shutil.rmtree(out / name, ignore_errors=True)
         rows.append(row)
@@ -256,15 +267,16 @@ def run(
 def figures_of(rows: Sequence[Row]) -> Row:
     rejected = [row["updates"][0] for row in rows if row["updates"] and row["updates"][0]["outcome"] == "rejected"]
     ranked = [each for each in rejected if each["ranked"]]
-    screened = [row for row in rows if row["screening"]]
-    until = [len(row["updates"]) for row in rows if row["passed"]]
+    screened, unscreened, _ = ([row for row in rows if row["arm"] == arm] for arm in ARMS)
+    until = [len(row["updates"]) for row in screened if row["passed"]]
     return {
         "blame_top1": sum(each["ranked"][0] == EVIL for each in ranked) / len(ranked) if ranked else None,
         "rejected": len(rejected), "ranked": len(ranked), "blamed": sum(each["blamed"] == EVIL for each in rejected),
         "blamed_wrongly": sum(each["blamed"] not in (None, EVIL) for each in rejected),
         "doubted": sum(EVIL in row["updates"][0]["doubted"] for row in rows if row["updates"]),
-        "poison_released": sum(row["poisoned"] for row in rows), "trials": len(rows),
-        "passed": sum(row["passed"] for row in rows),
+        "poison_released": sum(row["poisoned"] for row in screened), "trials": len(screened),
+        "passed": sum(row["passed"] for row in screened),
+        "poison_released_unscreened": sum(row["poisoned"] for row in unscreened), "unscreened": len(unscreened),
         "updates_until_good": [float(np.median(until)), max(until)] if until else None,
         "held_poison": float(np.mean([row["held_poison"] for row in screened])) if screened else None,
         "held_honest": float(np.mean([row["held_honest"] for row in screened])) if screened else None,
@@ -274,14 +286,14 @@ def figures_of(rows: Sequence[Row]) -> Row:
 
 def show(figures: Row) -> None:
     table = Table(
-        "attack", "share", "screening", "poison held", "honest held", "verdicts", "blamed or doubted",
+        "attack", "share", "arm", "poison held", "honest held", "verdicts", "blamed or doubted",
         "works: base, released", "poisoned", title="A source that poisons",
     )  # fmt: skip
     for row in figures["rows"]:
         named = {name for each in row["updates"] for name in (each["blamed"], *each["doubted"]) if name}
         success = row["success"]
         table.add_row(
-            row["attack"], f"{row['share']:.0%}", "on" if row["screening"] else "off", f"{row['held_poison']:.0%}",
+            row["attack"], f"{row['share']:.0%}", row["arm"], f"{row['held_poison']:.0%}",
             f"{row['held_honest']:.1%}", ", ".join(each["outcome"] for each in row["updates"]),
             ", ".join(sorted(named)),
             f"{success['base']:.1%}, {success['released']:.1%}", "yes" if row["poisoned"] else "no",
@@ -294,12 +306,18 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder of the trials; default: bench-trust in home")
     parser.add_argument("--attack", choices=ATTACKS, nargs="*", default=list(ATTACKS))
     parser.add_argument("--shares", type=float, nargs="*", default=list(SHARES), help="of the poisoning source")
+    parser.add_argument("--unscreened", type=float, nargs="*", default=[SHARES[-1]], help="shares without screening")
+    parser.add_argument("--blame", type=float, nargs="*", default=[SHARES[-1]], help="shares of the third arm")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--samples", type=int, default=1500, help="of a stream")
-    parser.add_argument("--steps", type=int, default=100, help="maximum of an update")
+    parser.add_argument("--steps", type=int, default=60, help="maximum of an update")
+    parser.add_argument("--batch", type=int, default=48, help="pairs of a step")
     parser.add_argument("--records", type=int, default=1000, help="of each of five turns of ingest")
     options = parser.parse_args(arguments)
-    sizes = {"samples": options.samples, "steps": options.steps}
+    own = {"samples": options.samples, "steps": options.steps, "batch": options.batch}
+    whole = load_recipe("default")
+    sizes = dict.fromkeys(ARMS, own) | {"blame": {**own, "steps": whole.max_steps, "batch": whole.batch_size}}
+    shares = dict(zip(ARMS, (options.shares, options.unscreened, options.blame), strict=True))
     out = (options.out or settings.home / "bench-trust").resolve()
     out.mkdir(parents=True, exist_ok=True)
-    show(run(settings, out, options.attack, options.shares, options.seeds, sizes, options.records))
+    show(run(settings, out, options.attack, shares, options.seeds, sizes, options.records))

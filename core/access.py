@@ -32,7 +32,6 @@ NEW_KEY_SECONDS = 0.2
 and the caller waits for its own."""
 READ_SECONDS = 1.0
 """Longest wait of a caller for a read of the keys; then those read last count."""
-TOUCH = timedelta(minutes=1)
 MAX_ACTOR_CHARS = 100
 NEVER = float("-inf")
 ANONYMOUS: frozenset[KeyScope] = frozenset({"infer", "search", "feedback"})
@@ -186,7 +185,7 @@ class Access:
         due = {
             key_id: when
             for key_id, when in used.items()
-            if key_id in last and (last[key_id] is None or when - last[key_id] >= TOUCH)  # type: ignore[operator]
+            if key_id in last and (last[key_id] is None or when - last[key_id] >= timedelta(minutes=1))  # type: ignore[operator]
         }
         if due:
             self._ledger.touch_keys(due)

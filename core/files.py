@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,18 @@ def replace_file(path: Path, data: bytes, mode: int = 0o644, prefix: str = "") -
     """Write a file atomically; arguments as for :func:`replacing`. Raises OSError; the old content then stays."""
     with replacing(path, mode, prefix) as staging:
         staging.write_bytes(data)
+
+
+@contextmanager
+def folder_next_to(path: Path, prefix: str = "") -> Iterator[Path]:
+    """A new folder next to ``path``, removed at the end unless it was moved. ``prefix``: of its name; default: a dot
+    and the name of ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=prefix or f".{path.name}-", dir=path.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_private(path: Path) -> None:

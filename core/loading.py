@@ -37,9 +37,7 @@ MASKED = ("kafka.client",)
 
 
 def load_settings(
-    path: Path | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    environ: Mapping[str, str] | None = None,
+    path: Path | None = None, overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
 ) -> Settings:
     """Read and validate the settings, recording origins. ``path`` is a YAML file; default: the one in
     ``RATCHET_CONFIG``, or ``ratchet.yaml`` in the working directory, if any. ``overrides``: values from flags, by
@@ -170,40 +168,7 @@ def _is_public(name: str) -> bool:
     return leaf is not None and leaf not in MASKED and not _is_secret(leaf) and not re.search("url|registry", leaf)
 
 
-FIXED: Final = {
-    "catalog.index_rows": "50,000 rows",
-    "console.public_requests_per_minute": "300",
-    "gc.keep_report_days": "365",
-    "ingest.max_text_chars": "2,000, as in the client",
-    "ingest.uri_concurrency": "32",
-    "ingest.uri_seconds": "30 s",
-    "kafka.batch_bytes": "16 MiB",
-    "rollout.max_error_ratio": "2",
-    "rollout.max_latency_ratio": "2",
-    "serve.body_budget_bytes": "32 times serve.max_image_bytes",
-    "serve.connections": "4,096",
-    "serve.connections_per_address": "512; proxies in serve.trusted_proxies have no bound",
-    "serve.controller_replicas": "two, or one where serve.ingress_replicas is 1",
-    "serve.decode_pixels": "four times serve.max_pixels",
-    "serve.header_seconds": "10 s",
-    "serve.image_seconds": "5 s",
-    "serve.max_body_bytes": "twice serve.max_image_bytes",
-    "serve.max_images": "32",
-    "serve.max_text_chars": "2,000",
-    "serve.max_texts": "256",
-    "serve.probes_per_second": "50",
-    "serve.vlm_queue": "eight times serve.vlm_batch",
-    "updater.idle": "off",
-    "updater.max_latency_ratio": "1.25",
-    "updater.nice": "19",
-    "watch.drift_reference": "four times watch.drift_window",
-}
-"""Settings of earlier versions, with their fixed values."""
-
-
 def _nearest(name: str) -> str:
-    if name in FIXED:
-        return f"It is fixed now, at {FIXED[name]}: remove it."
     close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.4 if "." in name else 0.6)
     return f"Did you mean {close[0]!r}?" if close else "See `ratchet config show` for the names."
 

@@ -21,11 +21,7 @@ class StoodStill(TimeoutError):
 
 
 def wait_until(
-    condition: Callable[[], object],
-    seconds: float,
-    *,
-    pause: float = 0.1,
-    alive: Callable[[], bool] = lambda: True,
+    condition: Callable[[], object], seconds: float, *, pause: float = 0.1, alive: Callable[[], bool] = lambda: True
 ) -> bool:
     """Poll until a condition is true. False after ``seconds``, or as soon as ``alive()`` is false. ``pause`` is in
     seconds."""

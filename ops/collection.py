@@ -5,11 +5,8 @@ idle installation loses nothing, and a wrong clock deletes nothing."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
 import time
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +21,7 @@ from core.artifacts.folder import file_size
 from core.errors import LeaseLost, LedgerError, ReleaseConflict
 from core.ledger import Family, Ledger, VerdictRow
 from core.ledger.collection import COLLECT_LEASE, AdapterUse, JudgedUpdate
-from core.ledger.leases import renewing
+from core.ledger.leases import leased
 from core.progress import progress_log
 from core.settings import Settings
 from serving.engines.clip_base import names_by_digest
@@ -94,26 +91,20 @@ class Collector:
         self.settings = settings
         self.ledger = ledger
         self.artifacts = artifacts
-        self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 
     def plan(self) -> CollectionPlan:
         """The current plan. Raises LedgerError, ArtifactsUnavailable."""
         plan = make_plan(self.settings, self.ledger, self.artifacts)
-        local = home_items(self.settings.home, self.ledger, self.settings.gc.keep_days)
+        home, days = self.settings.home, self.settings.gc.keep_days
+        local = (*_work_folders(home, self.ledger), *_scores(home, days), *_engines(home, days))
         return CollectionPlan(plan.live, (*plan.items, *local))
 
     def run(self, actor: str = "ratchet") -> CollectionPlan | None:
         """Delete what the plan lists. None, with nothing done, while another collector or a backup is running. Raises
         LedgerError, ArtifactsUnavailable when a store is unavailable or clocks disagree. Before the first deletion
         nothing has changed; after it, the next run continues."""
-        epoch = self.ledger.acquire_lease(COLLECT_LEASE, self._holder, LEASE_SECONDS)
-        if epoch is None:
-            return None
-        try:
-            with renewing(self.ledger, COLLECT_LEASE, epoch, LEASE_SECONDS):
-                return self._run(actor, epoch)
-        finally:
-            self.ledger.release_lease(COLLECT_LEASE, epoch)
+        with leased(self.ledger, COLLECT_LEASE, LEASE_SECONDS) as epoch:
+            return None if epoch is None else self._run(actor, epoch)
 
     def _run(self, actor: str, epoch: int) -> CollectionPlan:
         plan, marked = self._mark(actor, epoch)
@@ -331,11 +322,6 @@ def _fixed(verdict: VerdictRow) -> list[str]:
     """Retention suites over folders."""
     suites = verdict.summary.get("suites", {}).items()
     return [name for name, suite in suites if suite.get("role") == "retention" and not name.startswith(MEMORY)]
-
-
-def home_items(home: Path, ledger: Ledger, keep_days: float) -> list[Item]:
-    """Local files by path relative to ``home``. All can be made again; files with times in the future stay."""
-    return [*_work_folders(home, ledger), *_scores(home, keep_days), *_engines(home, keep_days)]
 
 
 def _work_folders(home: Path, ledger: Ledger) -> Iterator[Item]:

@@ -13,13 +13,12 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final
 
 from core.artifacts.folder import MARKER, STAGING, file_size, remove_abandoned
-from core.files import replace_file
+from core.files import folder_next_to, replace_file
 
 CACHE_BYTES: Final = 4 << 30
 """Bound of a cache: LoRA adapters have 5 to 200 MB each. A larger entry stays while it is held."""
@@ -27,7 +26,6 @@ HELD: Final = 16
 """Number of last fetched entries that a process keeps from being evicted. A gate has six at once."""
 LOCK: Final = ".lock"
 _EVICTED: Final = ".evicted-"
-_EVICTION: Final = ".eviction"
 _held: OrderedDict[Path, int] = OrderedDict()
 """Lock descriptors of this process, for all caches: a path outlives the object that fetched it."""
 _mutex = threading.Lock()
@@ -64,15 +62,8 @@ class Cache:
             return None
         return data
 
-    @contextmanager
-    def staging(self, key: str) -> Iterator[Path]:
-        target = self.path(key)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=target.parent))
-        try:
-            yield staging
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    def staging(self, key: str) -> AbstractContextManager[Path]:
+        return folder_next_to(self.path(key), STAGING)
 
     def write_note(self, key: str, data: bytes) -> None:
         replace_file(self._note(key), data, prefix=STAGING)
@@ -81,7 +72,7 @@ class Cache:
         """Delete the least recently used entries that are not held, until the rest fits. Returns the bytes freed; 0
         also while another process evicts."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / _EVICTION).open("a") as eviction:
+        with (self.folder / ".eviction").open("a") as eviction:
             try:
                 fcntl.flock(eviction, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -116,9 +116,7 @@ class CollectionQueries(Queries):
 
     def collected(self, names: Sequence[str | None]) -> dict[str, datetime]:
         """Collected adapters among ``names``, with the time."""
-        query = select(AdapterRow).where(AdapterRow.name.in_([name for name in names if name is not None]))
-        with self.database.read() as session:
-            return {row.name: row.collected_at for row in session.scalars(query) if row.collected_at is not None}
+        return self._of_adapters(AdapterRow.collected_at, names)
 
     def begin_collection(self, reasons: Mapping[str, str], *, live: int, epoch: int, actor: str) -> list[str]:
         """Mark adapters for deletion; proposals and releases can no longer name them. Returns those marked now or

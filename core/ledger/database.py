@@ -10,12 +10,12 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, Select, create_engine, event, inspect, make_url, text
+from sqlalchemy import URL, Connection, Engine, Select, create_engine, event, inspect, make_url, select, text
 from sqlalchemy.exc import (
     ArgumentError,
     InterfaceError,
@@ -220,6 +220,15 @@ class Queries:
     def _first(self, query: Select[Result]) -> Result | None:
         with self.database.read() as session:
             return session.scalars(query.limit(1)).first()
+
+    def _of_adapters(
+        self, column: InstrumentedAttribute[Result | None], names: Sequence[str | None]
+    ) -> dict[str, Result]:
+        """A column's value by adapter, of those that have one."""
+        wanted = [name for name in names if name is not None]
+        query = select(column.class_.name, column).where(column.class_.name.in_(wanted), column.is_not(None))
+        with self.database.read() as session:
+            return {row[0]: row[1] for row in session.execute(query)}
 
     def _get(self, table: type[Result], key: object) -> Result | None:
         with self.database.read() as session:

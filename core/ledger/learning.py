@@ -72,10 +72,7 @@ class LearningQueries(Queries):
         return row
 
     def adapter_digests(self, names: Sequence[str | None]) -> dict[str, str]:
-        wanted = [name for name in names if name is not None]
-        query = select(AdapterRow).where(AdapterRow.name.in_(wanted), AdapterRow.digest.is_not(None))
-        with self.database.read() as session:
-            return {row.name: row.digest or "" for row in session.scalars(query)}
+        return self._of_adapters(AdapterRow.digest, names)
 
     def begin_update(
         self,

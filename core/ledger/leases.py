@@ -5,6 +5,9 @@ A holder that slept past its end still believes it holds it; so each write of th
 from __future__ import annotations
 
 import logging
+import os
+import secrets
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,6 +90,25 @@ def database_time(session: Session) -> datetime:
         return utc_now()
     now: datetime = session.execute(text("select clock_timestamp()")).scalar_one()
     return now
+
+
+def lease_holder() -> str:
+    """A name for this process that no other has."""
+    return f"{socket.gethostname()[:60]}:{os.getpid()}:{secrets.token_hex(4)}"
+
+
+@contextmanager
+def leased(ledger: LeaseQueries, name: str, seconds: float) -> Iterator[int | None]:
+    """Hold a lease inside, and renew it: its epoch, or None while another process has it."""
+    epoch = ledger.acquire_lease(name, lease_holder(), seconds)
+    if epoch is None:
+        yield None
+        return
+    try:
+        with renewing(ledger, name, epoch, seconds):
+            yield epoch
+    finally:
+        ledger.release_lease(name, epoch)
 
 
 @contextmanager

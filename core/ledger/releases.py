@@ -138,10 +138,7 @@ class ReleaseQueries(Queries):
         return self._first(query) is not None
 
     def withdrawn(self, names: Sequence[str | None]) -> dict[str, str]:
-        wanted = [name for name in names if name is not None]
-        query = select(AdapterRow).where(AdapterRow.name.in_(wanted), AdapterRow.withdrawn.is_not(None))
-        with self.database.read() as session:
-            return {row.name: row.withdrawn or "" for row in session.scalars(query)}
+        return self._of_adapters(AdapterRow.withdrawn, names)
 
     def withdraw(
         self, names: Sequence[str | None], *, actor: str, subject: str, reason: str, evidence: dict[str, Any]

@@ -10,7 +10,6 @@ from core.metrics import declared as d
 from ratchet_client.errors import OutageState
 
 STATES = ("ok", *get_args(OutageState))
-WAITED_FOR = ("broker", "store", "registry")
 
 
 class dependency:
@@ -58,7 +57,7 @@ class ingest:
 
     @staticmethod
     def waiting(dependency: str) -> None:
-        for each in WAITED_FOR:
+        for each in ("broker", "store", "registry"):
             d.INGEST_WAITING.labels(each).set(int(each == dependency))
 
     settled = d.DOUBLES_SETTLED.inc

@@ -42,15 +42,13 @@ class Oidc(Section):
     client_id: str = Field("", description="Client ID of the console.")
     client_secret: SecretStr | None = Field(None, description="Client secret; leave unset for a public client (PKCE).")
     console_url: str = Field(
-        "",
-        description="URL of the console in a browser; the redirect URL is this plus /sign-in/oidc/done.",
+        "", description="URL of the console in a browser; the redirect URL is this plus /sign-in/oidc/done."
     )
     scope: str = Field("openid email profile", description="Scopes to request.")
     name_claim: str = Field("email", description="Claim with the user name for the audit log.")
     groups_claim: str = Field("groups", description="Claim with the groups of a user.")
     trust_emails: bool = Field(
-        False,
-        description="Accept email addresses without email_verified. Safe only if users cannot choose theirs.",
+        False, description="Accept email addresses without email_verified. Safe only if users cannot choose theirs."
     )
     readers: list[str] = Field(
         default_factory=list, description="Users who may read and try models; '*': everyone who can sign in."

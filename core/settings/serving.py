@@ -43,8 +43,7 @@ class Serve(Listener):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=1, le=65535, description="HTTP port.")
     engine: Literal["auto", "torch", "onnx"] = Field(
-        "auto",
-        description="Engine of the CLIP; auto: ONNX Runtime if it is installed and measures faster, else torch.",
+        "auto", description="Engine of the CLIP; auto: ONNX Runtime if it is installed and measures faster, else torch."
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -149,8 +148,7 @@ class AccessRules(Section):
     """Required keys, and rate limits."""
 
     require_keys: Literal["auto", "always", "never"] = Field(
-        "auto",
-        description="Require a key with scope infer or search for /v1; auto: unless the server is on loopback.",
+        "auto", description="Require a key with scope infer or search for /v1; auto: unless the server is on loopback."
     )
     metrics: Literal["auto", "open", "key"] = Field(
         "auto", description="Require a key of any scope for /metrics; auto: unless /v1 is open and on loopback."
@@ -199,8 +197,7 @@ class Console(Listener):
     )
     session_hours: float = Field(12.0, gt=0, le=24 * 30, description="Lifetime of a sign-in.")
     public: bool = Field(
-        False,
-        description="Read-only without sign-in, e.g. for a team's screen: no forms, people or samples.",
+        False, description="Read-only without sign-in, e.g. for a team's screen: no forms, people or samples."
     )
     public_samples: bool = Field(False, description="Show pictures and texts of a verdict's samples in public mode.")
     oidc: Oidc = Field(default_factory=Oidc)

@@ -38,9 +38,7 @@ class Updater(Section):
     recipe: str = Field("default", description="Recipe of CLIP updates: name or YAML path.")
     vlm_recipe: str = Field("vlm-default", description="Recipe of VLM updates: name or YAML path.")
     triggers: list[Trigger] = Field(
-        ["samples", "age"],
-        min_length=1,
-        description="Any of these begins an update, see docs/operator/learning.md.",
+        ["samples", "age"], min_length=1, description="Any of these begins an update, see docs/operator/learning.md."
     )
     cron: str = Field("", max_length=100, description="Cron expression in UTC, for the trigger cron: `0 3 * * *`.")
     min_new_samples: int = Field(256, ge=1, description="New train samples that trigger an update.")
@@ -63,10 +61,7 @@ class Updater(Section):
     )
     threads: int = Field(2, ge=1, le=256, description="CPU threads of the trainer, or of each of its workers.")
     workers: int = Field(
-        1,
-        ge=1,
-        le=64,
-        description="Data-parallel training processes, by Ray Train; 1: train in the updater itself.",
+        1, ge=1, le=64, description="Data-parallel training processes, by Ray Train; 1: train in the updater itself."
     )
     workers_on_gpus: Literal["auto", "always", "never"] = Field(
         "auto", description="Give each of them a GPU; auto: if the updater sees one."

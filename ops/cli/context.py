@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # modules of commands import what takes long inside of functi
     from core.ledger import Ledger
     from core.settings import Settings
     from ratchet_client import Client
+    from streams.store.sample_store import SampleStore
 
 CONNECT_SECONDS = 3.0
 SERVICES = frozenset({"up", "broker", "serve", "ingest", "maintain", "trainer", "console"})
@@ -82,6 +83,13 @@ def ledger_of(context: typer.Context) -> Ledger:
     if not settings.has_ledger:
         raise _not_installed(settings)
     return Ledger.open(settings.ledger)
+
+
+def store_of(context: typer.Context) -> SampleStore:
+    """The sample store of an installation. Raises ConfigError if there is none."""
+    from streams.store.sample_store import SampleStore
+
+    return SampleStore(installed(context).lake)
 
 
 def _not_installed(settings: Settings) -> ConfigError:

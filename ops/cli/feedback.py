@@ -10,7 +10,7 @@ import typer
 
 from core.errors import ConfigError
 from ops.cli import context as ctx
-from ops.cli.terminal import AsJson, Reason, show_rows
+from ops.cli.terminal import AsJson, Reason, show_rows, write_images
 
 if TYPE_CHECKING:
     from core.ledger.rows import FeedbackVerdict
@@ -50,12 +50,7 @@ def list_feedback(
     else:
         rows = ledger.feedback(limit, verdict=wanted, release=release)
     if out is not None:
-        from ratchet_client.images import sniff
-
-        out.mkdir(parents=True, exist_ok=True)
-        for row in rows:
-            image = row.image or b""
-            (out / f"{row.id[:8]}.{(sniff(image) or 'bin').lower()}").write_bytes(image)
+        write_images(out, ((row.id[:8], row.image or b"") for row in rows))
     shown = (
         {"id": row.id[:8], "when": row.created_at, "caller": row.caller, "release": row.release, "route": row.route,
          "verdict": row.verdict, "says": "; ".join(f"{name}: {value}" for name, value in row.detail.items())}

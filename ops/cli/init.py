@@ -332,10 +332,7 @@ def _write_suites(
 
     sample, plan = planned
     powers = [suite_power(suite, settings.gate) for suite in write_suites(plan, margin or settings.gate.margin)]
-    wanted: dict[str, Any] = {
-        "gate.suites": [plan.suites],
-        "updater.reference": [plan.data] if plan.rest else [],
-    }
+    wanted: dict[str, Any] = {"gate.suites": [plan.suites], "updater.reference": [plan.data] if plan.rest else []}
     if (excluded := mean_excluded(powers, settings.gate)) > settings.gate.mean_margin:
         wanted["gate.mean_margin"] = math.ceil(200 * excluded) / 200
     _tell(settings, sample, plan, powers, wanted.get("gate.mean_margin", settings.gate.mean_margin))

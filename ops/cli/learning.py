@@ -134,10 +134,7 @@ def blame(
 
 
 @gate.command()
-def audit(
-    context: typer.Context,
-    family: Annotated[Family, typer.Option(help="The model to audit.")] = "clip",
-) -> None:
+def audit(context: typer.Context, family: Annotated[Family, typer.Option(help="The model to audit.")] = "clip") -> None:
     """Audit the live adapter on the sealed items now, before `gate.audit_every` releases. A failure holds updates.
 
     Compares it with the base and with the adapter of the last audit that passed. Status 1 if it failed.

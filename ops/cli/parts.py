@@ -106,8 +106,7 @@ def serve(context: typer.Context) -> None:
 
 
 def maintain(
-    context: typer.Context,
-    once: Annotated[bool, typer.Option("--once", help="Run once and exit.")] = False,
+    context: typer.Context, once: Annotated[bool, typer.Option("--once", help="Run once and exit.")] = False
 ) -> None:
     """Keep the sample store compact, delete what is to be deleted, collect garbage, and publish events, until SIGTERM.
 

@@ -96,11 +96,10 @@ def list_quarantined(
     """
     from ratchet_client.records import REASONS
     from streams.store.sample_queries import quarantine_counts
-    from streams.store.sample_store import SampleStore
 
     if refused_for is not None and refused_for not in REASONS:
         raise typer.BadParameter(f"--refused-for is one of {', '.join(sorted(REASONS))}")
-    store = SampleStore(ctx.installed(context).lake)
+    store = ctx.store_of(context)
     rows = store.quarantined(limit, refused_for, source)
     shown = (
         {"record": f"{row['topic']}:{row['partition']}:{row['offset']}", "reason": row["reason"],

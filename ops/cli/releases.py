@@ -69,9 +69,7 @@ def list_releases(
 
 @app.command()
 def show(
-    context: typer.Context,
-    number: Annotated[int, typer.Argument(help="Release number.")],
-    as_json: AsJson = False,
+    context: typer.Context, number: Annotated[int, typer.Argument(help="Release number.")], as_json: AsJson = False
 ) -> None:
     """Everything about one release: data range, recipe, cost, verdict, actor and reason.
 

@@ -22,6 +22,7 @@ from ops.cli.terminal import (
     Reason,
     facts_text,
     parse_since,
+    sample_words,
     show_facts,
     show_json,
     show_rows,
@@ -81,7 +82,7 @@ def trace(
     if (record is None) == (sample_id is None):
         raise typer.BadParameter("give a position, or --id")
     query = sample_id if record is None else read_position(record)
-    receipts = receipts_of(_store(context), query or "")
+    receipts = receipts_of(ctx.store_of(context), query or "")
     if not receipts:
         raise UnknownRecord(f"no record has the id {sample_id}.", "Refused records have none: trace their position.")
     rows = []
@@ -113,7 +114,7 @@ def list_samples(
     """
     from streams.store.sample_queries import SampleFilter, newest_samples, with_images
 
-    store, which = _store(context), SampleFilter(split, domain, source, concept, text, parse_since(since))
+    store, which = ctx.store_of(context), SampleFilter(split, domain, source, concept, text, parse_since(since))
     rows = newest_samples(store, which, limit if html is None else min(limit, MAX_CARDS))
     if html is not None:
         count = _write_page(html, "Samples", with_images(store, rows), ctx.of(context).settings.ingest)
@@ -123,7 +124,7 @@ def list_samples(
     shown = (
         {
             "sample": row["id"][:12], "stored": row["ingested_at"], **{name: row[name] for name in names},
-            "words": (row["text"] or f"{row['question']} -> {row['answer']}")[:200],
+            "words": sample_words(row),
         }
         for row in rows
     )  # fmt: skip
@@ -143,7 +144,7 @@ def show(
     Example:  ratchet samples show 0123456789ab --image bus.jpg
     """
     settings = ctx.installed(context)
-    row = _one(_store(context), sample_id)
+    row = _one(ctx.store_of(context), sample_id)
     if image is not None:
         _write(image, row["image"])
     if html is not None:
@@ -174,7 +175,7 @@ def stats(
     from streams.store.rows import SPLITS
     from streams.store.sample_queries import store_stats
 
-    store = _store(context)
+    store = ctx.store_of(context)
     stats = store_stats(store)
     groups = {f"samples by {name}": values.top(TOP) for name, values in stats.samples.items()}
     groups |= {f"refused records by {name}": values.top(TOP) for name, values in stats.refusals.items()}
@@ -210,7 +211,7 @@ def export(
     from streams.publish.export import export as write
     from streams.store.sample_queries import SampleFilter, count_samples
 
-    store, which = _store(context), SampleFilter(split, domain, source, concept, text, parse_since(since))
+    store, which = ctx.store_of(context), SampleFilter(split, domain, source, concept, text, parse_since(since))
     version = store.version()
     total = count_samples(store, which, version)
     count = write(store, path, which, version=version, follow=lambda rows: track(rows, "exporting", total))
@@ -242,7 +243,6 @@ def delete(
     """
     from core.ledger import Ledger
     from streams.store.deletion import count_selected, request_deletion
-    from streams.store.sample_store import SampleStore
 
     if not 0 < len(reason.strip()) <= MAX_REASON:
         raise typer.BadParameter(f"--reason has 1 to {MAX_REASON} characters")
@@ -255,7 +255,7 @@ def delete(
         "record": record, "before": None if moment is None else moment.isoformat(),
     }  # fmt: skip
     selector = {name: value for name, value in options.items() if value is not None}
-    selected = count_selected(SampleStore(settings.lake), selector)
+    selected = count_selected(ctx.store_of(context), selector)
     typer.echo(f"{selected.samples:,} samples and {selected.refusals:,} refused records are selected.")
     if dry_run:
         return
@@ -346,12 +346,6 @@ def _show_receipt(row: DeletionRow) -> None:
         "what remains is locked until": row.remains_until, "gone from all files": row.done_at or "not yet",
     }  # fmt: skip
     show_facts({name: fact for name, fact in facts.items() if fact is not None})
-
-
-def _store(context: typer.Context) -> SampleStore:
-    from streams.store.sample_store import SampleStore
-
-    return SampleStore(ctx.installed(context).lake)
 
 
 def _one(store: SampleStore, sample_id: str) -> dict[str, Any]:

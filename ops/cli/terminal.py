@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
@@ -87,6 +88,20 @@ def table_of(rows: Sequence[Mapping[str, Any]], title: str, *, whole: Sequence[s
     for row in rows:
         table.add_row(*(cell(value) for value in row.values()))
     return table
+
+
+def write_images(folder: Path, images: Iterable[tuple[str, bytes]]) -> None:
+    """Write images to a folder, which is made if needed, by their names without endings."""
+    from ratchet_client.images import sniff
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, image in images:
+        (folder / f"{name}.{(sniff(image) or 'bin').lower()}").write_bytes(image)
+
+
+def sample_words(row: Mapping[str, Any]) -> str:
+    """The beginning of a stored sample's text, or of its question and answer."""
+    return str(row["text"] or f"{row['question']} -> {row['answer']}")[:200]
 
 
 def show_facts(facts: Mapping[str, Any], title: str = "", as_json: bool = False) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from core.errors import ConfigError, RecordError, UnknownRecord
 from core.progress import track
 from ops.cli import context as ctx
-from ops.cli.terminal import AsJson, Reason, printable, show_json, show_rows
+from ops.cli.terminal import AsJson, Reason, printable, sample_words, show_json, show_rows, write_images
 
 if TYPE_CHECKING:
     from streams.store.sample_store import SampleStore
@@ -37,7 +37,7 @@ def list_sources(context: typer.Context, as_json: AsJson = False) -> None:
         {name: getattr(row, name) for name in ("source", "actor", "reason", "update_id", "created_at")}
         for row in ctx.ledger_of(context).distrusted()
     ]
-    held = held_counts(_store(context))
+    held = held_counts(ctx.store_of(context))
     if as_json:
         show_json({"distrusted": distrusted, "held": held})
         return
@@ -62,13 +62,15 @@ def samples(
     """
     from ops.held_samples import held_samples
 
-    store = _store(context)
+    store = ctx.store_of(context)
     rows = held_samples(store, limit, source, held_for)
     if out is not None:
-        _write_images(store, rows, out)
+        from streams.store.sample_queries import with_images
+
+        write_images(out, ((row["id"][:12], row["image"]) for row in with_images(store, rows)))
     shown = (
         {"sample": row["id"][:12], "source": row["source"], "domain": row["domain"],
-         "words": (row["text"] or f"{row['question']} -> {row['answer']}")[:200], "reason": row["reason"],
+         "words": sample_words(row), "reason": row["reason"],
          "detail": row["detail"]}
         for row in rows
     )  # fmt: skip
@@ -92,7 +94,7 @@ def accept(
 
     if bool(ids) == (source is not None) or (ids and held_for is not None):
         raise typer.BadParameter("give IDs, or --source, which --held-for can narrow")
-    ledger, store = ctx.ledger_of(context), _store(context)
+    ledger, store = ctx.ledger_of(context), ctx.store_of(context)
     where = held.held_condition(source, held_for)
     if ids:
         chosen = list(dict.fromkeys(_held_id(store, each) for each in ids))
@@ -125,7 +127,7 @@ def distrust(context: typer.Context, source: Source, reason: Reason) -> None:
         typer.echo(printable(f"{source!r} is already distrusted, by {row.actor}: {row.reason}"))
         return
     known.distrust(source, actor=actor, reason=reason)
-    count = _store(context).count_rows(f"kind = 'sample' AND source = {quoted(source)}")
+    count = ctx.store_of(context).count_rows(f"kind = 'sample' AND source = {quoted(source)}")
     left_out = f"{count:,} stored samples are left out" if count else "no stored sample is of it so far"
     typer.echo(f"{source!r} is distrusted: {left_out}")
 
@@ -140,12 +142,6 @@ def trust(context: typer.Context, source: Source, reason: Reason) -> None:
     typer.echo(f"{source!r} is learned from again")
 
 
-def _store(context: typer.Context) -> SampleStore:
-    from streams.store.sample_store import SampleStore
-
-    return SampleStore(ctx.installed(context).lake)
-
-
 def _held_id(store: SampleStore, beginning: str) -> str:
     from ops.held_samples import held_condition
     from streams.store.sample_queries import id_condition
@@ -156,13 +152,3 @@ def _held_id(store: SampleStore, beginning: str) -> str:
     if len(rows) > 1:
         raise RecordError("id", f"{beginning} is the beginning of several ids.", "Give more digits.")
     return str(rows[0]["id"])
-
-
-def _write_images(store: SampleStore, rows: list[dict[str, Any]], folder: Path) -> None:
-    from ratchet_client.images import sniff
-    from streams.store.sample_queries import with_images
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for row in with_images(store, rows):
-        kind = (sniff(row["image"]) or "bin").lower()
-        (folder / f"{row['id'][:12]}.{kind}").write_bytes(row["image"])

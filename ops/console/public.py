@@ -25,7 +25,6 @@ PAGES: Final = ("/", "/releases", "/models", "/gate", "/stream", "/budget")
 REFRESH_SECONDS: Final = 10
 SHARED_SECONDS: Final = 5.0
 MOST_SHARED: Final = 128
-UNSHARED: Final = ("/health/", "/static/")
 VARY: Final = (b"hx-request", b"hx-target", b"hx-current-url")
 """Headers that a page depends on."""
 Key = tuple[str, str, bytes, tuple[bytes, ...]]
@@ -70,7 +69,7 @@ class SharedPages:
         self._answers: OrderedDict[Key, Recent[list[Message]]] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith(UNSHARED):
+        if scope["type"] != "http" or scope["path"].startswith(("/health/", "/static/")):
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])

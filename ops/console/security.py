@@ -48,7 +48,6 @@ STATIC = {**HEADERS, "cache-control": "max-age=300"}
 LINK = re.compile(rb'((?:href|src|action|hx-get|hx-post)=")(?=/(?!/))')
 """Precedes a path in an attribute. Texts of a page are escaped and contain no plain quote."""
 REDIRECTS = ("location", "hx-redirect")
-WITHOUT_COOKIE = ("/static/", "/health/")
 MAX_REQUESTS = 64
 BOUNCE = b'<!doctype html><title>Ratchet</title><meta http-equiv="refresh" content="0"><p>One moment.</p>'
 
@@ -133,7 +132,7 @@ class SecurityMiddleware:
                 if (
                     cookie_session is not None
                     and "no_cookie" not in state
-                    and not scope["path"].startswith(WITHOUT_COOKIE)
+                    and not scope["path"].startswith(("/static/", "/health/"))
                 ):
                     answer.append("set-cookie", self._set_cookie(cookie_session, came_by_tls(scope)))
             await send(message)

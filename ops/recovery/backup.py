@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import socket
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +22,7 @@ from core.digests import digest_bytes
 from core.errors import ConfigError, LeaseLost, LedgerError, StoreUnavailable
 from core.ledger import Ledger
 from core.ledger.collection import COLLECT_LEASE
-from core.ledger.leases import renewing
+from core.ledger.leases import leased
 from core.progress import progress_log, track
 from core.settings import Settings
 from ops.recovery.ledger_rows import write_ledger
@@ -90,13 +88,10 @@ def back_up(settings: Settings, url: str, actor: str) -> Report:
     unavailable, or the collector or another backup is running."""
     target = Place(url)
     _claim(target)
-    ledger = Ledger.open(settings.ledger)
-    holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-    epoch = ledger.acquire_lease(COLLECT_LEASE, holder, LEASE_SECONDS)
-    try:
+    with closing(Ledger.open(settings.ledger)) as ledger, leased(ledger, COLLECT_LEASE, LEASE_SECONDS) as epoch:
         if epoch is None:
             raise LedgerError("the garbage collector, or another backup, is at work.", "Try again when it has ended.")
-        with renewing(ledger, COLLECT_LEASE, epoch, LEASE_SECONDS), tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:
             report, files = _copy_all(settings, ledger, target, Path(folder))
         if not ledger.renew_lease(COLLECT_LEASE, epoch, LEASE_SECONDS):
             raise LeaseLost("the backup took a pause so long that files may have been collected.", "Repeat it.")
@@ -105,10 +100,6 @@ def back_up(settings: Settings, url: str, actor: str) -> Report:
         target.delete(BEGUN)
         ledger.audit(actor, "back up", f"backup {report.id}", {"to": url, "bytes": report.size})
         return report
-    finally:
-        if epoch is not None:
-            ledger.release_lease(COLLECT_LEASE, epoch)
-        ledger.close()
 
 
 def _claim(target: Place) -> None:

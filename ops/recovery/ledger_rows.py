@@ -156,13 +156,13 @@ def _typed(table: Table, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _migrate_to(connection: Connection, revision: str) -> None:
-    """Bring the tables to the backup's migration; an empty target may be at a later one."""
-    present = MigrationContext.configure(connection).get_current_revision()
-    if present is not None and present > revision:
+    """Bring the tables to the backup's migration; empty ones of another migration are made again."""
+    if MigrationContext.configure(connection).get_current_revision() not in (None, revision):
         _check_empty(connection, _tables(connection))
-        command.downgrade(alembic_config(connection), revision)
-    else:
-        command.upgrade(alembic_config(connection), revision)
+        present = MetaData()
+        present.reflect(connection)
+        present.drop_all(connection)
+    command.upgrade(alembic_config(connection), revision)
 
 
 def _check_empty(connection: Connection, tables: dict[str, Table]) -> None:

@@ -1,10 +1,12 @@
-"""Conditions and hits of searches. Imports no database."""
+"""Conditions and hits of searches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+
+from streams.store.conditions import is_in, moment, quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,15 +20,12 @@ class Filters:
 
     def sql(self) -> str:
         """A DataFusion expression with quoted texts; empty without conditions."""
-        parts = [
-            f"{name} IN ({', '.join(_quote(value) for value in values)})"
-            for name, values in (("domain", self.domain), ("source", self.source))
-            if values
-        ]
+        named = (("domain", self.domain), ("source", self.source))
+        parts = [is_in(name, map(quoted, values)) for name, values in named if values]
         if self.since is not None:
-            parts.append(f"time >= {_timestamp(self.since)}")
+            parts.append(f"time >= {moment(self.since)}")
         if self.until is not None:
-            parts.append(f"time < {_timestamp(self.until)}")
+            parts.append(f"time < {moment(self.until)}")
         return " AND ".join(parts)
 
 
@@ -40,14 +39,6 @@ class Hit:
     domain: str
     source: str
     time: datetime | None
-
-
-def _quote(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"
-
-
-def _timestamp(value: datetime) -> str:
-    return f"timestamp '{value.astimezone(UTC).strftime('%Y-%m-%d %H:%M:%S.%f')}'"
 
 
 def as_filters(

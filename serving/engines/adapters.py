@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 
 from core.digests import digest12, digest_bytes, digest_json, digest_tensors
 from core.errors import AdapterError
-from serving.engines.clip_base import ClipBase, work_folder
+from core.files import folder_next_to
+from serving.engines.clip_base import ClipBase
 from serving.engines.heads import Head, heads_digest, read_heads, write_heads
 from serving.engines.vlm.vlm_base import VlmBase
 
@@ -137,7 +138,7 @@ def write_adapter(
                 "Write to a new directory, best named after its adapter.",
             )
         return name
-    with work_folder(target) as work:
+    with folder_next_to(target) as work:
         save_file(weights, work / WEIGHTS, metadata={"format": "pt"})
         (work / CONFIG).write_text(json.dumps(plain, indent=1, sort_keys=True) + "\n")
         about = {"format": FORMAT, "family": base.family, "name": name, "base": base.name, "base_digest": base.digest}

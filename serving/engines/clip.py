@@ -26,8 +26,6 @@ from serving.engines.tokens import pad_rows
 from serving.engines.torch_backend import SIZES
 from serving.engines.towers import GPU_BUCKET, TextWidths
 
-WARM_LENGTHS = (8, 16, 24)
-
 
 @dataclass(frozen=True)
 class _Resident:
@@ -165,8 +163,7 @@ class ClipEngine:
         resident_adapter = self._residents.get(adapter)
         if resident_adapter is None:
             raise AdapterError(
-                f"Adapter {adapter} is not resident (resident: {', '.join(self.resident) or 'none'}).",
-                "Load it first.",
+                f"Adapter {adapter} is not resident (resident: {', '.join(self.resident) or 'none'}).", "Load it first."
             )
         return resident_adapter
 
@@ -175,7 +172,7 @@ class ClipEngine:
         size = self.base.preprocess.size
         for count in SIZES if self.device.type == "cuda" else (1,):
             towers.images(np.zeros((count, size, size, 3), np.uint8))
-            for width in sorted({self.widths.width(length) for length in WARM_LENGTHS}):
+            for width in sorted({self.widths.width(length) for length in (8, 16, 24)}):
                 towers.texts(torch.zeros(count, width, dtype=torch.long))
 
     def _raw_images(self, resident: _Resident, pixels: np.ndarray) -> np.ndarray:

@@ -13,8 +13,7 @@ import copy
 import json
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from core.digests import digest12, digest_json, digest_tensor
 from core.errors import BaseModelError
+from core.files import folder_next_to
 
 if TYPE_CHECKING:  # most processes read only descriptions, and importing torch takes two seconds
     from torch import nn
@@ -236,7 +236,7 @@ def save_base(
     from serving.engines.tokens import tokenizer_digest
 
     target = base_directory(home, name)
-    with work_folder(target) as work:
+    with folder_next_to(target) as work:
         if text_files is not None:
             shutil.copytree(text_files, work / TEXT_FILES)
         state = {
@@ -270,17 +270,6 @@ def save_base(
         (work / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n")
         move_into_place(work, target, digest, replace)
     return load_base(home, name)
-
-
-@contextlib.contextmanager
-def work_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder next to ``target``, removed at the end unless it was moved."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def move_into_place(work: Path, target: Path, digest: str, replace: bool) -> None:

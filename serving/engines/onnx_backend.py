@@ -92,8 +92,7 @@ class OnnxBackend:
         weights = self._weights[tower] | dict(changed)
         arrays = {name: np.ascontiguousarray(tensor.cpu().numpy()) for name, tensor in weights.items()}
         options.add_external_initializers(
-            [f"model.{name}" for name in arrays],
-            [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()],
+            [f"model.{name}" for name in arrays], [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
         )
         session = ort.InferenceSession(str(self._graphs[tower]), options, providers=self._providers)
         size = self.base.preprocess.size

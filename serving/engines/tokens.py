@@ -9,7 +9,6 @@ imported: together they take seven seconds of a core."""
 from __future__ import annotations
 
 import gzip
-import heapq
 import html
 import importlib.util
 import json
@@ -17,12 +16,13 @@ import string
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import ftfy
 import regex
+from tokenizers.models import BPE
 
 from core.digests import digest_bytes, digest_json
 from core.errors import BaseModelError
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     import torch
 
 _PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
-CACHED_WORDS: Final = 1 << 15
-CACHED_LENGTH: Final = 64
-"""Characters of the longest cached word; with :data:`CACHED_WORDS` it keeps the cache below about 20 MiB."""
 END: Final = "</w>"
 MERGES: Final = 49152 - 256 - 2
 """Lines of the vocabulary file that OpenAI's models were trained with."""
@@ -132,8 +129,8 @@ def vocabulary() -> Path:
 
 class BoundedTokenizer(Tokenizer):
     """CLIP's byte-pair encoding with the IDs of open_clip's ``SimpleTokenizer``, which rebuilds a word for each merge
-    (quadratic), encodes text beyond the context, and caches every word. Here merges come from a heap, encoding stops at
-    the context's end, and the cache is bounded. Thread safe."""
+    (quadratic), encodes text beyond the context, and caches every word. Here merges are those of ``tokenizers``, whose
+    cache is bounded, and encoding stops at the context's end. Thread safe."""
 
     def __init__(self, vocabulary: Path, context_length: int, clean: str = "lower") -> None:
         """``vocabulary``: open_clip's merges file; ``clean``: a key of :data:`CLEAN`."""
@@ -144,13 +141,12 @@ class BoundedTokenizer(Tokenizer):
         self._bytes = byte_characters()
         characters = list(self._bytes.values())
         symbols = [*characters, *(each + END for each in characters), *map("".join, merges), *special]
-        self.encoder = {symbol: number for number, symbol in enumerate(symbols)}
-        self.bpe_ranks = {(pair[0], pair[1]): rank for rank, pair in enumerate(merges)}
-        self._special = frozenset(special)
+        ids = {symbol: number for number, symbol in enumerate(symbols)}
+        self._model = BPE(ids, [(left, right) for left, right in merges], end_of_word_suffix=END)
+        self._special = {token: ids[token] for token in special}
         self._pattern = regex.compile("|".join(special) + WORDS, regex.IGNORECASE)
-        self._start, self._end = (self.encoder[token] for token in special)
+        self._start, self._end = self._special.values()
         self._clean = CLEAN[clean]
-        self._cached = lru_cache(maxsize=CACHED_WORDS)(self._merged)
 
     def rows(self, texts: list[str]) -> list[list[int]]:
         room = self.context_length - 2
@@ -160,20 +156,16 @@ class BoundedTokenizer(Tokenizer):
         room = self.context_length - 2
         return len(row) >= self.context_length and len(self._ids(text, room + 1)) > room
 
-    def bpe(self, token: str) -> str:
-        """Merge a byte-encoded word; parts are separated by spaces, the last ends in ``</w>``."""
-        if token in self._special:
-            return token
-        return self._cached(token) if len(token) <= CACHED_LENGTH else self._merged(token)
-
-    def _merged(self, token: str) -> str:
-        return " ".join(merge((*token[:-1], token[-1] + END), self.bpe_ranks))
+    def word(self, text: str) -> list[int]:
+        """IDs of a word of the text's pattern."""
+        if text in self._special:
+            return [self._special[text]]
+        return [part.id for part in self._model.tokenize("".join(self._bytes[byte] for byte in text.encode()))]
 
     def _ids(self, text: str, room: int) -> list[int]:
         ids: list[int] = []
         for match in self._pattern.finditer(self._clean(text)):
-            word = "".join(self._bytes[byte] for byte in match.group().encode("utf-8"))
-            ids.extend(self.encoder[part] for part in self.bpe(word).split(" "))
+            ids.extend(self.word(match.group()))
             if len(ids) >= room:
                 break
         return ids[:room]
@@ -184,43 +176,6 @@ def byte_characters() -> dict[int, str]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + number) for number, byte in enumerate(others)}
-
-
-def merge(symbols: Sequence[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
-    """Byte-pair merges (Sennrich et al. 2016) in O(n log n): the pair of lowest rank is merged everywhere, left to
-    right. As in the reference, all places of a rank are merged before newly made pairs are looked at."""
-    parts: list[str] = list(symbols)
-    count = len(parts)
-    following = [*range(1, count), -1]
-    previous = list(range(-1, count - 1))
-    heap = [
-        (rank, left) for left in range(count - 1) if (rank := ranks.get((parts[left], parts[left + 1]))) is not None
-    ]
-    heapq.heapify(heap)
-
-    def rank_at(left: int) -> int | None:
-        right = following[left]
-        return ranks.get((parts[left], parts[right])) if right >= 0 and parts[left] else None
-
-    while heap:
-        lowest = heap[0][0]
-        merged: list[int] = []
-        while heap and heap[0][0] == lowest:
-            _, left = heapq.heappop(heap)
-            if rank_at(left) != lowest:  # one of the two was merged meanwhile
-                continue
-            right = following[left]
-            parts[left] += parts[right]
-            parts[right] = ""
-            following[left] = following[right]
-            if following[right] >= 0:
-                previous[following[right]] = left
-            merged.append(left)
-        for left in merged:
-            for place in (previous[left], left):
-                if place >= 0 and (rank := rank_at(place)) is not None:
-                    heapq.heappush(heap, (rank, place))
-    return [part for part in parts if part]
 
 
 class _Fast(Tokenizer):

@@ -69,8 +69,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,), "echo": (False,), "reasoning_effort": ("none",), "verbosity": ("medium",),
 }  # fmt: skip
 """Fields of OpenAI and vLLM, accepted with these values, which turn them off."""
-UNSUPPORTED = {"audio", "prediction", "web_search_options", "moderation"}
-MESSAGE_FIELDS = {"name"}
 
 
 class ContentPart(OpenAIBody, Body):
@@ -177,7 +175,7 @@ def refuse_unknown(body: ChatRequest) -> None:
             allowed = " or ".join(repr(each) for each in NEUTRAL[name])
             raise field_error(name, f"this server takes only {allowed} here. Leave it out.", "unsupported_parameter")
         shown = name[:80]
-        if name in UNSUPPORTED:
+        if name in {"audio", "prediction", "web_search_options", "moderation"}:
             raise ApiError(400, f"{shown} is not supported here.", param=shown, code="unsupported_parameter")
         raise ApiError(400, f"unknown parameter: {shown!r}.", param=shown, code="unknown_parameter")
     caller = body.caller
@@ -186,7 +184,7 @@ def refuse_unknown(body: ChatRequest) -> None:
         extra["user"] = caller
     for index, message in enumerate(body.messages):
         for name, value in (message.model_extra or {}).items():
-            if not (is_empty(value) or name in MESSAGE_FIELDS):
+            if not (is_empty(value) or name == "name"):
                 place = f"messages.{index}.{name[:80]}"
                 raise ApiError(400, f"{place} is not supported here.", param=place, code="unsupported_parameter")
         if message.model_extra:

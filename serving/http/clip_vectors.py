@@ -43,7 +43,6 @@ TOKENIZER_THREADS = 2
 HEAD_THREADS = 2
 INLINE_CHARS = 4096
 """Texts up to this length are tokenized in the event loop, in less than a millisecond; longer ones in a thread."""
-TRUNCATED_HEADER = "x-ratchet-truncated"
 KEPT_HEADS = 8
 """Adapters whose heads are kept, slightly more than are resident. Adapters never change."""
 Encoded = tuple[EncodeResult, list[int], list[bool]]
@@ -103,7 +102,7 @@ class Vectors:
     @property
     def headers(self) -> dict[str, str]:
         """The number of cut texts, if any."""
-        return {TRUNCATED_HEADER: str(len(self.cut))} if self.cut else {}
+        return {"x-ratchet-truncated": str(len(self.cut))} if self.cut else {}
 
 
 class EncoderCalls:

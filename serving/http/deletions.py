@@ -45,7 +45,7 @@ class DeletionRequest(Body):
     """Samples and quarantined records to delete."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"selector": {"source": "crawler-7"}, "reason": "consent withdrawn"}]},
+        json_schema_extra={"examples": [{"selector": {"source": "crawler-7"}, "reason": "consent withdrawn"}]}
     )
     selector: SampleSelector = Field(description="What is to be deleted.")
     reason: Reason
@@ -132,11 +132,7 @@ async def request_deletion(request: Request) -> JSONResponse:
     return JSONResponse({"object": "deletion", **receipt}, 202)
 
 
-@router.get(
-    "/admin/v1/deletions",
-    summary="Deletions, newest first",
-    response_model=DeletionList,
-)
+@router.get("/admin/v1/deletions", summary="Deletions, newest first", response_model=DeletionList)
 async def deletions(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 50,

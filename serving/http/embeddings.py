@@ -99,7 +99,7 @@ class EmbeddingsRequest(OpenAIBody, Body):
                 {"model": "clip", "input": ["a photo of a cat", "a red circle"]},
                 {"model": "clip", "input": [{"image": "data:image/png;base64,iVBORw0KGgo..."}]},
             ]
-        },
+        }
     )
     input: Annotated[list[Item], FailFast()] = Field(description="A text, an image object, or a list of them.")
     model: str = MODEL

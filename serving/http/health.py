@@ -33,7 +33,6 @@ NOT_READY: dict[int | str, dict[str, Any]] = {
 }
 log = logging.getLogger("ratchet.http")
 Component = Literal["clip", "vlm", "catalog"]
-COMPONENTS: tuple[Component, ...] = ("clip", "vlm", "catalog")
 PROBE_SECONDS = 10.0
 WATCH_SECONDS = 10.0
 """Between updates of the metric of ready parts."""
@@ -109,12 +108,7 @@ async def ready(
     return await ready_model(request, model)
 
 
-@router.get(
-    "/health/ready/{model}",
-    summary="Readiness of a model",
-    response_model=Ready,
-    responses=NOT_READY,
-)
+@router.get("/health/ready/{model}", summary="Readiness of a model", response_model=Ready, responses=NOT_READY)
 async def ready_model(request: Request, model: Component) -> JSONResponse:
     """`clip`, `vlm` or `catalog`; 404 where no VLM is served."""
     probes = _probes(request)
@@ -207,7 +201,7 @@ class Probes:
         """The metrics of all serving processes; concurrent callers share a page."""
 
     def parts(self) -> tuple[Component, ...]:
-        return COMPONENTS if self._state.vlms is not None else ("clip", "catalog")
+        return ("clip", "vlm", "catalog") if self._state.vlms is not None else ("clip", "catalog")
 
     async def part(self, name: Component) -> ComponentState:
         """State of one part, at most a second old."""

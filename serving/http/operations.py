@@ -243,8 +243,7 @@ async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_RE
     resident = {snapshot.release: snapshot for snapshot in state.admission.window}
     data = [
         {
-            **asdict(row), "created_at": row.created_at.isoformat(), "live": bool(live and row.number == live.release),
-            "resident": row.number in resident,
+            **asdict(row), "live": bool(live and row.number == live.release), "resident": row.number in resident,
             "image_space": resident[row.number].image_space if row.number in resident else None,
             "text_space": resident[row.number].text_space if row.number in resident else None,
         }
@@ -304,10 +303,7 @@ async def rollback(request: Request) -> JSONResponse:
 
 
 @router.post(
-    "/admin/v1/hold",
-    summary="Hold updates",
-    response_model=HoldState,
-    openapi_extra=json_schema(ReasonRequest),
+    "/admin/v1/hold", summary="Hold updates", response_model=HoldState, openapi_extra=json_schema(ReasonRequest)
 )
 async def hold(request: Request) -> JSONResponse:
     """Update proposals stay pending until `resume`. Operators can still release and roll back."""
@@ -315,10 +311,7 @@ async def hold(request: Request) -> JSONResponse:
 
 
 @router.post(
-    "/admin/v1/resume",
-    summary="Resume updates",
-    response_model=HoldState,
-    openapi_extra=json_schema(ReasonRequest),
+    "/admin/v1/resume", summary="Resume updates", response_model=HoldState, openapi_extra=json_schema(ReasonRequest)
 )
 async def resume(request: Request) -> JSONResponse:
     """Waiting update proposals are released in their order."""

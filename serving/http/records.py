@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from core.errors import RecordError
@@ -14,7 +14,7 @@ from core.ledger.rows import ResubmissionState
 from ratchet_client.records import REASONS
 from serving.http.app_state import app_state
 from serving.http.auth import operator
-from serving.http.bodies import Body, Reason, ResponseBody, in_range, json_body, json_schema
+from serving.http.bodies import Body, Reason, ResponseBody, in_range, json_body, json_response, json_schema
 from serving.http.errors import ApiError, from_record, missing
 from streams.store.sample_queries import RecordOutcome
 
@@ -117,7 +117,7 @@ class ResubmitRequest(Body):
                 {"place": "ratchet.samples:0:42", "reason": "the image is there now"},
                 {"filter": {"reason": "uri_unreachable", "limit": 100}, "reason": "the image server is back"},
             ]
-        },
+        }
     )
     place: str | None = Field(
         None, min_length=1, max_length=300, description="`topic:partition:offset`, as the list names it; or `filter`."
@@ -218,7 +218,7 @@ async def quarantine(
     reason: str | None = None,
     source: Annotated[str | None, Query(max_length=256, description="As their headers name it; empty: none.")] = None,
     counts: Annotated[bool, Query(description="Also count all of them by reason and by source.")] = False,
-) -> JSONResponse:
+) -> Response:
     """Each with its place, its reason and whether it was sent again. Needs the scope `publish` or `operate`."""
     operator(request, "publish", "operate")
     _check_reason(reason, "reason")
@@ -226,7 +226,7 @@ async def quarantine(
     body: dict[str, Any] = {"object": "list", "data": await service.newest(limit, reason, source)}
     if counts:
         body["counts"] = await service.counts(reason, source)
-    return JSONResponse(body)
+    return json_response(body)
 
 
 @router.post(

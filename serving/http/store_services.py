@@ -54,12 +54,7 @@ class QuarantineService:
         from streams.ingest.resubmit import list_quarantine
 
         rows = await self._threads.run(list_quarantine, self.settings, self.ledger, limit, reason, source)
-        records = []
-        for row in rows:
-            sent = row.resubmission
-            resubmission = sent and {**asdict(sent), "updated_at": sent.updated_at.isoformat()}
-            records.append({**asdict(row), "refused_at": row.refused_at.isoformat(), "resubmission": resubmission})
-        return records
+        return [asdict(row) for row in rows]
 
     async def counts(self, reason: str | None, source: str | None) -> dict[str, dict[str, int]]:
         """Quarantined records by ``reason`` and by ``source``; the most frequent of each."""

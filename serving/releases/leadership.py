@@ -6,9 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import secrets
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +15,7 @@ from typing import Final
 from core.digests import digest12
 from core.errors import LedgerError, ReleaseError
 from core.ledger import Ledger
-from core.ledger.leases import CONTROLLER_LEASE
+from core.ledger.leases import CONTROLLER_LEASE, lease_holder
 from core.ledger.proposals import ENDED
 from core.ledger.rows import ProposalRow, ReleaseRow
 from core.settings import Settings
@@ -41,7 +38,7 @@ class ControllerLease:
     def __init__(self, ledger: Ledger, seconds: float = LEASE_SECONDS) -> None:
         self._ledger = ledger
         self._seconds = seconds
-        self._holder = f"{socket.gethostname()[:60]}-{os.getpid()}-{secrets.token_hex(8)}"
+        self._holder = lease_holder()
         self.epoch: int | None = None
         """None while another process has the lease. Kept while the ledger is away, because writes check it."""
 

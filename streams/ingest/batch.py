@@ -204,7 +204,7 @@ class Batch:
         if same is None:
             row = {**row, **self.holds.place(row, self.index.add(sample))}
         else:
-            row = {**row, **{name: same[name] for name in ("split", "reason", "detail", "until")}}
+            row = {**row, **{name: same.get(name) for name in ("split", "reason", "detail", "until")}}
             self.index.move(row["id"], position)
         corrections.add(row)
         outcome.samples[row["split"]] += 1

@@ -58,19 +58,15 @@ def export(
             yield row
             count += 1
 
-    write = {".parquet": _write_parquet, ".tar": _write_tar}.get(path.suffix.lower(), _write_folder)
+    write = {".parquet": _write_parquet, ".tar": _write_tar}.get(path.suffix.lower())
     with writing(path, "Make room, or name another."):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, counted())
+        write(path, counted()) if write else write_folder(path, map(_item, counted()))
     return count
 
 
 def image_name(row: SampleRow) -> str:
     return f"{row['id']}.{_SUFFIXES.get(sniff(row['image']), 'bin')}"
-
-
-def _write_folder(path: Path, rows: Iterator[SampleRow]) -> None:
-    write_folder(path, (_item(row) for row in rows))
 
 
 def _item(row: SampleRow) -> FolderItem:

@@ -223,7 +223,6 @@ def _from_base64(text: Any, max_bytes: int) -> bytes:
         ) from None
 
 
-_REQUIRED_ATTRIBUTES: Final = ("specversion", "type", "source", "id")
 #: Envelope attributes that say nothing about the sample, unlike ``source``, ``time`` and ``subject``.
 _ENVELOPE: Final = frozenset({"specversion", "type", "id", "datacontenttype", "dataschema", "data", "data_base64"})
 
@@ -231,7 +230,7 @@ _ENVELOPE: Final = frozenset({"specversion", "type", "id", "datacontenttype", "d
 def _read_attributes(event: Mapping[str, Any]) -> dict[str, Any]:
     """Fields from an event's attributes: ``source``, ``time``, ``subject`` and every extension. Raises RecordError
     ``schema`` if a required attribute is missing, or the event is of another type."""
-    for name in _REQUIRED_ATTRIBUTES:
+    for name in ("specversion", "type", "source", "id"):
         if not event.get(name):
             raise RecordError("schema", f"the CloudEvent has no `{name}`.", "It is required by CloudEvents.")
     if event["specversion"] != "1.0":

@@ -32,7 +32,6 @@ MAX_URL_CHARS = 2048
 MAX_REDIRECTS = 4
 MAX_ADDRESSES = 4
 REDIRECTS = (301, 302, 303, 307, 308)
-OPAQUE = ("application/octet-stream", "binary/octet-stream")
 FAILURES = (
     httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, httpcore.UnsupportedProtocol, OSError,
 )  # fmt: skip
@@ -175,7 +174,7 @@ class Fetcher:
         if status != 200:
             raise _unreachable(f"{shown(str(url))} answers {status}.")
         kind = head.get(b"content-type", "").partition(";")[0].strip().lower()
-        if kind and not kind.startswith("image/") and kind not in OPAQUE:
+        if kind and not kind.startswith("image/") and kind not in ("application/octet-stream", "binary/octet-stream"):
             raise RecordError("image_format", f"{shown(str(url))} is {kind[:80]!r}.", "Give the URL of an image.")
         if head.get(b"content-encoding", "identity").strip().lower() != "identity":
             raise _unreachable(f"{shown(str(url))} is sent compressed, which was not asked for.")

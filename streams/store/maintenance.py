@@ -138,7 +138,7 @@ class Maintainer:
         self._tell_gaps()
         pending = self._deletions("removed")
         written = compact(self.store, expunge=bool(pending))
-        if pending and not has_deleted_rows(self.store):
+        if pending and not any(each.deleted for each in _fragments(self.store)):
             self.ledger.deletions_rewritten([each.id for each in pending], self.store.version())
             pending = self._deletions("removed")
         index(self.store)
@@ -448,7 +448,3 @@ def _fragments(store: SampleStore) -> list[Fragment]:
         for each in dataset.get_fragments()
         if each.fragment_id not in positions
     ]
-
-
-def has_deleted_rows(store: SampleStore) -> bool:
-    return any(each.deleted for each in _fragments(store))

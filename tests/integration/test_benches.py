@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.stream import ALL, HELD_OUT, REFERENCE, load_stream
+from benchmarks.feedback import run_feedback
 from benchmarks.stream import chaos, ingest
 from core.loading import load_settings
 from core.settings import Settings
@@ -51,6 +52,20 @@ def test_nothing_is_lost_or_stored_twice_while_workers_die_the_broker_goes_away_
     assert figures["produced"] == 500 and figures["drained"]
     assert {name: figures[name] for name in chaos.VIOLATIONS} == dict.fromkeys(chaos.VIOLATIONS, 0)
     assert figures["kills"] + figures["stops"] > 0 < figures["broker_cuts"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_reports_are_learned_exactly_once_while_ingest_ingress_and_broker_die(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = run_feedback.run(Settings(home=tmp_path / "home"), tmp_path, ["learning"], run_feedback.QUICK)
+    run_feedback.show(figures)
+    assert last_line(capsys)["acknowledged"] == figures["stored"] > 0
+    assert {name: figures[name] for name in ("failed", "mixed", "lost", "double")} == dict.fromkeys(
+        ("failed", "mixed", "lost", "double"), 0
+    )
+    assert figures["learning"]["updates"] == 1 and figures["learning"]["verdicts"] != ["no verdict"]
 
 
 PROTOCOL = Protocol(gflops=0.15, batch_size=6, new=12, reference=8, replay=8, items=8)

@@ -76,7 +76,8 @@ def _is_new(batch: pa.RecordBatch, data_from: Mapping[str, int]) -> np.ndarray:
     first = np.array([data_from.get(key, 0) for key in keys], np.int64)
     later: np.ndarray = batch["offset"].to_numpy(zero_copy_only=False) >= first[which]
     accepted: np.ndarray = batch["until"].fill_null(0).to_numpy(zero_copy_only=False) > data_from.get(ACCEPTED, 0)
-    return later | accepted
+    new: np.ndarray = later | accepted
+    return new
 
 
 def left_out(update: UpdateRow) -> frozenset[str]:

@@ -232,10 +232,7 @@ def hard_pairs(scorer: Scorer, suite: Suite) -> list[HardPair]:
 
     path = _pair_file(scorer, suite, None, "hard pairs of items")
     found, cosines = kept(
-        path,
-        ("places", "cosines"),
-        compute,
-        lambda known: known[0].ndim == 2 and bool((known[0] < len(items)).all()),
+        path, ("places", "cosines"), compute, lambda known: known[0].ndim == 2 and bool((known[0] < len(items)).all())
     )
     return [
         HardPair(items[first], items[second], *similar)

@@ -120,12 +120,7 @@ class HeldOut:
 
 
 def fresh_suites(
-    rows: pa.Table,
-    images: Images,
-    *,
-    family: Family = "clip",
-    min_items: int = 50,
-    limit: int = MAX_ITEMS,
+    rows: pa.Table, images: Images, *, family: Family = "clip", min_items: int = 50, limit: int = MAX_ITEMS
 ) -> list[Suite]:
     """One gain suite for each of the MOST_FRESH largest domains with at least `min_items` fresh captions (or images
     with questions), and one over the rest if it has as many. If no domain has enough, one suite over all rows.

@@ -281,9 +281,7 @@ def worst_items(scorer: Scorer, suite: Suite, before: Outcomes, after: Outcomes)
 
 
 def worst_answers(
-    suite: Suite,
-    before: tuple[Sequence[str], NDArray[np.float64]],
-    after: tuple[Sequence[str], NDArray[np.float64]],
+    suite: Suite, before: tuple[Sequence[str], NDArray[np.float64]], after: tuple[Sequence[str], NDArray[np.float64]]
 ) -> tuple[Regression, ...]:
     """Questions with a lower score than before, the largest fall first; both arguments are answers and their scores."""
     items, fall = suite.items(), before[1] - after[1]

@@ -28,7 +28,6 @@ from updater.service.triggers import IMPORTED, ONLY_LOOK, Learned
 from updater.service.update_loop import UpdaterService
 from updater.step.learner import Base
 
-CARD: Final = "README.md"
 RELEASES: Final = 1000
 
 
@@ -157,7 +156,7 @@ def export_adapter(settings: Settings, name: str, target: Path) -> Path:
     work = Path(tempfile.mkdtemp(prefix=".export-", dir=target.parent))
     try:
         shutil.copytree(source, work, dirs_exist_ok=True)
-        (work / CARD).write_text(card)
+        (work / "README.md").write_text(card)
         work.chmod(0o755)
         work.rename(target)
     finally:

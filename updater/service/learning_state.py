@@ -143,10 +143,7 @@ def check_suites(settings: Settings, family: Family, *, learned: bool = False, r
     base = settings.base.clip if family == "clip" else settings.base.vlm
     built_in = not settings.gate.suites and base not in (SHIPPED, SHIPPED_VLM)
     if built_in and not all(suite.folder.is_dir() for suite in suites):
-        raise GateError(
-            f"there is no suite for base {base!r}: gate.suites is empty.",
-            MAKE_SUITES,
-        )
+        raise GateError(f"there is no suite for base {base!r}: gate.suites is empty.", MAKE_SUITES)
     for suite in suites:
         if read:
             suite.items()

@@ -196,7 +196,7 @@ class UpdaterService:
             if isinstance(ready, Ready) and (lacks := self._lacks(recipe, ready)):
                 return StepResult(None, lacks)
             if isinstance(ready, Ready) and self._screen(family, ready.learned):
-                return StepResult(None, "samples are held")
+                return self._step_of(family, now, retry) if now else StepResult(None, "samples are held")
             update = self._reevaluate(ready) if isinstance(ready, Reevaluate) else self._begin(recipe, ready)
         # Again for one that goes on: the process that began it may have died before pinning, or it was abandoned.
         self.store.pin(update.id, update.store_version)

@@ -23,7 +23,6 @@ from updater.adapters import Dense, LowRank, WeightDelta
 from updater.recipes import TrainPrecision
 
 NAME = "checkpoint.safetensors"
-PRECISION = "precision.json"
 CARRY_OVER = "memory.safetensors"
 
 
@@ -90,7 +89,7 @@ def read_json(path: Path) -> Any:
 def run_precision(work_dir: Path, run: str, precision: TrainPrecision) -> TrainPrecision:
     """Precision with which this run began in ``work_dir``; for a new run ``precision``, which is saved. An update
     resumed on another machine thus ends in the same result, up to rounding."""
-    path = work_dir / PRECISION
+    path = work_dir / "precision.json"
     known = read_json(path)
     if isinstance(known, dict) and known.get("run") == run and known.get("precision") in get_args(TrainPrecision):
         return known["precision"]  # type: ignore[no-any-return]

@@ -25,8 +25,6 @@ from core.settings import Settings
 from updater.step.passes import Team, TorchTeam
 from updater.training.checkpoint import read_json, write_json
 
-CONTROL: Final = "control.json"
-PROGRESS: Final = "progress.txt"
 LOOK_SECONDS: Final = 0.5
 REPORT_SECONDS: Final = 10.0
 STOP_SECONDS: Final = 60.0
@@ -42,8 +40,8 @@ class Stopped(Exception):
 
 class Control:
     def __init__(self, work_dir: Path) -> None:
-        self._path = work_dir / CONTROL
-        self._progress = work_dir / PROGRESS
+        self._path = work_dir / "control.json"
+        self._progress = work_dir / "progress.txt"
         self._written: dict[str, Any] = {}
 
     def write(self, stop: bool, duty_cycle: float) -> None:

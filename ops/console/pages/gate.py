@@ -19,7 +19,6 @@ from updater.gate.report import HTML_NAME, JSON_NAME, render_body, samples_of, w
 router = APIRouter()
 NO_REPORT = "It may be written in a moment; those of what was never released go after a year."
 UPDATE = re.compile(r"[A-Za-z0-9._-]{1,64}")
-THUMBNAIL = "/samples/{}.png?size=96"
 REPORT_POLICY = (
     "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
@@ -49,7 +48,7 @@ def verdict(context: Reader, update_id: str) -> Response:
         report = without_samples(report)
     elif report is not None:
         samples = context.data.samples({name for name in samples_of(report) if SAMPLE.fullmatch(name)})
-        report = with_samples(report, samples, THUMBNAIL)
+        report = with_samples(report, samples, "/samples/{}.png?size=96")
     body = Markup(render_body(report)) if report is not None else None  # noqa: S704  (escaped by its own template)
     return context.page("verdict.html", f"Verdict on {update_id}", update=update, verdict=outcome, body=body)
 

@@ -34,7 +34,6 @@ log = logging.getLogger("ratchet.console")
 router = APIRouter()
 DONE: Final = "/sign-in/oidc/done"
 NEXT: Final = "next"
-DISCOVERY: Final = "/.well-known/openid-configuration"
 SECONDS: Final = 10.0
 HINT: Final = "id_token"
 """The provider's token kept in the session: it identifies the session to end."""
@@ -65,9 +64,7 @@ def ask(context: Anyone, next: str = "/") -> Response:
 
 @router.post("/sign-in")
 def sign_in(
-    context: Anyone,
-    key: Annotated[str, Form(max_length=MAX_KEY_CHARS)],
-    next: Annotated[str, Form()] = "/",
+    context: Anyone, key: Annotated[str, Form(max_length=MAX_KEY_CHARS)], next: Annotated[str, Form()] = "/"
 ) -> Response:
     key = key.strip()
     access = context.data.access
@@ -124,7 +121,7 @@ def provider(console: Console) -> StarletteOAuth2App:
         "oidc",
         client_id=rules.client_id,
         client_secret=rules.client_secret and rules.client_secret.get_secret_value(),
-        server_metadata_url=rules.issuer.rstrip("/") + DISCOVERY,
+        server_metadata_url=rules.issuer.rstrip("/") + "/.well-known/openid-configuration",
         client_kwargs={"scope": rules.scope, "code_challenge_method": "S256", "timeout": SECONDS},
     )
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from core.digests import digest_bytes, digest_json
 from core.errors import BaseModelError
-from serving.engines.clip_base import DESCRIPTION, FORMAT, base_directory, load_described, move_into_place, work_folder
+from core.files import folder_next_to
+from serving.engines.clip_base import DESCRIPTION, FORMAT, base_directory, load_described, move_into_place
 
 if TYPE_CHECKING:
     from torch import nn
@@ -101,10 +102,10 @@ def save_vlm_base(
 
     config = _check(source)
     target = base_directory(home, name)
-    with work_folder(target) as work:
+    with folder_next_to(target) as work:
         (work / MODEL).mkdir()
         for path in sorted(source.iterdir()):
-            if path.is_file() and path.suffix in _KEPT:
+            if path.is_file() and path.suffix in {".json", ".safetensors", ".jinja", ".txt", ".model"}:
                 shutil.copyfile(path, work / MODEL / path.name)
         files = {path.name: digest_bytes(path.read_bytes()) for path in sorted((work / MODEL).iterdir())}
         staged = VlmBase(name, work, digest_json(files), str(config["architectures"][0]), {}, files, {})
@@ -143,7 +144,6 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-_KEPT = {".json", ".safetensors", ".jinja", ".txt", ".model"}
 _KNOWN = "`ratchet bench families` lists families that are known to work; the chat template has to take images."
 _AGAIN = "Remove the directory and register the base again."
 

@@ -32,7 +32,6 @@ _HEAD_BYTES: Final = 64 * 1024
 MAX_ELEMENT_BYTES: Final = 16 * 2**20
 """Longest element of an array, and longest text in skipped parts."""
 MAX_DEPTH: Final = 32
-_OPEN: Final = ("start_map", "start_array")
 _CLOSE: Final = ("end_map", "end_array")
 
 
@@ -84,7 +83,7 @@ def _elements(file: _Bounded, array: str) -> Iterator[Any]:
             builder.event(event, value)
         elif event == "start_array" and depth == bool(array) and key == array:
             inside = depth + 1
-        depth += event in _OPEN
+        depth += event in ("start_map", "start_array")
         if depth > MAX_DEPTH:
             raise dataset_error(f"{file.path} is nested deeper than {MAX_DEPTH}", "flatten it")
         if builder is not None and depth == inside:

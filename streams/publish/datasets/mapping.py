@@ -73,7 +73,6 @@ COLUMNS: Final = (*TEXT, *QUESTION, *ANSWER, "answers", *LABEL, *SOURCE, *CONVER
 """All columns that are read; others are ignored."""
 MAX_SAMPLES: Final = 256
 """Most samples per row: captions, or turns of a conversation."""
-IMAGE_MARK: Final = "<image>"
 _PEOPLE: Final = frozenset({"human", "user"})
 _MODELS: Final = frozenset({"gpt", "assistant", "model"})
 
@@ -155,7 +154,7 @@ def turns(conversation: Any, where: Where) -> list[Pair]:
         speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if not isinstance(speaker, str) or not isinstance(text, str):
             raise where.error("conversations", "has a turn without speaker or words", 'give "from" and "value"')
-        words = text.replace(IMAGE_MARK, "").strip()
+        words = text.replace("<image>", "").strip()
         if speaker in _PEOPLE:
             question = words
         elif speaker in _MODELS and question:

@@ -110,6 +110,10 @@ def test_screening_holds_what_agrees_less_under_base_and_incumbent(
     assert len(asked[-1]) == 2 and asked[-1][1] == update.adapter
     counts = Counter(row["split"] for row in service.store.select("kind = 'sample'", ["split"]))
     assert counts == {"train": 250, "held_train": 2}
+    low.add(257)
+    add_samples(settings, 12, words=lambda offset: {"source": SOURCES[offset % 3]})
+    asked_for = service.step(now=True).update
+    assert asked_for is not None and asked_for.cost["pending"] == 22, "an update that is asked for goes on without them"
 
 
 def test_samples_are_asked_by_the_serving_engine(settings: Settings, verdict: dict[str, Any]) -> None:

@@ -30,7 +30,6 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
     [
         ("serve: {prt: 1}", ["serve.prt", "serve.port"]),
         ("serv: {port: 1}", ["serv"]),
-        ("serve: {connections: 100}", ["serve.connections", "fixed now, at 4,096", "ratchet.yaml"]),
         ("serve: {port: 99999999}", ["serve.port", "99999999", "ratchet.yaml"]),
         ("budget: {gflops_per_day: -1}", ["budget.gflops_per_day", "-1"]),
         ("- a list", ["mapping"]),

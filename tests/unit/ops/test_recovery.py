@@ -10,7 +10,6 @@ from typing import Any
 import lance
 import pyarrow as pa
 import pytest
-from alembic import command
 from sqlalchemy import text, update
 
 from core.artifacts import Artifacts, directory_digest
@@ -18,7 +17,7 @@ from core.errors import ConfigError, LedgerError, StoreError
 from core.ledger import Ledger
 from core.ledger import rows as t
 from core.ledger.collection import COLLECT_LEASE
-from core.ledger.database import alembic_config, open_database
+from core.ledger.database import open_database
 from core.settings import Settings
 from ops.collection import Collector
 from ops.recovery import back_up, backup, restore
@@ -30,6 +29,7 @@ from streams.store.sample_store import SampleStore
 from tests.support.command_line import ratchet
 from tests.support.samples import TOPIC, put, refusal, sample
 from tests.unit.conftest import create_database
+from tests.unit.core.ledger.steps import remake
 
 on_sqlite = pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 """For tests of files: the ledger is just another file there."""
@@ -313,7 +313,7 @@ def test_a_backup_through_an_object_store_is_restored_into_one(move: Move) -> No
 def test_a_backup_of_an_older_migration_is_migrated_and_one_of_a_newer_version_is_not_made(move: Move) -> None:
     opened = open_database(move.here.ledger, migrate=False)
     with opened._writing.connect() as connection, connection.begin():
-        command.downgrade(alembic_config(connection), "0009")
+        remake(connection, "0009")
     file, revision = backup.write_ledger(move.here.ledger, move.folder)
     assert revision == "0009"
     opened.close()

@@ -244,7 +244,7 @@ async def test_a_caller_without_the_scope_one_that_says_too_much_and_a_ledger_th
     assert [(await say(server, each, talker, verdict="right")).status_code for each in answers] == [201, 201, 429]
     assert (await say(server, answers[0], talker, verdict="right")).status_code == 200, "a repeated one costs nothing"
 
-    def away(_: object) -> None:
+    def away(*_: object) -> None:
         raise LedgerUnavailable("the ledger cannot be used now: test.", "Wait.")
 
     monkeypatch.setattr(server.ledger, "record_feedback", away)

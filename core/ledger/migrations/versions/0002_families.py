@@ -11,7 +11,3 @@ def upgrade() -> None:
     op.add_column("proposals", sa.Column("family", sa.String(length=16), nullable=False, server_default="clip"))
     # A first release and a rollback always set all that there was; updates and releases were of CLIP alone.
     op.execute("update proposals set family = 'both' where kind in ('initial', 'rollback')")
-
-
-def downgrade() -> None:
-    op.drop_column("proposals", "family")

@@ -12,10 +12,3 @@ def upgrade() -> None:
         op.add_column(table, sa.Column("share", sa.Double(), nullable=False, server_default="1"))
     op.add_column("proposals", sa.Column("forced", sa.Boolean(), nullable=False, server_default=sa.false()))
     op.add_column("adapters", sa.Column("withdrawn", sa.Text(), nullable=True))
-
-
-def downgrade() -> None:
-    op.drop_column("adapters", "withdrawn")
-    op.drop_column("proposals", "forced")
-    for table in ("releases", "proposals"):
-        op.drop_column(table, "share")

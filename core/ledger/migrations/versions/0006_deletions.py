@@ -10,7 +10,7 @@ down_revision = "0005"
 def upgrade() -> None:
     op.create_table(
         "deletions",
-        sa.Column("id", sa.String(length=300), nullable=False),
+        sa.Column("id", sa.String(length=300), primary_key=True),
         sa.Column("selector", sa.JSON(), nullable=False),
         sa.Column("state", sa.String(length=16), nullable=False),
         sa.Column("actor", sa.String(length=200), nullable=False),
@@ -23,11 +23,5 @@ def upgrade() -> None:
         sa.Column("requested_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("removed_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("done_at", sa.DateTime(timezone=True), nullable=True),
-        sa.PrimaryKeyConstraint("id"),
     )
     op.create_index("ix_deletions_state", "deletions", ["state"])
-
-
-def downgrade() -> None:
-    op.drop_index("ix_deletions_state", "deletions")
-    op.drop_table("deletions")

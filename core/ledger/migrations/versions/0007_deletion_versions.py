@@ -10,8 +10,3 @@ down_revision = "0006"
 def upgrade() -> None:
     with op.batch_alter_table("deletions") as table:
         table.add_column(sa.Column("removed_version", sa.BigInteger(), nullable=True))
-
-
-def downgrade() -> None:
-    with op.batch_alter_table("deletions") as table:
-        table.drop_column("removed_version")

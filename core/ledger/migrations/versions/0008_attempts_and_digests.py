@@ -12,10 +12,3 @@ def upgrade() -> None:
         op.add_column(table, sa.Column("attempt", sa.String(32), nullable=True))
         op.create_index(f"ix_{table}_attempt", table, ["attempt"], unique=True)
     op.add_column("adapters", sa.Column("digest", sa.String(64), nullable=True))
-
-
-def downgrade() -> None:
-    op.drop_column("adapters", "digest")
-    for table in ("releases", "proposals"):
-        op.drop_index(f"ix_{table}_attempt", table)
-        op.drop_column(table, "attempt")

@@ -10,8 +10,3 @@ down_revision = "0009"
 def upgrade() -> None:
     op.add_column("adapters", sa.Column("collected_at", sa.DateTime(timezone=True), nullable=True))
     op.add_column("adapters", sa.Column("collected_bytes", sa.BigInteger(), nullable=True))
-
-
-def downgrade() -> None:
-    op.drop_column("adapters", "collected_bytes")
-    op.drop_column("adapters", "collected_at")

@@ -11,17 +11,8 @@ KEYS = sa.table("api_keys", sa.column("id", sa.String), sa.column("scopes", sa.J
 
 def upgrade() -> None:
     op.add_column("api_keys", sa.Column("expires_at", sa.DateTime(timezone=True), nullable=True))
-    _replace("infer", ["infer", "search"])
-
-
-def downgrade() -> None:
-    _replace("search", [])
-    op.drop_column("api_keys", "expires_at")
-
-
-def _replace(scope: str, scopes: list[str]) -> None:
     connection = op.get_bind()
     for key_id, has in connection.execute(sa.select(KEYS.c.id, KEYS.c.scopes)).all():
-        if scope in has:
-            changed = scopes + [each for each in has if each not in {scope, *scopes}]
-            connection.execute(sa.update(KEYS).where(KEYS.c.id == key_id).values(scopes=changed))
+        if "infer" in has:
+            scopes = ["infer", "search", *(each for each in has if each not in ("infer", "search"))]
+            connection.execute(sa.update(KEYS).where(KEYS.c.id == key_id).values(scopes=scopes))

@@ -11,9 +11,3 @@ def upgrade() -> None:
     op.add_column("deletions", sa.Column("held_at", sa.DateTime(timezone=True), nullable=True))
     op.add_column("deletions", sa.Column("remains", sa.Text(), nullable=True))
     op.add_column("deletions", sa.Column("remains_until", sa.DateTime(timezone=True), nullable=True))
-
-
-def downgrade() -> None:
-    with op.batch_alter_table("deletions") as table:
-        for name in ("held_at", "remains", "remains_until"):
-            table.drop_column(name)

@@ -26,7 +26,3 @@ def upgrade() -> None:
     op.create_index("ix_feedback_caller", "feedback", ["caller", "created_at"])
     op.create_index("ix_feedback_state", "feedback", ["state"])
     op.create_index("ix_feedback_release", "feedback", ["release", "route"])
-
-
-def downgrade() -> None:
-    op.drop_table("feedback")

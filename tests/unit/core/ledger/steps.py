@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 from alembic import command
-from sqlalchemy import Connection
+from sqlalchemy import Connection, MetaData, insert, select
 
 from core.ledger import Ledger, ReleaseRow
 from core.ledger.database import alembic_config
@@ -36,12 +36,25 @@ def errors(results: list[Any]) -> list[str]:
 
 @contextmanager
 def of_revision(url: str, revision: str, prepare: Callable[[Ledger], object] = lambda _: None) -> Iterator[Connection]:
-    """Downgrade the tables of a ledger to an older revision; closes it."""
+    """Make the tables of a ledger again as an older revision has them, with the rows; closes it."""
     with closing(Ledger.open(url)) as opened:
         prepare(opened)
         with opened.database._writing.connect() as connection, connection.begin():
-            command.downgrade(alembic_config(connection), revision)
+            remake(connection, revision)
             yield connection
+
+
+def remake(connection: Connection, revision: str) -> None:
+    """Tables of an older revision, with what it has columns for of the present rows."""
+    new, old = MetaData(), MetaData()
+    new.reflect(connection)
+    rows = {table.name: connection.execute(select(table)).mappings().all() for table in new.sorted_tables}
+    new.drop_all(connection)
+    command.upgrade(alembic_config(connection), revision)
+    old.reflect(connection)
+    for table in old.sorted_tables:
+        for row in () if table.name == "alembic_version" else rows[table.name]:
+            connection.execute(insert(table).values({column.name: row[column.name] for column in table.columns}))
 
 
 def begin(ledger: Ledger, update_id: str = "u1") -> None:

@@ -58,8 +58,6 @@ def test_keys_from_before_searches_had_a_scope_may_search_as_before(url: str) ->
             "page": (["infer", "search"], None), "both": (["infer", "search", "publish"], None),
             "ops": (["operate"], None),
         }  # fmt: skip
-    with of_revision(url, "0010") as connection:
-        assert "search" not in str(connection.execute(text("select name, scopes from api_keys")).all())
 
 
 def test_only_its_user_can_read_a_new_ledger_and_its_folder_and_old_ones_stay_as_they_are(tmp_path: Path) -> None:

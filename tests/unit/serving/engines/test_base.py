@@ -21,10 +21,9 @@ from PIL import Image
 
 from core.errors import BaseModelError
 from ratchet_client.images import decode_image, open_image
-from serving.engines import tokens
 from serving.engines.clip_base import ClipBase, base_directory, list_bases, load_base, save_base
 from serving.engines.preprocess import Preprocess, ResizeMode
-from serving.engines.tokens import CLEAN, BoundedTokenizer, make_tokenizer, merge, pad_rows, vocabulary
+from serving.engines.tokens import CLEAN, BoundedTokenizer, make_tokenizer, pad_rows, vocabulary
 from tests.support.tiny import CONFIG, tiny_base
 
 
@@ -163,52 +162,22 @@ def test_any_text_has_the_ids_of_open_clip(text: str) -> None:
     assert OURS([text, "x"]).tolist() == REFERENCE([text, "x"]).tolist()
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.text(alphabet="abc", min_size=1, max_size=20), st.permutations(["ab", "aa", "bc", "abc", "ca", "aab", "cab"]))
-def test_merges_follow_the_rounds_of_the_reference_whatever_the_order_of_ranks(word: str, order: list[str]) -> None:
-    pairs = [(one[:cut], one[cut:]) for one in order for cut in range(1, len(one))]
-    ranks = {pair: rank for rank, pair in enumerate(pairs)}
-    reference = SimpleTokenizer.__new__(SimpleTokenizer)
-    reference.cache, reference.bpe_ranks = {}, ranks
-    expected = reference.bpe(word).split(" ")
-    assert merge((*word[:-1], word[-1] + "</w>"), ranks) == expected
-
-
 def test_it_knows_which_texts_it_cut_and_does_not_encode_what_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["", "a cat", "word " * (CONTEXT - 2), "word " * (CONTEXT - 1), "word " * 60, "x" * 5000]
     cut = [OURS.cuts(text, row) for text, row in zip(texts, OURS.rows(texts), strict=True)]
     assert cut == [False, False, False, True, True, True]
     words: list[str] = []
     tokenizer = BoundedTokenizer(vocabulary(), 8)
-    monkeypatch.setattr(tokenizer, "bpe", lambda word: words.append(word) or f"{word}</w>")
+    monkeypatch.setattr(tokenizer, "word", lambda word: words.append(word) or [1])
     assert [len(row) for row in tokenizer.rows(["cat " * 500])] == [8]
     assert len(words) == 6
 
 
-class CountingRanks(dict[tuple[str, str], int]):
-    """Ranks that count their look-ups."""
-
-    asked = 0
-
-    def get(self, *pair: Any) -> Any:
-        self.asked += 1
-        return super().get(*pair)
-
-
 @pytest.mark.parametrize("alphabet", ["a", "abcdefghijklmnopqrstuvwxyz"])
-def test_the_work_for_a_word_grows_with_its_length_and_not_with_its_square(alphabet: str) -> None:
-    word = "".join(random.Random(0).choices(alphabet, k=20_000))
-    ranks = CountingRanks(REFERENCE.bpe_ranks)
-    assert "".join(merge(word, ranks)) == word
-    assert ranks.asked < 6 * len(word)
-
-
-def test_the_cache_is_bounded_in_words_and_in_their_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "CACHED_WORDS", 10)
-    tokenizer = BoundedTokenizer(vocabulary(), CONTEXT)
-    tokenizer([f"word{chr(97 + i)}{chr(97 + j)}" for i in range(10) for j in range(10)])
-    tokenizer(["x" * 1000])
-    assert tokenizer._cached.cache_info().currsize == 10
+def test_a_long_word_has_the_ids_of_open_clip(alphabet: str) -> None:
+    word = "".join(random.Random(0).choices(alphabet, k=300))
+    whole = BoundedTokenizer(vocabulary(), 400)
+    assert whole([word]).tolist() == SimpleTokenizer(context_length=400)([word]).tolist()
 
 
 @pytest.mark.parametrize("mode", [None, "slow"])
