@@ -61,7 +61,7 @@ def place(shared_server: ServerFixture, tmp_path_factory: pytest.TempPathFactory
         yield Place(server, settings, config, url, story, ingest, operator)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     with chromium() as found:
         yield found

@@ -230,8 +230,16 @@ def agree(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         torch.testing.assert_close(value, other[name], rtol=1e-6, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("kind", TRAINED_KINDS)
-@pytest.mark.parametrize("begin", ["base", "factors", "whole"])
+OFTEN = {"full", "nusa_cl"}
+"""A kind with factors and one without; others start from the base and from whole weights only in `make long`."""
+STARTS = [
+    pytest.param(kind, begin, marks=() if begin == "factors" or kind in OFTEN else pytest.mark.long)
+    for kind in TRAINED_KINDS
+    for begin in ("base", "factors", "whole")
+]
+
+
+@pytest.mark.parametrize(("kind", "begin"), STARTS)
 def test_what_is_trained_is_what_it_says_and_what_is_served(
     base: ClipBase, starts: Starts, tmp_path: Path, kind: str, begin: str
 ) -> None:

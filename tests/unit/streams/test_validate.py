@@ -20,7 +20,6 @@ from core.errors import RegistryUnavailable, StoreFull
 from core.settings.streams import Ingest, Kafka
 from ratchet_client.records import REASONS
 from streams.ingest import validate as module
-from streams.ingest import validators
 from streams.ingest.membership import PartitionReader
 from streams.ingest.quarantine import message, original
 from streams.ingest.validate import Accepted, Received, Rules, StoreRow, quarantine_row, record_time, validate
@@ -37,6 +36,7 @@ from streams.store.sample_store import SampleStore
 from streams.store.writer import Claim
 from tests.support.hostile_images import png
 from tests.support.kafka import good, picture
+from tests.unit.streams.deaths import DEADLY, die_over
 
 RULES = Rules(Ingest())
 HALF = "\ud83d"
@@ -194,7 +194,6 @@ def test_a_hostile_record_becomes_a_row_that_the_store_takes(store: SampleStore)
 
 
 WORK = ValidationSetup(Ingest(), Kafka())
-DEADLY = b"deadly"
 
 
 class MortalProcesses(ProcessValidators):
@@ -207,14 +206,6 @@ class MortalProcesses(ProcessValidators):
             return super().submit(records)
         self.deaths += 1
         return self._pool.submit(die_over, records)
-
-
-def die_over(records: Sequence[Received]) -> list[Accepted | StoreRow]:
-    """In the process: end as a crash of a decoder would."""
-    [deadly] = [received for received in records if received.key == DEADLY]
-    with validators._notes.validating(deadly.record_position):
-        os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("a killed process went on")
 
 
 @contextmanager

@@ -191,7 +191,9 @@ LAST = {"image": {"blocks": 1}, "text": {"blocks": 1}}
         ("locked-text", {}, True),
         ("naive", {}, False),
         ("vr-lwf", {}, True),  # texts of its own in every batch
-        *((name, LAST, False) for name in ("dora", "vera", "codyra", "nusa-cl", "full", "ln-fit", "bit-fit", "galore")),
+        *((name, LAST, False) for name in ("dora", "codyra", "nusa-cl", "full", "ln-fit", "galore")),
+        # Factors as codyra's, and some of the parameters as ln-fit's.
+        *(pytest.param(name, LAST, False, marks=pytest.mark.long) for name in ("vera", "bit-fit")),
     ],
 )
 def test_an_update_spends_what_it_planned_within_two_percent(

@@ -67,12 +67,14 @@ def first(either: Base, tmp_path_factory: pytest.TempPathFactory) -> TrainResult
     return run(either, tmp_path_factory.mktemp("first"))
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_the_same_inputs_give_the_same_adapter_others_another(either: Base, first: TrainResult, tmp_path: Path) -> None:
     assert run(either, tmp_path / "two").adapter == first.adapter
     assert run(either, tmp_path / "seed", seed=4).adapter != first.adapter
     assert run(either, tmp_path / "data", pools=data_of(either, new=14)).adapter != first.adapter
 
 
+@pytest.mark.usefixtures("measured_once")
 @pytest.mark.parametrize("image", [{"blocks": 1}, {"locked": False}])
 def test_a_stopped_update_ends_the_same(
     either: Base, first: TrainResult, tmp_path: Path, image: dict[str, Any]
@@ -85,6 +87,7 @@ def test_a_stopped_update_ends_the_same(
     assert (parts.adapter, parts.losses) == (whole.adapter, whole.losses)
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_an_update_goes_on_from_the_incumbent(either: Base, first: TrainResult, tmp_path: Path) -> None:
     """With almost no learning the candidate equals the incumbent."""
     still = {"peak": 1e-9, "constant": 1e-9, "final": 1e-9}
@@ -109,6 +112,7 @@ def test_the_budget_decides_the_number_of_steps(either: Base, first: TrainResult
         run(either, tmp_path / "poor", limits=replace(LIMITS, gflops=one.maf - 0.5 * per_step))
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_training_lowers_the_loss(either: Base, tmp_path: Path) -> None:
     fast = {"kind": "infinite", "peak": 0.02, "constant": 0.02, "final": 0.02, "warmup_steps": 1, "cooldown_steps": 1}
     naive, term = ("vlm-naive", "answer_likelihood") if either.family == "vlm" else ("naive", "contrastive")
@@ -118,6 +122,7 @@ def test_training_lowers_the_loss(either: Base, tmp_path: Path) -> None:
     assert result.directory.name == result.adapter
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_a_full_disk_or_bad_checkpoint_is_safe(base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(base, tmp_path / "undisturbed").adapter
     run(base, tmp_path, seed=4)
@@ -147,6 +152,7 @@ def test_what_is_kept_of_a_higher_rank_is_said(
     assert f"holds {100 * kept:.1f}% of what it learned" in caplog.text
 
 
+@pytest.mark.usefixtures("measured_once")
 @pytest.mark.parametrize("which", ["image", "text"])
 def test_a_locked_tower_keeps_the_space_of_the_incumbent(base: ClipBase, tmp_path: Path, which: str) -> None:
     first, engine = run(base, tmp_path / "first"), ClipEngine(base)
@@ -198,10 +204,11 @@ def test_what_cannot_be_asked_is_left_out_or_an_error(base: ClipBase, vlm: VlmBa
         run(base, tmp_path, recipe=recipe("vlm-default"), pools=good)
 
 
+@pytest.mark.usefixtures("measured_once")
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("vlm-default", "text"),
+        pytest.param("vlm-default", "text", marks=pytest.mark.long),
         ("vlm-logit-swap", "text"),
         ("vlm-orthogonal", "text"),
         pytest.param("vlm-sdft", "text", marks=pytest.mark.long),
@@ -242,6 +249,7 @@ def test_a_memory_survives_its_file_and_a_damaged_one_is_named(tmp_path: Path) -
         CarryOver.read(tmp_path)
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_updates_are_counted_along_the_chain(base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Mock(side_effect=trainer.learning_rate)
     monkeypatch.setattr(trainer, "learning_rate", watched)
@@ -255,6 +263,7 @@ def test_updates_are_counted_along_the_chain(base: ClipBase, tmp_path: Path, mon
     assert [call.args[-1] for call in watched.call_args_list] == [0] * 4 + [1] * 4
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_only_a_recipe_that_goes_on_from_what_was_trained_starts_there(base: ClipBase, tmp_path: Path) -> None:
     first = run(base, tmp_path / "first", recipe=recipe("finetuned-merge", max_steps=3))
     after = {"incumbent": first.directory, "pools": pools(replay=12), "seed": 5}
@@ -388,6 +397,7 @@ def test_damaged_pictures_are_left_out_and_named_also_after_a_stop(base: ClipBas
     assert result.adapter != run(base, tmp_path / "good", recipe=LEARNED, pools=spoiled(())).adapter
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_a_batch_of_bad_pictures_is_passed_over_and_an_update_of_them_fails(base: ClipBase, tmp_path: Path) -> None:
     half = run(base, tmp_path / "half", recipe=LEARNED, pools=spoiled(range(8)))
     assert (half.steps, len(half.losses["loss"]), len(half.left_out)) == (4, 2, 8)
