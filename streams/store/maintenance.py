@@ -200,7 +200,8 @@ class Maintainer:
 
     def _publish_corrections(self) -> None:
         try:
-            publish_corrections(self.settings, self.ledger, lambda: self.store.table.identity()[1])
+            while publish_corrections(self.settings, self.ledger, lambda: self.store.table.identity()[1]):
+                pass
         except BrokerError as error:  # the next run sends the others
             noted(error)
 

@@ -98,6 +98,7 @@ class Installation:
         picture = next((self.context.settings.home / "data" / "old" / "img").iterdir()).read_bytes()
         self.client.search(text="a red circle")
         self.client.vqa(picture, "what is this?")
+        self.client.classify([picture], ["a circle", "a square"])
         turn = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_uri(picture)}}]}
         body = {"model": "vlm", "messages": [turn], "max_tokens": 4, "stream": True}
         assert httpx.post(f"{self.client.url}/v1/chat/completions", json=body, timeout=60).text.endswith("[DONE]\n\n")
@@ -130,6 +131,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
             "trusted_sources": ["*"],
         },
         "watch": {"seconds": 1.0},
+        "feedback": {"audit_share": 1.0},
         # Repeated inputs are answered from the cache, so they are compared at once or never. This update changes much,
         # and the guard would roll it back.
         "rollout": {"compare_share": 1.0, "min_agreement": 0.0},
@@ -244,6 +246,7 @@ def force_a_drift(installation: Installation) -> str:
     return name
 
 
+@pytest.mark.long
 def test_a_drift_that_a_verdict_let_pass_is_found_by_the_audit_and_taken_back(installation: Installation) -> None:
     ledger, settings = installation.ledger, installation.context.settings
     wait(lambda: bool(ledger.release_audits("clip")), explain=installation.history)

@@ -221,6 +221,7 @@ def test_axe_finds_nothing_in_pages_that_are_files_and_they_fit_a_phone(visitor:
         assert (name, violations(visitor), width(visitor)) == (name, [], PHONE["width"])
 
 
+@pytest.mark.long
 def test_the_page_of_the_api_loads_nothing_from_elsewhere_and_calls_the_server(visitor: Page, place: Place) -> None:
     asked: list[str] = []
     visitor.on("request", lambda request: asked.append(request.url))
