@@ -193,6 +193,9 @@ def _migrate(database: Database) -> None:
     with time_limit(CALL_SECONDS), database.engine.connect() as connection:
         made = inspect(connection).has_table("alembic_version")
         revision = connection.scalar(text("select version_num from alembic_version")) if made else None
+    if revision is not None and revision < known[0]:
+        fix = "Nothing was published before: begin with an empty ledger."
+        raise LedgerError(f"the ledger is at migration {revision}, older than the first version's {known[0]}.", fix)
     if revision == known[-1] or (revision is not None and revision not in known):
         return
     from alembic import command  # imported here: it takes long, and is rarely needed

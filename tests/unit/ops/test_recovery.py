@@ -313,9 +313,9 @@ def test_a_backup_through_an_object_store_is_restored_into_one(move: Move) -> No
 def test_a_backup_of_an_older_migration_is_migrated_and_one_of_a_newer_version_is_not_made(move: Move) -> None:
     opened = open_database(move.here.ledger, migrate=False)
     with opened._writing.connect() as connection, connection.begin():
-        remake(connection, "0009")
+        remake(connection, "0014")
     file, revision = backup.write_ledger(move.here.ledger, move.folder)
-    assert revision == "0009"
+    assert revision == "0014"
     opened.close()
     Ledger.open(move.there.ledger).close()  # as `ratchet admin migrate` does before an install
     audit = {"actor": "a", "action": "restore", "subject": "s", "detail": {}, "created_at": WHEN}

@@ -1,16 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
 
 import pytest
-from sqlalchemy import text
 
 from core.errors import Held, LeaseLost, LedgerError, ReleaseConflict
 from core.ledger import Ledger, ReleaseRow
 from core.ledger.leases import CONTROLLER_LEASE
 from core.ledger.rows import ProposalKind, ProposalRow, ProposalState
-from tests.unit.core.ledger.steps import begin, errors, of_revision, race, release
+from tests.unit.core.ledger.steps import begin, errors, race, release
 
 
 def _propose(ledger: Ledger, kind: ProposalKind = "release", actor: str = "ann") -> ProposalRow:
@@ -270,19 +268,6 @@ def passed(ledger: Ledger, update_id: str, adapter: str) -> None:
     ledger.advance_update(update_id, "trained", adapter=adapter)
     ledger.record_verdict(update_id, adapter, "passed", "report", {})
     ledger.advance_update(update_id, "done")
-
-
-def test_a_ledger_of_the_version_before_knows_the_base_of_each_adapter(url: str) -> None:
-    def prepare(opened: Ledger) -> None:
-        opened.register_adapter("a", "clip", OLD, "i", "t", {})
-        for clip in (None, "a", "not recorded"):
-            release(opened, clip)
-
-    with of_revision(url, "0008", prepare) as connection:
-        columns = list(connection.execute(text("select * from releases")).keys())
-        assert "clip_base" not in columns
-    with closing(Ledger.open(url)) as upgraded:
-        assert [row.clip_base for row in upgraded.releases()] == [None, OLD, None]
 
 
 def test_releases_have_the_base_of_their_adapter_and_are_asked_for_by_it(ledger: Ledger) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from io import StringIO
@@ -31,6 +32,10 @@ class TriggerLab(Lab):
     def __init__(self, home: Path) -> None:
         super().__init__(home)
         self.set("updater", wait_for_items=False, max_wait_seconds=1e6)
+
+    def waits(self) -> str:
+        """Why no update begins, without how long the oldest sample has been waiting."""
+        return re.sub(r"(?<=sample waiting for )[\d,]+", "…", super().waits())
 
     def listed(self, *triggers: str, **values: Any) -> None:
         self.set("updater", triggers=list(triggers), **values)
@@ -68,10 +73,10 @@ def lab(tmp_path: Path) -> Iterator[TriggerLab]:
 def test_by_default_enough_samples_or_one_that_has_waited_for_long_begin_an_update(lab: TriggerLab) -> None:
     lab.add(9)
     assert lab.settings.updater.triggers == ["samples", "age"]
-    assert lab.waits() == "9 of 10 new samples; the oldest sample waiting for 0 of 1,000,000 s"
+    assert lab.waits() == "9 of 10 new samples; the oldest sample waiting for … of 1,000,000 s"
     assert lab.begins(now=True).trigger == lab.begins(retry=True).trigger == BY_OPERATOR
     lab.waited_for_long()
-    assert lab.begins().trigger.startswith("age: the oldest sample waiting for 0 of")
+    assert lab.begins().trigger.startswith("age: the oldest sample waiting for ")
     lab.add(1)
     assert lab.begins().trigger == "samples: 10 new"
 
@@ -79,7 +84,7 @@ def test_by_default_enough_samples_or_one_that_has_waited_for_long_begin_an_upda
 def test_a_trigger_that_is_not_listed_begins_nothing(lab: TriggerLab) -> None:
     lab.listed("age")
     lab.add(12)
-    assert lab.waits() == "the oldest sample waiting for 0 of 1,000,000 s"
+    assert lab.waits() == "the oldest sample waiting for … of 1,000,000 s"
     lab.listed("samples")
     lab.waited_for_long()
     assert lab.begins()
