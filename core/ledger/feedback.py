@@ -145,10 +145,11 @@ class FeedbackQueries(Queries):
         with self.database.read() as session:
             return [CallerReports(*row) for row in session.execute(query.group_by(FeedbackRow.caller))]
 
-    def prune_feedback(self, before: datetime) -> int:
-        """Remove feedback from before a time. Returns the number of rows."""
+    def prune_feedback(self, before: datetime, caller: str | None = None) -> int:
+        """Remove feedback from before a time, of one caller or of all. Returns the number of rows."""
+        own = true() if caller is None else FeedbackRow.caller == caller
         with self.database.write() as session:
-            result = session.execute(delete(FeedbackRow).where(FeedbackRow.created_at < before))
+            result = session.execute(delete(FeedbackRow).where(FeedbackRow.created_at < before, own))
             return int(cast(CursorResult[Any], result).rowcount)
 
 

@@ -16,7 +16,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -35,6 +35,7 @@ from core.progress import progress_log
 from core.settings import Settings
 from streams.kafka.corrections import publish_corrections
 from streams.kafka.events import EventPublisher
+from streams.records.signatures import FEEDBACK
 from streams.store import deletion, retention
 from streams.store.deletion import OldVersions, is_tombstone
 from streams.store.rows import name_of, outage, position_fragments, position_of
@@ -168,10 +169,17 @@ class Maintainer:
                 continue
             try:
                 removed += deletion.remove(self.store, self.ledger, [each])
+                self._forget_reports(each.selector)
             except ConfigError as error:  # requested by another version of Ratchet; must not block the others
                 progress_log.info(f"maintain: {each.id} cannot be carried out: {error}")
         metrics.maintain.deleted(removed, "deletion")
         return removed
+
+    def _forget_reports(self, selector: Mapping[str, str]) -> None:
+        """With all samples that come from a caller's corrections, the caller's feedback goes, too."""
+        if set(selector) == {"source", "before"} and selector["source"].startswith(FEEDBACK):
+            caller = selector["source"].removeprefix(FEEDBACK)
+            self.ledger.prune_feedback(datetime.fromisoformat(selector["before"]), caller)
 
     def _expire(self) -> int:
         if not self._due("expire", EXPIRE_SECONDS):

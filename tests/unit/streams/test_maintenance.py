@@ -239,6 +239,20 @@ def test_a_deletion_that_cannot_be_carried_out_holds_up_no_other(
     assert "odd cannot be carried out" in capsys.readouterr().err
 
 
+def test_with_the_samples_of_a_callers_corrections_its_feedback_goes(maintainer: Maintainer, ledger: Ledger) -> None:
+    for number, caller in enumerate(("app", "other")):
+        ledger.record_feedback(t.FeedbackRow(
+            id=f"{number:064x}", caller=caller, release=1, route="classify", input="0" * 32, answered_at=t.utc_now(),
+            verdict="wrong", detail={"comment": "my address"}, created_at=t.utc_now(),
+        ))  # fmt: skip
+    delete(ledger, source="feedback:app", domain="feedback")
+    maintainer.run_once()
+    assert len(ledger.feedback()) == 2, "only some of the caller's samples"
+    delete(ledger, source="feedback:app")
+    maintainer.run_once()
+    assert [each.caller for each in ledger.feedback()] == ["other"]
+
+
 def test_retention_looks_now_and_then_goes_on_at_once_and_rewrites_no_file_for_a_few_rows(
     maintainer: Maintainer, store: SampleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
