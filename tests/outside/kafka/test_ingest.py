@@ -139,6 +139,7 @@ def test_what_compaction_removes_is_neither_lag_nor_lost(broker: Broker, tmp_pat
     assert store.gaps() == [] and position(settings, store) == end
 
 
+@pytest.mark.long
 def test_an_unclean_election_loses_no_record(apache_kafka: ApacheKafka, settings: Settings, store: SampleStore) -> None:
     """One node: its log is truncated while it is down, like that of a replica that was behind and became the leader."""
     produce(settings.kafka, [good(n) for n in range(6)])
@@ -204,6 +205,7 @@ def test_a_join_that_polls_leave_half_done_is_completed(broker: Broker, tmp_path
     assert all(assigned(broker.address, settings.kafka.topic, poll_ms=1, fixed=True) for _ in range(10))
 
 
+@pytest.mark.long
 def test_a_topic_that_a_record_made_is_told(broker: Broker, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = broker.settings(tmp_path)
     topic = settings.kafka.topic

@@ -65,6 +65,7 @@ def _last_adapter(folder: Path, name: str = "default") -> Path:
     return Unit(name).folder(folder) / "adapters" / _rows(folder, name)[-1]["adapter"]
 
 
+@pytest.mark.long
 def test_every_method_gets_the_same_compute_and_uses_it_up(base: ClipBase, results: Path) -> None:
     for name in METHODS:
         for cost in (row["cost"] for row in _rows(results, name)):

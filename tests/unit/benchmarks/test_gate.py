@@ -93,6 +93,7 @@ def test_a_draw_keeps_the_harmful_out_lets_the_good_in_and_shows_no_gain_where_n
     assert found["all_kept"]["count"] >= 35 and found["rejected"]["count"] <= 2
 
 
+@pytest.mark.long
 def test_at_the_margin_each_suite_in_turn_is_rarely_passed() -> None:
     found = list(draws_at_margin([GOOD_ONE], RULE, 60, seed=4))
     assert {one.edge for one in found} == {"known", "classes"}

@@ -100,6 +100,7 @@ def short(name: str, incumbent: str = "") -> GatePlan:
     return GatePlan(name, "naive", small, NEW[0], new=12, seed=1, incumbent=incumbent)
 
 
+@pytest.mark.long
 def test_a_short_run_says_all_and_trains_nothing_twice(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models on forty pictures: the figures mean nothing."""
     monkeypatch.setattr("benchmarks.gate.power.SIZES", (20,))

@@ -125,6 +125,7 @@ def test_a_large_gain_is_released_and_a_harmful_one_not(world: World, monkeypatc
     assert harmful.harmful >= 3 and harmful.harmful_released <= 1
 
 
+@pytest.mark.long
 def test_a_stream_is_the_same_again_and_ends_with_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.lifetime.stream.TRIGGERS", 2)
     settings = Settings(home=tmp_path)

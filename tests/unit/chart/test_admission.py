@@ -86,6 +86,7 @@ def test_the_admission_level_refuses_a_pod_that_may_become_root() -> None:
     assert "console" in (found := forbidden(objects)) and "allowPrivilegeEscalation" in found
 
 
+@pytest.mark.long
 def test_checkov_finds_nothing_but_the_exceptions_that_have_a_reason(tmp_path: Path) -> None:
     """In pods of Ray as well, as plain pods: checkov does not know their kinds."""
     objects = render(profile("gpu"), EVERYTHING)

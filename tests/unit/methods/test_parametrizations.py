@@ -230,8 +230,8 @@ def agree(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         torch.testing.assert_close(value, other[name], rtol=1e-6, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
-OFTEN = {"full", "nusa_cl"}
-"""A kind with factors and one without; others start from the base and from whole weights only in `make long`."""
+OFTEN = {"nusa_cl"}
+"""A kind with factors; others start from the base and from whole weights only in `make long`."""
 STARTS = [
     pytest.param(kind, begin, marks=() if begin == "factors" or kind in OFTEN else pytest.mark.long)
     for kind in TRAINED_KINDS
@@ -258,7 +258,7 @@ def test_what_is_trained_is_what_it_says_and_what_is_served(
 
 
 @pytest.mark.parametrize("kind", TRAINED_KINDS)
-@pytest.mark.parametrize("begin", ["factors", "whole"])
+@pytest.mark.parametrize("begin", ["factors", pytest.param("whole", marks=pytest.mark.long)])
 def test_inside_base_the_model_is_the_base_exactly(base: ClipBase, starts: Starts, kind: str, begin: str) -> None:
     model = model_of(base, kind, starts[begin])
     move(model, 0.05)

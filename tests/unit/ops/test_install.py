@@ -111,7 +111,7 @@ list.format='json'
     assert script["uv_variables"]("") == {}
 
 
-@pytest.mark.parametrize("kind", ["folder", "index"])
+@pytest.mark.parametrize("kind", ["folder", pytest.param("index", marks=pytest.mark.long)])
 def test_the_builds_for_processors_are_taken_from_where_pip_was_told_to_look(tmp_path: Path, kind: str) -> None:
     wheels = tmp_path / "wheels" / "torch"
     wheels.mkdir(parents=True)

@@ -294,6 +294,7 @@ for start in range(0, 42000, 2000):
 """
 
 
+@pytest.mark.long
 def test_its_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
     """Tens of thousands of samples, whose index is larger than its cache, within a few megabytes of memory."""
     command = [sys.executable, "-c", FILL, str(tmp_path / "d.db")]

@@ -187,6 +187,7 @@ def test_false_accepts_stay_below_the_level() -> None:
     assert at_most_the_level(accepted, runs)
 
 
+@pytest.mark.long
 def test_many_suites_without_change_do_not_make_a_rejection_likelier() -> None:
     """Ten suites of items that disagree by a coin flip; at the level each, one run of four would be rejected."""
     rng = np.random.default_rng(5)

@@ -87,7 +87,7 @@ def test_an_unknown_recipe_objective_or_option_is_refused() -> None:
 
 RESUMED = frozenset({"codyra", "default", "ewc", "finetuned-merge", "galore", "si"})
 """Also stopped and resumed: one recipe for each kind of state in a checkpoint."""
-OFTEN = RESUMED | {"ema-merge", "locked-image", "wise-ft", "zscl"}
+OFTEN = {"codyra", "default", "finetuned-merge", "locked-image", "zscl"}
 """The recommended recipes that do more than a part of another one; the others take as long again and run only in `make
 long`."""
 CLIP = [

@@ -75,7 +75,7 @@ def test_the_same_inputs_give_the_same_adapter_others_another(either: Base, firs
 
 
 @pytest.mark.usefixtures("measured_once")
-@pytest.mark.parametrize("image", [{"blocks": 1}, {"locked": False}])
+@pytest.mark.parametrize("image", [{"blocks": 1}, pytest.param({"locked": False}, marks=pytest.mark.long)])
 def test_a_stopped_update_ends_the_same(
     either: Base, first: TrainResult, tmp_path: Path, image: dict[str, Any]
 ) -> None:
