@@ -95,6 +95,15 @@ def of_kind(objects: Sequence[Object], kind: str) -> list[Object]:
     return [each for each in objects if each["kind"] == kind]
 
 
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    """Evaluate a label selector with the two operators that are used here."""
+    for each in selector.get("matchExpressions", []):
+        assert each["operator"] in ("In", "DoesNotExist")
+        if labels.get(each["key"]) not in each.get("values", [None]):
+            return False
+    return bool(selector.get("matchLabels", {}).items() <= labels.items())
+
+
 def pods(objects: Sequence[Object]) -> Iterator[tuple[str, Object]]:
     """Pods and templates of pods, by their component."""
     for each in objects:

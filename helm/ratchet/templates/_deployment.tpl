@@ -1,15 +1,19 @@
 {{/* A Deployment of one ratchet command: (dict "top" $ "part" "ingest" "values" .Values.ingest "command" "ingest"
      "port" 9464 "portName" "metrics" "path" "/metrics" "replicas" 1). The old pod ends before a new one starts: none of
-     them gains from a double, and of two that write the same table one is sent back. */}}
+     them gains from a double, and of two that write the same table one is sent back. "topic": one that is bound to a
+     source, whose name may have what a name of Kubernetes may not. */}}
 {{- define "ratchet.deployment" -}}
 {{- $top := .top -}}
 apiVersion: apps/v1
 kind: Deployment
 metadata:
-  name: {{ include "ratchet.fullname" $top }}-{{ .part }}
+  name: {{ include "ratchet.fullname" $top }}-{{ .part }}{{ with .topic }}-{{ sha256sum . | trunc 8 }}{{ end }}
   labels:
     {{- include "ratchet.labels" $top | nindent 4 }}
     app.kubernetes.io/component: {{ .part }}
+    {{- with .topic }}
+    ratchet/topic: {{ sha256sum . | trunc 8 | quote }}
+    {{- end }}
 spec:
   {{- if .replicas }}
   replicas: {{ .replicas }}
@@ -20,12 +24,22 @@ spec:
   strategy: {type: RollingUpdate, rollingUpdate: {maxSurge: 0, maxUnavailable: 1}}
   {{- end }}
   selector:
-    matchLabels: {{- include "ratchet.selector" (list $top .part) | nindent 6 }}
+    matchLabels:
+      {{- include "ratchet.selector" (list $top .part) | nindent 6 }}
+      {{- with .topic }}
+      ratchet/topic: {{ sha256sum . | trunc 8 | quote }}
+      {{- end }}
+    {{- if and (eq .part "ingest") (not .topic) }}
+    matchExpressions: [{key: ratchet/topic, operator: DoesNotExist}]
+    {{- end }}
   template:
     metadata:
       labels:
         {{- include "ratchet.labels" $top | nindent 8 }}
         app.kubernetes.io/component: {{ .part }}
+        {{- with .topic }}
+        ratchet/topic: {{ sha256sum . | trunc 8 | quote }}
+        {{- end }}
       annotations:
         checksum/settings: {{ include (print $top.Template.BasePath "/configmap.yaml") $top | sha256sum }}
         {{- include "ratchet.addedAnnotations" $top | nindent 8 }}
@@ -39,7 +53,7 @@ spec:
       containers:
         - name: {{ .part }}
           {{- include "ratchet.container" (list $top .part) | nindent 10 }}
-          command: [ratchet, {{ .command }}]
+          command: [ratchet, {{ .command }}{{ with .topic }}, --topic, {{ quote . }}{{ end }}]
           env:
             {{- include "ratchet.env" (list $top .part) | nindent 12 }}
             {{- include "ratchet.addedEnv" (list $top .values) | nindent 12 }}

@@ -14,19 +14,10 @@ import yaml
 from core.loading import load_settings
 from core.settings import Settings
 from ops.cli.metrics import targets_of
-from tests.support.chart import EVERYTHING, ROOT, merged, named, of_kind, pods, profile, render, variables
+from tests.support.chart import EVERYTHING, ROOT, merged, named, of_kind, pods, profile, render, selects, variables
 
 Labels = dict[str, dict[str, str]]
 RULES = {"monitoring": {"rules": True}}
-
-
-def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
-    """Evaluate a label selector (of the operators, ``In`` is the only one used here)."""
-    for each in selector.get("matchExpressions", []):
-        assert each["operator"] == "In"
-        if labels.get(each["key"]) not in each["values"]:
-            return False
-    return bool(selector.get("matchLabels", {}).items() <= labels.items())
 
 
 def labels_of(objects: list[dict[str, Any]]) -> Labels:

@@ -11,7 +11,7 @@ from ray._private import ray_constants
 
 from benchmarks.cluster.ray_service import quantity
 from tests.support import chart
-from tests.support.chart import EVERYTHING, ROOT, containers, named, of_kind, pods, render, variables
+from tests.support.chart import EVERYTHING, ROOT, containers, named, of_kind, pods, profile, render, selects, variables
 
 KUBERNETES = ("1.28", "1.32", "1.37")
 """The oldest that the docs name, one between, and the newest that has schemas."""
@@ -127,6 +127,21 @@ def test_one_process_trains_and_one_maintains_and_no_upgrade_adds_a_writer(objec
         assert strategy["type"] == "Recreate" or strategy["rollingUpdate"]["maxSurge"] == 0
     scaled = {each["spec"]["scaleTargetRef"]["name"] for each in of_kind(objects, "ScaledObject")}
     assert scaled <= {"live-ratchet-ingest"} and not of_kind(objects, "HorizontalPodAutoscaler")
+
+
+def test_each_bound_topic_has_its_own_ingest_and_no_two_deployments_select_the_same_pods() -> None:
+    names = ["samples.Gate_7", "samples.gate-7"]
+    topics = [{"name": name, "source": f"gate-{number}"} for number, name in enumerate(names)]
+    found = render(profile("cpu"), {"settings": {"kafka": {"topics": topics}}, "ingest": {"replicas": 2}})
+    ingest = [each for each in of_kind(found, "Deployment") if "-ingest" in each["metadata"]["name"]]
+    specs = [each["spec"]["template"]["spec"]["containers"][0]["command"] for each in ingest]
+    assert specs == [["ratchet", "ingest"], *(["ratchet", "ingest", "--topic", name] for name in names)]
+    assert [each["spec"]["replicas"] for each in ingest] == [2, 2, 2]
+    assert len({each["metadata"]["name"] for each in ingest}) == 3
+    for each in ingest:
+        labels = [pod["spec"]["template"]["metadata"]["labels"] for pod in ingest]
+        assert [selects(each["spec"]["selector"], found) for found in labels] == [pod is each for pod in ingest]
+        assert selects(named(found, "PodDisruptionBudget", "ingest")["spec"]["selector"], labels[0])
 
 
 def test_only_containers_that_ask_for_gpus_see_any(values: Any, objects: list[dict[str, Any]]) -> None:
