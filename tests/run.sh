@@ -13,9 +13,10 @@ bin="$1"
 chosen=(-m "not long" --durations 15 --durations-min 5)
 servers=(tests/integration/console tests/integration/serving tests/e2e)
 alone=(tests/integration/serving/test_{openapi,bodies}.py) # start no server
-named=(tests/unit/{updater,core,ops,serving} "${servers[@]}" tests/integration/{streams,updater})
-jobs=("tests/integration ${named[*]/#/--ignore=}" "tests/unit/updater ${alone[*]}" "tests/unit/core tests/unit/ops tests/unit/serving"
-  "tests/integration/streams tests/integration/updater tests/outside/kafka" "tests/unit ${named[*]/#/--ignore=}" types)
+named=("${servers[@]}" tests/integration/{streams,updater})
+unit=(tests/unit/{updater,core,ops,serving})
+jobs=("tests/integration tests/unit/serving ${named[*]/#/--ignore=}" "tests/unit/updater ${alone[*]}" "tests/unit/core tests/unit/ops"
+  "tests/integration/streams tests/integration/updater tests/outside/kafka" "tests/unit ${unit[*]/#/--ignore=}" types)
 if [ "${2:-}" = job ]; then
   exec >"$(mktemp "$3/XXXXXX")" 2>&1
   if [ "$4" = types ]; then

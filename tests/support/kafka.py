@@ -15,6 +15,7 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from PIL import Image
 
 from core.child_process import processor_seconds
+from core.errors import BrokerError
 from core.settings import Settings
 from core.settings.streams import Kafka
 from core.waiting import StoodStill, wait_for_progress
@@ -39,9 +40,14 @@ def good(seed: int, **headers: str) -> Message:
     return picture(seed), [(f"ratchet_{name}", text.encode()) for name, text in fields.items()]
 
 
-def make_topics(settings: Settings) -> None:
-    ensure_topics(settings.kafka, [settings.kafka.topic], settings.kafka.partitions)
-    ensure_topics(settings.kafka, [settings.kafka.quarantine_topic])
+def make_topics(settings: Settings, tries: int = 5) -> None:
+    try:
+        ensure_topics(settings.kafka, [settings.kafka.topic], settings.kafka.partitions)
+        ensure_topics(settings.kafka, [settings.kafka.quarantine_topic])
+    except BrokerError:  # a busy machine is slower than the bound of a call: a process starts again, too
+        if tries == 1:
+            raise
+        make_topics(settings, tries - 1)
 
 
 def produce(kafka: Kafka, messages: Sequence[Message], partition: int | None = None) -> list[RecordPosition]:
