@@ -2,7 +2,8 @@
 
     python -m tests.support.written_state tests/data/written_by_0_1
 
-Run it with the code whose format is to be kept; a committed folder is never written again.
+Run it with the code whose format is to be kept; a committed folder is never written again. (But once: the ledger of
+``0_1`` is at migration 0014, from before the first version.)
 """
 
 from __future__ import annotations
