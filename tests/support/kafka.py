@@ -23,6 +23,7 @@ from streams.ingest.consumer import Consumer
 from streams.ingest.ingest_report import IngestStatus
 from streams.kafka.clients import ensure_topics
 from streams.store.rows import RecordPosition
+from tests.support.waiting import patiently
 
 Message = tuple[bytes | None, list[tuple[str, bytes]]]  # value, headers
 
@@ -40,14 +41,10 @@ def good(seed: int, **headers: str) -> Message:
     return picture(seed), [(f"ratchet_{name}", text.encode()) for name, text in fields.items()]
 
 
-def make_topics(settings: Settings, tries: int = 5) -> None:
-    try:
-        ensure_topics(settings.kafka, [settings.kafka.topic], settings.kafka.partitions)
-        ensure_topics(settings.kafka, [settings.kafka.quarantine_topic])
-    except BrokerError:  # a busy machine is slower than the bound of a call: a process starts again, too
-        if tries == 1:
-            raise
-        make_topics(settings, tries - 1)
+def make_topics(settings: Settings) -> None:
+    kafka = settings.kafka
+    patiently(lambda: ensure_topics(kafka, [kafka.topic], kafka.partitions), BrokerError)
+    patiently(lambda: ensure_topics(kafka, [kafka.quarantine_topic]), BrokerError)
 
 
 def produce(kafka: Kafka, messages: Sequence[Message], partition: int | None = None) -> list[RecordPosition]:

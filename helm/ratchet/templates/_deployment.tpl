@@ -4,15 +4,16 @@
      source, whose name may have what a name of Kubernetes may not. */}}
 {{- define "ratchet.deployment" -}}
 {{- $top := .top -}}
+{{- $bound := .topic | empty | ternary "" (.topic | default "" | sha256sum | trunc 8) -}}
 apiVersion: apps/v1
 kind: Deployment
 metadata:
-  name: {{ include "ratchet.fullname" $top }}-{{ .part }}{{ with .topic }}-{{ sha256sum . | trunc 8 }}{{ end }}
+  name: {{ include "ratchet.fullname" $top }}-{{ .part }}{{ with $bound }}-{{ . }}{{ end }}
   labels:
     {{- include "ratchet.labels" $top | nindent 4 }}
     app.kubernetes.io/component: {{ .part }}
-    {{- with .topic }}
-    ratchet/topic: {{ sha256sum . | trunc 8 | quote }}
+    {{- with $bound }}
+    ratchet/topic: {{ quote . }}
     {{- end }}
 spec:
   {{- if .replicas }}
@@ -26,10 +27,10 @@ spec:
   selector:
     matchLabels:
       {{- include "ratchet.selector" (list $top .part) | nindent 6 }}
-      {{- with .topic }}
-      ratchet/topic: {{ sha256sum . | trunc 8 | quote }}
+      {{- with $bound }}
+      ratchet/topic: {{ quote . }}
       {{- end }}
-    {{- if and (eq .part "ingest") (not .topic) }}
+    {{- if and (eq .part "ingest") (not $bound) }}
     matchExpressions: [{key: ratchet/topic, operator: DoesNotExist}]
     {{- end }}
   template:
@@ -37,8 +38,8 @@ spec:
       labels:
         {{- include "ratchet.labels" $top | nindent 8 }}
         app.kubernetes.io/component: {{ .part }}
-        {{- with .topic }}
-        ratchet/topic: {{ sha256sum . | trunc 8 | quote }}
+        {{- with $bound }}
+        ratchet/topic: {{ quote . }}
         {{- end }}
       annotations:
         checksum/settings: {{ include (print $top.Template.BasePath "/configmap.yaml") $top | sha256sum }}

@@ -132,16 +132,18 @@ def test_one_process_trains_and_one_maintains_and_no_upgrade_adds_a_writer(objec
 def test_each_bound_topic_has_its_own_ingest_and_no_two_deployments_select_the_same_pods() -> None:
     names = ["samples.Gate_7", "samples.gate-7"]
     topics = [{"name": name, "source": f"gate-{number}"} for number, name in enumerate(names)]
-    found = render(profile("cpu"), {"settings": {"kafka": {"topics": topics}}, "ingest": {"replicas": 2}})
-    ingest = [each for each in of_kind(found, "Deployment") if "-ingest" in each["metadata"]["name"]]
-    specs = [each["spec"]["template"]["spec"]["containers"][0]["command"] for each in ingest]
-    assert specs == [["ratchet", "ingest"], *(["ratchet", "ingest", "--topic", name] for name in names)]
+    objects = render(profile("cpu"), {"settings": {"kafka": {"topics": topics}}, "ingest": {"replicas": 2}})
+    ingest = [each for each in of_kind(objects, "Deployment") if "-ingest" in each["metadata"]["name"]]
+    templates = [each["spec"]["template"] for each in ingest]
+    commands = [each["spec"]["containers"][0]["command"] for each in templates]
+    assert commands == [["ratchet", "ingest"], *(["ratchet", "ingest", "--topic", name] for name in names)]
     assert [each["spec"]["replicas"] for each in ingest] == [2, 2, 2]
     assert len({each["metadata"]["name"] for each in ingest}) == 3
-    for each in ingest:
-        labels = [pod["spec"]["template"]["metadata"]["labels"] for pod in ingest]
-        assert [selects(each["spec"]["selector"], found) for found in labels] == [pod is each for pod in ingest]
-        assert selects(named(found, "PodDisruptionBudget", "ingest")["spec"]["selector"], labels[0])
+    budget = named(objects, "PodDisruptionBudget", "ingest")["spec"]["selector"]
+    for number, template in enumerate(templates):
+        labels = template["metadata"]["labels"]
+        assert [selects(each["spec"]["selector"], labels) for each in ingest] == [i == number for i in range(3)]
+        assert selects(budget, labels)
 
 
 def test_only_containers_that_ask_for_gpus_see_any(values: Any, objects: list[dict[str, Any]]) -> None:

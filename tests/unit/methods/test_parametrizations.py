@@ -231,7 +231,7 @@ def agree(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 OFTEN = {"nusa_cl"}
-"""A kind with factors; others start from the base and from whole weights only in `make long`."""
+"""Others start from the base and from whole weights only in `make long`."""
 STARTS = [
     pytest.param(kind, begin, marks=() if begin == "factors" or kind in OFTEN else pytest.mark.long)
     for kind in TRAINED_KINDS

@@ -16,6 +16,7 @@ from core.ledger import Ledger
 from core.ledger.database import MIGRATIONS, alembic_config
 from core.ledger.rows import Base
 from tests.support.ledger_limits import patient, patient_limits
+from tests.support.waiting import patiently
 from tests.unit.core.ledger.steps import of_revision, race, release
 
 
@@ -77,13 +78,8 @@ def test_a_ledger_that_a_newer_version_migrated_is_used_as_it_is(url: str) -> No
 
 
 def test_processes_that_start_together_migrate_once(url: str) -> None:
-    def start(tries: int = 5) -> None:
-        try:
-            Ledger.open(url).close()
-        except LedgerUnavailable:  # a busy machine is slower than the bound of a call: a process starts again, too
-            if tries == 1:
-                raise
-            start(tries - 1)
+    def start() -> None:
+        patiently(lambda: Ledger.open(url).close(), LedgerUnavailable)
 
     assert race(*[start] * 6) == [None] * 6
 

@@ -88,8 +88,7 @@ def test_an_unknown_recipe_objective_or_option_is_refused() -> None:
 RESUMED = frozenset({"codyra", "default", "ewc", "finetuned-merge", "galore", "si"})
 """Also stopped and resumed: one recipe for each kind of state in a checkpoint."""
 OFTEN = {"codyra", "default", "finetuned-merge", "locked-image", "zscl"}
-"""The recommended recipes that do more than a part of another one; the others take as long again and run only in `make
-long`."""
+"""Those that each do something that no other of these does; the others take longer and run only in `make long`."""
 CLIP = [
     pytest.param(name, marks=() if name in OFTEN else pytest.mark.long)
     for name in recipe_names()
