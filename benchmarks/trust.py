@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from pydantic import SecretStr
 from rich.table import Table
 
 from benchmarks.command import bench_parser, show_table
@@ -169,6 +170,7 @@ def trial(world: World, folder: Path, attack: str, share: float, seed: int, arm:
         update={
             "ledger_url": f"sqlite:///{folder / 'ledger.db'}", "lake_url": str(folder / "lake"),
             "artifacts_url": str(folder / "artifacts"),
+            "ingest": settings.ingest.model_copy(update={"split_key": SecretStr(f"trust {seed}")}),
             "updater": settings.updater.model_copy(update={"wait_for_items": False, "metrics_port": 0, "threads": 1}),
             "budget": settings.budget.model_copy(update={"gflops_per_day": 1e9}),
             "trust": settings.trust.model_copy(update={} if arm == "screened" else {"hold_below": 0.0}),
@@ -192,7 +194,7 @@ def trial(world: World, folder: Path, attack: str, share: float, seed: int, arm:
             verdict = service.ledger.verdict_of(outcome.update.id)
             assert verdict is not None, outcome.reason
             blame = verdict.summary.get("blame") or {}
-            ranked = [each["source"] for each in blame.get("suspects", ())]
+            ranked = [(each["source"], each["harm"]) for each in blame.get("suspects", ())]
             doubted = [row["source"] for row in verdict.summary["trust"] if row["held"]]
             updates.append({
                 "outcome": verdict.outcome, "reasons": list(verdict.summary["reasons"]), "ranked": ranked[:3],
@@ -270,7 +272,7 @@ def figures_of(rows: Sequence[Row]) -> Row:
     screened, unscreened, _ = ([row for row in rows if row["arm"] == arm] for arm in ARMS)
     until = [len(row["updates"]) for row in screened if row["passed"]]
     return {
-        "blame_top1": sum(each["ranked"][0] == EVIL for each in ranked) / len(ranked) if ranked else None,
+        "blame_top1": sum(each["ranked"][0][0] == EVIL for each in ranked) / len(ranked) if ranked else None,
         "rejected": len(rejected), "ranked": len(ranked), "blamed": sum(each["blamed"] == EVIL for each in rejected),
         "blamed_wrongly": sum(each["blamed"] not in (None, EVIL) for each in rejected),
         "doubted": sum(EVIL in row["updates"][0]["doubted"] for row in rows if row["updates"]),

@@ -1,10 +1,11 @@
 """Which source of samples a regression comes from.
 
 To first order, a training step on a sample changes the loss of an item by minus the dot product of their gradients
-(Pruthi et al., Estimating Training Data Influence by Tracing Gradient Descent, NeurIPS 2020). So a source harms the
-items that got worse as far as its mean gradient points against theirs, in the parameters of the adapter. Gradients are
-those at the candidate: there a source that contradicts the others still pulls, and the items that it harms pull back;
-where the update began neither is told from noise."""
+(TracIn: Pruthi et al., Estimating Training Data Influence by Tracing Gradient Descent, NeurIPS 2020). So a source harms
+the items that got worse as far as its mean gradient points against theirs, in the parameters of the adapter. TracIn
+sums over an update's checkpoints; here they are on the straight line from incumbent to candidate, in its second half.
+Before, the items that will be harmed do not pull yet; at its end alone, a source whose wrong texts could be learned
+pulls no longer."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from core.ledger import UpdateRow
 from core.progress import progress_log
 from serving.engines.clip_base import ClipBase
 from streams.store.sample_store import SampleStore
-from updater.adapters import read_delta
+from updater.adapters import WeightDelta, read_delta
+from updater.adapters.weight_deltas import merge
 from updater.data.pools import Pair, Pools, StoredExamples
 from updater.families import make_learner
 from updater.gate.run import Evaluator
@@ -36,6 +38,8 @@ BATCHES: Final = 3
 FEWEST: Final = 8
 """Samples of a source that is asked."""
 MOST_SOURCES: Final = 64
+POINTS: Final = (0.5, 0.75, 1.0)
+"""Of the way from incumbent to candidate."""
 STANDS_OUT: Final = 3.0
 """Times the harm of the second that the first source is blamed for."""
 
@@ -43,34 +47,37 @@ STANDS_OUT: Final = 3.0
 def blame(
     base: ClipBase,
     recipe: Recipe,
+    incumbent: Path | None,
     candidate: Path,
     update: UpdateRow,
     store: SampleStore,
     pools: Pools,
     worse: Sequence[Pair],
 ) -> Blame | None:
-    """Rank the sources of an update's new samples by their harm. ``worse``: what got worse, as pairs. None if there are
-    not two sources to tell apart."""
+    """Rank the sources of an update's new samples by their harm. ``incumbent``, ``candidate``: folders of adapters.
+    ``worse``: what got worse, as pairs. None if there are not two sources to tell apart."""
     by_source = _by_source(store, update, pools)
     if len(by_source) < 2 or len(worse) < 2:
         return None
     progress_log.info(f"{update.id}: {len(worse)} items got worse; asking {len(by_source)} sources")
     groups = [list(worse)[: BATCH * BATCHES], *(pairs[: BATCH * BATCHES] for pairs in by_source.values())]
     examples = [pair for group in groups for pair in group]
-    learner = make_learner(base, recipe, read_delta(candidate, base), update.seed)
-    try:
-        learner.prepare(examples, ["new"] * len(examples))
-        gradients, first = [], 0
-        for group in groups:
-            gradients.append(_mean_gradient(learner, range(first, first + len(group))))
-            first += len(group)
-    finally:
-        learner.close()
-    needed, *own = gradients
-    found = [
-        Suspect(source, len(pairs), -float(each @ needed))
-        for (source, pairs), each in zip(by_source.items(), own, strict=True)
-    ]
+    before: WeightDelta = read_delta(incumbent, base) if incumbent else {}
+    after = read_delta(candidate, base)
+    harm = [0.0] * len(by_source)
+    for point in POINTS:
+        learner = make_learner(base, recipe, merge(before, after, point), update.seed)
+        try:
+            learner.prepare(examples, ["new"] * len(examples))
+            gradients, first = [], 0
+            for group in groups:
+                gradients.append(_mean_gradient(learner, range(first, first + len(group))))
+                first += len(group)
+        finally:
+            learner.close()
+        needed, *own = gradients
+        harm = [total - float(each @ needed) / len(POINTS) for total, each in zip(harm, own, strict=True)]
+    found = [Suspect(source, len(pairs), each) for (source, pairs), each in zip(by_source.items(), harm, strict=True)]
     found.sort(key=lambda each: (-each.harm, each.source))
     most, next_most = found[:2]
     stands_out = most.harm > 0 and most.harm >= STANDS_OUT * max(next_most.harm, 0.0)

@@ -102,8 +102,8 @@ def _gate(
         directory, meta["load_error"] = None, error.message
     retention = [suite for suite in suites if suite.role == "retention"]
     fixed, learned = ([suite.name for suite in retention if bool(suite.data) == over] for over in (True, False))
-    released = base.digest if upgrade is None else upgrade.old_base
-    best = best_releases(ledger.released_verdicts(base.family, released), fixed, learned, update.incumbent)
+    released_base = base.digest if upgrade is None else upgrade.old_base
+    best = best_releases(ledger.released_verdicts(base.family, released_base), fixed, learned, update.incumbent)
     halved = bool(update.recipe.get("merge", {}).get("search"))
     plan = triggers.plan(settings.gate, ledger, base.family, update, halved=halved)
     incumbent = update.incumbent
@@ -119,9 +119,10 @@ def _gate(
         meta["tuned_on"] = [
             suite.name for suite in tuned_on([*suites, *fresh], settings.gate.min_items) if not suite.head
         ]
+    released = fetch_recorded(artifacts, ledger, update.incumbent) if update.incumbent else None
     with opened as evaluator:
-        if update.incumbent:
-            evaluator.load(update.incumbent, fetch_recorded(artifacts, ledger, update.incumbent))
+        if update.incumbent and released:
+            evaluator.load(update.incumbent, released)
         for name in sorted({*best.values()} - {adapter}):
             try:
                 evaluator.load(name, fetch_recorded(artifacts, ledger, name))
@@ -152,7 +153,8 @@ def _gate(
             meta=meta,
         )
         if verdict.outcome == "rejected" and isinstance(base, ClipBase) and directory is not None and upgrade is None:
-            return replace(verdict, blame=_blame(settings, store, base, update, evaluator, verdict, suites, directory))
+            found = _blame(settings, store, base, update, evaluator, verdict, suites, released, directory)
+            return replace(verdict, blame=found)
         return verdict
 
 
@@ -164,7 +166,8 @@ def _blame(
     evaluator: Evaluator[Any],
     verdict: Verdict,
     suites: Sequence[Suite],
-    directory: Path,
+    incumbent: Path | None,
+    candidate: Path,
 ) -> Blame | None:
     """Find the source of a regression; None for an import, and where no suite got worse."""
     lost = {result.name for result in verdict.suites if result.decision == "failed"}
@@ -174,7 +177,8 @@ def _blame(
         return None
     worse = worsened(evaluator, [each for each in suites if each.name in lost], update.incumbent, str(update.adapter))
     recipe = Recipe.parse(update.recipe, f"recipe of {update.id}")
-    return blame(base, recipe, directory, update, store, pools_of(settings, store, update, recipe), worse)
+    pools = pools_of(settings, store, update, recipe)
+    return blame(base, recipe, incumbent, candidate, update, store, pools, worse)
 
 
 def _family(update: UpdateRow) -> Family:

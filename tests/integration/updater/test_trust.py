@@ -152,7 +152,8 @@ def test_the_source_whose_gradients_oppose_what_got_worse_is_blamed(settings: Se
     ]
     pools = draw_pools(service.store, plan, (), update.store_version, {}, update.seed)
     base = load_base(settings.home, settings.base.clip)
-    found = blame(base, plan, directory, update, service.store, pools, worse)
-    assert found is not None and found.suspects[0].source == "evil" and found.suspects[0].harm > 0
+    for incumbent in (None, directory):
+        found = blame(base, plan, incumbent, directory, update, service.store, pools, worse)
+        assert found is not None and found.suspects[0].source == "evil" and found.suspects[0].harm > 0
     only = draw_pools(service.store, plan, (), update.store_version, {}, update.seed, without=["a", "b", "c"])
-    assert blame(base, plan, directory, update, service.store, only, worse) is None
+    assert blame(base, plan, None, directory, update, service.store, only, worse) is None
