@@ -3,6 +3,7 @@
     ServingError
       InvalidRequest             400  invalid_request
       UnknownModel               404  model_not_found
+      SpaceGone                  409  space_gone
       QueueFull                  429  overloaded
       NotReady                   503  not_ready
       VlmStarting                503  vlm_starting
@@ -44,6 +45,12 @@ class UnknownModel(ServingError):
     """The ``model`` of a request is not resident."""
 
     status, code, param = 404, "model_not_found", "model"
+
+
+class SpaceGone(ServingError):
+    """No resident release has the embedding space that the request names."""
+
+    status, code, param = 409, "space_gone", "space"
 
 
 class QueueFull(ServingError):

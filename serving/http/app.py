@@ -23,6 +23,7 @@ from serving.http import (
     operations,
     records,
     search,
+    spaces,
     ubi,
     vqa,
 )
@@ -93,7 +94,7 @@ def openapi() -> dict[str, Any]:
 def _with_routes() -> FastAPI:
     """Cached: FastAPI takes half a second to process all models."""
     app = FastAPI(title="Ratchet", version="1", description=DESCRIPTION, docs_url=None, redoc_url=None)
-    for part in (chat, embeddings, vqa, classify, search, operations, feedback, ubi, records, deletions):
+    for part in (chat, embeddings, spaces, vqa, classify, search, operations, feedback, ubi, records, deletions):
         # The middleware checks keys before any route; here the schema learns of them, for the "Authorize" of /docs.
         app.include_router(part.router, dependencies=[Depends(BEARER)], responses={**errors.RESPONSES, **REFUSALS})
     app.include_router(health.router)

@@ -88,20 +88,21 @@ class AppState:
             self.shadow_traffic.vlm(generation)
 
     def admit(
-        self, request: Request, model: str, family: Family = CLIP, user: str | None = None
+        self, request: Request, model: str, family: Family = CLIP, user: str | None = None, space: str | None = None
     ) -> AbstractContextManager[ReleaseSnapshot]:
-        """Bind one request to a release, and count how it ends. ``user``: the caller, as the body names it."""
+        """Bind one request to a release, and count how it ends. ``user``: the caller, as the body names it. ``space``:
+        an embedding space that the release must have."""
         key = routing_key(request, user) if self.admission.splits else ""
-        return self.admission.admit(model, family, key, is_fault)
+        return self.admission.admit(model, family, key, is_fault, space)
 
     @asynccontextmanager
     async def answering(
-        self, request: Request, model: str, family: Family = CLIP, user: str | None = None
+        self, request: Request, model: str, family: Family = CLIP, user: str | None = None, space: str | None = None
     ) -> AsyncIterator[tuple[ReleaseSnapshot, float]]:
         """Bind one request whose body was read, and cancel its work when the client leaves or the deadline passes.
         Yields the release that answers, and the deadline."""
         deadline = self.deadline()
-        with self.admit(request, model, family, user) as snapshot:
+        with self.admit(request, model, family, user, space) as snapshot:
             async with cancel_on_disconnect(request.receive, deadline):
                 yield snapshot, deadline
 
@@ -150,7 +151,10 @@ def app_state(request: Request) -> AppState:
 
 
 def release_headers(snapshot: ReleaseSnapshot, family: Family = CLIP) -> dict[str, str]:
-    return {"x-ratchet-release": str(snapshot.release), "x-ratchet-adapter": snapshot.shown(family)}
+    """Names of the release and its adapter and, for a CLIP, of its embedding spaces."""
+    names = {"x-ratchet-release": str(snapshot.release), "x-ratchet-adapter": snapshot.shown(family)}
+    spaces = {"x-ratchet-image-space": snapshot.image_space, "x-ratchet-text-space": snapshot.text_space}
+    return names | spaces if family == CLIP else names
 
 
 def routing_key(request: Request, user: str | None = None) -> str:

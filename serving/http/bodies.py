@@ -42,6 +42,12 @@ VLM_MODEL = Field(
     "vlm", max_length=200, description="`vlm` (what is live), `vlm@12` (a resident release), or a resident adapter.",
     json_schema_extra={"format": "model"},
 )  # fmt: skip
+SPACE = Field(
+    None, min_length=1, max_length=64,
+    description="An embedding space (`x-ratchet-image-space` or `x-ratchet-text-space` of an earlier answer) that the "
+    "release must have: vectors of another one are never answered. 409 `space_gone` if no resident release has it.",
+    json_schema_extra={"format": "space"},
+)  # fmt: skip
 TRUNCATE = Field(
     True,
     description="Whether a text that is longer than the model reads is cut; `x-ratchet-truncated` then counts such "

@@ -16,6 +16,7 @@ from serving.http.answer_receipts import HEADER
 from serving.http.app_state import app_state
 from serving.http.bodies import (
     MODEL,
+    SPACE,
     TRUNCATE,
     Body,
     Name,
@@ -65,6 +66,7 @@ class ClassifyRequest(Body):
         description="With a head: minimum probability of a label; below it, the answer is a higher level, or null.",
     )
     truncate: bool = TRUNCATE
+    space: str | None = SPACE
     model: str = MODEL
 
     @model_validator(mode="after")
@@ -132,7 +134,7 @@ async def classify(request: Request) -> Response:
         state.check_texts(body.labels, "labels")
         state.check_texts(prompts, "templates", TEXTS_PER_REQUEST * PROMPTS_PER_TEXT)
     caller = caller_of(request.scope)
-    async with state.answering(request, body.model) as (snapshot, deadline):
+    async with state.answering(request, body.model, space=body.space) as (snapshot, deadline):
         headers = state.headers(request, "classify", snapshot)
         if body.head:
             head = await state.vectors.head(body.head, snapshot, deadline)

@@ -15,6 +15,7 @@ from core.ledger.rows import Family
 from serving.http.app_state import CLIP, VLM, AppState, app_state
 from serving.http.bodies import (
     MODEL,
+    SPACE,
     TRUNCATE,
     Body,
     FormField,
@@ -106,6 +107,7 @@ class EmbeddingsRequest(OpenAIBody, Body):
     encoding_format: Literal["float", "base64"] = Field("float", description="base64 is little-endian float32.")
     dimensions: int | None = Field(None, description="Must be the model's own dimension.")
     truncate: bool = TRUNCATE
+    space: str | None = SPACE
     user: str | None = Field(
         None, max_length=200, description="The user: during a canary, each user is always answered by the same release."
     )
@@ -141,6 +143,8 @@ class Embedding(ResponseBody):
     """Position of the input."""
     embedding: list[float | None] | Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})]
     """float32 numbers; with `encoding_format: base64` their little-endian bytes in base64."""
+    space: str
+    """Digest of the vector's embedding space, of images or of texts. Keep it beside a vector that you store."""
 
 
 class EmbeddingList(ResponseBody):
@@ -191,18 +195,24 @@ async def embeddings(request: Request) -> Response:
 
     An image is `{"image": "data:image/png;base64,..."}`, or a URL where the server fetches them. As multipart, each
     `input` is a text or a file. An image by itself may be the body, with the other fields in the query. Compare vectors
-    of one release by dot product.
+    of one release by dot product. To compare with image vectors of an earlier release, send their `space`: the answer
+    is of a release that has it, or 409 `space_gone`.
     """
     state = app_state(request)
     body, inputs = await read_inputs(request, state)
     if body.dimensions is not None and body.dimensions != state.dim:
         problem = f"this model has {state.dim} dimensions and cannot be cut."
         raise field_error("dimensions", problem, "unsupported_dimensions")
-    async with state.answering(request, body.model, user=body.user) as (snapshot, deadline):
+    async with state.answering(request, body.model, user=body.user, space=body.space) as (snapshot, deadline):
         embedded = await embed(state, snapshot, inputs, deadline, caller_of(request.scope), body.truncate)
         data = [
-            {"object": "embedding", "index": index, "embedding": encoded(row, body.encoding_format)}
-            for index, row in enumerate(embedded.rows)
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": encoded(row, body.encoding_format),
+                "space": snapshot.text_space if isinstance(each, str) else snapshot.image_space,
+            }
+            for index, (each, row) in enumerate(zip(inputs, embedded.rows, strict=True))
         ]
         usage: dict[str, Any] = {"prompt_tokens": embedded.tokens, "total_tokens": embedded.tokens}
         if embedded.cut:

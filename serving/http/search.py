@@ -14,6 +14,7 @@ from serving.catalog.queries import as_filters
 from serving.http.app_state import app_state
 from serving.http.bodies import (
     MODEL,
+    SPACE,
     TRUNCATE,
     Body,
     Name,
@@ -55,6 +56,7 @@ class SearchRequest(Body):
     since: datetime | None = Field(None, description="Earliest sample time (UTC), inclusive.")
     until: datetime | None = Field(None, description="Latest sample time (UTC), exclusive.")
     truncate: bool = TRUNCATE
+    space: str | None = SPACE
     model: str = MODEL
 
     _in_range = field_validator("since", "until")(in_range)
@@ -102,7 +104,7 @@ async def search(request: Request) -> Response:
         raise ApiError(400, "give either a text or an image to search for.", param="text", code="invalid_value")
     filters = as_filters(body.domain, body.source, body.since, body.until)
     caller = caller_of(request.scope)
-    async with state.answering(request, body.model) as (snapshot, deadline):
+    async with state.answering(request, body.model, space=body.space) as (snapshot, deadline):
         if body.text is not None:
             state.check_texts([body.text], "text")
             whole = () if body.truncate else ("text",)

@@ -12,7 +12,7 @@ from core import metrics
 from core.ledger.rows import Family
 from core.metrics.serving import Age
 from core.request_context import note
-from serving.errors import NotReady, Unavailable, UnknownModel
+from serving.errors import NotReady, SpaceGone, Unavailable, UnknownModel
 from serving.releases.guard import RequestCounts
 from serving.releases.types import ReleaseSnapshot
 
@@ -49,18 +49,20 @@ class Admission:
             self._record_in_flight()
         return self.live.release if self.live else 0
 
-    def resolve(self, model: str, family: Family = FAMILY, key: str = "") -> ReleaseSnapshot:
+    def resolve(self, model: str, family: Family = FAMILY, key: str = "", space: str | None = None) -> ReleaseSnapshot:
         """Resolve ``clip`` or ``vlm`` (live), ``clip@12`` (a resident release), or an adapter's name (its newest
         release). ``key``: the caller's, which chooses the side while a canary is live; without one, the stable side
-        answers. Raises UnknownModel with the resident names, NotReady while nothing is live."""
+        answers. ``space``: an embedding space that the release must have; with ``clip``, the newest one that has it
+        answers. Raises UnknownModel with the resident names, SpaceGone, NotReady while nothing is live."""
         live = self.live
         if live is None:
             raise NotReady("no release is live yet.", "Wait until /health/ready answers 200.")
         if model == family:
-            return self._side(live, key) if self.splits else live
+            side = self._side(live, key) if self.splits else live
+            return side if space is None else self._having(space, [side, *self.window])
         for snapshot in self.window:
             if model in (f"{family}@{snapshot.release}", snapshot.shown(family)):
-                return snapshot
+                return snapshot if space is None else self._having(space, [snapshot])
         raise UnknownModel(f"model {model[:80]!r} is not resident.", f"Resident are: {', '.join(self.names(family))}.")
 
     def names(self, family: Family = FAMILY) -> list[str]:
@@ -75,12 +77,13 @@ class Admission:
         family: Family = FAMILY,
         key: str = "",
         is_fault: Callable[[Exception], bool] = lambda error: True,
+        space: str | None = None,
     ) -> Iterator[ReleaseSnapshot]:
         """Bind one request, and count it until the block ends. ``is_fault``: whether an exception counts against the
         release."""
         if self.closed:
             raise Unavailable("the server is ending.", "Send the request to another server, or again shortly.")
-        snapshot = self.resolve(model, family, key)
+        snapshot = self.resolve(model, family, key, space)
         number = snapshot.release
         note(snapshot.shown(family), number)
         self._in_flight[number] += 1
@@ -123,6 +126,16 @@ class Admission:
     def answered(self) -> dict[int, RequestCounts]:
         """Requests that ended, by resident release, since this process learned of the release."""
         return dict(self._answered)
+
+    def _having(self, space: str, snapshots: Sequence[ReleaseSnapshot]) -> ReleaseSnapshot:
+        for place, snapshot in enumerate(snapshots):
+            if space in snapshot.spaces and (place == 0 or snapshot.share >= 1):
+                return snapshot
+        there = dict.fromkeys(each for snapshot in self.window for each in snapshot.spaces)
+        raise SpaceGone(
+            f"no release that may answer has the embedding space {space[:80]!r}. Resident are {', '.join(there)}.",
+            "Embed again with `clip` what is to be compared, or have an operator go back to a release of that space.",
+        )
 
     def _side(self, live: ReleaseSnapshot, key: str) -> ReleaseSnapshot:
         chosen = bool(key) and canary_bucket(live.clip, live.vlm, key) < live.share

@@ -47,6 +47,11 @@ class ReleaseSnapshot:
     """Share of requests that it answers; see :attr:`core.ledger.rows.ReleaseRow.share`."""
 
     @property
+    def spaces(self) -> tuple[str, str]:
+        """Digests of the image and the text embedding space."""
+        return self.image_space, self.text_space
+
+    @property
     def adapter(self) -> str:
         """The CLIP adapter's name as shown to clients."""
         return self.clip or BASE

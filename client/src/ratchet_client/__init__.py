@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ratchet_client.async_producer import AsyncProducer as AsyncProducer
     from ratchet_client.calls import data_uri as data_uri
     from ratchet_client.calls import last_answer as last_answer
+    from ratchet_client.calls import last_spaces as last_spaces
     from ratchet_client.client import AsyncClient as AsyncClient
     from ratchet_client.client import Client as Client
     from ratchet_client.errors import BrokerError as BrokerError
@@ -58,6 +59,7 @@ _MODULES = {
     "Unreachable": "errors",
     "data_uri": "calls",
     "last_answer": "calls",
+    "last_spaces": "calls",
 }
 
 __all__ = list(_MODULES)

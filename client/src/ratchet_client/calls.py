@@ -36,6 +36,7 @@ failed together do not come back together."""
 
 
 RECEIPT: ContextVar[str] = ContextVar("ratchet_answer", default="")
+SPACES: ContextVar[tuple[str, str]] = ContextVar("ratchet_spaces", default=("", ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,8 @@ class Call(Generic[T]):
             raise error_of(answer)
         if receipt := answer.headers.get("x-ratchet-answer"):
             RECEIPT.set(receipt)
+        if space := answer.headers.get("x-ratchet-image-space"):
+            SPACES.set((space, answer.headers.get("x-ratchet-text-space", "")))
         try:
             return self.read(answer)
         except (ValueError, KeyError, TypeError) as error:
@@ -88,14 +91,16 @@ def headers(key: str | None, actor: str) -> dict[str, str]:
     return {"x-ratchet-actor": actor} | ({"authorization": f"Bearer {key}"} if key else {})
 
 
-def embed(inputs: Sequence[str | bytes], model: str = "clip") -> Call[list[array[float]]]:
-    """Unit vectors of texts (str) and encoded images (bytes), each an array of float32, as numpy takes them.
+def embed(inputs: Sequence[str | bytes], model: str = "clip", space: str | None = None) -> Call[list[array[float]]]:
+    """Unit vectors of texts (str) and encoded images (bytes), each an array of float32, as numpy takes them. ``space``:
+    an embedding space that they must belong to, or that the images have that they are compared with; Conflict
+    (``space_gone``) if no resident release has it. :func:`last_spaces` names the spaces of what was answered.
 
     >>> numpy.asarray(client.embed(["a red dragon", "a bus"])).shape
     (2, 256)
     """
     items = [{"image": data_uri(item)} if isinstance(item, bytes) else item for item in inputs]
-    body = {"model": model, "input": items, "encoding_format": "base64"}
+    body = {"model": model, "input": items, "encoding_format": "base64", "space": space}
     return Call("POST", "/v1/embeddings", lambda answer: [_vector(row["embedding"]) for row in _data(answer)], body)
 
 
@@ -108,7 +113,7 @@ def classify(
 
 
 def search(text: str | None = None, image: bytes | None = None, **options: Any) -> Call[list[dict[str, Any]]]:
-    """Hits, best first. ``options``: k, domain, source, since, until, model."""
+    """Hits, best first. ``options``: k, domain, source, since, until, space, model."""
     body = {"text": text, "image": None if image is None else data_uri(image), **options}
     return Call("POST", "/v1/search", _data, body)
 
@@ -153,6 +158,17 @@ def feedback(answer: str, verdict: str, image: bytes | None = None, **said: Any)
 def last_answer() -> str:
     """Receipt of the last answer to this thread or task (``x-ratchet-answer``); empty before the first."""
     return RECEIPT.get()
+
+
+def last_spaces() -> tuple[str, str]:
+    """Image and text embedding space of the last answer to this thread or task; empty before the first. Keep them
+    beside vectors that you store."""
+    return SPACES.get()
+
+
+def spaces() -> Call[list[dict[str, Any]]]:
+    """The embedding spaces that requests may name, those of the live release first."""
+    return Call("GET", "/v1/spaces", _data)
 
 
 def releases(limit: int = 50) -> Call[dict[str, Any]]:

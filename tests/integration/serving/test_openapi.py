@@ -158,6 +158,8 @@ def teach(in_process_app: InProcessApp) -> None:
     )
     receipt = AnswerReceipts(SecretStr(KEY)).issue("search", 1, b"", [sample.id for sample in in_process_app.samples])
     schemathesis.openapi.format("answer", st.just(receipt) | st.text(max_size=9))
+    spaces = in_process_app.engine.spaces(None)
+    schemathesis.openapi.format("space", st.sampled_from([spaces.image, spaces.text]) | st.text(max_size=9))
     deletion = in_process_app.ledger.request_deletion(
         "deletion-0", {"source": "nobody's"}, actor="ann", reason="asked to"
     )

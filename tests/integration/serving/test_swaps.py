@@ -9,22 +9,24 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from benchmarks import traces
 from benchmarks.otlp_collector import OtlpCollector
 from core.artifacts import Artifacts
 from core.errors import ConfigError
-from ratchet_client import Conflict, ServerError, data_uri
+from ratchet_client import Conflict, ServerError, data_uri, last_spaces
 from serving.app import start
 from serving.ray.ray_session import end_leftovers, session_directory
-from tests.integration.serving.server_fixture import ROOT, ServerFixture
+from tests.integration.serving.server_fixture import ROOT, TEXTS, ServerFixture
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 
 pytestmark = pytest.mark.timeout(400)
@@ -55,6 +57,42 @@ def test_releases_a_rollback_and_a_killed_encoder_under_load_fail_and_mix_nothin
     assert (report.failed, report.mixed) == (0, 0), report.problems
     assert server.ledger.live().number == last["number"]  # type: ignore[union-attr]
     server.until(lambda: len(server.pids("ServeReplica:ratchet:Encoder")) == 2)
+
+
+@pytest.mark.parametrize("releases", [4, pytest.param(100, marks=[pytest.mark.long, pytest.mark.timeout(2400)])])
+def test_a_pinned_space_is_answered_by_it_or_refused_while_releases_go_by(server: ServerFixture, releases: int) -> None:
+    """Callers keep the space of their vectors and pin it until it is gone; the engine's own vectors are expected."""
+    names = [server.adapter() for _ in range(3)]
+    known = {server.ledger.adapter(name).image_space: server.expected(name, texts=TEXTS[:1])[0] for name in names}
+    answered, gone, over = [0], [0], threading.Event()
+
+    def ask() -> None:
+        with server.client() as client:
+            while not over.is_set():
+                client.embed(TEXTS[:1])
+                space, _ = last_spaces()
+                try:
+                    while not over.is_set():
+                        [vector] = client.embed(TEXTS[:1], space=space)
+                        assert last_spaces()[0] == space
+                        if space in known:  # not what was live before
+                            assert np.abs(np.asarray(vector) - known[space]).max() < 1e-3
+                        answered[0] += 1
+                except Conflict as error:
+                    assert error.code == "space_gone", error
+                    gone[0] += 1
+
+    with ThreadPoolExecutor(2) as pool, server.client() as client:
+        asking = [pool.submit(ask) for _ in range(2)]
+        try:
+            for number in range(releases):
+                seen = [answered[0] + 1, gone[0] + (number > 1)]
+                client.release(names[number % len(names)], reason="swap")
+                server.until(lambda seen=seen: answered[0] >= seen[0] and gone[0] >= seen[1])  # type: ignore[misc]
+        finally:
+            over.set()
+        for each in asking:
+            each.result()
 
 
 def replica(server: ServerFixture) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from prometheus_client import REGISTRY
 from scipy.stats import binom
 
 from core.ledger import Family
-from serving.errors import NotReady, Unavailable, UnknownModel
+from serving.errors import NotReady, SpaceGone, Unavailable, UnknownModel
 from serving.releases.admission import Admission, canary_bucket
 from serving.releases.types import ReleaseSnapshot
 
@@ -72,6 +72,33 @@ def test_models_are_addressed_by_family_release_adapter(family: Family, other: F
     for model in (f"{family}@1", other, f"{other}@4", foreign):
         with pytest.raises(UnknownModel, match=resident):
             admitted.resolve(model, family)
+
+
+def test_a_space_is_answered_by_the_newest_release_that_has_it_and_by_no_other() -> None:
+    shared = ReleaseSnapshot(4, "d", "i3", "t4")
+    admitted = admission(shared, snapshot(3, "c"), snapshot(2, "b"))
+    for model, space, release in (("clip", "i3", 4), ("clip", "t3", 3), ("clip", "i2", 2), ("clip@3", "i3", 3)):
+        assert admitted.resolve(model, space=space).release == release
+    for model, space in (("clip", "i1"), ("clip@4", "t3"), ("c", "t4"), ("clip", "")):
+        with pytest.raises(SpaceGone, match="Resident are i3, t4, t3, i2, t2"):
+            admitted.resolve(model, space=space)
+    admitted.adopt([snapshot(5), shared])
+    with pytest.raises(SpaceGone), admitted.admit(space="t3"):
+        pass
+    assert admitted.in_flight() == {}
+
+
+def test_a_space_of_a_canary_or_shadow_answers_only_callers_of_that_side() -> None:
+    for share in (0.0, 0.3):
+        split = admission(snapshot(3, "new", share), snapshot(2, "old"))
+        for key in KEYS[:50]:
+            assert split.resolve("clip", key=key, space="i2").release == 2
+            if split.resolve("clip", key=key).release == 3:
+                assert split.resolve("clip", key=key, space="i3").release == 3
+            else:
+                with pytest.raises(SpaceGone, match="may answer"):
+                    split.resolve("clip", key=key, space="i3")
+    assert split.resolve("clip@3", space="t3").release == 3
 
 
 def test_a_share_of_the_keys_is_answered_by_the_canary_and_a_larger_one_only_adds_keys() -> None:

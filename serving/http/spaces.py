@@ -1,0 +1,94 @@
+"""GET /v1/spaces: the embedding spaces that requests may name, and how long each stays."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request, Response
+
+from core.errors import LedgerError
+from core.ledger import Ledger
+from serving.errors import NotReady
+from serving.http.app_state import app_state
+from serving.http.bodies import ResponseBody, json_response
+
+router = APIRouter(tags=["OpenAI compatible"])
+
+
+class CrossVersionBody(ResponseBody):
+    """What the gate measured: recall of texts in images over its retrieval suites, when the release was a candidate."""
+
+    incumbent: str
+    """The adapter whose image vectors it was compared with; `base`: the base alone."""
+    k: int
+    n: int
+    """Texts."""
+    old_old: float
+    """The incumbent's texts in its own images."""
+    new_old: float
+    """This release's texts in the incumbent's images."""
+    new_new: float
+    ci_low: float
+    """One-sided lower bound of `new_old` minus `old_old`."""
+    margin: float
+    allowed: bool
+    """Whether a loss of more than `margin` is excluded."""
+
+
+class SpaceBody(ResponseBody):
+    """An embedding space: vectors of one image space, and texts of a release that has it, may be compared."""
+
+    id: str
+    kind: Literal["image", "text"]
+    dimensions: int
+    preprocessing: dict[str, Any] | None
+    """Of images; null for texts."""
+    releases: list[int]
+    """Resident ones that have it, the newest first."""
+    live: bool
+    """Whether the newest release has it."""
+    releases_left: int
+    """It stays at least until so many further releases are live; an operator may also go back to one that has it."""
+    cross_version: CrossVersionBody | None
+    """Of the newest release that has this image space; null where the gate measured none."""
+
+
+class SpaceList(ResponseBody):
+    """Embedding spaces, those of the newest release first."""
+
+    object: Literal["list"]
+    data: list[SpaceBody]
+
+
+@router.get("/v1/spaces", summary="Embedding spaces that requests may name", response_model=SpaceList)
+async def spaces(request: Request) -> Response:
+    """A request with `space` is answered by the newest release that has it. A release that changes a tower changes its
+    space: vectors that were kept from before may then be compared only with vectors of that earlier space.
+    """
+    state = app_state(request)
+    window = state.admission.window
+    if not window:
+        raise NotReady("no release is live yet.", "Wait until /health/ready answers 200.")
+    rows: dict[str, dict[str, Any]] = {}
+    for place, snapshot in enumerate(window):
+        for kind, space in zip(("image", "text"), snapshot.spaces, strict=True):
+            images = kind == "image"
+            row = rows.setdefault(space, {
+                "id": space, "kind": kind, "dimensions": state.dim,
+                "preprocessing": state.image_loader.preprocess.to_json() if images else None, "releases": [],
+                "live": not place, "releases_left": max(1, state.settings.rollback_window - place),
+                "cross_version": await asyncio.to_thread(_measured, state.ledger, snapshot.clip) if images else None,
+            })  # fmt: skip
+            row["releases"].append(snapshot.release)
+    return json_response({"object": "list", "data": list(rows.values())})
+
+
+def _measured(ledger: Ledger, clip: str | None) -> dict[str, Any] | None:
+    """The gate's measurement of an adapter; None without one, or while the ledger is away."""
+    try:
+        verdict = None if clip is None else ledger.verdict_on(clip)
+    except LedgerError:
+        return None
+    found: dict[str, Any] | None = None if verdict is None else verdict.summary.get("cross_version")
+    return found and {**found, "incumbent": found["incumbent"] or "base"}
