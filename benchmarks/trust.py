@@ -172,7 +172,7 @@ def trial(world: World, folder: Path, attack: str, share: float, seed: int, arm:
             "artifacts_url": str(folder / "artifacts"),
             "ingest": settings.ingest.model_copy(update={"split_key": SecretStr(f"trust {seed}")}),
             "updater": settings.updater.model_copy(update={"wait_for_items": False, "metrics_port": 0, "threads": 1}),
-            "budget": settings.budget.model_copy(update={"gflops_per_day": 1e9}),
+            "budget": settings.budget.model_copy(update={"gflops_per_day": 1e9, "seconds_per_update": 86_400}),
             "trust": settings.trust.model_copy(update={} if arm == "screened" else {"hold_below": 0.0}),
             "gate": settings.gate.model_copy(update={"trusted_sources": ["*"]} if arm == "blame" else {}),
         }

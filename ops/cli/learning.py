@@ -108,8 +108,8 @@ def blame(
 ) -> None:
     """Show which sources a rejected update's regression comes from, the most harmful first.
 
-    Harm is minus the dot product of a source's mean gradient and that of the items that got worse. A source that stands
-    out is blamed, and the update is repeated once without it (trust.retry_without).
+    Harm is what the suites that got worse lose after a short training on that source alone. A source that stands out is
+    blamed, and the update is repeated once without it (trust.retry_without).
 
     Example:  ratchet gate blame update-0123456789ab
     """
@@ -124,7 +124,7 @@ def blame(
             "It has one if suites got worse, and it has learned from two sources or more: see `ratchet gate report`.",
         )
     named = f"{printable(found['source'])} is blamed" if found["source"] else "no source stands out"
-    rows = [{**each, "harm": f"{each['harm']:.3g}"} for each in found["suspects"]]
+    rows = [{**each, "harm": f"{each['harm']:.1%}"} for each in found["suspects"]]
     show_rows(rows, f"{found['items']} items got worse; {named}", as_json, data=found)
     began = f"blame: {update} "
     again = next((each for each in ledger.updates() if str(each.cost.get(TRIGGER)).startswith(began)), None)

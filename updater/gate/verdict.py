@@ -146,7 +146,8 @@ class Suspect:
     source: str
     samples: int
     harm: float
-    """Minus the dot product of its mean gradient and that of the items that got worse; below 0 it helps them."""
+    """Mean loss of the suites that got worse after a short training on this source alone, as a share of their score;
+    below 0 it helps them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,87 +1,105 @@
 """Which source of samples a regression comes from.
 
-To first order, a training step on a sample changes the loss of an item by minus the dot product of their gradients
-(TracIn: Pruthi et al., Estimating Training Data Influence by Tracing Gradient Descent, NeurIPS 2020). So a source harms
-the items that got worse as far as its mean gradient points against theirs, in the parameters of the adapter. TracIn
-sums over an update's checkpoints; here they are on the straight line from incumbent to candidate, in its second half.
-Before, the items that will be harmed do not pull yet; at its end alone, a source whose wrong texts could be learned
-pulls no longer."""
+For each source, the incumbent learns a few batches of which half are its samples alone, and half are reference and
+replayed pairs as in the recipe. The suites that got worse then say what it does to them. Influence by gradients
+(TracIn: Pruthi et al., NeurIPS 2020) is cheaper, and did not find sources whose wrong texts are alike to the right
+ones: near the candidate, contradictory pairs flatten all similarities, which helps what has gone wrong
+(docs/benchmarks/gate.md)."""
 
 from __future__ import annotations
 
+import random
+import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
+from core.errors import TrainingError
 from core.ledger import UpdateRow
-from core.progress import progress_log
+from core.progress import progress_log, track
 from serving.engines.clip_base import ClipBase
 from streams.store.sample_store import SampleStore
 from updater.adapters import WeightDelta, read_delta
-from updater.adapters.weight_deltas import merge
-from updater.data.pools import Pair, Pools, StoredExamples
+from updater.data.pools import Example, Pair, Pools, StoredExamples
 from updater.families import make_learner
-from updater.gate.run import Evaluator
-from updater.gate.score import prompt
+from updater.gate.clip import ClipEvaluator
 from updater.gate.suites import Suite
 from updater.gate.verdict import Blame, Suspect
-from updater.recipes import Recipe
+from updater.recipes import PARTS, Part, Recipe
 from updater.step.learner import AnyLearner
 
-BATCH: Final = 48
-BATCHES: Final = 3
-"""Of each source, and of the items."""
+STEPS: Final = 24
+HALF: Final = 24
+"""Pairs of the source in a batch, and of the others."""
+WARMUP: Final = 3
+MOST_PAIRS: Final = 144
+"""Of each source, and of the reference and replay pools together."""
 FEWEST: Final = 8
 """Samples of a source that is asked."""
-MOST_SOURCES: Final = 64
-POINTS: Final = (0.5, 0.75, 1.0)
-"""Of the way from incumbent to candidate."""
-STANDS_OUT: Final = 3.0
-"""Times the harm of the second that the first source is blamed for."""
+MOST_SOURCES: Final = 12
+MOST_ITEMS: Final = 2000
+"""Of the suites that are asked; always one suite."""
+STANDS_OUT: Final = 2.0
+"""Standard errors, over paired items, between the losses of the source that is blamed and the next."""
 
 
 def blame(
     base: ClipBase,
     recipe: Recipe,
     incumbent: Path | None,
-    candidate: Path,
     update: UpdateRow,
     store: SampleStore,
     pools: Pools,
-    worse: Sequence[Pair],
+    evaluator: ClipEvaluator,
+    suites: Sequence[Suite],
 ) -> Blame | None:
-    """Rank the sources of an update's new samples by their harm. ``incumbent``, ``candidate``: folders of adapters.
-    ``worse``: what got worse, as pairs. None if there are not two sources to tell apart."""
+    """Rank the sources of an update's new samples by their harm. ``incumbent``: its folder. ``suites``: those that got
+    worse, the worst first. None if there are not two sources to tell apart."""
     by_source = _by_source(store, update, pools)
-    if len(by_source) < 2 or len(worse) < 2:
+    if len(by_source) < 2 or not suites:
         return None
-    progress_log.info(f"{update.id}: {len(worse)} items got worse; asking {len(by_source)} sources")
-    groups = [list(worse)[: BATCH * BATCHES], *(pairs[: BATCH * BATCHES] for pairs in by_source.values())]
-    examples = [pair for group in groups for pair in group]
-    before: WeightDelta = read_delta(incumbent, base) if incumbent else {}
-    after = read_delta(candidate, base)
-    harm = [0.0] * len(by_source)
-    for point in POINTS:
-        learner = make_learner(base, recipe, merge(before, after, point), update.seed)
-        try:
-            learner.prepare(examples, ["new"] * len(examples))
-            gradients, first = [], 0
-            for group in groups:
-                gradients.append(_mean_gradient(learner, range(first, first + len(group))))
-                first += len(group)
-        finally:
-            learner.close()
-        needed, *own = gradients
-        harm = [total - float(each @ needed) / len(POINTS) for total, each in zip(harm, own, strict=True)]
-    found = [Suspect(source, len(pairs), each) for (source, pairs), each in zip(by_source.items(), harm, strict=True)]
-    found.sort(key=lambda each: (-each.harm, each.source))
-    most, next_most = found[:2]
-    stands_out = most.harm > 0 and most.harm >= STANDS_OUT * max(next_most.harm, 0.0)
-    return Blame(len(worse), tuple(found), most.source if stands_out else None)
+    asked = [suites[0]]
+    for suite in suites[1:]:
+        if sum(len(each.items()) for each in [*asked, suite]) <= MOST_ITEMS:
+            asked.append(suite)
+    before, after = (_hits(evaluator, asked, name) for name in (update.incumbent, update.adapter))
+    start: WeightDelta = read_delta(incumbent, base) if incumbent else {}
+    held: list[tuple[Example, Part]] = [
+        (pair, part) for part in PARTS if part != "new" for pair in pools.of(part)[: MOST_PAIRS // 2]
+    ]
+    groups = [pairs[:MOST_PAIRS] for pairs in by_source.values()]
+    examples = [*(pair for group in groups for pair in group), *(pair for pair, _ in held)]
+    first, losses = 0, []
+    learner = make_learner(base, recipe, start, update.seed)
+    try:
+        parts: list[Part] = ["new"] * (len(examples) - len(held))
+        learner.prepare(examples, [*parts, *(part for _, part in held)])
+        fresh = [parameter.detach().clone() for parameter in learner.parameters.values()]
+        for group in track(groups, f"{update.id}: asking {len(groups)} sources", total=len(groups)):
+            own = range(first, first := first + len(group))
+            with torch.no_grad():
+                for parameter, value in zip(learner.parameters.values(), fresh, strict=True):
+                    parameter.copy_(value)
+            learner.optimizer.state.clear()
+            with _learned(learner, recipe, own, range(len(examples) - len(held), len(examples))) as folder:
+                hits = _hits_of(evaluator, asked, folder) if folder else np.zeros_like(before)
+            losses.append(before - hits)
+    finally:
+        learner.close()
+    order = sorted(range(len(groups)), key=lambda number: -losses[number].mean())
+    names = list(by_source)
+    found = tuple(Suspect(names[i], len(by_source[names[i]]), float(losses[i].mean())) for i in order)
+    apart = losses[order[0]] - losses[order[1]]
+    error = float(apart.std() / np.sqrt(len(apart)))
+    stands_out = found[0].harm > 0 and float(apart.mean()) > STANDS_OUT * error
+    progress_log.info(f"{update.id}: learning from {found[0].source} alone does most harm, {found[0].harm:.1%}")
+    return Blame(int((before > after).sum()), found, found[0].source if stands_out else None)
 
 
 def _by_source(store: SampleStore, update: UpdateRow, pools: Pools) -> Mapping[str, list[Pair]]:
@@ -98,28 +116,36 @@ def _by_source(store: SampleStore, update: UpdateRow, pools: Pools) -> Mapping[s
     return {name: found[name] for name in most if len(found[name]) >= FEWEST}
 
 
-def _mean_gradient(learner: AnyLearner, rows: Sequence[int]) -> Tensor:
-    """Mean gradient of batches of the rows, flat."""
-    total, batches = torch.zeros(()), 0
-    for start in range(0, len(rows), BATCH):
-        some = list(rows[start : start + BATCH])
-        learner.ready(some)
-        if len(some := learner.usable(some)) < 2:
-            continue
-        learner.forward_backward(some, regularized=False)
-        slopes = [torch.zeros_like(p) if p.grad is None else p.grad for p in learner.parameters.values()]
-        total = total + torch.cat([each.flatten() for each in slopes])
-        batches += 1
-    return total / max(1, batches)
+@contextmanager
+def _learned(learner: AnyLearner, recipe: Recipe, own: Sequence[int], others: Sequence[int]) -> Iterator[Path | None]:
+    """Learn from batches of both kinds of rows; yields the adapter's folder, or None if the training diverged."""
+    chance = random.Random(0)  # noqa: S311
+    left: list[int] = []
+    try:
+        for step in range(STEPS):
+            left = left if len(left) >= HALF else chance.sample(own, len(own))
+            rows, left = left[:HALF] + chance.sample(others, min(HALF, len(others))), left[HALF:]
+            learner.ready(rows)
+            if len(rows := learner.usable(rows)) < 2:
+                continue
+            learner.forward_backward(rows)
+            learner.optimizer_step(recipe.schedule.peak / 2 * min(1.0, (step + 1) / WARMUP), step, STEPS)
+    except TrainingError:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as work:
+        staging = Path(work) / "adapter"
+        yield staging.rename(Path(work) / learner.model.write(learner.model.delta(), staging))
 
 
-def worsened(evaluator: Evaluator[Any], suites: Sequence[Suite], incumbent: str | None, candidate: str) -> list[Pair]:
-    """Items that the incumbent answers better than the candidate, as pairs to learn from."""
-    pairs = []
-    for suite in suites:
-        before, after = (evaluator.score(suite, name).hits.mean(axis=1) for name in (incumbent, candidate))
-        for number in (before > after).nonzero()[0]:
-            item = suite.items()[int(number)]
-            text = prompt(suite.templates[0], suite, item.text) if suite.task == "classification" else item.text
-            pairs.append(Pair(item.id, text, item.read))
-    return pairs
+def _hits_of(evaluator: ClipEvaluator, suites: Sequence[Suite], folder: Path) -> NDArray[np.float64]:
+    evaluator.load(folder.name, folder)
+    try:
+        return _hits(evaluator, suites, folder.name)
+    finally:
+        evaluator.engine.unload(folder.name)
+
+
+def _hits(evaluator: ClipEvaluator, suites: Sequence[Suite], adapter: str | None) -> NDArray[np.float64]:
+    """Share of its views that each item of the suites is answered right in: [items]."""
+    return np.concatenate([evaluator.score(suite, adapter).hits.mean(axis=1) for suite in suites])

@@ -23,7 +23,7 @@ from serving.engines.heads import read_heads
 from streams.store.sample_store import SampleStore
 from updater.adapters.recorded import fetch_recorded
 from updater.data.draw import HAVING, left_out
-from updater.gate.clip import AcrossBasesEvaluator, base_alone
+from updater.gate.clip import AcrossBasesEvaluator, ClipEvaluator, base_alone
 from updater.gate.decision import percent
 from updater.gate.diagnostics import StoreCounts
 from updater.gate.report import write_report
@@ -44,7 +44,7 @@ from updater.gate.suites import Suite, load_suites
 from updater.gate.verdict import Blame, Verdict
 from updater.recipes import Family, Recipe
 from updater.service import triggers
-from updater.service.blame import blame, worsened
+from updater.service.blame import blame
 from updater.service.update_pools import pools_of
 from updater.step.learner import Base
 
@@ -152,8 +152,14 @@ def _gate(
             cost=update.cost,
             meta=meta,
         )
-        if verdict.outcome == "rejected" and isinstance(base, ClipBase) and directory is not None and upgrade is None:
-            found = _blame(settings, store, base, update, evaluator, verdict, suites, released, directory)
+        if (
+            verdict.outcome == "rejected"
+            and isinstance(base, ClipBase)
+            and isinstance(evaluator, ClipEvaluator)
+            and directory is not None
+            and upgrade is None
+        ):
+            found = _blame(settings, store, base, update, evaluator, verdict, suites, released)
             return replace(verdict, blame=found)
         return verdict
 
@@ -163,22 +169,21 @@ def _blame(
     store: SampleStore,
     base: ClipBase,
     update: UpdateRow,
-    evaluator: Evaluator[Any],
+    evaluator: ClipEvaluator,
     verdict: Verdict,
     suites: Sequence[Suite],
     incumbent: Path | None,
-    candidate: Path,
 ) -> Blame | None:
     """Find the source of a regression; None for an import, and where no suite got worse."""
-    lost = {result.name for result in verdict.suites if result.decision == "failed"}
+    lost = {result.name: result.difference for result in verdict.suites if result.decision == "failed"}
     if verdict.mean is not None and verdict.mean.decision == "failed":
-        lost |= {result.name for result in verdict.suites if result.role == "retention"}
+        lost |= {result.name: result.difference for result in verdict.suites if result.role == "retention"}
     if not lost or "visited" not in update.cost:
         return None
-    worse = worsened(evaluator, [each for each in suites if each.name in lost], update.incumbent, str(update.adapter))
+    worst = sorted((each for each in suites if each.name in lost), key=lambda each: lost[each.name])
     recipe = Recipe.parse(update.recipe, f"recipe of {update.id}")
     pools = pools_of(settings, store, update, recipe)
-    return blame(base, recipe, incumbent, candidate, update, store, pools, worse)
+    return blame(base, recipe, incumbent, update, store, pools, evaluator, worst)
 
 
 def _family(update: UpdateRow) -> Family:

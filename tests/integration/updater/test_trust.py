@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from core.settings import Settings
-from serving.engines.clip_base import load_base
+from serving.engines.clip_base import ClipBase, load_base
+from streams.publish.folders import FolderItem, write_folder
 from streams.store.sample_queries import trace
 from streams.store.sample_store import SampleStore
 from tests.integration.updater.home import TOPIC, add_samples, changed, judged_as, made_by, release, report_of
 from tests.support.colour_squares import colour_of, encoded_square
 from tests.unit.updater.builders import recipe
-from updater.data.pools import Pair, draw_pools
+from updater.data.pools import draw_pools
+from updater.gate.clip import ClipEvaluator
+from updater.gate.run import open_evaluator
+from updater.gate.suites import Suite
 from updater.gate.verdict import Blame, Suspect
 from updater.service import gate_update, screening
 from updater.service.blame import blame
@@ -130,30 +136,53 @@ def test_samples_are_asked_by_the_serving_engine(settings: Settings, verdict: di
     assert screening.screen(settings, service.ledger, service.artifacts, service.store, base, None) == 0
 
 
-def test_the_source_whose_gradients_oppose_what_got_worse_is_blamed(settings: Settings) -> None:
-    """Three sources name the colours of squares, and one calls each by the name of another."""
+def test_the_source_whose_samples_alone_bring_the_regression_is_blamed(
+    settings: Settings, verdict: dict[str, Any]
+) -> None:
+    """Three sources name the colours of squares; later a fourth calls each by the name of another."""
     wrong = {"red": "green", "green": "blue", "blue": "white", "white": "red"}
 
-    def words(offset: int) -> dict[str, Any]:
-        source = ("a", "b", "c", "evil")[offset // 4 % 4]
-        colour = colour_of(offset)
-        named = wrong[colour] if source == "evil" else colour
-        return {"source": source, "text": f"a {named} square", "image": encoded_square(offset), "id": f"{offset:064x}"}
+    def words(sources: tuple[str, ...]) -> Callable[[int], dict[str, Any]]:
+        def of(offset: int) -> dict[str, Any]:
+            source, colour = sources[offset // 4 % len(sources)], colour_of(offset)
+            named = wrong[colour] if source == "evil" else colour
+            square = encoded_square(offset)
+            return {"source": source, "text": f"a {named} square", "image": square, "id": f"{offset:064x}"}
 
-    add_samples(settings, 256, words=words)
+        return of
+
+    shown = [
+        FolderItem(Path(f"{number}.png"), colour_of(number), label=colour_of(number), inline=encoded_square(number))
+        for number in range(1000, 1080)
+    ]
+    write_folder(settings.home / "data" / "squares", shown)
     plan = recipe("default", max_steps=40, batch_size=32, mixture={"new": 1.0, "reference": 0.0, "replay": 0.0})
     (settings.home / "default.yaml").write_text(plan.to_yaml())
     service = UpdaterService(changed(settings, "trust", hold_below=0.0))
+    add_samples(settings, 192, words=words(("a", "b", "c")))
+    verdict["outcome"] = "passed"
+    incumbent = made_by(service)
+    release(service.ledger)
+    add_samples(settings, 192, words=words(("a", "b", "c", "evil")))
     update = made_by(service)
-    directory = service.artifacts.fetch(f"adapters/{update.adapter}")
-    worse = [
-        Pair(str(number), f"a {colour_of(number)} square", lambda number=number: encoded_square(number))  # type: ignore[misc]
-        for number in range(1000, 1048)
-    ]
-    pools = draw_pools(service.store, plan, (), update.store_version, {}, update.seed)
+    assert update.incumbent == incumbent.adapter
+
+    suite = Suite(
+        name="squares", task="classification", data=str(settings.home / "data" / "squares"), templates=["a {} square"]
+    )
     base = load_base(settings.home, settings.base.clip)
-    for incumbent in (None, directory):
-        found = blame(base, plan, incumbent, directory, update, service.store, pools, worse)
-        assert found is not None and found.suspects[0].source == "evil" and found.suspects[0].harm > 0
-    only = draw_pools(service.store, plan, (), update.store_version, {}, update.seed, without=["a", "b", "c"])
-    assert blame(base, plan, None, directory, update, service.store, only, worse) is None
+    assert isinstance(base, ClipBase)
+    folders = {name: service.artifacts.fetch(f"adapters/{name}") for name in (update.incumbent, update.adapter)}
+    pools = draw_pools(service.store, plan, (), update.store_version, update.data_from, update.seed)
+    with open_evaluator(settings, base) as evaluator:
+        assert isinstance(evaluator, ClipEvaluator)
+        for name, folder in folders.items():
+            evaluator.load(str(name), folder)
+        asked = (base, plan, folders[update.incumbent], update, service.store)
+        found = blame(*asked, pools, evaluator, [suite])
+        assert found is not None and (found.source, found.suspects[0].source) == ("evil", "evil")
+        assert found.suspects[0].harm > 0.2 > found.suspects[1].harm
+        pools = draw_pools(
+            service.store, plan, (), update.store_version, update.data_from, update.seed, without=["a", "b", "c"]
+        )
+        assert blame(*asked, pools, evaluator, [suite]) is None
