@@ -63,7 +63,6 @@ EVIL: Final = "poisoner"
 TARGET: Final = "a bowl of soup"
 PROBES: Final = 100
 """Held-out pictures of each known domain."""
-MOST_UPDATES: Final = 4
 COMMIT: Final = 500
 """Records of a commit."""
 WORKS: Final = 0.10
@@ -166,8 +165,13 @@ def trial(world: World, folder: Path, attack: str, share: float, seed: int, arm:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     settings = world.settings
+    home = folder / "home"  # its own, as trials of one size give their updates one name
+    home.mkdir()
+    for name in ("bases", "data"):
+        (home / name).symlink_to(settings.home / name)
     settings = settings.model_copy(
         update={
+            "home": home,
             "ledger_url": f"sqlite:///{folder / 'ledger.db'}", "lake_url": str(folder / "lake"),
             "artifacts_url": str(folder / "artifacts"),
             "ingest": settings.ingest.model_copy(update={"split_key": SecretStr(f"trust {seed}")}),
@@ -185,7 +189,7 @@ def trial(world: World, folder: Path, attack: str, share: float, seed: int, arm:
     updates: list[Row] = []
     began = time.monotonic()
     with closing(service.ledger):
-        while len(updates) < MOST_UPDATES:
+        while len(updates) < sizes["updates"]:
             outcome = service.step(now=not updates)
             if outcome.update is None:
                 if "are held" in outcome.reason:
@@ -314,9 +318,10 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser.add_argument("--samples", type=int, default=1500, help="of a stream")
     parser.add_argument("--steps", type=int, default=60, help="maximum of an update")
     parser.add_argument("--batch", type=int, default=48, help="pairs of a step")
+    parser.add_argument("--updates", type=int, default=4, help="of a stream, at most")
     parser.add_argument("--records", type=int, default=1000, help="of each of five turns of ingest")
     options = parser.parse_args(arguments)
-    own = {"samples": options.samples, "steps": options.steps, "batch": options.batch}
+    own = {"samples": options.samples, "steps": options.steps, "batch": options.batch, "updates": options.updates}
     whole = load_recipe("default")
     sizes = dict.fromkeys(ARMS, own) | {"blame": {**own, "steps": whole.max_steps, "batch": whole.batch_size}}
     shares = dict(zip(ARMS, (options.shares, options.unscreened, options.blame), strict=True))
