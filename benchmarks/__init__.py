@@ -23,6 +23,7 @@ BENCHMARKS = {
     "hostile": "benchmarks.hostile",
     "ingest": "benchmarks.stream.ingest",
     "lifetime": "benchmarks.lifetime",
+    "rerank": "benchmarks.rerank",
     "scale": "benchmarks.scale",
     "search": "benchmarks.search.run_search",
     "soak": "benchmarks.soak",

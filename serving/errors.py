@@ -29,16 +29,21 @@ class ServingError(RatchetError):
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal"
     """Stable name of the failure, for clients."""
-    param: ClassVar[str | None] = None
-    """The field of the request that is wrong, where the kind of failure determines it."""
+    param: str | None = None
+    """The field of the request that is wrong, where one is known."""
     retry_after: ClassVar[int] = 1
     """Seconds, for the ``Retry-After`` header of 429 and 503."""
 
 
 class InvalidRequest(ServingError):
-    """A generation request that cannot be answered: too long, too many images, an unknown role."""
+    """A generation request that cannot be answered: too long, too many images, an unknown role. ``param`` names the
+    field, where it is one."""
 
     status, code = 400, "invalid_request"
+
+    def __init__(self, message: str, fix: str = "", param: str | None = None) -> None:
+        super().__init__(message, fix)
+        self.param = param
 
 
 class UnknownModel(ServingError):

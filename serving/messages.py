@@ -94,3 +94,5 @@ class Refusal:
     code: Literal["late", "ask", "adapter", "busy"]
     message: str
     fix: str = ""
+    param: str | None = None
+    """The field of the request that is wrong."""

@@ -18,11 +18,14 @@ AuditOutcome = Literal["recorded", "repeated", "full", "dropped", "too_large", "
 class build:
     @staticmethod
     def started(part: str) -> None:
+        d.BUILD.labels(build.number(), part).set(1)
+
+    @staticmethod
+    def number() -> str:
         try:
-            number = version("ratchet-server")
+            return version("ratchet-server")
         except PackageNotFoundError:  # run from a source tree
-            number = "unknown"
-        d.BUILD.labels(number, part).set(1)
+            return "unknown"
 
 
 class http:

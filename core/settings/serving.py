@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 
 from core.addresses import HostRule, NetworkRule, is_loopback, local_url
 from core.settings.identity import Oidc
@@ -13,6 +14,9 @@ from core.settings.section import MIB, Section
 SHIPPED: Final = "shipped"
 SHIPPED_VLM: Final = "shipped-vlm"
 """The bases that Ratchet makes itself."""
+ORIGIN: Final = re.compile(r"https?://(\[[0-9a-f:]+\]|[^/?#@\s\[\]:]+)(:\d+)?")
+TAKEN_NAME: Final = re.compile("base|(clip|vlm)([@-].*)?")
+"""What requests may name already, and names of adapters."""
 
 
 class BaseModels(Section):
@@ -91,6 +95,15 @@ class Serve(Listener):
     trusted_proxies: list[NetworkRule] = Field(
         default_factory=list, description="Networks of proxies whose X-Forwarded-For is trusted."
     )
+    cors_origins: list[str] = Field(
+        default_factory=list,
+        description="Origins of web pages whose scripts may call the API (CORS), e.g. https://app.example; * is any.",
+    )
+    aliases: dict[str, Literal["clip", "vlm"]] = Field(
+        default_factory=dict,
+        description="Further names of the models in requests, e.g. {text-embedding-3-small: clip}, for clients whose "
+        "names cannot be changed.",
+    )
     image_hosts: list[HostRule] = Field(
         default_factory=list, description="Hosts from which image URLs are fetched; empty: none."
     )
@@ -121,6 +134,25 @@ class Serve(Listener):
     operator_key: SecretStr | None = Field(
         None, description="Bearer key of operators; default: generated on first use, in home/operator.key."
     )
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, value: list[str]) -> list[str]:
+        if wrong := [each for each in value if each != "*" and not ORIGIN.fullmatch(each)]:
+            raise ValueError(
+                f"{wrong[0]!r} is no origin: give scheme, host and port without a path, e.g. https://app.example"
+            )
+        return value
+
+    @field_validator("aliases")
+    @classmethod
+    def _are_free_names(cls, value: dict[str, str]) -> dict[str, str]:
+        if taken := [name for name in value if TAKEN_NAME.fullmatch(name) or not 0 < len(name) <= 200]:
+            raise ValueError(
+                f"{taken[0]!r} cannot be an alias: it is empty, longer than 200 characters, or the name of a model, "
+                "release or adapter. Choose another name"
+            )
+        return value
 
     @property
     def max_body_bytes(self) -> int:

@@ -20,7 +20,7 @@ from pydantic import SecretStr
 
 from serving.http.errors import field_error
 
-Route = Literal["embeddings", "classify", "search", "chat", "vqa"]
+Route = Literal["embeddings", "classify", "search", "chat", "vqa", "rerank"]
 HEADER: Final = "x-ratchet-answer"
 PURPOSE: Final = b"ratchet answers v1"
 PREFIX: Final = "a1."

@@ -8,10 +8,12 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from core.access import MAX_ACTOR_CHARS
 from serving.http import (
+    answer_receipts,
     chat,
     classify,
     deletions,
@@ -20,8 +22,10 @@ from serving.http import (
     errors,
     feedback,
     health,
+    kserve,
     operations,
     records,
+    rerank,
     search,
     spaces,
     ubi,
@@ -68,6 +72,13 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
+EXPOSED = (
+    HEADER, "retry-after", "x-ratchet-release", "x-ratchet-adapter", "x-ratchet-image-space", "x-ratchet-text-space",
+    answer_receipts.HEADER, "x-ratchet-truncated",
+)  # fmt: skip
+"""Headers of answers that scripts of web pages from ``serve.cors_origins`` may read."""
+
+
 def build_app(state: AppState) -> FastAPI:
     made = _with_routes()
     app = FastAPI(title=made.title, routes=made.routes, openapi_url=None)  # includes the routes of the schema
@@ -79,6 +90,9 @@ def build_app(state: AppState) -> FastAPI:
     app.add_middleware(RequestBodies, settings=state.settings)  # innermost: Starlette runs the last one added first
     rates = RateLimiter(replicas=state.settings.ingress_replicas)
     app.add_middleware(AuthMiddleware, access=state.access, rates=rates)
+    if state.settings.cors_origins:  # outside of the check of keys: preflights have none
+        allowed: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "expose_headers": EXPOSED}
+        app.add_middleware(CORSMiddleware, allow_origins=state.settings.cors_origins, **allowed)
     app.add_middleware(RequestLimits, settings=state.settings, proxies=state.proxies)
     # Outside of Starlette's handler of unexpected errors, which is outside of all added middleware.
     app.middleware_stack = RequestIds(_HeadRequests(app.build_middleware_stack()))
@@ -94,7 +108,8 @@ def openapi() -> dict[str, Any]:
 def _with_routes() -> FastAPI:
     """Cached: FastAPI takes half a second to process all models."""
     app = FastAPI(title="Ratchet", version="1", description=DESCRIPTION, docs_url=None, redoc_url=None)
-    for part in (chat, embeddings, spaces, vqa, classify, search, operations, feedback, ubi, records, deletions):
+    inference = (chat, embeddings, spaces, vqa, classify, search, rerank, kserve)
+    for part in (*inference, operations, feedback, ubi, records, deletions):
         # The middleware checks keys before any route; here the schema learns of them, for the "Authorize" of /docs.
         app.include_router(part.router, dependencies=[Depends(BEARER)], responses={**errors.RESPONSES, **REFUSALS})
     app.include_router(health.router)

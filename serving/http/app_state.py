@@ -70,13 +70,14 @@ class AppState:
     def vectors(self) -> ClipVectors:
         return ClipVectors(self.encoders, self.image_loader, self.tokenizer, self.settings)
 
-    def need_vlms(self) -> VlmCalls:
-        """The VLM's replicas. Raises ApiError without a VLM, VlmStarting until one has started."""
+    def need_vlms(self, param: str = "model") -> VlmCalls:
+        """The VLM's replicas. Raises ApiError without a VLM (``param``: the field that needs it), VlmStarting until one
+        has started."""
         if self.vlms is None:
             raise ApiError(
                 404,
                 "no vision-language model is served here. Make one with `ratchet base build` and name it in base.vlm.",
-                param="model",
+                param=param,
                 code="no_vlm",
             )
         if problem := self.vlms.start_problem:

@@ -46,7 +46,7 @@ _ROWS: Final = TypeAdapter(list[KeyRow])
 
 def needs(path: str) -> tuple[KeyScope, ...]:
     """The scopes of which a caller needs one; empty for open paths."""
-    if path in ("/docs", "/openapi.json") or path.startswith(("/docs/", "/health/")):
+    if path in ("/docs", "/openapi.json", "/health") or path.startswith(("/docs/", "/health/", "/v2/health/")):
         return ()
     if path == "/metrics":
         return SCOPES
@@ -162,15 +162,20 @@ def bearer(headers: Headers) -> str | None:
     return (token.strip() or None) if scheme.lower() == "bearer" else None
 
 
-def operator(request: Request, *scopes: KeyScope) -> str:
-    """The caller's name for the audit log. Raises ApiError: 403 without one of the scopes (default: ``operate``), 400
-    with an ``x-ratchet-actor`` that cannot be recorded."""
+def require(request: Request, *scopes: KeyScope) -> Principal:
+    """The caller, where the call needs one of these scopes too. Raises ApiError (401, 403)."""
     caller: Any = request.state.principal
     if not isinstance(caller, Principal):
         raise ApiError(401, "this call needs a key.", code="invalid_api_key", headers=CHALLENGE)
-    scopes = scopes or ("operate",)
-    if not caller.may(*scopes):  # the middleware checked it; this closes routes that it missed
+    if not caller.may(*scopes):
         raise ApiError(403, f"this call needs the scope {_either(scopes)}.", code="insufficient_scope")
+    return caller
+
+
+def operator(request: Request, *scopes: KeyScope) -> str:
+    """The caller's name for the audit log. Raises ApiError: 403 without one of the scopes (default: ``operate``), 400
+    with an ``x-ratchet-actor`` that cannot be recorded."""
+    caller = require(request, *(scopes or ("operate",)))  # the middleware checked it; this closes routes that it missed
     try:
         return caller.actor(_utf8(request.headers.get("x-ratchet-actor")))
     except AccessError as error:

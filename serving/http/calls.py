@@ -264,7 +264,7 @@ def _value(answer: Any, snapshot: ReleaseSnapshot) -> Any:
     if not isinstance(answer, Refusal):
         return answer
     if answer.code == "ask":
-        raise InvalidRequest(answer.message, answer.fix)
+        raise InvalidRequest(answer.message, answer.fix, answer.param)
     if answer.code == "busy":
         raise queue_full()
     if answer.code == "late":

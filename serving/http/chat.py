@@ -4,7 +4,9 @@ OpenAI's clients send, are accepted where they change nothing, else refused (:fu
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -25,6 +27,7 @@ from serving.http.app_state import VLM, AppState, app_state
 from serving.http.bodies import VLM_MODEL, Body, ImageUrl, OpenAIBody, inline, is_empty, json_body, json_schema
 from serving.http.chunks import ChatCompletion, ChatCompletionBody, ChatCompletionChunk, EventStream
 from serving.http.errors import ApiError, field_error
+from serving.http.image_loader import gathered
 from serving.http.request_bodies import caller_of, cancel_on_disconnect
 from serving.messages import TEXTS_PER_REQUEST
 
@@ -62,13 +65,17 @@ HARMLESS = {
 }  # fmt: skip
 """Fields that never change an answer of this server."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,),
-    "logit_bias": ({},), "top_logprobs": (0,), "response_format": ({"type": "text"},), "modalities": (["text"],),
+    "best_of": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,),
+    "logit_bias": ({},), "top_logprobs": (0,), "modalities": (["text"],),
     "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
     "top_k": (-1, 0), "min_p": (0,), "min_tokens": (0,), "ignore_eos": (False,), "use_beam_search": (False,),
     "skip_special_tokens": (True,), "echo": (False,), "reasoning_effort": ("none",), "verbosity": ("medium",),
 }  # fmt: skip
 """Fields of OpenAI and vLLM, accepted with these values, which turn them off."""
+TOOLS = {"tools", "functions", "tool_choice", "function_call"}
+MAX_ANSWERS = 8
+MAX_SCHEMA_CHARS = 16_384
+"""vLLM compiles a schema to a grammar, which takes time and memory."""
 
 
 class ContentPart(OpenAIBody, Body):
@@ -109,6 +116,25 @@ class StreamOptions(OpenAIBody):
     include_usage: bool = Field(False, description="Send one more chunk before [DONE], with the token counts.")
 
 
+class ResponseFormat(OpenAIBody, Body):
+    """{"type": "json_schema", "json_schema": {"schema": {"type": "object", ...}}}, {"type": "json_object"} or {"type":
+    "text"}"""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, Any] | None = None
+
+    @property
+    def schema_text(self) -> str:
+        """The JSON Schema of the answer as JSON; empty for any text. Raises ApiError."""
+        if self.type == "text":
+            return ""
+        schema = {"type": "object"} if self.type == "json_object" else (self.json_schema or {}).get("schema")
+        if not isinstance(schema, dict) or len(text := json.dumps(schema)) > MAX_SCHEMA_CHARS:
+            problem = f"give a JSON Schema of at most {MAX_SCHEMA_CHARS} characters."
+            raise field_error("response_format.json_schema.schema", problem, "invalid_value")
+        return text
+
+
 class ChatRequest(OpenAIBody):
     """A conversation to continue. Images are data URIs or URLs."""
 
@@ -138,7 +164,7 @@ class ChatRequest(OpenAIBody):
     )
     model: str = VLM_MODEL
     max_tokens: int | None = Field(
-        None, ge=1, description="Maximum tokens of the answer; default and maximum: the server's."
+        None, ge=1, description="Maximum tokens of the answer; cut to the server's maximum, which is the default."
     )
     max_completion_tokens: int | None = Field(None, ge=1, description="OpenAI's newer name of max_tokens.")
     temperature: Temperature | None = Field(
@@ -151,6 +177,12 @@ class ChatRequest(OpenAIBody):
     )
     stream: bool | None = Field(None, description="Stream the answer as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Options for `stream`.")
+    n: int = Field(
+        1, ge=1, le=MAX_ANSWERS, description="Number of answers; more than 1 with a temperature above 0, not streamed."
+    )
+    response_format: ResponseFormat | None = Field(
+        None, description="Makes the answer follow a JSON schema. Only where vLLM is the engine, else 400."
+    )
     logprobs: bool | None = Field(None, description="Return each token's natural log-probability.")
 
     @property
@@ -159,8 +191,9 @@ class ChatRequest(OpenAIBody):
 
     @property
     def caller(self) -> str | None:
-        """OpenAI's ``user``: the caller."""
-        name = (self.model_extra or {}).get("user")
+        """OpenAI's ``user``, or its newer name ``safety_identifier``: the caller."""
+        extra = self.model_extra or {}
+        name = extra.get("user") or extra.get("safety_identifier")
         return name if isinstance(name, str) else None
 
 
@@ -171,6 +204,8 @@ def refuse_unknown(body: ChatRequest) -> None:
     for name, value in extra.items():
         if name in HARMLESS or value in NEUTRAL.get(name, ()):
             continue
+        if name in TOOLS:
+            raise field_error(name, "the models here call no tools. Leave it out.", "unsupported_parameter")
         if name in NEUTRAL:
             allowed = " or ".join(repr(each) for each in NEUTRAL[name])
             raise field_error(name, f"this server takes only {allowed} here. Leave it out.", "unsupported_parameter")
@@ -210,6 +245,9 @@ async def chat_completions(request: Request) -> Response:
     refuse_unknown(body)
     if body.stream_options is not None and not body.stream:
         raise field_error("stream_options", "only taken with stream.", "invalid_value")
+    if body.n > 1 and (body.stream or not body.temperature):
+        raise field_error("n", "more than one answer needs a temperature above 0, and no stream.", "invalid_value")
+    schema = body.response_format.schema_text if body.response_format is not None else ""
     max_tokens = most_tokens(body, state.settings.vlm_max_tokens)
     messages, images = conversation(body, state)
     deadline = state.deadline()
@@ -222,12 +260,12 @@ async def chat_completions(request: Request) -> Response:
             generation = GenerationRequest(
                 messages, pictures, max_tokens, body.temperature or 0.0,
                 1.0 if body.top_p is None else body.top_p,
-                None if body.seed is None else body.seed % SEEDS, body.stops,  # may be negative
+                None if body.seed is None else body.seed % SEEDS, body.stops, schema,  # the seed may be negative
             )  # fmt: skip
             if not body.stream:
-                reply = await vlms.reply(generation, snapshot, deadline)
+                replies = await gathered(vlms.reply(each, snapshot, deadline) for each in drawn(generation, body.n))
                 state.offer(generation)
-                return JSONResponse(ChatCompletion(snapshot, text_of).whole(reply), headers=headers)
+                return JSONResponse(ChatCompletion(snapshot, text_of).whole(replies), headers=headers)
             state.offer(generation)
             chunks = vlms.stream(generation, snapshot, deadline)
             if isinstance(chunks, AsyncGenerator):  # closing it aborts the request in the engine
@@ -260,15 +298,18 @@ async def chunk_events(
     raise Unavailable("the answer broke off.", "Send the request again.")
 
 
+def drawn(generation: GenerationRequest, n: int) -> list[GenerationRequest]:
+    """``n`` requests for answers to the same question, each with a seed of its own if there is one."""
+    seed = generation.seed
+    return [generation if seed is None else replace(generation, seed=(seed + i) % SEEDS) for i in range(n)]
+
+
 def most_tokens(body: ChatRequest, limit: int) -> int:
-    """The longest answer in tokens. Raises ApiError when the request exceeds the server's limit."""
+    """The longest answer in tokens: as requested, at most ``limit``. Raises ApiError when two lengths differ."""
     newer, older = body.max_completion_tokens, body.max_tokens
     if newer is not None and older is not None and newer != older:
         raise field_error("max_tokens", "give either max_tokens or max_completion_tokens.", "invalid_value")
-    wanted, param = (older, "max_tokens") if newer is None else (newer, "max_completion_tokens")
-    if wanted is not None and wanted > limit:
-        raise field_error(param, f"{wanted} tokens are more than {limit} (serve.vlm_max_tokens).", "too_many_tokens")
-    return limit if wanted is None else wanted
+    return min(limit, newer or older or limit)
 
 
 def conversation(body: ChatRequest, state: AppState) -> tuple[tuple[Message, ...], list[tuple[str, str | bytes]]]:

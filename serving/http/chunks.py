@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from starlette.responses import Response
@@ -56,7 +56,7 @@ class AssistantMessage(ResponseBody):
 
 
 class CompletionChoice(ResponseBody):
-    """The one answer."""
+    """One of the answers: the only one, unless the request has an `n`."""
 
     index: int
     message: AssistantMessage
@@ -185,15 +185,18 @@ class ChatCompletion:
             "system_fingerprint": snapshot.vlm_adapter,
         }  # fmt: skip
 
-    def whole(self, reply: GenerationResult) -> dict[str, Any]:
-        """The object of an answer that is not streamed."""
-        choice = {
-            "index": 0, "message": {"role": "assistant", "content": reply.text, "refusal": None},
-            "logprobs": listed(reply.tokens, reply.logprobs, self.text_of) if self.text_of else None,
-            "finish_reason": reply.finish,
-        }  # fmt: skip
-        counted = usage(reply.prompt_tokens, len(reply.tokens))
-        return {"object": "chat.completion", **self.common, "choices": [choice], "usage": counted}
+    def whole(self, replies: Sequence[GenerationResult]) -> dict[str, Any]:
+        """The object of answers to one request that are not streamed. The prompt is counted once."""
+        choices = [
+            {
+                "index": index, "message": {"role": "assistant", "content": reply.text, "refusal": None},
+                "logprobs": listed(reply.tokens, reply.logprobs, self.text_of) if self.text_of else None,
+                "finish_reason": reply.finish,
+            }
+            for index, reply in enumerate(replies)
+        ]  # fmt: skip
+        counted = usage(replies[0].prompt_tokens, sum(len(reply.tokens) for reply in replies))
+        return {"object": "chat.completion", **self.common, "choices": choices, "usage": counted}
 
     def first(self) -> bytes:
         """The chunk before any text, with the role."""

@@ -106,11 +106,16 @@ class EmbeddingsRequest(OpenAIBody, Body):
     model: str = MODEL
     encoding_format: Literal["float", "base64"] = Field("float", description="base64 is little-endian float32.")
     dimensions: int | None = Field(None, description="Must be the model's own dimension.")
+    input_type: str | None = Field(
+        None, max_length=100, description="As Cohere's and NVIDIA's clients send it; ignored: CLIP embeds queries and "
+        "documents alike.",
+    )  # fmt: skip
     truncate: bool = TRUNCATE
     space: str | None = SPACE
     user: str | None = Field(
         None, max_length=200, description="The user: during a canary, each user is always answered by the same release."
     )
+    safety_identifier: str | None = Field(None, max_length=200, description="OpenAI's newer name of `user`.")
 
     @field_validator("input", mode="before", json_schema_input_type=Item | list[Item])
     @classmethod
@@ -201,9 +206,10 @@ async def embeddings(request: Request) -> Response:
     state = app_state(request)
     body, inputs = await read_inputs(request, state)
     if body.dimensions is not None and body.dimensions != state.dim:
-        problem = f"this model has {state.dim} dimensions and cannot be cut."
+        problem = f"vectors of this model cannot be cut: send {state.dim}, the only length, or leave it out."
         raise field_error("dimensions", problem, "unsupported_dimensions")
-    async with state.answering(request, body.model, user=body.user, space=body.space) as (snapshot, deadline):
+    user = body.user or body.safety_identifier
+    async with state.answering(request, body.model, user=user, space=body.space) as (snapshot, deadline):
         embedded = await embed(state, snapshot, inputs, deadline, caller_of(request.scope), body.truncate)
         data = [
             {
@@ -226,7 +232,7 @@ async def read_inputs(request: Request, state: AppState) -> tuple[EmbeddingsRequ
     parts = await read_parts(request, IMAGES_PER_REQUEST)
     if parts is None:
         body = await json_body(request, EmbeddingsRequest)
-        return body, [_input(f"input.{index}", item) for index, item in enumerate(body.input)]
+        return body, [as_input(f"input.{index}", item) for index, item in enumerate(body.input)]
     inputs: list[Input] = []
     others: list[FormField] = []
     for name, value in parts:
@@ -240,7 +246,8 @@ async def read_inputs(request: Request, state: AppState) -> tuple[EmbeddingsRequ
     return checked(EmbeddingsRequest, {**fields_of(others, set()), "input": texts}), inputs
 
 
-def _input(place: str, item: Item) -> Input:
+def as_input(place: str, item: Item) -> Input:
+    """A text; or an image's place and source."""
     if isinstance(item, str):
         return item
     if isinstance(item, TextItem):

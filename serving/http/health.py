@@ -97,6 +97,7 @@ async def live(request: Request) -> JSONResponse:
     return _ok(request, {"status": "ok", "release": states["clip"].release, "seconds": round(seconds, 4)})
 
 
+@router.get("/health", include_in_schema=False)
 @router.get("/health/ready", summary="Readiness", response_model=Ready, responses=NOT_READY)
 async def ready(
     request: Request, model: Annotated[Component, Query(description="The model; default: CLIP.")] = "clip"
@@ -141,6 +142,11 @@ async def whole(request: Request) -> JSONResponse:
         return JSONResponse({"status": "ok", **details})
     error = described(ApiError(503, f"not ready: {', '.join(away)}.", code="not_ready"))
     return JSONResponse({"status": "degraded", **details, **error.content}, 503)
+
+
+@router.get("/version", include_in_schema=False)
+async def version() -> JSONResponse:
+    return JSONResponse({"version": metrics.build.number()})
 
 
 def _ok(request: Request, body: dict[str, Any]) -> JSONResponse:

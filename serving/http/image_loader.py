@@ -81,7 +81,7 @@ class ImageLoader:
             problem = f"{len(images)} images are more than {IMAGES_PER_REQUEST}."
             raise field_error(param, problem, "too_many_images")
         with span("inspect", images=len(images)):
-            fetched = await self._fetched(images)
+            fetched = await self.fetched(images)
             inspected = await self.queue.run(caller, 0, lambda: [self._inspected(*image) for image in fetched])
         total = sum(image.pixels for image in inspected)
         if total > (most := REQUEST_IMAGES * self.bounds.max_pixels):
@@ -139,7 +139,9 @@ class ImageLoader:
             ]
             return [result for results in await gathered(jobs) for result in results]
 
-    async def _fetched(self, images: Sequence[ImageSource]) -> list[ImageSource]:
+    async def fetched(self, images: Sequence[ImageSource]) -> list[ImageSource]:
+        """The same images, with the bytes of those that are URLs. Raises ApiError with the place of the first one that
+        cannot be fetched."""
         budget = ByteBudget(self.bounds.max_body_bytes)  # same limit as for images in the body
         return await gathered(self._one_fetched(place, image, budget) for place, image in images)
 

@@ -78,7 +78,7 @@ class Ingress:
         self.ledger = Ledger.lazy(settings.ledger)
         self.residency_reader = residency_reader(settings, self.ledger, encoder, "ingress")
         base = load_base(settings.home, settings.base.clip)
-        self.admission = Admission()
+        self.admission = Admission(settings.serve.aliases)
         self.key_copy = KeyCopy.of(settings)
         self.access = Access(self.ledger, settings, recall=self.key_copy.read)
         self.access.refresh()  # so that keys are known even if the ledger goes away before the first request

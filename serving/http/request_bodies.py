@@ -32,12 +32,12 @@ BODY_SECONDS, BODY_BYTES_PER_SECOND = 30.0, 16_384
 """Longest time for a whole body, and its lowest average rate."""
 OPERATOR_SLOTS = 16
 """Concurrent operator calls of one process."""
-FREE_ROUTES = ("/health/", "/metrics")
+FREE_ROUTES = ("/health", "/v2/health/", "/metrics")
 """Need no slot: health checks of a busy server must get in, and concurrent callers share an answer."""
 OPERATOR_ROUTES = "/admin/"
 ROLLBACK_ROUTE = "/admin/v1/rollback"
 """Has its own slots: releases that wait for the catalog, or hanging status calls, may hold all others."""
-SEARCH_ROUTES = ("/v1/search", "/v1/samples/")
+SEARCH_ROUTES = ("/v1/search", "/v1/samples/", "/v1/rerank", "/v2/rerank", "/rerank")
 """Have their own slots: requests that need no store go on while the catalog's store hangs."""
 CLOSE = {"Connection": "close"}
 LOOPBACK = ("127.", "::1", "::ffff:127.")

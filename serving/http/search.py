@@ -28,6 +28,7 @@ from serving.http.bodies import (
 )
 from serving.http.errors import ApiError, ErrorBody
 from serving.http.request_bodies import caller_of
+from serving.http.rerank import RERANK, reranked
 
 router = APIRouter(tags=["Search"])
 LISTS = {"domain", "source"}
@@ -55,6 +56,7 @@ class SearchRequest(Body):
     source: Annotated[list[Source], FailFast()] = Field([], max_length=50, description="Filter by source.")
     since: datetime | None = Field(None, description="Earliest sample time (UTC), inclusive.")
     until: datetime | None = Field(None, description="Latest sample time (UTC), exclusive.")
+    rerank: int = RERANK
     truncate: bool = TRUNCATE
     space: str | None = SPACE
     model: str = MODEL
@@ -69,6 +71,8 @@ class SearchHit(ResponseBody):
     """SHA-256 of its content, 64 hex digits."""
     score: float | None
     """Cosine similarity, from -1 to 1."""
+    relevance_score: float | None = None
+    """With `rerank`: the VLM's probability that it matches; left out for hits that it did not see."""
     text: str
     domain: str
     source: str
@@ -112,10 +116,12 @@ async def search(request: Request) -> Response:
         else:
             source: str | bytes = uploads[0] if uploads else str(body.image)
             vectors = await state.vectors.of_images([("image", source)], snapshot, deadline, caller)
+        query = body.text if body.text is not None else ("image", source)
         hits = await state.index.search(snapshot.image_space, vectors.rows[0], body.k, filters)
+        rows = await reranked(request, snapshot, query, hits, body.rerank, deadline)
         return json_response(
-            {"object": "list", "model": f"clip@{snapshot.release}", "space": snapshot.image_space, "data": hits},
-            state.headers(request, "search", snapshot, shown=[hit.id for hit in hits]) | vectors.headers,
+            {"object": "list", "model": f"clip@{snapshot.release}", "space": snapshot.image_space, "data": rows},
+            state.headers(request, "search", snapshot, shown=[row["id"] for row in rows]) | vectors.headers,
         )
 
 

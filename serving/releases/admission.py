@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from core import metrics
@@ -22,7 +22,9 @@ FAMILY: Family = "clip"
 class Admission:
     """The releases that requests may use, newest first, and the number of requests in flight for each."""
 
-    def __init__(self) -> None:
+    def __init__(self, aliases: Mapping[str, Family] | None = None) -> None:
+        """``aliases``: further names of ``clip`` and ``vlm`` (``serve.aliases``)."""
+        self.aliases = aliases or {}
         self.window: tuple[ReleaseSnapshot, ...] = ()
         self.stable: ReleaseSnapshot | None = None
         """The newest full release: it answers callers whom a canary or shadow does not."""
@@ -50,14 +52,14 @@ class Admission:
         return self.live.release if self.live else 0
 
     def resolve(self, model: str, family: Family = FAMILY, key: str = "", space: str | None = None) -> ReleaseSnapshot:
-        """Resolve ``clip`` or ``vlm`` (live), ``clip@12`` (a resident release), or an adapter's name (its newest
-        release). ``key``: the caller's, which chooses the side while a canary is live; without one, the stable side
-        answers. ``space``: an embedding space that the release must have; with ``clip``, the newest one that has it
-        answers. Raises UnknownModel with the resident names, SpaceGone, NotReady while nothing is live."""
+        """Resolve ``clip``, ``vlm`` or an alias (live), ``clip@12`` (a resident release), or an adapter's name (its
+        newest release). ``key``: the caller's, which chooses the side while a canary is live; without one, the stable
+        side answers. ``space``: an embedding space that the release must have; with ``clip``, the newest one that has
+        it answers. Raises UnknownModel with the resident names, SpaceGone, NotReady while nothing is live."""
         live = self.live
         if live is None:
             raise NotReady("no release is live yet.", "Wait until /health/ready answers 200.")
-        if model == family:
+        if self.aliases.get(model, model) == family:
             side = self._side(live, key) if self.splits else live
             return side if space is None else self._having(space, [side, *self.window])
         for snapshot in self.window:
@@ -67,7 +69,8 @@ class Admission:
 
     def names(self, family: Family = FAMILY) -> list[str]:
         """Every name that :meth:`resolve` takes."""
-        names: list[str] = [family, *(f"{family}@{snapshot.release}" for snapshot in self.window)]
+        aliases = [alias for alias, meant in self.aliases.items() if meant == family]
+        names: list[str] = [family, *aliases, *(f"{family}@{snapshot.release}" for snapshot in self.window)]
         return names + list(dict.fromkeys(snapshot.shown(family) for snapshot in self.window))
 
     @contextmanager

@@ -286,7 +286,9 @@ class _Ending:
     def refused(self, error: TimeoutError | RatchetError) -> Refusal:
         refusal = Refusal("late", "the deadline passed before the answer was ready.", "Ask for fewer tokens, or later.")
         if isinstance(error, RatchetError):
-            refusal = Refusal("ask" if isinstance(error, InvalidRequest) else "adapter", error.message, error.fix)
+            refusal = Refusal("adapter", error.message, error.fix)
+        if isinstance(error, InvalidRequest):
+            refusal = Refusal("ask", error.message, error.fix, error.param)
         self.outcome = refusal.code
         return refusal
 

@@ -41,23 +41,29 @@ class LibraryClient:
         return self.script.suffix == ".mjs"
 
 
-OPENAI = ("Call the HTTP API", "Chat")
-NO_LIST = frozenset({"models"})
-NEITHER = NO_LIST | {"embeddings_as_float_and_base64"}
-CLIENTS = (
-    LibraryClient("openai-3", PYTHON / "openai_client.py", OPENAI),
-    LibraryClient("openai-2", PYTHON / "openai_client.py", OPENAI, from_folder=True),
-    LibraryClient("litellm", PYTHON / "litellm_client.py", ("LiteLLM",), NO_LIST),
-    LibraryClient("langchain", PYTHON / "langchain_client.py", ("LangChain",), NO_LIST),
-    LibraryClient("llama-index", PYTHON / "llama_index_client.py", ("LlamaIndex",), NO_LIST, from_folder=True),
-    LibraryClient("openai-node", NODE / "openai_client.mjs", ("openai (Node)",)),
-    LibraryClient("ai-sdk", NODE / "ai_sdk_client.mjs", ("Vercel AI SDK",), NEITHER),
-)
 CHECKS = (
     "run_snippet", "embeddings", "embeddings_as_float_and_base64", "embeddings_with_nulls", "chat_with_an_image",
-    "stream_with_usage", "chat_with_nulls_and_defaults", "conversation", "models", "error_401", "error_404",
+    "stream_with_usage", "chat_with_nulls_and_defaults", "conversation", "rerank", "structured_output",
+    "several_answers", "models", "error_401", "error_404",
     "error_400", "error_429",
 )  # fmt: skip
+OF_COHERE = frozenset({"run_snippet", "rerank", "error_401", "error_404", "error_400"})
+OPENAI = ("Call the HTTP API", "Chat")
+RERANK, SCHEMAS = frozenset({"rerank"}), frozenset({"structured_output", "several_answers"})
+NO_LIST = frozenset({"models"})
+NEITHER = NO_LIST | SCHEMAS | RERANK | {"embeddings_as_float_and_base64"}
+CLIENTS = (
+    LibraryClient("openai-3", PYTHON / "openai_client.py", OPENAI, RERANK),
+    LibraryClient("openai-2", PYTHON / "openai_client.py", OPENAI, RERANK, from_folder=True),
+    LibraryClient("litellm", PYTHON / "litellm_client.py", ("LiteLLM",), NO_LIST | SCHEMAS),
+    LibraryClient("langchain", PYTHON / "langchain_client.py", ("LangChain",), NO_LIST | RERANK | {"several_answers"}),
+    LibraryClient(
+        "llama-index", PYTHON / "llama_index_client.py", ("LlamaIndex",), NO_LIST | RERANK | SCHEMAS, from_folder=True
+    ),
+    LibraryClient("openai-node", NODE / "openai_client.mjs", ("openai (Node)",), RERANK | SCHEMAS),
+    LibraryClient("ai-sdk", NODE / "ai_sdk_client.mjs", ("Vercel AI SDK",), NEITHER),
+    LibraryClient("cohere", PYTHON / "cohere_client.py", ("Cohere",), frozenset(CHECKS) - OF_COHERE),
+)
 
 
 def snippet(client: LibraryClient, url: str) -> str:

@@ -113,9 +113,23 @@ def classify(
 
 
 def search(text: str | None = None, image: bytes | None = None, **options: Any) -> Call[list[dict[str, Any]]]:
-    """Hits, best first. ``options``: k, domain, source, since, until, space, model."""
+    """Hits, best first. ``options``: k, domain, source, since, until, rerank, space, model."""
     body = {"text": text, "image": None if image is None else data_uri(image), **options}
     return Call("POST", "/v1/search", _data, body)
+
+
+def rerank(
+    query: str | bytes, documents: Sequence[str | bytes | Mapping[str, str]], model: str = "vlm", **options: Any
+) -> Call[list[dict[str, Any]]]:
+    """For each document its ``index`` and ``relevance_score``, the best first. Texts are str, encoded images bytes,
+    samples ``{"id": ...}``. ``options``: top_n, return_documents.
+
+    >>> client.rerank("a red bus", [red, blue], top_n=1)[0]["index"]
+    0
+    """
+    asked, *items = [{"image": data_uri(item)} if isinstance(item, bytes) else item for item in (query, *documents)]
+    body = {"model": model, "query": asked, "documents": items, **options}
+    return Call("POST", "/v1/rerank", lambda answer: list(_object(answer)["results"]), body)
 
 
 def sample_image(sample_id: str, size: int = 256) -> Call[bytes]:

@@ -101,6 +101,7 @@ class _Calls:
     vqa = _Method(calls.vqa)
     chat = _Method(calls.chat)
     feedback = _Method(calls.feedback)
+    rerank = _Method(calls.rerank)
     spaces = _Method(calls.spaces)
     releases = _Method(calls.releases)
     live = _Method(calls.live)

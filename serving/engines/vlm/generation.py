@@ -58,6 +58,8 @@ class GenerationRequest:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    json_schema: str = ""
+    """A JSON Schema that the answer has to follow, as JSON; empty: none. For vLLM only."""
 
     def __post_init__(self) -> None:
         temperature, top_p, seed = self.temperature, self.top_p, self.seed

@@ -110,6 +110,11 @@ class TransformersEngine:
 
     async def stream(self, request: GenerationRequest, adapter: str | None) -> AsyncGenerator[TokenChunk]:
         worker = self._working()
+        if request.json_schema:
+            raise InvalidRequest(
+                "response_format: the engine transformers cannot make answers follow a JSON schema.",
+                "Leave it out, or ask an operator to set serve.vlm_engine to vllm.", "response_format",
+            )  # fmt: skip
         with self._residents.using(adapter) as model:
             length = await asyncio.to_thread(self._length, request)
             events: asyncio.Queue[tuple[int, float, Finish] | RatchetError] = asyncio.Queue()

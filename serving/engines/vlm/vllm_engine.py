@@ -437,7 +437,7 @@ def sampling(request: GenerationRequest, every: bool) -> Any:
     :class:`InvalidRequest` for parameters that vLLM refuses."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMClientError
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     try:
         return SamplingParams(
@@ -449,6 +449,7 @@ def sampling(request: GenerationRequest, every: bool) -> Any:
             flat_logprobs=True,
             detokenize=False,
             skip_clone=True,  # no other request uses this object
+            structured_outputs=StructuredOutputsParams(json=request.json_schema) if request.json_schema else None,
             output_kind=RequestOutputKind.DELTA if every else RequestOutputKind.FINAL_ONLY,
         )
     except VLLMClientError as error:

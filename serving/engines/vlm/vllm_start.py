@@ -116,6 +116,8 @@ def _own_arguments(base: VlmBase, serve: Serve) -> dict[str, Any]:
         "worker_extension_cls": "serving.engines.vlm.extension.RowMaskExtension",
         "disable_log_stats": False,  # they are exported as metrics of the engine's process
         "use_tqdm_on_load": False,
+        # Compact JSON: a weak model would go on with spaces until its answer is full.
+        "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
     }
     if not current_platform.is_cpu():
         divided = {"tensor_parallel_size": serve.vlm_gpus}

@@ -37,6 +37,14 @@ DEFAULTS: dict[str, Any] = {
     "temperature": 0,
 }  # fmt: skip
 """Optional fields of OpenAI's chat call, set to values that change nothing."""
+COLOURS = ["red", "blue"]
+SCHEMA: dict[str, Any] = {
+    "title": "color", "type": "object", "properties": {"name": {"type": "string", "enum": COLOURS}},
+    "required": ["name"], "additionalProperties": False,
+}  # fmt: skip
+STRUCTURED: bool = CONTRACT["structured"]
+"""Whether the server's engine can make answers follow a schema."""
+SCHEMA_TOKENS = 60
 CHAT_NULLS = dict.fromkeys(
     [*DEFAULTS, "seed", "stop", "stream", "stream_options", "top_p", "top_logprobs", "max_tokens", "audio",
      "prediction", "web_search_options", "functions", "function_call"]
@@ -89,6 +97,18 @@ def assert_answer(text: object, usage: Any = None) -> None:
         expected: dict[str, int] = CONTRACT["usage"]
         found = (usage.prompt_tokens, usage.completion_tokens)
         assert found == (expected["prompt_tokens"], expected["completion_tokens"]), found
+
+
+def assert_ranked(rows: Sequence[tuple[int, float]], n: int | None = None) -> None:
+    """Compare the first ``n`` documents (index, score) of :data:`TEXTS` for the first of them with plain HTTP's."""
+    expected: list[list[float]] = CONTRACT["ranked"][:n]
+    assert [index for index, _ in rows] == [index for index, _ in expected], rows
+    assert all(abs(score - other) < 1e-3 for (_, score), (_, other) in zip(rows, expected, strict=True)), rows
+
+
+def assert_structured(text: str) -> None:
+    """An answer by :data:`SCHEMA`."""
+    assert json.loads(text).keys() == {"name"} and json.loads(text)["name"] in COLOURS, text
 
 
 def assert_wait(seconds: str) -> None:

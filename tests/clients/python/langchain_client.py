@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,9 +57,15 @@ def conversation() -> None:
 def error_400() -> None:
     error = raised(openai.BadRequestError, lambda: chat(n=2).invoke(ASK))
     assert error.param == "n"
-    schema = {"title": "color", "type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
-    error = raised(openai.BadRequestError, lambda: chat().with_structured_output(schema).invoke(ASK))
-    assert error.param == "response_format"
+
+
+@check
+def structured_output() -> None:
+    wanted = chat(max_tokens=contract.SCHEMA_TOKENS).with_structured_output(contract.SCHEMA)
+    if contract.STRUCTURED:
+        contract.assert_structured(json.dumps(wanted.invoke(ASK)))
+    else:
+        assert raised(openai.BadRequestError, lambda: wanted.invoke(ASK)).param == "response_format"
 
 
 contract.report()

@@ -68,6 +68,15 @@ def conversation() -> None:
 
 
 @check
+def rerank() -> None:
+    server = {"api_base": contract.URL.removesuffix("/v1"), "api_key": contract.KEY}
+    answer = litellm.rerank(
+        model="hosted_vllm/vlm", query=contract.TEXTS[0], documents=contract.TEXTS, top_n=2, **server
+    )
+    contract.assert_ranked([(each["index"], each["relevance_score"]) for each in answer.results])
+
+
+@check
 def error_401() -> None:
     raised(litellm.AuthenticationError, lambda: litellm.embedding(**EMBED | {"api_key": contract.WRONG_KEY}))
 

@@ -74,6 +74,22 @@ def conversation() -> None:
 
 
 @check
+def structured_output() -> None:
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "color", "strict": True, "schema": contract.SCHEMA}}
+    how: dict[str, Any] = ASK | {"response_format": wanted, "max_tokens": contract.SCHEMA_TOKENS}
+    if contract.STRUCTURED:
+        contract.assert_structured(ask(**how).choices[0].message.content)
+    else:
+        assert raised(openai.BadRequestError, lambda: ask(**how)).param == "response_format"
+
+
+@check
+def several_answers() -> None:
+    answer = ask(**ASK | {"n": 2, "temperature": 1, "seed": 7})
+    assert [choice.index for choice in answer.choices] == [0, 1]
+
+
+@check
 def models() -> None:
     names = {model.id for model in client.models.list()}
     assert {"clip", "vlm"} <= names
@@ -97,7 +113,6 @@ def error_404() -> None:
 def error_400() -> None:
     refused: list[dict[str, Any]] = [
         {"n": 2}, {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"reasoning_effort": "high"},
-        {"response_format": {"type": "json_object"}},
     ]  # fmt: skip
     for extra in refused:
         error = raised(openai.BadRequestError, lambda extra=extra: ask(**ASK, **extra))

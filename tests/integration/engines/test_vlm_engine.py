@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import multiprocessing
 import os
 import random
@@ -247,6 +248,26 @@ async def test_questions_that_cannot_be_answered_are_refused_and_answers_end_wit
     reply = await engine.reply(replace(cases.asks[0], max_tokens=10_000), None)
     assert reply.finish == "stop" or reply.prompt_tokens + len(reply.tokens) == 256
     assert len(reply.tokens) > len(expected)
+
+
+async def test_an_answer_follows_its_schema_or_the_engine_says_that_it_cannot(
+    engine: VlmEngine, cases: VlmCases
+) -> None:
+    schema = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
+    wanted = replace(cases.asks[0], max_tokens=80, json_schema=json.dumps(schema | {"additionalProperties": False}))
+    if engine.kind == "transformers":
+        with pytest.raises(InvalidRequest, match=r"serve\.vlm_engine") as caught:
+            await engine.reply(wanted, None)
+        assert caught.value.param == "response_format"
+        return
+    text = (await engine.reply(wanted, None)).text
+    assert text in ('{"colour":"red"}', '{"colour":"blue"}'), "compact, and whole"
+    streamed = "".join([chunk.text async for chunk in engine.stream(wanted, None)])
+    assert streamed == text
+    for wrong in ('{"type": "strng"}', '{"$ref": "#/nope"}', '{"pattern": "(a+)+(", "type": "string"}', "5", "["):
+        with pytest.raises(InvalidRequest):
+            await engine.reply(replace(wanted, json_schema=wrong), None)
+    assert (await engine.reply(cases.asks[0], None)).tokens == cases.references[None][0].tokens, "the others go on"
 
 
 async def test_golden_answers_tell_adapters_apart_and_refuse_what_is_not_finite(

@@ -187,10 +187,12 @@ def answered_over_plain_http(server: ServerFixture) -> dict[str, Any]:
     with httpx.Client(base_url=f"{server.url}/v1", timeout=60, trust_env=False) as http:
         rows = http.post("/embeddings", json={"input": texts}).json()["data"]
         answer = http.post("/chat/completions", json=chat).json()
+        ranked = http.post("/rerank", json={"query": texts[0], "documents": texts}).json()["results"]
     return {
         "texts": texts, "vectors": [row["embedding"] for row in rows], "image": image, "question": QUESTION,
         "answer": answer["choices"][0]["message"]["content"], "usage": answer["usage"], "max_tokens": MAX_TOKENS,
-        "wrong_key": WRONG_KEY,
+        "wrong_key": WRONG_KEY, "ranked": [[row["index"], row["relevance_score"]] for row in ranked],
+        "structured": server.settings.serve.vlm_engine == "vllm",
     }  # fmt: skip
 
 

@@ -71,6 +71,15 @@ def test_vectors_are_arrays_that_numpy_takes(ask: Ask, server: ScriptedServer) -
     assert body["input"] == ["a boat", {"image": "data:image/png;base64,iVBORw=="}]
 
 
+def test_documents_to_rerank_are_texts_pictures_and_samples(ask: Ask, server: ScriptedServer) -> None:
+    server.answer(body={"id": "r", "model": "vlm@1", "results": [{"index": 1, "relevance_score": 0.9}]})
+    [best] = ask("rerank", "a red bus", ["x", b"png", {"id": "0" * 64}], top_n=1)
+    assert best == {"index": 1, "relevance_score": 0.9}
+    (method, path, body), *_ = server.asked
+    assert (method, path, body["query"], body["top_n"]) == ("POST", "/v1/rerank", "a red bus", 1)
+    assert body["documents"] == ["x", {"image": calls_module.data_uri(b"png")}, {"id": "0" * 64}]
+
+
 def test_what_is_not_named_of_a_release_is_not_sent_and_a_key_is_with_every_request(
     ask: Ask, server: ScriptedServer
 ) -> None:

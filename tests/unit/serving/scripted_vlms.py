@@ -44,6 +44,7 @@ class ScriptedVlms:
     asked: list[tuple[GenerationRequest, ReleaseSnapshot]] = field(default_factory=list)
     choices: list[str] = field(default_factory=list)
     closed: int = 0
+    limit: int = 128
     when_closed: Callable[[], object] = lambda: None
     waiting: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -80,6 +80,36 @@ async def test_an_answer_is_openais_object_names_its_release_and_is_greedy() -> 
     assert rows[1] == {"token": "<1>", "logprob": -0.5, "bytes": list(b"<1>"), "top_logprobs": []}
 
 
+async def test_an_answer_has_at_most_as_many_tokens_as_the_server_allows_whatever_is_asked_for() -> None:
+    vlms = ScriptedVlms(finish="length")
+    for name in ("max_tokens", "max_completion_tokens"):
+        answer = await post(vlms, {"messages": about_image(), name: 1000})
+        assert answer.json()["choices"][0]["finish_reason"] == "length"
+    assert [ask.max_tokens for ask, _ in vlms.asked] == [32, 32]
+
+
+async def test_several_answers_have_seeds_of_their_own_and_count_the_prompt_once() -> None:
+    vlms = ScriptedVlms()
+    answer = await post(vlms, {"messages": about_image(), "n": 3, "temperature": 1, "seed": -1})
+    body = answer.json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    assert {choice["message"]["content"] for choice in body["choices"]} == {"a red bus"}
+    assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 9, "total_tokens": 16}
+    assert sorted(ask.seed or 0 for ask, _ in vlms.asked) == [0, 1, 2**63 - 1]
+
+
+async def test_a_schema_goes_to_the_engine_and_one_that_cannot_says_so_by_the_field() -> None:
+    vlms, schema = ScriptedVlms(), {"type": "object", "properties": {"colour": {"type": "string"}}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "c", "strict": True, "schema": schema}}
+    for form in (wanted, {"type": "json_object"}, {"type": "text"}, None):
+        assert (await post(vlms, {"messages": about_image(), "response_format": form})).status_code == 200
+    asked = [ask.json_schema for ask, _ in vlms.asked]
+    assert [text and json.loads(text) for text in asked] == [schema, {"type": "object"}, "", ""]
+    vlms.failure = InvalidRequest("this engine cannot.", "Leave it out.", "response_format")
+    refused = await post(vlms, {"messages": about_image(), "response_format": wanted})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "response_format")
+
+
 EMPTY = {"refusal": None, "annotations": [], "provider_specific_fields": {"refusal": None}, "reasoning_content": ""}
 
 
@@ -134,9 +164,12 @@ def said(content: Any, **more: Any) -> dict[str, Any]:
 
 REFUSED_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function"}]}, "tools"), ({"tool_choice": "required"}, "tool_choice"),
-    ({"response_format": {"type": "json_object"}}, "response_format"), ({"n": 2}, "n"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"), ({"n": 2}, "n"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"), ({"n": 9, "temperature": 1}, "n"),
+    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"title": "x" * 16_384}}}},
+     "response_format.json_schema.schema"), ({"n": 2, "temperature": 1, "stream": True}, "n"),
     ({"presence_penalty": 0.5}, "presence_penalty"), ({"audio": {}}, "audio"), ({"wat": 1}, "wat"),
-    ({"max_tokens": 33}, "max_tokens"), ({"max_completion_tokens": 33}, "max_completion_tokens"),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"), ({"max_tokens": 0}, "max_tokens"),
     ({"temperature": 2.1}, "temperature"), ({"temperature": -0.1}, "temperature"), ({"top_p": 0}, "top_p"),
     ({"stop": ["a", "b", "c", "d", "e"]}, "stop"), ({"stop": ""}, "stop"), ({"stop": [""]}, "stop"),

@@ -171,7 +171,7 @@ def test_token_ids_are_refused_in_words(tokens: Any) -> None:
         ({"input": ["x", {"image": "data:", "caption": "x"}]}, "input.1.caption"),
         ({"input": ["x", {"type": "image_url", "image_url": {"uri": "data:"}}]}, "input.1.image_url.url"),
         ({"input": ["x", {"type": "text"}]}, "input.1.text"), ({"input": None}, "input"),
-        ({"input_type": "query"}, "input_type"), ({"encoding_format": "int8"}, "encoding_format"),
+        ({"input_typ": "query"}, "input_typ"), ({"encoding_format": "int8"}, "encoding_format"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_an_embeddings_request_is_named(fields: dict[str, Any], param: str) -> None:
