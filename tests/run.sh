@@ -12,7 +12,7 @@ export OMP_NUM_THREADS=1
 bin="$1"
 chosen=(-m "not long" --durations 15 --durations-min 5)
 servers=(tests/integration/console tests/integration/serving tests/e2e)
-alone=(tests/integration/serving/test_{openapi,bodies}.py) # start no server
+alone=(tests/integration/serving/test_{openapi,bodies,searches}.py) # start no server
 named=("${servers[@]}" tests/integration/{streams,updater})
 unit=(tests/unit/{updater,core,ops,serving})
 jobs=("tests/integration tests/unit/serving ${named[*]/#/--ignore=}" "tests/unit/updater ${alone[*]}" "tests/unit/core tests/unit/ops"

@@ -23,7 +23,7 @@ from benchmarks.search.worker import private_gib, serve
 from core.errors import StoreError
 from serving.catalog import index_maintainer
 from serving.catalog.catalog import Catalog
-from serving.catalog.queries import Filters, Hit, as_filters
+from serving.catalog.queries import Filters, Hit, Search, as_filters
 from serving.catalog.tables import Tables
 from serving.releases.types import ReleaseSnapshot
 
@@ -74,6 +74,9 @@ class NumberCorpus:
             "text": lambda: [f"a caption of some words, number {number}" for number in numbers],
             "question": lambda: pa.nulls(count, pa.string()),
             "answer": lambda: pa.nulls(count, pa.string()),
+            "concept": lambda: pa.nulls(count, pa.string()),
+            "label": lambda: pa.nulls(count, pa.string()),
+            "tags": lambda: pa.nulls(count, pa.list_(pa.string())),
         }
         return pa.table({name: made[name]() for name in columns or made})
 
@@ -159,7 +162,8 @@ class CatalogSide:
 
         async def search(row: int) -> list[Hit]:
             filters = self._condition(row) if filtered else Filters()
-            return await self._catalog.search(SNAPSHOT.image_space, self._queries[row], NEIGHBOURS, filters)
+            found = await self._catalog.search(SNAPSHOT.image_space, Search([self._queries[row]], NEIGHBOURS, filters))
+            return list(found.hits[0])
 
         async def call(first: int) -> None:
             number = first

@@ -22,7 +22,7 @@ from core.errors import RatchetError, StoreError, StoreUnavailable
 from core.settings.serving import Catalog as CatalogSettings
 from serving.catalog.cross_version import search_across, usable
 from serving.catalog.index_maintainer import IndexMaintainer
-from serving.catalog.queries import Filters, Hit
+from serving.catalog.queries import MAX_DEPTH, Filters, Found, Hit, Search
 from serving.catalog.reconcile import Reconciler
 from serving.catalog.space_fill import Encode, Pixels
 from serving.catalog.tables import Tables
@@ -113,29 +113,52 @@ class Catalog:
         await self.reconciler.in_thread(self.tables.forget_others, tuple(self.reconciler.fills))
         return gone
 
-    async def search(self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters) -> list[Hit]:
-        """Search a resident space, see :meth:`Tables.search`. Raises StoreError when the space is not resident,
-        StoreUnavailable when it has no index and the store does not answer."""
+    async def search(self, space: str, search: Search) -> Found:
+        """Search a resident space, see :meth:`Tables.search`. The first page is what a search for ``k`` rows finds. The
+        others divide what a search for :data:`~serving.catalog.queries.MAX_DEPTH` rows finds beyond it: an index may
+        find other rows if it searches for more, and pages of searches of different length would overlap. Raises
+        StoreError when the space is not resident, StoreUnavailable when it has no index and the store does not
+        answer."""
         if space not in self.reconciler.fills:
             raise StoreError(f"image space {space} has no index here.", "Use a resident release.")
-        self.maintainer.searched(space, vector)
-        old = usable(self.cross_version, space, self.reconciler.complete())
         try:
-            if old is None:
-                return await self._search(space, vector, k, filters)
-            hits, lacking = await self.read(search_across, self.tables, space, old, vector, k, filters)
+            return await self._search(space, search)
         except (OSError, RuntimeError, ValueError) as error:
             self.reconciler.reopen(space)  # if its table is gone, it is made again
             raise StoreError(f"the index of image space {space} cannot be read: {error}"[:300], "Try again.") from error
-        self.reconciler.prefer(space, lacking)
-        return hits
 
-    async def _search(self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters) -> list[Hit]:
+    async def _search(self, space: str, search: Search) -> Found:
+        samples = [query if isinstance(query, str) else "" for query in search.queries]
+        own = await self.read(self.tables.vectors, space, sorted(set(filter(None, samples)))) if any(samples) else {}
+        if missing := [sample for sample in samples if sample and sample not in own]:
+            self.reconciler.prefer(space, missing)
+            return Found([], missing=missing)
+        vectors = np.stack([own[query] if isinstance(query, str) else query for query in search.queries])
+        self.maintainer.searched(space, vectors)
+        more = int(any(samples))  # a sample finds itself
+        nearest = await self._nearest(space, vectors, search.k + more, search.filters)
+        pages = [_others(hits, {sample})[: search.k] for hits, sample in zip(nearest, samples, strict=True)]
+        if search.offset:
+            deep = await self._nearest(space, vectors, MAX_DEPTH + more, search.filters)
+            first = [{sample, *(hit.id for hit in page)} for page, sample in zip(pages, samples, strict=True)]
+            rest = slice(search.offset - search.k, min(search.offset, MAX_DEPTH - search.k))
+            pages = [_others(hits, seen)[rest] for hits, seen in zip(deep, first, strict=True)]
+        if not search.vectors:
+            return Found(pages)
+        ids = sorted({hit.id for page in pages for hit in page})
+        return Found(pages, await self.read(self.tables.vectors, space, ids))
+
+    async def _nearest(self, space: str, vectors: npt.NDArray[np.float32], k: int, filters: Filters) -> list[list[Hit]]:
+        old = usable(self.cross_version, space, self.reconciler.complete())
+        if old is not None:
+            hits, lacking = await self.read(search_across, self.tables, space, old, vectors, k, filters)
+            self.reconciler.prefer(space, lacking)
+            return hits
         indexed = self.tables.indexes.usable(space)
         if indexed is None:
-            return await self.read(self.tables.search, space, vector, k, filters)
+            return await self.read(self.tables.search, space, vectors, k, filters)
         hits, lacking = await asyncio.get_running_loop().run_in_executor(
-            self._in_memory, self.tables.search_index, space, *indexed, vector, k, filters
+            self._in_memory, self.tables.search_index, space, *indexed, vectors, k, filters
         )
         if lacking:
             with contextlib.suppress(StoreUnavailable):  # hits without texts are better than no hits
@@ -225,6 +248,10 @@ class Catalog:
     def _residency_changed(self) -> None:
         for event in (self._claim_changed, self.reconciler.woken, self._index_changed):
             event.set()
+
+
+def _others(hits: Sequence[Hit], ids: Collection[str]) -> list[Hit]:
+    return [hit for hit in hits if hit.id not in ids]
 
 
 async def repeat(step: Callable[[], Awaitable[bool]], woken: asyncio.Event, seconds: float) -> None:

@@ -31,19 +31,23 @@ log = logging.getLogger("ratchet.catalog")
 
 
 def search_across(
-    tables: Tables, new: str, old: str, vector: npt.NDArray[np.float32], k: int, filters: Filters
-) -> tuple[list[Hit], list[str]]:
-    """The ``k`` nearest rows to a query of the space ``new``, best first, and those that have no new vector yet. Raises
-    StoreError when the spaces have different dimensions."""
-    by_old = tables.search(old, vector, CANDIDATES * k, filters)
-    by_new = {hit.id: hit for hit in tables.search(new, vector, k, filters)}
-    missing_score = [hit.id for hit in by_old if hit.id not in by_new]
-    scores = {hit.id: hit.score for hit in by_new.values()} | tables.scores(new, vector, missing_score)
-    hits = rank_across(by_old, scores)
-    known = {hit.id for hit in hits}
-    hits += [hit for hit in by_new.values() if hit.id not in known]
-    best = sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k]
-    return best, [hit.id for hit in best if hit.id not in scores]
+    tables: Tables, new: str, old: str, vectors: npt.NDArray[np.float32], k: int, filters: Filters
+) -> tuple[list[list[Hit]], list[str]]:
+    """The ``k`` nearest rows to each of the unit vectors [n, dim] of the space ``new``, best first, and those that have
+    no new vector yet. Raises StoreError when the spaces have different dimensions."""
+    every_old = tables.search(old, vectors, CANDIDATES * k, filters)
+    every_new = tables.search(new, vectors, k, filters)
+    here = tables.vectors(new, sorted({hit.id for by_old in every_old for hit in by_old}))
+    found, lacking = [], set[str]()
+    for vector, by_old, by_new in zip(vectors, every_old, every_new, strict=True):
+        scores = {hit.id: float(here[hit.id] @ vector) for hit in by_old if hit.id in here}
+        scores |= {hit.id: hit.score for hit in by_new}
+        hits = rank_across(by_old, scores)
+        known = {hit.id for hit in hits}
+        hits += [hit for hit in by_new if hit.id not in known]
+        found.append(sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k])
+        lacking.update(hit.id for hit in found[-1] if hit.id not in scores)
+    return found, sorted(lacking)
 
 
 def rank_across(by_old: Sequence[Hit], scores: Mapping[str, float]) -> list[Hit]:

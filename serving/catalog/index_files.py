@@ -21,6 +21,7 @@ from core.files import replacing
 from serving.catalog.memory_index import CODINGS, Coding, MemoryIndex, choose_coding
 from serving.catalog.row_columns import (
     BATCH_ROWS,
+    LABELS,
     MOST_TEXT_BYTES,
     RowColumns,
     Vectors,
@@ -32,7 +33,7 @@ from serving.catalog.row_columns import (
 
 _faiss: Any = faiss
 """Its stubs lack readers and writers."""
-COLUMNS: Final = ["id", "vector", "domain", "source", "time", "text"]
+COLUMNS: Final = ["id", "vector", "domain", "source", "time", "text", *LABELS]
 _TRAINING_ROWS: Final = 64
 """Per partition."""
 ROUNDS: Final = 10

@@ -93,9 +93,9 @@ class IndexMaintainer:
         self._thread = ThreadPoolExecutor(1, "catalog-index", initializer=nice_thread, initargs=(NICE,))
         self._random = np.random.default_rng(0)
 
-    def searched(self, space: str, vector: Vectors) -> None:
+    def searched(self, space: str, vectors: Vectors) -> None:
         if (known := self._known.get(space)) is not None:
-            known.recent.append(np.asarray(vector, np.float32))
+            known.recent.extend(np.asarray(vectors, np.float32))
 
     def is_ready(self, space: str, rows: int) -> bool:
         """True if a space of this many rows is searched as fast as it is going to be."""
@@ -230,12 +230,13 @@ class IndexMaintainer:
 
     def _questions(self, space: str) -> tuple[RecallQuestion, RecallQuestion]:
         """Stored vectors and clients' queries unfiltered, and stored vectors filtered by a domain."""
-        stored = self.tables.vectors(space, self._sample(space, RECALL_QUERIES))
+        known = list(self.tables.vectors(space, self._sample(space, RECALL_QUERIES)).values())
+        stored = np.stack(known) if known else np.empty((0, 0), np.float32)
         recent = list(self._known[space].recent) if space in self._known else []
         drawn = (recent[index] for index in self._random.permutation(len(recent))[:RECALL_QUERIES])
         queries = np.concatenate([stored, *(query[None] for query in drawn if len(query) == stored.shape[1])])
-        nearest = self.tables.search(space, stored[0], 1, Filters()) if len(stored) else []
-        domain = next((hit.domain for hit in nearest), "")
+        nearest = self.tables.search(space, stored[:1], 1, Filters()) if known else []
+        domain = next((hit.domain for hits in nearest for hit in hits), "")
         few = stored[: RECALL_QUERIES // 2 if domain else 0]
         conditions = (queries, Filters()), (few, as_filters(domain=[domain]))
         plain, filtered = (
@@ -248,7 +249,7 @@ class IndexMaintainer:
         """Recall among rows at positions below ``end``; 1 if there is nothing to find."""
         recalls = []
         for vector, exact in zip(question.vectors, question.exact, strict=True):
-            hits, _ = self.tables.search_index(space, index, effort, vector, NEIGHBOURS, question.filters)
+            (hits,), _ = self.tables.search_index(space, index, effort, vector[None], NEIGHBOURS, question.filters)
             keys = keys_of(digests_of([hit.id for hit in hits]))
             with self.tables.indexes.of(space).writing:
                 old = index.columns.positions(keys) < end

@@ -128,7 +128,7 @@ class MemoryIndex:
         return self.columns.positions(keys) >= 0
 
     def add(self, data: pa.RecordBatch | pa.Table, at_once: int = ADD_ROWS, threads: int = 1) -> None:
-        """Add the rows (id, vector, domain, source, time, text) that are new. ``at_once``: rows per lock, for which
+        """Add the rows (with all columns of the table) that are new. ``at_once``: rows per lock, for which
         searches wait; ``threads``: that compute."""
         faiss.omp_set_num_threads(threads)  # of this thread
         keys = keys_of(digests_of(data.column("id")))
@@ -155,43 +155,54 @@ class MemoryIndex:
             codes = faiss.rev_swig_ptr(self.finer.codes.data(), self.finer.ntotal * self.finer.code_size)
             codes.reshape(-1, self.finer.code_size)[positions] = 0
 
-    def search(self, vector: Vectors, k: int, filters: Filters, effort: Effort) -> tuple[list[Hit], list[str]]:
-        """The ``k`` nearest rows, best first, ties by ID, and the IDs of hits whose text is only in the table. Scores
-        have the precision of the finer code."""
-        query = np.ascontiguousarray(vector / max(math.sqrt(float(vector @ vector)), 1e-12), np.float32)[None]
+    def search(self, vectors: Vectors, k: int, filters: Filters, effort: Effort) -> tuple[list[list[Hit]], list[str]]:
+        """The ``k`` nearest rows to each vector [n, dim], best first, ties by ID, and the IDs of hits whose text is
+        only in the table. Scores have the precision of the finer code."""
+        queries = unit_rows(vectors)
         faiss.omp_set_num_threads(1)  # of this thread: concurrent callers use a core each
         with self._lock.reading():
-            scores, positions = self._nearest(query, min(k, max(1, self.rows)), filters, effort)
-            count = len(positions) - positions.count(-1)  # missing hits are last
-            hits, lacking = self.columns.hits(positions[:count], scores[:count])
-        return sorted(hits, key=lambda hit: (-hit.score, hit.id)), lacking
+            found: list[list[Hit]] = []
+            lacking: set[str] = set()
+            for scores, positions in zip(
+                *self._nearest(queries, min(k, max(1, self.rows)), filters, effort), strict=True
+            ):
+                count = len(positions) - positions.count(-1)  # missing hits are last
+                hits, without_text = self.columns.hits(positions[:count], scores[:count])
+                found.append(sorted(hits, key=lambda hit: (-hit.score, hit.id)))
+                lacking.update(without_text)
+        return found, sorted(lacking)
 
-    def _nearest(self, query: Vectors, k: int, filters: Filters, effort: Effort) -> tuple[list[float], list[int]]:
+    def _nearest(
+        self, queries: Vectors, k: int, filters: Filters, effort: Effort
+    ) -> tuple[list[list[float]], list[list[int]]]:
+        """Scores and positions [n, k]; -1 for missing hits, the last ones."""
         if filters == Filters():
-            return self._search(query, k, effort.plain)
+            return self._search(queries, k, effort.plain)
         selected, count = self._mask(filters)
         if not count:
-            return [], []
+            return [[]] * len(queries), [[]] * len(queries)
         if count <= FEW_ROWS and self.finer is not None:
-            return self._score_all(query, selected, k)
+            return self._score_all(queries, selected, k)
         share = math.sqrt(count / max(1, self.rows))
         level = replace(
             effort.filtered, partitions=min(self.partitions.nlist, round(effort.filtered.partitions / share))
         )
-        return self._search(query, k, level, _faiss.IDSelectorBitmap(selected))
+        return self._search(queries, k, level, _faiss.IDSelectorBitmap(selected))
 
-    def _score_all(self, query: Vectors, positions: Positions, k: int) -> tuple[list[float], list[int]]:
+    def _score_all(self, queries: Vectors, positions: Positions, k: int) -> tuple[list[list[float]], list[list[int]]]:
         vectors = self.finer.reconstruct_batch(positions)  # type: ignore[union-attr]
-        scores = np.einsum("nd,d->n", vectors, query[0])  # not BLAS, whose threads concurrent callers would wait for
-        best = np.argsort(-scores, kind="stable")[:k]
-        return scores[best].tolist(), positions[best].tolist()
+        scores = np.einsum("nd,qd->qn", vectors, queries)  # not BLAS, whose threads concurrent callers would wait for
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(scores, best, 1).tolist(), positions[best].tolist()
 
-    def _search(self, query: Vectors, k: int, level: Level, selector: Any = None) -> tuple[list[float], list[int]]:
+    def _search(
+        self, queries: Vectors, k: int, level: Level, selector: Any = None
+    ) -> tuple[list[list[float]], list[list[int]]]:
         partitions = min(level.partitions, self.partitions.nlist)
         factor = None if self.finer is None else max(float(LEAST_CANDIDATES_A_HIT), level.candidates / k)
         make = _parameters if selector is None else _parameters.__wrapped__
-        scores, positions = self._engine.search(query, k, params=make(partitions, factor, selector))
-        return scores[0].tolist(), positions[0].tolist()
+        scores, positions = self._engine.search(queries, k, params=make(partitions, factor, selector))
+        return scores.tolist(), positions.tolist()
 
     def _mask(self, filters: Filters) -> tuple[Any, int]:
         """Positions that meet the conditions if they are few, else a bit per position; and their number."""

@@ -129,6 +129,7 @@ class Reconciler:
         if fill.complete == version or self.fills.get(fill.space) is not fill:
             return False
         if not fill.loaded:
+            await self.in_thread(self._tables.upgrade, fill.space, self._corpus)
             await fill.load()
             if self.fills.get(fill.space) is not fill:
                 return False

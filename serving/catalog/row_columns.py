@@ -1,5 +1,5 @@
-"""Rows of a catalog table as arrays by index position: ID digests, unit vectors, and the fields of hits. Sample IDs are
-SHA-256 digests in 64 hexadecimal digits; a key is the first 64 bits."""
+"""Rows of a catalog table as arrays by index position: ID digests, unit vectors, and the fields of hits and filters.
+Sample IDs are SHA-256 digests in 64 hexadecimal digits; a key is the first 64 bits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from core.errors import StoreError
 from serving.catalog.queries import Filters, Hit
@@ -26,8 +27,12 @@ LEAST_LENGTH: Final = 1024
 MOST_TEXT_BYTES: Final = 1024
 """Longer texts are not kept here but read from the table with each hit."""
 PENDING_ROWS: Final = 65_536
-ROW_BYTES: Final = 32 + 1 + 8 + (8 + 4) + 2 * 4 + 2 * 8
-"""Digest, liveness, time, text position, domain and source, and key position."""
+ROW_BYTES: Final = 32 + 1 + 8 + (8 + 4) + 5 * 4 + 2 * 8
+"""Digest, liveness, time, text position, dictionary codes, and key position."""
+LABELS: Final = ["concept", "label", "tags"]
+"""Columns that only filters need. Tables of earlier versions lack them until :meth:`Tables.upgrade`."""
+TAG_SEPARATOR: Final = ";"
+"""No tag contains it: see :mod:`ratchet_client.records`."""
 NO_TIME: Final = np.iinfo(np.int64).min
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _Scalar = TypeVar("_Scalar", bound=np.generic)
@@ -64,8 +69,8 @@ def vectors_of(rows: pa.RecordBatch | pa.Table) -> Vectors:
 
 
 class RowColumns:
-    """Digest, domain, source, time and text by position, without Python objects per row. One writer at a time. 77 bytes
-    a row plus its text. Positions are never reused; that of a removed row stays empty."""
+    """Digest, time, text, and dictionary-encoded fields by position, without Python objects per row. One writer at a
+    time. 89 bytes a row plus its text. Positions are never reused; that of a removed row stays empty."""
 
     def __init__(self) -> None:
         self.end = 0
@@ -76,6 +81,7 @@ class RowColumns:
         self._live = np.zeros(LEAST_LENGTH, np.bool_)
         self._times = np.zeros(LEAST_LENGTH, np.int64)
         self._domains, self._sources = _Dictionary(), _Dictionary()
+        self._concepts, self._labels, self._tags = _Dictionary(), _Dictionary(), _TagDictionary()
         self._text_starts = np.zeros(LEAST_LENGTH, np.int64)
         self._text_sizes = np.zeros(LEAST_LENGTH, np.int32)
         self._texts = np.zeros(LEAST_LENGTH, np.uint8)
@@ -85,7 +91,8 @@ class RowColumns:
     @property
     def bytes(self) -> int:
         """Memory in bytes, without the arrays' spare capacity."""
-        return self.end * ROW_BYTES + self._text_end + self._domains.value_bytes + self._sources.value_bytes
+        encoded = (self._domains, self._sources, self._concepts, self._labels, self._tags)
+        return self.end * ROW_BYTES + self._text_end + sum(each.value_bytes for each in encoded)
 
     def live(self) -> npt.NDArray[np.bool_]:
         """True for positions that hold a row. A view."""
@@ -109,13 +116,16 @@ class RowColumns:
         return np.arange(first, self.end, dtype=np.int64)
 
     def write(self, positions: Positions, rows: pa.RecordBatch | pa.Table) -> None:
-        """Write rows (id, domain, source, time, text) to allocated, empty positions."""
+        """Write rows (id, domain, source, time, text, concept, label, tags) to allocated, empty positions."""
         digests = digests_of(rows.column("id"))
         self._digests[positions] = digests
         times = rows.column("time").cast(pa.timestamp("us", "UTC")).cast(pa.int64())
         self._times[positions] = np.asarray(times.fill_null(NO_TIME).to_numpy(zero_copy_only=False), np.int64)
         self._domains.write(positions, self.end, rows.column("domain"))
         self._sources.write(positions, self.end, rows.column("source"))
+        self._concepts.write(positions, self.end, rows.column("concept"))
+        self._labels.write(positions, self.end, rows.column("label"))
+        self._tags.write(positions, self.end, pc.binary_join(rows.column("tags"), TAG_SEPARATOR))
         self._write_texts(positions, rows.column("text"))
         self._live[positions] = True
         self.rows += len(positions)
@@ -133,10 +143,12 @@ class RowColumns:
     def matching(self, filters: Filters) -> npt.NDArray[np.bool_]:
         """True for positions whose row meets the conditions."""
         mask = self.live().copy()
-        if filters.domain:
-            mask &= self._domains.among(filters.domain, self.end)
-        if filters.source:
-            mask &= self._sources.among(filters.source, self.end)
+        for column, values in (
+            (self._domains, filters.domain), (self._sources, filters.source), (self._concepts, filters.concepts),
+            (self._labels, filters.labels), (self._tags, filters.tags),
+        ):  # fmt: skip
+            if values:
+                mask &= column.among(values, self.end)
         if filters.since is not None or filters.until is not None:
             times = self._times[: self.end]
             mask &= times != NO_TIME
@@ -196,9 +208,12 @@ class _Dictionary:
         return [self._values[code] for code in self._codes[positions].tolist()]
 
     def among(self, values: tuple[str, ...], end: int) -> npt.NDArray[np.bool_]:
-        numbers = [self._numbers[value] for value in values if value in self._numbers]
+        numbers = self._numbers_of(values)
         codes = self._codes[:end]
         return codes == numbers[0] if len(numbers) == 1 else np.isin(codes, np.asarray(numbers, np.int32))
+
+    def _numbers_of(self, values: tuple[str, ...]) -> list[int]:
+        return [self._numbers[value] for value in values if value in self._numbers]
 
     def _number(self, value: str) -> int:
         number = self._numbers.get(value)
@@ -207,6 +222,14 @@ class _Dictionary:
             self._values.append(value)
             self.value_bytes += 200 + len(value)  # of list, dictionary and string
         return number
+
+
+class _TagDictionary(_Dictionary):
+    """A column of joined tags: a row has one of the values if it is among its tags."""
+
+    def _numbers_of(self, values: tuple[str, ...]) -> list[int]:
+        wanted = set(values)
+        return [number for joined, number in self._numbers.items() if wanted & set(joined.split(TAG_SEPARATOR))]
 
 
 class _KeyPlaces:

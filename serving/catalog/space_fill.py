@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from core.errors import RecordError
 from core.priority import nice_thread
-from serving.catalog.row_columns import grown
+from serving.catalog.row_columns import LABELS, grown
 from serving.catalog.tables import Tables
 from streams.store.sample_store import SampleStore
 
@@ -34,7 +34,7 @@ STORE_ROWS: Final = 1024
 STORE_SECONDS: Final = 2.0
 """Vectors are stored when there are this many, when the first is this old, or when nothing else is missing. One commit
 a second costs little, a kill loses two seconds of work, and new rows are found at once."""
-_COLUMNS: Final = ["id", "image", "domain", "source", "time", "ingested_at", "text", "question", "answer"]
+_COLUMNS: Final = ["id", "image", "domain", "source", "time", "ingested_at", "text", "question", "answer", *LABELS]
 CHUNK_ROWS: Final = 32
 """Rows of one background call: 0.4 s of encoding at 12 ms an image, and 5 MB of pixels."""
 SLOWER: Final = 2.0

@@ -90,5 +90,6 @@ class Watcher:
             return
         newest = self.catalog.newest(space, (1 + REFERENCE) * window)
         vectors = await self.catalog.read(self.catalog.tables.vectors, space, newest)
-        before, now = Moments.of(vectors[:-window]), Moments.of(vectors[-window:])
+        drawn = np.stack(list(vectors.values()))
+        before, now = Moments.of(drawn[:-window]), Moments.of(drawn[-window:])
         metrics.drift.measured("image", frechet_distance(before, now), mean_shift(before, now))

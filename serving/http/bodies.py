@@ -27,6 +27,7 @@ IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif")
 """As the schema shows them. Any ``image/...`` is accepted: the first bytes tell the format."""
 FormField = tuple[str, str | bytes]
 """The name of a field, and its text or the bytes of its file."""
+SampleId = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 Reason = Annotated[
     str,
     StringConstraints(min_length=1, max_length=1000, strip_whitespace=True),
@@ -184,10 +185,11 @@ def body_schemas(model: type[BaseModel], field: str, form_field: dict[str, Any] 
     """``openapi_extra`` of a route that takes JSON, a form, or an image. ``field``: of the images. ``form_field``: its
     schema in a form; by default one file, or a list of files where the model has a list."""
     schema = inline(model)
+    flat = {name: each for name, each in schema["properties"].items() if not _is_nested(each)}
     file = {"type": "string", "format": "binary"}
     many = schema["properties"][field].get("type") == "array"
     in_form = form_field or ({"type": "array", "items": file, "minItems": 1} if many else file)
-    properties = {**schema["properties"], field: in_form}
+    properties = {**flat, field: in_form}
     form = {key: value for key, value in schema.items() if key != "examples"} | {"properties": properties}
     content = {
         "application/json": {"schema": schema},
@@ -197,9 +199,14 @@ def body_schemas(model: type[BaseModel], field: str, form_field: dict[str, Any] 
     query = [
         {"name": name, "in": "query", "required": False, "schema": _not_null(each),
          "description": f"Where the body is an image. {each.get('description', '')}".strip()}
-        for name, each in schema["properties"].items() if name != field
+        for name, each in flat.items() if name != field
     ]  # fmt: skip
     return {"parameters": query, "requestBody": {"required": True, "content": content}}
+
+
+def _is_nested(schema: dict[str, Any]) -> bool:
+    """True for a list of objects, which neither a form nor a query can hold."""
+    return any(each.get("items", {}).get("type") == "object" for each in schema.get("anyOf", [schema]))
 
 
 def _not_null(schema: dict[str, Any]) -> dict[str, Any]:

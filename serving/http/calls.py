@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from core import metrics
 from core.errors import RatchetError, ReleaseConflict, StoreError
-from serving.catalog.queries import Filters, Hit
+from serving.catalog.queries import Found, Search
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, Unavailable
 from serving.messages import Refusal
@@ -111,10 +109,10 @@ class CatalogCalls:
     handle: DeploymentHandle
     timeout_seconds: float
 
-    async def search(self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters) -> list[Hit]:
-        """The nearest samples. Raises StoreError, Unavailable."""
-        hits: list[Hit] = await self._call(lambda: self.handle.search.remote(space, vector, k, filters))
-        return hits
+    async def search(self, space: str, search: Search) -> Found:
+        """The nearest samples to each query. Raises StoreError, Unavailable."""
+        found: Found = await self._call(lambda: self.handle.search.remote(space, search))
+        return found
 
     async def image(self, sample_id: str) -> bytes | None:
         """An encoded image, or None. Raises StoreError, Unavailable."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -45,6 +46,8 @@ FORM_INPUT: dict[str, Any] = {
     "type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string", "format": "binary"}, {"type": "string"}]},
 }  # fmt: skip
 MAX_INPUTS = 8192
+VectorBody = list[float | None] | Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})]
+"""See :func:`encoded`."""
 
 
 class ImageItem(OpenAIBody, Body):
@@ -146,7 +149,7 @@ class Embedding(ResponseBody):
     object: Literal["embedding"]
     index: int
     """Position of the input."""
-    embedding: list[float | None] | Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})]
+    embedding: VectorBody
     """float32 numbers; with `encoding_format: base64` their little-endian bytes in base64."""
     space: str
     """Digest of the vector's embedding space, of images or of texts. Keep it beside a vector that you store."""
@@ -209,6 +212,8 @@ async def embeddings(request: Request) -> Response:
         problem = f"vectors of this model cannot be cut: send {state.dim}, the only length, or leave it out."
         raise field_error("dimensions", problem, "unsupported_dimensions")
     user = body.user or body.safety_identifier
+    texts = {index: each for index, each in enumerate(inputs) if isinstance(each, str)}
+    state.check_texts(list(texts.values()), "input", places=list(texts))
     async with state.answering(request, body.model, user=user, space=body.space) as (snapshot, deadline):
         embedded = await embed(state, snapshot, inputs, deadline, caller_of(request.scope), body.truncate)
         data = [
@@ -258,12 +263,13 @@ def as_input(place: str, item: Item) -> Input:
 
 
 async def embed(
-    state: AppState, snapshot: ReleaseSnapshot, inputs: list[Input], deadline: float, caller: str, truncate: bool = True
-) -> Vectors:
+    state: AppState, snapshot: ReleaseSnapshot, inputs: list[Input], deadline: float, caller: str,
+    truncate: bool = True, name: Callable[[int], str] = "input.{}".format,
+) -> Vectors:  # fmt: skip
+    """Vectors of texts and images in their order. ``name``: of the input at a position, in errors."""
     texts = {index: each for index, each in enumerate(inputs) if isinstance(each, str)}
     images = {index: each for index, each in enumerate(inputs) if not isinstance(each, str)}
-    state.check_texts(list(texts.values()), "input", places=list(texts))
-    whole = () if truncate else [f"input.{place}" for place in texts]
+    whole = () if truncate else list(map(name, texts))
     kinds = []
     if images:
         kinds.append((list(images), state.vectors.of_images(list(images.values()), snapshot, deadline, caller)))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import ConfigDict, Field
 
 from core.access import Principal
 from core.digests import digest12, digest_bytes
@@ -17,13 +17,12 @@ from core.ledger.wrong_answers import ROUTES
 from serving.http.answer_audits import MAX_IMAGE_BYTES
 from serving.http.answer_receipts import HEADER, MAX_CHARS, MOST_SHOWN, AnswerReceipt, Route
 from serving.http.app_state import CLIP, AppState, app_state
-from serving.http.bodies import Body, ResponseBody, json_body, json_schema
+from serving.http.bodies import Body, ResponseBody, SampleId, json_body, json_schema
 from serving.http.errors import ApiError, ErrorBody, field_error
 from serving.http.image_loader import from_data_uri
 from serving.http.request_bodies import caller_of
 
 router = APIRouter(tags=["Feedback"])
-SampleId = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
 
 class FeedbackRequest(Body):

@@ -7,13 +7,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, Discriminator, FailFast, Field, Tag
 
-from serving.catalog.queries import Hit
 from serving.engines.vlm.generation import GenerationRequest, Image, Message, question
 from serving.errors import InvalidRequest
 from serving.http.app_state import VLM, AppState, app_state
@@ -146,13 +145,10 @@ def _shown(document: Document) -> dict[str, Any]:
 
 
 async def reranked(
-    request: Request, snapshot: ReleaseSnapshot, query: Input, hits: Sequence[Hit], k: int, deadline: float
+    request: Request, snapshot: ReleaseSnapshot, query: Input, rows: list[dict[str, Any]], k: int, deadline: float
 ) -> list[dict[str, Any]]:
-    """Hits as a search answers them: the first ``k`` as the same release's VLM orders them, with a ``relevance_score``;
+    """Hits of a search: the first ``k`` as the same release's VLM orders them, with a ``relevance_score``;
     then the others. Raises ApiError without a VLM or the scope `infer`, and as :func:`relevance`."""
-    rows = [asdict(hit) for hit in hits]
-    if not k:
-        return rows
     require(request, "infer")
     images = [SampleImage(f"hit {row['id']}", row["id"]) for row in rows[:k]]
     state, caller = app_state(request), caller_of(request.scope)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+import pybase64
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as PathParameter
 from pydantic import ConfigDict, FailFast, Field, field_validator
 
-from serving.catalog.queries import as_filters
-from serving.http.app_state import app_state
+from core.digests import digest_bytes
+from serving.catalog.queries import MAX_DEPTH, Found, Hit, Search, as_filters
+from serving.http.app_state import AppState, app_state
 from serving.http.bodies import (
     MODEL,
     SPACE,
@@ -20,18 +26,25 @@ from serving.http.bodies import (
     Name,
     Picture,
     ResponseBody,
+    SampleId,
     Source,
     body_schemas,
     in_range,
     json_response,
     read_body,
 )
-from serving.http.errors import ApiError, ErrorBody
+from serving.http.embeddings import Input, VectorBody, embed, encoded
+from serving.http.errors import ApiError, ErrorBody, field_error
 from serving.http.request_bodies import caller_of
 from serving.http.rerank import RERANK, reranked
+from serving.releases.types import ReleaseSnapshot
 
 router = APIRouter(tags=["Search"])
-LISTS = {"domain", "source"}
+LISTS = {"domain", "source", "concepts", "labels", "tags"}
+MAX_VECTORS = 1000
+CURSOR = re.compile("([0-9]{1,4})-([0-9A-Za-z]{1,64})-([0-9a-f]{12})")
+"""Hits before the page, image space, and digest of the request."""
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 PNG: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The image, at most `size` pixels wide and high.",
@@ -43,25 +56,59 @@ PNG: dict[int | str, dict[str, Any]] = {
 SAMPLE_ID = re.compile("[0-9a-f]{64}")
 
 
-class SearchRequest(Body):
-    """Find accepted samples by a text or by an image."""
+class SearchQuery(Body):
+    """What to search for: one of the fields."""
+
+    text: str | None = Field(None, min_length=1, description="A text.")
+    image: Picture | None = Field(None, description="An image: a data URI, or a URL where the server fetches them.")
+    vector: Annotated[list[Number], FailFast()] = Field(
+        [], description="A vector of the image space that `space` names, of any length: numbers, or base64 of "
+        "little-endian float32.",
+    )  # fmt: skip
+    id: SampleId | None = Field(None, description="A sample, by its own vector. It is not among the hits.")
+
+    @field_validator("vector", mode="before", json_schema_input_type=list[Number] | str)
+    @classmethod
+    def decoded(cls, value: Any) -> Any:
+        is_text = isinstance(value, str)
+        return np.frombuffer(pybase64.b64decode(value, validate=True), "<f4").tolist() if is_text else value
+
+    @property
+    def given(self) -> list[str]:
+        return [name for name in SearchQuery.model_fields if getattr(self, name)]
+
+
+class SearchRequest(SearchQuery):
+    """Find accepted samples by a text, an image, a vector, a sample, or several of these in `queries`."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"text": "a red dragon", "k": 5, "domain": ["pixel_ultica"]}]}
     )
-    text: str | None = Field(None, min_length=1, description="Text to search for; or `image`.")
-    image: Picture | None = Field(None, description="A data URI, or a URL; or `text`.")
-    k: int = Field(10, ge=1, le=100, description="Maximum number of hits.")
+    queries: Annotated[list[SearchQuery], FailFast()] = Field(
+        [], max_length=32, description="Several queries, which one release answers in their order."
+    )
+    k: int = Field(10, ge=1, le=100, description="Maximum number of hits of a query.")
     domain: Annotated[list[Name], FailFast()] = Field([], max_length=50, description="Filter by domain.")
     source: Annotated[list[Source], FailFast()] = Field([], max_length=50, description="Filter by source.")
+    concepts: Annotated[list[Name], FailFast()] = Field([], max_length=50, description="Filter by concept.")
+    labels: Annotated[list[Name], FailFast()] = Field([], max_length=50, description="Filter by label.")
+    tags: Annotated[list[Name], FailFast()] = Field([], max_length=50, description="Only samples with one of the tags.")
     since: datetime | None = Field(None, description="Earliest sample time (UTC), inclusive.")
     until: datetime | None = Field(None, description="Latest sample time (UTC), exclusive.")
     rerank: int = RERANK
+    cursor: str | None = Field(None, max_length=200, description="For another page: `next` of the page before it.")
+    vectors: bool = Field(False, description=f"Return vectors of hits, for at most {MAX_VECTORS} (`k` times queries).")
+    encoding_format: Literal["float", "base64"] = Field("float", description="Of the vectors of hits.")
     truncate: bool = TRUNCATE
     space: str | None = SPACE
     model: str = MODEL
 
     _in_range = field_validator("since", "until")(in_range)
+
+    @property
+    def places(self) -> dict[str, SearchQuery]:
+        """Each query, by the beginning of its fields' names."""
+        return {f"queries.{at}.": each for at, each in enumerate(self.queries)} or {"": self}
 
 
 class SearchHit(ResponseBody):
@@ -78,6 +125,14 @@ class SearchHit(ResponseBody):
     source: str
     time: datetime | None
     """Of the sample, UTC."""
+    vector: VectorBody | None = None
+    """With `vectors`: of unit length. null: the sample is not embedded in this space yet."""
+
+
+class QueryHits(ResponseBody):
+    """Hits of one of several queries, the nearest first."""
+
+    data: list[SearchHit]
 
 
 class SearchResults(ResponseBody):
@@ -88,7 +143,12 @@ class SearchResults(ResponseBody):
     """`clip@` and the number of the release."""
     space: str
     """Digest of the image embedding space that was searched."""
-    data: list[SearchHit]
+    data: list[SearchHit] = Field(default=[])
+    """Left out with `queries`."""
+    results: list[QueryHits] = Field(default=[])
+    """With `queries`, in their order."""
+    next: str | None
+    """`cursor` of the next page; null after the last one."""
 
 
 @router.post(
@@ -98,31 +158,111 @@ class SearchResults(ResponseBody):
     openapi_extra=body_schemas(SearchRequest, "image"),
 )
 async def search(request: Request) -> Response:
-    """The accepted samples nearest to a text or an image. Query and index are of one release's embedding space.
+    """The accepted samples nearest to a text, an image, a vector or a sample. Queries and index are of one release's
+    embedding space.
 
     The image may come as a file of a form, or be the body, with the other fields in the query.
     """
     state = app_state(request)
     body, uploads = await read_body(request, SearchRequest, "image", LISTS, max_files=1)
-    if (body.text is None) == (body.image is None):
-        raise ApiError(400, "give either a text or an image to search for.", param="text", code="invalid_value")
-    filters = as_filters(body.domain, body.source, body.since, body.until)
-    caller = caller_of(request.scope)
-    async with state.answering(request, body.model, space=body.space) as (snapshot, deadline):
-        if body.text is not None:
-            state.check_texts([body.text], "text")
-            whole = () if body.truncate else ("text",)
-            vectors = await state.vectors.of_texts([body.text], snapshot, deadline, caller, whole)
-        else:
-            source: str | bytes = uploads[0] if uploads else str(body.image)
-            vectors = await state.vectors.of_images([("image", source)], snapshot, deadline, caller)
-        query = body.text if body.text is not None else ("image", source)
-        hits = await state.index.search(snapshot.image_space, vectors.rows[0], body.k, filters)
-        rows = await reranked(request, snapshot, query, hits, body.rerank, deadline)
-        return json_response(
-            {"object": "list", "model": f"clip@{snapshot.release}", "space": snapshot.image_space, "data": rows},
-            state.headers(request, "search", snapshot, shown=[row["id"] for row in rows]) | vectors.headers,
+    check_queries(body, state)
+    filters = as_filters(body.domain, body.source, body.since, body.until, body.concepts, body.labels, body.tags)
+    asked = digest_bytes(body.model_dump_json(exclude={"cursor"}).encode(), *uploads)[:12]
+    offset, space = offset_of(body, asked)
+    async with state.answering(request, body.model, space=space or body.space) as (snapshot, deadline):
+        queries, headers = await queries_of(body, uploads, state, snapshot, deadline, caller_of(request.scope))
+        wanted = Search(queries, body.k, filters, offset, body.vectors)
+        found = await state.index.search(snapshot.image_space, wanted)
+        for sample in found.missing:
+            place = next(place for place, query in body.places.items() if query.id == sample)
+            problem = (
+                f"no sample {sample} has a vector in image space {snapshot.image_space}: it was deleted, or waits."
+            )
+            raise field_error(f"{place}id", problem, "sample_not_found", 404)
+        lists = [_rows(hits, found, body) for hits in found.hits]
+        if body.rerank:
+            query = body.text if body.text is not None else ("image", uploads[0] if uploads else str(body.image))
+            lists = [await reranked(request, snapshot, query, lists[0], body.rerank, deadline)]
+        more = offset + body.k < MAX_DEPTH and any(len(rows) == body.k for rows in lists)
+        answer = {
+            "object": "list", "model": f"clip@{snapshot.release}", "space": snapshot.image_space,
+            **({"results": [{"data": rows} for rows in lists]} if body.queries else {"data": lists[0]}),
+            "next": f"{offset + body.k}-{snapshot.image_space}-{asked}" if more else None,
+        }  # fmt: skip
+        ids = [row["id"] for rows in lists for row in rows]
+        return json_response(answer, state.headers(request, "search", snapshot, shown=ids) | headers)
+
+
+def check_queries(body: SearchRequest, state: AppState) -> None:
+    """Refuse (ApiError) queries that are not of one kind, and vectors that are not of a space."""
+    if body.queries and body.given:
+        raise field_error(body.given[0], "give either one query, or several in `queries`.", "invalid_value")
+    if body.vectors and body.k * len(body.places) > MAX_VECTORS:
+        problem = f"an answer has at most {MAX_VECTORS}. Lower `k`, or send fewer queries at once."
+        raise field_error("vectors", problem, "too_many_vectors")
+    if body.rerank and body.text is None and body.image is None:
+        problem = "the VLM compares a text or an image with hits: leave it out for other queries."
+        raise field_error("rerank", problem, "invalid_value")
+    for place, query in body.places.items():
+        if len(query.given) != 1:
+            problem = "give either a text, an image, a vector or an id to search for."
+            raise field_error(f"{place}text", problem, "invalid_value")
+        if query.text is not None:
+            state.check_length(f"{place}text", query.text)
+        if not query.vector:
+            continue
+        if len(query.vector) != state.dim or not any(query.vector):
+            problem = f"a vector has {state.dim} numbers here, and not all are zero."
+            raise field_error(f"{place}vector", problem, "invalid_value")
+        if body.space is None:
+            problem = "name the image space that the vector is of: vectors of another one would find other samples."
+            raise field_error("space", f"{problem} The answer that it came from names it.", "space_missing")
+
+
+def offset_of(body: SearchRequest, asked: str) -> tuple[int, str | None]:
+    """Hits of the pages before, and their image space. ``asked``: digest of the request. Raises ApiError for another
+    one's cursor."""
+    if body.cursor is None:
+        return 0, None
+    match = CURSOR.fullmatch(body.cursor)
+    if match is None or match[3] != asked or int(match[1]) not in range(body.k, MAX_DEPTH, body.k):
+        problem = "this is not the `next` of the same request. For each page, change only the cursor."
+        raise field_error("cursor", problem, "invalid_cursor")
+    return int(match[1]), match[2]
+
+
+async def queries_of(
+    body: SearchRequest, uploads: list[bytes], state: AppState, snapshot: ReleaseSnapshot, deadline: float, caller: str
+) -> tuple[list[npt.NDArray[np.float32] | str], dict[str, str]]:
+    """Queries for the catalog, and headers. Texts and images are embedded together. Raises as
+    :func:`serving.http.embeddings.embed`."""
+    inputs: dict[str, Input] = {}
+    for place, query in body.places.items():
+        if query.text is not None:
+            inputs[f"{place}text"] = query.text
+        elif query.image is not None:
+            inputs[f"{place}image"] = (f"{place}image", uploads[0] if uploads else query.image)
+    names, rows, headers = list(inputs), iter(()), {}
+    if inputs:
+        embedded = await embed(
+            state, snapshot, list(inputs.values()), deadline, caller, body.truncate, names.__getitem__
         )
+        rows, headers = iter(embedded.rows), embedded.headers
+    queries = [each.id or (_unit(each.vector) if each.vector else next(rows)) for each in body.places.values()]
+    return queries, headers
+
+
+def _unit(vector: list[float]) -> npt.NDArray[np.float32]:
+    scaled = np.asarray(vector) / np.abs(vector).max()  # the square of a number may be too large, or zero
+    return np.asarray(scaled / np.linalg.norm(scaled), np.float32)
+
+
+def _rows(hits: Sequence[Hit], found: Found, body: SearchRequest) -> list[dict[str, Any]]:
+    rows = [asdict(hit) for hit in hits]
+    for row in rows if body.vectors else ():
+        vector = found.vectors.get(row["id"])
+        row["vector"] = None if vector is None else encoded(vector, body.encoding_format)
+    return rows
 
 
 @router.get(

@@ -19,7 +19,7 @@ from core.ledger.leases import CONTROLLER_LEASE
 from core.settings import Settings
 from core.tracing import span
 from serving.catalog.cross_version import CrossVersionVerdicts, usable
-from serving.catalog.queries import Filters, Hit
+from serving.catalog.queries import Found, Search
 from serving.messages import EncodeResult
 from serving.ray.replica_process import begin_replica, freeze_gc, keep_running
 from serving.releases.leadership import spaces_of_bases
@@ -156,14 +156,14 @@ class CatalogReplica:
             log.warning("no table is dropped while the ledger is away: %s", error)
             return None
 
-    async def search(self, space: str, vector: Any, k: int, filters: Filters) -> list[Hit] | str:
+    async def search(self, space: str, search: Search) -> Found | str:
         """See :meth:`Catalog.search`; a string is the reason of a failure."""
         try:
             catalog = await self._started()
             if space not in catalog.reconciler.fills:  # the ingress learned of another server's release first
                 await self._try_to_catch_up()
-            with span("search", k=k):
-                return await catalog.search(space, vector, k, filters)
+            with span("search", k=search.k, queries=len(search.queries)):
+                return await catalog.search(space, search)
         except RatchetError as error:
             return str(error)
 

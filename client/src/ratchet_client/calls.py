@@ -113,7 +113,9 @@ def classify(
 
 
 def search(text: str | None = None, image: bytes | None = None, **options: Any) -> Call[list[dict[str, Any]]]:
-    """Hits, best first. ``options``: k, domain, source, since, until, rerank, space, model."""
+    """Hits, best first. ``options``: the other fields of the call, such as ``id`` or ``vector``, ``k`` and ``labels``.
+    For several queries and further pages see :func:`search_all`.
+    """
     body = {"text": text, "image": None if image is None else data_uri(image), **options}
     return Call("POST", "/v1/search", _data, body)
 
@@ -130,6 +132,17 @@ def rerank(
     asked, *items = [{"image": data_uri(item)} if isinstance(item, bytes) else item for item in (query, *documents)]
     body = {"model": model, "query": asked, "documents": items, **options}
     return Call("POST", "/v1/rerank", lambda answer: list(_object(answer)["results"]), body)
+
+
+def search_all(**body: Any) -> Call[dict[str, Any]]:
+    """The whole answer: the ``space``, ``data`` or the ``results`` of several ``queries``, and ``next``, the cursor of
+    the next page.
+
+    >>> query = {"queries": [{"text": "a bus"}, {"id": sample}], "k": 20}
+    >>> first = client.search_all(**query)
+    >>> second = client.search_all(**query, cursor=first["next"])
+    """
+    return Call("POST", "/v1/search", _object, body)
 
 
 def sample_image(sample_id: str, size: int = 256) -> Call[bytes]:

@@ -97,6 +97,7 @@ class _Calls:
     embed = _Method(calls.embed)
     classify = _Method(calls.classify)
     search = _Method(calls.search)
+    search_all = _Method(calls.search_all)
     sample_image = _Method(calls.sample_image)
     vqa = _Method(calls.vqa)
     chat = _Method(calls.chat)

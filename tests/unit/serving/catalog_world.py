@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 
 from core.errors import RecordError, StoreError
 from serving.catalog.catalog import Catalog
-from serving.catalog.queries import Filters
+from serving.catalog.queries import Filters, Hit, Search
 from serving.catalog.tables import Tables
 from serving.releases.types import ReleaseSnapshot
 from streams.store.rows import Position
@@ -92,4 +93,7 @@ class World(Catalog):
         return [sample for batch in self.tables.id_batches(space) for sample in batch]
 
     async def texts(self, seed: int, k: int = 100, space: str = "aaaa", filters: Filters = ALL) -> list[str]:
-        return [hit.text for hit in await self.search(space, vector(seed), k, filters)]
+        return [hit.text for hit in await self.hits(seed, k, space, filters)]
+
+    async def hits(self, seed: int, k: int = 100, space: str = "aaaa", filters: Filters = ALL) -> Sequence[Hit]:
+        return (await self.search(space, Search([vector(seed)], k, filters))).hits[0]

@@ -20,7 +20,7 @@ from core.errors import LedgerUnavailable, StoreError
 from serving.catalog import catalog as catalog_module
 from serving.catalog.catalog import CLAIM_SECONDS, SpaceClaims
 from serving.catalog.cross_version import CrossVersionVerdicts, rank_across
-from serving.catalog.queries import Hit
+from serving.catalog.queries import Hit, Search
 from serving.catalog.space_fill import CHUNK_ROWS, Pace
 from serving.catalog.tables import Tables
 from tests.support.waiting import until
@@ -100,6 +100,11 @@ async def test_a_space_whose_verdict_allows_it_is_searched_before_it_is_complete
     running = asyncio.create_task(catalog.run())
     await catalog.cover(THERE, most_seconds=0.01)
     assert await catalog.texts(123, 1, "bbbb") == ["text 123"], "found by its old vector"
+    found = await catalog.search("bbbb", Search([vector(123), vector(130)], 1, vectors=True))
+    assert [hits[0].text for hits in found.hits] == ["text 123", "text 130"]
+    assert found.vectors == {}, "none of the new space is there yet"
+    sample = found.hits[1][0].id
+    assert (await catalog.search("bbbb", Search([sample], 1))).missing == [sample]
     catalog.encoder.gate.set()
     await catalog.cover(THERE)
     assert await catalog.texts(1123, 1, "bbbb") == ["text 123"], "and by its new one when that is there"
@@ -158,7 +163,9 @@ def test_catalogs_of_two_processes_add_each_row_once(tmp_path: Path) -> None:
 def _data(*ids: str) -> pa.Table:
     nothing = pa.nulls(len(ids), pa.string())
     times = pa.nulls(len(ids), pa.timestamp("us", tz="UTC"))
-    return pa.table({"id": list(ids), "domain": nothing, "source": nothing, "time": times, "text": nothing})
+    tags = pa.nulls(len(ids), pa.list_(pa.string()))
+    texts = dict.fromkeys(("domain", "source", "text", "concept", "label"), nothing)
+    return pa.table({"id": list(ids), "time": times, "tags": tags, **texts})
 
 
 def test_a_row_that_is_there_is_not_merged_again_by_a_writer_that_does_not_know_it(tmp_path: Path) -> None:
@@ -167,7 +174,7 @@ def test_a_row_that_is_there_is_not_merged_again_by_a_writer_that_does_not_know_
     assert other.present("aaaa", ["a", "c"]) == {"a"}
     other.merge("aaaa", _data("b", "c"), np.stack([vector(5), vector(2)]))
     assert sorted(name for batch in one.id_batches("aaaa") for name in batch) == ["a", "b", "c"]
-    assert one.search("aaaa", vector(1), 1, ALL)[0].id == "b"  # the first one stays
+    assert one.search("aaaa", vector(1)[None], 1, ALL)[0][0].id == "b"  # the first one stays
 
 
 def test_a_table_that_another_process_is_making_is_waited_for(tmp_path: Path) -> None:

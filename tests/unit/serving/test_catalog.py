@@ -12,12 +12,15 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock, Mock
 
+import lance
 import pytest
 
 from core.errors import StoreError, StoreUnavailable
 from serving.catalog import catalog as catalogs
+from serving.catalog import index_maintainer
 from serving.catalog.catalog import Catalog, repeat
-from serving.catalog.queries import Hit, as_filters
+from serving.catalog.queries import Hit, Search, as_filters
+from serving.catalog.row_columns import LABELS
 from serving.releases.types import Residency
 from serving.replicas.catalog import CatalogReplica
 from streams.store.rows import Position
@@ -101,13 +104,105 @@ async def test_filters_are_conditions_and_not_code(catalog: World) -> None:
     assert await texts(since=datetime(2024, 1, 3, tzinfo=UTC), until=datetime(2024, 1, 5)) == {"text 2", "text 3"}
 
 
+async def test_labels_concepts_and_tags_are_filters(catalog: World) -> None:
+    catalog.put(0, 2, label="кот", concept="o'cat", tags=["a b", "ü"])
+    catalog.put(2, 2, label="dog", tags=["ü"])
+    catalog.put(4, 2)
+    await catalog.hold(HERE)
+
+    async def texts(**conditions: Any) -> set[str]:
+        return set(await catalog.texts(0, filters=as_filters(**conditions)))
+
+    assert await texts(labels=["кот"]) == await texts(concepts=["o'cat"]) == await texts(tags=["a b"])
+    assert await texts(labels=["кот", "dog"]) == await texts(tags=["x'", "ü"]) == {f"text {n}" for n in range(4)}
+    assert await texts(labels=["dog"], domain=["even"]) == {"text 2"}
+    assert await texts(tags=["a"]) == await texts(tags=["' OR 1=1 --"]) == set()
+
+
+async def test_a_table_of_an_earlier_version_gets_its_labels_from_the_store_without_embedding_again(
+    tmp_path: Path, catalog: World
+) -> None:
+    catalog.put(0, 6, label="cat", tags=["old"])
+    catalog.put(6, 1)
+    await catalog.hold(HERE)
+    catalog.delete("offset = 5")
+    address = f"{catalog.tables.url}/clip_aaaa.lance"
+    lance.dataset(address).drop_columns(LABELS)
+    old = lance.dataset(address).to_table()
+    again = World(tmp_path)
+    with pytest.raises(ValueError, match="label"):
+        again.tables.search("aaaa", vector(0)[None], 9, as_filters(labels=["cat"]))
+    await again.hold(HERE)
+    assert again.encoder.calls == []
+    assert set(await again.texts(0, filters=as_filters(labels=["cat"], tags=["old"]))) == {
+        f"text {n}" for n in range(5)
+    }
+    assert await again.texts(6, 1, filters=as_filters(domain=["even"])) == ["text 6"]
+    # A server of the earlier version adds a row.
+    lance.dataset(address).delete(f"id = '{old['id'][0]}'")
+    lance.dataset(address).merge_insert("id").when_not_matched_insert_all().execute(old.slice(0, 1))
+    third = World(tmp_path)
+    await third.hold(HERE)
+    assert third.encoder.calls == [(1, None)], "it alone is embedded again"
+    assert len(await third.texts(0, filters=as_filters(labels=["cat"]))) == 5
+
+
+async def test_several_queries_find_what_each_finds_alone_and_samples_not_themselves(catalog: World) -> None:
+    catalog.put(0, 40)
+    await catalog.hold(HERE)
+    ids = [row["id"] for row in rows(0, 4)]
+    found = await catalog.search("aaaa", Search([vector(3), ids[3], vector(100)], 5, vectors=True))
+    alone = [await catalog.hits(seed, 6) for seed in (3, 100)]
+    texts = [[hit.text for hit in hits] for hits in found.hits]
+    assert texts[0] == [hit.text for hit in alone[0][:5]] and texts[2] == [hit.text for hit in alone[1][:5]]
+    assert texts[1] == [hit.text for hit in alone[0][1:]], "without itself"
+    assert found.vectors.keys() == {hit.id for hits in found.hits for hit in hits}
+    assert found.vectors[ids[3]] == pytest.approx(vector(3))
+    missing = await catalog.search("aaaa", Search([ids[0], "f" * 64], 5))
+    assert (missing.hits, missing.missing) == ([], ["f" * 64])
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("k", [1, 7, 100])
+async def test_pages_hold_each_hit_once_also_of_equal_vectors(
+    catalog: World, monkeypatch: pytest.MonkeyPatch, k: int, indexed: bool
+) -> None:
+    monkeypatch.setattr(index_maintainer, "INDEX_ROWS", 1 if indexed else 10_000)
+    catalog.put(0, 12)
+    for start in range(100, 200, 10):  # ten of each image
+        catalog.put(start, 10, image=b"5")
+    await catalog.hold(HERE)
+    catalog.maintainer.settings = catalog.maintainer.settings.model_copy(update={"min_recall": 0.0})
+    while await catalog.maintainer.step():
+        pass
+    assert (catalog.tables.indexes.usable("aaaa") is not None) == indexed
+    own = rows(5, 1)[0]["id"]
+    seen: list[list[str]] = [[], []]
+    for offset in range(0, 112, k):
+        found = await catalog.search("aaaa", Search([vector(5), own], k, offset=offset))
+        assert await catalog.search("aaaa", Search([vector(5), own], k, offset=offset)) == found
+        for ids, hits in zip(seen, found.hits, strict=True):
+            ids.extend(hit.id for hit in hits)
+    assert all(len(set(ids)) == len(ids) for ids in seen) and own not in seen[1]
+    if not indexed:  # an index does not visit every row
+        assert set(seen[0]) == {own, *seen[1]} and len(seen[0]) == 112
+
+
+async def test_no_page_goes_beyond_the_depth(catalog: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogs, "MAX_DEPTH", 10)
+    catalog.put(0, 12)
+    await catalog.hold(HERE)
+    pages = [(await catalog.search("aaaa", Search([vector(5)], 4, offset=at))).hits[0] for at in (0, 4, 8)]
+    assert [len(page) for page in pages] == [4, 4, 2]
+
+
 async def test_an_empty_space_finds_nothing_and_another_dimension_is_an_error(catalog: World) -> None:
     catalog.put(0, 1)
     await catalog.hold(HERE)
-    assert catalog.tables.search("cccc", vector(0), 5, ALL) == []
+    assert catalog.tables.search("cccc", vector(0)[None], 5, ALL) == [[]]
     for space, query, told in (("aaaa", vector(0)[:4], "dimension"), ("../x", vector(0), "not the name")):
         with pytest.raises(StoreError, match=told):
-            catalog.tables.search(space, query, 5, ALL)
+            catalog.tables.search(space, query[None], 5, ALL)
 
 
 async def test_a_deleted_sample_leaves_every_table_until_it_is_sent_again(catalog: World) -> None:
@@ -122,7 +217,7 @@ async def test_a_deleted_sample_leaves_every_table_until_it_is_sent_again(catalo
     assert set(await catalog.texts(4)) == {"text 0", "text 2", "text 3", "text 5"}
     catalog.put(1, 1, offset=6, source="new")
     await catalog.settle()
-    hits = await catalog.search("aaaa", vector(1), 1, ALL)
+    hits = await catalog.hits(1, 1)
     assert (hits[0].id, hits[0].source) == (rows(1, 1)[0]["id"], "new")
     assert covered(catalog) == (5, 1.0)
     catalog.put(7, 1)
@@ -242,14 +337,14 @@ async def hung(catalog: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     monkeypatch.setattr(catalogs, "RETRY_SECONDS", 0.5)
     await catalog.adopt([HERE])
     answers = threading.Event()
-    store = Mock(side_effect=lambda *_, **__: answers.wait(60) and [HIT], answers=answers)
+    store = Mock(side_effect=lambda *_, **__: answers.wait(60) and [[HIT]], answers=answers)
     monkeypatch.setattr(catalog.tables, "search", store)
     yield store
     answers.set()
 
 
 async def ask(catalog: World) -> list[Hit]:
-    return await catalog.search(HERE.image_space, vector(0), 1, ALL)
+    return await catalog.hits(0, 1, HERE.image_space)
 
 
 async def refuse(catalog: World, times: int) -> None:
@@ -282,7 +377,7 @@ async def test_searches_of_a_hung_store_end(catalog: World, hung: Mock, monkeypa
 async def test_an_index_needs_no_store(catalog: World, hung: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
     await refuse(catalog, 10)
     monkeypatch.setattr(catalog.tables.indexes, "usable", lambda space: ("index", "effort"))
-    monkeypatch.setattr(catalog.tables, "search_index", lambda *_: ([HIT], [HIT.id]))
+    monkeypatch.setattr(catalog.tables, "search_index", lambda *_: ([[HIT]], [HIT.id]))
     monkeypatch.setattr(catalog.tables, "with_texts", hung)
     for _ in range(10):
         assert await ask(catalog) == [HIT]
@@ -306,8 +401,8 @@ async def test_a_space_that_another_server_released_is_searched_at_once_and_whil
     await other.hold(THERE, HERE)
     await catalog.adopt([HERE])
     one = replica(catalog, AsyncMock(side_effect=TimeoutError), monkeypatch)
-    assert "has no index here" in await one.search("bbbb", vector(3), 1, ALL)
+    assert "has no index here" in await one.search("bbbb", Search([vector(3)], 1))
     window = (THERE, HERE)
     one = replica(catalog, AsyncMock(return_value=Residency(window, window, ())), monkeypatch)
-    (hit,) = await one.search(THERE.image_space, vector(1003), 1, ALL)
-    assert hit.text == "text 3"
+    found = await one.search(THERE.image_space, Search([vector(1003)], 1))
+    assert [hit.text for hit in found.hits[0]] == ["text 3"]

@@ -16,7 +16,7 @@ from prometheus_client import REGISTRY
 from core.errors import StoreError
 from core.settings.serving import Catalog as CatalogSettings
 from serving.catalog import index_files, index_maintainer, space_indexes
-from serving.catalog.index_maintainer import IndexMaintainer
+from serving.catalog.index_maintainer import IndexMaintainer, recall_of
 from serving.catalog.memory_index import (
     CODINGS,
     LEVELS,
@@ -27,6 +27,7 @@ from serving.catalog.memory_index import (
     estimated_bytes,
 )
 from serving.catalog.queries import Filters, as_filters
+from serving.catalog.row_columns import digests_of, keys_of
 from serving.catalog.tables import COMPACT_EVERY, Tables
 from tests.support.disk import holds
 
@@ -52,6 +53,8 @@ def rows_of(start: int, count: int, text: str = "text") -> pa.Table:
         {
             "id": names(start, count), "domain": [f"d{n % 5}" for n in numbers], "source": ["s"] * count,
             "time": pa.array(times, pa.timestamp("us", "UTC")), "text": [f"{text} {n}" for n in numbers],
+            "concept": [f"c{n % 3}" for n in numbers], "label": [None] * count,
+            "tags": [[f"t{n % 4}", f"ü{n % 7}"] if n % 2 else None for n in numbers],
         }
     )  # fmt: skip
 
@@ -71,7 +74,7 @@ async def settle(maintainer: IndexMaintainer) -> None:
 
 
 def nearest(tables: Tables, number: int, filters: Filters | None = None) -> str:
-    return tables.search(SPACE, vectors(number, 1)[0], 1, filters or Filters())[0].text
+    return tables.search(SPACE, vectors(number, 1), 1, filters or Filters())[0][0].text
 
 
 def index_of(tables: Tables) -> MemoryIndex:
@@ -125,8 +128,8 @@ async def test_an_index_of_enough_rows_and_recall_is_used(tables: Tables, monkey
     assert status["recall"] >= SETTINGS.min_recall
     assert value("recall_ratio") == status["recall"] and value("index_used") == 1
     assert value("indexed_rows") == ROWS and value("index_bytes") == status["bytes"] > 0
-    hits = tables.search(SPACE, vectors(7, 1)[0], 3, Filters())
-    exact = tables._search_exactly(SPACE, vectors(7, 1)[0], 3, Filters())
+    [hits] = tables.search(SPACE, vectors(7, 1), 3, Filters())
+    [exact] = tables._search_exactly(SPACE, vectors(7, 1), 3, Filters())
     assert hits[0].score == pytest.approx(1.0, abs=1e-3)
     assert replace(hits[0], score=1.0) == replace(exact[0], score=1.0)
 
@@ -204,7 +207,7 @@ async def test_an_index_that_is_too_bad_or_small_is_made_anew(tables: Tables, mo
     assert status["recall"] < 0.99 and not status["used"] and status["rows"] == ROWS
     assert value("recall_ratio") == status["recall"] and value("index_used") == 0
     [exact] = tables.nearest(SPACE, vectors(1000, 1), 10, Filters())
-    scores = [hit.score for hit in tables.search(SPACE, vectors(1000, 1)[0], 10, Filters())]
+    scores = [hit.score for hit in tables.search(SPACE, vectors(1000, 1), 10, Filters())[0]]
     assert scores == pytest.approx(exact.scores.tolist(), abs=1e-5)
     assert maintainer.is_ready(SPACE, ROWS)
     monkeypatch.setattr(index_maintainer, "LEVELS", LEVELS)
@@ -235,13 +238,19 @@ async def test_filters_find_what_meets_them_in_the_index(tables: Tables, monkeyp
             as_filters(since=day, until=day + timedelta(days=9)),
         ):  # fmt: skip
             [exact] = tables.nearest(SPACE, query, 10, filters)
-            hits = tables.search(SPACE, query[0], 10, filters)
+            [hits] = tables.search(SPACE, query, 10, filters)
             for hit in hits:
                 assert (not filters.domain or hit.domain in filters.domain) and hit.time is not None
                 assert filters.since is None or filters.since <= hit.time < filters.until
             right = sum(hit.score >= exact.scores[-1] - 1e-3 for hit in hits)
             assert right == 10 if few else right >= 8
-        assert tables.search(SPACE, query[0], 10, as_filters(domain=["none"])) == []
+        assert tables.search(SPACE, query, 10, as_filters(domain=["none"])) == [[]]
+        for filters in (as_filters(tags=["t1", "ü6"]), as_filters(concepts=["c1"], tags=["ü3", "none"])):
+            [exact] = tables.nearest(SPACE, query, 10, filters)
+            [hits] = tables.search(SPACE, query, 10, filters)
+            recall = recall_of(keys_of(digests_of([hit.id for hit in hits])), exact)
+            assert recall == 1 if few else recall >= 0.8
+        assert tables.search(SPACE, query, 10, as_filters(labels=["cat"])) == [[]]
     add(tables, ROWS + 3, 1)  # d3
     assert nearest(tables, ROWS + 3, as_filters(domain=["d3"])) == f"text {ROWS + 3}"
 
@@ -364,7 +373,7 @@ async def test_an_index_that_cannot_be_changed_is_made_again(
     tables: Tables, maintained: IndexMaintainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(StoreError, match="dimension"):
-        tables.search(SPACE, vectors(0, 1)[0][:8], 1, Filters())
+        tables.search(SPACE, vectors(0, 1)[:, :8], 1, Filters())
     monkeypatch.setattr(index_of(tables).columns, "write", None)
     add(tables, ROWS, 1)
     assert tables.indexes.usable(SPACE) is None and not list((tmp_path / "index").rglob("*.faiss"))

@@ -14,11 +14,12 @@ import pytest
 
 from core.access import Principal
 from core.ledger.rows import KeyScope
-from serving.catalog.queries import Hit
+from serving.catalog.queries import Found, Hit, Search
 from serving.engines.vlm.generation import GenerationRequest
 from serving.errors import InvalidRequest, QueueFull
 from serving.http.app_state import AppState
 from serving.http.auth import AuthMiddleware
+from serving.http.clip_vectors import Vectors
 from serving.messages import IMAGES_PER_REQUEST, TEXTS_PER_REQUEST
 from serving.releases.types import ReleaseSnapshot
 from tests.unit.serving.scripted_vlms import SETTINGS, ScriptedVlms, app_state, client, png, uri
@@ -61,21 +62,22 @@ class Catalog:
     async def image(self, sample_id: str) -> bytes | None:
         return self.images.get(sample_id)
 
-    async def search(self, space: str, vector: Any, k: int, filters: Any) -> list[Hit]:
+    async def search(self, space: str, search: Search) -> Found:
         time = datetime(2024, 1, 1, tzinfo=UTC)
-        return [Hit(each, 0.9 - 0.1 * place, "t", "d", "s", time) for place, each in enumerate(IDS)][:k]
+        hits = [Hit(each, 0.9 - 0.1 * place, "t", "d", "s", time) for place, each in enumerate(IDS)]
+        return Found([hits[: search.k]])
 
 
-class Vectors:
+class Encoded:
     async def of_texts(self, texts: Sequence[str], *_: Any) -> Any:
-        return cast(Any, type("V", (), {"rows": np.zeros((1, 8), np.float32), "headers": {}}))
+        return Vectors(np.zeros((1, 8), np.float32), 1.0)
 
     of_images = of_texts
 
 
 def state_of(vlms: ScriptedVlms | None) -> AppState:
     state = replace(app_state(vlms, SETTINGS), index=cast(Any, Catalog()))
-    state.__dict__["vectors"] = Vectors()  # in place of the cached property
+    state.__dict__["vectors"] = Encoded()  # in place of the cached property
     return state
 
 
