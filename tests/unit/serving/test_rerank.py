@@ -70,7 +70,7 @@ class Catalog:
 
 class Encoded:
     async def of_texts(self, texts: Sequence[str], *_: Any) -> Any:
-        return Vectors(np.zeros((1, 8), np.float32), 1.0)
+        return Vectors(np.zeros((1, 8), np.float32), 1.0, 0)
 
     of_images = of_texts
 
