@@ -11,6 +11,7 @@ from core.settings import Settings
 BENCHMARKS = {
     "agreement": "benchmarks.agreement",
     "backlog": "benchmarks.backlog.run_backlog",
+    "calibration": "benchmarks.calibration",
     "chaos": "benchmarks.chaos",
     "cluster": "benchmarks.cluster.run_cluster",
     "continual": "benchmarks.continual.run_continual",

@@ -84,6 +84,29 @@ def pairs(
     show_rows(rows, f"{len(listed)} pairs of {suite} (cosines by the base)", as_json)
 
 
+@gate.command("calibrate")
+def calibrate_live(context: typer.Context, as_json: AsJson = False) -> None:
+    """Calibrate what is live: similarities become probabilities of a match, which min_probability asks for.
+
+    The gate does it for each candidate, and for what is live before the first update. Servers read it within a minute.
+
+    Example:  ratchet gate calibrate
+    """
+    settings = ctx.installed(context)
+    from updater.gate.gate_command import calibrate_command
+
+    name, curves = calibrate_command(settings)
+    rows = (
+        {
+            "queries": kind, "asked": curve.queries, "pairs": curve.pairs, "matches": curve.matches,
+            "calibration error": f"{curve.error:.1%} [{curve.ci_low:.1%}, {curve.ci_high:.1%}]",
+            "min_probability": "allowed" if curve.bounded else "refused: the error may be too large",
+        }
+        for kind, curve in curves.items()
+    )  # fmt: skip
+    show_rows(rows, f"Calibration of {name}", as_json)
+
+
 @gate.command()
 def report(
     context: typer.Context,

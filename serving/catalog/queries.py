@@ -44,7 +44,7 @@ class Filters:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A search result; ``score`` is the cosine similarity."""
+    """A search result; ``score`` is the cosine similarity, and the ingress adds the ``probability`` of a match."""
 
     id: str
     score: float
@@ -52,6 +52,7 @@ class Hit:
     domain: str
     source: str
     time: datetime | None
+    probability: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from serving.engines.vlm.generation import GenerationRequest
 from serving.errors import VlmStarting
 from serving.http.answer_audits import AnswerAudits
 from serving.http.answer_receipts import HEADER, AnswerReceipts, Route
+from serving.http.calibrations import Calibrations
 from serving.http.calls import CatalogCalls, ControllerCalls, VlmCalls
 from serving.http.clip_vectors import ClipVectors, EncoderCalls
 from serving.http.errors import ApiError, field_error, is_fault
@@ -55,6 +56,7 @@ class AppState:
     answers: AnswerReceipts
     feedback: FeedbackService
     deletions: DeletionService
+    calibrations: Calibrations
     vlms: VlmCalls | None = None
     """None: no VLM is served."""
     shadow_traffic: ShadowTraffic | None = None

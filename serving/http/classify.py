@@ -27,6 +27,7 @@ from serving.http.bodies import (
     json_response,
     read_body,
 )
+from serving.http.calibrations import MIN_PROBABILITY
 from serving.http.request_bodies import caller_of
 from serving.messages import IMAGES_PER_REQUEST, PROMPTS_PER_TEXT, TEXTS_PER_REQUEST
 
@@ -47,7 +48,7 @@ class ClassifyRequest(Body):
                 {"images": ["data:image/png;base64,iVBORw0KGgo..."], "head": "garments", "confidence": 0.5},
             ],
             "oneOf": [{"required": ["labels"]}, {"required": ["head"]}],
-            "dependentRequired": {"multi_label": ["head"], "confidence": ["head"]},
+            "dependentRequired": {"multi_label": ["head"], "confidence": ["head"], "min_probability": ["labels"]},
         },
     )  # fmt: skip
     images: Annotated[list[Picture], FailFast()] = Field(min_length=1, description="Data URIs, or URLs.")
@@ -65,6 +66,7 @@ class ClassifyRequest(Body):
         le=1,
         description="With a head: minimum probability of a label; below it, the answer is a higher level, or null.",
     )
+    min_probability: float | None = MIN_PROBABILITY
     truncate: bool = TRUNCATE
     space: str | None = SPACE
     model: str = MODEL
@@ -75,6 +77,8 @@ class ClassifyRequest(Body):
             raise PydanticCustomError("one_way", "give labels, or the name of a head", {"param": "labels"})
         if not self.head and (self.multi_label or self.confidence is not None):
             raise ValueError("multi_label and confidence are of a head")
+        if self.head and self.min_probability is not None:
+            raise ValueError("min_probability is of labels: with a head give its confidence")
         return self
 
     _distinct = field_validator("labels")(distinct)
@@ -91,9 +95,13 @@ class Classification(ResponseBody):
     """One image's labels."""
 
     label: str | None
-    """The most likely label; with a head null if none of its classes fits, or none reaches `confidence`."""
+    """The most likely label; null if it does not reach `min_probability`, and with a head if none of its classes fits,
+    or none reaches `confidence`."""
     probabilities: dict[str, float | None]
     """From 0 to 1 by label; they add up to 1, but for several labels: then each stands alone."""
+    matches: dict[str, float | None] | None = None
+    """Of labels: the probability by label that the image shows it, whatever the other labels are. Null, or left out
+    with a head, without a calibration."""
     labels: list[str] | None = None
     """With several labels: those with a probability above one half, most likely first."""
     distance: float | None = None
@@ -142,20 +150,33 @@ async def classify(request: Request) -> Response:
             answers = await state.vectors.classify(head, vectors.rows)
             data = [_said(head, answers, row, body) for row in range(len(images))]
         else:
+            curve = await state.calibrations.curve("label", snapshot, body.min_probability)
             vectors = await state.vectors.of_images(images, snapshot, deadline, caller)
             whole = () if body.truncate else [f"labels.{n}" for n in range(len(body.labels)) for _ in body.templates]
             texts = await state.vectors.of_texts(prompts, snapshot, deadline, caller, whole)
             headers |= texts.headers
+            templates = len(body.templates)
+            matches = None if curve is None else curve(similarities(vectors.rows, texts.rows, templates))
             data = [
-                {
-                    "label": body.labels[int(row.argmax())],
-                    "probabilities": dict(zip(body.labels, row.tolist(), strict=True)),
-                }
-                for row in probabilities(vectors.rows, texts.rows, len(body.templates), vectors.logit_scale)
+                _labelled(body, shares, None if matches is None else matches[row])
+                for row, shares in enumerate(probabilities(vectors.rows, texts.rows, templates, vectors.logit_scale))
             ]
         if state.audits is not None:
             state.audits.offer(headers[HEADER], sources, [each["label"] for each in data])
         return json_response({"object": "list", "model": f"clip@{snapshot.release}", "data": data}, headers)
+
+
+def _labelled(
+    body: ClassifyRequest, shares: npt.NDArray[np.float64], matches: npt.NDArray[np.float64] | None
+) -> dict[str, Any]:
+    """The labels of one image. ``matches``: probabilities by label that it shows it."""
+    best = int(shares.argmax())
+    shown = matches is None or body.min_probability is None or matches[best] >= body.min_probability
+    return {
+        "label": body.labels[best] if shown else None,
+        "probabilities": dict(zip(body.labels, shares.tolist(), strict=True)),
+        "matches": None if matches is None else dict(zip(body.labels, matches.tolist(), strict=True)),
+    }
 
 
 def _said(head: Head, answers: HeadScores, row: int, body: ClassifyRequest) -> dict[str, Any]:
@@ -175,13 +196,21 @@ def _said(head: Head, answers: HeadScores, row: int, body: ClassifyRequest) -> d
     return said
 
 
+def similarities(
+    images: npt.NDArray[np.float32], prompts: npt.NDArray[np.float32], templates: int
+) -> npt.NDArray[np.float64]:
+    """Cosines [images, labels], from unit vectors [images, dim] and [labels x templates, dim]."""
+    labels = prompts.reshape(-1, templates, prompts.shape[1]).astype(np.float64).mean(axis=1)
+    labels /= np.linalg.norm(labels, axis=1, keepdims=True).clip(1e-12)
+    cosines: npt.NDArray[np.float64] = images.astype(np.float64) @ labels.T
+    return cosines
+
+
 def probabilities(
     images: npt.NDArray[np.float32], prompts: npt.NDArray[np.float32], templates: int, scale: float
 ) -> npt.NDArray[np.float64]:
-    """Softmax over labels [images, labels], from unit vectors [images, dim] and [labels x templates, dim]."""
-    labels = prompts.reshape(-1, templates, prompts.shape[1]).astype(np.float64).mean(axis=1)
-    labels /= np.linalg.norm(labels, axis=1, keepdims=True).clip(1e-12)
-    logits = scale * images.astype(np.float64) @ labels.T
+    """Softmax over labels [images, labels]; arguments as in :func:`similarities`."""
+    logits = scale * similarities(images, prompts, templates)
     shares = np.exp(logits - logits.max(axis=1, keepdims=True))
     result: npt.NDArray[np.float64] = shares / shares.sum(axis=1, keepdims=True)
     return result

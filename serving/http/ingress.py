@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from core import metrics
 from core.access import Access
+from core.artifacts import Artifacts
 from core.ledger import Ledger
 from core.settings import Settings
 from core.settings.serving import Serve
@@ -28,6 +29,7 @@ from serving.http.answer_receipts import AnswerReceipts
 from serving.http.app import build_app
 from serving.http.app_state import AppState
 from serving.http.auth import KeyCopy
+from serving.http.calibrations import Calibrations
 from serving.http.calls import CatalogCalls, ControllerCalls, VlmCalls
 from serving.http.clip_vectors import EncoderCalls
 from serving.http.image_loader import ImageLoader
@@ -111,6 +113,7 @@ class Ingress:
                 quarantine=QuarantineService(settings, self.ledger),
                 receipts=ReceiptService(settings),
                 deletions=DeletionService(settings, self.ledger),
+                calibrations=Calibrations(lambda key: Artifacts(settings.artifacts).read_bytes(key)),
                 answers=answers,
                 audits=AnswerAudits(self.ledger, answers, settings.feedback.audit_share),
                 feedback=FeedbackService(self.ledger, settings.feedback.accept),

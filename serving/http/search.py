@@ -17,6 +17,7 @@ from pydantic import ConfigDict, FailFast, Field, field_validator
 
 from core.digests import digest_bytes
 from serving.catalog.queries import MAX_DEPTH, Found, Hit, Search, as_filters
+from serving.engines.calibration import Kind, MatchCurve
 from serving.http.app_state import AppState, app_state
 from serving.http.bodies import (
     MODEL,
@@ -33,6 +34,7 @@ from serving.http.bodies import (
     json_response,
     read_body,
 )
+from serving.http.calibrations import MIN_PROBABILITY, with_probabilities
 from serving.http.embeddings import Input, VectorBody, embed, encoded
 from serving.http.errors import ApiError, ErrorBody, field_error
 from serving.http.request_bodies import caller_of
@@ -77,6 +79,11 @@ class SearchQuery(Body):
     def given(self) -> list[str]:
         return [name for name in SearchQuery.model_fields if getattr(self, name)]
 
+    @property
+    def kind(self) -> Kind | None:
+        """How its similarities are calibrated; None for a vector, which may be of a text or of an image."""
+        return "text" if self.text is not None else None if self.vector else "image"
+
 
 class SearchRequest(SearchQuery):
     """Find accepted samples by a text, an image, a vector, a sample, or several of these in `queries`."""
@@ -95,6 +102,7 @@ class SearchRequest(SearchQuery):
     tags: Annotated[list[Name], FailFast()] = Field([], max_length=50, description="Only samples with one of the tags.")
     since: datetime | None = Field(None, description="Earliest sample time (UTC), inclusive.")
     until: datetime | None = Field(None, description="Latest sample time (UTC), exclusive.")
+    min_probability: float | None = MIN_PROBABILITY
     rerank: int = RERANK
     cursor: str | None = Field(None, max_length=200, description="For another page: `next` of the page before it.")
     vectors: bool = Field(False, description=f"Return vectors of hits, for at most {MAX_VECTORS} (`k` times queries).")
@@ -118,6 +126,8 @@ class SearchHit(ResponseBody):
     """SHA-256 of its content, 64 hex digits."""
     score: float | None
     """Cosine similarity, from -1 to 1."""
+    probability: float | None
+    """Of a match, by the release's calibration; null without one."""
     relevance_score: float | None = None
     """With `rerank`: the VLM's probability that it matches; left out for hits that it did not see."""
     text: str
@@ -170,6 +180,8 @@ async def search(request: Request) -> Response:
     asked = digest_bytes(body.model_dump_json(exclude={"cursor"}).encode(), *uploads)[:12]
     offset, space = offset_of(body, asked)
     async with state.answering(request, body.model, space=space or body.space) as (snapshot, deadline):
+        kinds = [query.kind for query in body.places.values()]
+        curves = [kind and await state.calibrations.curve(kind, snapshot, body.min_probability) for kind in kinds]
         queries, headers = await queries_of(body, uploads, state, snapshot, deadline, caller_of(request.scope))
         wanted = Search(queries, body.k, filters, offset, body.vectors)
         found = await state.index.search(snapshot.image_space, wanted)
@@ -179,11 +191,11 @@ async def search(request: Request) -> Response:
                 f"no sample {sample} has a vector in image space {snapshot.image_space}: it was deleted, or waits."
             )
             raise field_error(f"{place}id", problem, "sample_not_found", 404)
-        lists = [_rows(hits, found, body) for hits in found.hits]
+        lists = [_rows(hits, curve, found, body) for hits, curve in zip(found.hits, curves, strict=True)]
         if body.rerank:
             query = body.text if body.text is not None else ("image", uploads[0] if uploads else str(body.image))
             lists = [await reranked(request, snapshot, query, lists[0], body.rerank, deadline)]
-        more = offset + body.k < MAX_DEPTH and any(len(rows) == body.k for rows in lists)
+        more = offset + body.k < MAX_DEPTH and any(len(hits) == body.k for hits in found.hits)
         answer = {
             "object": "list", "model": f"clip@{snapshot.release}", "space": snapshot.image_space,
             **({"results": [{"data": rows} for rows in lists]} if body.queries else {"data": lists[0]}),
@@ -211,6 +223,9 @@ def check_queries(body: SearchRequest, state: AppState) -> None:
             state.check_length(f"{place}text", query.text)
         if not query.vector:
             continue
+        if body.min_probability is not None:
+            problem = "a vector may be of a text or of an image, whose similarities differ. Compare scores."
+            raise field_error("min_probability", problem, "not_calibrated")
         if len(query.vector) != state.dim or not any(query.vector):
             problem = f"a vector has {state.dim} numbers here, and not all are zero."
             raise field_error(f"{place}vector", problem, "invalid_value")
@@ -257,8 +272,8 @@ def _unit(vector: list[float]) -> npt.NDArray[np.float32]:
     return np.asarray(scaled / np.linalg.norm(scaled), np.float32)
 
 
-def _rows(hits: Sequence[Hit], found: Found, body: SearchRequest) -> list[dict[str, Any]]:
-    rows = [asdict(hit) for hit in hits]
+def _rows(hits: Sequence[Hit], curve: MatchCurve | None, found: Found, body: SearchRequest) -> list[dict[str, Any]]:
+    rows = [asdict(hit) for hit in with_probabilities(hits, curve, body.min_probability)]
     for row in rows if body.vectors else ():
         vector = found.vectors.get(row["id"])
         row["vector"] = None if vector is None else encoded(vector, body.encoding_format)

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 
 from core.access import Access
+from core.artifacts import Artifacts
 from core.ledger import Ledger
 from core.settings import Settings
 from core.settings.serving import Serve
@@ -30,6 +31,7 @@ from serving.engines.vlm.generation import GenerationRequest
 from serving.http.answer_receipts import AnswerReceipts
 from serving.http.app import build_app
 from serving.http.app_state import AppState
+from serving.http.calibrations import Calibrations
 from serving.http.image_loader import ImageLoader
 from serving.http.store_services import DeletionService, FeedbackService
 from serving.messages import EncodeResult, Modality
@@ -201,6 +203,7 @@ async def open_in_process_app(home: Path, settings: Serve) -> tuple[InProcessApp
         image_loader=ImageLoader(base.preprocess, settings), ledger=in_process.ledger, refresh=_nothing,
         deletions=DeletionService(Settings(home=home), in_process.ledger), answers=AnswerReceipts(SecretStr(KEY)),
         feedback=FeedbackService(in_process.ledger), **stand_ins,
+        calibrations=Calibrations(Artifacts(str(home / "artifacts")).read_bytes, again=0.0),
     )  # fmt: skip
     return in_process, build_app(app_state)
 

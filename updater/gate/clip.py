@@ -15,6 +15,7 @@ from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from updater.adapters import trainer_encoder
 from updater.gate import checks as c
+from updater.gate.calibration import calibrate
 from updater.gate.decision import Scores
 from updater.gate.diagnostics import feature_shift, pair_accuracy
 from updater.gate.score import Outcomes, Scorer, rank_of_best, worst_items
@@ -54,6 +55,7 @@ class ClipEvaluator(Scorer):
         return Diagnostics(
             pairs={name: each for name, each in pairs.items() if each is not None},
             shift=feature_shift(self, suites, incumbent, candidate),
+            calibration=calibrate(self, suites, candidate),
         )
 
     def regressions(self, suite: Suite, before: Outcomes, after: Outcomes) -> tuple[Regression, ...]:
@@ -166,8 +168,8 @@ class AcrossBasesEvaluator(ClipEvaluator):
         return self.old.score(suite, None if alone else adapter, label=label)
 
     def diagnostics(self, scores: Sequence[Scores], incumbent: str | None, candidate: str) -> Diagnostics:
-        """Always empty: features of two bases cannot be compared."""
-        return Diagnostics()
+        """The calibration alone: features of two bases cannot be compared."""
+        return Diagnostics(calibration=calibrate(self, [each.suite for each in scores], candidate))
 
     def cross_version(
         self, suites: Sequence[Suite], incumbent: str | None, candidate: str, margin: float, level: float

@@ -17,6 +17,7 @@ from core.errors import GateError
 from core.files import replace_file
 from core.ledger import Ledger
 from core.settings import Settings
+from serving.engines.calibration import MOST_ERROR
 from updater.gate.plots import bars, forest, mean_row
 from updater.gate.verdict import PAIR_CHANCE, TAIL_BINS, YES_BOUND, Verdict, jsonable
 
@@ -104,6 +105,7 @@ def _fill(template: str, report: Mapping[str, Any]) -> str:
         bins=TAIL_BINS,
         pair_chance=PAIR_CHANCE,
         yes_bound=YES_BOUND,
+        most_error=MOST_ERROR,
         cost=_cost(report),
         facts=_facts(report),
         retention=retention,

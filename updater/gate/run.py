@@ -15,6 +15,7 @@ from core.errors import AdapterError, GateError, RatchetError
 from core.progress import progress_log
 from core.settings import Settings
 from core.settings.updates import Gate as GateSettings
+from serving.engines.calibration import MOST_ERROR
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
@@ -240,4 +241,10 @@ def diagnose(
         for name, share in found.yes.items()
         if share.moved_away > YES_BOUND
     ]
-    return replace(found, warnings=(*moved_away, *warnings))
+    unbounded = [
+        f"{kind}: probabilities of a match may be wrong by {curve.ci_high:.1%} on average, and {MOST_ERROR:.0%} is "
+        "allowed: searches with min_probability are refused"
+        for kind, curve in found.calibration.items()
+        if not curve.bounded
+    ]
+    return replace(found, warnings=(*moved_away, *unbounded, *warnings))

@@ -182,12 +182,17 @@ class Scorer:
             columns = [answers[:, known[name]] if name in known else np.zeros(len(items)) for name in classes]
             similarity = np.stack(columns, axis=1)
         else:
-            prompts = [prompt(template, suite, name) for name in classes for template in suite.templates]
-            flat = self.texts(prompts, adapter, label)
-            means = flat.reshape(len(classes), len(suite.templates), -1).mean(axis=1)
-            means = means / np.linalg.norm(means, axis=1, keepdims=True)
+            means = self.class_vectors(suite, classes, adapter, label)
             similarity = np.asarray(self.images(items, adapter, label) @ means.T, np.float64)
         return [(similarity, np.array([[name == item.text for name in classes] for item in items]))]
+
+    def class_vectors(self, suite: Suite, classes: Sequence[str], adapter: str | None, label: str) -> Vectors:
+        """Unit vectors [classes, dim]: means over the suite's templates."""
+        prompts = [prompt(template, suite, name) for name in classes for template in suite.templates]
+        flat = self.texts(prompts, adapter, label)
+        means = flat.reshape(len(classes), len(suite.templates), -1).mean(axis=1)
+        unit: Vectors = means / np.linalg.norm(means, axis=1, keepdims=True)
+        return unit
 
     def _head(self, suite: Suite, adapter: str | None) -> Head | None:
         return self.engine.heads(adapter).get(suite.head) if suite.head else None

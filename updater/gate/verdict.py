@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from core.ledger.rows import GateOutcome
+from serving.engines.calibration import Kind, MatchCurve
 from updater.gate.interim_analyses import InterimAnalysis, alpha_left
 
 Decision = Literal["passed", "failed", "inconclusive"]
@@ -350,12 +351,15 @@ class Diagnostics:
     pairs: dict[str, PairAccuracy] = field(default_factory=dict)
     yes: dict[str, YesShare] = field(default_factory=dict)
     shift: FeatureShift | None = None
+    calibration: dict[Kind, MatchCurve] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         value = asdict(self)
         for pair in value["pairs"].values():
             del pair["shown"]
+        for curve in value["calibration"].values():
+            del curve["similarity"], curve["probability"]
         return value
 
 
@@ -470,6 +474,12 @@ def diagnostics_lines(diagnostics: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f'{suite}, share of "yes": {yes["before"]:.1%} -> {yes["after"]:.1%}; truth {yes["truth"]:.1%}, '
             f"base {yes['base']:.1%}"
+        )
+    for kind, curve in diagnostics.get("calibration", {}).items():
+        error, low, high = (100 * curve[name] for name in ("error", "ci_low", "ci_high"))
+        yield (
+            f"probability of a match, {kind}: expected calibration error {error:.1f} [{low:.1f}, {high:.1f}] points "
+            f"({curve['queries']} queries)"
         )
     shift = diagnostics["shift"]
     for tower, moved in (shift["towers"] if shift else {}).items():

@@ -23,6 +23,7 @@ from serving.engines.heads import read_heads
 from streams.store.sample_store import SampleStore
 from updater.adapters.recorded import fetch_recorded
 from updater.data.draw import HAVING, left_out
+from updater.gate.calibration import store_calibration, store_missing
 from updater.gate.clip import AcrossBasesEvaluator, ClipEvaluator, base_alone
 from updater.gate.decision import percent
 from updater.gate.diagnostics import StoreCounts
@@ -152,6 +153,10 @@ def _gate(
             cost=update.cost,
             meta=meta,
         )
+        if verdict.diagnostics.calibration and isinstance(evaluator, ClipEvaluator):
+            store_calibration(artifacts, evaluator, adapter, verdict.diagnostics.calibration)
+            if upgrade is None:
+                store_missing(artifacts, evaluator, [*suites, *fresh], update.incumbent)
         if (
             verdict.outcome == "rejected"
             and isinstance(base, ClipBase)

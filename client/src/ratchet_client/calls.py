@@ -105,11 +105,17 @@ def embed(inputs: Sequence[str | bytes], model: str = "clip", space: str | None 
 
 
 def classify(
-    images: Sequence[bytes], labels: Sequence[str], templates: Sequence[str] = ("{}",), model: str = "clip"
+    images: Sequence[bytes],
+    labels: Sequence[str],
+    templates: Sequence[str] = ("{}",),
+    model: str = "clip",
+    min_probability: float | None = None,
 ) -> Call[list[dict[str, Any]]]:
-    """For each image its ``label`` and the ``probabilities``."""
+    """For each image its ``label``, the ``probabilities``, and ``matches``: by label the probability that the image
+    shows it, None without a calibration. Below ``min_probability`` the label is None."""
     body = {"images": list(map(data_uri, images)), "labels": list(labels), "templates": list(templates), "model": model}
-    return Call("POST", "/v1/classify", _data, body)
+    least = {} if min_probability is None else {"min_probability": min_probability}
+    return Call("POST", "/v1/classify", _data, body | least)
 
 
 def search(text: str | None = None, image: bytes | None = None, **options: Any) -> Call[list[dict[str, Any]]]:

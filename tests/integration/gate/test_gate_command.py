@@ -20,6 +20,8 @@ from core.ledger import Family, Ledger, UpdateRow
 from core.loading import load_settings
 from core.settings import Settings
 from serving.engines.adapters import read_adapter, write_adapter
+from serving.engines.calibration import calibration_key, parse_calibration
+from serving.engines.clip import ClipEngine
 from serving.engines.vlm.hf_engine import TransformersEngine
 from serving.engines.vlm.vlm_base import load_vlm_base
 from serving.errors import EngineDead
@@ -30,7 +32,7 @@ from tests.support.colour_squares import encoded_square
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.unit.updater.gate.builders import folder_dataset
-from updater.gate.gate_command import gate_command
+from updater.gate.gate_command import calibrate_command, gate_command
 from updater.gate.report import fetch_report
 from updater.service.gate_update import gate_update
 
@@ -115,6 +117,61 @@ def test_what_cannot_be_judged_is_named_and_an_adapter_that_will_not_load_is_rej
     verdict, page = gate_command(settings, cut_short(settings, "clip"))
     assert verdict.outcome == "rejected" and verdict.caught_by == ("loads",)
     assert "Rejected" in page.read_text()
+
+
+@pytest.fixture
+def kinds(settings: Settings) -> Settings:
+    """A suite with enough pictures to calibrate by."""
+    folder_dataset(settings.home / "data" / "kinds", count=120)
+    (settings.home / "suites" / "kinds.yaml").write_text("task: classification\ndata: ${home}/data/kinds\n")
+    return settings
+
+
+def stored(settings: Settings, adapter: str | None) -> set[str]:
+    """Kinds of queries in the stored calibration of an adapter; empty without one."""
+    engine = ClipEngine(tiny_base(settings.home), threads=1)
+    artifacts = Artifacts(settings.artifacts)
+    spaces = engine.load(adapter, artifacts.fetch(f"adapters/{adapter}")) if adapter else engine.spaces(None)
+    key = calibration_key(spaces.image, spaces.text)
+    return {*parse_calibration(artifacts.read_bytes(key))} if artifacts.exists(key) else set()
+
+
+def test_what_is_live_is_calibrated_by_hand_the_base_alone_before_the_first_release(kinds: Settings) -> None:
+    name, curves = calibrate_command(kinds)
+    assert (name, {*curves}) == ("base tiny", {"label", "image"}) and stored(kinds, None) == {"label", "image"}
+    adapter = stored_adapter(kinds, 1)
+    assert stored(kinds, adapter) == set()
+    ledger = Ledger.open(kinds.ledger)
+    ledger.register_adapter(adapter, "clip", "tiny", "", "", {})
+    ledger.commit_release(1, clip=adapter, vlm=None, actor="op", reason="first", proposal_id=None)
+    ledger.close()
+    assert calibrate_command(kinds)[0] == adapter and stored(kinds, adapter) == {"label", "image"}
+
+
+def test_suites_with_too_few_queries_calibrate_nothing_and_say_so(settings: Settings) -> None:
+    with pytest.raises(GateError, match="50 of a kind are needed"):
+        calibrate_command(settings)
+
+
+def test_the_gate_stores_the_calibration_of_the_candidate_and_of_the_base_that_had_none(kinds: Settings) -> None:
+    adapter = stored_adapter(kinds, 1)
+    ledger = Ledger.open(kinds.ledger)
+    artifacts, store, base = Artifacts(kinds.artifacts), SampleStore(kinds.lake), tiny_base(kinds.home)
+    update = ledger.begin_update(
+        "update-a", family="clip", recipe={"name": "clip-x", "rank": 4}, seed=0, store_version=store.version(),
+        data_from={}, data_to={"samples:0": 40}, incumbent=None,
+    )  # fmt: skip
+    ledger.register_adapter(adapter, "clip", base.digest, "", "", {})
+    update = ledger.advance_update(update.id, "trained", adapter=adapter, cost={"sample_gflops": 0.1})
+    gate_update(kinds, ledger, artifacts, store, base, update)
+    verdict = ledger.verdict_of(update.id)
+    ledger.close()
+    assert verdict is not None
+    told = verdict.summary["diagnostics"]["calibration"]
+    assert {*told} == stored(kinds, adapter) == stored(kinds, None) == {"label", "image"}
+    assert 0 <= told["label"]["ci_low"] <= told["label"]["error"] <= told["label"]["ci_high"]
+    page = artifacts.read_bytes(f"reports/{update.id}/report.html").decode()
+    assert "Probability of a match" in page
 
 
 def trained(ledger: Ledger, adapter: str, incumbent: str | None = None) -> UpdateRow:

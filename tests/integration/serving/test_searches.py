@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 from typing import Any
 
 import numpy as np
-import orjson
 import pytest
 from fastapi import FastAPI
 from hypothesis import given, settings
@@ -142,13 +142,9 @@ BODIES = st.fixed_dictionaries(
 @given(BODIES)
 @settings(max_examples=150, deadline=None)
 def test_any_body_is_answered_or_refused_with_its_field(client: AppClient, body: dict[str, Any]) -> None:
-    answer = client.post("/v1/search", content=orjson_of(body), headers={"content-type": "application/json"})
+    content = json.dumps(body, default=str)  # with numbers beyond 64 bits and NaN, as clients can send them
+    answer = client.post("/v1/search", content=content, headers={"content-type": "application/json"})
     assert answer.status_code in (200, 400, 404, 409), answer.text
-
-
-def orjson_of(body: dict[str, Any]) -> bytes:
-    """JSON in which numbers that are not finite are null."""
-    return orjson.dumps(body, default=str)
 
 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=600).filter(any))

@@ -71,6 +71,15 @@ def test_vectors_are_arrays_that_numpy_takes(ask: Ask, server: ScriptedServer) -
     assert body["input"] == ["a boat", {"image": "data:image/png;base64,iVBORw=="}]
 
 
+def test_a_least_probability_is_sent_where_one_is_given(ask: Ask, server: ScriptedServer) -> None:
+    server.answer(200, HITS)
+    ask("search", "a boat", min_probability=0.5)
+    ask("classify", [b"\x89PNG"], ["boat"], min_probability=0.9)
+    ask("classify", [b"\x89PNG"], ["boat"])
+    first, second, third = (body for _, _, body in server.asked)
+    assert (first["min_probability"], second["min_probability"]) == (0.5, 0.9) and "min_probability" not in third
+
+
 def test_documents_to_rerank_are_texts_pictures_and_samples(ask: Ask, server: ScriptedServer) -> None:
     server.answer(body={"id": "r", "model": "vlm@1", "results": [{"index": 1, "relevance_score": 0.9}]})
     [best] = ask("rerank", "a red bus", ["x", b"png", {"id": "0" * 64}], top_n=1)

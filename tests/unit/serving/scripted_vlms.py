@@ -14,6 +14,7 @@ from pydantic import SecretStr
 from starlette.types import ASGIApp, Message
 
 from core.access import Access
+from core.errors import AdapterError
 from core.settings import Settings
 from core.settings.serving import Serve
 from serving.engines.preprocess import Preprocess
@@ -21,6 +22,7 @@ from serving.engines.vlm.generation import PROBE, Finish, GenerationRequest, Gen
 from serving.http.answer_receipts import AnswerReceipts
 from serving.http.app import build_app
 from serving.http.app_state import AppState
+from serving.http.calibrations import Calibrations
 from serving.http.image_loader import ImageLoader
 from serving.releases.admission import Admission
 from serving.releases.types import ReleaseSnapshot
@@ -102,9 +104,14 @@ def app_state(vlms: ScriptedVlms | None, settings: Serve = SETTINGS) -> AppState
         index=unused, operations=unused,
         image_loader=ImageLoader(Preprocess(size=16), settings), access=access,
         quarantine=unused, receipts=unused, deletions=unused, feedback=unused,
+        calibrations=Calibrations(_no_artifact),
         answers=AnswerReceipts(SecretStr("key")), ledger=unused, refresh=unused, vlms=cast(Any, vlms),
         token_text=lambda token: f"<{token}>",
     )  # fmt: skip
+
+
+def _no_artifact(key: str) -> bytes:
+    raise AdapterError(f"there is no {key}.", "None is made here.")
 
 
 def app_of(at: AppState) -> FastAPI:

@@ -1,7 +1,8 @@
-"""`ratchet gate audit`."""
+"""`ratchet gate audit` and `ratchet gate calibrate`."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,8 +10,10 @@ import pytest
 
 from core.ledger import Ledger
 from core.settings import Settings
+from serving.engines.calibration import MatchCurve
 from tests.support.command_line import ratchet
 from tests.support.story import LOST, audit
+from updater.gate import gate_command
 from updater.service import release_audit
 
 
@@ -34,3 +37,16 @@ def test_an_audit_is_made_at_once_and_its_failure_is_the_status(
     assert ratchet(tmp_path, "gate", "audit").output == made.output, "it is not repeated"
     assert [row.release for row in ledger.release_audits("clip")] == [2]
     ledger.close()
+
+
+def test_a_calibration_is_shown_by_kind_of_query_with_what_it_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Ledger.open(Settings(home=tmp_path).ledger).close()
+    near = MatchCurve((0.1, 0.3), (0.2, 0.9), 100, 1000, 100, 0.011, 0.004, 0.02)
+    curves = {"text": near, "label": MatchCurve((0.1,), (0.2,), 60, 600, 60, 0.05, 0.03, 0.08)}
+    monkeypatch.setattr(gate_command, "calibrate_command", lambda _: ("clip-a", curves))
+    rows = json.loads(ratchet(tmp_path, "gate", "calibrate", "--json").output)
+    assert [row["queries"] for row in rows] == ["text", "label"]
+    assert rows[0]["calibration error"] == "1.1% [0.4%, 2.0%]"
+    assert [row["min_probability"].partition(":")[0] for row in rows] == ["allowed", "refused"]

@@ -1,0 +1,71 @@
+"""Calibration of a release's similarities to probabilities of a match, by kind of query.
+
+The probability is of a hit: the share of matches among hits of that similarity, when each held-out query was asked of
+the held-out pictures and its first ten hits were compared with what is known of them (:mod:`updater.gate.calibration`).
+A similarity of 0.3 means another thing in every embedding space; a probability of 0.8 means the same in all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Kind = Literal["text", "label", "image"]
+"""Of a query: a caption asked of pictures, a class asked of a picture, a picture asked of pictures."""
+MOST_ERROR: Final = 0.05
+"""Upper bound of the expected calibration error up to which probabilities may decide (`min_probability`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class MatchCurve:
+    """A monotone function from cosine similarity to the probability of a match, by its knots, at most 64."""
+
+    similarity: tuple[float, ...]
+    probability: tuple[float, ...]
+    queries: int
+    pairs: int
+    matches: int
+    error: float
+    """Expected calibration error, on queries that a curve was not fitted on."""
+    ci_low: float
+    ci_high: float
+    """The interval holds 90%."""
+
+    @property
+    def bounded(self) -> bool:
+        """True if an error above :data:`MOST_ERROR` is excluded."""
+        return self.ci_high <= MOST_ERROR
+
+    def __call__(self, similarity: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Probabilities, of the shape of the similarities; NaN for NaN. Linear between knots, constant beyond."""
+        asked = np.asarray(similarity, np.float64)
+        values = np.interp(asked, self.similarity, self.probability)
+        return np.where(np.isnan(asked), np.nan, values)  # of one knot interp makes its value of NaN, too
+
+
+Calibration = Mapping[Kind, MatchCurve]
+"""A kind is missing where too few held-out pairs show it."""
+
+
+def calibration_key(image_space: str, text_space: str) -> str:
+    """Where the artifacts have the calibration of two spaces."""
+    return f"calibrations/{image_space}-{text_space}.json"
+
+
+def dump_calibration(curves: Calibration) -> bytes:
+    return json.dumps({kind: asdict(curve) for kind, curve in curves.items()}, allow_nan=False).encode()
+
+
+def parse_calibration(data: bytes) -> dict[Kind, MatchCurve]:
+    """Raises ValueError or TypeError for what :func:`dump_calibration` did not write."""
+    return {
+        kind: MatchCurve(
+            **{**curve, "similarity": tuple(curve["similarity"]), "probability": tuple(curve["probability"])}
+        )
+        for kind, curve in json.loads(data).items()
+    }

@@ -1,0 +1,101 @@
+"""Calibrations of the releases that answer, read from the artifacts once each when first asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from pydantic import Field
+
+from core.errors import AdapterError, RatchetError
+from serving.catalog.queries import Hit
+from serving.engines.calibration import MOST_ERROR, Calibration, Kind, MatchCurve, calibration_key, parse_calibration
+from serving.errors import Unavailable
+from serving.http.errors import field_error
+from serving.own_threads import OwnThreads
+from serving.releases.types import ReleaseSnapshot
+
+log = logging.getLogger("ratchet.ingress")
+READ_SECONDS: Final = 2.0
+AGAIN_SECONDS: Final = 30.0
+"""Until artifacts that were away, or had no calibration, are asked again."""
+KEPT: Final = 16
+"""Calibrations, more than releases are resident. They are 5 KB each."""
+MIN_PROBABILITY = Field(
+    None, ge=0, le=1, description="Leave out what matches with a lower probability. 409 where the release has no "
+    "calibration of this kind of query (`ratchet gate calibrate` makes one).",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    curves: Calibration
+    until: float = math.inf
+    away: str = ""
+    """Why the artifacts could not be read."""
+
+
+class Calibrations:
+    """Use from one event loop. ``read``: an artifact by its key, in a thread; raises AdapterError for a missing one."""
+
+    def __init__(
+        self, read: Callable[[str], bytes], seconds: float = READ_SECONDS, again: float = AGAIN_SECONDS
+    ) -> None:
+        self._read, self._seconds, self._again = read, seconds, again
+        self._thread, self._reading = OwnThreads("calibrations"), asyncio.Lock()
+        self._known: dict[str, _Known] = {}
+
+    async def curve(self, kind: Kind, snapshot: ReleaseSnapshot, least: float | None) -> MatchCurve | None:
+        """The release's curve for a kind of query; None without one. ``least``: the request's `min_probability`; with
+        it, raises ApiError without a curve or with one whose error is too large, Unavailable while the artifacts are
+        away."""
+        key = calibration_key(snapshot.image_space, snapshot.text_space)
+        if self._asks(key):
+            async with self._reading:
+                if self._asks(key):
+                    self._known[key] = await self._learn(key)
+        known = self._known[key]  # without an await in between: none was dropped
+        curve = known.curves.get(kind)
+        if least is None or (curve is not None and curve.bounded):
+            return curve
+        if known.away:
+            raise Unavailable(
+                f"the calibration of release {snapshot.release} cannot be read: {known.away}", "Try again."
+            )
+        problem = "has no calibration" if curve is None else f"has a calibration error that may exceed {MOST_ERROR:.0%}"
+        fix = "Run `ratchet gate calibrate`" if curve is None else "Give the gate more held-out items"
+        problem = f"release {snapshot.release} {problem} for {kind} queries. {fix}, or compare scores."
+        raise field_error("min_probability", problem, "not_calibrated", 409)
+
+    def _asks(self, key: str) -> bool:
+        return key not in self._known or time.monotonic() >= self._known[key].until
+
+    async def _learn(self, key: str) -> _Known:
+        while len(self._known) >= KEPT:
+            del self._known[next(iter(self._known))]
+        away = ""
+        try:
+            async with asyncio.timeout(self._seconds):
+                return _Known(parse_calibration(await self._thread.run(self._read, key)))
+        except AdapterError:  # there is none
+            pass
+        except TimeoutError:
+            away = f"the artifacts did not answer within {self._seconds:g} s."
+        except (RatchetError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            away = str(error)
+        if away:
+            log.warning("the calibration %s cannot be read: %s", key, away)
+        return _Known({}, time.monotonic() + self._again, away)
+
+
+def with_probabilities(hits: Sequence[Hit], curve: MatchCurve | None, least: float | None) -> list[Hit]:
+    """Hits with their probabilities, without those below the least one."""
+    if curve is None:
+        return list(hits)
+    found = [replace(hit, probability=float(curve(hit.score))) for hit in hits]
+    return found if least is None else [hit for hit in found if (hit.probability or 0.0) >= least]

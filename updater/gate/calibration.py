@@ -1,0 +1,178 @@
+"""Calibrates similarities to probabilities of a match, from the pairs that held-out queries find.
+
+Each query of a suite is asked of that suite's pictures, as a search or a classification asks it, and its first ten hits
+are pairs: a *text* is a caption (a match: a picture with this caption), a *label* a class's prompts asked of a picture
+(its class), an *image* a picture asked of the others (one with the same class or concept; pictures without any such
+partner are not asked). A curve is fitted by isotonic regression (Zadrozny and Elkan, KDD 2002), over at most 64 bins
+that hold equal shares of matches and of others, and centred (Oron and Flournoy, 2017): linear between the means of its
+steps. Its expected calibration error (Naeini et al., AAAI 2015) is judged by
+halves: queries of one half by the curve of the other.
+
+A probability is that of a hit in a collection like the suites. In one that is a hundred times as large more pictures
+reach a similarity by chance, and fewer hits of that probability match.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
+
+from core.artifacts import Artifacts
+from core.progress import progress_log
+from serving.engines.calibration import Calibration, Kind, MatchCurve, calibration_key, dump_calibration
+from updater.gate.score import Scorer
+from updater.gate.statistics import Floats
+from updater.gate.suites import Suite
+
+HITS: Final = 10
+KNOTS: Final = 64
+FEWEST_QUERIES: Final = 50
+FEWEST: Final = 20
+"""Fewest matches, and fewest others."""
+BINS: Final = 10
+"""Of the calibration error, with equal numbers of pairs."""
+DRAWS: Final = 500
+LEVEL: Final = 0.05
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pairs:
+    """Pairs of a query and one of its hits; aligned arrays [n]."""
+
+    similarity: Floats
+    match: NDArray[np.bool_]
+    query: NDArray[np.int64]
+    """Number of the query. Pairs of one query are not independent."""
+
+    def __getitem__(self, chosen: NDArray[Any]) -> Pairs:
+        return Pairs(self.similarity[chosen], self.match[chosen], self.query[chosen])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Pairs]) -> Pairs:
+        """Pairs of several suites; each keeps queries of its own."""
+        starts = np.cumsum([0, *(int(part.query.max(initial=-1)) + 1 for part in parts)])
+        queries = [part.query + start for part, start in zip(parts, starts, strict=False)]
+        return cls(
+            np.concatenate([part.similarity for part in parts]),
+            np.concatenate([part.match for part in parts]),
+            np.concatenate(queries),
+        )
+
+
+def first_hits(similarity: NDArray[np.floating], right: NDArray[np.bool_]) -> Pairs:
+    """The first hits of each query; both arrays are [queries, choices]. Raises ValueError for what is not finite."""
+    if not np.isfinite(similarity).all():
+        raise ValueError("similarities are not finite")
+    hits = np.argsort(-similarity, axis=1, kind="stable")[:, :HITS]
+    query = np.repeat(np.arange(len(similarity)), hits.shape[1])
+    flat = hits.reshape(-1)
+    return Pairs(similarity[query, flat].astype(np.float64), right[query, flat], query)
+
+
+def pairs_of(scorer: Scorer, suite: Suite, adapter: str | None) -> Iterator[tuple[Kind, Pairs]]:
+    """The pairs that a suite's queries find, by kind. Raises GateError for an unreadable image."""
+    items, label = suite.items(), f"{suite.name}, calibration"
+    images = scorer.images(items, adapter, label)
+    texts = np.array([item.text for item in items])
+    if suite.task == "retrieval":
+        captions = sorted(set(texts.tolist()))
+        asked = scorer.texts(captions, adapter, label)
+        yield "text", first_hits(asked @ images.T, np.array(captions)[:, None] == texts[None, :])
+        same = np.array([item.concept or item.text for item in items])
+    else:
+        (classes,) = scorer.choices(suite)
+        asked = scorer.class_vectors(suite, classes, adapter, label)
+        yield "label", first_hits(images @ asked.T, texts[:, None] == np.array(classes)[None, :])
+        same = texts
+    sources = np.array([item.source for item in items])
+    counted = Counter(same.tolist())
+    asking = np.array([counted[each] > 1 for each in same.tolist()])
+    if asking.any():
+        # A picture does not find itself: it is the last hit, behind all others.
+        itself = sources[asking][:, None] == sources[None, :]
+        similarity = np.where(itself, -2.0, images[asking] @ images.T)
+        found = first_hits(similarity, same[asking][:, None] == same[None, :])
+        yield "image", found[found.similarity > -2.0]
+
+
+def calibrate(scorer: Scorer, suites: Sequence[Suite], adapter: str | None) -> dict[Kind, MatchCurve]:
+    """Curves of an adapter (None: the base) by kind. Raises GateError; ValueError for vectors that are not finite."""
+    found: dict[Kind, list[Pairs]] = defaultdict(list)
+    for suite in suites:
+        for kind, pairs in pairs_of(scorer, suite, adapter):
+            found[kind].append(pairs)
+    curves = {kind: fit(Pairs.joined(parts)) for kind, parts in found.items()}
+    return {kind: curve for kind, curve in curves.items() if curve is not None}
+
+
+def fit(pairs: Pairs) -> MatchCurve | None:
+    """A curve with its error; None with too few queries, matches or others to fit one."""
+    queries, matches = len(np.unique(pairs.query)), int(pairs.match.sum())
+    if queries < FEWEST_QUERIES or min(matches, len(pairs.match) - matches) < FEWEST:
+        return None
+    error, low, high = calibration_error(pairs, judged_by_halves(pairs))
+    return MatchCurve(*knots(pairs), queries, len(pairs.match), matches, error, low, high)
+
+
+def knots(pairs: Pairs) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Similarities and probabilities of a curve, both ascending. One pair of the mean share of matches is added to
+    each bin: no number of pairs shows that a probability is 0 or 1."""
+    matches = pairs.match.sum()
+    weights = np.where(pairs.match, 1.0 / max(matches, 1), 1.0 / max(len(pairs.match) - matches, 1))
+    shares = np.linspace(0.0, 1.0, KNOTS + 1)[1:-1]
+    edges = np.unique(np.quantile(pairs.similarity, shares, weights=weights, method="inverted_cdf"))
+    places = np.unique(np.searchsorted(edges, pairs.similarity), return_inverse=True)[1]
+    counts = np.bincount(places).astype(np.float64)
+    means = np.bincount(places, weights=pairs.similarity) / counts
+    right = np.bincount(places, weights=pairs.match)
+    raised = isotonic_regression((right + pairs.match.mean()) / (counts + 1.0), weights=counts)
+    steps = raised.blocks[:-1]  # of equal probability: one knot each, so that no threshold falls on a plateau
+    centres = np.add.reduceat(means * counts, steps) / np.add.reduceat(counts, steps)
+    return tuple(centres.tolist()), tuple(raised.x[steps].tolist())
+
+
+def judged_by_halves(pairs: Pairs) -> Floats:
+    """Probability of each pair by the curve of the queries of the other half."""
+    odd = pairs.query % 2 == 1
+    given = np.empty(len(odd))
+    for half in (odd, ~odd):
+        given[half] = np.interp(pairs.similarity[half], *knots(pairs[~half]))
+    return given
+
+
+def calibration_error(pairs: Pairs, given: Floats) -> tuple[float, float, float]:
+    """Expected calibration error of probabilities, and a 90% interval: a basic bootstrap over queries (Davison and
+    Hinkley, 1997, 5.2), since each draw adds as much error by chance as the pairs themselves have."""
+    order = np.argsort(given, kind="stable")
+    bins = np.empty(len(order), np.int64)
+    bins[order] = np.arange(len(order)) * BINS // len(order)
+    query = np.unique(pairs.query, return_inverse=True)[1]
+    excess = np.zeros((query.max() + 1, BINS))
+    np.add.at(excess, (query, bins), pairs.match - given)
+    sizes = np.bincount(query).astype(np.float64)
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(len(sizes), np.full(len(sizes), 1.0 / len(sizes)), size=DRAWS).astype(np.float64)
+    error = float(np.abs(excess.sum(axis=0)).sum() / sizes.sum())
+    errors = np.abs(drawn @ excess).sum(axis=1) / (drawn @ sizes)
+    low, high = np.quantile(errors, [LEVEL, 1.0 - LEVEL])
+    return error, max(0.0, 2 * error - float(high)), min(1.0, max(error, 2 * error - float(low)))
+
+
+def store_calibration(artifacts: Artifacts, scorer: Scorer, adapter: str | None, curves: Calibration) -> None:
+    """Store the calibration of an adapter's spaces, in place of an earlier one."""
+    spaces = scorer.engine.spaces(adapter)
+    artifacts.write_bytes(calibration_key(spaces.image, spaces.text), dump_calibration(curves))
+
+
+def store_missing(artifacts: Artifacts, scorer: Scorer, suites: Sequence[Suite], adapter: str | None) -> None:
+    """Calibrate an adapter whose spaces have no calibration yet."""
+    spaces = scorer.engine.spaces(adapter)
+    if not artifacts.exists(calibration_key(spaces.image, spaces.text)):
+        progress_log.info(f"gate: calibrating {adapter or 'the base'}, which has no calibration yet")
+        store_calibration(artifacts, scorer, adapter, calibrate(scorer, suites, adapter))
