@@ -33,10 +33,12 @@ from rich.table import Table
 from benchmarks.command import bench_parser, show_table
 from benchmarks.machine import machine
 from core.digests import digest_bytes
+from core.errors import TrainingError
 from core.progress import progress_log
 from core.settings import Settings
 from core.settings.trust import SourceRule, Trust
 from demo.data import prepare_domain
+from demo.data.preparation import DemoData, Preparation
 from ratchet_client.images import open_accepted
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import load_base
@@ -46,6 +48,7 @@ from streams.store.rows import Position
 from streams.store.sample_store import SampleStore
 from tests.support.kafka import good
 from tests.support.worker import Worker
+from updater.gate.suites import load_suites
 from updater.recipes import load_recipe
 from updater.service.update_loop import UpdaterService
 from updater.training.checkpoint import read_json, write_json
@@ -91,6 +94,9 @@ def renamed(texts: Sequence[str]) -> dict[str, str]:
 class World:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        suites = load_suites(settings.gate.suites, settings.home, "clip", settings.gate.max_items)
+        with Preparation([DemoData(suite.folder.name) for suite in suites], settings.home) as data:
+            data.wait_for_all()
         self.new, *known = (self._items(name, "train") for name in (NEW, *KNOWN))
         self.known = [item for items in known for item in items]
 
@@ -207,7 +213,9 @@ def trial(world: World, folder: Path, attack: str, share: float, seed: int, arm:
             })  # fmt: skip
             if verdict.outcome == "passed":
                 break
-        released = updates[-1]["adapter"] if updates and updates[-1]["outcome"] == "passed" else None
+        if not updates:
+            raise TrainingError(f"no update was trained: {outcome.reason}", "See the log.")
+        released = updates[-1]["adapter"] if updates[-1]["outcome"] == "passed" else None
         if released:
             world.engine.load(released, service.artifacts.fetch(f"adapters/{released}"))
         succeeded = {"base": world.success(attack, None), "released": world.success(attack, released)}
@@ -217,11 +225,11 @@ def trial(world: World, folder: Path, attack: str, share: float, seed: int, arm:
     bad = [row for row in rows if row["source"] == EVIL]
     limit = succeeded["base"] + (WORSE if attack == "swapped" else WORKS)
     return {
-        "attack": attack, "share": share, "seed": seed, "arm": arm, "updates": updates,
+        **sizes, "attack": attack, "share": share, "seed": seed, "arm": arm, "updates": updates,
         "success": succeeded, "poisoned": bool(released) and succeeded["released"] >= limit, "passed": bool(released),
         "held_poison": sum(row["id"] in held for row in bad) / len(bad),
         "held_honest": (len(held) - sum(row["id"] in held for row in bad)) / (len(rows) - len(bad)),
-        "seconds": round(time.monotonic() - began, 1), **sizes,
+        "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
 
 
@@ -271,7 +279,7 @@ def run(
 
 
 def figures_of(rows: Sequence[Row]) -> Row:
-    rejected = [row["updates"][0] for row in rows if row["updates"] and row["updates"][0]["outcome"] == "rejected"]
+    rejected = [row["updates"][0] for row in rows if row["updates"][0]["outcome"] == "rejected"]
     ranked = [each for each in rejected if each["ranked"]]
     screened, unscreened, _ = ([row for row in rows if row["arm"] == arm] for arm in ARMS)
     until = [len(row["updates"]) for row in screened if row["passed"]]
@@ -279,7 +287,7 @@ def figures_of(rows: Sequence[Row]) -> Row:
         "blame_top1": sum(each["ranked"][0][0] == EVIL for each in ranked) / len(ranked) if ranked else None,
         "rejected": len(rejected), "ranked": len(ranked), "blamed": sum(each["blamed"] == EVIL for each in rejected),
         "blamed_wrongly": sum(each["blamed"] not in (None, EVIL) for each in rejected),
-        "doubted": sum(EVIL in row["updates"][0]["doubted"] for row in rows if row["updates"]),
+        "doubted": sum(EVIL in row["updates"][0]["doubted"] for row in rows),
         "poison_released": sum(row["poisoned"] for row in screened), "trials": len(screened),
         "passed": sum(row["passed"] for row in screened),
         "poison_released_unscreened": sum(row["poisoned"] for row in unscreened), "unscreened": len(unscreened),
