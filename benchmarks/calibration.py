@@ -128,7 +128,7 @@ def run(settings: Settings, out: Path, updates: int, steps: int, samples: int, r
         def curve(adapter: str | None) -> MatchCurve:
             spaces = world.engine.spaces(adapter)
             key = calibration_key(spaces.image, spaces.text)
-            return parse_calibration(service.artifacts.read_bytes(key))["text"]
+            return parse_calibration(service.artifacts.read_bytes(key)).curves["text"]
 
         for number in range(updates):
             start, end = (len(rows) * each // updates for each in (number, number + 1))

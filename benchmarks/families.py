@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import pyarrow as pa
 from rich.table import Column, Table
@@ -100,6 +100,10 @@ def _trained(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
     return {"trained_steps": result.steps, "_adapter": result.directory}
 
 
+def _no_clip() -> NoReturn:
+    raise ConfigError("no suite of this benchmark needs a CLIP.")
+
+
 def _served(folder: Path, found: dict[str, Any], kind: str) -> dict[str, Any]:
     base: VlmBase = found["_base"]
     engine = open_engine(base, SERVE, kind=kind)
@@ -110,7 +114,7 @@ def _served(folder: Path, found: dict[str, Any], kind: str) -> dict[str, Any]:
         adapter: Path | None = found.get("_adapter")
         after = None
         if adapter is not None:
-            evaluator = VlmEvaluator(vlm, SERVE, cache=folder / f"cache-{kind}")
+            evaluator = VlmEvaluator(vlm, SERVE, _no_clip, cache=folder / f"cache-{kind}")
             evaluator.load(adapter.name, adapter)
             after = _answers(vlm, asks, adapter.name)
             values |= _judged(evaluator, adapter.name, kind)

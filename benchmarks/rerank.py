@@ -21,9 +21,10 @@ from core.settings import Settings
 from ratchet_client.images import decode_image
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import load_base
+from serving.engines.vlm.generation import CHOICES
 from serving.engines.vlm.open import SyncVlm, open_engine
 from serving.engines.vlm.vlm_base import load_vlm_base
-from serving.http.rerank import CHOICES, judged
+from serving.http.rerank import judged
 from serving.http.vqa import normalised
 from streams.publish.folders import FolderItem, read_folder
 

@@ -86,7 +86,7 @@ def pairs(
 
 @gate.command("calibrate")
 def calibrate_live(context: typer.Context, as_json: AsJson = False) -> None:
-    """Calibrate what is live: similarities become probabilities of a match, which min_probability asks for.
+    """Calibrate what is live: probabilities of a match for min_probability, and shorter vectors for dimensions.
 
     The gate does it for each candidate, and for what is live before the first update. Servers read it within a minute.
 
@@ -95,16 +95,18 @@ def calibrate_live(context: typer.Context, as_json: AsJson = False) -> None:
     settings = ctx.installed(context)
     from updater.gate.gate_command import calibrate_command
 
-    name, curves = calibrate_command(settings)
+    name, found = calibrate_command(settings)
+    lengths = " or ".join(map(str, found.lengths)) or "no fewer"
     rows = (
         {
             "queries": kind, "asked": curve.queries, "pairs": curve.pairs, "matches": curve.matches,
             "calibration error": f"{curve.error:.1%} [{curve.ci_low:.1%}, {curve.ci_high:.1%}]",
             "min_probability": "allowed" if curve.bounded else "refused: the error may be too large",
         }
-        for kind, curve in curves.items()
+        for kind, curve in found.curves.items()
     )  # fmt: skip
-    show_rows(rows, f"Calibration of {name}", as_json)
+    data = {"calibration": list(rows), "lengths": found.lengths} if as_json else None
+    show_rows(rows, f"Calibration of {name}; vectors can be cut to {lengths} numbers", as_json, data=data)
 
 
 @gate.command()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Final, Literal
 
 import numpy as np
@@ -48,8 +48,20 @@ class MatchCurve:
         return np.where(np.isnan(asked), np.nan, values)  # of one knot interp makes its value of NaN, too
 
 
-Calibration = Mapping[Kind, MatchCurve]
-"""A kind is missing where too few held-out pairs show it."""
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    curves: Mapping[Kind, MatchCurve] = field(default_factory=dict)
+    """A kind is missing where too few held-out pairs show it."""
+    lengths: tuple[int, ...] = ()
+    """To which vectors can be cut, because the gate's suites stay within their margins; the longest first."""
+
+
+def shortened(vectors: npt.NDArray[np.float32], length: int | None) -> npt.NDArray[np.float32]:
+    """The first ``length`` numbers of vectors [n, dim], of unit length again. None, or all of them: the vectors."""
+    if length in (None, vectors.shape[1]):
+        return vectors
+    first = vectors[:, :length]
+    return np.asarray(first / np.linalg.norm(first, axis=1, keepdims=True).clip(1e-12), np.float32)
 
 
 def calibration_key(image_space: str, text_space: str) -> str:
@@ -57,15 +69,19 @@ def calibration_key(image_space: str, text_space: str) -> str:
     return f"calibrations/{image_space}-{text_space}.json"
 
 
-def dump_calibration(curves: Calibration) -> bytes:
-    return json.dumps({kind: asdict(curve) for kind, curve in curves.items()}, allow_nan=False).encode()
+def dump_calibration(found: Calibration) -> bytes:
+    curves = {kind: asdict(curve) for kind, curve in found.curves.items()}
+    return json.dumps({**curves, "lengths": found.lengths}, allow_nan=False).encode()
 
 
-def parse_calibration(data: bytes) -> dict[Kind, MatchCurve]:
+def parse_calibration(data: bytes) -> Calibration:
     """Raises ValueError or TypeError for what :func:`dump_calibration` did not write."""
-    return {
+    found = json.loads(data)
+    lengths = tuple(found.pop("lengths", ()))  # missing in artifacts of before lengths were measured
+    curves = {
         kind: MatchCurve(
             **{**curve, "similarity": tuple(curve["similarity"]), "probability": tuple(curve["probability"])}
         )
-        for kind, curve in json.loads(data).items()
+        for kind, curve in found.items()
     }
+    return Calibration(curves, lengths)

@@ -34,7 +34,7 @@ MIN_PROBABILITY = Field(
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    curves: Calibration
+    found: Calibration
     until: float = math.inf
     away: str = ""
     """Why the artifacts could not be read."""
@@ -54,23 +54,38 @@ class Calibrations:
         """The release's curve for a kind of query; None without one. ``least``: the request's `min_probability`; with
         it, raises ApiError without a curve or with one whose error is too large, Unavailable while the artifacts are
         away."""
+        curve = (await self._of(snapshot, least is not None)).curves.get(kind)
+        if least is None or (curve is not None and curve.bounded):
+            return curve
+        problem = "has no calibration" if curve is None else f"has a calibration error that may exceed {MOST_ERROR:.0%}"
+        fix = "Run `ratchet gate calibrate`" if curve is None else "Give the gate more held-out items"
+        problem = f"release {snapshot.release} {problem} for {kind} queries. {fix}, or compare scores."
+        raise field_error("min_probability", problem, "not_calibrated", 409)
+
+    async def check_length(self, asked: int | None, snapshot: ReleaseSnapshot, dim: int) -> None:
+        """Raises ApiError if the gate did not show that its suites keep their scores when the release's vectors, of
+        ``dim`` numbers, are cut to ``asked``; Unavailable while the artifacts are away."""
+        if asked in (None, dim):
+            return
+        lengths = (await self._of(snapshot, True)).lengths
+        if asked not in lengths:
+            problem = f"the gate has not shown that release {snapshot.release} is as good with vectors of {asked}"
+            fix = f"send {' or '.join(map(str, (dim, *lengths)))}, or leave it out."
+            raise field_error("dimensions", f"{problem}: {fix}", "unsupported_dimensions")
+
+    async def _of(self, snapshot: ReleaseSnapshot, needed: bool) -> Calibration:
+        """Empty without one, and while the artifacts are away: if it is ``needed``, that raises Unavailable."""
         key = calibration_key(snapshot.image_space, snapshot.text_space)
         if self._asks(key):
             async with self._reading:
                 if self._asks(key):
                     self._known[key] = await self._learn(key)
         known = self._known[key]  # without an await in between: none was dropped
-        curve = known.curves.get(kind)
-        if least is None or (curve is not None and curve.bounded):
-            return curve
-        if known.away:
+        if known.away and needed:
             raise Unavailable(
                 f"the calibration of release {snapshot.release} cannot be read: {known.away}", "Try again."
             )
-        problem = "has no calibration" if curve is None else f"has a calibration error that may exceed {MOST_ERROR:.0%}"
-        fix = "Run `ratchet gate calibrate`" if curve is None else "Give the gate more held-out items"
-        problem = f"release {snapshot.release} {problem} for {kind} queries. {fix}, or compare scores."
-        raise field_error("min_probability", problem, "not_calibrated", 409)
+        return known.found
 
     def _asks(self, key: str) -> bool:
         return key not in self._known or time.monotonic() >= self._known[key].until
@@ -90,7 +105,7 @@ class Calibrations:
             away = str(error)
         if away:
             log.warning("the calibration %s cannot be read: %s", key, away)
-        return _Known({}, time.monotonic() + self._again, away)
+        return _Known(Calibration(), time.monotonic() + self._again, away)
 
 
 def with_probabilities(hits: Sequence[Hit], curve: MatchCurve | None, least: float | None) -> list[Hit]:

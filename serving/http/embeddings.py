@@ -13,6 +13,7 @@ from fastapi import Path as PathParameter
 from pydantic import ConfigDict, Discriminator, FailFast, Field, Tag, field_validator
 
 from core.ledger.rows import Family
+from serving.engines.calibration import shortened
 from serving.http.app_state import CLIP, VLM, AppState, app_state
 from serving.http.bodies import (
     MODEL,
@@ -108,7 +109,10 @@ class EmbeddingsRequest(OpenAIBody, Body):
     input: Annotated[list[Item], FailFast()] = Field(description="A text, an image object, or a list of them.")
     model: str = MODEL
     encoding_format: Literal["float", "base64"] = Field("float", description="base64 is little-endian float32.")
-    dimensions: int | None = Field(None, description="Must be the model's own dimension.")
+    dimensions: int | None = Field(
+        None, description="Numbers in a vector: the first ones, scaled to unit length again. Fewer than all only if "
+        "the release's gate showed that its suites keep their scores; the error for another length names these.",
+    )  # fmt: skip
     input_type: str | None = Field(
         None, max_length=100, description="As Cohere's and NVIDIA's clients send it; ignored: CLIP embeds queries and "
         "documents alike.",
@@ -208,14 +212,13 @@ async def embeddings(request: Request) -> Response:
     """
     state = app_state(request)
     body, inputs = await read_inputs(request, state)
-    if body.dimensions is not None and body.dimensions != state.dim:
-        problem = f"vectors of this model cannot be cut: send {state.dim}, the only length, or leave it out."
-        raise field_error("dimensions", problem, "unsupported_dimensions")
     user = body.user or body.safety_identifier
     texts = {index: each for index, each in enumerate(inputs) if isinstance(each, str)}
     state.check_texts(list(texts.values()), "input", places=list(texts))
     async with state.answering(request, body.model, user=user, space=body.space) as (snapshot, deadline):
+        await state.calibrations.check_length(body.dimensions, snapshot, state.dim)
         embedded = await embed(state, snapshot, inputs, deadline, caller_of(request.scope), body.truncate)
+        rows = shortened(embedded.rows, body.dimensions)
         data = [
             {
                 "object": "embedding",
@@ -223,7 +226,7 @@ async def embeddings(request: Request) -> Response:
                 "embedding": encoded(row, body.encoding_format),
                 "space": snapshot.text_space if isinstance(each, str) else snapshot.image_space,
             }
-            for index, (each, row) in enumerate(zip(inputs, embedded.rows, strict=True))
+            for index, (each, row) in enumerate(zip(inputs, rows, strict=True))
         ]
         usage: dict[str, Any] = {"prompt_tokens": embedded.tokens, "total_tokens": embedded.tokens}
         if embedded.cut:

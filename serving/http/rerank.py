@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, Discriminator, FailFast, Field, Tag
 
-from serving.engines.vlm.generation import GenerationRequest, Image, Message, question
+from serving.engines.vlm.generation import ABOUT_IMAGE, CHOICES, GenerationRequest, Image, Message, question
 from serving.errors import InvalidRequest
 from serving.http.app_state import VLM, AppState, app_state
 from serving.http.auth import require
@@ -27,9 +27,6 @@ from serving.messages import IMAGES_PER_REQUEST, TEXTS_PER_REQUEST
 from serving.releases.types import ReleaseSnapshot
 
 router = APIRouter(tags=["Search"])
-CHOICES = ("yes", "no")
-ABOUT_IMAGE = "does this show {}?"
-"""As the shipped VLM was taught, and as users ask under /v1/vqa: rerankers and plain VLMs understand it."""
 JUDGE = (
     "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
     'Note that the answer can only be "yes" or "no".'

@@ -42,7 +42,8 @@ class LibraryClient:
 
 
 CHECKS = (
-    "run_snippet", "embeddings", "embeddings_as_float_and_base64", "embeddings_with_nulls", "chat_with_an_image",
+    "run_snippet", "embeddings", "embeddings_as_float_and_base64", "embeddings_with_nulls", "embeddings_cut_short",
+    "chat_with_an_image",
     "stream_with_usage", "chat_with_nulls_and_defaults", "conversation", "rerank", "structured_output",
     "several_answers", "models", "error_401", "error_404",
     "error_400", "error_429",
@@ -51,7 +52,7 @@ OF_COHERE = frozenset({"run_snippet", "rerank", "error_401", "error_404", "error
 OPENAI = ("Call the HTTP API", "Chat")
 RERANK, SCHEMAS = frozenset({"rerank"}), frozenset({"structured_output", "several_answers"})
 NO_LIST = frozenset({"models"})
-NEITHER = NO_LIST | SCHEMAS | RERANK | {"embeddings_as_float_and_base64"}
+NEITHER = NO_LIST | SCHEMAS | RERANK | {"embeddings_as_float_and_base64", "embeddings_cut_short"}
 CLIENTS = (
     LibraryClient("openai-3", PYTHON / "openai_client.py", OPENAI, RERANK),
     LibraryClient("openai-2", PYTHON / "openai_client.py", OPENAI, RERANK, from_folder=True),
@@ -63,6 +64,7 @@ CLIENTS = (
     LibraryClient("openai-node", NODE / "openai_client.mjs", ("openai (Node)",), RERANK | SCHEMAS),
     LibraryClient("ai-sdk", NODE / "ai_sdk_client.mjs", ("Vercel AI SDK",), NEITHER),
     LibraryClient("cohere", PYTHON / "cohere_client.py", ("Cohere",), frozenset(CHECKS) - OF_COHERE),
+    LibraryClient("haystack", PYTHON / "haystack_client.py", ("Haystack",), frozenset(CHECKS) - OF_COHERE),
 )
 
 
@@ -125,6 +127,7 @@ def start(client: LibraryClient, folder: Path, work: Path, url: str, contract: P
         **os.environ, "RATCHET_CLIENT_URL": url, "RATCHET_CONTRACT": str(contract), "RATCHET_SNIPPET": str(example),
         "RATCHET_LIMITED_KEY": limited_key, "PYTHONPATH": str(folder) if client.from_folder else "",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LANGSMITH_TRACING": "false", "NO_PROXY": "127.0.0.1",
+        "HAYSTACK_TELEMETRY_ENABLED": "False",
     }  # fmt: skip
     command = [NODE_PROGRAM if client.on_node else sys.executable, client.script]
     process = subprocess.Popen(

@@ -14,6 +14,7 @@ reach a similarity by chance, and fewer hits of that probability match.
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ from scipy.optimize import isotonic_regression
 
 from core.artifacts import Artifacts
 from core.progress import progress_log
+from core.settings.updates import Gate
 from serving.engines.calibration import Calibration, Kind, MatchCurve, calibration_key, dump_calibration
 from updater.gate.score import Scorer
-from updater.gate.statistics import Floats
-from updater.gate.suites import Suite
+from updater.gate.statistics import Comparison, Floats, compare_clusters, pool
+from updater.gate.suites import Role, Suite
 
 HITS: Final = 10
 KNOTS: Final = 64
@@ -164,15 +166,38 @@ def calibration_error(pairs: Pairs, given: Floats) -> tuple[float, float, float]
     return error, max(0.0, 2 * error - float(high)), min(1.0, max(error, 2 * error - float(low)))
 
 
-def store_calibration(artifacts: Artifacts, scorer: Scorer, adapter: str | None, curves: Calibration) -> None:
+def kept_lengths(scorer: Scorer, suites: Sequence[Suite], adapter: str | None, settings: Gate) -> tuple[int, ...]:
+    """A half, a quarter and an eighth of a vector's length, as far as no retention suite, nor those of new data pooled,
+    lose their margin, by the gate's test of non-inferiority. The longest is tested first and the first that fails ends
+    it, so each has the full level (fixed sequence: Maurer, Hothorn and Lehmacher, 1995). Heads take whole vectors."""
+    lengths = [scorer.engine.base.dim >> halvings for halvings in (1, 2, 3)]
+    for number, length in enumerate(lengths):
+        short = scorer.shorter(length)
+        tests: dict[Role, list[Comparison]] = {"retention": [], "gain": []}
+        for suite in (suite for suite in suites if not suite.head):
+            whole, cut = (each.score(suite, adapter).hits for each in (scorer, short))
+            margin, seed = suite.margin or settings.margin, zlib.crc32(suite.name.encode())
+            test = compare_clusters(whole, cut, suite.clusters(), margin=margin, level=settings.alpha, seed=seed)
+            tests[suite.role].append(test)
+        every = tests["retention"] + ([pool(tests["gain"], settings.margin)] if tests["gain"] else [])
+        kept = all(each.units >= settings.min_items and each.p_noninferior <= settings.alpha for each in every)
+        if not (kept and tests["retention"]):
+            return tuple(lengths[:number])
+    return tuple(lengths)
+
+
+def store_calibration(artifacts: Artifacts, scorer: Scorer, adapter: str | None, found: Calibration) -> None:
     """Store the calibration of an adapter's spaces, in place of an earlier one."""
     spaces = scorer.engine.spaces(adapter)
-    artifacts.write_bytes(calibration_key(spaces.image, spaces.text), dump_calibration(curves))
+    artifacts.write_bytes(calibration_key(spaces.image, spaces.text), dump_calibration(found))
 
 
-def store_missing(artifacts: Artifacts, scorer: Scorer, suites: Sequence[Suite], adapter: str | None) -> None:
+def store_missing(
+    artifacts: Artifacts, scorer: Scorer, suites: Sequence[Suite], adapter: str | None, settings: Gate
+) -> None:
     """Calibrate an adapter whose spaces have no calibration yet."""
     spaces = scorer.engine.spaces(adapter)
     if not artifacts.exists(calibration_key(spaces.image, spaces.text)):
         progress_log.info(f"gate: calibrating {adapter or 'the base'}, which has no calibration yet")
-        store_calibration(artifacts, scorer, adapter, calibrate(scorer, suites, adapter))
+        lengths = kept_lengths(scorer, suites, adapter, settings)
+        store_calibration(artifacts, scorer, adapter, Calibration(calibrate(scorer, suites, adapter), lengths))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,10 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from core.artifacts import Artifacts
 from core.errors import GateError
+from core.ledger import Ledger
+from core.settings import Settings
 from serving.engines.clip import ClipEngine
-from serving.engines.clip_base import ClipBase
+from serving.engines.clip_base import ClipBase, load_base
 from updater.adapters import trainer_encoder
+from updater.adapters.recorded import fetch_recorded
 from updater.gate import checks as c
 from updater.gate.calibration import calibrate
 from updater.gate.decision import Scores
@@ -27,6 +32,17 @@ from updater.gate.verdict import Check, CrossVersion, Diagnostics, Regression
 LATENCY_BATCH = 8
 CROSS_VERSION_ITEMS: Final = 600
 """Over all suites: the incumbent may have to embed these images again, some seconds."""
+
+
+def live_clip(settings: Settings) -> tuple[Scorer, str | None]:
+    """The live CLIP adapter's scorer and name; None: the base alone is live. Raises BaseModelError, AdapterError."""
+    base = load_base(settings.home, settings.base.clip)
+    scorer = Scorer(ClipEngine.of(settings, base, threads=settings.updater.threads))
+    with closing(Ledger.open(settings.ledger)) as ledger:
+        adapter = live.clip if (live := ledger.stable()) else None
+        if adapter:
+            scorer.engine.load(adapter, fetch_recorded(Artifacts(settings.artifacts), ledger, adapter))
+    return scorer, adapter
 
 
 class ClipEvaluator(Scorer):

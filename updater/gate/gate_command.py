@@ -23,9 +23,9 @@ from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.heads import read_heads
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from streams.store.sample_store import SampleStore
-from updater.adapters.recorded import fetch_recorded
 from updater.data.draw import HAVING
-from updater.gate.calibration import FEWEST_QUERIES, calibrate, store_calibration
+from updater.gate.calibration import FEWEST_QUERIES, calibrate, kept_lengths, store_calibration
+from updater.gate.clip import live_clip
 from updater.gate.diagnostics import HardPair, StoreCounts, hard_pairs
 from updater.gate.interim_analyses import AnalysisPlan
 from updater.gate.report import HTML_NAME, write_report
@@ -141,26 +141,23 @@ def pairs_command(settings: Settings, name: str) -> list[HardPair]:
 
 def calibrate_command(settings: Settings) -> tuple[str, Calibration]:
     """Calibrate the live CLIP adapter, or the base alone, by the gate's suites and the held-out samples of the store,
-    and store it in place of an earlier calibration. Returns what was calibrated, and its curves. Raises GateError: a
+    and store it in place of an earlier calibration. Returns what was calibrated, and how. Raises GateError: a
     suite cannot be read, or too few pairs are held out; AdapterError, BaseModelError."""
-    artifacts, base = Artifacts(settings.artifacts), load_base(settings.home, settings.base.clip)
+    scorer, adapter = live_clip(settings)
     with closing(Ledger.open(settings.ledger)) as ledger:
-        live, audited = ledger.stable(), ledger.audited_data("clip")
-        adapter = live.clip if live else None
-        directory = fetch_recorded(artifacts, ledger, adapter) if adapter else None
+        audited = ledger.audited_data("clip")
     held_out, fresh = _fresh(settings, "clip", audited)
     loaded = load_suites(settings.gate.suites, settings.home, "clip", settings.gate.max_items)
-    scorer = Scorer(ClipEngine.of(settings, base, threads=settings.updater.threads))
-    if adapter and directory:
-        scorer.engine.load(adapter, directory)
-    curves = calibrate(scorer, [*(suite.part("judged", held_out.seal) for suite in loaded), *fresh], adapter)
+    suites = [*(suite.part("judged", held_out.seal) for suite in loaded), *fresh]
+    curves = calibrate(scorer, suites, adapter)
     if not curves:
         raise GateError(
             f"the suites have too few queries to calibrate by: {FEWEST_QUERIES} of a kind are needed.",
             "Add items to gate.suites, or publish samples with captions: one in five is held out.",
         )
-    store_calibration(artifacts, scorer, adapter, curves)
-    return adapter or f"base {base.name}", curves
+    found = Calibration(curves, kept_lengths(scorer, suites, adapter, settings.gate))
+    store_calibration(Artifacts(settings.artifacts), scorer, adapter, found)
+    return adapter or f"base {scorer.engine.base.name}", found
 
 
 def _fresh(settings: Settings, family: Family, audited: Mapping[str, int]) -> tuple[HeldOut, list[Suite]]:

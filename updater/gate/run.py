@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cache as once
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -20,7 +21,7 @@ from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead
-from updater.gate.clip import ClipEvaluator
+from updater.gate.clip import ClipEvaluator, live_clip
 from updater.gate.decision import Findings, ItemScores, Scores, conclude, decide
 from updater.gate.diagnostics import ConceptCounts, measure_tail
 from updater.gate.interim_analyses import AnalysisPlan, InterimAnalysis
@@ -85,7 +86,8 @@ def open_evaluator(settings: Settings, base: ClipBase | VlmBase) -> Iterator[Eva
             stack.enter_context(vlm)
         except EngineDead as error:
             raise GateError(f"the VLM engine does not start: {error.message}", error.fix) from error
-        yield VlmEvaluator(vlm, settings.serve, cache=settings.home / "cache" / "gate")
+        clip = once(lambda: live_clip(settings))
+        yield VlmEvaluator(vlm, settings.serve, clip, cache=settings.home / "cache" / "gate")
 
 
 def run_gate(

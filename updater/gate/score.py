@@ -13,9 +13,10 @@ import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from core.digests import digest12, digest_json
 from core.errors import GateError
 from core.files import replacing
 from core.progress import track
+from serving.engines.calibration import shortened
 from serving.engines.clip import ClipEngine
 from serving.engines.heads import Head, heads_digest
 from updater.gate.suite_items import Item, open_picture, read_picture
@@ -77,6 +79,13 @@ class Scorer:
         self._texts: dict[str, dict[str, Vectors]] = {}
         self._pixels: OrderedDict[str, NDArray[np.uint8]] = OrderedDict()
         self._keeping = threading.Lock()
+        self._length: int | None = None
+
+    def shorter(self, length: int) -> Self:
+        """The same scorer, with the first numbers of each vector. Both share what they compute."""
+        other = copy(self)
+        other._length = length
+        return other
 
     def score(self, suite: Suite, adapter: str | None, *, label: str = "") -> Outcomes:
         """Answers of one model (`None` is the base) to one suite. Raises GateError for an unreadable image."""
@@ -125,7 +134,7 @@ class Scorer:
 
         for batch, vectors in self._encoded(missing, IMAGE_BATCH, encode, f"{label}: images"):
             known.update({item.source: vector for item, vector in zip(batch, vectors, strict=True)})
-        return np.stack([known[item.source] for item in items])
+        return shortened(np.stack([known[item.source] for item in items]), self._length)
 
     def texts(self, texts: Sequence[str], adapter: str | None, label: str = "texts") -> Vectors:
         """L2-normalised text vectors [n, dim]; each distinct text is embedded once per space."""
@@ -138,7 +147,7 @@ class Scorer:
 
         for batch, vectors in self._encoded(missing, TEXT_BATCH, encode, f"{label}: texts"):
             known.update(zip(batch, vectors, strict=True))
-        return np.stack([known[text] for text in texts])
+        return shortened(np.stack([known[text] for text in texts]), self._length)
 
     def _encoded(
         self, items: Sequence[T], size: int, encode: Callable[[Sequence[T]], Vectors], label: str
@@ -210,6 +219,7 @@ class Scorer:
         spaces = self.engine.spaces(adapter)
         head = self._head(suite, adapter)
         own = [heads_digest({suite.head: head})] if head else []
+        own += [f"first {self._length}"] if self._length else []
         return [suite.digest(), spaces.image, spaces.text, str(self.engine.choice), *own]
 
 
@@ -292,7 +302,7 @@ def worst_answers(
     items, fall = suite.items(), before[1] - after[1]
     order = np.lexsort((np.array([item.id for item in items]), -fall))[:MOST]
     return tuple(
-        _worse(items[i], "answer", (int(before[1][i] < 1.0), 1), (before[0][i], after[0][i]))
+        _worse(items[i], suite.views[0], (int(before[1][i] < 1.0), 1), (before[0][i], after[0][i]))
         for i in order
         if fall[i] > 0
     )
@@ -319,7 +329,7 @@ def _worse(item: Item, view: str, ranks: tuple[int, int], answers: tuple[Item | 
         answer_before=before,
         answer_after=after,
         thumbnail=thumbnail(item) if shown else "",
-        expected=", ".join(dict.fromkeys(item.answers))[:MOST_CHARS] if shown else "",
+        expected=(item.text if item.asked else ", ".join(dict.fromkeys(item.answers)))[:MOST_CHARS] if shown else "",
         sample=item.sample_id,
         sample_before="" if isinstance(answers[0], str) else answers[0].sample_id,
         sample_after="" if isinstance(answers[1], str) else answers[1].sample_id,

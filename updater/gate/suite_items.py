@@ -68,6 +68,8 @@ class Item:
     concept: str = ""
     origin: str = ""
     """Column `source` of a sample: who sent it. Empty for an item of a folder."""
+    asked: str = ""
+    """Question to a VLM, where it is not the text."""
 
     @property
     def sample_id(self) -> str:

@@ -1,12 +1,13 @@
 """Suites: the questions for a candidate, and the results it must show. A suite is a YAML file over a folder dataset
 (`streams.publish.folders`), or is made from `fresh_eval` rows of the sample store (`fresh`). `retention` suites must
 not lose; on `gain` suites an update may show that it learned. The task determines the model family: a CLIP classifies
-and retrieves, a VLM answers questions."""
+and retrieves, a VLM answers questions and reranks."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from core.digests import digest_bytes, digest_json
 from core.errors import GateError, RecordError
+from serving.engines.vlm.generation import ABOUT_IMAGE, CHOICES
 from streams.publish.folders import INDEX, FolderItem, read_folder
 from updater.gate.suite_items import (
     Half,
@@ -38,23 +40,27 @@ from updater.gate.suite_items import (
 
 MAX_ITEMS = 2000
 """Default limit, as the setting gate.max_items: 12 s a model at 6 ms an image."""
+MAX_RERANKED = 150
+"""Items of a rerank suite: a VLM is asked about ten pictures for each."""
 BUILTIN = Path(__file__).parent / "suites"
 PROBE = 64
-_NEEDED = {"classification": "class", "retrieval": "text", "vqa": "question and its answer"}
+_NEEDED = {"classification": "class", "retrieval": "text", "vqa": "question and its answer", "rerank": "text"}
 
 Role = Literal["retention", "gain"]
-Task = Literal["classification", "retrieval", "vqa"]
-Metric = Literal["accuracy", "recall@1", "recall@5", "recall@10", "exact_match", "vqa_accuracy", "yes_no"]
+Task = Literal["classification", "retrieval", "vqa", "rerank"]
+Metric = Literal["accuracy", "recall@1", "recall@5", "recall@10", "exact_match", "vqa_accuracy", "yes_no", "ndcg@10"]
 Family = Literal["clip", "vlm"]
 METRICS: dict[Task, tuple[Metric, ...]] = {
     "classification": ("accuracy",),
     "retrieval": ("recall@5", "recall@1", "recall@10"),
     "vqa": ("exact_match", "vqa_accuracy", "yes_no"),
+    "rerank": ("ndcg@10",),
 }
 VIEWS: dict[Task, tuple[str, ...]] = {
     "classification": ("class",),
     "retrieval": ("image to text", "text to image"),
     "vqa": ("answer",),
+    "rerank": ("order of CLIP's hits",),
 }
 
 
@@ -73,7 +79,7 @@ class Suite(BaseModel):
     names: dict[str, str] = Field(default_factory=dict, description="What to call a class in a prompt.")
     templates: list[str] = Field(["a picture of {}."], min_length=1, max_length=100)
     kinds: list[str] = Field(default_factory=list, description="Only questions with these labels; all when unset.")
-    metric: Metric | None = Field(None, description="accuracy; recall@5 for retrieval; exact_match for vqa.")
+    metric: Metric | None = Field(None, description="By default the first of the task.")
     margin: float | None = Field(None, gt=0, lt=1, description="Loss to exclude; the setting gate.margin if unset.")
     limit: int = Field(
         MAX_ITEMS, ge=2, le=50_000, description="Most items, drawn with `seed`; the setting gate.max_items if unset."
@@ -110,7 +116,7 @@ class Suite(BaseModel):
 
     @property
     def family(self) -> Family:
-        return "vlm" if self.task == "vqa" else "clip"
+        return "vlm" if self.task in ("vqa", "rerank") else "clip"
 
     @property
     def k(self) -> int:
@@ -161,7 +167,8 @@ class Suite(BaseModel):
         """The items, in a fixed order. Raises GateError if the data are missing or unusable."""
         if self._items is None:
             rows = _read(self)
-            items = of_half(limited(rows, self.limit, self.seed), self._half)
+            limit = min(self.limit, MAX_RERANKED) if self.task == "rerank" else self.limit
+            items = of_half(limited(rows, limit, self.seed), self._half)
             self._items = tuple(items if self._part is None else of_part(items, *self._part))
             if len(self._items) < 2:
                 raise GateError(
@@ -173,7 +180,7 @@ class Suite(BaseModel):
     def digest(self) -> str:
         """SHA-256 of the questions (images, texts, prompts and metric, but not role and margin), 64 hex digits."""
         if self._digest is None:
-            fields = {"task", "metric"} if self.task == "vqa" else {"task", "metric", "templates", "names", "label"}
+            fields = {"task", "metric"} if self.family == "vlm" else {"task", "metric", "templates", "names", "label"}
             fields |= {"head"} if self.head else set()
             images = [
                 [item.id, item.text, self._image_digest(item), *([list(item.answers)] if item.answers else [])]
@@ -271,8 +278,10 @@ def _read(suite: Suite) -> list[Item]:
             if row.question and row.answer and (not suite.kinds or row.label in suite.kinds)
         ]
         return [i for i in items if polarity(i.answers[0])] if suite.metric == "yes_no" else items
-    texts = [(row.text if suite.task == "retrieval" else str(getattr(row, suite.label))).strip() for row in rows]
+    texts = [str(getattr(row, suite.label if suite.task == "classification" else "text")).strip() for row in rows]
     items = [captioned(row, place, text) for row, place, text in zip(rows, places, texts, strict=True) if text]
+    if suite.task == "rerank":  # the checks ask about a picture and its own text
+        items = [replace(item, asked=ABOUT_IMAGE.format(item.text), answers=CHOICES[:1]) for item in items]
     return without_lonely(items) if suite.task == "classification" else items
 
 

@@ -1,12 +1,13 @@
-"""Gates a vision-language model with questions about images, through the engine that serves it. All questions of a
-suite are asked greedily in one batch. Each answer is generated once: checks and suites share it, and answers of base
-and incumbent are cached on disk."""
+"""Gates a vision-language model with questions about images, and by its order of a search's hits, through the engine
+that serves it. All questions of a suite are asked greedily in one batch. Each answer is generated once: checks and
+suites share it, and answers of base and incumbent are cached on disk."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,13 +21,14 @@ from numpy.typing import NDArray
 from core.digests import digest12, digest_json
 from core.errors import AdapterError, GateError
 from core.settings.serving import Serve
-from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
+from serving.engines.vlm.generation import ABOUT_IMAGE, CHOICES, GenerationRequest, GenerationResult, question
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
 from updater.gate import checks as c
 from updater.gate.decision import Scores
 from updater.gate.diagnostics import yes_share
-from updater.gate.score import kept, worst_answers
+from updater.gate.score import Scorer, kept, worst_answers
+from updater.gate.statistics import Floats, reciprocal_log_rank
 from updater.gate.suite_items import Item, grade, majority, open_picture, polarity, spread
 from updater.gate.suites import Family, Suite, probe
 from updater.gate.verdict import Check, Diagnostics, Regression, YesShare
@@ -39,6 +41,8 @@ SPARE_TOKENS = 4
 KEEP_PIXELS = 256 * 1024 * 1024
 GOLDEN = 6
 LATENCY_BATCH = 8
+HITS = 10
+LiveClip = Callable[[], tuple[Scorer, str | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +54,49 @@ class VlmAnswers:
     ranks: None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class FirstHits:
+    """A CLIP's first hits of each text of a rerank suite among the suite's pictures. What it does not find is lost for
+    every VLM, and all VLMs of a verdict order the same hits."""
+
+    texts: Sequence[str]
+    sources: Sequence[Sequence[str]]
+    right: NDArray[np.bool_]
+    """[texts, hits]: pictures with the text as caption."""
+    most: Floats
+    """[texts]: DCG with all right pictures in front."""
+    key: Sequence[str]
+
+    @classmethod
+    def of(cls, suite: Suite, scorer: Scorer, adapter: str | None) -> FirstHits:
+        """Raises GateError for an unreadable image."""
+        pairs = {(item.text, item.source) for item in suite.items()}
+        pictures = list({item.source: item for item in suite.items()}.values())
+        count = Counter(text for text, _ in pairs)
+        texts, label = sorted(count), f"{suite.name}, CLIP"
+        similarity = scorer.texts(texts, adapter, label) @ scorer.images(pictures, adapter, label).T
+        nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :HITS]
+        sources = [[pictures[each].source for each in row] for row in nearest]
+        right = [[(text, source) in pairs for source in own] for text, own in zip(texts, sources, strict=True)]
+        most = np.array([reciprocal_log_rank(np.arange(min(count[text], HITS))).sum() for text in texts])
+        return cls(texts, sources, np.array(right), most, scorer.key(suite, adapter))
+
+    def ndcg(self, odds: Floats | None) -> Floats:
+        """NDCG@10 (Jarvelin and Kekalainen, 2002) of the order by ``odds`` [texts, hits], by text; None: expected of a
+        random order. Ties count against the model."""
+        right, gains = self.right.astype(np.float64), reciprocal_log_rank(np.arange(self.right.shape[1]))
+        if odds is None:
+            return np.asarray(right.mean(axis=1) * gains.sum() / self.most)
+        order = np.lexsort((right, -np.where(np.isnan(odds), -np.inf, odds)))
+        return np.asarray(np.take_along_axis(right, order, axis=1) @ gains / self.most)
+
+
 class VlmEvaluator:
     family: Family = "vlm"
 
-    def __init__(self, vlm: SyncVlm, serve: Serve, *, cache: Path | None = None) -> None:
-        """`vlm` is started; `cache`: folder of answers, by default each suite's own."""
+    def __init__(self, vlm: SyncVlm, serve: Serve, clip: LiveClip, *, cache: Path | None = None) -> None:
+        """`vlm` is started; `clip`: for rerank suites; `cache`: folder of answers, by default each suite's own."""
+        self.clip = clip
         self.vlm = vlm
         self.base: VlmBase = vlm.engine.base
         self.kind = vlm.engine.kind
@@ -73,6 +115,8 @@ class VlmEvaluator:
 
     def score(self, suite: Suite, adapter: str | None, *, label: str = "") -> VlmAnswers:
         """One model's answers with their scores. Raises GateError: the engine died, or an item cannot be asked."""
+        if suite.task == "rerank":
+            return self._reranked(suite, adapter, label or adapter or "base")
         items, folder = suite.items(), self.cache or suite.cache
         ids = np.array([item.id for item in items], dtype=np.str_)
 
@@ -90,7 +134,10 @@ class VlmEvaluator:
         return VlmAnswers(ids, tuple(texts), np.array(earned, dtype=np.float64)[:, None])
 
     def chance(self, suite: Suite, some: Sequence[Item] | None = None) -> float:
-        """Score of the most common answer when given to each of some questions, or all."""
+        """Score of the most common answer to some questions, or all; of a random order for a rerank suite."""
+        if suite.task == "rerank":
+            hits, asked = FirstHits.of(suite, *self.clip()), suite.items() if some is None else some
+            return float(hits.ndcg(None)[[hits.texts.index(item.text) for item in asked]].mean())
         return majority(str(suite.metric), [item.answers for item in (suite.items() if some is None else some)])[1]
 
     def cross_version(
@@ -100,7 +147,7 @@ class VlmEvaluator:
 
     def diagnostics(self, scores: Sequence[Scores], incumbent: str | None, candidate: str) -> Diagnostics:
         shares: dict[str, YesShare] = {}
-        for each in scores:
+        for each in (each for each in scores if each.suite.task == "vqa"):
             answers = cast(tuple[VlmAnswers, ...], (each.base, each.before, each.after))
             if (share := yes_share(each.suite, *(own.texts for own in answers))) is not None:
                 shares[each.suite.name] = share
@@ -141,6 +188,7 @@ class VlmEvaluator:
 
     def answer_checks(self, candidate: str, suites: Sequence[Suite]) -> list[Check]:
         """Detect the same answer to everything, always yes, or always no."""
+        suites = [suite for suite in suites if suite.task == "vqa"]
         references = [item.answers[0] for suite in suites for item in suite.items()]
         base, after = ([t for suite in suites for t in self.score(suite, name).texts] for name in (None, candidate))
         closed = np.array([bool(polarity(reference)) for reference in references])
@@ -168,6 +216,26 @@ class VlmEvaluator:
     ) -> list[float]:
         return [score for (score,) in self.vlm.scores(asks, [[answer] for answer in answers], adapter)]
 
+    def _reranked(self, suite: Suite, adapter: str | None, label: str) -> VlmAnswers:
+        """Each item has the score of its text's hits, and that as its answer."""
+        hits, items, folder = FirstHits.of(suite, *self.clip()), suite.items(), self.cache or suite.cache
+
+        def compute() -> list[NDArray[np.float64]]:
+            pixels = {item.source: np.array(open_picture(item), dtype=np.uint8) for item in items}
+            pairs = [(text, source) for text, own in zip(hits.texts, hits.sources, strict=True) for source in own]
+            asks = [question(pixels[source], ABOUT_IMAGE.format(text)) for text, source in pairs]
+            self.question_count += len(asks)
+            with _living(f"reranking for suite {suite.name}"):
+                scores = self.vlm.scores(asks, [CHOICES] * len(asks), adapter, label=label)
+            return [np.array([yes - no for yes, no in scores]).reshape(hits.right.shape)]
+
+        what = [*hits.key, ABOUT_IMAGE, self.base.digest, adapter or "base", self.kind]
+        path = folder and folder / f"{digest12(digest_json(what))}.npz"
+        (odds,) = kept(path, ("odds",), compute, lambda known: known[0].shape == hits.right.shape)
+        earned = hits.ndcg(odds)[[hits.texts.index(item.text) for item in items]]
+        ids = np.array([item.id for item in items], dtype=np.str_)
+        return VlmAnswers(ids, tuple(f"NDCG@10 {score:.2f}" for score in earned), earned[:, None])
+
     def _texts(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> list[str]:
         missing = [item for item in items if self._key(suite, item, adapter) not in self._known_texts]
         self._ask_all(suite, missing, adapter, label)
@@ -188,7 +256,7 @@ class VlmEvaluator:
         return replies
 
     def _ask(self, item: Item, max_tokens: int) -> GenerationRequest:
-        return question(np.array(open_picture(item), dtype=np.uint8), item.text, max_tokens)
+        return question(np.array(open_picture(item), dtype=np.uint8), item.asked or item.text, max_tokens)
 
     def _tokens(self, suite: Suite) -> int:
         """Maximum answer length: the suite's longest reference plus SPARE_TOKENS."""

@@ -17,13 +17,14 @@ from core.errors import AdapterError
 from core.ledger import Ledger, UpdateRow, VerdictRow
 from core.settings import Settings
 from serving.engines.adapters import adapter_name
+from serving.engines.calibration import Calibration
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, need_base
 from serving.engines.heads import read_heads
 from streams.store.sample_store import SampleStore
 from updater.adapters.recorded import fetch_recorded
 from updater.data.draw import HAVING, left_out
-from updater.gate.calibration import store_calibration, store_missing
+from updater.gate.calibration import kept_lengths, store_calibration, store_missing
 from updater.gate.clip import AcrossBasesEvaluator, ClipEvaluator, base_alone
 from updater.gate.decision import percent
 from updater.gate.diagnostics import StoreCounts
@@ -154,9 +155,10 @@ def _gate(
             meta=meta,
         )
         if verdict.diagnostics.calibration and isinstance(evaluator, ClipEvaluator):
-            store_calibration(artifacts, evaluator, adapter, verdict.diagnostics.calibration)
+            lengths = kept_lengths(evaluator, [*suites, *fresh], adapter, settings.gate)
+            store_calibration(artifacts, evaluator, adapter, Calibration(verdict.diagnostics.calibration, lengths))
             if upgrade is None:
-                store_missing(artifacts, evaluator, [*suites, *fresh], update.incumbent)
+                store_missing(artifacts, evaluator, [*suites, *fresh], update.incumbent, settings.gate)
         if (
             verdict.outcome == "rejected"
             and isinstance(base, ClipBase)

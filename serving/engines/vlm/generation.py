@@ -101,6 +101,12 @@ def question(image: Image, text: str, max_tokens: int = 32) -> GenerationRequest
     return GenerationRequest((Message("user", (0, text)),), (image,), max_tokens)
 
 
+CHOICES: Final = ("yes", "no")
+ABOUT_IMAGE: Final = "does this show {}?"
+"""How rerankings ask whether an image matches a text: as the shipped VLM was taught, and as users ask under /v1/vqa.
+Rerankers and plain VLMs understand it."""
+
+
 class Detokenizer:
     """Incremental text of one answer. Returned text is never withdrawn: a possible beginning of a stop string or
     character waits for more tokens. The returned parts join to ``tokenizer.decode(tokens, skip_special_tokens=True)``,

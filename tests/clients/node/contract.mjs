@@ -9,7 +9,7 @@ export const URL = `${process.env.RATCHET_CLIENT_URL}/v1`;
 export const KEY = "none";
 export const WRONG_KEY = contract.wrong_key;
 export const LIMITED_KEY = process.env.RATCHET_LIMITED_KEY;
-export const { texts, image, question, answer, usage, max_tokens } = contract;
+export const { texts, image, question, answer, usage, max_tokens, short } = contract;
 const results = {};
 
 export async function check(name, body) {
@@ -35,6 +35,17 @@ export function assertVectors(rows) {
     const expected = contract.vectors[index];
     assert.equal(row.length, expected.length);
     row.forEach((value, place) => assert.ok(Math.abs(value - expected[place]) < 1e-4, `${value} ${expected[place]}`));
+  });
+}
+
+// Vectors of `short` numbers: the beginnings of plain HTTP's, scaled to unit length.
+export function assertShort(rows) {
+  assert.equal(rows.length, texts.length);
+  rows.forEach((row, index) => {
+    const expected = contract.vectors[index].slice(0, short);
+    assert.equal(row.length, short);
+    const norm = Math.hypot(...expected);
+    row.forEach((value, place) => assert.ok(Math.abs(value - expected[place] / norm) < 1e-4));
   });
 }
 

@@ -2,8 +2,8 @@
 import assert from "node:assert/strict";
 import OpenAI from "openai";
 import {
-  KEY, LIMITED_KEY, URL, WRONG_KEY, answer, assertVectors, assertWait, check, image, max_tokens, question, raised,
-  report, runSnippet, texts, usage,
+  KEY, LIMITED_KEY, URL, WRONG_KEY, answer, assertShort, assertVectors, assertWait, check, image, max_tokens, question,
+  raised, report, runSnippet, short, texts, usage,
 } from "./contract.mjs";
 
 const client = new OpenAI({ baseURL: URL, apiKey: KEY, maxRetries: 0 });
@@ -31,6 +31,10 @@ await check("embeddings_with_nulls", async () => {
   const nulls = { encoding_format: null, dimensions: null, user: null };
   const found = await client.post("/embeddings", { body: { model: "clip", input: texts, ...nulls } });
   assertVectors(vectors(found));
+});
+
+await check("embeddings_cut_short", async () => {
+  assertShort(vectors(await client.embeddings.create({ model: "clip", input: texts, dimensions: short })));
 });
 
 await check("chat_with_an_image", async () => {

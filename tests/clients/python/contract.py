@@ -23,6 +23,8 @@ KEY = "none"
 TEXTS: list[str] = CONTRACT["texts"]
 IMAGE: str = CONTRACT["image"]
 QUESTION: str = CONTRACT["question"]
+SHORT: int = CONTRACT["short"]
+"""The one length, below the full one, that the server allows for vectors."""
 MAX_TOKENS: int = CONTRACT["max_tokens"]
 WRONG_KEY: str = CONTRACT["wrong_key"]
 LIMITED_KEY = os.environ["RATCHET_LIMITED_KEY"]
@@ -82,6 +84,14 @@ def assert_vectors(vectors: Sequence[Sequence[float] | str]) -> None:
     assert len(rows) == len(TEXTS), len(rows)
     for row, expected in zip(rows, CONTRACT["vectors"], strict=True):
         assert max(abs(a - b) for a, b in zip(row, expected, strict=True)) < 1e-4
+
+
+def assert_short(rows: Sequence[Sequence[float]]) -> None:
+    """Compare vectors of :data:`SHORT` numbers with the beginnings of plain HTTP's, scaled to unit length."""
+    assert len(rows) == len(TEXTS), len(rows)
+    for row, whole in zip(rows, CONTRACT["vectors"], strict=True):
+        norm = sum(number**2 for number in whole[:SHORT]) ** 0.5
+        assert max(abs(a - b / norm) for a, b in zip(row, whole[:SHORT], strict=True)) < 1e-4
 
 
 def decoded(text: str) -> list[float]:

@@ -33,6 +33,12 @@ def embeddings() -> None:
 
 
 @check
+def embeddings_cut_short() -> None:
+    short = OpenAIEmbeddings(model="clip", check_embedding_ctx_length=False, dimensions=contract.SHORT, **SERVER)
+    contract.assert_short(short.embed_documents(contract.TEXTS))
+
+
+@check
 def chat_with_an_image() -> None:
     answer = chat().invoke(ASK)
     contract.assert_answer(answer.content, used(answer.usage_metadata))

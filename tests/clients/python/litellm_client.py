@@ -37,6 +37,12 @@ def embeddings_with_nulls() -> None:
 
 
 @check
+def embeddings_cut_short() -> None:
+    answer = litellm.embedding(**EMBED, dimensions=contract.SHORT, allowed_openai_params=["dimensions"])
+    contract.assert_short([row["embedding"] for row in answer.data])
+
+
+@check
 def chat_with_an_image() -> None:
     for provider in PROVIDERS:
         answer = litellm.completion(**ASK | {"model": f"{provider}/vlm"})

@@ -28,6 +28,12 @@ def embeddings() -> None:
 
 
 @check
+def embeddings_cut_short() -> None:
+    short = OpenAILikeEmbedding(model_name="clip", dimensions=contract.SHORT, **SERVER)
+    contract.assert_short(short.get_text_embedding_batch(contract.TEXTS))
+
+
+@check
 def chat_with_an_image() -> None:
     answer = chat().chat(ASK)
     contract.assert_answer(answer.message.content, answer.raw.usage)  # type: ignore[union-attr]

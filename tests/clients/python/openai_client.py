@@ -38,6 +38,13 @@ def embeddings_with_nulls() -> None:
 
 
 @check
+def embeddings_cut_short() -> None:
+    for encoding in (openai.omit, "float"):
+        answer = embed(model="clip", input=contract.TEXTS, dimensions=contract.SHORT, encoding_format=encoding)
+        contract.assert_short([row.embedding for row in answer.data])
+
+
+@check
 def chat_with_an_image() -> None:
     answer = ask(**ASK)
     contract.assert_answer(answer.choices[0].message.content, answer.usage)

@@ -19,10 +19,11 @@ from torch import nn
 from core.loading import load_settings
 from core.settings import Settings
 from serving.engines.adapters import WEIGHTS, read_adapter, write_adapter
-from serving.engines.vlm.generation import question
+from serving.engines.vlm.generation import ABOUT_IMAGE, question
 from serving.engines.vlm.prompts import answer_tokens, inputs
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base, save_vlm_base
 from tests.support.colour_squares import COLOURS, encoded_square, square
+from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.unit.updater.gate.builders import fresh_suites
 from updater.gate.interim_analyses import AnalysisPlan
@@ -60,6 +61,29 @@ def unknown(numbers: range) -> list[Asked]:
     """A question that the base was not taught, in other words."""
     warm = {"red": "a round apple", "green": "car", "blue": "this", "white": "what"}
     return [Asked(n, "thing", "what has this?", warm[NAMES[n % 4]]) for n in numbers]
+
+
+def shows(numbers: range) -> list[Asked]:
+    """The question of a rerank suite about each colour; one answer in four is yes."""
+    return [
+        Asked(n, "shows", ABOUT_IMAGE.format(name), "yes" if name == NAMES[n % 4] else "no")
+        for n in numbers for name in NAMES
+    ]  # fmt: skip
+
+
+def rerank_suite(home: Path) -> Suite:
+    """A suite over eight pictures with their colours as captions: the tiny CLIP finds all of them, in any order."""
+    folder = home / "data" / "shown"
+    if not folder.exists():
+        tiny_base(home)
+        folder.mkdir(parents=True)
+        with (folder / "data.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["file", "text"])
+            for n in range(3000, 3008):
+                (folder / f"{n}.png").write_bytes(encoded_square(n))
+                rows.writerow([f"{n}.png", NAMES[n % 4]])
+    return Suite(name="shown", role="gain", task="rerank", data=str(folder))
 
 
 def write_questions(folder: Path, asked: Sequence[Asked]) -> None:
@@ -176,6 +200,9 @@ class VlmGate:
         asked = [*known(TAUGHT), *unknown(TAUGHT)]
         return self.loaded(taught_adapter(self.base, self.home / "learner", asked, steps=120), "learner")
 
+    def reranker(self) -> str:
+        return self.loaded(taught_adapter(self.base, self.home / "reranker", shows(TAUGHT), steps=150), "reranker")
+
     def yes_sayer(self) -> str:
         yes = [replace(one, answer="yes") if one.kind == "presence" else one for one in known(TAUGHT)]
         return self.loaded(taught_adapter(self.base, self.home / "yes-sayer", yes, steps=80), "yes-sayer")
@@ -196,7 +223,8 @@ def open_vlm_gate(home: Path, engine: str) -> Iterator[VlmGate]:
                 f"task: vqa\ndata: ${{home}}/data/colours\nkinds: [{kind}]\nmetric: {metric}\nmargin: 0.08\n"
             )
     settings = load_settings(
-        overrides={"home": home, "base.vlm": NAME, "gate.suites": [home / "suites"], "gate.trusted_sources": ["*"],
+        overrides={"home": home, "base.clip": "tiny", "base.vlm": NAME,
+                   "gate.suites": [home / "suites"], "gate.trusted_sources": ["*"],
                    "serve.vlm_engine": engine, "serve.vlm_memory_gib": 0.2},
         environ={},
     )  # fmt: skip

@@ -133,12 +133,12 @@ def stored(settings: Settings, adapter: str | None) -> set[str]:
     artifacts = Artifacts(settings.artifacts)
     spaces = engine.load(adapter, artifacts.fetch(f"adapters/{adapter}")) if adapter else engine.spaces(None)
     key = calibration_key(spaces.image, spaces.text)
-    return {*parse_calibration(artifacts.read_bytes(key))} if artifacts.exists(key) else set()
+    return {*parse_calibration(artifacts.read_bytes(key)).curves} if artifacts.exists(key) else set()
 
 
 def test_what_is_live_is_calibrated_by_hand_the_base_alone_before_the_first_release(kinds: Settings) -> None:
-    name, curves = calibrate_command(kinds)
-    assert (name, {*curves}) == ("base tiny", {"label", "image"}) and stored(kinds, None) == {"label", "image"}
+    name, found = calibrate_command(kinds)
+    assert (name, {*found.curves}) == ("base tiny", {"label", "image"}) and stored(kinds, None) == {"label", "image"}
     adapter = stored_adapter(kinds, 1)
     assert stored(kinds, adapter) == set()
     ledger = Ledger.open(kinds.ledger)

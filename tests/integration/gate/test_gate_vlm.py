@@ -13,7 +13,7 @@ import pytest
 
 from core.errors import GateError
 from serving.engines.adapters import read_adapter, write_adapter
-from tests.integration.gate.taught_vlm import VlmGate, gain_suites, open_vlm_gate, unknown
+from tests.integration.gate.taught_vlm import VlmGate, gain_suites, open_vlm_gate, rerank_suite, unknown
 from tests.support.tiny_vlm import tiny_vlm_adapter
 from tests.unit.updater.gate.builders import fresh_suite, sample_rows
 from updater.gate.report import write_report
@@ -97,7 +97,7 @@ def test_one_that_changes_nothing_is_inconclusive_and_answers_are_asked_for_once
 
     def ask_again() -> tuple[int, float]:
         vlm, cache = vlm_gate.evaluator.vlm, vlm_gate.evaluator.cache
-        evaluator = VlmEvaluator(vlm, vlm_gate.settings.serve, cache=cache)
+        evaluator = VlmEvaluator(vlm, vlm_gate.settings.serve, vlm_gate.evaluator.clip, cache=cache)
         scores = [float(evaluator.score(fresh, adapter).hits.mean()) for adapter in (None, name)]
         return evaluator.question_count, scores[0]
 
@@ -109,6 +109,28 @@ def test_one_that_changes_nothing_is_inconclusive_and_answers_are_asked_for_once
     assert asked > 0 and score == base, "what is damaged is asked again"
     assert any(kept.read_bytes() != b"not a zip" for kept in damaged), "written anew"
     assert ask_again() == (0, base)
+
+
+def test_an_order_of_the_hits_of_clip_that_gets_worse_is_a_loss(vlm_gate: VlmGate) -> None:
+    suite, reranker = rerank_suite(vlm_gate.home), vlm_gate.reranker()
+    evaluator = vlm_gate.evaluator
+    base, taught = (evaluator.score(suite, name).hits.mean() for name in (None, reranker))
+    assert 1.0 >= taught > evaluator.chance(suite) + 0.2 and taught > base + 0.2
+    asked = evaluator.question_count
+    assert evaluator.score(suite, reranker).hits.mean() == taught and evaluator.question_count == asked, "cached"
+    verdict = vlm_gate.judge(vlm_gate.noise(0.0), incumbent=reranker, fresh=[suite])
+    shown = next(each for each in verdict.suites if each.name == "shown")
+    assert (shown.metric, shown.n, shown.units) == ("ndcg@10", 8, 4)
+    assert (shown.before, shown.after) == (pytest.approx(taught), pytest.approx(base))
+    assert shown.reason == "only 4 captions (8 items); at least 50 are asked for"
+    assert {check.name: check.ok for check in verdict.checks}["yes_no"], "its questions are none of the checks'"
+    assert "shown" not in verdict.diagnostics.yes
+    lost = shown.worst[0]
+    assert lost.expected == lost.text in {"red", "green", "blue", "white"}
+    assert lost.answer_before.startswith("NDCG@10 ") and lost.answer_before > lost.answer_after
+    write_report(verdict, vlm_gate.home / "shown-report")
+    page = (vlm_gate.home / "shown-report" / "report.html").read_text()
+    assert f"{lost.answer_before} → {lost.answer_after}" in page
 
 
 def test_a_candidate_with_infinite_answers_is_rejected_as_not_finite(vlm_gate: VlmGate) -> None:

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from typing import Any
 import httpx
 import pytest
 
+from core.artifacts import Artifacts
 from core.settings.streams import Kafka
 from ratchet_client import data_uri
+from serving.engines.calibration import Calibration, calibration_key, dump_calibration
 from tests.integration.serving.server_fixture import TEXTS, ServerFixture
 from tests.support.broker import Broker, broker
 from tests.support.clients import (
@@ -180,16 +182,27 @@ def results(shared_server: ServerFixture, tmp_path_factory: pytest.TempPathFacto
         return dict(zip([client.name for client in CLIENTS], pool.map(run, CLIENTS), strict=True))
 
 
+def allow_length(server: ServerFixture, headers: Mapping[str, str], length: int) -> int:
+    """Store what a gate would that found the suites kept at this length."""
+    key = calibration_key(headers["x-ratchet-image-space"], headers["x-ratchet-text-space"])
+    Artifacts(server.settings.artifacts).write_bytes(key, dump_calibration(Calibration(lengths=(length,))))
+    return length
+
+
 def answered_over_plain_http(server: ServerFixture) -> dict[str, Any]:
     texts, image = list(TEXTS[:2]), data_uri(server.images[0])
     content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": QUESTION}]
     chat = {"messages": [{"role": "user", "content": content}], "max_tokens": MAX_TOKENS, "temperature": 0}
     with httpx.Client(base_url=f"{server.url}/v1", timeout=60, trust_env=False) as http:
-        rows = http.post("/embeddings", json={"input": texts}).json()["data"]
+        embedded = http.post("/embeddings", json={"input": texts})
+        rows = embedded.json()["data"]
+        short = allow_length(server, embedded.headers, len(rows[0]["embedding"]) // 2)
+        server.until(lambda: http.post("/embeddings", json={"input": texts, "dimensions": short}).is_success)
         answer = http.post("/chat/completions", json=chat).json()
         ranked = http.post("/rerank", json={"query": texts[0], "documents": texts}).json()["results"]
     return {
-        "texts": texts, "vectors": [row["embedding"] for row in rows], "image": image, "question": QUESTION,
+        "texts": texts, "vectors": [row["embedding"] for row in rows], "short": short, "image": image,
+        "question": QUESTION,
         "answer": answer["choices"][0]["message"]["content"], "usage": answer["usage"], "max_tokens": MAX_TOKENS,
         "wrong_key": WRONG_KEY, "ranked": [[row["index"], row["relevance_score"]] for row in ranked],
         "structured": server.settings.serve.vlm_engine == "vllm",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +18,7 @@ from core.artifacts import Artifacts
 from core.errors import AdapterError, ArtifactsUnavailable
 from core.settings.serving import Serve
 from serving.catalog.queries import Hit
-from serving.engines.calibration import Kind, MatchCurve, calibration_key, dump_calibration
+from serving.engines.calibration import Calibration, Kind, MatchCurve, calibration_key, dump_calibration
 from serving.errors import Unavailable
 from serving.http.calibrations import Calibrations, with_probabilities
 from serving.http.errors import ApiError
@@ -46,7 +48,7 @@ class Store:
 
 
 async def test_a_calibration_is_read_once_for_a_release_by_all_who_ask() -> None:
-    store = Store(dump_calibration({"text": CURVE}))
+    store = Store(dump_calibration(Calibration({"text": CURVE})))
     calibrations = Calibrations(store)
     found = await asyncio.gather(*(calibrations.curve("text", LIVE, 0.5) for _ in range(20)))
     assert found == [CURVE] * 20 and store.read == 1
@@ -67,13 +69,13 @@ async def test_a_calibration_that_was_made_since_is_found() -> None:
     store = Store(AdapterError("it is not there."))
     calibrations = Calibrations(store, again=0.0)
     assert await calibrations.curve("text", LIVE, None) is None
-    store.outcome = dump_calibration({"text": CURVE})
+    store.outcome = dump_calibration(Calibration({"text": CURVE}))
     assert await calibrations.curve("text", LIVE, 0.5) == CURVE
 
 
 async def test_probabilities_that_may_be_too_wrong_are_told_but_decide_nothing() -> None:
     wide = replace(CURVE, error=0.04, ci_high=0.07)
-    calibrations = Calibrations(Store(dump_calibration({"text": wide})))
+    calibrations = Calibrations(Store(dump_calibration(Calibration({"text": wide}))))
     assert await calibrations.curve("text", LIVE, None) == wide
     with pytest.raises(ApiError, match="may exceed 5%"):
         await calibrations.curve("text", LIVE, 0.0)
@@ -87,6 +89,18 @@ async def test_artifacts_that_are_away_or_damaged_leave_probabilities_out(outcom
     assert await calibrations.curve("text", LIVE, None) is None
     with pytest.raises(Unavailable, match="cannot be read"):
         await calibrations.curve("text", LIVE, 0.5)
+    with pytest.raises(Unavailable, match="cannot be read"):
+        await calibrations.check_length(16, LIVE, 32)
+    await calibrations.check_length(32, LIVE, 32)  # the full length needs no measurement
+
+
+async def test_a_calibration_of_before_lengths_were_measured_has_none() -> None:
+    older = json.loads(dump_calibration(Calibration({"text": CURVE})))
+    del older["lengths"]
+    calibrations = Calibrations(Store(json.dumps(older).encode()))
+    assert await calibrations.curve("text", LIVE, 0.5) == CURVE
+    with pytest.raises(ApiError, match="send 32, or leave"):
+        await calibrations.check_length(16, LIVE, 32)
 
 
 async def test_a_store_that_hangs_delays_one_request_for_a_bounded_time() -> None:
@@ -127,8 +141,9 @@ def opened(runner: asyncio.Runner, tmp_path: Path) -> tuple[AppClient, InProcess
 
 def calibrated(in_process: InProcessApp, home: Path) -> None:
     spaces = in_process.engine.spaces(None)
+    found = Calibration(dict.fromkeys(KINDS, CURVE), (in_process.engine.base.dim // 2,))
     key = calibration_key(spaces.image, spaces.text)
-    Artifacts(str(home / "artifacts")).write_bytes(key, dump_calibration(dict.fromkeys(KINDS, CURVE)))
+    Artifacts(str(home / "artifacts")).write_bytes(key, dump_calibration(found))
 
 
 QUERIES: list[dict[str, Any]] = [{"text": "a cat"}, {"image": uri()}]
@@ -149,6 +164,30 @@ def test_hits_have_probabilities_once_the_release_is_calibrated(
     middle = hits[len(hits) // 2]["probability"]
     some = client.post("/v1/search", json={**query, "min_probability": middle}).json()["data"]
     assert [hit["id"] for hit in some] == [hit["id"] for hit in hits if hit["probability"] >= middle]
+
+
+def test_vectors_are_cut_to_the_lengths_that_the_gate_measured_and_others_are_told_these(
+    opened: tuple[AppClient, InProcessApp, Path],
+) -> None:
+    client, in_process, home = opened
+    dim = in_process.engine.base.dim
+    asked = {"input": ["a cat", {"image": uri()}]}
+    whole = np.array([row["embedding"] for row in client.post("/v1/embeddings", json=asked).json()["data"]])
+    before = client.post("/v1/embeddings", json={**asked, "dimensions": dim // 2})
+    assert before.status_code == 400 and f"send {dim}, or" in before.json()["error"]["message"]
+    calibrated(in_process, home)
+    for encoding in ("float", "base64"):
+        body = {**asked, "dimensions": dim // 2, "encoding_format": encoding}
+        said = [row["embedding"] for row in client.post("/v1/embeddings", json=body).json()["data"]]
+        rows = np.array([np.frombuffer(base64.b64decode(row), "<f4") if isinstance(row, str) else row for row in said])
+        first = whole[:, : dim // 2]
+        np.testing.assert_allclose(rows, first / np.linalg.norm(first, axis=1, keepdims=True), rtol=1e-5)
+    for wrong in (0, -1, dim // 4, dim + 1):
+        error = client.post("/v1/embeddings", json={**asked, "dimensions": wrong}).json()["error"]
+        assert (error["param"], error["code"]) == ("dimensions", "unsupported_dimensions")
+        assert f"send {dim} or {dim // 2}, or leave it out" in error["message"]
+    full = client.post("/v1/embeddings", json={**asked, "dimensions": dim}).json()["data"]
+    assert np.array_equal([row["embedding"] for row in full], whole)
 
 
 def test_a_label_below_the_least_probability_is_null_and_matches_do_not_depend_on_the_other_labels(

@@ -10,7 +10,7 @@ import pytest
 
 from core.ledger import Ledger
 from core.settings import Settings
-from serving.engines.calibration import MatchCurve
+from serving.engines.calibration import Calibration, MatchCurve
 from tests.support.command_line import ratchet
 from tests.support.story import LOST, audit
 from updater.gate import gate_command
@@ -45,8 +45,11 @@ def test_a_calibration_is_shown_by_kind_of_query_with_what_it_allows(
     Ledger.open(Settings(home=tmp_path).ledger).close()
     near = MatchCurve((0.1, 0.3), (0.2, 0.9), 100, 1000, 100, 0.011, 0.004, 0.02)
     curves = {"text": near, "label": MatchCurve((0.1,), (0.2,), 60, 600, 60, 0.05, 0.03, 0.08)}
-    monkeypatch.setattr(gate_command, "calibrate_command", lambda _: ("clip-a", curves))
-    rows = json.loads(ratchet(tmp_path, "gate", "calibrate", "--json").output)
+    monkeypatch.setattr(gate_command, "calibrate_command", lambda _: ("clip-a", Calibration(curves, (256, 128))))
+    told = json.loads(ratchet(tmp_path, "gate", "calibrate", "--json").output)
+    rows = told["calibration"]
+    assert told["lengths"] == [256, 128]
+    assert "can be cut to 256 or 128 numbers" in " ".join(ratchet(tmp_path, "gate", "calibrate").output.split())
     assert [row["queries"] for row in rows] == ["text", "label"]
     assert rows[0]["calibration error"] == "1.1% [0.4%, 2.0%]"
     assert [row["min_probability"].partition(":")[0] for row in rows] == ["allowed", "refused"]

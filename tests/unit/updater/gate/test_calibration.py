@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from core.artifacts import Artifacts
-from serving.engines.calibration import MOST_ERROR, MatchCurve, calibration_key, dump_calibration, parse_calibration
+from core.settings.updates import Gate
+from serving.engines.calibration import (
+    MOST_ERROR,
+    Calibration,
+    MatchCurve,
+    calibration_key,
+    dump_calibration,
+    parse_calibration,
+)
 from serving.engines.clip import ClipEngine
 from tests.support.tiny import tiny_base
 from tests.unit.updater.gate.builders import folder_dataset
@@ -33,6 +41,8 @@ from updater.gate.run import diagnose
 from updater.gate.score import Scorer
 from updater.gate.suites import Suite
 from updater.gate.verdict import Diagnostics, diagnostics_lines, jsonable
+
+GATE = Gate()
 
 
 def drawn(queries: int = 400, seed: int = 0, steep: float = 8.0) -> Pairs:
@@ -62,8 +72,10 @@ def test_a_curve_is_monotone_bounded_and_never_certain(steep: float, queries: in
     assert 0 <= curve.ci_low <= curve.error <= curve.ci_high <= 1
     beyond = curve([-1.0, 1.0])
     assert (beyond[0], beyond[1]) == (curve.probability[0], curve.probability[-1]) and np.isnan(curve(np.nan))
-    assert parse_calibration(dump_calibration({"text": curve})) == {"text": curve}
-    assert len(dump_calibration({"text": curve, "label": curve, "image": curve})) < 16_384
+    assert parse_calibration(dump_calibration(Calibration({"text": curve}, (16, 8)))) == Calibration(
+        {"text": curve}, (16, 8)
+    )
+    assert len(dump_calibration(Calibration({"text": curve, "label": curve, "image": curve}))) < 16_384
 
 
 def test_too_few_queries_matches_or_others_give_no_curve() -> None:
@@ -134,10 +146,11 @@ def test_a_calibration_that_is_there_is_not_made_again(scorer: Scorer, suites: l
     artifacts = Artifacts(str(tmp_path))
     spaces = scorer.engine.spaces(None)
     key = calibration_key(spaces.image, spaces.text)
-    store_missing(artifacts, scorer, suites, None)
-    assert {*parse_calibration(artifacts.read_bytes(key))} == {*calibrate(scorer, suites, None)} >= {"label", "image"}
+    store_missing(artifacts, scorer, suites, None, GATE)
+    found = parse_calibration(artifacts.read_bytes(key))
+    assert {*found.curves} == {*calibrate(scorer, suites, None)} >= {"label", "image"}
     artifacts.write_bytes(key, b"{}")
-    store_missing(artifacts, scorer, suites, None)
+    store_missing(artifacts, scorer, suites, None, GATE)
     assert artifacts.read_bytes(key) == b"{}"
 
 
