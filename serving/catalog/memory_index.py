@@ -41,6 +41,8 @@ FEW_ROWS: Final = 512
 FILTERS: Final = 32
 """Filters whose rows are cached, as one bit per row, until the index changes."""
 LEAST_CANDIDATES_A_HIT: Final = 4
+DEPTH: Final = 10
+"""Least rows in the searched partitions, in hits that are asked for."""
 ID_BYTES: Final = 8
 ROOM: Final = 1.15
 """Arrays grow ahead of their rows."""
@@ -198,7 +200,8 @@ class MemoryIndex:
     def _search(
         self, queries: Vectors, k: int, level: Level, selector: Any = None
     ) -> tuple[list[list[float]], list[list[int]]]:
-        partitions = min(level.partitions, self.partitions.nlist)
+        deep = math.ceil(DEPTH * k / max(1, self.rows) * self.partitions.nlist)
+        partitions = min(max(level.partitions, deep), self.partitions.nlist)
         factor = None if self.finer is None else max(float(LEAST_CANDIDATES_A_HIT), level.candidates / k)
         make = _parameters if selector is None else _parameters.__wrapped__
         scores, positions = self._engine.search(queries, k, params=make(partitions, factor, selector))
