@@ -22,6 +22,7 @@ BENCHMARKS = {
     "gate": "benchmarks.gate",
     "heads": "benchmarks.heads",
     "hostile": "benchmarks.hostile",
+    "index": "benchmarks.index",
     "ingest": "benchmarks.stream.ingest",
     "lifetime": "benchmarks.lifetime",
     "rerank": "benchmarks.rerank",
@@ -36,7 +37,7 @@ BENCHMARKS = {
     "vqa": "benchmarks.vqa",
 }
 """Name to module; a module has ``main(settings, arguments)``."""
-WITHOUT_MODELS = frozenset({"chaos", "families", "feedback", "ingest", "lifetime", "search", "variety"})
+WITHOUT_MODELS = frozenset({"chaos", "families", "feedback", "index", "ingest", "lifetime", "search", "variety"})
 
 
 def run(name: str, settings: Settings, arguments: list[str]) -> None:

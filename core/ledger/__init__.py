@@ -16,6 +16,7 @@ from core.ledger.collection import CollectionQueries
 from core.ledger.database import Database, open_database
 from core.ledger.events import EventQueries
 from core.ledger.feedback import FeedbackQueries
+from core.ledger.indexes import IndexQueries
 from core.ledger.keys import KeyQueries
 from core.ledger.learning import LearningQueries
 from core.ledger.leases import LeaseQueries
@@ -41,7 +42,7 @@ from core.ledger.trust import TrustQueries
 
 class Ledger(
     LearningQueries, ProposalQueries, ReleaseAuditQueries, BudgetQueries, KeyQueries, EventQueries, LeaseQueries,
-    RecordQueries, CollectionQueries, FeedbackQueries, TrustQueries,
+    RecordQueries, CollectionQueries, FeedbackQueries, TrustQueries, IndexQueries,
 ):  # fmt: skip
     """Safe to use from several threads and processes; every call is one transaction."""
 

@@ -27,6 +27,7 @@ EVENT_TYPES: Final[Mapping[str, EventType]] = {
     "deletion": "ratchet.deletion.v1",
     "gap": "ratchet.gap.v1",
     "feedback": "ratchet.feedback.v1",
+    "index": "ratchet.index.v1",
 }
 #: Brokers accept 1 MB by default, and an event has some 500 bytes in addition to its data.
 MAX_DATA_BYTES = 512 * 1024

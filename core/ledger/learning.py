@@ -228,6 +228,11 @@ class LearningQueries(Queries):
     def verdict_on(self, adapter: str) -> VerdictRow | None:
         return self._first(select(VerdictRow).where(VerdictRow.adapter == adapter).order_by(VerdictRow.id.desc()))
 
+    def cross_version(self, adapter: str | None) -> dict[str, Any] | None:
+        """The gate's measurement of an adapter's texts in its incumbent's images; None without one."""
+        verdict = None if adapter is None else self.verdict_on(adapter)
+        return None if verdict is None else verdict.summary.get("cross_version")
+
     def released_verdicts(self, family: str, base: str) -> list[VerdictRow]:
         """Verdicts on adapters of a base (digest) that were fully released, and neither withdrawn nor collected, newest
         first."""

@@ -40,7 +40,7 @@ KeyScope = Literal["infer", "search", "feedback", "publish", "operate"]
 hold and resume."""
 EventType = Literal[
     "ratchet.candidate.v1", "ratchet.verdict.v1", "ratchet.proposal.v1", "ratchet.release.v1", "ratchet.rollback.v1",
-    "ratchet.deletion.v1", "ratchet.gap.v1", "ratchet.feedback.v1",
+    "ratchet.deletion.v1", "ratchet.gap.v1", "ratchet.feedback.v1", "ratchet.index.v1",
 ]  # fmt: skip
 SYSTEM_ACTORS: Final = frozenset({"controller", "updater", "guard", "ratchet"})
 """Actors that are parts of Ratchet; every other actor is a person, or acts for one."""
@@ -53,6 +53,8 @@ FeedbackVerdict = Literal[ReportedVerdict, "audit"]
 AUDITOR: Final = "audit"
 """Caller of audited answers; no key has this name."""
 CorrectionState = Literal["waiting", "accepted", "dismissed", "published"]
+IndexState = Literal["planned", "filling", "verified", "ready", "live", "retained", "dropped"]
+"""``verified``: its recall was measured; ``ready``: all rows are in it; ``retained``: it was live, for a rollback."""
 
 
 class UtcTime(TypeDecorator[datetime]):
@@ -443,4 +445,40 @@ class ScreeningRow(Base, kw_only=True):
     """Next offsets by ``topic:partition``."""
     counts: Mapped[dict[str, Any]]
     """See :class:`updater.data.agreement.Agreements`."""
+    updated_at: Mapped[datetime] = mapped_column(default_factory=utc_now, onupdate=utc_now)
+
+
+class IndexRow(Base, kw_only=True):
+    """A table or collection outside whose images are embedded, and whose vectors follow releases."""
+
+    __tablename__ = "indexes"
+    name: Mapped[str] = mapped_column(String(40), primary_key=True)
+    """Also of the view or alias that clients search."""
+    url: Mapped[str] = mapped_column(Text)
+    """Without a password."""
+    source: Mapped[str] = mapped_column(String(128))
+    """Table or collection with the images."""
+    id_field: Mapped[str] = mapped_column(String(64))
+    image_field: Mapped[str] = mapped_column(String(64))
+    paused: Mapped[bool] = mapped_column(default=False)
+    problem: Mapped[str] = mapped_column(Text, default="")
+    """Why the worker cannot go on; empty: it can."""
+    created_at: Mapped[datetime] = mapped_column(default_factory=utc_now)
+
+
+class IndexSpaceRow(Base, kw_only=True):
+    """One image space in an index outside."""
+
+    __tablename__ = "index_spaces"
+    name: Mapped[str] = mapped_column(String(40), ForeignKey("indexes.name"), primary_key=True)
+    space: Mapped[str] = mapped_column(String(64), primary_key=True)
+    state: Mapped[IndexState] = mapped_column(String(16), default="planned")
+    rows: Mapped[int] = mapped_column(BigInteger, default=0)
+    """With a vector."""
+    total: Mapped[int] = mapped_column(BigInteger, default=0)
+    """With an image."""
+    skipped: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Whose image cannot be read."""
+    recall: Mapped[float | None] = mapped_column(default=None)
+    """Recall@10 of the index by exact search, from 0 to 1, of a sample."""
     updated_at: Mapped[datetime] = mapped_column(default_factory=utc_now, onupdate=utc_now)

@@ -248,6 +248,11 @@ class Rollout(Section):
     compare_share: float = Field(
         0.1, ge=0, le=1, description="Share of watched requests that the other release answers as well, for comparison."
     )
+    indexes: Literal["wait", "cross", "ignore"] = Field(
+        "wait",
+        description="What a release that changes the image space does until each index outside has it. cross: waits "
+        "only where the gate has not shown that new queries find old vectors; ignore: never waits.",
+    )
     hold_after_rollback: bool = Field(
         True, description="After an operator's rollback, hold updates until an operator resumes them."
     )

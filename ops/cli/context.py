@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # modules of commands import what takes long inside of functi
     from streams.store.sample_store import SampleStore
 
 CONNECT_SECONDS = 3.0
-SERVICES = frozenset({"up", "broker", "serve", "ingest", "maintain", "trainer", "console"})
+SERVICES = frozenset({"up", "broker", "serve", "ingest", "maintain", "trainer", "console", "index"})
 
 ServerOption = Annotated[
     str | None, typer.Option("--server", help="URL of the model server; server_url of the settings by default.")

@@ -28,6 +28,7 @@ from ops.cli import (
     config,
     doctor,
     feedback,
+    indexes,
     init,
     learning,
     metrics,
@@ -114,6 +115,7 @@ app.add_typer(samples.app, name="samples", rich_help_panel=DATA)
 app.add_typer(records.app, name="quarantine", rich_help_panel=DATA)
 app.add_typer(feedback.app, name="feedback", rich_help_panel=OPERATE)
 app.add_typer(trust.app, name="trust", rich_help_panel=OPERATE)
+app.add_typer(indexes.app, name="index", rich_help_panel=OPERATE)
 app.add_typer(bases.app, name="base", rich_help_panel=DATA)
 app.add_typer(learning.adapters, name="adapters", rich_help_panel=DATA)
 app.add_typer(learning.recipes, name="recipes", rich_help_panel=DATA)

@@ -177,7 +177,7 @@ def _controller(settings: Settings) -> dict[str, Any]:
     registered = settings.base.vlm in list_bases(settings.home, "vlm")
     vlm = {"base": settings.base.vlm, "registered": registered, "replicas": [], "problem": ""}
     facts: dict[str, Any] = {
-        "vlm": vlm, "replicas": {}, "rollout": {"state": "unknown"}, "catalog": None, "trouble": "",
+        "vlm": vlm, "replicas": {}, "rollout": {"state": "unknown"}, "waits_for": [], "catalog": None, "trouble": "",
     }  # fmt: skip
     try:
         with operator_client(settings, timeout=3.0) as client:
@@ -189,6 +189,7 @@ def _controller(settings: Settings) -> dict[str, Any]:
     controller = status["controller"]
     vlm |= {"replicas": controller["vlm"], "problem": status.get("vlm_problem", "")}
     facts |= {name: controller[name] for name in ("replicas", "rollout", "trouble")}
+    facts["waits_for"] = controller.get("waits_for", [])  # a server from before
     return {**facts, "catalog": status["catalog"]}
 
 
@@ -254,6 +255,7 @@ def _serving(facts: dict[str, Any]) -> Panel:
         lines.append(f"release {stable.number} answers the rest: clip {stable.clip or 'base'}, ", "yellow")
         lines.append(f"vlm {stable.vlm or 'base'}\n", "yellow")
     lines.append(rollout_line(facts["rollout"]), "cyan")
+    lines.append("".join(f"a release waits for index {each}\n" for each in facts["waits_for"]), "yellow")
     lines.append(_vlm_line(facts["vlm"]))
     lines.append(replica_lines(facts["replicas"]), "yellow")
     lines.append(f"{facts['trouble']}\n" if facts["trouble"] else "", "yellow")

@@ -92,8 +92,7 @@ class CrossVersionVerdicts:
         return cross_version
 
     def _space_before(self, clip: str) -> str | None:
-        verdict = self._ledger.verdict_on(clip)
-        measured = None if verdict is None else verdict.summary.get("cross_version")
+        measured = self._ledger.cross_version(clip)
         if not measured or not measured["allowed"]:
             return None
         return self._spaces.get(measured["incumbent"])

@@ -184,6 +184,8 @@ class ControllerStatus(ResponseBody):
     """Newest first."""
     rollout: dict[str, Any]
     """Last measurement of the guard of canaries and shadows; `state` is always there."""
+    waits_for: list[str]
+    """Indexes outside that the release which is being prepared waits for, each with its progress."""
     replicas: dict[str, dict[str, int]]
     """Replicas by deployment and by the state that Ray Serve gives them."""
     vlm: list[dict[str, Any]]

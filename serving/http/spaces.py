@@ -87,8 +87,7 @@ async def spaces(request: Request) -> Response:
 def _measured(ledger: Ledger, clip: str | None) -> dict[str, Any] | None:
     """The gate's measurement of an adapter; None without one, or while the ledger is away."""
     try:
-        verdict = None if clip is None else ledger.verdict_on(clip)
+        found = ledger.cross_version(clip)
     except LedgerError:
         return None
-    found: dict[str, Any] | None = None if verdict is None else verdict.summary.get("cross_version")
     return found and {**found, "incumbent": found["incumbent"] or "base"}

@@ -63,6 +63,7 @@ class ReleaseController:
         self.protocol = ReleaseProtocol(
             self.ledger, self.broadcast, settings.serve.rollback_window, update_share=share,
             hold_after_rollback=rollout.hold_after_rollback, lease=self.lease, lineage=self.lineage,
+            indexes=rollout.indexes,
         )  # fmt: skip
         self.guard = Guard(self.protocol, rollout)
         self.fallback = Fallback(self.protocol)
@@ -174,6 +175,7 @@ class ReleaseController:
                 for s in residency.window
             ],
             "rollout": self.guard.status(),
+            "waits_for": self.protocol.preparation.waits_for,
             "replicas": await self.broadcast.replica_states(),
             "encoders": encoders,
             "vlm": vlms,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Final, Literal
 
 from core.errors import ReleaseConflict, ReleaseError
 from core.ledger import Ledger
@@ -12,6 +14,10 @@ from core.ledger.rows import ProposalRow, ReleaseRow, Scope
 from serving.releases.broadcast import Broadcast
 from serving.releases.residency import ResidencyRows, read_residency, resolve_residency
 from serving.releases.types import Prepared, ReleaseSnapshot, Residency, RollbackCommand, TargetAdapters
+
+log = logging.getLogger("ratchet.protocol")
+INDEX_POLL_SECONDS: Final = 0.2
+IndexPolicy = Literal["wait", "cross", "ignore"]
 
 
 class Postponed(Exception):
@@ -51,12 +57,17 @@ class PreparingProposal:
 class Preparation:
     """Makes replicas ready for adapters, and remembers their embedding spaces. Use from one event loop."""
 
-    def __init__(self, ledger: Ledger, broadcast: Broadcast, size: int, base: str | None = None) -> None:
-        """``base``: digest of the encoders' base; None: there is only one."""
+    def __init__(
+        self, ledger: Ledger, broadcast: Broadcast, size: int, base: str | None = None, indexes: IndexPolicy = "wait"
+    ) -> None:
+        """``base``: digest of the encoders' base; None: there is only one. ``indexes``: ``rollout.indexes``."""
         self.ledger = ledger
         self.broadcast = broadcast
         self.size = size
         self.base = base
+        self.indexes = indexes
+        self.waits_for: list[str] = []
+        """Indexes outside that do not have the image space of the release that is being prepared."""
         self.spaces: dict[str | None, tuple[str, str]] = {}
         """Image and text space of each CLIP adapter that replicas can serve."""
 
@@ -85,6 +96,28 @@ class Preparation:
 
     async def _ready_vlm(self, vlm: str | None) -> None:
         _check(await self.broadcast.prepare_vlm(vlm), vlm, "the VLM base")
+
+    async def wait_for_indexes(self, clip: str | None, live: ReleaseRow | None) -> None:
+        """Wait until each index outside that is not paused can be searched in the image space of ``clip``, if the
+        release changes that space, and ``rollout.indexes`` says so."""
+        if live is None or clip == live.clip or self.indexes == "ignore":
+            return
+        (space, _), (before, _) = self.spaces[clip], await self._ask(live.clip) or ("", "")
+        if self.indexes == "cross":
+            measured = await asyncio.to_thread(self.ledger.cross_version, clip)
+            if measured and measured["allowed"] and measured["incumbent"] == live.clip:
+                return
+        try:
+            while space != before:
+                waits_for = await asyncio.to_thread(self.ledger.unready_indexes, space)
+                if waits_for and not self.waits_for:
+                    log.info("the release of %s waits for indexes: %s", clip or "the base", "; ".join(waits_for))
+                self.waits_for = waits_for
+                if not waits_for:
+                    return
+                await asyncio.sleep(INDEX_POLL_SECONDS)
+        finally:
+            self.waits_for = []
 
     def read(self) -> ResidencyRows:
         return read_residency(self.ledger, self.size, self.base)

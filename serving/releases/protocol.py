@@ -22,7 +22,7 @@ from core.ledger import Ledger
 from core.ledger.rows import HoldRow, ProposalKind, ProposalRow, ProposalState, ReleaseRow
 from serving.releases.broadcast import Broadcast, Unacknowledged
 from serving.releases.leadership import ControllerLease, Lineage, wait_for_leader
-from serving.releases.preparation import Postponed, Preparation, PreparingProposal
+from serving.releases.preparation import IndexPolicy, Postponed, Preparation, PreparingProposal
 from serving.releases.rollback import commit_rollback, ledger_answers, plan_rollback
 from serving.releases.types import (
     FAMILIES,
@@ -66,13 +66,15 @@ class ReleaseProtocol:
         hold_after_rollback: bool = False,
         lease: ControllerLease | None = None,
         lineage: Lineage | None = None,
+        indexes: IndexPolicy = "wait",
     ) -> None:
         """``update_share``: of requests, for updates that passed the gate; see :attr:`ReleaseRow.share`. ``lease``:
         while another process holds it, this one only proposes or rolls back; None: there is no other. ``lineage``: this
-        server's base; None: there is only one."""
+        server's base; None: there is only one. ``indexes``: ``rollout.indexes``."""
         self.ledger = ledger
         self.broadcast = broadcast
-        self.preparation = Preparation(ledger, broadcast, window, None if lineage is None else lineage.digest)
+        base = None if lineage is None else lineage.digest
+        self.preparation = Preparation(ledger, broadcast, window, base, indexes)
         self._update_share = update_share
         self._hold_after_rollback = hold_after_rollback
         self._lease = lease
@@ -245,6 +247,8 @@ class ReleaseProtocol:
         work.share = self._update_share if proposal.kind == "update" else proposal.share
         work.target = target_adapters(adapters, await asyncio.to_thread(self.ledger.stable))
         await self.preparation.make_ready(work.target, live)
+        if proposal.kind != "rollback":
+            await self.preparation.wait_for_indexes(work.target["clip"], live)
         return work.target
 
     async def _commit(self, work: PreparingProposal, target: TargetAdapters) -> None:

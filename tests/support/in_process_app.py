@@ -132,7 +132,7 @@ class InProcessApp:
                  "vlm": "vlm_adapter", "share": "share"}  # fmt: skip
         resident = [{name: getattr(each, own) for name, own in names.items()} for each in self.admission.window]
         return {"started": True, "epoch": 1, "held": None, "resident": resident, "rollout": {"state": "idle"},
-                "replicas": {}, "vlm": [], "in_flight": {}}  # fmt: skip
+                "waits_for": [], "replicas": {}, "vlm": [], "in_flight": {}}  # fmt: skip
 
     async def prepare(self, clip: str | None) -> list[Prepared]:
         spaces = self.engine.spaces(clip)
