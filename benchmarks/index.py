@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import orjson
 import psycopg
 from PIL import Image
 
@@ -115,7 +116,7 @@ class Run:
                 if not rows:
                     self.repeated += 1
                     continue
-                again = self.embed([rows[0][0]], space)[0] @ np.array(eval(rows[0][1]))  # noqa: S307
+                again = self.embed([rows[0][0]], space)[0] @ np.array(orjson.loads(rows[0][1]))
                 self.queries += 1
                 self.mixed += again < 0.999 or {row[2] for row in rows} != {space}
 
@@ -209,7 +210,7 @@ class Run:
             exact = self.embed([image for _, image in rows], space)
         stored: dict[int, str] = dict(self.user.execute("select id, embedding::text from found").fetchall())
         near = [
-            id in stored and vector @ np.array(eval(stored[id])) >= 0.999  # noqa: S307
+            id in stored and vector @ np.array(orjson.loads(stored[id])) >= 0.999
             for (id, _), vector in zip(rows, exact, strict=True)
         ]
         lost = len(near) - int(np.sum(near))
