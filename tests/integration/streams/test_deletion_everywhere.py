@@ -21,7 +21,7 @@ from core.settings import Settings
 from ratchet_client.encoding import encode
 from ratchet_client.records import Sample
 from serving.catalog.catalog import Catalog
-from serving.catalog.queries import Filters
+from serving.catalog.queries import Search
 from serving.catalog.tables import Tables
 from serving.releases.types import ReleaseSnapshot
 from streams.store import maintenance
@@ -115,8 +115,8 @@ class Installation:
         return {example.text for example in (*pools.new, *pools.replay)}
 
     def searchable(self, space: str) -> set[str]:
-        hits = asyncio.run(self.catalog.search(space, np.ones(DIM, np.float32), 100, Filters()))
-        return {hit.text for hit in hits}
+        found = asyncio.run(self.catalog.search(space, Search([np.ones(DIM, np.float32)], 100)))
+        return {hit.text for hits in found.hits for hit in hits}
 
     def files_with(self, needle: bytes) -> list[str]:
         lake = self.settings.home / "lake"
