@@ -15,8 +15,8 @@ servers=(tests/integration/console tests/integration/serving tests/e2e)
 alone=(tests/integration/serving/test_{openapi,bodies,searches}.py) # start no server
 named=("${servers[@]}" tests/integration/{streams,updater})
 unit=(tests/unit/{updater,core,ops,serving})
-jobs=("tests/integration tests/unit/serving ${named[*]/#/--ignore=}" "tests/unit/updater ${alone[*]}" "tests/unit/core tests/unit/ops"
-  "tests/integration/streams tests/integration/updater tests/outside/kafka" "tests/unit ${unit[*]/#/--ignore=}" types)
+jobs=("tests/integration ${named[*]/#/--ignore=}" "tests/unit/updater ${alone[*]}" "tests/unit/core tests/unit/ops"
+  "tests/integration/streams tests/integration/updater tests/outside/kafka" "tests/unit ${unit[*]/#/--ignore=}" tests/unit/serving types)
 if [ "${2:-}" = job ]; then
   exec >"$(mktemp "$3/XXXXXX")" 2>&1
   if [ "$4" = types ]; then
