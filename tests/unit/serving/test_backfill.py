@@ -8,7 +8,6 @@ import shutil
 import threading
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -128,8 +127,7 @@ def test_scores_of_old_vectors_are_shifted_to_those_of_new_ones() -> None:
     ids=["allowed", "the incumbent is gone", "not allowed", "no verdict", "the ledger is away"],
 )  # fmt: skip
 async def test_a_space_is_searched_by_the_incumbents_where_allowed(measured: Any, found: dict[str, str]) -> None:
-    verdict = SimpleNamespace(summary={"cross_version": measured}) if measured else None
-    ledger = Mock(verdict_on=Mock(side_effect=[measured if isinstance(measured, Exception) else verdict]))
+    ledger = Mock(cross_version=Mock(side_effect=[measured or None]))
     verdicts = CrossVersionVerdicts(ledger)
     verdicts.remember([HERE])
     assert await verdicts.read([THERE], {"aaaa"}) == found
