@@ -33,7 +33,7 @@ GROWTH: Final = (100, 10, 1)
 QUERIES: Final = 500
 ROUNDS: Final = 3
 RECALL: Final = 0.95
-"""Least recall for tuning faiss: the catalog has no index at few rows, and finds all."""
+"""Least recall for tuning faiss, also where the catalog has no index."""
 
 
 def run(
