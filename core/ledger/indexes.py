@@ -65,21 +65,24 @@ class IndexQueries(Queries):
                 check_lease(session, INDEX_LEASE, epoch)
             if session.get(IndexRow, name) is None:
                 raise LedgerError(f"index {name!r} was removed.", "Nothing needs to be done.")
-            others = select(IndexSpaceRow).where(IndexSpaceRow.name == name, IndexSpaceRow.state == "live")
-            changes = [(row, {"state": "retained"}) for row in session.scalars(others) if row.space != space]
-            row = session.get(IndexSpaceRow, (name, space)) or IndexSpaceRow(name=name, space=space)
-            known = row in session
-            session.add(row)
-            for changed, new in [*(changes if values.get("state") == "live" else []), (row, values)]:
-                before = changed.state if changed is not row or known else None
-                for key, value in new.items():
-                    setattr(changed, key, value)
-                session.flush()
-                if changed.state != before:
-                    fields = ("name", "space", "state", "rows", "total", "skipped", "recall")
-                    data = {field: getattr(changed, field) for field in fields}
-                    fact = f"index-{name}-{changed.space}-{changed.state}-{changed.updated_at.timestamp()}"
-                    add_event(session, "ratchet.index.v1", fact, f"indexes/{name}", data)
+            changed: list[IndexSpaceRow] = []
+            if values.get("state") == "live":
+                live = select(IndexSpaceRow).where(IndexSpaceRow.name == name, IndexSpaceRow.state == "live")
+                changed = list(session.scalars(live.where(IndexSpaceRow.space != space)))
+                for other in changed:
+                    other.state = "retained"
+            row = session.get(IndexSpaceRow, (name, space))
+            before = None if row is None else row.state
+            if row is None:
+                session.add(row := IndexSpaceRow(name=name, space=space))
+            for key, value in values.items():
+                setattr(row, key, value)
+            session.flush()
+            for each in [*changed, row] if row.state != before else changed:
+                fields = ("name", "space", "state", "rows", "total", "skipped", "recall")
+                data = {field: getattr(each, field) for field in fields}
+                fact = f"index-{name}-{each.space}-{each.state}-{each.updated_at.timestamp()}"
+                add_event(session, "ratchet.index.v1", fact, f"indexes/{name}", data)
 
     def unready_indexes(self, space: str) -> list[str]:
         """Indexes, not paused, that do not have all rows of an image space, each with its progress."""

@@ -26,7 +26,7 @@ from serving.catalog.tables import Neighbours, Tables
 log = logging.getLogger("ratchet.catalog")
 INDEX_ROWS: Final = 256
 """Spaces with fewer rows are searched exactly: too few to train an index on."""
-FEW_ROWS: Final = 50_000
+SMALL_ROWS: Final = 50_000
 ALMOST_ALL: Final = 0.995
 """Recall that effort is raised to in spaces of fewer rows, where it costs microseconds."""
 NICE: Final = 10
@@ -221,7 +221,7 @@ class IndexMaintainer:
         """The cheapest effort with recall well above the bound, or the highest if that is above it, and the recall.
         None: no effort is sufficient."""
         end = index.columns.end  # later rows are newer than the exact neighbours
-        wanted = min(1.0, max(self.settings.min_recall + BETTER, ALMOST_ALL if end < FEW_ROWS else 0.0))
+        wanted = min(1.0, max(self.settings.min_recall + BETTER, ALMOST_ALL if end < SMALL_ROWS else 0.0))
         levels, recalls = [], []
         for question in self._questions(space):
             for level in LEVELS:

@@ -22,6 +22,7 @@ from core.ledger.indexes import INDEX_LEASE, SEARCHABLE
 from core.ledger.leases import leased
 from core.ledger.rows import IndexRow, IndexSpaceRow
 from core.progress import progress_log
+from core.recorded_adapters import fetch_recorded
 from core.settings import Settings
 from ratchet_client.images import open_image
 from serving.engines.clip import ClipEngine
@@ -76,8 +77,7 @@ class RowEmbedder:
         with self._lock:
             engine = self._engine = self._engine or ClipEngine.of(self._settings, self.base)
             if clip is not None and clip not in engine.resident:
-                digest = self._ledger.adapter_digests([clip]).get(clip)
-                engine.load(clip, self._artifacts.fetch(f"adapters/{clip}", digest))
+                engine.load(clip, fetch_recorded(self._artifacts, self._ledger, clip))
         if engine.spaces(clip).image != space:
             raise StoreError(f"{clip or 'the base'} has the image space {engine.spaces(clip).image}, not {space}.")
         return engine.encode_images(pixels, clip)

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from core.artifacts import Artifacts
 from core.errors import GateError
 from core.ledger import Ledger
+from core.recorded_adapters import fetch_recorded
 from core.settings import Settings
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, load_base
 from updater.adapters import trainer_encoder
-from updater.adapters.recorded import fetch_recorded
 from updater.gate import checks as c
 from updater.gate.calibration import calibrate
 from updater.gate.decision import Scores

@@ -21,11 +21,11 @@ from core.digests import digest12, digest_json
 from core.errors import BaseModelError, ConfigError, ReleaseError, TrainingError
 from core.ledger import Ledger, ReleaseRow, UpdateRow, VerdictRow
 from core.progress import progress_log, step
+from core.recorded_adapters import fetch_recorded
 from core.settings import Settings
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, digest_of, list_bases, load_base
 from streams.store.sample_store import SampleStore
-from updater.adapters.recorded import fetch_recorded
 from updater.bases import reference_of
 from updater.data.draw import HAVING
 from updater.data.mixture import plan_batches

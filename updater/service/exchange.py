@@ -15,11 +15,11 @@ from typing import Final
 from core.artifacts import Artifacts, directory_digest
 from core.errors import AdapterError, TrainingError
 from core.ledger import AdapterRow, Ledger, UpdateRow, VerdictRow
+from core.recorded_adapters import fetch_recorded
 from core.settings import Settings
 from serving.engines.adapters import MAX_RANK, adapter_name, read_adapter
 from serving.engines.lora import whole_weights
 from streams.store.sample_store import SampleStore
-from updater.adapters.recorded import fetch_recorded
 from updater.families import FAMILIES, family_base, spaces_of
 from updater.recipes import Family
 from updater.service.peft_files import convert, named

@@ -15,6 +15,7 @@ from core import metrics
 from core.artifacts import Artifacts
 from core.errors import AdapterError
 from core.ledger import Ledger, UpdateRow, VerdictRow
+from core.recorded_adapters import fetch_recorded
 from core.settings import Settings
 from serving.engines.adapters import adapter_name
 from serving.engines.calibration import Calibration
@@ -22,7 +23,6 @@ from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, need_base
 from serving.engines.heads import read_heads
 from streams.store.sample_store import SampleStore
-from updater.adapters.recorded import fetch_recorded
 from updater.data.draw import HAVING, left_out
 from updater.gate.calibration import kept_lengths, store_calibration, store_missing
 from updater.gate.clip import AcrossBasesEvaluator, ClipEvaluator, base_alone

@@ -20,9 +20,9 @@ import numpy as np
 from core.artifacts import Artifacts
 from core.ledger import Ledger, ReleaseAuditRow, ReleaseRow
 from core.progress import progress_log
+from core.recorded_adapters import fetch_recorded
 from core.settings import Settings
 from streams.store.sample_store import SampleStore
-from updater.adapters.recorded import fetch_recorded
 from updater.data.draw import HAVING
 from updater.families import family_base
 from updater.gate.decision import ItemScores, moved, points

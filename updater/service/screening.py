@@ -15,6 +15,7 @@ from core.artifacts import Artifacts
 from core.errors import GateError
 from core.ledger import Ledger
 from core.progress import progress_log
+from core.recorded_adapters import fetch_recorded
 from core.settings import Settings
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
@@ -22,7 +23,6 @@ from streams.records.signatures import AUDIT
 from streams.store.rows import chunks
 from streams.store.sample_store import ADDRESS, SampleStore
 from streams.store.writer import StoreWriter
-from updater.adapters.recorded import fetch_recorded
 from updater.data.agreement import Agreements, Kind
 from updater.gate.score import Scorer
 from updater.gate.suite_items import Item, sample_item

@@ -13,12 +13,12 @@ from core.artifacts import Artifacts, directory_digest
 from core.errors import BudgetError
 from core.ledger import Ledger, UpdateRow
 from core.progress import progress_log
+from core.recorded_adapters import fetch_recorded
 from core.settings import Settings
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.heads import read_heads
 from streams.store.sample_store import SampleStore
-from updater.adapters.recorded import fetch_recorded
 from updater.budget.throttle import Throttle
 from updater.families import spaces_of
 from updater.gate.suite_items import Seal

@@ -18,13 +18,13 @@ from core.ledger import Ledger
 from core.ledger import rows as t
 from core.ledger.collection import COLLECT_LEASE
 from core.metrics import declared
+from core.recorded_adapters import fetch_recorded
 from core.settings import Settings
 from ops import collection
 from ops.collection import CollectionPlan, Collector
 from serving.releases.rollback import rollback_target
 from streams.store.maintenance import Maintainer
 from tests.support.command_line import ratchet
-from updater.adapters.recorded import fetch_recorded
 
 BASE = "b" * 64
 NOW = datetime.now(UTC) - timedelta(hours=1)

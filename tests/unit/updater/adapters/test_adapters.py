@@ -8,8 +8,8 @@ import torch
 from core.artifacts import Artifacts, directory_digest
 from core.errors import AdapterError
 from core.ledger import Ledger
+from core.recorded_adapters import fetch_recorded
 from updater.adapters import LowRank, compress, merge
-from updater.adapters.recorded import fetch_recorded
 from updater.adapters.weight_deltas import kept_share
 
 
