@@ -1,4 +1,5 @@
-"""Calibrations of the releases that answer, read from the artifacts once each when first asked for."""
+"""Calibrations of the releases that answer, read from the artifacts once each when first asked for; other artifacts
+of theirs, each time."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from typing import Final
 
 from pydantic import Field
 
-from core.errors import AdapterError, RatchetError
+from core.errors import AdapterError, ArtifactsUnavailable, RatchetError
 from serving.catalog.queries import Hit
 from serving.engines.calibration import MOST_ERROR, Calibration, Kind, MatchCurve, calibration_key, parse_calibration
 from serving.errors import Unavailable
@@ -73,6 +74,15 @@ class Calibrations:
             fix = f"send {' or '.join(map(str, (dim, *lengths)))}, or leave it out."
             raise field_error("dimensions", f"{problem}: {fix}", "unsupported_dimensions")
 
+    async def read(self, key: str) -> bytes:
+        """An artifact. Raises AdapterError: there is none; ArtifactsUnavailable, OSError: the artifacts are away."""
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await self._thread.run(self._read, key)
+        except TimeoutError:
+            problem = f"the artifacts did not answer within {self._seconds:g} s."
+            raise ArtifactsUnavailable(problem, "Try again.", state="slow") from None
+
     async def _of(self, snapshot: ReleaseSnapshot, needed: bool) -> Calibration:
         """Empty without one, and while the artifacts are away: if it is ``needed``, that raises Unavailable."""
         key = calibration_key(snapshot.image_space, snapshot.text_space)
@@ -95,12 +105,9 @@ class Calibrations:
             del self._known[next(iter(self._known))]
         away = ""
         try:
-            async with asyncio.timeout(self._seconds):
-                return _Known(parse_calibration(await self._thread.run(self._read, key)))
+            return _Known(parse_calibration(await self.read(key)))
         except AdapterError:  # there is none
             pass
-        except TimeoutError:
-            away = f"the artifacts did not answer within {self._seconds:g} s."
         except (RatchetError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             away = str(error)
         if away:

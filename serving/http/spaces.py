@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
+import pybase64
+from fastapi import APIRouter, Path, Request, Response
+from pydantic import Field
 
-from core.errors import LedgerError
+from core.errors import AdapterError, LedgerError
 from core.ledger import Ledger
+from serving.engines.bridge import bridge_key, parse_bridge
 from serving.errors import NotReady
 from serving.http.app_state import app_state
 from serving.http.bodies import ResponseBody, json_response
+from serving.http.errors import ApiError, missing
 
 router = APIRouter(tags=["OpenAI compatible"])
+Space = Annotated[str, Path(max_length=64, pattern="^[0-9a-zA-Z_-]+$", description="As `/v1/spaces` names it.")]
+
+
+class BridgeMeasure(ResponseBody):
+    """What the gate measured of a bridge, on one half of its held-out images; the other half fitted it."""
+
+    n: int
+    """Texts."""
+    old_old: float
+    """Recall of the incumbent's texts in its own images, of that half."""
+    recall: float
+    """Of this release's texts in the incumbent's images, mapped."""
+    ci_low: float
+    """One-sided lower bound of `recall` minus `old_old`."""
+    allowed: bool
+    """Whether a loss of more than `margin` is excluded; only then is it offered."""
 
 
 class CrossVersionBody(ResponseBody):
@@ -34,6 +54,18 @@ class CrossVersionBody(ResponseBody):
     margin: float
     allowed: bool
     """Whether a loss of more than `margin` is excluded."""
+    bridge: BridgeMeasure | None = None
+    """Null where too few images could judge one."""
+
+
+class BridgeBody(ResponseBody):
+    """Multiply kept image vectors, a row each, by the matrix, and compare them with texts and images of `to`."""
+
+    space: str
+    to: str
+    dimensions: int
+    matrix: str = Field(json_schema_extra={"contentEncoding": "base64"})
+    """Little-endian float32 numbers, row by row."""
 
 
 class SpaceBody(ResponseBody):
@@ -82,6 +114,31 @@ async def spaces(request: Request) -> Response:
             })  # fmt: skip
             row["releases"].append(snapshot.release)
     return json_response({"object": "list", "data": list(rows.values())})
+
+
+@router.get(
+    "/v1/spaces/{space}/bridge", summary="A map of kept image vectors into the live image space",
+    response_model=BridgeBody, responses=missing("The gate offers no bridge between these spaces."),
+)  # fmt: skip
+async def bridge(request: Request, space: Space) -> Response:
+    """Offered from the image space before the newest release, if the gate has shown that searches over it lose at most
+    its margin. Embedding the images again is better where it can be done: `cross_version` of `/v1/spaces` has both.
+    """
+    state = app_state(request)
+    with state.admit(request, "clip") as live:
+        try:
+            matrix = parse_bridge(await state.calibrations.read(bridge_key(space, live.image_space)))
+        except AdapterError:
+            measured = (await asyncio.to_thread(_measured, state.ledger, live.clip) or {}).get("bridge")
+            why = f"its recall would be {measured['recall']:.1%} of {measured['old_old']:.1%}" if measured else ""
+            problem = f"there is no bridge from {space} to {live.image_space}, the live image space"
+            raise ApiError(
+                404, f"{problem}{why and ': ' + why}. Embed the images again.", param="space", code="no_bridge"
+            ) from None
+        return json_response({
+            "space": space, "to": live.image_space, "dimensions": len(matrix),
+            "matrix": pybase64.b64encode_as_string(matrix.astype("<f4", copy=False).tobytes()),
+        })  # fmt: skip
 
 
 def _measured(ledger: Ledger, clip: str | None) -> dict[str, Any] | None:

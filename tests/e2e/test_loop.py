@@ -45,8 +45,8 @@ pytestmark = [pytest.mark.timeout(900)]
 
 SPLIT_KEY = "e2e"
 TRIGGER = 420
-"""Of the 540 samples published first, this key leaves 428 to train on and 112 fresh ones (a random key leaves 35 to 160,
-and the gate asks for 50). An update begins when nearly all have come: screening may hold a few."""
+"""Of the 540 samples published first, this key leaves 428 to train on and 112 fresh ones (a random key 35 to 160, and
+the gate asks for 50). An update begins when nearly all have come: screening may hold a few."""
 PAGES = {
     "RatchetServingAbsent", "RatchetIngestAbsent", "RatchetUpdaterAbsent", "RatchetBrokerDown",
     "RatchetReleaseDisagreement",

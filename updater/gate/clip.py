@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,18 +20,15 @@ from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, load_base
 from updater.adapters import trainer_encoder
 from updater.gate import checks as c
+from updater.gate import cross_version
 from updater.gate.calibration import calibrate
 from updater.gate.decision import Scores
 from updater.gate.diagnostics import feature_shift, pair_accuracy
-from updater.gate.score import Outcomes, Scorer, rank_of_best, worst_items
-from updater.gate.statistics import compare_accuracy
-from updater.gate.suite_items import spread
+from updater.gate.score import Outcomes, Scorer, worst_items
 from updater.gate.suites import PROBE, Family, Suite, probe
 from updater.gate.verdict import Check, CrossVersion, Diagnostics, Regression
 
 LATENCY_BATCH = 8
-CROSS_VERSION_ITEMS: Final = 600
-"""Over all suites: the incumbent may have to embed these images again, some seconds."""
 
 
 def live_clip(settings: Settings) -> tuple[Scorer, str | None]:
@@ -84,20 +81,7 @@ class ClipEvaluator(Scorer):
     def cross_version(
         self, suites: Sequence[Suite], incumbent: str | None, candidate: str, margin: float, level: float
     ) -> CrossVersion | None:
-        """Recall of a candidate's texts among images that the incumbent embedded: without a loss, searches need not
-        wait for the catalog to be embedded again. None if both have one image space, or there is no retrieval suite.
-        ``margin``: loss of recall that must be excluded. ``level``: of the one-sided test."""
-        retrieval = [suite for suite in suites if suite.task == "retrieval"]
-        if not retrieval or self.engine.spaces(incumbent).image == self.engine.spaces(candidate).image:
-            return None
-        most = max(2, CROSS_VERSION_ITEMS // len(retrieval))
-        hits = [_hits(self, suite, incumbent, candidate, most) for suite in retrieval]
-        old_old, new_old, new_new = (np.concatenate(column) for column in zip(*hits, strict=True))
-        comparison = compare_accuracy(old_old, new_old, margin=margin)
-        return CrossVersion(
-            n=len(old_old), k=min(suite.k for suite in retrieval), old_old=comparison.before, new_old=comparison.after,
-            new_new=float(new_new.mean()), ci_low=comparison.bounds(level)[0], margin=margin,
-        )  # fmt: skip
+        return cross_version.measure(self, suites, incumbent, candidate, margin, level)
 
     def checks(self, candidate: str, suites: Sequence[Suite], facts: Mapping[str, Any]) -> list[Check]:
         engine = self.engine
@@ -142,20 +126,6 @@ class ClipEvaluator(Scorer):
             return c.check_latency(ask, candidate, what, ratio=c.LATENCY_RATIO, grace=c.GRACE_SECONDS, rounds=5)
         finally:
             torch.set_num_threads(threads)
-
-
-def _hits(
-    scorer: Scorer, suite: Suite, incumbent: str | None, candidate: str, most: int
-) -> tuple[NDArray[np.float64], ...]:
-    """1 for each text with a right image among its k nearest: old texts in old images, new in old, new in new."""
-    items = spread(suite.items(), most)
-    texts = sorted({item.text for item in items})
-    right = np.array([[item.text == text for item in items] for text in texts])
-    old_images = scorer.images(items, incumbent, f"{suite.name}, images of the incumbent")
-    new_images = scorer.images(items, candidate, f"{suite.name}, images of the candidate")
-    old_texts, new_texts = scorer.texts(texts, incumbent), scorer.texts(texts, candidate)
-    pairs = ((old_texts, old_images), (new_texts, old_images), (new_texts, new_images))
-    return tuple((rank_of_best(left @ images.T, right) < suite.k).astype(np.float64) for left, images in pairs)
 
 
 def base_alone(base: ClipBase) -> str:

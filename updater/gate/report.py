@@ -142,6 +142,12 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         lost = f"lower bound of the difference {_signed(crossing['ci_low'])}, margin {_percent(crossing['margin'])}"
         said = f"recall@{crossing['k']} {shares} ({lost}; {crossing['n']} texts)"
         rows.append(("Search while the catalog is embedded again", said))
+        if bridge := crossing.get("bridge"):
+            said = f"{'offered' if bridge['allowed'] else 'refused'}: recall {_percent(bridge['old_old'])} before, "
+            said += (
+                f"{_percent(bridge['recall'])} over it (lower bound {_signed(bridge['ci_low'])}; {bridge['n']} texts)"
+            )
+            rows.append(("Bridge from the incumbent's image vectors", said))
     if (mean := report.get("mean")) is not None:
         rows.append(("Mean loss", f"{mean['reason']} ({mean['n']:,} items of {mean['suites']} suites)"))
     meta.pop("load_error", None)

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from core.ledger.rows import GateOutcome
 from serving.engines.calibration import Kind, MatchCurve
 from updater.gate.interim_analyses import InterimAnalysis, alpha_left
@@ -231,6 +234,25 @@ class SuiteResult:
         }
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Bridge:
+    """An orthogonal map of the incumbent's image vectors into the candidate's space, judged by recall of texts in
+    images that it was not fitted on (:mod:`updater.gate.cross_version`)."""
+
+    n: int
+    old_old: float
+    recall: float
+    """Of the candidate's texts in the incumbent's images, mapped."""
+    ci_low: float
+    """One-sided lower bound of `recall - old_old`."""
+    margin: float
+    matrix: NDArray[np.float32]
+
+    @property
+    def allowed(self) -> bool:
+        return self.ci_low > -self.margin
+
+
 @dataclass(frozen=True, slots=True)
 class CrossVersion:
     """Recall at `k` of texts in images, over retrieval suites. `new_old`: the candidate's texts in the incumbent's
@@ -244,14 +266,20 @@ class CrossVersion:
     ci_low: float
     """One-sided lower bound of `new_old - old_old`."""
     margin: float
+    bridge: Bridge | None = None
+    """None with too few images to judge one."""
 
     @property
     def allowed(self) -> bool:
         """True if searches may begin before the backfill: a loss of the margin is excluded."""
         return self.ci_low > -self.margin
 
-    def summary(self) -> dict[str, float | int | bool]:
-        return {**asdict(self), "allowed": self.allowed}
+    def summary(self) -> dict[str, Any]:
+        values = {**asdict(self), "allowed": self.allowed}
+        if self.bridge is not None:
+            del values["bridge"]["matrix"], values["bridge"]["margin"]
+            values["bridge"]["allowed"] = self.bridge.allowed
+        return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,7 +450,10 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """All values as JSON; NaN and infinity become None."""
-        everything = {**asdict(self), "look": self.look_summary(), "caught_by": self.caught_by}
+        everything = {
+            **asdict(self), "look": self.look_summary(), "caught_by": self.caught_by,
+            "cross_version": self.cross_version and self.cross_version.summary(),
+        }  # fmt: skip
         return {name: jsonable(value) for name, value in everything.items()}
 
     def summary(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from streams.store.sample_store import SampleStore
 from updater.data.draw import HAVING, left_out
 from updater.gate.calibration import kept_lengths, store_calibration, store_missing
 from updater.gate.clip import AcrossBasesEvaluator, ClipEvaluator, base_alone
+from updater.gate.cross_version import store_bridge
 from updater.gate.decision import percent
 from updater.gate.diagnostics import StoreCounts
 from updater.gate.report import write_report
@@ -154,11 +155,13 @@ def _gate(
             cost=update.cost,
             meta=meta,
         )
-        if verdict.diagnostics.calibration and isinstance(evaluator, ClipEvaluator):
-            lengths = kept_lengths(evaluator, [*suites, *fresh], adapter, settings.gate)
-            store_calibration(artifacts, evaluator, adapter, Calibration(verdict.diagnostics.calibration, lengths))
-            if upgrade is None:
-                store_missing(artifacts, evaluator, [*suites, *fresh], update.incumbent, settings.gate)
+        if isinstance(evaluator, ClipEvaluator):
+            store_bridge(artifacts, evaluator, verdict)
+            if verdict.diagnostics.calibration:
+                lengths = kept_lengths(evaluator, [*suites, *fresh], adapter, settings.gate)
+                store_calibration(artifacts, evaluator, adapter, Calibration(verdict.diagnostics.calibration, lengths))
+                if upgrade is None:
+                    store_missing(artifacts, evaluator, [*suites, *fresh], update.incumbent, settings.gate)
         if (
             verdict.outcome == "rejected"
             and isinstance(base, ClipBase)

@@ -5,6 +5,7 @@ and catalog, in one process.
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import httpx
 import numpy as np
 import pytest
 
+from core.artifacts import Artifacts
 from core.errors import LedgerUnavailable
 from core.settings.serving import Serve
+from serving.engines.bridge import bridge_key, dump_bridge
 from serving.releases.types import ReleaseCommand
 from tests.support.in_process_app import InProcessApp, open_in_process_app
 from tests.support.tiny import tiny_adapter
@@ -123,7 +126,16 @@ def test_spaces_are_listed_with_their_releases_and_what_the_gate_measured(
     ledger.begin_update(
         "u", family="clip", recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None
     )
-    measured = {"n": 90, "k": 5, "old_old": 0.5, "new_old": 0.49, "new_new": 0.52, "ci_low": -0.02, "margin": 0.03}
+    measured: dict[str, Any] = {
+        "n": 90,
+        "k": 5,
+        "old_old": 0.5,
+        "new_old": 0.49,
+        "new_new": 0.52,
+        "ci_low": -0.02,
+        "margin": 0.03,
+    }
+    measured["bridge"] = {"n": 40, "old_old": 0.5, "recall": 0.48, "ci_low": -0.02, "allowed": True}
     summary = {"cross_version": {**measured, "allowed": True, "incumbent": None}}
     ledger.record_verdict("u", name, "passed", "reports/u", summary)
     world.release(name)
@@ -143,3 +155,29 @@ def test_spaces_are_listed_with_their_releases_and_what_the_gate_measured(
 
     monkeypatch.setattr(type(ledger), "verdict_on", lambda self, adapter: away(adapter))
     assert world.ask("/v1/spaces").json()["data"][0]["cross_version"] is None
+
+
+def test_a_bridge_maps_kept_vectors_into_the_live_space_if_the_gate_offers_one(
+    tmp_path: Path, runner: asyncio.Runner
+) -> None:
+    world = World(runner, tmp_path)
+    ledger, name, artifacts = world.app.ledger, world.adapter(2), Artifacts(str(tmp_path / "artifacts"))
+    old, new = world.app.engine.spaces(None).image, world.app.engine.spaces(name).image
+    ledger.begin_update(
+        "u", family="clip", recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None
+    )
+    bridge = {"n": 90, "old_old": 0.5, "recall": 0.31, "ci_low": -0.2, "allowed": False}
+    ledger.record_verdict("u", name, "passed", "reports/u", {"cross_version": {"incumbent": None, "bridge": bridge}})
+    world.release(name)
+    path = f"/v1/spaces/{old}/bridge"
+    assert "its recall would be 31.0% of 50.0%" in refusal(world.ask(path), 404, "no_bridge")
+    assert "Embed the images again" in refusal(world.ask("/v1/spaces/other/bridge"), 404, "no_bridge")
+    assert world.ask("/v1/spaces/a.b/bridge").status_code == 400
+    matrix = np.linalg.qr(np.random.default_rng(1).normal(size=(world.app.engine.base.dim,) * 2))[0].astype(np.float32)
+    artifacts.write_bytes(bridge_key(old, new), dump_bridge(matrix))
+    answer = world.ask(path).json()
+    assert (answer["space"], answer["to"], answer["dimensions"]) == (old, new, len(matrix))
+    got = np.frombuffer(base64.b64decode(answer["matrix"]), "<f4").reshape(len(matrix), -1)
+    assert np.array_equal(got, matrix)
+    artifacts.write_bytes(bridge_key(old, new), b"not a bridge")
+    assert world.ask(path).status_code == 503

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from core.artifacts import Artifacts
 from core.errors import AdapterError, GateError
 from serving.engines.backends import EngineChoice
+from serving.engines.bridge import bridge_key, parse_bridge
 from serving.engines.clip import ClipEngine
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.updater.gate.builders import folder_dataset, fresh_suite, sample_rows
 from updater.gate.clip import AcrossBasesEvaluator, ClipEvaluator, base_alone
+from updater.gate.cross_version import store_bridge
 from updater.gate.gate_command import EngineScore, engine_scores
 from updater.gate.score import Scorer, rank_of_best
 from updater.gate.suite_items import Item
@@ -176,9 +179,10 @@ N, DIM = 120, 64
 class GivenVectors:
     """Vectors of each model: an image and its text are equal but for noise; models differ by a rotation."""
 
-    def __init__(self, turned: dict[str | None, float]) -> None:
-        """``turned``: share of another rotation in each model's space."""
-        self.turned = turned
+    def __init__(self, turned: dict[str | None, float], folded: bool = False) -> None:
+        """``turned``: share of another map in each model's space. ``folded``: one that is not linear."""
+        self.turned, self.folded = turned, folded
+        self.turn = np.linalg.qr(np.random.default_rng(9).normal(size=(DIM, DIM)))[0]
         self.engine = SimpleNamespace(spaces=lambda name: SimpleNamespace(image=f"space {turned[name]}"))
 
     def images(self, items: list[Item], adapter: str | None, label: str = "") -> np.ndarray:
@@ -190,14 +194,15 @@ class GivenVectors:
     def _vectors(self, texts: list[str], adapter: str | None, side: int) -> np.ndarray:
         content = np.stack([np.random.default_rng(int(text)).normal(size=DIM) for text in texts])
         noise = np.stack([np.random.default_rng([int(text), side]).normal(size=DIM) for text in texts])
-        turn = np.random.default_rng(9).normal(size=(DIM, DIM)) / np.sqrt(DIM)
         share = self.turned[adapter]
-        vectors = (content + 0.3 * noise) @ ((1 - share) * np.eye(DIM) + share * turn)
+        vectors = (content + 0.3 * noise) @ ((1 - share) * np.eye(DIM) + share * self.turn)
+        if share and self.folded:
+            vectors = np.cos(2 * vectors)
         return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
 
 
-def measure(candidate: float, margin: float = 0.05) -> Any:
-    scorer: Any = GivenVectors({None: 0.0, "clip-new": candidate})
+def measure(candidate: float, margin: float = 0.05, folded: bool = False) -> Any:
+    scorer: Any = GivenVectors({None: 0.0, "clip-new": candidate}, folded)
     suite = Suite(name="fresh", role="gain", task="retrieval", limit=N)
     suite._items = tuple(Item(f"i{n}", str(n), str(n), f"i{n}", f"i{n}", bytes) for n in range(N))
     return ClipEvaluator.cross_version(scorer, [suite], None, "clip-new", margin, 0.05)
@@ -211,6 +216,22 @@ def test_a_space_that_hardly_moved_may_be_searched_at_once_and_one_of_another_ro
     assert far.summary()["allowed"] is False
     assert not measure(0.0001, margin=0.001).allowed, "few items prove nothing"
     assert measure(0.0) is None, "an update of the text tower alone has no such question"
+
+
+def test_a_bridge_is_offered_where_it_keeps_the_recall_and_refused_where_it_does_not(tmp_path: Path) -> None:
+    turned, folded = measure(1.0, margin=0.1), measure(1.0, margin=0.1, folded=True)
+    assert turned.new_old < 0.2 and not turned.allowed
+    assert turned.bridge.allowed and turned.bridge.recall == pytest.approx(turned.bridge.old_old, abs=0.1)
+    assert turned.bridge.n < N, "it is judged on what it was not fitted on"
+    assert folded.new_new > 0.9 and not folded.bridge.allowed, "no rotation maps one space to the other"
+    assert turned.summary()["bridge"]["allowed"] is True and "matrix" not in turned.summary()["bridge"]
+    artifacts = Artifacts(str(tmp_path))
+    scorer: Any = GivenVectors({None: 0.0, "clip-new": 1.0})
+    for measured in (turned, folded):
+        verdict: Any = SimpleNamespace(incumbent=None, candidate="clip-new", cross_version=measured)
+        store_bridge(artifacts, scorer, verdict)
+        kept = parse_bridge(artifacts.read_bytes(bridge_key("space 0.0", "space 1.0")))
+        assert np.array_equal(kept, turned.bridge.matrix), "what is refused is not stored"
 
 
 def test_each_model_is_asked_on_its_base(tmp_path: Path) -> None:
