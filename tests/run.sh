@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All checks and tests but the long ones. What mostly waits for servers to start has the terminal; beside it run the
-# other jobs, six at a time and first those that take or wait longest, in a session of low priority (Linux shares
+# other jobs, four at a time (each has up to 3 GB in the end) and first those that take or wait longest, in a session of low priority (Linux shares
 # processors out by session, see sched(7)). What these say is shown when all are done, and what failed anywhere is named
 # once more at the end. Of low priority, they have longer limits: beside other work on the same cores, what takes 10 s
 # alone took more than 120.
@@ -29,7 +29,7 @@ if [ "${2:-}" = job ]; then
 fi
 if [ "${2:-}" = beside ]; then
   { echo 10 >/proc/self/autogroup; } 2>/dev/null
-  printf '%s\0' "${jobs[@]}" | nice -n 10 xargs -0 -n 1 -P 6 bash "$0" "$bin" job "$3"
+  printf '%s\0' "${jobs[@]}" | nice -n 10 xargs -0 -n 1 -P 4 bash "$0" "$bin" job "$3"
   exit
 fi
 said="$(mktemp -d)"
