@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # All checks and tests but the long ones. What mostly waits for servers to start has the terminal; beside it run the
-# other jobs, four at a time (each has up to 3 GB in the end) and first those that take or wait longest, in a session of low priority (Linux shares
-# processors out by session, see sched(7)). What these say is shown when all are done, and what failed anywhere is named
-# once more at the end. Of low priority, they have longer limits: beside other work on the same cores, what takes 10 s
-# alone took more than 120.
+# other jobs, first those that take or wait longest, in a session of low priority (Linux shares processors out by
+# session, see sched(7)): four at a time, since each grows to 3 GB. What these say is shown when all are done, and what
+# failed anywhere is named once more at the end. Of low priority, they have longer limits: beside other work on the same
+# cores, what takes 10 s alone took more than 120.
 #
 # Each process computes on one thread: models are tiny, and threads of several processes that wait for each other on two
 # cores spin.
