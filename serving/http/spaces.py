@@ -18,7 +18,7 @@ from serving.http.bodies import ResponseBody, json_response
 from serving.http.errors import ApiError, missing
 
 router = APIRouter(tags=["OpenAI compatible"])
-Space = Annotated[str, Path(max_length=64, pattern="^[0-9a-zA-Z_-]+$", description="As `/v1/spaces` names it.")]
+Space = Annotated[str, Path(max_length=64, json_schema_extra={"format": "space"})]
 
 
 class BridgeMeasure(ResponseBody):
@@ -127,6 +127,8 @@ async def bridge(request: Request, space: Space) -> Response:
     state = app_state(request)
     with state.admit(request, "clip") as live:
         try:
+            if not space.isalnum():
+                raise AdapterError(f"{space!r} is no space.", "See GET /v1/spaces.")
             matrix = parse_bridge(await state.calibrations.read(bridge_key(space, live.image_space)))
         except AdapterError:
             measured = (await asyncio.to_thread(_measured, state.ledger, live.clip) or {}).get("bridge")

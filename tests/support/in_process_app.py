@@ -81,6 +81,7 @@ class InProcessApp:
     engine: ClipEngine
     ledger: Ledger
     catalog: Catalog
+    artifacts: Artifacts
     has_vlm: bool = True
     admission: Admission = field(default_factory=Admission)
     samples: list[Sample] = field(default_factory=list)
@@ -185,7 +186,8 @@ async def open_in_process_app(home: Path, settings: Serve) -> tuple[InProcessApp
 
     tables = Tables(str(home / "lake" / "catalog"), home / "catalog-index")
     catalog = Catalog(tables, store, base.preprocess.pixels, encode)
-    in_process = InProcessApp(engine, Ledger.open(f"sqlite:///{home / 'ledger.db'}"), catalog, samples=samples)
+    ledger, artifacts = Ledger.open(f"sqlite:///{home / 'ledger.db'}"), Artifacts(str(home / "artifacts"))
+    in_process = InProcessApp(engine, ledger, catalog, artifacts, samples=samples)
     await in_process.protocol.start()
     keyed = settings.model_copy(update={"operator_key": SecretStr(KEY)})
     access = Access(in_process.ledger, Settings(serve=keyed))
@@ -203,7 +205,7 @@ async def open_in_process_app(home: Path, settings: Serve) -> tuple[InProcessApp
         image_loader=ImageLoader(base.preprocess, settings), ledger=in_process.ledger, refresh=_nothing,
         deletions=DeletionService(Settings(home=home), in_process.ledger), answers=AnswerReceipts(SecretStr(KEY)),
         feedback=FeedbackService(in_process.ledger), **stand_ins,
-        calibrations=Calibrations(Artifacts(str(home / "artifacts")).read_bytes, again=0.0),
+        calibrations=Calibrations(artifacts.read_bytes, again=0.0),
     )  # fmt: skip
     return in_process, build_app(app_state)
 

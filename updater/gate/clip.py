@@ -22,11 +22,12 @@ from updater.adapters import trainer_encoder
 from updater.gate import checks as c
 from updater.gate import cross_version
 from updater.gate.calibration import calibrate
+from updater.gate.crossings import CrossVersion
 from updater.gate.decision import Scores
 from updater.gate.diagnostics import feature_shift, pair_accuracy
 from updater.gate.score import Outcomes, Scorer, worst_items
 from updater.gate.suites import PROBE, Family, Suite, probe
-from updater.gate.verdict import Check, CrossVersion, Diagnostics, Regression
+from updater.gate.verdict import Check, Diagnostics, Regression
 
 LATENCY_BATCH = 8
 

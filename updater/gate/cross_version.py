@@ -16,11 +16,12 @@ from scipy.linalg import orthogonal_procrustes
 from core.artifacts import Artifacts
 from core.digests import digest_bytes
 from serving.engines.bridge import bridge_key, dump_bridge
+from updater.gate.crossings import Bridge, CrossVersion
 from updater.gate.score import Scorer, Vectors, rank_of_best
 from updater.gate.statistics import compare_accuracy
 from updater.gate.suite_items import Item, spread
 from updater.gate.suites import Suite
-from updater.gate.verdict import Bridge, CrossVersion, Verdict
+from updater.gate.verdict import Verdict
 
 MOST_ITEMS: Final = 600
 """Over all suites: the incumbent may have to embed these images again, some seconds."""

@@ -22,13 +22,14 @@ from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead
 from updater.gate.clip import ClipEvaluator, live_clip
+from updater.gate.crossings import CrossVersion
 from updater.gate.decision import Findings, ItemScores, Scores, conclude, decide
 from updater.gate.diagnostics import ConceptCounts, measure_tail
 from updater.gate.interim_analyses import AnalysisPlan, InterimAnalysis
 from updater.gate.suite_items import Item
 from updater.gate.suites import Family, Suite
 from updater.gate.trust import judge_sources, trust_warnings
-from updater.gate.verdict import YES_BOUND, Check, CrossVersion, Diagnostics, Regression, Verdict
+from updater.gate.verdict import YES_BOUND, Check, Diagnostics, Regression, Verdict
 from updater.gate.vlm import VlmEvaluator
 
 M = TypeVar("M", bound=ItemScores)

@@ -8,11 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from core.ledger.rows import GateOutcome
 from serving.engines.calibration import Kind, MatchCurve
+from updater.gate.crossings import CrossVersion
 from updater.gate.interim_analyses import InterimAnalysis, alpha_left
 
 Decision = Literal["passed", "failed", "inconclusive"]
@@ -232,54 +230,6 @@ class SuiteResult:
             **{name: asdict(change) for name, change in changes.items() if change},
             **({"best": self.best} if self.best_release else {}),
         }
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Bridge:
-    """An orthogonal map of the incumbent's image vectors into the candidate's space, judged by recall of texts in
-    images that it was not fitted on (:mod:`updater.gate.cross_version`)."""
-
-    n: int
-    old_old: float
-    recall: float
-    """Of the candidate's texts in the incumbent's images, mapped."""
-    ci_low: float
-    """One-sided lower bound of `recall - old_old`."""
-    margin: float
-    matrix: NDArray[np.float32]
-
-    @property
-    def allowed(self) -> bool:
-        return self.ci_low > -self.margin
-
-
-@dataclass(frozen=True, slots=True)
-class CrossVersion:
-    """Recall at `k` of texts in images, over retrieval suites. `new_old`: the candidate's texts in the incumbent's
-    images, as in searches at the start of a backfill (see :mod:`updater.gate.clip`)."""
-
-    n: int
-    k: int
-    old_old: float
-    new_old: float
-    new_new: float
-    ci_low: float
-    """One-sided lower bound of `new_old - old_old`."""
-    margin: float
-    bridge: Bridge | None = None
-    """None with too few images to judge one."""
-
-    @property
-    def allowed(self) -> bool:
-        """True if searches may begin before the backfill: a loss of the margin is excluded."""
-        return self.ci_low > -self.margin
-
-    def summary(self) -> dict[str, Any]:
-        values = {**asdict(self), "allowed": self.allowed}
-        if self.bridge is not None:
-            del values["bridge"]["matrix"], values["bridge"]["margin"]
-            values["bridge"]["allowed"] = self.bridge.allowed
-        return values
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import jsonschema_rs
+import numpy as np
 import pytest
 import requests
 import schemathesis
@@ -25,6 +26,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from schemathesis import Case, GenerationMode
 
+from serving.engines.bridge import bridge_key, dump_bridge
 from serving.http.answer_receipts import AnswerReceipts
 from tests.support.hostile_images import PLAIN, REFUSED, TAKEN
 from tests.support.in_process_app import KEY, InProcessApp
@@ -160,6 +162,8 @@ def teach(in_process_app: InProcessApp) -> None:
     schemathesis.openapi.format("answer", st.just(receipt) | st.text(max_size=9))
     spaces = in_process_app.engine.spaces(None)
     schemathesis.openapi.format("space", st.sampled_from([spaces.image, spaces.text]) | st.text(max_size=9))
+    identity = dump_bridge(np.eye(in_process_app.engine.base.dim, dtype=np.float32))
+    in_process_app.artifacts.write_bytes(bridge_key(spaces.image, spaces.image), identity)
     deletion = in_process_app.ledger.request_deletion(
         "deletion-0", {"source": "nobody's"}, actor="ann", reason="asked to"
     )

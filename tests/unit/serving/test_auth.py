@@ -28,7 +28,9 @@ from serving.http.client_address import RateLimiter
 from tests.support.clock import Clock
 from tests.unit.serving.auth_app import OPERATOR, AuthApp, Keys, refusal
 
-PATHS = {"deletion_id": "d", "model": "clip", "sample_id": "0" * 64, "topic": "t", "partition": 0, "offset": 0}
+PATHS = {
+    "deletion_id": "d", "model": "clip", "sample_id": "0" * 64, "space": "s", "topic": "t", "partition": 0, "offset": 0
+}  # fmt: skip
 
 
 def away(*_: object) -> list[KeyRow]:
