@@ -22,7 +22,7 @@ Space = Annotated[str, Path(max_length=64, json_schema_extra={"format": "space"}
 
 
 class BridgeMeasure(ResponseBody):
-    """What the gate measured of a bridge, on one half of its held-out images; the other half fitted it."""
+    """The gate's measurement of a bridge on one half of its held-out images; it was fitted on the other half."""
 
     n: int
     """Texts."""
@@ -132,11 +132,11 @@ async def bridge(request: Request, space: Space) -> Response:
             matrix = parse_bridge(await state.calibrations.read(bridge_key(space, live.image_space)))
         except AdapterError:
             measured = (await asyncio.to_thread(_measured, state.ledger, live.clip) or {}).get("bridge")
-            why = f"its recall would be {measured['recall']:.1%} of {measured['old_old']:.1%}" if measured else ""
             problem = f"there is no bridge from {space} to {live.image_space}, the live image space"
-            raise ApiError(
-                404, f"{problem}{why and ': ' + why}. Embed the images again.", param="space", code="no_bridge"
-            ) from None
+            if measured:
+                shares = f"{measured['recall']:.1%} of {measured['old_old']:.1%}"
+                problem += f": for one from the release before, its recall would be {shares}"
+            raise ApiError(404, f"{problem}. Embed the images again.", param="space", code="no_bridge") from None
         return json_response({
             "space": space, "to": live.image_space, "dimensions": len(matrix),
             "matrix": pybase64.b64encode_as_string(matrix.astype("<f4", copy=False).tobytes()),

@@ -23,6 +23,7 @@ from updater.gate.suite_items import Item, spread
 from updater.gate.suites import Suite
 from updater.gate.verdict import Verdict
 
+ALL: Final = slice(None)
 MOST_ITEMS: Final = 600
 """Over all suites: the incumbent may have to embed these images again, some seconds."""
 
@@ -39,10 +40,8 @@ class _Asked:
         self.old_texts, self.new_texts = scorer.texts(texts, incumbent), scorer.texts(texts, candidate)
         self.fitted = np.array([_is_fitted(item) for item in self.items])
 
-    def hits(self, texts: Vectors, images: Vectors, among: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+    def hits(self, texts: Vectors, images: Vectors, among: NDArray[np.bool_] | slice = ALL) -> NDArray[np.float64]:
         """1 for each text with a right image among its k nearest. ``among``: only these images, and texts of them."""
-        if among is None:
-            among = np.ones(len(images), bool)
         right = self.right[:, among]
         asked = right.any(axis=1)
         ranks = rank_of_best(texts[asked] @ images[among].T, right[asked])
@@ -73,7 +72,8 @@ def measure(
 
 def _bridge(asked: Sequence[_Asked], margin: float, level: float) -> Bridge | None:
     """None with too few images to fit and judge one."""
-    old, new = (np.concatenate(each) for each in zip(*(_fitted(each) for each in asked), strict=True))
+    old = np.concatenate([each.old_images[each.fitted] for each in asked])
+    new = np.concatenate([each.new_images[each.fitted] for each in asked])
     judged = [each for each in asked if not each.fitted.all()]
     if len(old) < 2 or not judged:
         return None
@@ -81,15 +81,13 @@ def _bridge(asked: Sequence[_Asked], margin: float, level: float) -> Bridge | No
     before = np.concatenate([each.hits(each.old_texts, each.old_images, ~each.fitted) for each in judged])
     after = np.concatenate([each.hits(each.new_texts, each.old_images @ matrix, ~each.fitted) for each in judged])
     comparison = compare_accuracy(before, after, margin=margin)
-    return Bridge(len(before), comparison.before, comparison.after, comparison.bounds(level)[0], margin, matrix)
-
-
-def _fitted(asked: _Asked) -> tuple[Vectors, Vectors]:
-    return asked.old_images[asked.fitted], asked.new_images[asked.fitted]
+    low = comparison.bounds(level)[0]
+    return Bridge(len(before), comparison.before, comparison.after, low, low > -margin, matrix)
 
 
 def _is_fitted(item: Item) -> bool:
-    """By the picture: copies of one are in the same half."""
+    """By the picture: copies of one are in the same half. Not by the hash of :func:`updater.gate.suite_items.of_half`:
+    suites that tuned a merge are one of its halves already."""
     return int(digest_bytes(item.source.encode())[:8], 16) % 2 == 0
 
 

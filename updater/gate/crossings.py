@@ -1,5 +1,4 @@
-"""What the gate measured of a candidate's texts in its incumbent's images (:mod:`updater.gate.cross_version`), as plain
-data."""
+"""Measurements of :mod:`updater.gate.cross_version`, as plain data."""
 
 from __future__ import annotations
 
@@ -21,18 +20,15 @@ class Bridge:
     """Of the candidate's texts in the incumbent's images, mapped."""
     ci_low: float
     """One-sided lower bound of `recall - old_old`."""
-    margin: float
+    allowed: bool
+    """True if a loss of the margin is excluded."""
     matrix: NDArray[np.float32]
-
-    @property
-    def allowed(self) -> bool:
-        return self.ci_low > -self.margin
 
 
 @dataclass(frozen=True, slots=True)
 class CrossVersion:
     """Recall at `k` of texts in images, over retrieval suites. `new_old`: the candidate's texts in the incumbent's
-    images, as in searches at the start of a backfill (see :mod:`updater.gate.clip`)."""
+    images, as in searches at the start of a backfill (see :mod:`updater.gate.cross_version`)."""
 
     n: int
     k: int
@@ -53,6 +49,5 @@ class CrossVersion:
     def summary(self) -> dict[str, Any]:
         values = {**asdict(self), "allowed": self.allowed}
         if self.bridge is not None:
-            del values["bridge"]["matrix"], values["bridge"]["margin"]
-            values["bridge"]["allowed"] = self.bridge.allowed
+            del values["bridge"]["matrix"]
         return values

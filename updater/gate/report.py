@@ -143,7 +143,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         said = f"recall@{crossing['k']} {shares} ({lost}; {crossing['n']} texts)"
         rows.append(("Search while the catalog is embedded again", said))
         if bridge := crossing.get("bridge"):
-            said = f"{'offered' if bridge['allowed'] else 'refused'}: recall {_percent(bridge['old_old'])} before, "
+            said = f"{'offered' if bridge['allowed'] else 'not offered'}: recall {_percent(bridge['old_old'])} before, "
             said += (
                 f"{_percent(bridge['recall'])} over it (lower bound {_signed(bridge['ci_low'])}; {bridge['n']} texts)"
             )
