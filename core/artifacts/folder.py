@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, Final
 
 from core.digests import digest_bytes
 from core.errors import AdapterError
-from core.files import flush
+from core.files import flush, folder_next_to
 
 MARKER: Final = ".complete"
 MAX_FILES: Final = 100_000
@@ -88,23 +87,20 @@ ABANDONED_SECONDS: Final = 24 * 3600
 def put_directory(source: Path, target: Path, key: str) -> None:
     """Store a directory: readers see all of it or nothing, also after a machine crash. Raises AdapterError if the name
     has other contents."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target.parent)
     if not target.exists():
-        staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=target.parent))
         try:
-            shutil.copytree(source, staging, dirs_exist_ok=True)
-            staging.chmod(0o755)
-            for path in (*staging.rglob("*"), staging):
-                flush(path)
-            staging.rename(target)
-            flush(target.parent)
-            return
+            with folder_next_to(target, STAGING) as staging:
+                shutil.copytree(source, staging, dirs_exist_ok=True)
+                staging.chmod(0o755)
+                for path in (*staging.rglob("*"), staging):
+                    flush(path)
+                staging.rename(target)
+                flush(target.parent)
+                return
         except OSError:  # another process was faster
             if not target.exists():
                 raise
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
     if directory_digest(target) != directory_digest(source):
         raise AdapterError(f"artifact {key!r} exists with other contents.", "A name is never reused.")
 
@@ -115,12 +111,9 @@ def delete(target: Path) -> None:
         if not target.is_dir():
             target.unlink()
             return
-        staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=target.parent))
-        try:
+        with folder_next_to(target, STAGING) as staging:
             target.rename(staging / target.name)
             flush(target.parent)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
 
 
 def sizes(folder: Path) -> dict[str, int]:

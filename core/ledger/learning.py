@@ -15,6 +15,7 @@ from core.ledger.events import add_event, clipped, note
 from core.ledger.rows import (
     AdapterRow,
     BaseUpgradeRow,
+    Family,
     GateOutcome,
     ProposalRow,
     ReleaseRow,
@@ -35,7 +36,7 @@ class LearningQueries(Queries):
     def register_adapter(
         self,
         name: str,
-        family: str,
+        family: Family,
         base: str,
         image_space: str,
         text_space: str,
@@ -78,7 +79,7 @@ class LearningQueries(Queries):
         self,
         update_id: str,
         *,
-        family: str,
+        family: Family,
         recipe: dict[str, Any],
         seed: int,
         store_version: int,
@@ -193,7 +194,7 @@ class LearningQueries(Queries):
         row = self._get(UpdateRow, update_id)
         return row is not None and row.state in FINISHED
 
-    def unfinished_update(self, family: str) -> UpdateRow | None:
+    def unfinished_update(self, family: Family) -> UpdateRow | None:
         """The oldest unfinished update: left by a killed trainer, or imported."""
         query = select(UpdateRow).where(UpdateRow.family == family, UpdateRow.state.not_in(FINISHED))
         return self._first(query.order_by(UpdateRow.created_at))

@@ -101,7 +101,7 @@ class AdapterRow(Base, kw_only=True):
 
     __tablename__ = "adapters"
     name: Mapped[str] = mapped_column(String(64), primary_key=True)
-    family: Mapped[str] = mapped_column(String(16))
+    family: Mapped[Family] = mapped_column(String(16))
     base: Mapped[str] = mapped_column(String(64))
     image_space: Mapped[str] = mapped_column(String(64))
     text_space: Mapped[str] = mapped_column(String(64))
@@ -123,7 +123,7 @@ class UpdateRow(Base, kw_only=True):
 
     __tablename__ = "updates"
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    family: Mapped[str] = mapped_column(String(16), index=True)
+    family: Mapped[Family] = mapped_column(String(16), index=True)
     state: Mapped[UpdateState] = mapped_column(String(16))
     recipe: Mapped[dict[str, Any]]
     seed: Mapped[int]
@@ -169,7 +169,7 @@ class ReleaseAuditRow(Base, kw_only=True):
 
     __tablename__ = "release_audits"
     id: Mapped[int] = mapped_column(primary_key=True, default=None)
-    family: Mapped[str] = mapped_column(String(16))
+    family: Mapped[Family] = mapped_column(String(16))
     base: Mapped[str] = mapped_column(String(64))
     release: Mapped[int] = mapped_column(ForeignKey("releases.number"))
     adapter: Mapped[str] = mapped_column(String(64))
@@ -440,7 +440,7 @@ class ScreeningRow(Base, kw_only=True):
     """How much images and texts of samples agree, and which samples were asked; one row for each family."""
 
     __tablename__ = "screenings"
-    family: Mapped[str] = mapped_column(String(16), primary_key=True)
+    family: Mapped[Family] = mapped_column(String(16), primary_key=True)
     offsets: Mapped[dict[str, int]]
     """Next offsets by ``topic:partition``."""
     counts: Mapped[dict[str, Any]]

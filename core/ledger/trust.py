@@ -9,7 +9,7 @@ from sqlalchemy import select
 from core.errors import LedgerError
 from core.ledger.database import Queries
 from core.ledger.events import note
-from core.ledger.rows import DistrustedSourceRow, ScreeningRow
+from core.ledger.rows import DistrustedSourceRow, Family, ScreeningRow
 
 
 class TrustQueries(Queries):
@@ -39,9 +39,9 @@ class TrustQueries(Queries):
     def distrusted(self) -> list[DistrustedSourceRow]:
         return self._all(select(DistrustedSourceRow).order_by(DistrustedSourceRow.created_at))
 
-    def screening(self, family: str) -> ScreeningRow | None:
+    def screening(self, family: Family) -> ScreeningRow | None:
         return self._get(ScreeningRow, family)
 
-    def screened(self, family: str, offsets: dict[str, int], counts: dict[str, Any]) -> None:
+    def screened(self, family: Family, offsets: dict[str, int], counts: dict[str, Any]) -> None:
         with self.database.write() as session:
             session.merge(ScreeningRow(family=family, offsets=offsets, counts=counts))

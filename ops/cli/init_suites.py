@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +11,7 @@ from pathlib import Path
 
 from core.digests import digest_bytes
 from core.errors import ConfigError, RecordError
-from core.files import replace_file
+from core.files import folder_next_to, replace_file
 from core.progress import track
 from core.settings.streams import Ingest
 from core.settings.updates import Gate
@@ -234,16 +232,11 @@ def slug(name: str) -> str:
 def _write_data(plan: SuitePlan) -> None:
     """Written next to its place and moved there, so that readers see either the old or the new folder."""
     target = plan.data
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
-    try:
-        write_folder(work, _items(plan))
+    with folder_next_to(target) as work:
+        new = write_folder(work / "new", _items(plan))
         if target.exists():
-            target.rename(old := work.with_name(f"{work.name}-old"))
-            shutil.rmtree(old, ignore_errors=True)
-        work.rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+            target.rename(work / "old")
+        new.rename(target)
 
 
 def _items(plan: SuitePlan) -> Iterator[FolderItem]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from core.artifacts import Artifacts, directory_digest
-from core.artifacts.folder import remove_abandoned
+from core.artifacts.folder import STAGING, remove_abandoned
 from core.errors import AdapterError, LedgerUnavailable, RatchetError, StoreUnavailable
+from core.files import folder_next_to
 from core.ledger import Ledger
 from serving.own_threads import BoundedCall
 
@@ -139,9 +139,7 @@ class AdapterCache:
             return None
 
     def _store(self, source: Path, target: Path, digest: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=self.folder))
-        try:
+        with folder_next_to(target, STAGING) as staging:
             shutil.copytree(source, staging / "files")
             (staging / "digest").write_text(digest)
             try:
@@ -150,8 +148,6 @@ class AdapterCache:
                 if not target.is_dir():
                     raise
             (staging / "digest").replace(target.with_name(f"{target.name}{DIGEST}"))
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
 
     def _make_room(self, newest: str) -> None:
         """Remove leftovers of killed processes, then the least recently used adapters until the rest fits."""

@@ -14,6 +14,7 @@ from typing import Final
 
 from core.artifacts import Artifacts, directory_digest
 from core.errors import AdapterError, TrainingError
+from core.files import folder_next_to
 from core.ledger import AdapterRow, Ledger, UpdateRow, VerdictRow
 from core.recorded_adapters import fetch_recorded
 from core.settings import Settings
@@ -100,16 +101,15 @@ def gate_import(settings: Settings, imported: Import) -> tuple[UpdateRow, Verdic
     """Judge and propose an imported adapter, unless that was done before. Raises TrainingError: an updater runs here,
     an older update is unfinished, or the incumbent is undecided: the updater judges it later."""
     update = imported.update
-    family: Family = "vlm" if update.family == "vlm" else "clip"
     with closing(Ledger.open(settings.ledger)) as ledger:
         if not ledger.is_finished(update.id):
             with only_one(settings.home, wait=False):
-                oldest = ledger.unfinished_update(family)
+                oldest = ledger.unfinished_update(update.family)
                 if oldest is not None and oldest.id != update.id:
                     raise TrainingError(
                         f"{oldest.id} is not finished.", "Start the updater: it finishes both, one after the other."
                     )
-                outcome = UpdaterService(settings, family=family).step()
+                outcome = UpdaterService(settings, family=update.family).step()
             if outcome.update is None:
                 raise TrainingError(
                     f"{update.id} cannot be judged now: {outcome.reason}.", "The updater does it later."
@@ -152,15 +152,11 @@ def export_adapter(settings: Settings, name: str, target: Path) -> Path:
         row = ledger.adapter(name)
         source = fetch_recorded(Artifacts(settings.artifacts), ledger, name)
         card = model_card(ledger, row, source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".export-", dir=target.parent))
-    try:
+    with folder_next_to(target, ".export-") as work:
         shutil.copytree(source, work, dirs_exist_ok=True)
         (work / "README.md").write_text(card)
         work.chmod(0o755)
         work.rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return target
 
 

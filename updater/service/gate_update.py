@@ -149,7 +149,7 @@ def _gate(
             fresh=fresh,
             best=best,
             used=ledger.judgements_of(base.family),
-            counts=StoreCounts(store, update.store_version, HAVING[_family(update)], settings.home / "cache" / "gate"),
+            counts=StoreCounts(store, update.store_version, HAVING[update.family], settings.home / "cache" / "gate"),
             plan=plan,
             settings=settings.gate,
             cost=update.cost,
@@ -196,10 +196,6 @@ def _blame(
     return blame(base, recipe, incumbent, update, store, pools, evaluator, worst)
 
 
-def _family(update: UpdateRow) -> Family:
-    return "vlm" if update.family == "vlm" else "clip"
-
-
 def update_suites(
     settings: Settings,
     store: SampleStore,
@@ -212,7 +208,7 @@ def update_suites(
     upgrade, which learns them again, their held-out samples are in both kinds of suite. Raises GateError if a suite
     cannot be read."""
     learned = update.data_from if learned is None else learned
-    family = _family(update)
+    family = update.family
     held_out = HeldOut(store, update.store_version, HAVING[family], seal, left_out(update))
     fresh = held_out.rows(TEXT_COLUMNS, update.data_from)
     min_items, most = settings.gate.min_items, settings.gate.max_items
@@ -224,9 +220,9 @@ def update_suites(
 
 
 def correction_suites_of(settings: Settings, store: SampleStore, update: UpdateRow, seal: Seal) -> list[Suite]:
-    held_out = HeldOut(store, update.store_version, HAVING[_family(update)], seal, left_out(update))
+    held_out = HeldOut(store, update.store_version, HAVING[update.family], seal, left_out(update))
     rows, bounds = held_out.rows(TEXT_COLUMNS), settings.gate
-    return correction_suites(rows, held_out, family=_family(update), min_items=bounds.min_items, limit=bounds.max_items)
+    return correction_suites(rows, held_out, family=update.family, min_items=bounds.min_items, limit=bounds.max_items)
 
 
 def _told(evaluator: Evaluator[Any], suite: Suite, incumbent: str | None, candidate: str) -> str:

@@ -16,9 +16,10 @@ from core.ledger import Ledger, ReleaseAuditRow, VerdictRow
 from core.metrics.learning import Score
 from core.settings import Settings
 from core.settings.serving import SHIPPED, SHIPPED_VLM
-from serving.engines.clip_base import list_bases, names_by_digest
+from serving.engines.clip_base import names_by_digest
 from streams.store.sample_store import SampleStore
 from updater.bases import need_reference
+from updater.families import families_with_a_base
 from updater.gate.interim_analyses import AnalysisPlan, alpha_left
 from updater.gate.suites import MAKE_SUITES, load_suites
 from updater.recipes import Family, family_recipe
@@ -110,10 +111,7 @@ class LearningState:
 
 
 def learning_states(settings: Settings, ledger: Ledger, store: SampleStore) -> dict[Family, LearningState]:
-    families: list[Family] = ["clip"]
-    if settings.base.vlm and settings.base.vlm in list_bases(settings.home, "vlm"):
-        families.append("vlm")
-    return {family: _state(settings, ledger, store, family) for family in families}
+    return {family: _state(settings, ledger, store, family) for family in families_with_a_base(settings)}
 
 
 def _state(settings: Settings, ledger: Ledger, store: SampleStore, family: Family) -> LearningState:
