@@ -265,10 +265,10 @@ def checked(model: type[Model], fields: Any) -> Model:
         raise from_validation(error) from None
 
 
-def json_response(content: Any, headers: dict[str, str] | None = None, status: int = 200) -> Response:
+def json_response(content: Any, headers: dict[str, str] | None = None) -> Response:
     """A JSON answer. A float32 has the digits that tell it from its neighbours; NaN and infinity become null."""
     data = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Response(data, status, headers, "application/json")
+    return Response(data, 200, headers, "application/json")
 
 
 def json_schema(model: type[BaseModel]) -> dict[str, Any]:

@@ -216,10 +216,10 @@ def fetcher_of(bounds: Serve, seconds: float = FETCH_SECONDS) -> Fetcher | None:
     return Fetcher(Rules(bounds.image_hosts, bounds.image_networks, bounds.max_image_bytes, seconds, FETCHES))
 
 
-def fitted(image: Image.Image, max_pixels: int, longest: int = LONGEST_SIDE) -> npt.NDArray[np.uint8]:
+def fitted(image: Image.Image, max_pixels: int) -> npt.NDArray[np.uint8]:
     """An RGB image as [H, W, 3], scaled down if a side or its area is too large."""
     width, height = image.size
-    scale = min(longest / max(width, height), math.sqrt(max_pixels / (width * height)))
+    scale = min(LONGEST_SIDE / max(width, height), math.sqrt(max_pixels / (width * height)))
     if scale < 1:
         size = (max(1, int(width * scale)), max(1, int(height * scale)))
         image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)

@@ -134,9 +134,8 @@ class ReceiptService:
     """Receipts: the outcomes of records. Both calls raise StoreUnavailable."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
         self._threads = OwnThreads("receipts", TRACE_THREADS)
-        self._store: Any = None
+        self._store = SampleStore(settings.lake)
 
     async def of_position(self, topic: str, partition: int, offset: int) -> list[dict[str, Any]]:
         """Receipts of one record, at least one."""
@@ -147,6 +146,4 @@ class ReceiptService:
         return await in_time(self._threads.run(self._read, sample_id), TRACE_SECONDS)
 
     def _read(self, query: Any) -> list[dict[str, Any]]:
-        if self._store is None:
-            self._store = SampleStore(self.settings.lake)
         return [receipt.as_json() for receipt in trace(self._store, query)]

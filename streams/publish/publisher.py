@@ -25,7 +25,6 @@ from core.errors import BrokerError, ConfigError, RatchetError, RecordError, Sto
 from core.files import replace_file
 from core.progress import meter, progress_log
 from core.settings import Settings
-from ratchet_client.encoding import Encoding
 from ratchet_client.producer import Delivery, check_sample
 from ratchet_client.records import Sample, make_sample
 from streams.kafka.clients import Admin, connect_producer, producer_limits
@@ -52,7 +51,6 @@ def publish(
     split: str | None = None,
     limit: int | None = None,
     source: str | None = None,
-    encoding: Encoding = "raw",
     dry_run: bool = False,
     skip_bad: bool = False,
     resume: bool = False,
@@ -87,7 +85,7 @@ def publish(
         if dry_run:
             run.check(islice(rows, limit))
         else:
-            run.send(islice(rows, limit), progress, encoding, resume)
+            run.send(islice(rows, limit), progress, resume)
     if not (report.delivered or report.refused or report.before):
         raise RecordError("dataset", f"{path} has no rows.", "Name a data set with samples in it.")
     return report
@@ -133,10 +131,10 @@ class _Run:
                 show(partial(report.progress, started))
         report.seconds = time.monotonic() - started
 
-    def send(self, rows: Iterator[DatasetRow], progress: ProgressFile, encoding: Encoding, resume: bool) -> None:
+    def send(self, rows: Iterator[DatasetRow], progress: ProgressFile, resume: bool) -> None:
         report, settings, started = self._report, self._settings, time.monotonic()
         in_flight = InFlight(report.before)
-        producer = connect_producer(settings.kafka, settings.ingest, encoding=encoding, on_delivery=lambda _: None)
+        producer = connect_producer(settings.kafka, settings.ingest, on_delivery=lambda _: None)
         try:
             if not resume:
                 progress.reset()

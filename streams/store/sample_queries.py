@@ -183,10 +183,8 @@ class SampleFilter:
         return self == SampleFilter()
 
 
-def newest_samples(
-    store: SampleStore, which: SampleFilter, limit: int, columns: Sequence[str] = LIST_COLUMNS
-) -> list[dict[str, Any]]:
-    return store.newest(limit, which.where(), columns)
+def newest_samples(store: SampleStore, which: SampleFilter, limit: int) -> list[dict[str, Any]]:
+    return store.newest(limit, which.where(), LIST_COLUMNS)
 
 
 def with_images(store: SampleStore, rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -137,9 +137,9 @@ class AcrossBasesEvaluator(ClipEvaluator):
     """Evaluates a candidate on a new base and everything else (incumbent, best release) on an old one, each in an
     engine of its base. Items are the same for all, so comparisons are paired as within one base."""
 
-    def __init__(self, old: ClipEngine, new: ClipEngine, candidate: str, *, cache: Path | None = None) -> None:
-        super().__init__(new, cache=cache)
-        self.old = ClipEvaluator(old, cache=cache)
+    def __init__(self, old: ClipEngine, new: ClipEngine, candidate: str) -> None:
+        super().__init__(new)
+        self.old = ClipEvaluator(old)
         self.candidate = candidate
 
     def load(self, name: str, directory: Path, *, candidate: bool = False) -> None:

@@ -82,13 +82,11 @@ def take_steps(job: Job, team: Team, control: Control) -> None:
         trainer.take_steps()
 
 
-def estimate(
-    base: Base, recipe: Recipe, pools: Pools, *, seed: int, limits: Limits, work_dir: Path, device: str | None = None
-) -> Estimate:
+def estimate(base: Base, recipe: Recipe, pools: Pools, *, seed: int, limits: Limits, work_dir: Path) -> Estimate:
     """Estimate :func:`train` from the base: one batch is measured and one step taken and discarded. Its preparation
     stays in ``work_dir``, for training with the same arguments. Raises what :func:`train` raises before its first step.
     """
-    job = Job(base, recipe, pools, None, seed, limits, work_dir, device=device)
+    job = Job(base, recipe, pools, None, seed, limits, work_dir)
     with _reproducible(limits.threads), Trainer(job) as trainer:
         return trainer.estimate()
 
