@@ -2,9 +2,10 @@
 
 The real updater learns a stream of a new domain (four fifths) and of domains that the base knows, in as many updates as
 asked for; each candidate is released whatever the gate says, since a change of the embedding space is what is measured.
-A client searches by the captions of pictures that no gate and no calibration asks for: the sealed quarter of the known
-suites' items, among as many pictures as the gate's, and the new domain's test split. At the base it fixes one threshold
-for a false-match rate (the share of the false pairs among the first ten hits of its queries that reach it), as a score,
+A client has pictures that no gate and no calibration asks for. It searches by their captions (kind *text*): the sealed
+quarter of the known suites' items, among as many pictures as the gate's, and the new domain's test split. It also
+classifies the sealed quarter of the suites of classes (kind *label*). At the base it fixes one threshold for each kind
+by a false-match rate (the share of the false pairs among the first ten hits of its queries that reach it), as a score,
 and as the probability that the base's calibration gives for it. Both stay: how far does the false-match rate move with
 each release? ``false`` is the share of false hits among those that reach the threshold, ``ece`` the expected
 calibration error on the client's pairs.
@@ -14,10 +15,11 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from pydantic import SecretStr
@@ -30,9 +32,9 @@ from core.errors import TrainingError
 from core.progress import progress_log
 from core.settings import Settings
 from demo.data import prepare_domain
-from serving.engines.calibration import MatchCurve, calibration_key, parse_calibration
+from serving.engines.calibration import Calibration, Kind, calibration_key, parse_calibration
 from streams.store.rows import Position
-from updater.gate.calibration import Pairs, calibration_error, first_hits
+from updater.gate.calibration import Pairs, calibration_error, first_hits, pairs_of
 from updater.gate.score import Scorer
 from updater.gate.statistics import Floats
 from updater.gate.suite_items import Item, Seal, of_part
@@ -42,8 +44,7 @@ from updater.service.update_loop import UpdaterService
 from updater.training.checkpoint import write_json
 
 Row = dict[str, Any]
-Asked = tuple[Sequence[Item], Sequence[Item]]
-"""Items whose captions are asked, and those among which they are searched."""
+KINDS: Final[tuple[Kind, ...]] = ("text", "label")
 
 
 def own_settings(settings: Settings, folder: Path) -> Settings:
@@ -60,33 +61,54 @@ def own_settings(settings: Settings, folder: Path) -> Settings:
     )  # fmt: skip
 
 
-class Searcher:
-    """A client with one threshold, on queries of its own."""
+class Client:
+    """With one threshold for each kind, on queries of its own."""
 
-    def __init__(self, scorer: Scorer, asked: Sequence[Asked], rate: float) -> None:
-        self.scorer, self.asked = scorer, asked
-        pairs = self.pairs(None)
-        self.score = float(np.quantile(pairs.similarity[~pairs.match], 1.0 - rate))
+    def __init__(self, settings: Settings, scorer: Scorer, seal: Seal, rate: float) -> None:
+        self.scorer = scorer
+        self.suites = load_suites(settings.gate.suites, settings.home, "clip", settings.gate.max_items)
+        self.seal = seal
+        self.new = Suite(name="client", task="retrieval", data=str(prepare_domain(NEW, settings.home)), split="test")
+        self.score: dict[Kind, float] = {}
+        for kind in KINDS:
+            pairs = self.pairs(kind, None)
+            self.score[kind] = float(np.quantile(pairs.similarity[~pairs.match], 1.0 - rate))
 
-    def pairs(self, adapter: str | None) -> Pairs:
-        parts = []
-        for asked, pool in self.asked:
-            captions = sorted({item.text for item in asked})
-            images = self.scorer.images(pool, adapter, "client")
-            right = np.array([[item.text == text for item in pool] for text in captions])
-            parts.append(first_hits(self.scorer.texts(captions, adapter, "client") @ images.T, right))
-        return Pairs.joined(parts)
+    def pairs(self, kind: Kind, adapter: str | None) -> Pairs:
+        if kind == "label":
+            classes = [suite.part("sealed", self.seal) for suite in self.suites if suite.task == "classification"]
+            found = (pairs_of(self.scorer, suite, adapter) for suite in classes)
+            return Pairs.joined([pairs for each in found for name, pairs in each if name == kind])
+        return Pairs.joined([self.search(*each, adapter) for each in self.searches()])
 
-    def figures(self, adapter: str | None, curve: MatchCurve, least: float) -> Row:
-        """``least``: the probability threshold."""
-        pairs = self.pairs(adapter)
-        given = curve(pairs.similarity)
-        ece, low, high = calibration_error(pairs, given)
-        return {
-            "hits": int(pairs.match.sum()), "pairs": len(pairs.match), "ece": ece, "ece_ci": [low, high],
-            "gate_ece": curve.error, "gate_ece_high": curve.ci_high,
-            "by_score": told(pairs, pairs.similarity, self.score), "by_probability": told(pairs, given, least),
-        }  # fmt: skip
+    def searches(self) -> Iterator[tuple[Sequence[Item], Sequence[Item]]]:
+        """Items whose captions are asked, and those among which they are searched."""
+        for suite in self.suites:
+            if suite.task == "retrieval" and suite.folder.name in KNOWN:
+                sealed, judged = (of_part(suite.items(), part, self.seal) for part in ("sealed", "judged"))
+                yield sealed, [*sealed, *judged[: len(judged) - len(sealed)]]
+        yield self.new.items(), self.new.items()
+
+    def search(self, asked: Sequence[Item], pool: Sequence[Item], adapter: str | None) -> Pairs:
+        captions = sorted({item.text for item in asked})
+        images = self.scorer.images(pool, adapter, "client")
+        right = np.array([[item.text == text for item in pool] for text in captions])
+        return first_hits(self.scorer.texts(captions, adapter, "client") @ images.T, right)
+
+    def figures(self, adapter: str | None, calibration: Calibration, least: Mapping[Kind, float]) -> Row:
+        """``least``: the probability thresholds."""
+        found: Row = {}
+        for kind in KINDS:
+            pairs, curve = self.pairs(kind, adapter), calibration.curves[kind]
+            given = curve(pairs.similarity)
+            ece, low, high = calibration_error(pairs, given)
+            found[kind] = {
+                "hits": int(pairs.match.sum()), "pairs": len(pairs.match), "ece": ece, "ece_ci": [low, high],
+                "gate_ece": curve.error, "gate_ece_high": curve.ci_high,
+                "by_score": told(pairs, pairs.similarity, self.score[kind]),
+                "by_probability": told(pairs, given, least[kind]),
+            }  # fmt: skip
+        return found
 
 
 def told(pairs: Pairs, values: Floats, least: float) -> Row:
@@ -97,17 +119,6 @@ def told(pairs: Pairs, values: Floats, least: float) -> Row:
         "fmr": float(false.sum() / max((~pairs.match).sum(), 1)),
         "found": float(pairs.match[got].sum() / pairs.match.sum()),
     }  # fmt: skip
-
-
-def asked_of(settings: Settings, seal: Seal) -> list[Asked]:
-    suites = load_suites(settings.gate.suites, settings.home, "clip", settings.gate.max_items)
-    pools: list[Asked] = []
-    for suite in suites:
-        if suite.task == "retrieval" and suite.folder.name in KNOWN:
-            sealed, judged = of_part(suite.items(), "sealed", seal), of_part(suite.items(), "judged", seal)
-            pools.append((sealed, [*sealed, *judged[: len(judged) - len(sealed)]]))
-    new = Suite(name="client", task="retrieval", data=str(prepare_domain(NEW, settings.home)), split="test").items()
-    return [*pools, (new, new)]
 
 
 def run(settings: Settings, out: Path, updates: int, steps: int, samples: int, rate: float) -> Row:
@@ -123,12 +134,11 @@ def run(settings: Settings, out: Path, updates: int, steps: int, samples: int, r
     with closing(service.ledger):
         service.ledger.commit_release(1, clip=None, vlm=None, actor="bench", reason="base", proposal_id=None)
         seal = Seal.of(own, service.store, {})
-        client = Searcher(Scorer(world.engine), asked_of(own, seal), rate)
+        client = Client(own, Scorer(world.engine), seal, rate)
 
-        def curve(adapter: str | None) -> MatchCurve:
+        def calibration(adapter: str | None) -> Calibration:
             spaces = world.engine.spaces(adapter)
-            key = calibration_key(spaces.image, spaces.text)
-            return parse_calibration(service.artifacts.read_bytes(key)).curves["text"]
+            return parse_calibration(service.artifacts.read_bytes(calibration_key(spaces.image, spaces.text)))
 
         for number in range(updates):
             start, end = (len(rows) * each // updates for each in (number, number + 1))
@@ -140,9 +150,10 @@ def run(settings: Settings, out: Path, updates: int, steps: int, samples: int, r
             verdict = service.ledger.verdict_of(outcome.update.id)
             world.engine.load(adapter, service.artifacts.fetch(f"adapters/{adapter}"))
             if not measured:  # the first gate has calibrated the base, too
-                least = float(curve(None)(client.score))
-                measured.append({"release": "base", "verdict": "", **client.figures(None, curve(None), least)})
-            row = client.figures(adapter, curve(adapter), least)
+                first = calibration(None)
+                least = {kind: float(first.curves[kind](client.score[kind])) for kind in KINDS}
+                measured.append({"release": "base", "verdict": "", **client.figures(None, first, least)})
+            row = client.figures(adapter, calibration(adapter), least)
             said = verdict.outcome if verdict else ""
             measured.append({"release": str(number + 2), "verdict": said, "adapter": adapter, **row})
             write_json(out / "rows.json", {"rows": measured})
@@ -158,28 +169,29 @@ def run(settings: Settings, out: Path, updates: int, steps: int, samples: int, r
 
 
 def figures_of(rows: Sequence[Row]) -> Row:
-    """The largest relative moves of the base's rates, with a threshold of probability and one of score."""
+    """By kind, the largest relative moves of the base's rates, with a threshold of probability and one of score."""
 
-    def moved(threshold: str, rate: str) -> float:
-        first, *later = (float(row[threshold][rate]) for row in rows)
-        return max(abs(each / first - 1.0) for each in later)
+    def moved(threshold: str, rate: str) -> dict[str, float]:
+        rates = {kind: [float(row[kind][threshold][rate]) for row in rows] for kind in KINDS}
+        return {kind: max(abs(each / first - 1.0) for each in later) for kind, (first, *later) in rates.items()}
 
     return {
         "moved_with": moved("by_probability", "fmr"), "moved_without": moved("by_score", "fmr"),
         "false_moved_with": moved("by_probability", "false"), "false_moved_without": moved("by_score", "false"),
-        "ece": [row["ece"] for row in rows], "rows": list(rows),
+        "ece": {kind: [row[kind]["ece"] for row in rows] for kind in KINDS}, "rows": list(rows),
     }  # fmt: skip
 
 
 def show(figures: Mapping[str, Any]) -> None:
+    least = ", ".join(f"{kind} {figures['score'][kind]:.3f} or {figures['probability'][kind]:.2f}" for kind in KINDS)
     table = Table(
-        "release", "verdict", "false-match rate, by score", "by probability", "false hits, by score", "by probability ",
-        "calibration error", title=f"Score {figures['score']:.3f}, or probability {figures['probability']:.2f}",
+        "release", "verdict", "kind", "false-match rate, by score", "by probability", "false hits, by score",
+        "by probability ", "calibration error", title=f"Thresholds of score, or probability: {least}",
     )  # fmt: skip
-    for row in figures["rows"]:
-        score, probability = row["by_score"], row["by_probability"]
-        shown = (score["fmr"], probability["fmr"], score["false"], probability["false"], row["ece"])
-        table.add_row(row["release"], row["verdict"], *(f"{each:.2%}" for each in shown))
+    for row, kind in product(figures["rows"], KINDS):
+        score, probability = row[kind]["by_score"], row[kind]["by_probability"]
+        shown = (score["fmr"], probability["fmr"], score["false"], probability["false"], row[kind]["ece"])
+        table.add_row(row["release"], row["verdict"], kind, *(f"{each:.2%}" for each in shown))
     show_table(table, figures)
 
 

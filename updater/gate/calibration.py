@@ -3,10 +3,10 @@
 Each query of a suite is asked of that suite's pictures, as a search or a classification asks it, and its first ten hits
 are pairs: a *text* is a caption (a match: a picture with this caption), a *label* a class's prompts asked of a picture
 (its class), an *image* a picture asked of the others (one with the same class or concept; pictures without any such
-partner are not asked). A curve is fitted by isotonic regression (Zadrozny and Elkan, KDD 2002), over at most 64 bins
-that hold equal shares of matches and of others, and centred (Oron and Flournoy, 2017): linear between the means of its
-steps. Its expected calibration error (Naeini et al., AAAI 2015) is judged by
-halves: queries of one half by the curve of the other.
+partner are not asked). A curve is a logistic regression (Platt, 1999) on a linear spline with six segments that hold
+equal shares of matches and of others, and none of which falls. Isotonic regression has as much error, but its steps are
+others in each release: a threshold of probability then moves by chance (docs/benchmarks/gate.md). The expected
+calibration error (Naeini et al., AAAI 2015) is judged by halves: queries of one half by the curve of the other.
 
 A probability is that of a hit in a collection like the suites. In one that is a hundred times as large more pictures
 reach a similarity by chance, and fewer hits of that probability match.
@@ -22,7 +22,8 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import isotonic_regression
+from scipy.optimize import minimize
+from scipy.special import expit, logit
 
 from core.artifacts import Artifacts
 from core.progress import progress_log
@@ -34,6 +35,9 @@ from updater.gate.suites import Role, Suite
 
 HITS: Final = 10
 KNOTS: Final = 64
+SEGMENTS: Final = 6
+LEAST_RISE: Final = 0.01
+"""Of the logit over a segment, so that no threshold falls on a plateau."""
 FEWEST_QUERIES: Final = 50
 FEWEST: Final = 20
 """Fewest matches, and fewest others."""
@@ -123,20 +127,37 @@ def fit(pairs: Pairs) -> MatchCurve | None:
 
 
 def knots(pairs: Pairs) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Similarities and probabilities of a curve, both ascending. One pair of the mean share of matches is added to
-    each bin: no number of pairs shows that a probability is 0 or 1."""
-    matches = pairs.match.sum()
+    """Similarities and probabilities of a curve, both ascending. One pair of the mean share of matches is added at each
+    end of a segment: no number of pairs shows that a probability is 0 or 1."""
+    asked, matches = pairs.similarity, pairs.match.sum()
+    share = (matches + 0.5) / (len(asked) + 1.0)
     weights = np.where(pairs.match, 1.0 / max(matches, 1), 1.0 / max(len(pairs.match) - matches, 1))
-    shares = np.linspace(0.0, 1.0, KNOTS + 1)[1:-1]
-    edges = np.unique(np.quantile(pairs.similarity, shares, weights=weights, method="inverted_cdf"))
-    places = np.unique(np.searchsorted(edges, pairs.similarity), return_inverse=True)[1]
-    counts = np.bincount(places).astype(np.float64)
-    means = np.bincount(places, weights=pairs.similarity) / counts
-    right = np.bincount(places, weights=pairs.match)
-    raised = isotonic_regression((right + pairs.match.mean()) / (counts + 1.0), weights=counts)
-    steps = raised.blocks[:-1]  # of equal probability: one knot each, so that no threshold falls on a plateau
-    centres = np.add.reduceat(means * counts, steps) / np.add.reduceat(counts, steps)
-    return tuple(centres.tolist()), tuple(raised.x[steps].tolist())
+    shares = np.linspace(0.0, 1.0, SEGMENTS + 1)[1:-1]
+    inner = np.quantile(asked, shares, weights=weights, method="inverted_cdf")
+    ends = np.unique([asked.min(), *inner, asked.max()])
+    if len(ends) < 2:
+        return (float(ends[0]),), (float(share),)
+
+    def within(similarity: Floats) -> Floats:
+        """How far each similarity is through each segment, from 0 to 1: [n, segments]."""
+        share: Floats = np.clip((similarity[:, None] - ends[:-1]) / np.diff(ends), 0.0, 1.0)
+        return share
+
+    features = within(np.concatenate([asked, ends]))
+    wanted = np.concatenate([pairs.match, np.full(len(ends), share)])
+
+    def loss(weights: Floats) -> tuple[float, Floats]:
+        logits = weights[0] + features @ weights[1:]
+        wrong = expit(logits) - wanted
+        return float(np.mean(np.logaddexp(0.0, logits) - wanted * logits)), np.array(
+            [wrong.mean(), *(features.T @ wrong / len(wrong))]
+        )
+
+    rises = np.ones(len(ends) - 1)
+    bounds = [(None, None), *[(LEAST_RISE, None)] * len(rises)]
+    found = minimize(loss, np.array([logit(share), *rises]), jac=True, method="L-BFGS-B", bounds=bounds).x
+    places = np.interp(np.linspace(0.0, len(rises), KNOTS), np.arange(len(ends)), ends)
+    return tuple(places.tolist()), tuple(expit(found[0] + within(places) @ found[1:]).tolist())
 
 
 def judged_by_halves(pairs: Pairs) -> Floats:

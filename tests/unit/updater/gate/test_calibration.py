@@ -78,6 +78,19 @@ def test_a_curve_is_monotone_bounded_and_never_certain(steep: float, queries: in
     assert len(dump_calibration(Calibration({"text": curve, "label": curve, "image": curve}))) < 16_384
 
 
+def test_a_threshold_of_probability_lets_as_many_through_in_another_space() -> None:
+    """Of false pairs, with curves of ten spaces that differ in scale, each fitted on queries of its own."""
+    asked = drawn(4000, seed=100)
+    false = asked.similarity[~asked.match]
+    let_through = []
+    for seed, scale in enumerate(np.linspace(0.5, 1.5, 10)):
+        own = drawn(1200, seed)
+        curve = fit(replace(own, similarity=own.similarity * scale))
+        assert curve is not None
+        let_through.append([np.mean(curve(false * scale) >= least) for least in (0.2, 0.5)])
+    assert np.abs(np.array(let_through) / let_through[0] - 1).max() < 0.15
+
+
 def test_too_few_queries_matches_or_others_give_no_curve() -> None:
     pairs = drawn()
     assert fit(pairs[pairs.query < FEWEST_QUERIES - 1]) is None
