@@ -1,6 +1,6 @@
 """What the worker needs of a database, :class:`IndexStore`, and how one is opened: by the scheme of its URL,
-``postgresql`` and ``qdrant`` here, others by entry points of the group ``ratchet.indexes``. Try your own with
-:mod:`tests.support.index_contract`."""
+``postgresql`` and ``qdrant`` here, others by entry points of the group ``ratchet.indexes``. Test your own with
+:mod:`serving.indexes.contract`."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from qdrant_client import QdrantClient
 from qdrant_client import models as m
 
 from core.ledger.rows import IndexRow
+from serving.indexes.contract import IndexStoreContract
 from serving.indexes.store import IndexStore, Vector, open_store
-from tests.support.index_contract import IndexStoreContract
 from tests.support.postgres import PostgresServer
 
 

@@ -1,4 +1,5 @@
-"""Tests that each :class:`IndexStore` passes: subclass :class:`IndexStoreContract`; say how its database is used."""
+"""Tests that every :class:`IndexStore` passes. Subclass :class:`IndexStoreContract` in a test module of your own, and
+run it with pytest, which this file does not import: `Another database` in docs/operator/indexes.md has an example."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ VECTORS = np.eye(8, dtype=np.float32)
 
 
 class IndexStoreContract:
+    """IDs are "1", "2" and "3", images URIs that no test fetches, vectors of 8 dimensions."""
+
     def store(self) -> IndexStore:
         """Connect to the same rows as before; each test begins without any."""
         raise NotImplementedError
