@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# All checks and tests but the long ones. What mostly waits for servers to start has the terminal, and what mostly waits
-# for brokers runs beside it. What computes runs in a session of low priority (Linux shares processors out by session,
-# see sched(7)): four jobs at a time, since each grows to 3 GB. What all but the first say is shown when all are done,
-# and what failed anywhere is named once more at the end. Beside other work on the same cores, what takes 10 s alone took
-# more than 120: limits are long.
+# All checks and tests but the long ones. What mostly waits for servers to start has the terminal; beside it run the
+# other jobs, first those that take or wait longest, in a session of low priority (Linux shares processors out by
+# session, see sched(7)): four at a time, since each grows to 3 GB. What these say is shown when all are done, and what
+# failed anywhere is named once more at the end. Of low priority, they have longer limits: beside other work on the same
+# cores, what takes 10 s alone took more than 120.
 #
 # Each process computes on one thread: models are tiny, and threads of several processes that wait for each other on two
 # cores spin.
@@ -15,9 +15,8 @@ servers=(tests/integration/console tests/integration/serving tests/e2e)
 alone=(tests/integration/serving/test_{openapi,bodies,searches}.py) # start no server
 named=("${servers[@]}" tests/integration/{streams,updater})
 unit=(tests/unit/{updater,core,ops,serving})
-brokers="tests/integration/streams tests/integration/updater tests/outside/kafka"
 jobs=("tests/integration ${named[*]/#/--ignore=}" "tests/unit/updater ${alone[*]}" "tests/unit/core tests/unit/ops"
-  "tests/unit ${unit[*]/#/--ignore=}" tests/unit/serving types)
+  "tests/integration/streams tests/integration/updater tests/outside/kafka" "tests/unit ${unit[*]/#/--ignore=}" tests/unit/serving types)
 if [ "${2:-}" = job ]; then
   exec >"$(mktemp "$3/XXXXXX")" 2>&1
   if [ "$4" = types ]; then
@@ -37,14 +36,11 @@ said="$(mktemp -d)"
 trap 'rm -rf "$said"' EXIT
 setsid bash "$0" "$bin" beside "$said" &
 beside=$!
-setsid bash "$0" "$bin" job "$said" "$brokers" &
-waiting=$!
-trap 'kill -- "-$beside" "-$waiting" 2>/dev/null; exit 130' INT TERM
+trap 'kill -- "-$beside" 2>/dev/null; exit 130' INT TERM
 "$bin/pytest" "${chosen[@]}" "${servers[@]}" "${alone[@]/#/--ignore=}" 2>&1 | tee "$said/servers"
 first=${PIPESTATUS[0]}
 wait "$beside"
 others=$?
-wait "$waiting" || others=1
 find "$said" -type f ! -name servers -exec cat {} +
 grep -rhE '^(FAILED|ERROR) |: error: ' "$said"
 [ "$first" -eq 0 ] && [ "$others" -eq 0 ]
