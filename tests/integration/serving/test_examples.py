@@ -34,6 +34,7 @@ from tests.support.clients import (
 )
 from tests.support.kafka import make_topics, picture, reading
 from tests.support.pages import ROOT
+from tests.support.wheels import UV
 
 pytestmark = pytest.mark.timeout(600)
 __all__ = ["broker"]
@@ -79,7 +80,6 @@ def test_the_cells_of_the_notebook_run_in_their_order(server: ServerFixture, tmp
 
 
 MAX_BYTES = 30_000_000
-UV = Path(sys.executable).with_name("uv")
 #: Publishes one sample, and asks until a search finds it: the same by the plain and by the asynchronous classes.
 SCRIPT = """
 import asyncio, json, sys, time
