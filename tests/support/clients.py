@@ -91,18 +91,8 @@ def install_python() -> Path:
         if not folder.is_dir():
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            install = [
-                str(UV),
-                "pip",
-                "install",
-                "-q",
-                "--python",
-                sys.executable,
-                "--no-deps",
-                "--target",
-                str(partial),
-            ]
-            subprocess.run([*install, "-r", str(listed)], check=True)
+            install = [str(UV), "pip", "install", "-q", "--no-deps", "--python", sys.executable, "--target"]
+            subprocess.run([*install, str(partial), "-r", str(listed)], check=True)
             partial.rename(folder)
     return folder
 
