@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,9 @@ def test_a_pinned_space_is_answered_by_it_or_refused_while_releases_go_by(server
     """Callers keep the space of their vectors and pin it until it is gone; the engine's own vectors are expected."""
     names = [server.adapter() for _ in range(3)]
     known = {server.ledger.adapter(name).image_space: server.expected(name, texts=TEXTS[:1])[0] for name in names}
-    answered, gone, over = [0], [0], threading.Event()
+    answered, gone, over = [0, 0], [0, 0], threading.Event()
 
-    def ask() -> None:
+    def ask(caller: int) -> None:
         with server.client() as client:
             while not over.is_set():
                 client.embed(TEXTS[:1])
@@ -77,22 +78,25 @@ def test_a_pinned_space_is_answered_by_it_or_refused_while_releases_go_by(server
                         assert last_spaces()[0] == space
                         if space in known:  # not what was live before
                             assert np.abs(np.asarray(vector) - known[space]).max() < 1e-3
-                        answered[0] += 1
+                        answered[caller] += 1
                 except Conflict as error:
                     assert error.code == "space_gone", error
-                    gone[0] += 1
+                    gone[caller] += 1
+
+    def more_of_each(counts: list[int]) -> Callable[[], bool]:
+        before = counts.copy()
+        return lambda: all(now > then for now, then in zip(counts, before, strict=True))
 
     with ThreadPoolExecutor(2) as pool, server.client() as client:
-        asking = [pool.submit(ask) for _ in range(2)]
+        asking = [pool.submit(ask, caller) for caller in (0, 1)]
         try:
             for number in range(0, releases, 2):
-                seen = gone[0]
-                for place in (number, number + 1):
-                    before = answered[0]
-                    client.release(names[place % len(names)], reason="swap")
-                    server.until(lambda before=before: answered[0] > before)  # type: ignore[misc]
-                # Two releases are in memory: what each caller had pinned is gone.
-                server.until(lambda seen=seen: gone[0] >= seen + len(asking))  # type: ignore[misc]
+                server.until(more_of_each(answered))  # both have pinned what is live
+                both_gone = more_of_each(gone)
+                client.release(names[number % len(names)], reason="swap")
+                server.until(more_of_each(answered))
+                client.release(names[(number + 1) % len(names)], reason="swap")
+                server.until(both_gone)  # two releases are in memory
         finally:
             over.set()
         for each in asking:
