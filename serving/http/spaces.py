@@ -127,7 +127,7 @@ async def bridge(request: Request, space: Space) -> Response:
     state = app_state(request)
     with state.admit(request, "clip") as live:
         try:
-            if not space.isalnum():
+            if not (space.isascii() and space.isalnum()):
                 raise AdapterError(f"{space!r} is no space.", "See GET /v1/spaces.")
             matrix = parse_bridge(await state.calibrations.read(bridge_key(space, live.image_space)))
         except AdapterError:
