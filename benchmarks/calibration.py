@@ -76,9 +76,8 @@ class Client:
 
     def pairs(self, kind: Kind, adapter: str | None) -> Pairs:
         if kind == "label":
-            classes = [suite.part("sealed", self.seal) for suite in self.suites if suite.task == "classification"]
-            found = (pairs_of(self.scorer, suite, adapter) for suite in classes)
-            return Pairs.joined([pairs for each in found for name, pairs in each if name == kind])
+            sealed = [suite.part("sealed", self.seal) for suite in self.suites if suite.task == "classification"]
+            return Pairs.joined([dict(pairs_of(self.scorer, suite, adapter))[kind] for suite in sealed])
         return Pairs.joined([self.search(*each, adapter) for each in self.searches()])
 
     def searches(self) -> Iterator[tuple[Sequence[Item], Sequence[Item]]]:
@@ -97,18 +96,18 @@ class Client:
 
     def figures(self, adapter: str | None, calibration: Calibration, least: Mapping[Kind, float]) -> Row:
         """``least``: the probability thresholds."""
-        found: Row = {}
+        row: Row = {}
         for kind in KINDS:
             pairs, curve = self.pairs(kind, adapter), calibration.curves[kind]
             given = curve(pairs.similarity)
             ece, low, high = calibration_error(pairs, given)
-            found[kind] = {
+            row[kind] = {
                 "hits": int(pairs.match.sum()), "pairs": len(pairs.match), "ece": ece, "ece_ci": [low, high],
                 "gate_ece": curve.error, "gate_ece_high": curve.ci_high,
                 "by_score": told(pairs, pairs.similarity, self.score[kind]),
                 "by_probability": told(pairs, given, least[kind]),
             }  # fmt: skip
-        return found
+        return row
 
 
 def told(pairs: Pairs, values: Floats, least: float) -> Row:

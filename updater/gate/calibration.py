@@ -129,35 +129,34 @@ def fit(pairs: Pairs) -> MatchCurve | None:
 def knots(pairs: Pairs) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Similarities and probabilities of a curve, both ascending. One pair of the mean share of matches is added at each
     end of a segment: no number of pairs shows that a probability is 0 or 1."""
-    asked, matches = pairs.similarity, pairs.match.sum()
-    share = (matches + 0.5) / (len(asked) + 1.0)
+    similarity, matches = pairs.similarity, pairs.match.sum()
+    mean = (matches + 0.5) / (len(similarity) + 1.0)
     weights = np.where(pairs.match, 1.0 / max(matches, 1), 1.0 / max(len(pairs.match) - matches, 1))
     shares = np.linspace(0.0, 1.0, SEGMENTS + 1)[1:-1]
-    inner = np.quantile(asked, shares, weights=weights, method="inverted_cdf")
-    ends = np.unique([asked.min(), *inner, asked.max()])
+    inner = np.quantile(similarity, shares, weights=weights, method="inverted_cdf")
+    ends = np.unique([similarity.min(), *inner, similarity.max()])
     if len(ends) < 2:
-        return (float(ends[0]),), (float(share),)
+        return (float(ends[0]),), (float(mean),)
+    features = _spline(np.concatenate([similarity, ends]), ends)
+    wanted = np.concatenate([pairs.match, np.full(len(ends), mean)])
 
-    def within(similarity: Floats) -> Floats:
-        """How far each similarity is through each segment, from 0 to 1: [n, segments]."""
-        share: Floats = np.clip((similarity[:, None] - ends[:-1]) / np.diff(ends), 0.0, 1.0)
-        return share
+    def loss(coefficients: Floats) -> tuple[float, Floats]:
+        """Mean cross-entropy, and its gradient."""
+        logits = features @ coefficients
+        value = np.mean(np.logaddexp(0.0, logits) - wanted * logits)
+        return float(value), features.T @ (expit(logits) - wanted) / len(wanted)
 
-    features = within(np.concatenate([asked, ends]))
-    wanted = np.concatenate([pairs.match, np.full(len(ends), share)])
+    start = np.array([logit(mean), *np.ones(len(ends) - 1)])
+    bounds = [(None, None), *[(LEAST_RISE, None)] * (len(ends) - 1)]
+    fitted = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x
+    places = np.interp(np.linspace(0.0, len(ends) - 1, KNOTS), np.arange(len(ends)), ends)
+    return tuple(places.tolist()), tuple(expit(_spline(places, ends) @ fitted).tolist())
 
-    def loss(weights: Floats) -> tuple[float, Floats]:
-        logits = weights[0] + features @ weights[1:]
-        wrong = expit(logits) - wanted
-        return float(np.mean(np.logaddexp(0.0, logits) - wanted * logits)), np.array(
-            [wrong.mean(), *(features.T @ wrong / len(wrong))]
-        )
 
-    rises = np.ones(len(ends) - 1)
-    bounds = [(None, None), *[(LEAST_RISE, None)] * len(rises)]
-    found = minimize(loss, np.array([logit(share), *rises]), jac=True, method="L-BFGS-B", bounds=bounds).x
-    places = np.interp(np.linspace(0.0, len(rises), KNOTS), np.arange(len(ends)), ends)
-    return tuple(places.tolist()), tuple(expit(found[0] + within(places) @ found[1:]).tolist())
+def _spline(similarity: Floats, ends: Floats) -> Floats:
+    """One, and the position in each segment from 0 at its lower end to 1 at its upper end: [n, 1 + segments]."""
+    positions = np.clip((similarity[:, None] - ends[:-1]) / np.diff(ends), 0.0, 1.0)
+    return np.column_stack([np.ones(len(similarity)), positions])
 
 
 def judged_by_halves(pairs: Pairs) -> Floats:

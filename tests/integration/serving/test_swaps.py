@@ -90,13 +90,14 @@ def test_a_pinned_space_is_answered_by_it_or_refused_while_releases_go_by(server
     with ThreadPoolExecutor(2) as pool, server.client() as client:
         asking = [pool.submit(ask, caller) for caller in (0, 1)]
         try:
+            server.until(more_of_each(answered))
             for number in range(0, releases, 2):
-                server.until(more_of_each(answered))  # both have pinned what is live
                 both_gone = more_of_each(gone)
                 client.release(names[number % len(names)], reason="swap")
                 server.until(more_of_each(answered))
                 client.release(names[(number + 1) % len(names)], reason="swap")
                 server.until(both_gone)  # two releases are in memory
+                server.until(more_of_each(answered))  # both have pinned what is live
         finally:
             over.set()
         for each in asking:
