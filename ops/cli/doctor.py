@@ -203,8 +203,7 @@ def _registered(settings: Settings, what: str, name: str, family: Family) -> Fin
 
 def _suites(settings: Settings) -> Finding:
     """Each model with a base needs suites: without them no update begins."""
-    from updater.bases import need_reference
-    from updater.families import families_with_a_base
+    from updater.bases import families_with_a_base, need_reference
     from updater.recipes import family_recipe
     from updater.service.learning_state import check_suites
 

@@ -9,6 +9,7 @@ from typing import Final
 from core.errors import ConfigError
 from core.settings import Settings
 from core.settings.serving import SHIPPED, SHIPPED_VLM
+from serving.engines.clip_base import list_bases
 from streams.publish.folders import INDEX, read_folder
 from updater.data.pools import check_reference
 from updater.recipes import Family, Recipe
@@ -16,6 +17,11 @@ from updater.recipes import Family, Recipe
 REFERENCE: Final = ("noto", "pixel_ultica")
 """The two training domains of the shipped CLIP with the best texts."""
 VLM_REFERENCE: Final = ("vqa_base",)
+
+
+def families_with_a_base(settings: Settings) -> tuple[Family, ...]:
+    vlm = settings.base.vlm and settings.base.vlm in list_bases(settings.home, "vlm")
+    return ("clip", "vlm") if vlm else ("clip",)
 
 
 def reference_folders(settings: Settings) -> list[Path]:

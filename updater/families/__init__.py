@@ -9,7 +9,7 @@ from typing import get_args
 from core.errors import ConfigError
 from core.settings import Settings
 from serving.engines.adapters import read_adapter
-from serving.engines.clip_base import ClipBase, list_bases, load_base
+from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.lora import merge
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from updater.adapters import WeightDelta
@@ -31,11 +31,6 @@ def make_learner(base: Base, recipe: Recipe, start: WeightDelta, seed: int, devi
         f"recipe {recipe.name!r} trains a {recipe.family.upper()}, and base {base.name!r} is a {base.family.upper()}.",
         "Choose a recipe of the base's family.",
     )
-
-
-def families_with_a_base(settings: Settings) -> tuple[Family, ...]:
-    vlm = settings.base.vlm and settings.base.vlm in list_bases(settings.home, "vlm")
-    return ("clip", "vlm") if vlm else ("clip",)
 
 
 def family_base(settings: Settings, family: Family) -> Base:

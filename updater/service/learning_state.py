@@ -18,8 +18,7 @@ from core.settings import Settings
 from core.settings.serving import SHIPPED, SHIPPED_VLM
 from serving.engines.clip_base import names_by_digest
 from streams.store.sample_store import SampleStore
-from updater.bases import need_reference
-from updater.families import families_with_a_base
+from updater.bases import families_with_a_base, need_reference
 from updater.gate.interim_analyses import AnalysisPlan, alpha_left
 from updater.gate.suites import MAKE_SUITES, load_suites
 from updater.recipes import Family, family_recipe

@@ -39,12 +39,12 @@ from core.settings import Settings
 from ratchet_client import Client
 from serving.engines.clip_base import ClipBase, need_base, shown
 from streams.store.sample_store import SampleStore
-from updater.bases import need_reference
+from updater.bases import families_with_a_base, need_reference
 from updater.budget.cost import StepUnaffordable
 from updater.budget.throttle import Throttle, latencies
 from updater.data.draw import WITHOUT
 from updater.data.pools import mixed_seed
-from updater.families import families_with_a_base, family_base
+from updater.families import family_base
 from updater.recipes import Family, Recipe, family_recipe, load_recipe
 from updater.service import triggers
 from updater.service.gate_update import gate_update

@@ -15,9 +15,9 @@ from streams.store.sample_store import SampleStore
 from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.updater.builders import picture, recipe
-from updater.bases import VLM_REFERENCE, reference_of
+from updater.bases import VLM_REFERENCE, families_with_a_base, reference_of
 from updater.data.pools import Pair, Question, draw_pools
-from updater.families import families_with_a_base, family_base
+from updater.families import family_base
 from updater.recipes import Family, family_recipe, load_recipe
 from updater.service.update_loop import UpdaterService
 
