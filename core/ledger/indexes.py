@@ -9,8 +9,8 @@ from sqlalchemy import delete, select
 from core.errors import LedgerError
 from core.ledger.database import Queries
 from core.ledger.events import add_event, note
-from core.ledger.leases import check_lease
-from core.ledger.rows import IndexRow, IndexSpaceRow, IndexState
+from core.ledger.leases import check_lease, database_time
+from core.ledger.rows import IndexRow, IndexSpaceRow, IndexState, LeaseRow
 
 INDEX_LEASE: Final = "indexes"
 SEARCHABLE: Final[tuple[IndexState, ...]] = ("ready", "live", "retained")
@@ -83,6 +83,14 @@ class IndexQueries(Queries):
                 data = {field: getattr(each, field) for field in fields}
                 fact = f"index-{name}-{each.space}-{each.state}-{each.updated_at.timestamp()}"
                 add_event(session, "ratchet.index.v1", fact, f"indexes/{name}", data)
+
+    def index_problems(self) -> dict[str, str]:
+        """For each index that is not paused why it is not kept up to date, or an empty text."""
+        with self.database.read() as session:
+            worker, now = session.get(LeaseRow, INDEX_LEASE), database_time(session)
+            works = worker is not None and worker.holder and worker.expires_at > now
+            rows = session.scalars(select(IndexRow).where(~IndexRow.paused))
+            return {row.name: row.problem if works else "no worker runs" for row in rows}
 
     def unready_indexes(self, space: str) -> list[str]:
         """Indexes, not paused, that do not have all rows of an image space, each with its progress."""

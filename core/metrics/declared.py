@@ -29,6 +29,7 @@ LABELS = {
     "family": "clip, vlm",
     "for": "broker, store, registry: what ingest can wait for",
     "guardrail": "bounds that the guard watches, and `none` for a promotion",
+    "index": "names of indexes, which only operators make",
     "kind": "of a duplicate: exact, perceptual, older; of a batch: image, text; of an answer: reply, stream, score; of "
     "a proposal: initial, update, rollback, release, promotion; of garbage: adapter, carry-over, report, work folder, "
     "score cache, engine cache",
@@ -113,6 +114,9 @@ MAINTAIN_DELETED = Counter("ratchet_maintain_deleted_samples_total", "Samples re
 COLLECTED = Counter("ratchet_maintain_collected_bytes_total", "Bytes that the garbage collector deleted.", ["kind"])
 DELETIONS_WAITING = Gauge("ratchet_deletions_waiting", "Deletions that were asked for and are not complete.")
 DELETION_OLDEST = Gauge("ratchet_deletion_oldest_seconds", "Age of the oldest of them; 0 where there is none.")
+INDEX_FAILING = Gauge(
+    "ratchet_index_failing", "Whether an index outside is not kept up to date (1); none for a paused one.", ["index"]
+)
 DOUBLES_SETTLED = Counter(
     "ratchet_store_doubles_settled_total", "Samples stored by two workers at once, of which one was taken out again."
 )

@@ -29,10 +29,10 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 log = logging.getLogger("ratchet.metrics")
-Process = Literal["ingest", "maintain", "update", "serve"]
+Process = Literal["ingest", "maintain", "update", "index", "serve"]
 NAME_PREFIXES: dict[Process, tuple[str, ...]] = {
     "ingest": ("ratchet_ingest_", "ratchet_store_"),
-    "maintain": ("ratchet_maintain_", "ratchet_deletion", "ratchet_events_"),
+    "maintain": ("ratchet_maintain_", "ratchet_deletion", "ratchet_events_", "ratchet_index_"),
     "update": ("ratchet_update", "ratchet_budget_", "ratchet_gate_"),
 }
 """Name prefixes that only one part exports; serving exports all others."""

@@ -104,3 +104,10 @@ class maintain:
         """Set the number of incomplete deletions, and the age of the oldest (0 if none)."""
         d.DELETIONS_WAITING.set(waiting)
         d.DELETION_OLDEST.set(oldest_seconds)
+
+    @staticmethod
+    def indexes(problems: Mapping[str, str]) -> None:
+        """Set which indexes outside are not kept up to date, by :meth:`core.ledger.Ledger.index_problems`."""
+        d.INDEX_FAILING.clear()
+        for name, problem in problems.items():
+            d.INDEX_FAILING.labels(name).set(bool(problem))

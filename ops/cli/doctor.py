@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -217,6 +218,18 @@ def _suites(settings: Settings) -> Finding:
     return Finding("ok", "suites", ", ".join(told))
 
 
+def _indexes(settings: Settings) -> Finding:
+    from core.ledger import Ledger
+
+    problems: dict[str, str] = {}
+    if settings.has_ledger:
+        with closing(Ledger.open(settings.ledger)) as ledger:
+            problems = ledger.index_problems()
+    if failing := [f"{name}: {problem}" for name, problem in problems.items() if problem]:
+        return Finding("warn", "indexes", "; ".join(failing), "See `ratchet index list`; run `ratchet index run`.")
+    return Finding("ok", "indexes", ", ".join(problems) or "none are registered")
+
+
 def _vlm_engine(settings: Settings) -> Finding:
     """Imports vLLM, which takes seconds, to find libraries that do not load."""
     from serving.engines.vlm.vllm_start import INSTALL
@@ -273,5 +286,5 @@ _CHECKS: dict[str, Callable[[Settings], Finding]] = {
     "local extra": _local_extra, "data tools": _data_tools,
     "base": lambda settings: _registered(settings, "base", settings.base.clip, "clip"),
     "vlm base": lambda settings: _registered(settings, "VLM base", settings.base.vlm, "vlm"),
-    "suites": _suites, "vlm engine": _vlm_engine,
+    "suites": _suites, "indexes": _indexes, "vlm engine": _vlm_engine,
 }  # fmt: skip

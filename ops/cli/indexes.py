@@ -104,6 +104,7 @@ def remove(
 def run(
     context: typer.Context,
     rows_per_second: Annotated[float, typer.Option(min=0, help="Most rows embedded per second; 0: no limit.")] = 0.0,
+    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Prometheus port, for probes; 0: off.")] = 0,
 ) -> None:
     """Embed new and changed rows, and follow releases and rollbacks, until SIGTERM.
 
@@ -111,13 +112,16 @@ def run(
 
     Examples:  ratchet index run    |    ratchet index run --rows-per-second 50
     """
+    from core import metrics
     from core.stop_signals import Stopped, stop_on_signals
     from serving.indexes.worker import run_indexes
 
     stop_on_signals()
-    stopping = threading.Event()
+    settings, stopping = ctx.of(context).settings, threading.Event()
+    metrics.build.started("index")
+    metrics.listen("index", metrics_port, settings.metrics_host)
     try:
-        run_indexes(ctx.of(context).settings, ctx.ledger_of(context), stopping, rows_per_second)
+        run_indexes(settings, ctx.ledger_of(context), stopping, rows_per_second)
     except Stopped:
         typer.echo("stopped")
 

@@ -152,6 +152,7 @@ class Maintainer:
             self._finish(pending)
         finally:
             self._count_deletions()
+            metrics.maintain.indexes(self.ledger.index_problems())
         return MaintenanceRun(written, removed, freed)
 
     def _due(self, name: str, seconds: float) -> bool:

@@ -20,7 +20,7 @@ from core.addresses import free_port
 from core.artifacts import Artifacts, directory_digest
 from core.child_process import processor_seconds
 from core.ledger import Ledger
-from core.ledger.rows import UpdateRow, VerdictRow
+from core.ledger.rows import IndexRow, UpdateRow, VerdictRow
 from core.waiting import StoodStill, wait_for_progress
 from demo.load.traffic import Traffic
 from ops.alerts import as_yaml, prometheus_config
@@ -199,6 +199,8 @@ def test_an_update_goes_from_the_stream_into_service_and_back_under_load(install
 
 def test_every_panel_and_every_rule_speaks_of_a_running_ratchet(installation: Installation) -> None:
     wait(lambda: installation.monitor.healthy_targets() == {"serve", "ingest", "maintain", "update"})
+    index = IndexRow(name="found", url="postgresql://db/shop", source="photos", id_field="id", image_field="url")
+    installation.ledger.add_index(index, actor="test")
 
     silent = {
         f"{each.dashboard}, {each.panel}: {each.expr}": each.expr for each in EXPRESSIONS if "ray_" not in each.expr
@@ -220,6 +222,7 @@ def test_every_panel_and_every_rule_speaks_of_a_running_ratchet(installation: In
             assert installation.monitor.query(f"count({name})"), f"{rule['name']} asks for {name}, which nobody exports"
     wait(lambda: not PAGES & set(installation.pager.alerts()), explain=installation.pager.alerts)
     wait(lambda: sum(installation.store.offsets().values()) == 540 + installation.refused)
+    installation.ledger.remove_index("found", actor="test")
 
 
 def force_a_drift(installation: Installation) -> str:

@@ -39,6 +39,8 @@ EVERYTHING: dict[str, Any] = {
     "console": {"oidc": {"existingSecret": {"name": "ratchet-oidc"}}},
     "updater": {"storage": {"existingClaim": "updater"}, "data": {"existingClaim": "suites"},
                 "workers": {"enabled": True}},
+    "indexes": {"enabled": True, "env": [
+        {"name": "PGPASSWORD", "valueFrom": {"secretKeyRef": {"name": "shop", "key": "password"}}}]},
     "ingress": {"enabled": True, "className": "nginx", "host": "a.example", "consoleHost": "c.example"},
     "podAnnotations": {"example.org/team": "ml"},
     "runtimeClassName": "nvidia",

@@ -47,17 +47,20 @@ spec:
     spec:
       {{- include "ratchet.podSpec" (list $top .part .values) | nindent 6 }}
       terminationGracePeriodSeconds: 60
-      {{- if eq .part "updater" }}
+      {{- if has .part (list "updater" "indexes") }}
       initContainers:
         {{- include "ratchet.bases" (list $top .part) | nindent 8 }}
       {{- end }}
       containers:
         - name: {{ .part }}
           {{- include "ratchet.container" (list $top .part) | nindent 10 }}
-          command: [ratchet, {{ .command }}{{ with .topic }}, --topic, {{ quote . }}{{ end }}]
+          command: [ratchet, {{ .command }}{{ if eq .part "indexes" }}, --metrics-port, "{{ .port }}"{{ end }}{{ with .topic }}, --topic, {{ quote . }}{{ end }}]
           env:
             {{- include "ratchet.env" (list $top .part) | nindent 12 }}
             {{- include "ratchet.addedEnv" (list $top .values) | nindent 12 }}
+            {{- with .values.env }}
+            {{- toYaml . | nindent 12 }}
+            {{- end }}
           ports:
             - {name: {{ .portName }}, containerPort: {{ .port }}}
           {{- include "ratchet.probes" (dict "path" .path "port" .portName "ready" .ready "timeout" 10 "start" 60) | nindent 10 }}

@@ -250,7 +250,7 @@ template, a namespace that Helm makes), nothing is: every namespace has the serv
 - {name: kafka, mountPath: {{ .mountPath }}, readOnly: true}
 {{- end }}
 {{- end }}
-{{- if and (eq $top.Values.bases.source "volume") (has $part (list "serving" "updater")) }}
+{{- if and (eq $top.Values.bases.source "volume") (has $part (list "serving" "updater" "indexes")) }}
 - {name: bases, mountPath: /var/lib/ratchet/bases, readOnly: true}
 {{- end }}
 {{- end -}}
@@ -269,7 +269,7 @@ template, a namespace that Helm makes), nothing is: every namespace has the serv
   secret: {secretName: {{ .name }}, defaultMode: 0440}
 {{- end }}
 {{- end }}
-{{- if and (eq $top.Values.bases.source "volume") (has $part (list "serving" "updater")) }}
+{{- if and (eq $top.Values.bases.source "volume") (has $part (list "serving" "updater" "indexes")) }}
 - name: bases
   persistentVolumeClaim: {claimName: {{ $top.Values.bases.existingClaim }}, readOnly: true}
 {{- end }}

@@ -56,7 +56,7 @@ def routes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         "console": {str(route.path) for route in console.routes if hasattr(route, "path")},
         "serve": set(openapi()["paths"]),
         "agent": set(re.findall(r'@routes\.get\("([^"]+)"\)', inspect.getsource(healthz_agent))),
-        **{name: {"/metrics"} for name in ("ingest", "maintain", "updater", "exporter")},
+        **{name: {"/metrics"} for name in ("ingest", "maintain", "updater", "indexes", "exporter")},
     }
 
 

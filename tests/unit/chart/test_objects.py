@@ -71,6 +71,7 @@ def test_secrets_come_from_secrets_and_only_where_they_are_needed(everything: li
         "migration": {ledger},
         "test": {operator},
         "updater": {ledger, store, operator, "live-ratchet-training"},  # it reads serving's /metrics, and calls Ray
+        "indexes": {ledger, store, "shop"},
         "training-worker": {store},
         "training-head": {store},
         "console": {ledger, store, operator, kafka, "ratchet-oidc"},
@@ -226,6 +227,7 @@ def test_every_pod_is_closed_but_for_what_is_named(everything: list[dict[str, An
         "ingest": {dns, ledger, kafka, *store},
         "maintain": {dns, ledger, kafka, *store},
         "updater": {dns, ledger, *store, serve, 10001},
+        "indexes": {dns, ledger, *store, 6333, 6334},
         "training-worker": {dns, *store, 6443},  # a policy of its head, too
         "console": {dns, ledger, kafka, *store, serve},
         "serving-worker": {dns, ledger, *store, redis},

@@ -87,10 +87,10 @@ def test_a_pod_asks_for_the_disk_that_it_usually_fills(objects: list[dict[str, A
 
 
 def test_each_part_has_its_pods_which_are_probed_and_spread_over_nodes(objects: list[dict[str, Any]]) -> None:
-    training = TRAINING if of_kind(objects, "RayCluster") else set()
-    assert {component for component, _ in pods(objects)} == {*WORKLOADS, *training, "migration", "test"}
+    optional = {*TRAINING, "indexes"} if of_kind(objects, "RayCluster") else set()
+    assert {component for component, _ in pods(objects)} == {*WORKLOADS, *optional, "migration", "test"}
     for component, template in pods(objects):
-        if component not in WORKLOADS:
+        if component not in {*WORKLOADS, "indexes"}:
             continue
         for container in template["spec"]["containers"]:
             ports = {port["name"] for port in container["ports"]}

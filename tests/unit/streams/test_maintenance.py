@@ -15,7 +15,11 @@ from core.dependencies import current
 from core.errors import LedgerUnavailable, StoreUnavailable
 from core.ledger import DeletionRow, Ledger
 from core.ledger import rows as t
+from core.ledger.indexes import INDEX_LEASE
+from core.ledger.rows import IndexRow
+from core.metrics.declared import INDEX_FAILING
 from core.settings import Settings
+from ops.cli.doctor import _indexes
 from streams.store import deletion, maintenance
 from streams.store.maintenance import Maintainer, wait_for_ledger
 from streams.store.rows import Position
@@ -288,3 +292,25 @@ def test_it_waits_for_a_ledger_whose_disk_is_full_and_ends_when_it_is_asked_to(
     monkeypatch.setattr(Ledger, "open", full)
     assert wait_for_ledger(settings, stopping) is ledger
     assert wait_for_ledger(settings, stopping) is None and attempts == 5
+
+
+def test_an_index_without_a_worker_or_with_a_problem_is_told(
+    maintainer: Maintainer, ledger: Ledger, settings: Settings
+) -> None:
+    def failing() -> dict[str, float]:
+        maintainer.run_once()
+        assert _indexes(settings).state == ("warn" if any(ledger.index_problems().values()) else "ok")
+        series = (each for each in INDEX_FAILING.collect()[0].samples)
+        return {each.labels["index"]: each.value for each in series}
+
+    assert failing() == {}
+    for name in ("found", "left"):
+        ledger.add_index(IndexRow(name=name, url="x://y", source=name, id_field="id", image_field="url"), actor="me")
+    ledger.pause_index("left", True, actor="me")
+    assert failing() == {"found": 1} and _indexes(settings).found == "found: no worker runs"
+    ledger.acquire_lease(INDEX_LEASE, "worker", 600)
+    assert failing() == {"found": 0}
+    ledger.set_index_problem("found", "the database is away")
+    assert failing() == {"found": 1} and _indexes(settings).found == "found: the database is away"
+    ledger.remove_index("found", actor="me")
+    assert failing() == {}
