@@ -25,6 +25,7 @@ BENCHMARKS = {
     "index": "benchmarks.index",
     "ingest": "benchmarks.stream.ingest",
     "lifetime": "benchmarks.lifetime",
+    "plan": "benchmarks.plan",
     "rerank": "benchmarks.rerank",
     "scale": "benchmarks.scale",
     "search": "benchmarks.search.run_search",
@@ -37,7 +38,9 @@ BENCHMARKS = {
     "vqa": "benchmarks.vqa",
 }
 """Name to module; a module has ``main(settings, arguments)``."""
-WITHOUT_MODELS = frozenset({"chaos", "families", "feedback", "index", "ingest", "lifetime", "search", "variety"})
+WITHOUT_MODELS = frozenset(
+    {"chaos", "families", "feedback", "index", "ingest", "lifetime", "plan", "search", "variety"}
+)
 
 
 def run(name: str, settings: Settings, arguments: list[str]) -> None:

@@ -1,10 +1,10 @@
-"""A simulation of closed-loop clients, as `ops.planning` simulates open-loop requests."""
+"""A simulation of closed-loop clients, as `benchmarks.capacity` simulates open-loop requests."""
 
 from __future__ import annotations
 
 import heapq
 
-from ops.planning.capacity import REQUESTS, Outcome, ServiceTimes, outcome_of
+from benchmarks.capacity import REQUESTS, Outcome, ServiceTimes, outcome_of
 
 
 def closed_loop(times: ServiceTimes, clients: int, encoders: int, max_batch: int, requests: int = REQUESTS) -> Outcome:

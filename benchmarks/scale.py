@@ -4,7 +4,7 @@ A Ray cluster on this machine: a head with ingress, catalog and controller, and 
 while the server runs. The engine sleeps instead of computing, so that nodes do not share its processors: the growth is
 what the server can carry, and a request's cost besides the encoders is that of the control plane. ``scale_2`` and
 ``scale_3`` are requests a second over those of one node; ``planned_*`` is the prediction of the simulation of `ratchet
-admin plan` for the same load.
+bench plan` for the same load.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.bench_home import bench_home, clip_base, without_vlm
+from benchmarks.capacity import ServiceTimes
 from benchmarks.closed_loop import closed_loop
 from benchmarks.command import bench_parser, show_figures
 from benchmarks.encode.figures import rounded
@@ -36,7 +37,6 @@ from core.ledger import Ledger
 from core.progress import progress_log, step
 from core.settings import Settings
 from core.waiting import wait_until
-from ops.planning.capacity import ServiceTimes
 from ratchet_client import Client
 from serving.app import application
 from serving.engines.clip import ClipEngine

@@ -1,4 +1,4 @@
-"""``ratchet admin``: backup and restore, garbage collection, capacity planning, migration."""
+"""``ratchet admin``: backup and restore, garbage collection, migration."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
 
-from core.errors import ConfigError, RatchetError
+from core.errors import RatchetError
 from core.progress import progress_log
 from ops.cli import context as ctx
-from ops.cli.terminal import AsJson, show_json, show_rows
+from ops.cli.terminal import AsJson, show_rows
 
 if TYPE_CHECKING:
     from core.settings import Settings
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
 SHOWN = 100
 """Rows per table of `gc`, without --all."""
 
-app = typer.Typer(help="Back up and restore, collect garbage, plan capacity, migrate the ledger.", no_args_is_help=True)
+app = typer.Typer(help="Back up and restore, collect garbage, migrate the ledger.", no_args_is_help=True)
 
 Url = Annotated[str, typer.Argument(help="A folder, or a URL such as s3://backups/ratchet/2026-11-28.", metavar="URL")]
 
@@ -117,55 +115,6 @@ def _show_items(title: str, items: list[Item], most: int | None) -> None:
     show_rows(shown, title)
     if most is not None and len(items) > most:
         typer.echo(f"and {len(items) - most:,} more: --all shows them")
-
-
-@app.command()
-def plan(
-    images: Annotated[float, typer.Option(help="Embeddings or classifications of images a second.")] = 0.0,
-    texts: Annotated[float, typer.Option(help="Embeddings of texts a second.")] = 0.0,
-    searches: Annotated[float, typer.Option(help="Searches a second.")] = 0.0,
-    stream: Annotated[float, typer.Option(help="Records a day that producers publish.")] = 0.0,
-    image_kb: Annotated[float, typer.Option(help="Size of an image of the stream, in KB.")] = 100.0,
-    corpus: Annotated[float, typer.Option(help="Samples that searches are to find.")] = 0.0,
-    p99: Annotated[float, typer.Option(help="Seconds within which 99% of requests are to be answered.")] = 1.0,
-    backfill_hours: Annotated[float, typer.Option(help="Hours for embedding the whole corpus again.")] = 24.0,
-    price: Annotated[float, typer.Option(help="Price of a machine for an hour.")] = 0.0,
-    machine: Annotated[
-        str, typer.Option(help="Measured machine to count with: amx or avx512 (two cores, ViT-B-32).")
-    ] = "amx",
-    measured: Annotated[
-        Path | None, typer.Option(help="What `ratchet bench encode` printed on your own machine, in place of it.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Count encoders, ingest workers, memory, disk and cost for a load, from what benchmarks measured.
-
-    Examples:  ratchet admin plan --images 200 --searches 50 --corpus 5e6    |
-    ratchet admin plan --stream 2e6 --image-kb 80    |
-    ratchet bench encode --against none | tee encode.txt; ratchet admin plan --texts 1000 --measured encode.txt
-    """
-    from ops.planning.capacity import Load, built_in, machine_of, make_plan
-
-    figures = built_in()
-    if measured is None and machine not in figures.machines:
-        raise ConfigError(f"no machine {machine!r} was measured.", f"There are: {', '.join(figures.machines)}.")
-    node = machine_of(measured) if measured is not None else figures.machines[machine]
-    if not (images or texts or searches or stream or corpus):
-        raise ConfigError(
-            "there is no load to plan for.", "Give at least one of --images, --texts, --searches, --stream, --corpus."
-        )
-    load = Load(images, texts, searches, stream, image_kb, corpus, p99, backfill_hours, price)
-    counted = make_plan(load, figures, node)
-    if as_json:
-        show_json({"load": asdict(load), **asdict(counted)})
-        return
-    rows = ({"part": each.name, "how many": each.count, "": each.unit, "why": each.why} for each in counted.parts)
-    show_rows(rows, "Plan")
-    console = Console()
-    for warning in counted.warnings:
-        console.print(f"[yellow]![/yellow] {warning}", highlight=False)
-    console.print("Counted with:", *(f"  {source}" for source in counted.sources), sep="\n", highlight=False)
-    console.print("Load differs: measure yours before you buy (`ratchet bench encode`, docs/scaling.md).")
 
 
 @app.command()

@@ -80,8 +80,6 @@ OF_COMMANDS = {
     "trainer abandon update-1 -r x": ("update-1", "ratchet status"),
     "adapters import none": ("none is not a directory", "save_pretrained"),
     "bench swop": ("'swop'", "Did you mean swap"),
-    "admin plan": ("no load", "--images"),
-    "admin plan --images 5 --machine cray": ("'cray'", "avx512"),
     "admin restore none": ("none", "backup"),
     "metrics serve none": ("'folder'", "'none' does not exist"),
     "-c new.yaml init --model ViT-B-16 --yes --offline": ("--weights", "ViT-B-16"),

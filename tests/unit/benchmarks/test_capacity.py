@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks import capacity
+from benchmarks.capacity import MAX_BATCH, Cell, ServiceTimes, fit
 from core.errors import ConfigError
-from ops.planning import capacity
-from ops.planning.capacity import MAX_BATCH, Cell, ServiceTimes, fit
 
 KNOWN = ServiceTimes(first=0.02, each=0.01, request=0.005)
 

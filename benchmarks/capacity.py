@@ -127,7 +127,7 @@ def encoders_for(times: ServiceTimes, rate: float, p99_seconds: float) -> tuple[
     if alone > p99_seconds:
         raise ConfigError(
             f"one request takes {alone:.3f} s on this machine, without any other.",
-            "Allow a longer p99, or measure a faster machine (`ratchet admin plan --measured`).",
+            "Allow a longer p99, or measure a faster machine (`ratchet bench plan --measured`).",
         )
     # Many encoders share the queue, so a proportional part of at most about 64 is simulated.
     share = max(1, math.ceil(rate / times.most(MAX_BATCH) / 64))

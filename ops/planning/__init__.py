@@ -1,1 +1,0 @@
-"""Capacity planning from benchmark figures: ``ratchet admin plan``."""
