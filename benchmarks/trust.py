@@ -174,7 +174,7 @@ def trial(world: World, folder: Path, attack: str, share: float, seed: int, arm:
     home = folder / "home"  # its own, as trials of one size give their updates one name
     home.mkdir()
     for name in ("bases", "data"):
-        (home / name).symlink_to(settings.home / name)
+        (home / name).symlink_to((settings.home / name).resolve())
     settings = settings.model_copy(
         update={
             "home": home,
