@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from benchmarks import capacity
+from benchmarks import capacity, plan
 from benchmarks.capacity import MAX_BATCH, Cell, ServiceTimes, fit
 from core.errors import ConfigError
+from core.settings import Settings
 
 KNOWN = ServiceTimes(first=0.02, each=0.01, request=0.005)
 
@@ -39,3 +42,16 @@ def test_encoders_keep_the_deadline_and_grow_with_the_load() -> None:
     assert capacity.encoders_for(KNOWN, 100, 0.1)[0] >= capacity.encoders_for(KNOWN, 100, 5.0)[0]
     with pytest.raises(ConfigError, match="without any other"):
         capacity.encoders_for(KNOWN, 1, 0.01)
+
+
+def test_a_plan_is_printed_and_without_a_load_or_a_known_machine_says_what_to_give(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan.main(Settings(), ["--images", "200", "--p99", "0.5"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (figures["load"]["images_per_second"], figures["load"]["p99_seconds"]) == (200, 0.5)
+    assert figures["parts"][0]["name"] == "encoders for images" and figures["parts"][0]["count"] > 1
+    for words, says in ((["--p99", "2"], "--images"), (["--images", "5", "--machine", "cray"], "avx512")):
+        with pytest.raises(SystemExit):
+            plan.main(Settings(), words)
+        assert says in capsys.readouterr().err
