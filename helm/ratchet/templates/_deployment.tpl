@@ -54,7 +54,7 @@ spec:
       containers:
         - name: {{ .part }}
           {{- include "ratchet.container" (list $top .part) | nindent 10 }}
-          command: [ratchet, {{ .command }}{{ if eq .part "indexes" }}, --metrics-port, "{{ .port }}"{{ end }}{{ with .topic }}, --topic, {{ quote . }}{{ end }}]
+          command: [ratchet, {{ .command }}{{ with .topic }}, --topic, {{ quote . }}{{ end }}]
           env:
             {{- include "ratchet.env" (list $top .part) | nindent 12 }}
             {{- include "ratchet.addedEnv" (list $top .values) | nindent 12 }}
