@@ -9,8 +9,8 @@ from sqlalchemy import delete, select
 from core.errors import LedgerError
 from core.ledger.database import Queries
 from core.ledger.events import add_event, note
-from core.ledger.leases import check_lease, database_time
-from core.ledger.rows import IndexRow, IndexSpaceRow, IndexState, LeaseRow
+from core.ledger.leases import check_lease, is_held
+from core.ledger.rows import IndexRow, IndexSpaceRow, IndexState
 
 INDEX_LEASE: Final = "indexes"
 SEARCHABLE: Final[tuple[IndexState, ...]] = ("ready", "live", "retained")
@@ -87,8 +87,7 @@ class IndexQueries(Queries):
     def index_problems(self) -> dict[str, str]:
         """For each index that is not paused why it is not kept up to date, or an empty text."""
         with self.database.read() as session:
-            worker, now = session.get(LeaseRow, INDEX_LEASE), database_time(session)
-            works = worker is not None and worker.holder and worker.expires_at > now
+            works = is_held(session, INDEX_LEASE)
             rows = session.scalars(select(IndexRow).where(~IndexRow.paused))
             return {row.name: row.problem if works else "no worker runs" for row in rows}
 

@@ -72,6 +72,16 @@ class LeaseQueries(Queries):
         """The lease's row; the holder is empty after a release."""
         return self._get(LeaseRow, name)
 
+    def lease_is_held(self, name: str) -> bool:
+        with self.database.read() as session:
+            return is_held(session, name)
+
+
+def is_held(session: Session, name: str) -> bool:
+    """Whether a process has the lease now."""
+    row = session.get(LeaseRow, name)
+    return row is not None and bool(row.holder) and row.expires_at > database_time(session)
+
 
 def check_lease(session: Session, name: str, epoch: int) -> None:
     """Lock a lease's row until the transaction ends. Raises LeaseLost if it no longer has this epoch, so that the

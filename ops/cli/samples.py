@@ -329,8 +329,7 @@ def _follow(ledger: Ledger, deletion_id: str) -> DeletionRow:
 def _is_maintained(ledger: Ledger) -> bool:
     from streams.store.maintenance import LEASE
 
-    lease = ledger.lease(LEASE)
-    return lease is not None and bool(lease.holder) and lease.expires_at > datetime.now(UTC)
+    return ledger.lease_is_held(LEASE)
 
 
 def _show_receipt(row: DeletionRow) -> None:

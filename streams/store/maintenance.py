@@ -244,8 +244,7 @@ class Maintainer:
     def _drop_pins(self) -> None:
         """Remove pins of finished updates and backups: the process that held one may have died first."""
         pins = self.store.pins()
-        lease = self.ledger.lease(COLLECT_LEASE) if any(name.startswith(BACKUP_PIN) for name in pins) else None
-        copying = lease is not None and bool(lease.holder) and lease.expires_at > self.ledger.clock()
+        copying = any(name.startswith(BACKUP_PIN) for name in pins) and self.ledger.lease_is_held(COLLECT_LEASE)
         for name in pins:
             over = not copying if name.startswith(BACKUP_PIN) else self.ledger.is_finished(name)
             if over:

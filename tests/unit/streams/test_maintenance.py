@@ -294,7 +294,7 @@ def test_it_waits_for_a_ledger_whose_disk_is_full_and_ends_when_it_is_asked_to(
     assert wait_for_ledger(settings, stopping) is None and attempts == 5
 
 
-def test_an_index_without_a_worker_or_with_a_problem_is_told(
+def test_an_index_without_a_worker_or_with_a_problem_shows(
     maintainer: Maintainer, ledger: Ledger, settings: Settings
 ) -> None:
     def failing() -> dict[str, float]:
