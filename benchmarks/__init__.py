@@ -22,7 +22,7 @@ BENCHMARKS = {
     "gate": "benchmarks.gate",
     "heads": "benchmarks.heads",
     "hostile": "benchmarks.hostile",
-    "index": "benchmarks.index",
+    "index": "benchmarks.index.run_index",
     "ingest": "benchmarks.stream.ingest",
     "lifetime": "benchmarks.lifetime",
     "plan": "benchmarks.plan",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import index
+from benchmarks.index import run_index
 from core.loading import load_settings
 from core.settings.serving import BaseModels
 from tests.support.tiny import tiny_base
@@ -18,7 +18,9 @@ from tests.support.tiny import tiny_base
 def test_clients_never_mix_spaces_while_the_worker_dies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_base(tmp_path)
     ours = {"home": tmp_path, "base": BaseModels(clip="tiny", vlm="")}
-    index.main(load_settings(environ={}).model_copy(update=ours), ["--rows", "500", "--base", "tiny"])
+    flags = ["--rows", "500", "--qdrant-rows", "500", "--base", "tiny"]
+    run_index.main(load_settings(environ={}).model_copy(update=ours), flags)
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (figures["mixed_queries"], figures["lost_rows"]) == (0, 0)
-    assert figures["queries"] > 0 and figures["recall"] >= 0.99
+    for store in (figures["pgvector"], figures["qdrant"]):
+        assert (store["mixed_queries"], store["lost_rows"]) == (0, 0)
+        assert store["queries"] > 0 and store["recall"] >= 0.99

@@ -10,13 +10,14 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.sql import SQL, Identifier
 
 from core.errors import LeaseLost, LedgerError
 from core.ledger.indexes import INDEX_LEASE
 from core.ledger.rows import IndexRow
 from serving.indexes.store import IndexStore, open_store
 from serving.indexes.worker import IndexKeeper
-from tests.integration.indexes.world import World
+from tests.integration.indexes.world import World, drawn
 from tests.support.postgres import PostgresServer
 
 
@@ -89,8 +90,8 @@ def test_a_space_outside_of_the_rollback_window_is_dropped(world: World) -> None
         world.settle()
     assert world.is_right("b")
     assert world.row(None).state == "dropped" and world.row("a").state == "retained"
-    columns = world.user.execute("select column_name from information_schema.columns where table_name = 'photos'")
-    assert {row[0] for row in columns} == {"id", "image", "title"} | {f"ratchet_{world.space(each)}" for each in "ab"}
+    tables = {row[0] for row in world.user.execute("select tablename from pg_tables where schemaname = 'public'")}
+    assert tables == {"photos"} | {f"ratchet_photos_{world.space(each)}" for each in "ab"}
 
 
 def test_a_release_of_texts_changes_nothing(world: World) -> None:
@@ -131,7 +132,7 @@ def test_rows_that_change_or_come_while_an_index_is_filled_are_right(world: Worl
     wait_until(lambda: world.put(next(with_changes) % 350, shift=5000) or "live" in world.states.values())
     world.release("b")
     wait_until(lambda: world.put(next(with_changes) % 350, shift=6000) or world.states.get(world.space("b")) == "live")
-    pending = f'select count(*) from photos where "ratchet_{world.space("b")}" is null'
+    pending = f'select count(*) from "ratchet_photos_{world.space("b")}" where embedding is null'
     wait_until(lambda: world.user.execute(pending).fetchone() == (0,))
     assert world.is_right("b")
     stopping.set()
@@ -143,7 +144,8 @@ def test_pictures_that_cannot_be_read_are_told_and_do_not_block(world: World) ->
     world.put(3, image=b"no picture")
     world.settle()
     assert world.is_right(None) and world.row(None).skipped == 1
-    ((reason,),) = world.user.execute("select reason from ratchet_photos_skipped").fetchall()
+    reasons = f'select reason from "ratchet_photos_{world.space(None)}" where reason is not null'
+    ((reason,),) = world.user.execute(reasons).fetchall()
     assert "format" in reason
     world.put(3)
     world.settle()
@@ -217,6 +219,60 @@ def test_grants_and_fields_of_the_view_stay(world: World) -> None:
     assert [row[0] for row in world.user.execute(fields)] == ["id", "image", "title", "embedding", "space"]
     assert world.user.execute("select has_table_privilege('reader', 'found', 'select')").fetchone() == (True,)
     world.user.execute("drop owned by reader; drop role reader")
+
+
+def test_a_worker_may_have_few_rights_and_writers_of_the_table_none(world: World) -> None:
+    """Of the vectors: the trigger writes them."""
+    world.user.execute(
+        "drop role if exists worker; drop role if exists writer; create extension vector; "
+        "create role worker login; grant create, usage on schema public to worker; "
+        "grant select, trigger on photos to worker; create role writer; "
+        "grant usage on schema public to writer; grant insert, update, delete, select on photos to writer"
+    )
+    url = world.index.url.replace("ratchet@", "worker@")
+    row = IndexRow(name="found", url=url, source="photos", id_field="id", image_field="image")
+    keeper = world.keeper(lambda _: open_store(row))
+    world.put(1, 2)
+    world.settle(keeper)
+    world.user.execute("set role writer")
+    world.put(2, 3, shift=50)
+    world.user.execute("delete from photos where id = 1; update photos set id = 9 where id = 3; reset role")
+    world.settle(keeper)
+    assert set(world.found()[1]) == {2, 9} and world.is_right(None)
+    keeper.close()
+    world.user.execute("drop owned by worker, writer cascade; drop role worker; drop role writer")
+
+
+def test_filling_a_space_writes_neither_the_table_nor_the_live_index(world: World) -> None:
+    world.put(*range(50))
+    world.settle()
+    size = f"select pg_relation_size('ratchet_photos_{world.space(None)}_hnsw'), pg_relation_size('photos')"
+    before = world.user.execute(size).fetchone()
+    world.release("a")
+    world.settle()
+    assert world.user.execute(size).fetchone() == before
+    assert world.is_right("a")
+
+
+def test_tables_of_long_names_do_not_share_vectors(world: World) -> None:
+    world.user.execute("drop schema if exists shop cascade; create schema shop")
+    keepers = []
+    for place, end in enumerate("ab"):
+        table = "a_table_of_a_name_that_postgres_would_cut_behind_" + end
+        world.user.execute(SQL("create table shop.{} (like photos including all)").format(Identifier(table)))
+        row = IndexRow(
+            name=f"found_{end}", url=world.index.url, source=f"shop.{table}", id_field="id", image_field="image"
+        )
+        world.ledger.add_index(row, actor="me")
+        insert = SQL("insert into shop.{} values (%s, %s)").format(Identifier(table))
+        world.user.execute(insert, (place, drawn(place)))
+        keepers.append(IndexKeeper(row, world.ledger, world.embedder))
+    for keeper in keepers:
+        world.settle(keeper)
+        keeper.close()
+    for place, end in enumerate("ab"):
+        assert world.user.execute(f"select id from shop.found_{end}").fetchall() == [(place,)]
+    world.user.execute("drop schema shop cascade")
 
 
 def test_a_name_or_table_is_taken_once(world: World) -> None:

@@ -1,0 +1,1 @@
+"""``ratchet bench index``: an index outside follows a release and a rollback while its worker is killed."""
