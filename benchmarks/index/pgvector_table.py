@@ -5,19 +5,20 @@ from __future__ import annotations
 import subprocess
 import threading
 import time
+from typing import Final
 
 import numpy as np
 import orjson
 import psycopg
 
-from benchmarks.index.table import NEIGHBOURS, SEARCH_PAUSE, WRITE_PAUSE, Encoder, Seen, picture
+from benchmarks.index.table import NEIGHBOURS, SEARCH_PAUSE, WRITE_PAUSE, Encoder, SearchCounts, picture, random_row
 from core.child_process import ratchet_command
 from core.ledger.rows import IndexRow
 from core.settings import Settings
 from serving.indexes.pgvector import EF_SEARCH
 from serving.indexes.store import Vector
 
-CATCH_UP_PAUSE = 0.5
+CATCH_UP_PAUSE: Final = 0.5
 
 
 class PgvectorTable:
@@ -26,7 +27,7 @@ class PgvectorTable:
         self.index = IndexRow(name="found", url=url, source="photos", id_field="id", image_field="image")
         self.user = psycopg.connect(url, autocommit=True)
         self.user.execute(f"set hnsw.ef_search = {EF_SEARCH}")
-        self.rows, self.seen = 0, Seen()
+        self.rows, self.counts = 0, SearchCounts()
         self.stopping = threading.Event()
         self.clients = [threading.Thread(target=each, daemon=True) for each in (self.search, self.write)]
         self.worker: subprocess.Popen[bytes] | None = None
@@ -43,9 +44,9 @@ class PgvectorTable:
         flags = [f"home={self.settings.home}", f"base.clip={self.settings.base.clip}"]
         self.worker = subprocess.Popen(ratchet_command("index", "run", flags=flags))
 
-    def end_worker(self, kill: bool = False) -> None:
+    def kill_worker(self) -> None:
         if self.worker is not None:
-            (self.worker.kill if kill else self.worker.terminate)()
+            self.worker.kill()
             self.worker.wait()
 
     def start_clients(self) -> None:
@@ -58,29 +59,29 @@ class PgvectorTable:
             client.execute(f"set hnsw.ef_search = {EF_SEARCH}")
             while not self.stopping.wait(SEARCH_PAUSE):
                 (space,) = client.execute("select space from found limit 1").fetchone() or ("",)
-                query = self.encode([picture(self.seen.queries)], space)[0]
+                query = self.encode([picture(self.counts.queries)], space)[0]
                 rows = client.execute(
                     "select image, embedding::text, space from found where space = %s "
                     "order by embedding <=> %s::vector limit %s", (space, str(query.tolist()), NEIGHBOURS),
                 ).fetchall()  # fmt: skip
-                if rows:
-                    spaces = {row[2] for row in rows}
-                    self.seen.note(rows[0][0], np.array(orjson.loads(rows[0][1])), spaces, space, self.encode)
-                else:
-                    self.seen.repeated += 1
+                if not rows:
+                    self.counts.repeated += 1
+                    continue
+                vector, spaces = np.array(orjson.loads(rows[0][1]), np.float32), {row[2] for row in rows}
+                self.counts.queries += 1
+                self.counts.mixed += self.encode.is_mixed(rows[0][0], vector, spaces, space)
 
     def write(self) -> None:
         """Change and add rows."""
         with psycopg.connect(self.url, autocommit=True) as client:
             chance = np.random.default_rng(1)
             while not self.stopping.wait(WRITE_PAUSE):
-                id, seed = int(chance.integers(self.rows * 11 // 10)), int(chance.integers(1 << 40, 1 << 41))
                 client.execute(
                     "insert into photos values (%s, %s) on conflict (id) do update set image = excluded.image",
-                    (id, picture(seed)),
+                    random_row(chance, self.rows),
                 )
 
-    def finish(self) -> Seen:
+    def finish(self) -> SearchCounts:
         self.stopping.set()
         for client in self.clients:
             client.join()
@@ -88,8 +89,10 @@ class PgvectorTable:
         pending = f'select from "ratchet_photos_{space}" where embedding is null limit 1'
         while self.user.execute(pending).fetchone() is not None:
             time.sleep(CATCH_UP_PAUSE)
-        self.end_worker()
-        return self.seen
+        if self.worker is not None:
+            self.worker.terminate()
+            self.worker.wait()
+        return self.counts
 
     def images(self) -> list[tuple[int, bytes]]:
         return self.user.execute("select id, image from photos order by id").fetchall()
@@ -104,5 +107,5 @@ class PgvectorTable:
 
     def close(self) -> None:
         self.stopping.set()
-        self.end_worker(kill=True)
+        self.kill_worker()
         self.user.close()

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Final
@@ -18,7 +17,7 @@ import numpy as np
 from qdrant_client import QdrantClient
 from qdrant_client import models as m
 
-from benchmarks.index.table import NEIGHBOURS, SEARCH_PAUSE, WRITE_PAUSE, Encoder, Seen, picture
+from benchmarks.index.table import NEIGHBOURS, SEARCH_PAUSE, WRITE_PAUSE, Encoder, SearchCounts, picture, random_row
 from core.errors import RatchetError
 from core.ledger import Ledger
 from core.ledger.rows import IndexRow
@@ -29,29 +28,25 @@ from serving.indexes.worker import POLL_SECONDS, IndexKeeper, RowEmbedder
 from streams.records.uris import UriFetcher
 
 SOURCE, ALIAS = "photos", "found"
+PICTURES: Final = "pictures"
 PAGE: Final = 500
-STARTED, ENDED, SEEN = "started", "ended", "seen"
+STARTED, ENDED, ANSWERS = "started", "ended", "answers"
 GOOD, MIXED, REPEATED = "good", "mixed", "repeated"
 
 
-@dataclass
-class Pictures:
-    """Image files of the user; each change of an image is a new file, as its URI is its version."""
-
-    folder: Path
-
-    def point(self, id: int, image: bytes) -> m.PointStruct:
-        path = self.folder / f"{uuid4().hex}.jpg"
-        path.write_bytes(image)
-        return m.PointStruct(id=id, vector={}, payload={"url": path.as_uri()})
+def point(folder: Path, id: int, image: bytes) -> m.PointStruct:
+    """A row whose image is a new file: its URI is its version."""
+    path = folder / PICTURES / f"{uuid4().hex}.jpg"
+    path.write_bytes(image)
+    return m.PointStruct(id=id, vector={}, payload={"url": path.as_uri()})
 
 
 class Child:
-    """In the process that has the storage. Files in ``folder`` say what it shall do, as locks do not outlive a kill."""
+    """In the process that has the storage. Files in the home say what it shall do: locks would not survive a kill."""
 
-    def __init__(self, settings: Settings, adapter: str, folder: Path, rows: int) -> None:
-        self.folder, self.pictures, self.rows = folder, Pictures(folder / "pictures"), rows
-        index = index_row(folder)
+    def __init__(self, settings: Settings, adapter: str, rows: int) -> None:
+        self.folder, self.rows = settings.home, rows
+        index = index_row(self.folder)
         self.store = QdrantStore(index)
         ledger = Ledger.open(settings.ledger)
         self.keeper = IndexKeeper(index, ledger, RowEmbedder(settings, ledger), opener=lambda _: self.store)
@@ -89,33 +84,30 @@ class Child:
                 more = False
 
     def search(self) -> None:
-        """The guide's recipe; a letter for each answer goes to a file."""
-        seen = Seen()
-        with (self.folder / SEEN).open("a", buffering=1) as file:
+        """The guide's recipe; a word for each answer goes to a file."""
+        with (self.folder / ANSWERS).open("a", buffering=1) as file:
             while self.going_on(SEARCH_PAUSE):
                 space = str(self.store._do("scroll", ALIAS, limit=1)[0][0].payload["space"])
                 vector = self.encode([picture(time.monotonic_ns())], space)[0].tolist()
                 where = m.Filter(must=[m.FieldCondition(key="space", match=m.MatchValue(value=space))])
                 hits = {"query_filter": where, "limit": NEIGHBOURS, "with_vectors": True}
-                found = self.store._do("query_points", ALIAS, vector, **hits).points
-                if not found:
+                points = self.store._do("query_points", ALIAS, vector, **hits).points
+                if not points:
                     print(REPEATED, file=file)
                     continue
-                mixed, spaces = seen.mixed, {point.payload["space"] for point in found}
-                image, stored = self.fetch(found[0].payload["url"]), np.array(found[0].vector, np.float32)
-                seen.note(image, stored, spaces, space, self.encode)
-                print(MIXED if seen.mixed > mixed else GOOD, file=file)
+                image, stored = self.fetch(points[0].payload["url"]), np.array(points[0].vector, np.float32)
+                spaces = {each.payload["space"] for each in points}
+                print(MIXED if self.encode.is_mixed(image, stored, spaces, space) else GOOD, file=file)
 
     def write(self) -> None:
         """Change and add rows."""
         chance = np.random.default_rng(time.monotonic_ns())
         while self.going_on(WRITE_PAUSE):
-            id, seed = int(chance.integers(self.rows * 11 // 10)), int(chance.integers(1 << 40, 1 << 41))
-            self.store._do("upsert", SOURCE, [self.pictures.point(id, picture(seed))])
+            self.store._do("upsert", SOURCE, [point(self.folder, *random_row(chance, self.rows))])
 
 
-def run_child(settings: Settings, adapter: str, folder: Path, rows: int) -> None:
-    Child(settings, adapter, folder, rows).run()
+def run_child(settings: Settings, adapter: str, rows: int) -> None:
+    Child(settings, adapter, rows).run()
 
 
 def index_row(folder: Path) -> IndexRow:
@@ -123,12 +115,12 @@ def index_row(folder: Path) -> IndexRow:
 
 
 class QdrantTable:
-    def __init__(self, settings: Settings, folder: Path, adapter: str) -> None:
-        self.folder, self.adapter, self.rows = folder, adapter, 0
-        self.pictures = Pictures(folder / "pictures")
-        self.pictures.folder.mkdir(parents=True)
-        ingest = settings.ingest.model_copy(update={"allowed_uris": [self.pictures.folder.as_uri()]})
-        self.settings, self.index = settings.model_copy(update={"ingest": ingest}), index_row(folder)
+    def __init__(self, settings: Settings, adapter: str) -> None:
+        self.folder, self.adapter, self.rows = settings.home, adapter, 0
+        pictures = self.folder / PICTURES
+        pictures.mkdir()
+        ingest = settings.ingest.model_copy(update={"allowed_uris": [pictures.as_uri()]})
+        self.settings, self.index = settings.model_copy(update={"ingest": ingest}), index_row(self.folder)
         self.worker: SpawnProcess | None = None
 
     def fill(self, rows: int) -> None:
@@ -137,41 +129,41 @@ class QdrantTable:
             client.create_collection(SOURCE, {})
             for start in range(0, rows, PAGE):
                 ids = range(start, min(rows, start + PAGE))
-                client.upsert(SOURCE, [self.pictures.point(id, picture(id)) for id in ids])
+                client.upsert(SOURCE, [point(self.folder, id, picture(id)) for id in ids])
 
     def start_worker(self) -> None:
-        values = (self.settings, self.adapter, self.folder, self.rows)
+        values = (self.settings, self.adapter, self.rows)
         self.worker = multiprocessing.get_context("spawn").Process(target=run_child, args=values)
         self.worker.start()
 
-    def end_worker(self, kill: bool = False) -> None:
-        if self.worker is not None and self.worker.is_alive():
-            (self.worker.kill if kill else self.worker.terminate)()
+    def kill_worker(self) -> None:
+        if self.worker is not None:
+            self.worker.kill()
             self.worker.join()
 
     def start_clients(self) -> None:
         (self.folder / STARTED).touch()
 
-    def finish(self) -> Seen:
+    def finish(self) -> SearchCounts:
         (self.folder / ENDED).touch()
         if self.worker is not None:
             self.worker.join()
-        good, mixed, repeated = map((self.folder / SEEN).read_text().count, (GOOD, MIXED, REPEATED))
-        return Seen(good + mixed, mixed, repeated)
+        good, mixed, repeated = map((self.folder / ANSWERS).read_text().count, (GOOD, MIXED, REPEATED))
+        return SearchCounts(good + mixed, mixed, repeated)
 
     def images(self) -> list[tuple[int, bytes]]:
         fetch = UriFetcher(self.settings.ingest).fetch
-        return [(int(point.id), fetch((point.payload or {})["url"])) for point in self.points(SOURCE)]
+        return [(int(each.id), fetch((each.payload or {})["url"])) for each in self.points(SOURCE)]
 
     def vectors(self) -> dict[int, Vector]:
-        return {int(point.id): np.array(point.vector, np.float32) for point in self.points(ALIAS)}
+        return {int(each.id): np.array(each.vector, np.float32) for each in self.points(ALIAS)}
 
     def nearest(self, vector: Vector) -> set[int]:
         with closing(self.opened()) as client:
-            return {int(point.id) for point in client.query_points(ALIAS, vector.tolist(), limit=NEIGHBOURS).points}
+            return {int(each.id) for each in client.query_points(ALIAS, vector.tolist(), limit=NEIGHBOURS).points}
 
     def close(self) -> None:
-        self.end_worker(kill=True)
+        self.kill_worker()
 
     def points(self, collection: str) -> list[m.Record]:
         with closing(self.opened()) as client:

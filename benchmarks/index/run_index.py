@@ -53,9 +53,9 @@ def wait(condition: Callable[[], object], pause: float = 0.005) -> None:
         time.sleep(pause)
 
 
-class Run:
-    def __init__(self, settings: Settings, ledger: Ledger, encode: Encoder, table: Table) -> None:
-        self.settings, self.ledger, self.encode, self.table = settings, ledger, encode, table
+class IndexRun:
+    def __init__(self, ledger: Ledger, encode: Encoder, table: Table) -> None:
+        self.ledger, self.encode, self.table = ledger, encode, table
         self.number = 0
 
     def measure(self, rows: int) -> dict[str, Any]:
@@ -72,17 +72,17 @@ class Run:
         self.table.start_clients()
         killed = self.upgrade(new)
         progress_log.info(f"killed in {', '.join(killed)}; now back")
-        counted = self.counted()
-        wait(lambda: self.counted() > counted)  # the last of the workers is up
+        counted_at = self.counted_at()
+        wait(lambda: self.counted_at() > counted_at)  # the last of the workers is up
         began = time.monotonic()
         self.release(None)
         wait(lambda: self.state(base)[0] == "live")
         rollback = time.monotonic() - began
         time.sleep(1)
-        seen = self.table.finish()
+        counts = self.table.finish()
         recall, lost = self.compare(base)
         return {
-            "rows": rows, "queries": seen.queries, "mixed_queries": seen.mixed, "repeated_queries": seen.repeated,
+            "rows": rows, "queries": counts.queries, "mixed_queries": counts.mixed, "repeated_queries": counts.repeated,
             "recall": round(recall, 4), "lost_rows": lost, "rollback_seconds": round(rollback, 3), "killed_in": killed,
             "rows_per_second": round(rate, 1), "encoder_per_second": round(encoder, 1),
             "rows_to_encoder": round(rate / encoder, 3),
@@ -99,7 +99,7 @@ class Run:
         rows = self.ledger.index_spaces("found")
         return next(((row.state, row.rows) for row in rows if row.space == space), ("", 0))
 
-    def counted(self) -> datetime:
+    def counted_at(self) -> datetime:
         return max(row.updated_at for row in self.ledger.index_spaces("found"))
 
     def fill_rate(self, space: str, rows: int) -> float:
@@ -117,7 +117,7 @@ class Run:
         while "live" not in killed:
             state = self.state(new)[0]
             if state in KILLED_IN and state not in killed:
-                self.table.end_worker(kill=True)
+                self.table.kill_worker()
                 killed.append(state)
                 self.table.start_worker()
                 if state == "ready":
@@ -149,36 +149,34 @@ class Run:
         shares = []
         for vector in self.encode([picture((1 << 50) + seed) for seed in range(QUERIES)], space):
             scores = exact @ vector
-            found = scores[[places[id] for id in self.table.nearest(vector)]]
-            shares.append(np.sum(found >= np.sort(scores)[-NEIGHBOURS] - 1e-4) / NEIGHBOURS)
+            hits = scores[[places[id] for id in self.table.nearest(vector)]]
+            shares.append(np.sum(hits >= np.sort(scores)[-NEIGHBOURS] - 1e-4) / NEIGHBOURS)
         return float(np.mean(shares)), int(lost)
 
 
 def run(settings: Settings, rows: int, qdrant_rows: int, base: str) -> dict[str, Any]:
     """Measure in new homes. ``base``: a registered CLIP, or an architecture that gets random weights."""
 
-    def measured(name: str, count: int, table: Callable[[Settings, Path, Encoder], Table]) -> dict[str, Any]:
+    def measured(name: str, count: int, make_table: Callable[[Settings, Encoder], Table]) -> dict[str, Any]:
         progress_log.info(f"{name}: {count:,} rows")
         with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
             home = bench_home(settings, Path(folder), clip_base(settings, base))
             (adapter,) = make_adapters(home, 1)
             encode = Encoder(home, adapter)
-            ours = table(home, Path(folder), encode)
+            table = make_table(home, encode)
             try:
-                return Run(home, Ledger.open(home.ledger), encode, ours).measure(count)
+                return IndexRun(Ledger.open(home.ledger), encode, table).measure(count)
             finally:
-                ours.close()
+                table.close()
 
     figures: dict[str, Any] = {}
     if rows:
         with postgres_server(binaries=with_pgvector()) as server:
             figures["pgvector"] = measured(
-                "pgvector", rows, lambda home, _, encode: PgvectorTable(home, server.url, encode)
+                "pgvector", rows, lambda home, encode: PgvectorTable(home, server.url, encode)
             )
     if qdrant_rows:
-        figures["qdrant"] = measured(
-            "qdrant", qdrant_rows, lambda home, folder, encode: QdrantTable(home, folder, encode.adapter)
-        )
+        figures["qdrant"] = measured("qdrant", qdrant_rows, lambda home, encode: QdrantTable(home, encode.adapter))
     return {**figures, "base": base, "machine": machine()}
 
 

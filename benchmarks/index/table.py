@@ -1,4 +1,4 @@
-"""What :mod:`benchmarks.index.run_index` needs of a user's table: :class:`Table`."""
+"""The user's table that :mod:`benchmarks.index.run_index` measures: :class:`Table`, with what all stores share."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from core.settings import Settings
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import load_base
 from serving.indexes.store import Vector
+from serving.indexes.worker import PAGE_ROWS
 
 WRITE_PAUSE: Final = 0.5
 SEARCH_PAUSE: Final = 0.1
@@ -31,6 +32,11 @@ def picture(seed: int) -> bytes:
     return file.getvalue()
 
 
+def random_row(chance: np.random.Generator, rows: int) -> tuple[int, bytes]:
+    """ID and image of a row to change, or in one of eleven cases to add."""
+    return int(chance.integers(rows * 11 // 10)), picture(int(chance.integers(1 << 40, 1 << 41)))
+
+
 class Encoder:
     """The base and an adapter, by image space: what ``/v1/embeddings`` answers to a pinned ``space``."""
 
@@ -41,26 +47,25 @@ class Encoder:
         self.engine.load(adapter, settings.home / "random" / "0")
         self.clips: dict[str, str | None] = {self.engine.spaces(clip).image: clip for clip in (None, adapter)}
 
-    def __call__(self, images: Sequence[bytes], space: str, page: int = 64) -> Vector:
+    def __call__(self, images: Sequence[bytes], space: str) -> Vector:
         """Vectors [n, dim]."""
         pixels = np.stack([self.engine.base.preprocess.pixels(image) for image in images])
-        parts = [pixels[at : at + page] for at in range(0, len(pixels), page)]
+        parts = [pixels[at : at + PAGE_ROWS] for at in range(0, len(pixels), PAGE_ROWS)]
         return np.concatenate([self.engine.encode_images(part, self.clips[space]) for part in parts])
+
+    def is_mixed(self, image: bytes, vector: Vector, spaces: set[str], space: str) -> bool:
+        """Judge an answer by its nearest row, an image with its vector, and by the spaces of all rows."""
+        return bool(self([image], space)[0] @ vector < SAME or spaces != {space})
 
 
 @dataclass
-class Seen:
-    """What the client that searches has seen."""
+class SearchCounts:
+    """Answers to the client that searches."""
 
     queries: int = 0
     mixed: int = 0
     repeated: int = 0
     """Empty answers: the live space changed between the client's two calls, and it asked again."""
-
-    def note(self, image: bytes, vector: Vector, spaces: set[str], space: str, encode: Encoder) -> None:
-        """Judge one answer by its nearest row: its image, its vector, and the spaces of all rows."""
-        self.queries += 1
-        self.mixed += bool(encode([image], space)[0] @ vector < SAME or spaces != {space})
 
 
 class Table(Protocol):
@@ -72,18 +77,18 @@ class Table(Protocol):
 
     def start_worker(self) -> None: ...
 
-    def end_worker(self, kill: bool = False) -> None: ...
+    def kill_worker(self) -> None: ...
 
     def start_clients(self) -> None: ...
 
-    def finish(self) -> Seen:
+    def finish(self) -> SearchCounts:
         """End the clients, let the worker catch up, and end it."""
 
     def images(self) -> list[tuple[int, bytes]]:
         """All rows as they are at the end, by ID."""
 
     def vectors(self) -> dict[int, Vector]:
-        """What clients find, by ID."""
+        """Vectors that clients find, by ID."""
 
     def nearest(self, vector: Vector) -> set[int]:
         """IDs of the first ten hits of a client."""

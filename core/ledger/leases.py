@@ -78,7 +78,7 @@ class LeaseQueries(Queries):
 
 
 def is_held(session: Session, name: str) -> bool:
-    """Whether a process has the lease now."""
+    """True if a process has the lease now."""
     row = session.get(LeaseRow, name)
     return row is not None and bool(row.holder) and row.expires_at > database_time(session)
 

@@ -60,12 +60,12 @@ class PgvectorStore:
                 f"{index.source} lacks the field {index.id_field!r}, or {index.image_field!r} of type text or bytea.",
                 f"It has {', '.join(types) or 'no fields: is there such a table?'}.",
             )
-        self._schema = schema
+        self._schema, short = schema, table
         if len(table) > LONGEST:
-            table = f"{table[: LONGEST - 9]}_{sha256(table.encode()).hexdigest()[:8]}"
-        self._prefix = f"ratchet_{table}_"
+            short = f"{table[: LONGEST - 9]}_{sha256(table.encode()).hexdigest()[:8]}"
+        self._prefix = f"ratchet_{short}_"
         self._parts = {
-            "table": sql.Identifier(*schema, index.source.split(".")[-1]), "id": sql.Identifier(index.id_field),
+            "table": sql.Identifier(*schema, table), "id": sql.Identifier(index.id_field),
             "image": sql.Identifier(index.image_field), "view": sql.Identifier(*schema, index.name),
             "type": sql.SQL(types[index.id_field]), "function": sql.Identifier(*schema, f"{self._prefix}changed"),
         }  # fmt: skip
@@ -75,7 +75,7 @@ class PgvectorStore:
             self._run(cursor, "create extension if not exists vector")
             self._run(cursor, f"""create table if not exists {{vectors}} (id {{type}} primary key, version text,
               embedding vector({dim}), reason text, retry_at timestamptz)""", space)  # fmt: skip
-            self._set_trigger(cursor, {*self._spaces(cursor), space})
+            self._set_trigger(cursor, self._spaces(cursor))
         query = """with page as (select {id} as id, md5({image}) as version from {table}
             where %(after)s::text is null or {id} > %(after)s::text::{type} order by {id} limit %(limit)s),
           added as (insert into {vectors} select * from page on conflict do nothing)
