@@ -8,6 +8,8 @@ from typing import Any
 
 from benchmarks.random_base import random_base
 from core.settings import Settings
+from core.settings.serving import SHIPPED
+from demo.clip import build_base
 from serving.engines.clip_base import ClipBase, list_bases, load_base
 
 
@@ -16,7 +18,10 @@ def cache_folder(settings: Settings) -> Path:
 
 
 def clip_base(settings: Settings, name: str) -> ClipBase:
-    """A registered base, or an architecture of open_clip with random weights. Raises ConfigError."""
+    """A registered base, the shipped one built where missing, or an architecture of open_clip with random weights.
+    Raises ConfigError."""
+    if name == SHIPPED:
+        return build_base(settings.home)
     if name in list_bases(settings.home, "clip"):
         return load_base(settings.home, name)
     return random_base(cache_folder(settings), name)
