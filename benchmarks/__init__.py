@@ -30,6 +30,7 @@ BENCHMARKS = {
     "scale": "benchmarks.scale",
     "search": "benchmarks.search.run_search",
     "soak": "benchmarks.soak",
+    "start": "benchmarks.start",
     "step": "benchmarks.step",
     "swap": "benchmarks.swap",
     "traces": "benchmarks.traces",
@@ -39,7 +40,7 @@ BENCHMARKS = {
 }
 """Name to module; a module has ``main(settings, arguments)``."""
 WITHOUT_MODELS = frozenset(
-    {"chaos", "families", "feedback", "index", "ingest", "lifetime", "plan", "search", "variety"}
+    {"chaos", "families", "feedback", "index", "ingest", "lifetime", "plan", "search", "start", "variety"}
 )
 
 

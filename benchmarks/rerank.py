@@ -14,8 +14,10 @@ from typing import Any, Final
 import numpy as np
 from rich.table import Table
 
+from benchmarks.bench_home import cache_folder
 from benchmarks.command import bench_parser, show_table
 from benchmarks.machine import machine
+from benchmarks.random_vlm import RERANKER, random_reranker
 from core.progress import step
 from core.settings import Settings
 from ratchet_client.images import decode_image
@@ -35,13 +37,17 @@ CANDIDATES: Final = 300
 SEED: Final = 7
 
 
-def run(settings: Settings, domains: Sequence[str] = DOMAINS, texts: int = TEXTS, k: int = K) -> dict[str, Any]:
-    """Measure and return the figures by domain."""
+def run(
+    settings: Settings, domains: Sequence[str] = DOMAINS, texts: int = TEXTS, k: int = K, vlm_name: str = ""
+) -> dict[str, Any]:
+    """Measure and return the figures by domain. ``vlm_name``: a registered base, or :data:`RERANKER`; empty: the
+    settings'."""
     clip = ClipEngine(load_base(settings.home, settings.base.clip), threads=1)
-    base = load_vlm_base(settings.home, settings.base.vlm)
+    name = vlm_name or settings.base.vlm
+    base = random_reranker(cache_folder(settings)) if name == RERANKER else load_vlm_base(settings.home, name)
     with step(f"loading the VLM {base.name}"), SyncVlm(open_engine(base, settings.serve)) as vlm:
         rows = {name: _domain(settings, name, clip, vlm, texts, k) for name in domains}
-        return {"k": k, "engine": vlm.engine.kind, "domains": rows, "machine": machine()}
+        return {"vlm": base.name, "k": k, "engine": vlm.engine.kind, "domains": rows, "machine": machine()}
 
 
 def _domain(settings: Settings, name: str, clip: ClipEngine, vlm: SyncVlm, texts: int, k: int) -> dict[str, Any]:
@@ -81,7 +87,7 @@ def show(figures: dict[str, Any]) -> None:
     for name, row in figures["domains"].items():
         change, took = f"{row['better']}, {row['worse']}", f"{row['p50']}, {row['p95']}"
         table.add_row(name, str(row["r1"]), str(row["r1_reranked"]), str(row["recall_at_k"]), change, took)
-    show_table(table, figures, f"{figures['engine']}, {figures['machine']}")
+    show_table(table, figures, f"{figures['vlm']} on {figures['engine']}, {figures['machine']}")
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
@@ -89,5 +95,7 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser.add_argument("--domains", nargs="+", default=DOMAINS, help="prepared folders in home/data")
     parser.add_argument("--texts", type=int, default=TEXTS, help=f"texts of each domain ({TEXTS})")
     parser.add_argument("--k", type=int, default=K, help=f"pictures that the VLM sees for a text ({K})")
+    about = f"a registered VLM, or {RERANKER}: its shape with random weights, of which only the seconds count"
+    parser.add_argument("--vlm", default="", help=f"{about}; default: base.vlm")
     options = parser.parse_args(arguments)
-    show(run(settings, options.domains, options.texts, options.k))
+    show(run(settings, options.domains, options.texts, options.k, options.vlm))

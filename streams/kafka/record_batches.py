@@ -19,7 +19,6 @@ import snappy
 import zstandard
 from kafka import TopicPartition
 from kafka.record.default_records import DefaultRecord, DefaultRecordBatch
-from kafka.record.legacy_records import LegacyRecordBatch
 from kafka.record.util import decode_varint
 from lz4.frame import LZ4FrameDecompressor
 
@@ -31,8 +30,6 @@ MAX_HEADERS = 10_000
 MIN_RECORD_BYTES = 7
 #: Deflate, which expands most of the Java clients' codecs, makes at most 1,032 bytes of one.
 MAX_RATIO = 1032
-#: Offset, size, checksum, magic, attributes, key and value of a message of magic 0.
-MIN_LEGACY_BYTES = 26
 INT64_MAX = 2**63 - 1
 
 
@@ -108,14 +105,20 @@ class DamagedBatch:
         return self._records
 
 
-class _Tolerant:
-    """Base of both formats: a batch with a correct checksum, whose unreadable rest becomes corrupt records."""
+class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
+    """A batch of Kafka 0.11 or later (magic 2) with a correct checksum. A record with invalid UTF-8 in its header
+    names, or with too many headers, is corrupt alone. After any other fault nothing that follows can be parsed, and
+    each offset up to the batch's last is corrupt; but no more of them than the bytes can hold records: a producer could
+    claim two billion."""
 
     compression_type: int
+    _buffer: bytearray
+    _pos: int
+    _decompressed: bool
 
-    def __init__(self, view: memoryview, partition: TopicPartition, start: int, limit: int, *magic: int) -> None:
+    def __init__(self, view: memoryview, partition: TopicPartition, start: int, limit: int) -> None:
         """``start``: the first offset wanted. ``limit``: largest expanded size of the records."""
-        super().__init__(view, *magic)  # type: ignore[call-arg]
+        super().__init__(view)
         self._source = view
         self._partition = partition
         self._from = start
@@ -123,24 +126,6 @@ class _Tolerant:
 
     def validate_crc(self) -> bool:
         return True
-
-    def _rest(self, offsets: range, what: str, error: Exception, timestamp: int = -1) -> Iterator[CorruptRecord]:
-        first = max(offsets.start, self._from)
-        most = most_records(len(self._source), bool(self.compression_type), self._limit)
-        detail = f"{what} cannot be read: {(str(error) or type(error).__name__)[:200]}"
-        left = range(first, min(offsets.stop, first + most))
-        return corrupt_records(self._partition, left, detail, self._source, timestamp)
-
-
-class TolerantBatch(_Tolerant, DefaultRecordBatch):  # type: ignore[misc]
-    """A batch of Kafka 0.11 or later (magic 2) with a correct checksum. A record with invalid UTF-8 in its header
-    names, or with too many headers, is corrupt alone. After any other fault nothing that follows can be parsed, and
-    each offset up to the batch's last is corrupt; but no more of them than the bytes can hold records: a producer could
-    claim two billion."""
-
-    _buffer: bytearray
-    _pos: int
-    _decompressed: bool
 
     @property
     def is_control_batch(self) -> bool:
@@ -177,8 +162,12 @@ class TolerantBatch(_Tolerant, DefaultRecordBatch):  # type: ignore[misc]
         except MemoryError:
             raise  # a fault of this process, not of the data
         except Exception as error:  # includes whatever a codec's library raises
-            what = f"the batch of offsets {self.base_offset} to {last}"
-            yield from self._rest(range(expected, last + 1), what, error, self.max_timestamp)
+            cause = (str(error) or type(error).__name__)[:200]
+            detail = f"the batch of offsets {self.base_offset} to {last} cannot be read: {cause}"
+            first = max(expected, self._from)
+            most = most_records(len(self._source), bool(self.compression_type), self._limit)
+            left = range(first, min(last + 1, first + most))
+            yield from corrupt_records(self._partition, left, detail, self._source, self.max_timestamp)
 
     def _next_record(self, expected: int) -> Any:
         start = self._pos
@@ -208,37 +197,6 @@ class TolerantBatch(_Tolerant, DefaultRecordBatch):  # type: ignore[misc]
             self._buffer = decompress(self.compression_type, body, self._limit)
             self._pos = 0
         self._decompressed = True
-
-
-class TolerantLegacyBatch(_Tolerant, LegacyRecordBatch):  # type: ignore[misc]
-    """A message (which may contain others) of magic 0 or 1, before Kafka 0.11, with a correct checksum."""
-
-    def __iter__(self) -> Iterator[Any]:
-        expected = 0
-        try:
-            for record in super().__iter__():
-                if not expected <= record.offset <= self.base_offset or not record.validate_crc():
-                    raise ValueError(f"the message of offset {record.offset} is damaged")
-                yield record
-                expected = record.offset + 1
-        except MemoryError:
-            raise
-        except Exception as error:
-            what = f"the message set up to offset {self.base_offset}"
-            yield from self._rest(range(expected, self.base_offset + 1), what, error)
-
-    def _decompress(self, key_offset: int) -> bytearray:
-        _, value = self._read_key_value(key_offset)
-        if value is None:
-            raise ValueError("a compressed message without a value")
-        messages = decompress(self.compression_type, memoryview(value), self._limit)
-        start = 0
-        while start < len(messages):  # kafka-python would follow a negative size backwards, for ever
-            _, size = struct.unpack_from(">qi", messages, start)
-            if size < MIN_LEGACY_BYTES - 12:
-                raise ValueError(f"a message of {size} bytes")
-            start += 12 + size
-        return messages
 
 
 GZIP, SNAPPY, LZ4, ZSTD = 1, 2, 3, 4

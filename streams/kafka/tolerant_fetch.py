@@ -40,17 +40,14 @@ from kafka.consumer.fetcher import CompletedFetch, ConsumerRecord, Fetcher
 from kafka.consumer.subscription_state import SubscriptionState
 from kafka.errors import CorruptRecordError, LogTruncationError
 from kafka.record.default_records import DefaultRecordBatch
-from kafka.record.legacy_records import LegacyRecordBatch
-from kafka.record.util import calc_crc32, calc_crc32c
+from kafka.record.util import calc_crc32c
 
 from core.errors import ConfigError
 from streams.kafka.record_batches import (
     INT64_MAX,
-    MIN_LEGACY_BYTES,
     Corrupt,
     DamagedBatch,
     TolerantBatch,
-    TolerantLegacyBatch,
     most_records,
 )
 
@@ -178,7 +175,6 @@ def check_library() -> None:
         Fetcher: ("_parse_fetched_data",),
         Fetcher.PartitionRecords: ("_unpack_records", "drain"),
         DefaultRecordBatch: ("_maybe_uncompress", "_read_msg", "_buffer", "_pos", "_num_records", "_next_record_index"),
-        LegacyRecordBatch: ("_decompress", "_read_key_value"),
         ConsumerRecord: ("checksum", "leader_epoch"),
         CompletedFetch: ("topic_partition", "fetched_offset", "partition_data"),
         SubscriptionState: ("seek",),
@@ -199,10 +195,9 @@ def _reject(what: str) -> None:
 HEADER = DefaultRecordBatch.HEADER_STRUCT
 #: Base offset and length, which the length does not count.
 OVERHEAD = 12
-MAGIC_AT = 16
+MAGIC_AT, MAGIC = 16, 2
 ATTRIBUTES_AT = 21
-#: For magic 0, 1 and 2.
-CRC_AT = (12, 12, 17)
+CRC_AT = 17
 LAST_DELTA_AT, COUNT_AT = 23, 57
 #: Field index.
 PRODUCER = 9
@@ -296,19 +291,15 @@ class FetchedBatches:
             follows = self._following(len(view))
             if last >= self.end or (follows is not None and follows[0] <= last):
                 raise Unreliable(f"its offsets {base} to {last} do not fit the log, which ends at {self.end}")
-        magic = view[MAGIC_AT]
-        if magic < 2:
-            return TolerantLegacyBatch(view, self.partition, self.position, self.limit, magic), last
         batch = TolerantBatch(view, self.partition, self.position, self.limit)
         if batch.unreadable_control:
             raise UnreadableMarker("it should end a transaction, and has no record that says which way")
         return batch, last
 
     def _following(self, size: int) -> tuple[int, int] | None:
-        """First and last offset of the batch after ``size`` bytes, if it is intact and of magic 2: of older message
-        sets only the last offset is known."""
+        """First and last offset of the batch after ``size`` bytes, if it is intact."""
         view = self._frame(self._at + size)
-        if view is None or len(view) < HEADER.size or view[MAGIC_AT] != 2:
+        if view is None:
             return None
         try:
             return checked(view)
@@ -375,18 +366,18 @@ class FetchedBatches:
 
 def checked(view: memoryview) -> tuple[int, int]:
     """First and last offset of a batch with a known format and a correct checksum. Raises Unreliable."""
-    if len(view) < MIN_LEGACY_BYTES:
+    if len(view) <= MAGIC_AT:
         raise Unreliable("it is too short")
-    magic = view[MAGIC_AT]
-    if magic > 2:
-        raise Unreliable(f"its format has number {magic}")
-    if len(view) < (MIN_LEGACY_BYTES, MIN_LEGACY_BYTES + 8, HEADER.size)[magic]:
+    if (magic := view[MAGIC_AT]) != MAGIC:
+        old = ", of Kafka before 0.11" if magic < MAGIC else ""
+        raise Unreliable(f"its format has number {magic}{old}")
+    if len(view) < HEADER.size:
         raise Unreliable("it is too short")
-    (crc,) = struct.unpack_from(">I", view, CRC_AT[magic])
+    (crc,) = struct.unpack_from(">I", view, CRC_AT)
     (base,) = struct.unpack_from(">q", view)
-    if crc != (calc_crc32c(view[ATTRIBUTES_AT:]) if magic == 2 else calc_crc32(view[MAGIC_AT:])):
+    if crc != calc_crc32c(view[ATTRIBUTES_AT:]):
         raise Unreliable("its checksum is wrong")
-    delta, count = _counts(view) if magic == 2 else (0, 1)
+    delta, count = _counts(view)
     if not 0 <= base <= INT64_MAX - delta or delta < 0 or count < 0:
         raise Unreliable(f"it has {count} records of offsets {base} to {base + delta}")
     return base, base + delta

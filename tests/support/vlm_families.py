@@ -94,16 +94,20 @@ def smolvlm() -> Made:
     }, image_seq_len=4)  # fmt: skip
 
 
-def qwen(version: str, videos: Any, vision: dict[str, Any], rope: dict[str, Any]) -> Made:
-    """Qwen2-VL and its successors. ``videos``: the class of its video processor; ``vision``: of its tower."""
+def qwen(
+    version: str, videos: Any, vision: dict[str, Any], rope: dict[str, Any], text: dict[str, Any] | None = None,
+    patch: int = 8, longest: int = 64,
+) -> Made:  # fmt: skip
+    """Qwen2-VL and its successors. ``videos``: the class of its video processor; ``vision``, ``text``: of its tower and
+    its language model; ``longest``: about the side of a picture, in pixels."""
     tokens = {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>", "image": "<|image_pad|>",
               "video": "<|video_pad|>"}  # fmt: skip
     known = tokenizer(*tokens.values(), image_token=tokens["image"], video_token=tokens["video"])
-    sizes = {"patch_size": 8, "size": {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}}
+    sizes = {"patch_size": patch, "size": {"shortest_edge": (longest // 2) ** 2, "longest_edge": longest**2}}
     parts = [transformers.Qwen2VLImageProcessor(**sizes), videos(**sizes)]
     return made(version, known, "<|vision_start|><|image_pad|><|vision_end|>", parts, {
-        "text_config": text_config(known, rope_scaling={**rope, "mrope_section": [4, 6, 6]}),
-        "vision_config": {"hidden_size": 32, "num_heads": 2, "patch_size": 8, **vision},
+        "text_config": text_config(known, **{"rope_scaling": {**rope, "mrope_section": [4, 6, 6]}, **(text or {})}),
+        "vision_config": {"hidden_size": 32, "num_heads": 2, "patch_size": patch, **vision},
         **{f"{name}_token_id": known.convert_tokens_to_ids(token) for name, token in tokens.items()},
     })  # fmt: skip
 
