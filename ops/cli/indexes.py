@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from dataclasses import asdict
@@ -113,7 +114,10 @@ def run(
     Examples:  ratchet index run    |    ratchet index run --rows-per-second 50
     """
     from core import metrics
+    from core.priority import SPIN_COUNT
     from core.stop_signals import Stopped, stop_on_signals
+
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # an encoder may serve on the same cores
     from serving.indexes.worker import run_indexes
 
     stop_on_signals()

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.digests import digest12
 from core.errors import ConfigError
+from core.priority import SPIN_COUNT
 from core.settings import Settings
 from core.settings.serving import Serve
 from core.settings.watching import Traces
@@ -45,10 +46,6 @@ it. Serve takes the smaller of ``max_constructor_retry_count`` and this many for
 HEAD_ALLOCATOR = "narenas:1,tcache:false,dirty_decay_ms:0,muzzy_decay_ms:0"
 """Allocator settings of Ray's head that return freed memory to the system at once. Its 19 MB of objects took 30 MB in
 the arenas of its threads, and 25 MB with thread caches; both grew for hours."""
-SPIN_COUNT = "5000"
-"""Spins of a GNU OpenMP thread before it sleeps (default: 300,000). When an encoder's two threads share a core, a
-spinning one uses up its time slice while the other waits: an image took 1.25 s instead of 0.013 s. With this value it
-takes 0.05 s, and alone still 0.013 s (0.03 s with OMP_WAIT_POLICY=PASSIVE)."""
 KILL_SECONDS = 5.0
 """Longest wait for killed processes to end."""
 CONNECTIONS = 4096
