@@ -105,7 +105,7 @@ def score(
     context: typer.Context,
     family: bases.FamilyOption = None,
     precision: Annotated[
-        str, typer.Option(help="Of the CLIP: float32, bfloat16, float16; float32 is shown next to another one.")
+        str, typer.Option(help="Of the CLIP: float32, bfloat16, float16, int8; float32 is shown next to another one.")
     ] = "float32",
     as_json: AsJson = False,
 ) -> None:
@@ -116,7 +116,7 @@ def score(
     from core.settings.serving import SHIPPED_VLM
     from demo.clip import score_base
     from demo.vlm import score_vlm
-    from serving.engines.backends import DTYPES, EngineChoice
+    from serving.engines.processor import DTYPES
     from serving.engines.vlm.vlm_base import load_vlm_base
 
     home = ctx.of(context).settings.home
@@ -126,7 +126,7 @@ def score(
     if family in (None, "clip"):
         scores["CLIP"] = score_base(home)
         if precision != "float32":
-            scores[f"CLIP in {precision}"] = score_base(home, choice=EngineChoice("torch", precision))
+            scores[f"CLIP in {precision}"] = score_base(home, precision=precision)
     if family in (None, "vlm"):
         scores["VLM"] = score_vlm(load_vlm_base(home, SHIPPED_VLM))
     rows = (

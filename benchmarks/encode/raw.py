@@ -21,8 +21,8 @@ from benchmarks.line_worker import answer, questions
 from core.loading import load_settings
 from core.settings import Settings
 from core.settings.serving import Serve
-from serving.engines.backends import usable_cores
 from serving.engines.clip import ClipEngine
+from serving.engines.processor import usable_cores
 from serving.messages import Modality
 
 
@@ -59,7 +59,7 @@ def raw_threads(serve: Serve) -> int:
 
 
 def describe(engine: ClipEngine) -> dict[str, Any]:
-    return {"engine": engine.choice.engine, "precision": engine.choice.precision}
+    return {"precision": engine.precision}
 
 
 def main(config: Path) -> None:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from core.errors import AdapterError, ConfigError
-from serving.engines.backends import GOLDEN_TEXTS, golden_pixels
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, Spaces
 from serving.engines.layers import shell_of
+from serving.engines.processor import GOLDEN_TEXTS, golden_pixels
 from updater.adapters.trained_layers import Which, tower_blocks
 from updater.families.clip_towers import SplitTower, stack_boundaries
 

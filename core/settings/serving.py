@@ -46,12 +46,10 @@ class Serve(Listener):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=1, le=65535, description="HTTP port.")
-    engine: Literal["auto", "torch", "onnx"] = Field(
-        "auto", description="Engine of the CLIP; auto: ONNX Runtime if it is installed and measures faster, else torch."
-    )
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    precision: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto",
-        description="Precision of the CLIP's matrix products; auto: half if that is faster and equal within noise.",
+        description="Precision of the CLIP's matrix products; auto: half, or on a CPU 8-bit integers, if that is faster "
+        "and equal within noise.",
     )
     encoder_replicas: int = Field(1, ge=1, le=256, description="Encoder processes.")
     encoder_max_replicas: int = Field(

@@ -12,9 +12,9 @@ from core.progress import progress_log
 from core.settings.serving import SHIPPED
 from demo.clip.shipped import ASSETS, DOMAINS
 from demo.data import prepare_domain
-from serving.engines.backends import FLOAT32, EngineChoice
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import load_base
+from serving.engines.processor import Precision
 from updater.gate.score import Scorer
 from updater.gate.suites import Suite
 
@@ -34,12 +34,12 @@ _NO_RETRIEVAL = ("fashion",)
 
 
 def score_base(
-    home: Path | str, name: str = SHIPPED, domains: Sequence[str] | None = None, choice: EngineChoice = FLOAT32
+    home: Path | str, name: str = SHIPPED, domains: Sequence[str] | None = None, precision: Precision = "float32"
 ) -> dict[str, dict[str, float]]:
     """Scores by domain: ``recall@1``, ``recall@5``, ``accuracy`` (fractions), ``items``. Takes minutes for all domains.
     Raises :class:`core.errors.BaseModelError` when the base is not registered."""
     base = load_base(home, name)
-    engine = ClipEngine(base, choice=choice)
+    engine = ClipEngine(base, precision=precision)
     result: dict[str, dict[str, float]] = {}
     for domain in domains or (*DOMAINS, *UNSEEN):
         folder = prepare_domain(domain, Path(home))

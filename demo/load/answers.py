@@ -142,5 +142,5 @@ class AnswerCheck:
         if got.shape != want.shape:
             return f"{stamped}: the shape is {got.shape}, not {want.shape}"
         apart = float(np.abs(got - want).max())
-        most = TOLERANCE if self.vectors.engine.choice.precision == "float32" else HALF_TOLERANCE
+        most = TOLERANCE if self.vectors.engine.precision == "float32" else HALF_TOLERANCE
         return "" if apart < most else f"{stamped}: differs by {apart:.4f}"

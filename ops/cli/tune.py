@@ -17,8 +17,8 @@ from ops.cli.context import Context
 from ops.cli.terminal import show_rows
 
 if TYPE_CHECKING:
-    from serving.engines.backends import EngineChoice
     from serving.engines.clip_base import ClipBase
+    from serving.engines.processor import Precision
 
 MARK = "tuned"
 """File in ``home/engines`` that marks a tuned home."""
@@ -27,7 +27,7 @@ MARK = "tuned"
 def run_tune(shared: Context) -> None:
     """Measure, print and write. Raises ConfigError, BaseModelError."""
     from serving.engines.clip_base import load_base
-    from serving.engines.engine_choice import WORKLOADS
+    from serving.engines.precision import WORKLOADS
     from serving.engines.tuning import tune
 
     settings = shared.settings
@@ -35,20 +35,20 @@ def run_tune(shared: Context) -> None:
     with step(f"measuring {base.name} on this machine (one to two minutes)"):
         tuning = tune(base, settings.home, progress_log.info, partial(_objection, settings, base))
     workloads = [f"{kind}s/s, {count} at once" for kind, count in WORKLOADS]
-    engines = (
+    precisions = (
         {
-            "engine": row.choice.engine, "precision": row.choice.precision,
+            "precision": row.precision,
             **{name: "-" if row.error else f"{row.rate(number):.1f}" for number, name in enumerate(workloads)},
-            "cosine to float32": row.error or f"{row.cosine:.5f}", "chosen": row.choice == tuning.choice,
+            "cosine to float32": row.error or f"{row.cosine:.5f}", "chosen": row.precision == tuning.precision,
         }
-        for row in tuning.engines
+        for row in tuning.precisions
     )  # fmt: skip
     encoders = (
         {"encoders": each.replicas, "threads of each": each.threads, "images/s together": each.images_per_second,
          "chosen": each == tuning.layout}
         for each in tuning.layouts
     )  # fmt: skip
-    show_rows(engines, "Engines")
+    show_rows(precisions, "Precisions")
     show_rows(encoders, f"Encoders, batches of {tuning.max_batch}")
     path = shared.file or Path(os.environ.get(FILE_VARIABLE) or FILE)
     update_section(path, "serve", tuning.settings)
@@ -59,20 +59,20 @@ def run_tune(shared: Context) -> None:
     mark.touch()
 
 
-def _objection(settings: Settings, base: ClipBase, choice: EngineChoice) -> str:
-    """Reason against serving in half precision: other scores on a suite of the gate. Empty if there is none."""
-    from serving.engines.backends import usable_cores
+def _objection(settings: Settings, base: ClipBase, precision: Precision) -> str:
+    """Reason against serving in a precision: other scores on a suite of the gate. Empty if there is none."""
+    from serving.engines.processor import usable_cores
     from updater.gate.gate_command import engine_scores
     from updater.gate.suites import load_suites
 
     try:
         suites = load_suites(settings.gate.suites, settings.home, "clip", settings.gate.max_items)
-        scores = engine_scores(base, choice, suites, usable_cores())
+        scores = engine_scores(base, precision, suites, usable_cores())
     except RatchetError as error:
         return f"the gate's suites could not be asked: {error.message}"
     for row in scores:
         progress_log.info(
-            f"{row.suite}: {row.float32:.3f} in float32, {row.served:.3f} with {choice}, noise {row.noise:.3f}"
+            f"{row.suite}: {row.float32:.3f} in float32, {row.served:.3f} in {precision}, noise {row.noise:.3f}"
         )
     worse = [row.suite for row in scores if not row.within_noise]
     return f"other scores than float32 on {', '.join(worse)}" if worse else ""

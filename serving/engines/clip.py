@@ -16,20 +16,20 @@ from core.errors import AdapterError
 from core.priority import yield_cpu
 from core.settings import Settings
 from serving.engines.adapters import AdapterFiles, check_dim, read_adapter_of
-from serving.engines.backends import FLOAT32, GOLDEN_TEXTS, EngineChoice, Towers, golden_pixels, usable_cores
 from serving.engines.clip_base import ClipBase, Spaces, load_base
-from serving.engines.engine_choice import choose_engine, make_backend
 from serving.engines.heads import Head
 from serving.engines.layers import ROWS, shell_of
 from serving.engines.lora import effective_weights, merge
+from serving.engines.precision import choose_precision, make_backend
+from serving.engines.processor import GOLDEN_TEXTS, Precision, golden_pixels, usable_cores
 from serving.engines.tokens import pad_rows
-from serving.engines.torch_backend import SIZES
+from serving.engines.torch_backend import SIZES, TorchTowers
 from serving.engines.towers import GPU_BUCKET, TextWidths
 
 
 @dataclass(frozen=True)
 class _Resident:
-    towers: Towers
+    towers: TorchTowers
     spaces: Spaces
     files: AdapterFiles | None
     """Source of the merged weights; None for the base."""
@@ -43,20 +43,20 @@ class ClipEngine:
         base: ClipBase,
         device: str | torch.device | None = None,
         threads: int | None = None,
-        choice: EngineChoice = FLOAT32,
+        precision: Precision = "float32",
     ) -> None:
         """Load the base. ``device``: default: a GPU if there is one; ``threads``: torch's on the CPU, for the whole
-        process; 0: all cores. Embedding spaces do not depend on ``choice``: half precision stays within its rounding of
-        float32. Raises ConfigError when the engine is not installed."""
+        process; 0: all cores. Embedding spaces do not depend on ``precision``: vectors stay within its rounding of
+        float32's. Raises ConfigError for int8 on a GPU."""
         _set_threads(threads)
         self.base = base
-        self.choice = choice
+        self.precision = precision
         self.device = _device(device)
         self.tokenizer = base.tokenizer()
         model = base.build_model()
         bucket = GPU_BUCKET if self.device.type == "cuda" else 1
         self.widths = TextWidths.prove(model, self.tokenizer, base.context_length, bucket)
-        self._backend = make_backend(choice, base, model, self.device)
+        self._backend = make_backend(precision, base, model, self.device)
         self._model = model
         self._residents: dict[str, _Resident] = {}
         self._changing = threading.Lock()
@@ -65,12 +65,12 @@ class ClipEngine:
 
     @classmethod
     def of(cls, settings: Settings, base: ClipBase | None = None, threads: int | None = None) -> ClipEngine:
-        """The engine and base that the settings name. Raises BaseModelError, ConfigError."""
+        """The base and precision that the settings name. Raises BaseModelError, ConfigError."""
         base = base or load_base(settings.home, settings.base.clip)
         if threads is None:
             threads = settings.serve.encoder_threads or max(1, usable_cores() // settings.serve.encoder_replicas)
         _set_threads(threads)
-        return cls(base, None, threads, choose_engine(base, settings.serve, settings.home, _device(None)))
+        return cls(base, None, threads, choose_precision(base, settings.serve, settings.home, _device(None)))
 
     def load(self, name: str, directory: Path | str) -> Spaces:
         """Make an adapter resident and return its spaces; loading it again changes nothing. Raises

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final
 
@@ -20,6 +21,10 @@ ROWS: Final = 64
 """Rows per forward pass: more is not faster on a CPU; bounds the memory of activations."""
 FEW: Final = 8
 """Images per pass of a convolutional tower on a CPU: activations stay in cache, 1.6 times as fast as 64."""
+TINY: Final = 1e-12
+"""Least magnitude of a row: one of zeros stays zero."""
+CENTER: Final = torch.tensor(128.5)
+"""oneDNN is fast with unsigned inputs, so 128 stands for zero; the half makes the conversion round."""
 DRAWS: Final = {
     init.normal_, init.uniform_, init.trunc_normal_, init.xavier_normal_, init.xavier_uniform_, init.kaiming_normal_,
     init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_,
@@ -69,25 +74,58 @@ def images_per_pass(visual: nn.Module, device: torch.device) -> int:
     return FEW if device.type == "cpu" and is_convolutional(visual) else ROWS
 
 
-def can_pack(dtype: torch.dtype) -> bool:
+def can_pack(dtype: torch.dtype, quantized: bool) -> bool:
     try:
-        linear = PackedLinear(pack(torch.ones(16, 16, dtype=dtype)), None)
+        linear = packed_linear(pack(torch.ones(16, 16, dtype=dtype), quantized), None)
         return bool(torch.isfinite(linear(torch.ones(1, 16, dtype=dtype))).all())
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """Pack a weight [out, in] into oneDNN's layout; the result is opaque."""
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-    return packed
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """A weight [out, in] as 8-bit integers, symmetric around zero."""
+
+    packed: Tensor
+    """Opaque, in oneDNN's layout."""
+    scales: Tensor
+    """float32 [out]: each row's largest magnitude over 127."""
+    zeros: Tensor
+
+
+PackedWeight = Tensor | QuantizedWeight
+
+
+def pack(weight: torch.Tensor, quantized: bool = False) -> PackedWeight:
+    """Pack a weight [out, in] into oneDNN's layout, as integers if ``quantized``; the result is opaque."""
+    plain = weight.detach().contiguous()
+    if not quantized:
+        packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(plain)
+        return packed
+    scales = _scales(plain)
+    integers = (plain / scales).round_().to(torch.int8)
+    zeros = torch.zeros(len(plain), dtype=torch.int32)
+    return QuantizedWeight(torch.ops.onednn.qlinear_prepack(integers, None), scales.flatten(), zeros)
+
+
+def _scales(rows: Tensor) -> Tensor:
+    """The largest magnitude of each row over 127: [rows, 1]."""
+    largest: Tensor = torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True)
+    return largest.clamp_min_(TINY).div_(127)
+
+
+def packed_linear(weight: PackedWeight, bias: Tensor | None, gelu: nn.GELU | None = None) -> nn.Module:
+    """A linear layer for inference. ``weight``: from :func:`pack`; ``bias``: of the same precision as inputs; ``gelu``:
+    the following GELU."""
+    if isinstance(weight, QuantizedWeight):
+        return QuantizedLinear(weight, bias, gelu)
+    return PackedLinear(weight, bias, gelu)
 
 
 class PackedLinear(nn.Module):
-    """``x W^T + b`` for inference, with an optional GELU. Tensors are plain attributes: opaque ones cannot be moved."""
+    """``x W^T + b``, with a fused GELU if there is one. Tensors are plain attributes: opaque ones cannot be moved."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, gelu: nn.GELU | None = None) -> None:
-        """``weight``: from :func:`pack`; ``bias``: of the same precision; ``gelu``: the following GELU, fused."""
         super().__init__()
         self.weight = weight
         self.bias = bias
@@ -99,10 +137,32 @@ class PackedLinear(nn.Module):
         return outputs
 
 
+class QuantizedLinear(nn.Module):
+    """The same with products of 8-bit integers. Each row of the input has a scale of its own (a token's: ZeroQuant, Yao
+    et al., NeurIPS 2022). So a vector does not depend on the others of its batch, and nothing has to be calibrated."""
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, gelu: nn.GELU | None = None) -> None:
+        super().__init__()
+        self.weight, self.bias, self.gelu = weight, bias, gelu
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``, float32."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        scales, weight = _scales(rows), self.weight
+        integers = torch.addcdiv(CENTER, rows, scales).to(torch.uint8)
+        products: Tensor = torch.ops.onednn.qlinear_pointwise(
+            integers, 1.0, 128, weight.packed, weight.scales, weight.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        outputs = products.mul_(scales) if self.bias is None else torch.addcmul(self.bias, products, scales)
+        if self.gelu is not None:
+            outputs = self.gelu(outputs)
+        return outputs.reshape(*inputs.shape[:-1], -1)
+
+
 class PackedAttention(nn.Module):
     """Self-attention, a drop-in for a batch-first ``nn.MultiheadAttention``."""
 
-    def __init__(self, inward: PackedLinear, outward: PackedLinear, heads: int) -> None:
+    def __init__(self, inward: nn.Module, outward: nn.Module, heads: int) -> None:
         super().__init__()
         self.inward, self.outward, self.num_heads = inward, outward, heads
         self.batch_first = True

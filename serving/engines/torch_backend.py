@@ -1,6 +1,6 @@
-"""Towers run by torch, in float32 or half precision. The float32 model stays memory-mapped and adapters are merged into
-it. Base weights are converted once; adapters share those they do not change. On a CPU linear layers are packed for
-oneDNN (:mod:`layers`); convolutional image towers stay float32. On a GPU, CUDA graphs run batches of fixed sizes."""
+"""Towers run by torch, in float32, half precision or 8-bit integers. The float32 model stays memory-mapped and adapters
+are merged into it. Base weights are converted once; adapters share those they do not change. On a CPU linear layers are
+packed for oneDNN (:mod:`layers`); convolutions stay float32. On a GPU, CUDA graphs run batches of fixed sizes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from serving.engines.backends import DTYPES, Precision
 from serving.engines.layers import (
     PackedAttention,
-    PackedLinear,
     can_pack,
     images_per_pass,
     is_convolutional,
     is_self_attention,
     pack,
+    packed_linear,
     set_conv_layout,
     shell_of,
 )
 from serving.engines.preprocess import Preprocess
+from serving.engines.processor import DTYPES, Precision
 from serving.engines.towers import encode_image, encode_text
 
 SIZES: Final = (1, 2, 4, 8, 16, 32, 64)
@@ -40,10 +40,12 @@ SLOTS: Final = 2
 Forward = Callable[[torch.Tensor], torch.Tensor]
 Form = Literal["same", "plain", "packed"]
 """Unchanged; converted in precision; also packed in oneDNN's layout."""
-Converted = dict[Form, torch.Tensor]
+Converted = dict[Form, Any]
 
 
 class TorchBackend:
+    """Makes towers of one base, in one process. Called by one thread at a time, while others run earlier towers."""
+
     def __init__(
         self, model: nn.Module, preprocess: Preprocess, device: torch.device, precision: Precision = "float32"
     ) -> None:
@@ -53,22 +55,25 @@ class TorchBackend:
         self.precision = precision
         visual = model.get_submodule("visual")
         self.channels_last = set_conv_layout(visual) or device.type == "cuda"
-        wanted, cpu = DTYPES[precision], device.type == "cpu"
+        wanted, cpu, quantized = DTYPES[precision], device.type == "cpu", precision == "int8"
         self.images_per_pass = images_per_pass(visual, device)
         self.image_dtype = torch.float32 if cpu and is_convolutional(visual) else wanted
-        self._packs = cpu and can_pack(wanted)
+        self._packs = cpu and can_pack(wanted, quantized)
         self._model = model
         self._parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
-        self._weights = ConvertedWeights(wanted, device) if self._packs or precision != "float32" else None
+        converts = self._packs or precision != "float32"
+        self._weights = ConvertedWeights(wanted, device, quantized) if converts else None
         if self._weights is not None:
             self._convert(shell_of(model, {}), self._weights)
 
     def convert(self, name: str, weight: torch.Tensor) -> Converted:
+        """Convert an effective float32 weight of a parameter to the forms that :meth:`towers` takes."""
         if self._weights is not None and (converted := self._weights.convert_like(self._parameters[name], weight)):
             return converted
         return {"same": _channels_last(weight) if self.channels_last else weight}
 
     def towers(self, changed: Mapping[str, Converted]) -> TorchTowers:
+        """Towers in which these weights (from :meth:`convert`, by parameter name) replace the base's."""
         same = {name: forms["same"] for name, forms in changed.items() if "same" in forms}
         shell = shell_of(self._model, same) if same or self._weights is not None else self._model
         if self._weights is not None:
@@ -85,6 +90,8 @@ class TorchBackend:
 
 
 class TorchTowers:
+    """Towers of a base or an adapter on it, ready to run. Thread safe."""
+
     def __init__(self, backend: TorchBackend, module: nn.Module) -> None:
         self._backend = backend
         self._passes = passes = _Passes(backend, module)
@@ -94,6 +101,7 @@ class TorchTowers:
 
     @torch.inference_mode()
     def images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """``float32 [n, dim]`` from ``uint8 [n, size, size, 3]``, not normalised."""
         step = self._backend.images_per_pass
         # A writable copy: torch gives no guarantees for read-only buffers (object store, mmap).
         parts = [
@@ -104,6 +112,7 @@ class TorchTowers:
 
     @torch.inference_mode()
     def texts(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
+        """``float32 [n, dim]`` from ``int64 [n, width]``, for n up to a pass's rows."""
         return _array([self._texts(ids)])
 
 
@@ -196,12 +205,13 @@ class _Slot:
 class ConvertedWeights:
     """The base's tensors in another precision, each converted once per form."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, quantized: bool) -> None:
         self.dtype = dtype
         self.device = device
+        self.quantized = quantized
         self._converted: dict[torch.Tensor, Converted] = {}
 
-    def take(self, tensor: torch.Tensor, form: Form = "plain") -> torch.Tensor:
+    def take(self, tensor: torch.Tensor, form: Form = "plain") -> Any:
         """A tensor in a form; integers keep their type."""
         forms = self._converted.setdefault(tensor, {})
         if form not in forms:
@@ -214,13 +224,13 @@ class ConvertedWeights:
 
     def replaced(self, converted: Mapping[torch.Tensor, Converted]) -> ConvertedWeights:
         """A copy in which some tensors are replaced."""
-        weights = ConvertedWeights(self.dtype, self.device)
+        weights = ConvertedWeights(self.dtype, self.device, self.quantized)
         weights._converted = self._converted | dict(converted)
         return weights
 
-    def _convert(self, tensor: torch.Tensor, form: Form) -> torch.Tensor:
+    def _convert(self, tensor: torch.Tensor, form: Form) -> Any:
         plain = tensor.detach().to(self.device, self.dtype if tensor.is_floating_point() else None)
-        return pack(plain) if form == "packed" else plain
+        return pack(plain, self.quantized) if form == "packed" else plain
 
 
 def _convert(owner: nn.Module, weights: ConvertedWeights, packs: bool) -> None:
@@ -252,8 +262,8 @@ def _convert_own(module: nn.Module, weights: ConvertedWeights) -> None:
 
 def _packed(
     weight: torch.Tensor, bias: torch.Tensor | None, weights: ConvertedWeights, gelu: nn.GELU | None = None
-) -> PackedLinear:
-    return PackedLinear(weights.take(weight, "packed"), None if bias is None else weights.take(bias), gelu)
+) -> nn.Module:
+    return packed_linear(weights.take(weight, "packed"), None if bias is None else weights.take(bias), gelu)
 
 
 def _channels_last(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,10 +16,10 @@ import torch
 
 from core.child_process import end_with_parent
 from core.errors import ConfigError
-from serving.engines.backends import EngineChoice, golden_pixels, usable_cores
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, load_base
-from serving.engines.engine_choice import Measurement, all_choices, best_of, measure
+from serving.engines.precision import Measurement, best_of, measure
+from serving.engines.processor import Precision, golden_pixels, processor, usable_cores
 
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64)
 ENOUGH: Final = 0.95
@@ -32,7 +32,7 @@ MEASURE_SECONDS: float = 3.0
 START_SECONDS: Final = 600.0
 """Longest wait for the other encoder processes to load the base, on a busy machine."""
 Report = Callable[[str], None]
-Objection = Callable[[EngineChoice], str]
+Objection = Callable[[Precision], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +44,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Tuning:
-    engines: list[Measurement]
+    precisions: list[Measurement]
     batches: dict[int, float]
     """Images per second by batch size, one process with all cores."""
     layouts: list[Layout]
 
     @property
-    def choice(self) -> EngineChoice:
-        return best_of(self.engines)
+    def precision(self) -> Precision:
+        return best_of(self.precisions)
 
     @property
     def max_batch(self) -> int:
@@ -70,43 +70,42 @@ class Tuning:
     @property
     def settings(self) -> dict[str, Any]:
         return {
-            "engine": self.choice.engine,
-            "precision": self.choice.precision,
+            "precision": self.precision,
             "encoder_replicas": self.layout.replicas,
             "encoder_threads": self.layout.threads,
             "max_batch": max(self.max_batch, 4),
         }
 
 
-def tune(base: ClipBase, home: Path, say: Report, objection: Objection = lambda choice: "") -> Tuning:
+def tune(base: ClipBase, home: Path, say: Report, objection: Objection = lambda precision: "") -> Tuning:
     """Measure everything (one to two minutes for a ViT-B-32). ``say``: receives each result as text; ``objection``:
-    returns the reason why a half precision must not be used, or an empty string."""
+    returns the reason why a precision must not be used, or an empty string."""
     torch.set_num_threads(usable_cores())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    engines = accepted(measure(base, all_choices(device), device), objection)
-    choice = best_of(engines)
-    say(f"engine: {choice}")
-    engine = ClipEngine(base, device, choice=choice)
+    precisions = accepted(measure(base, processor(device.type).precisions, device), objection)
+    precision = best_of(precisions)
+    say(f"precision: {precision}")
+    engine = ClipEngine(base, device, precision=precision)
     batches: dict[int, float] = {}
     for size in BATCHES:
         batches[size] = rate(engine, size, MEASURE_SECONDS / 3)
         say(f"batch of {size}: {batches[size]:.1f} images/s")
     del engine
-    tuning = Tuning(engines, batches, [])
+    tuning = Tuning(precisions, batches, [])
     layouts = []
     for layout in layouts_of(usable_cores()) if device.type == "cpu" else [Layout(1, usable_cores())]:
-        layouts.append(run_layout(home, base.name, choice, layout, tuning.max_batch, MEASURE_SECONDS))
+        layouts.append(run_layout(home, base.name, precision, layout, tuning.max_batch, MEASURE_SECONDS))
         say(f"{layout.replicas} x {layout.threads} threads: {layouts[-1].images_per_second:.1f} images/s")
-    return Tuning(engines, batches, layouts)
+    return Tuning(precisions, batches, layouts)
 
 
-def accepted(engines: Sequence[Measurement], objection: Objection) -> list[Measurement]:
-    """Measurements, with an error on each choice that would win but is objected to."""
-    engines = list(engines)
-    while (choice := best_of(engines)).precision != "float32" and (error := objection(choice)):
-        place = next(number for number, row in enumerate(engines) if row.choice == choice)
-        engines[place] = replace(engines[place], error=error)
-    return engines
+def accepted(measured: Sequence[Measurement], objection: Objection) -> list[Measurement]:
+    """Measurements, with an error on each that would win but is objected to."""
+    measured = list(measured)
+    while (best := best_of(measured)) != "float32" and (error := objection(best)):
+        place = next(number for number, row in enumerate(measured) if row.precision == best)
+        measured[place] = replace(measured[place], error=error)
+    return measured
 
 
 def layouts_of(cores: int) -> list[Layout]:
@@ -130,10 +129,10 @@ def rate(engine: ClipEngine, size: int, seconds: float) -> float:
     return passes * size / spent
 
 
-def run_layout(home: Path, name: str, choice: EngineChoice, layout: Layout, batch: int, seconds: float) -> Layout:
+def run_layout(home: Path, name: str, precision: Precision, layout: Layout, batch: int, seconds: float) -> Layout:
     """Measure encoder processes concurrently. Raises ConfigError when one dies or does not start."""
     spawn = multiprocessing.get_context("spawn")
-    arguments = (home, name, choice, layout.threads, spawn.Barrier(layout.replicas))
+    arguments = (home, name, precision, layout.threads, spawn.Barrier(layout.replicas))
     with ProcessPoolExecutor(layout.replicas, spawn, _load, arguments) as pool:
         futures = [pool.submit(_measure, batch, seconds) for _ in range(layout.replicas)]
         try:
@@ -151,10 +150,10 @@ _encoder: tuple[ClipEngine, Barrier]
 """Set in encoder processes only."""
 
 
-def _load(home: Path, name: str, choice: EngineChoice, threads: int, ready: Barrier) -> None:
+def _load(home: Path, name: str, precision: Precision, threads: int, ready: Barrier) -> None:
     global _encoder
     end_with_parent()
-    engine = ClipEngine(load_base(home, name), threads=threads, choice=choice)
+    engine = ClipEngine(load_base(home, name), threads=threads, precision=precision)
     engine.encode_images(golden_pixels(engine.base.preprocess.size))
     _encoder = engine, ready
 

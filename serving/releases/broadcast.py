@@ -145,7 +145,7 @@ class Broadcast:
             return {}
 
     async def encoder_status(self) -> list[dict[str, Any]]:
-        """Engine, precision and base of each encoder; empty if one does not answer."""
+        """Precision and base of each encoder; empty if one does not answer."""
         return await self._status(self.encoder)
 
     async def vlm_status(self) -> list[dict[str, Any]]:

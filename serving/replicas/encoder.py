@@ -254,9 +254,9 @@ class EncoderWorker:
         return await asyncio.to_thread(unload)
 
     async def status(self) -> dict[str, Any]:
-        choice, base = self.engine.choice, self.engine.base
+        base = self.engine.base
         return {
-            "replica": self.replica, "engine": choice.engine, "precision": choice.precision,
+            "replica": self.replica, "precision": self.engine.precision,
             "device": self.engine.device.type, "base": base.name, "base_digest": base.digest,
             "resident": list(self.engine.resident),
         }  # fmt: skip
@@ -350,7 +350,7 @@ def _begin_yielding(gives_way: Callable[[], bool]) -> None:
 def _begin_loading(gives_way: Callable[[], bool]) -> None:
     import torch
 
-    from serving.engines.backends import usable_cores
+    from serving.engines.processor import usable_cores
 
     nice_thread(LOADING_NICE)
     pace_thread(min(1.0, LOADING_SHARE * usable_cores()), gives_way)

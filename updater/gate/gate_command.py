@@ -16,11 +16,11 @@ from core.errors import AdapterError, GateError
 from core.ledger import Ledger
 from core.settings import Settings
 from serving.engines.adapters import ABOUT, adapter_name, read_adapter
-from serving.engines.backends import FLOAT32, EngineChoice
 from serving.engines.calibration import Calibration
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.heads import read_heads
+from serving.engines.processor import Precision
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from streams.store.sample_store import SampleStore
 from updater.data.draw import HAVING
@@ -182,13 +182,13 @@ class EngineScore:
         return abs(self.served - self.float32) <= self.noise
 
 
-def engine_scores(base: ClipBase, choice: EngineChoice, suites: Sequence[Suite], threads: int) -> list[EngineScore]:
-    """Scores of the base in an engine and in torch's float32. Raises GateError if a suite's image cannot be read."""
+def engine_scores(base: ClipBase, precision: Precision, suites: Sequence[Suite], threads: int) -> list[EngineScore]:
+    """Scores of the base in a precision and in float32. Raises GateError if a suite's image cannot be read."""
     limited = [suite.model_copy(update={"limit": min(suite.limit, ITEMS)}) for suite in suites]
     scores: list[list[tuple[int, float]]] = []
-    for each in (FLOAT32, choice):
-        scorer = Scorer(ClipEngine(base, threads=threads, choice=each))
-        outcomes = [scorer.score(suite, None, label=str(each)) for suite in limited]
+    for each in ("float32", precision):
+        scorer = Scorer(ClipEngine(base, threads=threads, precision=each))
+        outcomes = [scorer.score(suite, None, label=each) for suite in limited]
         scores.append([(len(outcome.ids), float(outcome.hits.mean())) for outcome in outcomes])
     return [
         EngineScore(suite.name, items, plain, served, max(math.sqrt(plain * (1 - plain) / items), 1 / items))

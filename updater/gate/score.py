@@ -220,7 +220,7 @@ class Scorer:
         head = self._head(suite, adapter)
         own = [heads_digest({suite.head: head})] if head else []
         own += [f"first {self._length}"] if self._length else []
-        return [suite.digest(), spaces.image, spaces.text, str(self.engine.choice), *own]
+        return [suite.digest(), spaces.image, spaces.text, self.engine.precision, *own]
 
 
 def prompt(template: str, suite: Suite, label: str) -> str:

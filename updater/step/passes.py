@@ -19,9 +19,9 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from serving.engines.backends import processor
 from serving.engines.clip_base import ClipBase
-from serving.engines.engine_choice import SMALL_BYTES
+from serving.engines.precision import SMALL_BYTES
+from serving.engines.processor import processor
 from serving.engines.vlm.vlm_base import VlmBase
 from updater.methods.batches import Features
 from updater.recipes import Part, Recipe, TrainPrecision

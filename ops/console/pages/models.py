@@ -53,7 +53,7 @@ def served_models(status: Mapping[str, Any] | None, live: ReleaseRow | None, set
     serve = settings.serve
     asked: tuple[tuple[Family, str, str, str, str], ...] = (
         ("clip", settings.base.clip, "encoders", "Encoder",
-         f"serve.engine {serve.engine}, serve.precision {serve.precision}"),
+         f"serve.precision {serve.precision}"),
         ("vlm", settings.base.vlm, "vlm", "Vlm", f"serve.vlm_engine {serve.vlm_engine}"),
     )  # fmt: skip
     made: list[ServedModel] = []

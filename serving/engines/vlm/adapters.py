@@ -18,8 +18,8 @@ from torch import nn
 from core.digests import digest12, digest_json
 from core.errors import AdapterError
 from serving.engines.adapters import CONFIG, WEIGHTS, AdapterFiles, read_adapter_of
-from serving.engines.backends import golden_pixels
 from serving.engines.lora import OTHER_BASE, lora_layers, whole_weights
+from serving.engines.processor import golden_pixels
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
 from serving.engines.vlm.vlm_base import VlmBase
 

@@ -161,10 +161,10 @@ kafka:
 
 def test_a_file_and_a_section_that_are_not_there_are_made(tmp_path: Path) -> None:
     path = tmp_path / "ratchet.yaml"
-    assert update_section(path, "serve", {"engine": "torch", "max_batch": 8}) == {}
+    assert update_section(path, "serve", {"precision": "int8", "max_batch": 8}) == {}
     update_section(path, "kafka", {"topic": "pictures"})
     assert yaml.safe_load(path.read_text()) == {
-        "serve": {"engine": "torch", "max_batch": 8}, "kafka": {"topic": "pictures"},
+        "serve": {"precision": "int8", "max_batch": 8}, "kafka": {"topic": "pictures"},
     }  # fmt: skip
 
 
@@ -188,5 +188,5 @@ def test_a_file_that_cannot_be_edited_is_left_as_it_is(tmp_path: Path, text: str
     path = tmp_path / "ratchet.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError):
-        update_section(path, "serve", {"engine": "onnx"})
+        update_section(path, "serve", {"precision": "int8"})
     assert path.read_text() == text

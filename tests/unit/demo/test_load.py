@@ -12,7 +12,7 @@ from core.loading import load_settings
 from core.settings import Settings
 from demo.load.answers import AnswerCheck, ExpectedVectors
 from demo.load.probes import Probe, classify_probes, search_probes
-from serving.engines.backends import EngineChoice, Precision
+from serving.engines.processor import Precision
 from serving.http.classify import probabilities
 from tests.support.inputs import pictures
 from tests.support.tiny import tiny_base
@@ -70,5 +70,5 @@ def test_the_answer_of_a_release_is_its_own_and_that_of_another_is_not(
 def test_rounding_of_half_precision_is_no_other_release(precision: Precision, apart: float, problem: str) -> None:
     """Batching changed ViT-B-32 by at most 0.0018, random adapters by at least 0.064."""
     check = AnswerCheck.__new__(AnswerCheck)
-    check.vectors = SimpleNamespace(engine=SimpleNamespace(choice=EngineChoice("torch", precision)))
+    check.vectors = SimpleNamespace(engine=SimpleNamespace(precision=precision))
     assert check._apart("release 1", np.zeros((1, 4)), np.full((1, 4), apart)).count("differs") == bool(problem)

@@ -20,9 +20,9 @@ from demo.vlm.questions import learn, tokenize
 from demo.vlm.recipe import VlmRecipe
 from demo.vlm.scores import accuracy, answer
 from serving.engines.adapters import write_adapter
-from serving.engines.backends import golden_pixels
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, load_base
+from serving.engines.processor import golden_pixels
 from serving.engines.vlm.prompts import answer_tokens
 from streams.publish.folders import FolderItem
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from core.errors import AdapterError, ConfigError
 from ratchet_methods.parametrizations.parametrization import Parametrization, WeightModel, dense_delta
-from serving.engines.backends import golden_pixels
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.layers import shell_of
 from serving.engines.lora import effective_weights
+from serving.engines.processor import golden_pixels
 from tests.support.tiny import RANK, tiny_adapter
 from tests.unit.updater.builders import recipe, run
 from updater.adapters import Dense, LoraModel, LowRank, WeightDelta, merge, read_delta

@@ -15,12 +15,12 @@ from torch import nn
 
 from core.errors import AdapterError
 from serving.engines.adapters import adapter_name, content_name, read_adapter, write_adapter
-from serving.engines.backends import golden_pixels
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.heads import HEADS, Head, backed_off, heads_digest, read_heads, write_heads
 from serving.engines.layers import shell_of
 from serving.engines.lora import effective_weights
+from serving.engines.processor import golden_pixels
 from tests.support.heads import random_head
 from tests.support.tiny import tiny_adapter
 

@@ -17,15 +17,14 @@ from torch import nn
 from core.errors import AdapterError
 from serving.engines import lora, torch_backend
 from serving.engines.adapters import read_adapter
-from serving.engines.backends import EngineChoice, golden_pixels
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase, save_base
 from serving.engines.layers import PackedLinear, can_pack, pack
 from serving.engines.preprocess import Preprocess
+from serving.engines.processor import Precision, golden_pixels
 from serving.engines.towers import encode_image, encode_text
 from tests.support.tiny import CONFIG, tiny_adapter, tiny_base
 
-HALF = [EngineChoice("torch", "bfloat16"), EngineChoice("torch", "float16")]
 TEXTS = ["a red bus", "a cat asleep on a chair", "x"]
 PIXELS = golden_pixels(32)
 
@@ -156,11 +155,11 @@ def test_an_adapter_of_another_base_or_under_another_name_is_refused(engine: Cli
     assert engine.resident == ()
 
 
-@pytest.mark.parametrize("choice", HALF, ids=str)
-def test_half_precision_gives_the_vectors_of_float32_within_its_rounding_and_the_gate_the_float32_model(
-    base: ClipBase, tmp_path: Path, choice: EngineChoice
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "int8"])
+def test_other_precisions_give_the_vectors_of_float32_within_their_rounding_and_the_gate_the_float32_model(
+    base: ClipBase, tmp_path: Path, precision: Precision
 ) -> None:
-    plain, half = ClipEngine(base, "cpu"), ClipEngine(base, "cpu", choice=choice)
+    plain, half = ClipEngine(base, "cpu"), ClipEngine(base, "cpu", precision=precision)
     first, second = (tiny_adapter(base, tmp_path / str(seed), seed=seed) for seed in (1, 2))
     for engine in (plain, half):
         engine.load(first, tmp_path / "1")

@@ -120,7 +120,7 @@ class PlainBroadcast:
             await self.retire_gate.wait()
 
     async def encoder_status(self) -> list[dict[str, Any]]:
-        return [{"replica": "r1", "engine": "torch", "precision": "float32"}]
+        return [{"replica": "r1", "precision": "float32"}]
 
     async def vlm_status(self) -> list[dict[str, Any]]:
         self.asked.append("vlm_status")

@@ -10,7 +10,6 @@ import torch
 
 from core.artifacts import Artifacts
 from core.errors import AdapterError, GateError
-from serving.engines.backends import EngineChoice
 from serving.engines.bridge import bridge_key, parse_bridge
 from serving.engines.clip import ClipEngine
 from tests.support.tiny import tiny_adapter, tiny_base
@@ -157,8 +156,8 @@ def test_an_unreadable_image_names_its_item(home: Path, engine: ClipEngine) -> N
 
 
 def test_a_precision_that_answers_otherwise_is_found(engine: ClipEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    suite, choice, images = fresh_suite(sample_rows(40)), EngineChoice("torch", "bfloat16"), ClipEngine.encode_images
-    (row,) = engine_scores(engine.base, choice, [suite], threads=1)
+    suite, images = fresh_suite(sample_rows(40)), ClipEngine.encode_images
+    (row,) = engine_scores(engine.base, "bfloat16", [suite], threads=1)
     assert (row.suite, row.items) == ("fresh", 40)
     assert row.within_noise and row.noise > 0
     scores = [EngineScore("s", 100, 0.5, served, 0.05).within_noise for served in (0.54, 0.56)]
@@ -166,10 +165,10 @@ def test_a_precision_that_answers_otherwise_is_found(engine: ClipEngine, monkeyp
 
     def blurred(self: ClipEngine, pixels: Any, adapter: str | None = None) -> Any:
         vectors = images(self, pixels, adapter)
-        return vectors if self.choice.precision == "float32" else vectors[::-1].copy()
+        return vectors if self.precision == "float32" else vectors[::-1].copy()
 
     monkeypatch.setattr(ClipEngine, "encode_images", blurred)
-    (row,) = engine_scores(engine.base, choice, [suite], threads=1)
+    (row,) = engine_scores(engine.base, "bfloat16", [suite], threads=1)
     assert row.served != row.float32
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.errors import TrainingError
-from serving.engines.backends import Processor
 from serving.engines.clip_base import ClipBase
-from serving.engines.engine_choice import SMALL_BYTES
+from serving.engines.precision import SMALL_BYTES
+from serving.engines.processor import Processor
 from serving.engines.vlm.vlm_base import VlmBase
 from tests.unit.updater.builders import batch, clip_learner_of, learner_of, png, pools, question_pools, recipe, run
 from updater.data.pools import Pair

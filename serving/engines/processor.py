@@ -1,66 +1,29 @@
-"""The interface of libraries that run CLIP towers, and this machine's precisions. A backend belongs to one base in one
-process; it makes towers for the base and each adapter and shares what the library allows."""
+"""This machine's processor, the precisions that it is fast in, and inputs to compare precisions with."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-EngineName = Literal["torch", "onnx"]
-Precision = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["float32", "bfloat16", "float16", "int8"]
+"""Of matrix products. Vectors are always float32."""
 DTYPES: dict[Precision, torch.dtype] = {
-    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32,
 }  # fmt: skip
+"""Of weights and activations; with ``int8`` linear layers multiply integers, and all else stays float32."""
 AMPERE = (8, 0)
 """Compute capability from which NVIDIA's tensor cores support bfloat16; float16 from 7.0."""
 VOLTA = (7, 0)
 GOLDEN_TEXTS = ("a photo of a cat", "red", "a small house beside a lake, at night", "12 flags of the world")
-"""Inputs, with :func:`golden_pixels`, of a replica's check before it serves an adapter, and of engine comparisons."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineChoice:
-    """A library and the precision of its matrix products. Vectors are always float32."""
-
-    engine: EngineName = "torch"
-    precision: Precision = "float32"
-
-    def __str__(self) -> str:
-        return f"{self.engine} {self.precision}"
-
-
-FLOAT32 = EngineChoice()
-"""Runs every base; the reference for other choices."""
-
-
-class Towers(Protocol):
-    """Towers of a base or an adapter on it, ready to run. Thread safe."""
-
-    def images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """``float32 [n, dim]`` from ``uint8 [n, size, size, 3]``, not normalised."""
-
-    def texts(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
-        """``float32 [n, dim]`` from ``int64 [n, width]``, for n up to a pass's rows."""
-
-
-class Backend(Protocol):
-    """Makes towers. Called by one thread at a time, while others run earlier towers."""
-
-    def convert(self, name: str, weight: torch.Tensor) -> Any:
-        """Convert an effective float32 weight of a parameter to the form that :meth:`towers` takes."""
-
-    def towers(self, changed: Mapping[str, Any]) -> Towers:
-        """Towers in which these weights (from :meth:`convert`, by parameter name) replace the base's."""
+"""Inputs, with :func:`golden_pixels`, of a replica's check before it serves an adapter, and of comparisons."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +33,20 @@ class Processor:
     name: str
     amx: bool = False
     avx512_bf16: bool = False
+    vnni: bool = False
+    """AVX512-VNNI: products of 8-bit integers; AMX has them, too."""
     cuda: tuple[int, int] | None = None
     """Compute capability of the first GPU."""
+
+    @property
+    def precisions(self) -> list[Precision]:
+        """Those that are worth trying, the most exact first."""
+        found: list[Precision] = ["float32"]
+        if self.half is not None:
+            found.append(self.half)
+        if self.cuda is None and (self.vnni or self.amx):
+            found.append("int8")
+        return found
 
     @property
     def half(self) -> Precision | None:
@@ -91,7 +66,8 @@ def processor(device: str = "cpu") -> Processor:
     """The processor of a device type, ``cpu`` or ``cuda``."""
     if device == "cuda" and torch.cuda.is_available():
         return Processor(torch.cuda.get_device_name(), cuda=torch.cuda.get_device_capability())
-    return Processor(_cpu_name(), _supports("_is_amx_tile_supported"), _supports("_is_avx512_bf16_supported"))
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported", "_is_vnni_supported")
+    return Processor(_cpu_name(), *map(_supports, checks))
 
 
 def usable_cores() -> int:
