@@ -49,9 +49,11 @@ class Encoder:
 
     def __call__(self, images: Sequence[bytes], space: str) -> Vector:
         """Vectors [n, dim]."""
-        pixels = np.stack([self.engine.base.preprocess.pixels(image) for image in images])
-        parts = [pixels[at : at + PAGE_ROWS] for at in range(0, len(pixels), PAGE_ROWS)]
-        return np.concatenate([self.engine.encode_images(part, self.clips[space]) for part in parts])
+        pixels = self.engine.base.preprocess.pixels
+        parts = (images[at : at + PAGE_ROWS] for at in range(0, len(images), PAGE_ROWS))
+        return np.concatenate([
+            self.engine.encode_images(np.stack([pixels(image) for image in part]), self.clips[space]) for part in parts
+        ])  # fmt: skip
 
     def is_mixed(self, image: bytes, vector: Vector, spaces: set[str], space: str) -> bool:
         """Judge an answer by its nearest row, an image with its vector, and by the spaces of all rows."""

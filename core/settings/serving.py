@@ -48,8 +48,8 @@ class Serve(Listener):
     port: int = Field(8000, ge=1, le=65535, description="HTTP port.")
     precision: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto",
-        description="Precision of the CLIP's matrix products; auto: half, or on a CPU 8-bit integers, if that is faster "
-        "and equal within noise.",
+        description="Precision of the CLIP's matrix products; auto: half, or on a CPU 8-bit integers, if that is "
+        "faster and equal within noise.",
     )
     encoder_replicas: int = Field(1, ge=1, le=256, description="Encoder processes.")
     encoder_max_replicas: int = Field(

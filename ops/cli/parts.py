@@ -57,7 +57,7 @@ def up(
             progress_log.info(f"serving on {settings.serve.url} (docs at /docs)")
             if not is_tuned(settings):
                 progress_log.info(
-                    "`ratchet doctor --tune` finds the fastest engine for this machine, in a minute or two"
+                    "`ratchet doctor --tune` finds the fastest settings for this machine, in a minute or two"
                 )
             if "console" in names:
                 progress_log.info(f"console on {settings.console.url}")

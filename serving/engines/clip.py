@@ -167,7 +167,7 @@ class ClipEngine:
             )
         return resident_adapter
 
-    def _warm(self, towers: Towers) -> None:
+    def _warm(self, towers: TorchTowers) -> None:
         """Run the shapes of requests: the first call with a shape chooses kernels and captures a CUDA graph."""
         size = self.base.preprocess.size
         for count in SIZES if self.device.type == "cuda" else (1,):

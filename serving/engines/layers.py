@@ -74,7 +74,7 @@ def images_per_pass(visual: nn.Module, device: torch.device) -> int:
     return FEW if device.type == "cpu" and is_convolutional(visual) else ROWS
 
 
-def can_pack(dtype: torch.dtype, quantized: bool) -> bool:
+def can_pack(dtype: torch.dtype, quantized: bool = False) -> bool:
     try:
         linear = packed_linear(pack(torch.ones(16, 16, dtype=dtype), quantized), None)
         return bool(torch.isfinite(linear(torch.ones(1, 16, dtype=dtype))).all())
@@ -91,6 +91,8 @@ class QuantizedWeight:
     scales: Tensor
     """float32 [out]: each row's largest magnitude over 127."""
     zeros: Tensor
+    dtype: torch.dtype = torch.float32
+    """Of inputs and outputs; open_clip asks a layer's weight for it."""
 
 
 PackedWeight = Tensor | QuantizedWeight

@@ -66,8 +66,12 @@ def processor(device: str = "cpu") -> Processor:
     """The processor of a device type, ``cpu`` or ``cuda``."""
     if device == "cuda" and torch.cuda.is_available():
         return Processor(torch.cuda.get_device_name(), cuda=torch.cuda.get_device_capability())
-    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported", "_is_vnni_supported")
-    return Processor(_cpu_name(), *map(_supports, checks))
+    return Processor(
+        _cpu_name(),
+        amx=_supports("_is_amx_tile_supported"),
+        avx512_bf16=_supports("_is_avx512_bf16_supported"),
+        vnni=_supports("_is_vnni_supported"),
+    )
 
 
 def usable_cores() -> int:

@@ -58,12 +58,12 @@ def test_engine_and_precision_are_what_the_replicas_say(
     monkeypatch.setattr(ConsoleData, "_status", lambda _: STATUS)
     ask_again(visitor)
     page = text(visitor, "/models")
-    for fact in ("torch bfloat16 cpu", f"shipped ({'e' * 12})", "2 running", "1 starting"):
+    for fact in ("bfloat16 cpu", f"shipped ({'e' * 12})", "2 running", "1 starting"):
         assert fact in page
     newest, older = page.split('<td class="n">2</td>')[1].split('<td class="n">1</td>')
     assert "50%" in newest and "clip-a" in newest and "same" not in newest
     assert 'txt-base</code> <span class="hint">differs' in older and 'img-base</code> <span class="hint">same' in older
-    assert "CLIP: torch bfloat16 cpu" in text(visitor, "/overview/now")
+    assert "CLIP: bfloat16 cpu" in text(visitor, "/overview/now")
     without = settings(tmp_path)
     assert [model.family for model in served_models(STATUS, None, without)] == ["clip"]
     with_vlm = without.model_copy(update={"base": without.base.model_copy(update={"vlm": "small"})})

@@ -155,9 +155,9 @@ def test_an_adapter_of_another_base_or_under_another_name_is_refused(engine: Cli
     assert engine.resident == ()
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16", "int8"])
+@pytest.mark.parametrize(("precision", "least"), [("bfloat16", 0.999), ("float16", 0.999), ("int8", 0.995)])
 def test_other_precisions_give_the_vectors_of_float32_within_their_rounding_and_the_gate_the_float32_model(
-    base: ClipBase, tmp_path: Path, precision: Precision
+    base: ClipBase, tmp_path: Path, precision: Precision, least: float
 ) -> None:
     plain, half = ClipEngine(base, "cpu"), ClipEngine(base, "cpu", precision=precision)
     first, second = (tiny_adapter(base, tmp_path / str(seed), seed=seed) for seed in (1, 2))
@@ -170,8 +170,8 @@ def test_other_precisions_give_the_vectors_of_float32_within_their_rounding_and_
         assert np.array_equal(half.encode_images(PIXELS, adapter), images), "another adapter leaves it alone"
         texts = half.encode_texts(TEXTS, adapter)
         assert images.dtype == texts.dtype == np.float32
-        assert (images * plain.encode_images(PIXELS, adapter)).sum(axis=1).min() > 0.999
-        assert (texts * plain.encode_texts(TEXTS, adapter)).sum(axis=1).min() > 0.999
+        assert (images * plain.encode_images(PIXELS, adapter)).sum(axis=1).min() > least
+        assert (texts * plain.encode_texts(TEXTS, adapter)).sum(axis=1).min() > least
         theirs = half.model(adapter).state_dict()
         assert all(torch.equal(value, theirs[key]) for key, value in plain.model(adapter).state_dict().items())
     assert (expected[0] * expected[1]).sum(axis=1).min() < 0.99

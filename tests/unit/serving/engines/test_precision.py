@@ -15,8 +15,8 @@ from serving.engines.precision import Measurement, best_of, choose_precision, ma
 from serving.engines.processor import Precision, Processor, usable_cores
 
 CPU = torch.device("cpu")
-FLOAT32 = Measurement("float32", (0.3, 0.3))
-HALF = Measurement("bfloat16", (0.2, 0.2), 0.9999)
+FLOAT32 = Measurement("float32", (0.3,) * 4)
+HALF = Measurement("bfloat16", (0.2,) * 4, 0.9999)
 
 
 @pytest.fixture
@@ -53,14 +53,14 @@ def test_what_the_processor_has_instructions_for_is_tried(processor: Processor, 
     ("others", "expected"),
     [
         ([HALF], "bfloat16"),
-        ([Measurement("bfloat16", (0.3, 0.28), 0.9999)], "float32"),  # no clear gain
-        ([Measurement("bfloat16", (0.2, 0.2), 0.98)], "float32"),  # not within noise
-        ([Measurement("bfloat16", (0.2, 0.2), -1.0)], "float32"),
+        ([Measurement("bfloat16", (0.28,) * 4, 0.9999)], "float32"),  # no clear gain
+        ([Measurement("bfloat16", (0.2,) * 4, 0.98)], "float32"),  # not within noise
+        ([Measurement("bfloat16", (0.2,) * 4, -1.0)], "float32"),
         ([Measurement("bfloat16", error="RuntimeError: not implemented")], "float32"),
-        ([HALF, Measurement("int8", (0.15, 0.15), 0.9995)], "int8"),
-        ([HALF, Measurement("int8", (0.19, 0.19), 0.9995)], "bfloat16"),  # no clear gain over what is more exact
-        ([HALF, Measurement("int8", (0.1, 0.1), 0.99)], "bfloat16"),
-        ([Measurement("bfloat16", (0.4, 0.4), 0.9999), Measurement("int8", (0.2, 0.2), 0.9995)], "int8"),
+        ([HALF, Measurement("int8", (0.15,) * 4, 0.9995)], "int8"),
+        ([HALF, Measurement("int8", (0.19,) * 4, 0.9995)], "bfloat16"),  # no clear gain over what is more exact
+        ([HALF, Measurement("int8", (0.1,) * 4, 0.99)], "bfloat16"),
+        ([Measurement("bfloat16", (0.4,) * 4, 0.9999), Measurement("int8", (0.2,) * 4, 0.9995)], "int8"),
     ],
 )
 def test_a_precision_is_taken_if_clearly_faster_than_more_exact_ones_and_within_noise(
