@@ -108,12 +108,18 @@ def pairs_of(scorer: Scorer, suite: Suite, adapter: str | None) -> Iterator[tupl
 
 
 def calibrate(scorer: Scorer, suites: Sequence[Suite], adapter: str | None) -> dict[Kind, MatchCurve]:
-    """Curves of an adapter (None: the base) by kind. Raises GateError; ValueError for vectors that are not finite."""
-    found: dict[Kind, list[Pairs]] = defaultdict(list)
+    """Curves of an adapter (None: the base) by kind, of configured suites where these are enough: those of samples come
+    and go, and a curve would move with them. Raises GateError; ValueError for vectors that are not finite."""
+    configured, all_suites = defaultdict[Kind, list[Pairs]](list), defaultdict[Kind, list[Pairs]](list)
     for suite in suites:
         for kind, pairs in pairs_of(scorer, suite, adapter):
-            found[kind].append(pairs)
-    curves = {kind: fit(Pairs.joined(parts)) for kind, parts in found.items()}
+            all_suites[kind].append(pairs)
+            if suite.data:
+                configured[kind].append(pairs)
+    curves = {
+        kind: fit(Pairs.joined(configured[kind] or parts)) or fit(Pairs.joined(parts))
+        for kind, parts in all_suites.items()
+    }
     return {kind: curve for kind, curve in curves.items() if curve is not None}
 
 

@@ -155,6 +155,24 @@ def test_captions_find_pictures_classes_are_found_by_pictures_and_a_picture_neve
     assert len(classes["image"].match) == 600 and classes["image"].similarity.min() > -1.01
 
 
+def test_suites_of_samples_which_come_and_go_move_no_curve_that_configured_ones_are_enough_for(
+    scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = {"fixed": drawn(400), "memory.new": drawn(400, 1, steep=2.0), "few": drawn(20)}
+    monkeypatch.setattr(
+        "updater.gate.calibration.pairs_of", lambda scorer, suite, adapter: [("text", pairs[suite.name])]
+    )
+
+    def curve(*names: str) -> Any:
+        suites: Any = [SimpleNamespace(name=name, data="" if name.startswith("memory") else name) for name in names]
+        return calibrate(scorer, suites, None).get("text")
+
+    assert curve("fixed", "memory.new") == curve("fixed")
+    assert curve("few", "memory.new") == fit(Pairs.joined([pairs["few"], pairs["memory.new"]]))
+    assert curve("memory.new") == fit(pairs["memory.new"])
+    assert curve("few") is None
+
+
 def test_a_calibration_that_is_there_is_not_made_again(scorer: Scorer, suites: list[Suite], tmp_path: Path) -> None:
     artifacts = Artifacts(str(tmp_path))
     spaces = scorer.engine.spaces(None)
