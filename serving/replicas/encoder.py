@@ -316,8 +316,11 @@ class Encoder(EncoderWorker):
 
     def make_engine(self, settings: Settings) -> ClipEngine:
         from serving.engines.clip import ClipEngine
+        from serving.engines.clip_base import import_open_clip, load_base
 
-        return ClipEngine.of(settings)
+        base = load_base(settings.home, settings.base.clip)
+        import_open_clip(base.model_cfg)
+        return ClipEngine.of(settings, base)
 
     async def adopt(self, clips: Sequence[str | None]) -> str:
         """The controller has committed these adapters as resident, the live one first."""
