@@ -31,6 +31,7 @@ from core.tracing import EXPORTER
 from core.waiting import wait_until
 from serving.ray import replica_process
 from serving.ray.replica_process import take_over_rays_loggers
+from serving.ray.serve_import import import_serve
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -121,6 +122,7 @@ def prepare_environment(settings: Settings) -> Path:
             "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first + 62),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(first + 31),
             "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(first + 63),
+            "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": f"{import_serve.__module__}.{import_serve.__name__}",
             replica_process.SWITCH: "1",
             "PROMETHEUS_MULTIPROC_DIR": str(metrics),
             "OMP_NUM_THREADS": "1",  # encoders set their own number
@@ -197,8 +199,8 @@ def haproxy_binary() -> Path | None:
 def start_ray(folder: Path, server: Serve) -> None:
     """Start a private Ray session in ``folder``. Workers' standard error goes to that of this process."""
     import ray
-    import ray.serve
 
+    import_serve()
     take_over_rays_loggers()
     leave_out_helpers()
     ray.init(
