@@ -28,7 +28,7 @@ CONNECTION: Final[dict[str, Any]] = {
 }  # fmt: skip
 LOCK: Final = sql.SQL("set local lock_timeout = '500ms'")
 """For changes of the table's trigger: others queue behind one that waits. The worker tries again."""
-EF_SEARCH: Final = 100
+EF_SEARCH: Final = 200
 """``hnsw.ef_search`` with which recall is measured, and which the guide tells clients to set."""
 IMAGE_TYPES: Final = ("text", "character varying", "bytea")
 LONGEST: Final = 34
