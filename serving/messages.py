@@ -74,7 +74,7 @@ class EncodeResult:
 def joined(parts: Sequence[EncodeResult]) -> EncodeResult:
     """Join the results of one request's parts, in order and under one adapter: all vectors, or the first failure."""
     for part in parts:
-        if part.code:
+        if part.code or len(parts) == 1:
             return part
     return replace(parts[0], vectors=np.concatenate([part.vectors for part in parts if part.vectors is not None]))
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -25,11 +26,12 @@ from serving.errors import AdapterUnservable, DeadlineExceeded, Unavailable, Wro
 from serving.http.errors import ApiError, field_error
 from serving.http.fair_room import FairRoom
 from serving.http.image_loader import ImageLoader, ImageSource, gathered
-from serving.messages import IMAGE_COST, TEXT_COST, EncodeResult, HeadsResult, Modality, joined
+from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, HeadsResult, Modality, joined
 from serving.own_threads import OwnThreads
 from serving.ray.replica_calls import Attempts, call_another
 from serving.releases.shadow_traffic import ShadowTraffic
 from serving.releases.types import ReleaseSnapshot
+from serving.replicas.fair_batches import FairBatches, Group
 
 _CacheKey = tuple[Modality, str, bytes]
 """Kind, embedding space, SHA-256 of the content: vectors of one release cannot be returned for another."""
@@ -43,6 +45,13 @@ TOKENIZER_THREADS = 2
 HEAD_THREADS = 2
 INLINE_CHARS = 4096
 """Texts up to this length are tokenized in the event loop, in less than a millisecond; longer ones in a thread."""
+CALLS_AT_ONCE = 2
+"""For each encoder, of one kind and adapter: one is computed while the next waits there. Requests that come meanwhile
+wait here, and go together: a call costs as much processor as the rest of a request."""
+PATIENCE_SECONDS = 1.0
+"""After which a call no longer counts among those: its encoder may hang, and others answer."""
+KEPT_QUEUES = 16
+"""Kinds and adapters whose queues are kept, more than are asked at once."""
 KEPT_HEADS = 8
 """Adapters whose heads are kept, slightly more than are resident. Adapters never change."""
 Encoded = tuple[EncodeResult, list[int], list[bool]]
@@ -106,14 +115,18 @@ class Vectors:
 
 
 class EncoderCalls:
-    """Calls to encoder replicas, repeated on another replica when one dies. Replicas return expected failures as
-    values; exceptions come from the transport. Requests of more than ``max_batch`` images are sent in several pieces.
-    ``shadow_traffic`` is offered what was encoded."""
+    """Calls to encoder replicas, repeated on another replica when one dies; waiting requests of one kind and adapter
+    share one. Replicas return expected failures as values; exceptions come from the transport. Requests of more than
+    ``max_batch`` images are sent in several pieces. ``shadow_traffic`` is offered what was encoded."""
 
-    def __init__(self, handle: DeploymentHandle, max_batch: int, shadow_traffic: ShadowTraffic | None = None) -> None:
+    def __init__(
+        self, handle: DeploymentHandle, max_batch: int, shadow_traffic: ShadowTraffic | None = None, encoders: int = 1
+    ) -> None:
         self.handle = handle
         self.shadow_traffic = shadow_traffic
         self.budget = max_batch * IMAGE_COST
+        self._at_once = CALLS_AT_ONCE * encoders
+        self._queues: OrderedDict[Group, FairBatches] = OrderedDict()
 
     async def encode(
         self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float, caller: str = ""
@@ -131,7 +144,8 @@ class EncoderCalls:
 
         async def one(items: Any) -> EncodeResult:
             attempts = Attempts(deadline - time.monotonic(), "encoder", "Send fewer items, or try again later.")
-            call = lambda: self.handle.encode.remote(kind, items, snapshot.clip, caller, attempts.left)  # noqa: E731
+            request = EncodeRequest(kind, items, snapshot.clip, deadline, caller)
+            call = lambda: asyncio.ensure_future(self._submit(request))  # noqa: E731
             result: EncodeResult = await call_another(call, attempts, refusal)
             if result.code == "late":
                 raise attempts.over()
@@ -147,10 +161,29 @@ class EncoderCalls:
 
         step = max(1, self.budget // (IMAGE_COST if kind == "image" else TEXT_COST))
         results = await gathered(one(payload[start : start + step]) for start in range(0, len(payload), step))
-        result = results[0] if len(results) == 1 else joined(results)
+        result = joined(results)
         if self.shadow_traffic is not None:
             self.shadow_traffic.clip(kind, payload)
         return result
+
+    async def _submit(self, request: EncodeRequest) -> EncodeResult:
+        group = request.kind, request.adapter
+        if group not in self._queues:
+            self._queues[group] = FairBatches(
+                self._send, self.budget, wait_seconds=0.0, turn_seconds=math.inf, at_once=self._at_once,
+                patience=PATIENCE_SECONDS,
+            )  # fmt: skip
+            while len(self._queues) > KEPT_QUEUES:
+                self._queues.popitem(last=False)
+        self._queues.move_to_end(group)
+        return await self._queues[group].submit(request)
+
+    async def _send(self, requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
+        now = time.monotonic()
+        calls = [(each.kind, each.payload, each.adapter, each.caller, each.deadline - now) for each in requests]
+        async with asyncio.timeout(max(seconds for *_, seconds in calls)):
+            results: list[EncodeResult] = await self.handle.encode.remote(calls)
+        return results
 
     async def heads(self, snapshot: ReleaseSnapshot, deadline: float) -> Mapping[str, Head]:
         """The heads of the snapshot's adapter by name. Raises QueueFull, DeadlineExceeded, Unavailable."""

@@ -99,13 +99,14 @@ class Ingress:
         self.shadow_traffic = ShadowTraffic(
             settings.rollout, unhurried, tokenizer.rows(list(TEXTS)), self.vlms, settings.serve.deadline_seconds
         )
+        encoders = max(settings.serve.encoder_replicas, settings.serve.encoder_max_replicas)
         self.http_app = build_app(
             AppState(
                 settings=share,
                 dim=base.dim,
                 tokenizer=tokenizer,
                 admission=self.admission,
-                encoders=EncoderCalls(encoder, settings.serve.max_batch, self.shadow_traffic),
+                encoders=EncoderCalls(encoder, settings.serve.max_batch, self.shadow_traffic, encoders),
                 index=CatalogCalls(catalog, settings.serve.deadline_seconds),
                 operations=ControllerCalls(controller),
                 image_loader=ImageLoader(base.preprocess, share),

@@ -52,6 +52,9 @@ if TYPE_CHECKING:  # the process that deploys this class imports this module, an
 
 log = logging.getLogger("ratchet.encoder")
 
+EncodeCall = tuple[Modality, Any, str | None, str, float]
+"""Kind, items, adapter, caller and seconds left of a request."""
+
 LOADING_NICE = 19
 """Of threads that load adapters and run golden inputs."""
 LOADING_SHARE = 0.0125
@@ -98,7 +101,11 @@ class EncoderWorker:
         self._background = asyncio.Lock()
         self._health = ForwardHealth()
 
-    async def encode(
+    async def encode(self, calls: Sequence[EncodeCall]) -> list[EncodeResult]:
+        """Encode several requests, each with a result of its own."""
+        return await asyncio.gather(*(self.encode_one(*call) for call in calls))
+
+    async def encode_one(
         self, kind: Modality, payload: Any, adapter: str | None, caller: str, seconds: float
     ) -> EncodeResult:
         """Encode one request's items (uint8 [n, S, S, 3], or n lists of token IDs), in batches with other requests.

@@ -1,4 +1,5 @@
-"""A queue of requests for the engine, in fair batches of one kind (images or texts) and one adapter.
+"""A queue of requests for an engine, in fair batches of one kind (images or texts) and one adapter: in an encoder for
+its forward passes, and in the ingress for its calls to encoders.
 
 Each group (kind and adapter) has its own queue, and groups take turns batch by batch: a request waits for at most one
 batch of every other group, and a single group has the whole engine. Within a group, a batch takes one request of each
@@ -15,6 +16,7 @@ import math
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field, replace
 
 from core.request_context import detached
@@ -35,6 +37,8 @@ class _Waiting:
     request: EncodeRequest
     result: asyncio.Future[EncodeResult]
     since: float
+    context: Context
+    """Of the request; that of the first one in a batch is the batch's, so that its trace goes on."""
     parts: list[EncodeResult] = field(default_factory=list)
     began: float = 0.0
     """Time when its first batch began; 0: in none yet."""
@@ -43,21 +47,24 @@ class _Waiting:
 
 
 class FairBatches:
-    """Runs one batch at a time. Use from one event loop."""
+    """Runs batches, by default one at a time. Use from one event loop."""
 
     def __init__(
         self, run: Callable[[Sequence[EncodeRequest]], Awaitable[Sequence[EncodeResult]]], max_cost: int,
-        wait_seconds: float = WAIT_SECONDS, turn_seconds: float = TURN_SECONDS,
+        wait_seconds: float = WAIT_SECONDS, turn_seconds: float = TURN_SECONDS, at_once: int = 1,
+        patience: float | None = None,
     ) -> None:  # fmt: skip
         """``run`` encodes a batch, and returns a result for each request or raises for all. ``max_cost``: of a batch; a
         request that costs more runs alone. ``wait_seconds``: for a batch to fill, if the last one had several requests,
         whose clients may all ask again soon. ``turn_seconds``: longest batch while several callers ask, unless one item
-        takes longer."""
+        takes longer; infinite: nothing is split. ``at_once``: batches that run together, but for those that take longer
+        than ``patience``: an engine that hangs must not hold up others."""
         self._run = run
         self._max_cost = max_cost
         self._wait_seconds = wait_seconds
         self._turn_seconds = turn_seconds
-        self.turns: dict[Modality, float] = {"image": 1.0, "text": 1.0}
+        first = 1.0 if math.isfinite(turn_seconds) else max_cost
+        self.turns: dict[Modality, float] = {"image": first, "text": first}
         """The cost that takes one turn, learned from the last batches; starts at one item."""
         self._groups: OrderedDict[Group, OrderedDict[str, deque[_Waiting]]] = OrderedDict()
         """Waiting requests by caller, never empty; the first group is next."""
@@ -67,13 +74,16 @@ class FairBatches:
         self._last = 0
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._patience = patience
+        self._free = asyncio.Semaphore(at_once)
+        self._running: set[asyncio.Task[None]] = set()
 
     async def submit(self, request: EncodeRequest) -> EncodeResult:
         """The result of one request. Raises what running its batch raised. If cancelled before its turn, or past its
         deadline (``late``), it is not computed."""
         result: asyncio.Future[EncodeResult] = asyncio.get_running_loop().create_future()
         callers = self._groups.setdefault((request.kind, request.adapter), OrderedDict())
-        waiting = _Waiting(request, result, time.monotonic())
+        waiting = _Waiting(request, result, time.monotonic(), copy_context())
         callers.setdefault(request.caller, deque()).append(waiting)
         self._note(request.caller)
         self._cost += request.cost
@@ -86,9 +96,19 @@ class FairBatches:
 
     async def _work(self) -> None:
         while self._groups:
+            await self._free.acquire()
             await self._fill()
             if batch := self._take():
-                await self._run_batch(batch)
+                running = asyncio.get_running_loop().create_task(self._run_batch(batch), context=batch[0][0].context)
+                for task in (running, asyncio.get_running_loop().create_task(self._hold(running))):
+                    self._running.add(task)
+                    task.add_done_callback(self._running.discard)
+            else:
+                self._free.release()
+
+    async def _hold(self, running: asyncio.Task[None]) -> None:
+        await asyncio.wait([running], timeout=self._patience)
+        self._free.release()
 
     async def _fill(self) -> None:
         """Wait for a whole batch of work, or until the next request has waited long enough."""

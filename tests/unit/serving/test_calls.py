@@ -21,6 +21,7 @@ from serving.app import drain
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, Message, TokenChunk
 from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, QueueFull, Unavailable, WrongSpace
 from serving.http import calls as module
+from serving.http import clip_vectors
 from serving.http.calls import CatalogCalls, ControllerCalls, VlmCalls
 from serving.http.clip_vectors import EncoderCalls
 from serving.http.errors import ApiError
@@ -228,7 +229,7 @@ async def test_a_drain_ends_when_no_request_is_in_flight_or_at_its_deadline(monk
 
 
 def encoders(*answers: EncodeResult, max_batch: int = 16) -> tuple[EncoderCalls, Handle]:
-    handle: Any = Handle(*([answer] for answer in answers))
+    handle: Any = Handle(*([[answer]] for answer in answers))
     return EncoderCalls(handle, max_batch), handle
 
 
@@ -254,8 +255,78 @@ async def test_pieces_of_a_large_request_are_joined_in_order_and_each_has_its_tu
     joined = await calls.encode("image", np.zeros((5, 1, 1, 3), np.uint8), SNAPSHOT, soon(), "key:7")
     assert joined.vectors is not None
     assert joined.vectors[:, 0].tolist() == [0.0, 1.0, 2.0]
-    for *_, caller, left in handle.asked:
+    for ([call],) in handle.asked:
+        *_, caller, left = call
         assert caller == "key:7" and 0 < left <= 60
+
+
+class Encoders:
+    """Answers each call when it is told to."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[Any]] = []
+        self.answers: list[asyncio.Future[list[EncodeResult]]] = []
+        self.encode = self
+
+    def remote(self, calls: list[Any]) -> asyncio.Future[list[EncodeResult]]:
+        self.calls.append(calls)
+        self.answers.append(asyncio.get_running_loop().create_future())
+        return self.answers[-1]
+
+    def answer(self, number: int) -> None:
+        rows = [np.full((1, 2), float(payload[0][0]), np.float32) for _, payload, *_ in self.calls[number]]
+        self.answers[number].set_result([EncodeResult(each, "clip-a", "i", "t") for each in rows])
+
+    async def until(self, count: int) -> None:
+        async with asyncio.timeout(30):
+            while len(self.calls) < count:
+                await asyncio.sleep(0)
+
+
+async def test_requests_that_wait_share_a_call_and_each_keeps_its_answer_its_deadline_and_its_cancellation() -> None:
+    handle: Any = Encoders()
+    calls = EncoderCalls(handle, 16)
+    asked = []
+    for number in range(2):
+        asked.append(asyncio.create_task(calls.encode("text", [[number]], SNAPSHOT, soon(), "a")))
+        await handle.until(number + 1)
+    asked += [
+        asyncio.create_task(calls.encode("text", [[number]], SNAPSHOT, soon(), "ab"[number % 2]))
+        for number in range(2, 7)
+    ]
+    late = asyncio.create_task(calls.encode("text", [[7]], SNAPSHOT, time.monotonic() + 0.01, "a"))
+    with pytest.raises(DeadlineExceeded):
+        await late
+    asked[3].cancel()
+    await asyncio.sleep(0)
+    handle.answer(0)
+    await handle.until(3)
+    assert [len(each) for each in handle.calls] == [1, 1, 4]
+    assert sorted(payload[0][0] for _, payload, *_ in handle.calls[2]) == [2, 4, 5, 6]
+    for number in (1, 2):
+        handle.answer(number)
+    for number in (0, 1, 2, 4, 5, 6):
+        vectors = (await asked[number]).vectors
+        assert vectors is not None and vectors[0, 0] == number
+
+
+async def test_calls_of_one_kind_do_not_wait_for_those_of_another_nor_for_one_that_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(clip_vectors, "PATIENCE_SECONDS", 0.02)
+    handle: Any = Encoders()
+    calls = EncoderCalls(handle, 16)
+    asked = []
+    for number in range(2):
+        asked.append(asyncio.create_task(calls.encode("text", [[number]], SNAPSHOT, soon())))
+        await handle.until(number + 1)
+    picture = asyncio.create_task(calls.encode("image", np.full((1, 1, 1, 3), 9, np.uint8), SNAPSHOT, soon()))
+    await handle.until(3)
+    third = asyncio.create_task(calls.encode("text", [[5]], SNAPSHOT, soon()))
+    async with asyncio.timeout(30):
+        await handle.until(4)
+    for task in (*asked, picture, third):
+        task.cancel()
 
 
 async def test_a_clock_that_is_set_ends_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
