@@ -1,18 +1,17 @@
 """``ratchet bench start``: seconds from the command ``ratchet serve`` until the first embedding, and where they go.
 
-Each round has a new home: its first start chooses an engine by measuring, a second one knows the choice. Clock and
+Each round has a new home: its first start chooses a precision by measuring, a second one knows the choice. Clock and
 processor seconds of each process are those at the first answer; a process that has ended is not counted.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +22,7 @@ from rich.table import Table
 from benchmarks.bench_home import bench_home, clip_base, without_vlm
 from benchmarks.command import bench_parser, show_table
 from benchmarks.machine import machine
-from core.child_process import ratchet_command, reaped, stop_reaped, tail
+from core.child_process import own_processor_seconds, ratchet_command, reaped, stop_reaped, tail
 from core.errors import RatchetError
 from core.progress import progress_log
 from core.reaper import descendants
@@ -91,12 +90,10 @@ def start(settings: Settings) -> dict[str, Any]:
 
 def processors(root: int) -> dict[str, float]:
     """Processor seconds by title of process, most first; their sum, too."""
-    ticks: Counter[str] = Counter()
+    sums: defaultdict[str, float] = defaultdict(float)
     for pid in descendants(root):
-        with suppress(OSError):
-            fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-            ticks[title_of(pid)] += int(fields[11]) + int(fields[12])
-    seconds = {name: round(each / os.sysconf("SC_CLK_TCK"), 1) for name, each in ticks.most_common()}
+        sums[title_of(pid)] += own_processor_seconds(pid)
+    seconds = {name: round(sums[name], 1) for name in sorted(sums, key=sums.__getitem__, reverse=True)}
     shown = {name: each for name, each in seconds.items() if each >= FEW}
     rest = sum(seconds.values()) - sum(shown.values())
     return {**shown, "others": round(rest, 1), "sum": round(sum(seconds.values()), 1)}

@@ -63,12 +63,15 @@ def end_with_parent() -> None:
 
 def processor_seconds(root: int) -> float:
     """CPU seconds of a process and its living descendants. 0 without /proc."""
-    ticks = 0
-    for pid in [root, *descendants(root)] if sys.platform == "linux" else ():
-        with suppress(OSError):  # it has ended
-            fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return sum(map(own_processor_seconds, [root, *descendants(root)])) if sys.platform == "linux" else 0.0
+
+
+def own_processor_seconds(pid: int) -> float:
+    """CPU seconds of a process alone; 0 if it has ended. Needs /proc."""
+    with suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def kill_workers(pool: ProcessPoolExecutor) -> None:

@@ -1,7 +1,7 @@
 """The upper limit: the served engine in a loop without a server, preceded by the server's decoding.
 
 Run as ``python -m benchmarks.encode.raw SETTINGS``. Reads one JSON object a line, and answers each with one:
-``{"describe": true}`` with the engine's name and precision; ``kind``, ``batch`` and ``seconds`` with ``items`` and
+``{"describe": true}`` with the precision; ``kind``, ``batch`` and ``seconds`` with ``items`` and
 ``seconds``.
 """
 

@@ -62,12 +62,12 @@ def run_tune(shared: Context) -> None:
 def _objection(settings: Settings, base: ClipBase, precision: Precision) -> str:
     """Reason against serving in a precision: other scores on a suite of the gate. Empty if there is none."""
     from serving.engines.processor import usable_cores
-    from updater.gate.gate_command import engine_scores
+    from updater.gate.gate_command import precision_scores
     from updater.gate.suites import load_suites
 
     try:
         suites = load_suites(settings.gate.suites, settings.home, "clip", settings.gate.max_items)
-        scores = engine_scores(base, precision, suites, usable_cores())
+        scores = precision_scores(base, precision, suites, usable_cores())
     except RatchetError as error:
         return f"the gate's suites could not be asked: {error.message}"
     for row in scores:

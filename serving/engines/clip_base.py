@@ -13,7 +13,6 @@ import copy
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from core.digests import digest12, digest_json, digest_tensor
 from core.errors import BaseModelError
 from core.files import folder_next_to
+from core.imports import hidden
 
 if TYPE_CHECKING:  # most processes read only descriptions, and importing torch takes two seconds
     from torch import nn
@@ -310,13 +310,8 @@ def import_open_clip(model_cfg: Mapping[str, Any]) -> None:
     seconds of a processor. Only for a process that will build no other model."""
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     needed = {"timm": vision.get("timm_model_name"), "transformers": text.get("hf_model_name")}
-    hidden: dict[str, Any] = {name: None for name, model in needed.items() if not model and name not in sys.modules}
-    sys.modules.update(hidden)  # open_clip catches the ImportError
-    try:
+    with hidden(*(name for name, model in needed.items() if not model)):  # open_clip catches the ImportError
         import open_clip.model  # noqa: F401
-    finally:
-        for name in hidden:
-            del sys.modules[name]
 
 
 def construct(model_cfg: dict[str, Any], directory: Path) -> nn.Module:

@@ -88,9 +88,9 @@ def choose_precision(base: ClipBase, serve: Serve, home: Path, device: torch.dev
         measurements = measure(base, candidates, device)
         choice = best_of(measurements)
         log.info("%s runs in %s: %s", base.name, choice, "; ".join(map(str, measurements)))
-        found = {"precision": choice, "measured": [asdict(row) for row in measurements]}
+        result = {"precision": choice, "measured": [asdict(row) for row in measurements]}
         try:
-            replace_file(path, (json.dumps(found, indent=1) + "\n").encode())
+            replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
         except OSError as error:
             log.warning("%s cannot be written (%s): the next process measures again", path, error)
     return choice

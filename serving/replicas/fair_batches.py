@@ -38,7 +38,7 @@ class _Waiting:
     result: asyncio.Future[EncodeResult]
     since: float
     context: Context
-    """Of the request; that of the first one in a batch is the batch's, so that its trace goes on."""
+    """Of the request; that of the first one in a batch is the batch's, so that its trace continues."""
     parts: list[EncodeResult] = field(default_factory=list)
     began: float = 0.0
     """Time when its first batch began; 0: in none yet."""

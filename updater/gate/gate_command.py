@@ -168,7 +168,7 @@ def _fresh(settings: Settings, family: Family, audited: Mapping[str, int]) -> tu
 
 
 @dataclass(frozen=True, slots=True)
-class EngineScore:
+class PrecisionScore:
     suite: str
     items: int
     float32: float
@@ -182,7 +182,9 @@ class EngineScore:
         return abs(self.served - self.float32) <= self.noise
 
 
-def engine_scores(base: ClipBase, precision: Precision, suites: Sequence[Suite], threads: int) -> list[EngineScore]:
+def precision_scores(
+    base: ClipBase, precision: Precision, suites: Sequence[Suite], threads: int
+) -> list[PrecisionScore]:
     """Scores of the base in a precision and in float32. Raises GateError if a suite's image cannot be read."""
     limited = [suite.model_copy(update={"limit": min(suite.limit, ITEMS)}) for suite in suites]
     scores: list[list[tuple[int, float]]] = []
@@ -191,6 +193,6 @@ def engine_scores(base: ClipBase, precision: Precision, suites: Sequence[Suite],
         outcomes = [scorer.score(suite, None, label=each) for suite in limited]
         scores.append([(len(outcome.ids), float(outcome.hits.mean())) for outcome in outcomes])
     return [
-        EngineScore(suite.name, items, plain, served, max(math.sqrt(plain * (1 - plain) / items), 1 / items))
+        PrecisionScore(suite.name, items, plain, served, max(math.sqrt(plain * (1 - plain) / items), 1 / items))
         for suite, (items, plain), (_, served) in zip(limited, *scores, strict=True)
     ]

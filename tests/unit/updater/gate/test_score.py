@@ -16,7 +16,7 @@ from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.updater.gate.builders import folder_dataset, fresh_suite, sample_rows
 from updater.gate.clip import AcrossBasesEvaluator, ClipEvaluator, base_alone
 from updater.gate.cross_version import store_bridge
-from updater.gate.gate_command import EngineScore, engine_scores
+from updater.gate.gate_command import PrecisionScore, precision_scores
 from updater.gate.score import Scorer, rank_of_best
 from updater.gate.suite_items import Item
 from updater.gate.suites import Suite, load_suites
@@ -157,10 +157,10 @@ def test_an_unreadable_image_names_its_item(home: Path, engine: ClipEngine) -> N
 
 def test_a_precision_that_answers_otherwise_is_found(engine: ClipEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     suite, images = fresh_suite(sample_rows(40)), ClipEngine.encode_images
-    (row,) = engine_scores(engine.base, "bfloat16", [suite], threads=1)
+    (row,) = precision_scores(engine.base, "bfloat16", [suite], threads=1)
     assert (row.suite, row.items) == ("fresh", 40)
     assert row.within_noise and row.noise > 0
-    scores = [EngineScore("s", 100, 0.5, served, 0.05).within_noise for served in (0.54, 0.56)]
+    scores = [PrecisionScore("s", 100, 0.5, served, 0.05).within_noise for served in (0.54, 0.56)]
     assert scores == [True, False], "noise is the standard error of the score"
 
     def blurred(self: ClipEngine, pixels: Any, adapter: str | None = None) -> Any:
@@ -168,7 +168,7 @@ def test_a_precision_that_answers_otherwise_is_found(engine: ClipEngine, monkeyp
         return vectors if self.precision == "float32" else vectors[::-1].copy()
 
     monkeypatch.setattr(ClipEngine, "encode_images", blurred)
-    (row,) = engine_scores(engine.base, "bfloat16", [suite], threads=1)
+    (row,) = precision_scores(engine.base, "bfloat16", [suite], threads=1)
     assert row.served != row.float32
 
 
