@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import importlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -29,7 +31,7 @@ from core.settings.serving import Serve
 from core.settings.watching import Traces
 from core.tracing import EXPORTER
 from core.waiting import wait_until
-from serving.ray import agent_placeholder, replica_process
+from serving.ray import replica_process
 from serving.ray.replica_process import take_over_rays_loggers
 from serving.ray.serve_import import import_serve
 
@@ -216,17 +218,26 @@ def leave_out_helpers(server: Serve) -> None:
     processor. The dashboard's agent stays where it exports Ray's metrics. No option of Ray 2.60 does this."""
     from ray._private import node, ray_constants, services
 
+    ports: Any = importlib.import_module("ray._raylet")  # its names have no types
+
     node.Node.start_api_server = lambda self, **_: None
     node.Node.start_monitor = lambda self: None
-    agents = {ray_constants.PROCESS_TYPE_RUNTIME_ENV_AGENT}
+    agents = {ray_constants.PROCESS_TYPE_RUNTIME_ENV_AGENT: [ports.RUNTIME_ENV_AGENT_PORT_NAME]}
     if not server.ray_metrics_port:
-        agents.add(ray_constants.PROCESS_TYPE_DASHBOARD_AGENT)
-    python, placeholder = services._build_python_executable_command_memory_profileable, agent_placeholder.__file__
+        agents[ray_constants.PROCESS_TYPE_DASHBOARD_AGENT] = [
+            ports.METRICS_AGENT_PORT_NAME, ports.METRICS_EXPORT_PORT_NAME, ports.DASHBOARD_AGENT_LISTEN_PORT_NAME,
+        ]  # fmt: skip
+    placeholder = str(Path(__file__).with_name("agent_placeholder.py"))
+    original = inspect.unwrap(services._build_python_executable_command_memory_profileable)
 
-    def command(component: str, *args: Any, **options: Any) -> list[str]:
-        return [*python(component, *args, **options), *(["-S", "-E", placeholder] if component in agents else [])]
+    @functools.wraps(original)
+    def python(component: str, *args: Any, **options: Any) -> list[str]:
+        command: list[str] = original(component, *args, **options)
+        if component in agents:
+            command += ["-S", "-E", placeholder, *(f"--off={port}" for port in agents[component])]
+        return command
 
-    services._build_python_executable_command_memory_profileable = command
+    services._build_python_executable_command_memory_profileable = python
 
 
 def deploy(application: Application, name: str, server: Serve) -> None:
