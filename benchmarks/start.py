@@ -1,11 +1,13 @@
 """``ratchet bench start``: seconds from the command ``ratchet serve`` until the first embedding, and where they go.
 
-Each round has a new home: its first start chooses a precision by measuring, a second one knows the choice. Clock and
-processor seconds of each process are those at the first answer; a process that has ended is not counted.
+Each round has a new home: its first start chooses a precision by measuring, a second one knows the choice. Python may
+write bytecode, and has from an earlier start of the same environment. Clock and processor seconds of each process are
+those at the first answer; a process that has ended is not counted.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -67,7 +69,8 @@ def start(settings: Settings) -> dict[str, Any]:
     began, steps, looked = time.monotonic(), dict[str, float](), -LOOK_SECONDS
     with log.open("wb") as file:
         command = reaped(ratchet_command("serve", flags=flags))
-        server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     try:
         with Client(f"http://127.0.0.1:{port}", retries=0) as client:
             while True:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from core.errors import RatchetError
 from core.loading import load_settings
-from ops.cli.doctor import _ports, fault_of
+from ops.cli.doctor import _bytecode, _ports, fault_of
 from ops.cli.main import app
 from tests.support.command_line import ratchet
 from tests.support.web_server import reply, web_server
@@ -52,6 +52,14 @@ def test_good_embeddings_pass_and_name_their_release_and_wrong_ones_fail(tmp_pat
         (GOOD[[0, 0, 0]], "different texts are the same"),
     ):
         assert fault in fault_of(vectors)
+
+
+def test_modules_that_are_compiled_at_each_start_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for written, state in ((True, "ok"), (False, "warn")):
+        monkeypatch.setattr("sys.dont_write_bytecode", not written)
+        monkeypatch.setattr("sys.pycache_prefix", str(tmp_path))
+        assert _bytecode(load_settings()).state == state
+    assert "compileall" in _bytecode(load_settings()).fix
 
 
 def test_doctor_fails_only_for_what_stops_ratchet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
