@@ -19,16 +19,16 @@ STOP_SECONDS = 20.0
 
 
 class LineWorker:
-    """``python -m MODULE ARGUMENTS``, which idles between questions.
+    """``python -m MODULE ARGUMENTS``, or another Python with the path of a script, which idles between questions.
 
     >>> with LineWorker("benchmarks.encode.generator") as generator:
     ...     generator.ask(asdict(order))
     """
 
-    def __init__(self, module: str, *arguments: str) -> None:
+    def __init__(self, module: str, *arguments: str, python: str = sys.executable) -> None:
         self.module = module
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments], cwd=ROOT, text=True,
+            [python, *([module] if module.endswith(".py") else ["-m", module]), *arguments], cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 

@@ -103,8 +103,11 @@ def run(settings: Settings, nodes: int = NODES, seconds: float = 10.0) -> dict[s
         for count in range(1, nodes + 1):
             with step(f"{count} encoder nodes"):
                 stack.enter_context(_node(address, Path(folder) / f"node-{count}.log"))
-                encoders: dict[str, Any] = {"num_replicas": count, "ray_actor_options": ON_A_NODE}
-                deploy(application(ours, SleepingEncoder, **encoders), APP, ours.serve)
+                serve = ours.serve.model_copy(update={"encoder_replicas": count})
+                larger = application(
+                    ours.model_copy(update={"serve": serve}), SleepingEncoder, ray_actor_options=ON_A_NODE
+                )
+                deploy(larger, APP, serve)
                 _wait_for(ours, count)
             rows.append({"nodes": count, **_measure(side, count, seconds)})
             progress_log.info(f"{count} encoder nodes: {rows[-1]['requests_per_second']} requests/s")

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.encode.grid import Cell
+from benchmarks.encode.peers.servers import OPENVINO_RAW
 from benchmarks.encode.sides import Turn
 from serving.messages import Modality
 
-OURS, RAW = "ratchet", "raw"
+OURS, RAW = "ratchet", ("raw", OPENVINO_RAW)
 CPU_CELL = Cell("image", 1, 8)
 """The cell of ``cpu_ms_per_request``: single images, at a concurrency that leaves nothing idle."""
 
@@ -64,10 +65,11 @@ def ratios(cells: Iterable[CellFigures]) -> dict[str, float | None]:
     """The required ratios of one model's cells; each is the worst over its cells."""
     rows = list(cells)
 
-    def worst(side: str, kind: Modality, items: int | None = None, concurrency: int | None = None) -> float | None:
+    def worst(kind: Modality, *sides: str, items: int | None = None, concurrency: int | None = None) -> float | None:
         values = [
             ratio
             for row in rows
+            for side in sides
             if row.cell.kind == kind
             and items in (None, row.cell.items)
             and concurrency in (None, row.cell.concurrency)
@@ -76,13 +78,14 @@ def ratios(cells: Iterable[CellFigures]) -> dict[str, float | None]:
         return rounded(min(values, default=None))
 
     return {
-        "image_to_infinity_min": worst("infinity", "image"),
-        "text_to_infinity_min": worst("infinity", "text"),
-        "image_to_mosec_min": worst("mosec", "image"),
-        "text_to_mosec_min": worst("mosec", "text"),
-        "image_16_to_raw": worst(RAW, "image", items=16),
-        "image_c32_to_raw": worst(RAW, "image", items=1, concurrency=32),
-        "text_16_to_raw": worst(RAW, "text", items=16),
+        "image_to_infinity_min": worst("image", "infinity"),
+        "text_to_infinity_min": worst("text", "infinity"),
+        "image_to_mosec_min": worst("image", "mosec"),
+        "text_to_mosec_min": worst("text", "mosec"),
+        "image_16_to_raw": worst("image", *RAW, items=16),
+        "image_c32_to_raw": worst("image", *RAW, items=1, concurrency=32),
+        "text_16_to_raw": worst("text", *RAW, items=16),
+        "text_c1_to_raw": worst("text", *RAW, items=1, concurrency=1),
     }
 
 

@@ -2,8 +2,9 @@
 
 A model with random weights (ViT-B-32) and the shipped base, served by Ratchet, by Infinity and by mosec with ONNX
 Runtime, from the same weights on the same cores, in turns; and, as the upper limit, Ratchet's engine in a loop with the
-same decoding. No input is sent twice, so no cache answers. Peers are installed at the first run, into
-``HOME/cache/bench``, and stopped (SIGSTOP) while they are not asked.
+same decoding, and OpenVINO in the same precision where it is asked for (`--against openvino-raw`). No input is sent
+twice, so no cache answers. Peers are installed at the first run, into ``HOME/cache/bench``, and servers stopped
+(SIGSTOP) while they are not asked.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from benchmarks.bench_home import bench_home, cache_folder, clip_base, without_v
 from benchmarks.command import bench_parser
 from benchmarks.encode.figures import OURS, CellFigures, cell_figures, cpu_ms_per_request, ratios, show
 from benchmarks.encode.grid import CONCURRENCIES, ITEMS, KINDS, Grid, cells
-from benchmarks.encode.peers.servers import PEERS, Peer, openai_template
+from benchmarks.encode.peers.servers import OPENVINO_RAW, PEERS, Peer, openai_template, openvino_raw
 from benchmarks.encode.sides import HttpSide, RawSide, Side, Turn, check, cpu_seconds, ratchet_side
 from benchmarks.line_worker import LineWorker
 from benchmarks.machine import machine
@@ -86,7 +87,8 @@ def _model(settings: Settings, base: ClipBase, peers: Sequence[str], grid: Grid,
     config = write_settings(ours, folder / "ratchet.json")
     with ExitStack() as stack:
         unable: dict[str, str] = {}
-        started = [peer for name in peers if (peer := _peer(name, base, cache_folder(settings), folder, unable, stack))]
+        cache, servers = cache_folder(settings), [name for name in peers if name in PEERS]
+        started = [peer for name in servers if (peer := _peer(name, base, cache, folder, unable, stack))]
         with step(f"starting Ratchet and its peers with {base.name}"):
             _start_ratchet(ours, config, folder / "ratchet.log", stack)
             for peer in started:
@@ -94,14 +96,20 @@ def _model(settings: Settings, base: ClipBase, peers: Sequence[str], grid: Grid,
                 peer.process.pause()
         generator = stack.enter_context(LineWorker("benchmarks.encode.generator"))
         worker = stack.enter_context(LineWorker("benchmarks.encode.raw", str(config)))
-        raw = RawSide(worker, ours.serve.max_batch)
+        raws = [RawSide(worker, ours.serve.max_batch)]
+        about = raws[0].describe()
+        if OPENVINO_RAW in peers:
+            with step("quantizing for OpenVINO" if about["precision"] == "int8" else "starting OpenVINO"):
+                openvino = stack.enter_context(openvino_raw(base, about["precision"], cache, folder))
+                raws.append(RawSide(openvino, ours.serve.max_batch, OPENVINO_RAW))
+                about[OPENVINO_RAW] = raws[1].describe()
         server, others = ratchet_side(ours, generator), [_peer_side(peer, generator) for peer in started]
         with step("comparing vectors"):
-            cosines = check(server, others, base, unable)
+            cosines = check(server, [*others, *raws[1:]], base, unable)
         for whose, reason in unable.items():
             progress_log.info(f"not measured: {whose}: {reason}")
-        rows, idle = measure([server, *others, raw], grid, base.name, lambda: session_pids(ours))
-        about = {**raw.describe(), "least_cosines": cosines, "unable": unable, "ratchet_idle_cores": idle}
+        rows, idle = measure([server, *others, *raws], grid, base.name, lambda: session_pids(ours))
+        about |= {"least_cosines": cosines, "unable": unable, "ratchet_idle_cores": idle}
         return ModelFigures(rows, about)
 
 
@@ -168,15 +176,18 @@ def _peer_side(peer: Peer, generator: LineWorker) -> HttpSide:
 def chosen_peers(text: str) -> list[str]:
     """Names with commas between them; ``none`` for no peer. Raises ConfigError."""
     names = [name.strip() for name in text.split(",") if name.strip() and name.strip() != "none"]
-    unknown = sorted(set(names) - set(PEERS))
+    known = (*PEERS, OPENVINO_RAW)
+    unknown = sorted(set(names) - set(known))
     if unknown:
-        raise ConfigError(f"--against: there is no peer {unknown[0]!r}.", f"There are: {', '.join(PEERS)}, none.")
+        raise ConfigError(f"--against: there is no peer {unknown[0]!r}.", f"There are: {', '.join(known)}, none.")
     return names
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser = bench_parser("encode", __doc__)
-    parser.add_argument("--against", default=",".join(PEERS), help=f"peers with commas ({','.join(PEERS)}); or none")
+    parser.add_argument(
+        "--against", default=",".join(PEERS), help=f"with commas ({','.join(PEERS)}), {OPENVINO_RAW}; or none"
+    )
     parser.add_argument(
         "--model", action="append",
         help=f"a registered base, or an architecture of open_clip with random weights; again for more ({MODELS})",

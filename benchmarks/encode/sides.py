@@ -127,17 +127,17 @@ class HttpSide:
 
 
 class RawSide:
-    """The model without a server (:mod:`benchmarks.encode.raw`). A request is a batch; latency is meaningless here."""
+    """An engine without a server (:mod:`benchmarks.encode.raw`). A request is a batch; latency is meaningless here."""
 
-    name = "raw"
-
-    def __init__(self, worker: LineWorker, max_batch: int) -> None:
+    def __init__(self, worker: LineWorker, max_batch: int, name: str = "raw") -> None:
         """``max_batch``: images of the largest batch that the server makes."""
+        self.name = name
         self._worker = worker
         self._max_batch = max_batch
 
     def kinds(self) -> Sequence[Modality]:
-        return ("image", "text")
+        kinds: Sequence[Modality] = self.describe().get("kinds", ("image", "text"))
+        return kinds
 
     def describe(self) -> dict[str, Any]:
         return self._worker.ask({"describe": True})
@@ -146,6 +146,10 @@ class RawSide:
         batch = cell.batch(self._max_batch)
         answer = self._worker.ask({"kind": cell.kind, "batch": batch, "seconds": seconds})
         return Turn(answer["items"] // cell.items, 0, answer["seconds"], float("nan"), float("nan"))
+
+    def vectors(self, kind: Modality) -> np.ndarray:
+        """Vectors of the inputs of :func:`check`, float32 [n, dim]."""
+        return np.array(self._worker.ask({"kind": kind, "vectors": CHECKED})["vectors"], np.float32)
 
 
 def ratchet_template(kind: Modality) -> BodyTemplate:
@@ -164,7 +168,9 @@ def ratchet_side(settings: Settings, generator: LineWorker) -> HttpSide:
     return HttpSide("ratchet", lambda _: url, ratchet_template, generator, outside=outside)
 
 
-def check(ours: HttpSide, peers: Iterable[HttpSide], base: ClipBase, unable: dict[str, str]) -> dict[str, float]:
+def check(
+    ours: HttpSide, peers: Iterable[HttpSide | RawSide], base: ClipBase, unable: dict[str, str]
+) -> dict[str, float]:
     """Each server's least cosine to the base's own vectors. ``unable``: gets the reason of each peer that does not
     embed a kind of input; it is not asked for that any more. Raises RatchetError if Ratchet does not answer; or a
     server does not have this model: a vector is below :data:`LEAST_COSINE`, or nearer to another input's.
@@ -178,7 +184,7 @@ def check(ours: HttpSide, peers: Iterable[HttpSide], base: ClipBase, unable: dic
             try:
                 vectors = side.vectors(kind)
             except RatchetError as error:
-                if side is ours:
+                if side is ours or isinstance(side, RawSide):
                     raise
                 unable[f"{side.name}, {kind}"] = error.message
                 side.drop(kind)

@@ -110,10 +110,10 @@ def _locate(model: str, weights: Path | None) -> tuple[dict[str, Any], Path, str
         raise BaseModelError(
             f"{model} is an architecture without weights.", "Name its safetensors file with --weights."
         )
-    return {"model_cfg": known, "preprocess_cfg": _published_preprocess(model)}, Path(weights), None
+    return {"model_cfg": known, "preprocess_cfg": published_preprocess(model)}, Path(weights), None
 
 
-def _published_preprocess(model: str) -> dict[str, Any]:
+def published_preprocess(model: str) -> dict[str, Any]:
     """Most common preprocessing (mean, deviation, geometry) of the architecture's published checkpoints. A weights file
     does not say how its images were normalised; if checkpoints differ, the choice is reported."""
     fields = ("mean", "std", "interpolation", "resize_mode")

@@ -8,7 +8,6 @@ base64.
 """
 
 import base64
-import io
 import json
 import os
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
+from decoding import pixels  # beside this file
 from mosec import Runtime, Server, Worker
-from PIL import Image
 from tokenizers import Tokenizer
 
 FOLDER = Path(os.environ["CLIP_FOLDER"])
@@ -38,16 +37,7 @@ class Decode(Worker):  # type: ignore[misc]
         return inputs
 
     def forward(self, data: list[Any]) -> npt.NDArray[Any]:
-        return np.stack([self._pixels(base64.b64decode(uri.partition(",")[2])) for uri in data])
-
-    def _pixels(self, encoded: bytes) -> npt.NDArray[Any]:
-        size = ABOUT["size"]
-        image = Image.open(io.BytesIO(encoded)).convert("RGB")
-        short = min(image.size)
-        resample = Image.Resampling.BILINEAR if ABOUT["bilinear"] else Image.Resampling.BICUBIC
-        image = image.resize((int(size * image.width / short), int(size * image.height / short)), resample)
-        left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-        return np.asarray(image.crop((left, top, left + size, top + size)))
+        return np.stack([pixels(base64.b64decode(uri.partition(",")[2]), ABOUT) for uri in data])
 
 
 class Tokenize(Worker):  # type: ignore[misc]

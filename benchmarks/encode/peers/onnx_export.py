@@ -27,13 +27,13 @@ def export_onnx(base: ClipBase, folder: Path) -> Path:
 
     ``image.onnx``: ``pixels`` uint8 [n, size, size, 3]. ``text.onnx``: ``ids`` int64 [n, context]. Both return
     ``vectors``, float32 [n, dim]. A text tower that cannot be exported is left out with a message. Raises
-    BaseModelError if the images are not resized to their shorter side, which is all that the peer does; or the package
+    BaseModelError if the images are resized in another way than to their shorter side or to a square; or the package
     ``onnx`` is not installed, which torch's exporter needs.
     """
     if (folder / ABOUT).is_file():
         return folder
-    if base.preprocess.resize_mode != "shortest":
-        raise BaseModelError(f"base {base.name!r} resizes images in another way than to their shorter side.")
+    if base.preprocess.resize_mode not in ("shortest", "squash"):
+        raise BaseModelError(f"base {base.name!r} resizes images in a way that the peers do not know.")
     if importlib.util.find_spec("onnx") is None:
         raise BaseModelError("torch exports ONNX graphs with the package onnx, which is not installed.", INSTALL)
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,6 +58,7 @@ def export_onnx(base: ClipBase, folder: Path) -> Path:
     _write_tokenizer(base, folder)
     about: dict[str, Any] = {
         "size": size, "bilinear": base.preprocess.interpolation == "bilinear",
+        "squash": base.preprocess.resize_mode == "squash",
         "context_length": base.context_length, "dim": base.dim,
     }  # fmt: skip
     (folder / ABOUT).write_text(json.dumps(about))

@@ -1,4 +1,4 @@
-"""Infinity and mosec: installed, given the same weights, and started."""
+"""Infinity, mosec and OpenVINO: installed, given the same weights, and started."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import ClassVar, Final
 
 import torch
 
-from benchmarks.encode.payloads import BodyTemplate
+from benchmarks.encode.payloads import BodyTemplate, jpegs, text
 from benchmarks.encode.peers.environment import Environment, same_torch
 from benchmarks.encode.peers.hf_clip import write_hf_clip
 from benchmarks.encode.peers.onnx_export import export_onnx
 from benchmarks.encode.peers.process import PeerProcess
+from benchmarks.line_worker import LineWorker
 from core.addresses import free_port
 from serving.engines.clip_base import ClipBase
+from serving.engines.processor import Precision
 from serving.messages import Modality
 
 INFINITY: Final = (
@@ -25,6 +27,7 @@ INFINITY: Final = (
     "click<8.2",  # typer 0.12, which it pins, fails with later ones
 )  # fmt: skip
 MOSEC: Final = ("mosec==0.9.8", "numpy>=2,<3", "pillow", "tokenizers")
+OPENVINO: Final = ("openvino>=2026,<2027", "nncf>=3,<4", "numpy>=2,<3", "pillow", "tokenizers")
 _DATA_URI: Final = ('"data:image/jpeg;base64,', '"')
 _STRING: Final = ('"', '"')
 
@@ -115,3 +118,17 @@ class Mosec(Peer):
 
 
 PEERS: Final[dict[str, type[Peer]]] = {peer.name: peer for peer in (Infinity, Mosec)}
+OPENVINO_RAW: Final = "openvino-raw"
+TEXTS: Final = 4096
+"""Texts that OpenVINO's loop takes in turns; it has no cache."""
+
+
+def openvino_raw(base: ClipBase, precision: Precision, cache: Path, folder: Path) -> LineWorker:
+    """OpenVINO in a loop, without a server (:mod:`benchmarks.encode.peers.openvino_raw`), in ``precision``. Raises
+    BaseModelError, RatchetError as :class:`Peer`."""
+    model = export_onnx(base, folder / "onnx")
+    for number, jpeg in enumerate(jpegs()):
+        (model / f"{number:02d}.jpg").write_bytes(jpeg)
+    (model / "texts.txt").write_text("\n".join(map(text, range(TEXTS))))
+    python = Environment(OPENVINO_RAW, OPENVINO).ensure(cache)
+    return LineWorker(str(Path(__file__).with_name("openvino_raw.py")), str(model), precision, python=str(python))
