@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 
 @contextmanager
@@ -18,3 +19,18 @@ def hidden(*packages: str) -> Iterator[None]:
     finally:
         for name in missing:
             del modules[name]
+
+
+@contextmanager
+def replaced(module: str, **attributes: object) -> Iterator[None]:
+    """Inside the block, ``module`` has these attributes and nothing else, unless it is imported already. Modules that
+    are imported there keep what they took from it."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = ModuleType(module)
+    vars(sys.modules[module]).update(attributes)
+    try:
+        yield
+    finally:
+        del sys.modules[module]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from core.digests import digest12, digest_json, digest_tensor
 from core.errors import BaseModelError
 from core.files import folder_next_to
-from core.imports import hidden
+from core.imports import hidden, replaced
 
 if TYPE_CHECKING:  # most processes read only descriptions, and importing torch takes two seconds
     from torch import nn
@@ -307,10 +307,13 @@ def _described(directory: Path) -> dict[str, Any]:
 
 def import_open_clip(model_cfg: Mapping[str, Any]) -> None:
     """Import open_clip without the libraries of towers that this model does not have: transformers and timm take three
-    seconds of a processor. Only for a process that will build no other model."""
+    seconds of a processor; and torchvision without torch's compiler, which takes another. Only for a process that will
+    build no other model."""
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     needed = {"timm": vision.get("timm_model_name"), "transformers": text.get("hf_model_name")}
-    with hidden(*(name for name, model in needed.items() if not model)):  # open_clip catches the ImportError
+    missing = [name for name, model in needed.items() if not model]
+    # open_clip catches the ImportError; torchvision asks the compiler only for regions of interest, which no CLIP has.
+    with hidden(*missing), replaced("torch._dynamo.utils", is_compile_supported=lambda device: False):
         import open_clip.model  # noqa: F401
 
 
