@@ -72,10 +72,12 @@ def plain(name: str, layer: Any, start: Matrix, rank: int, alpha: float) -> Matr
             return added(start, product(of["b"], scaled_rows(of["g"], of["a"])))
         case "nusa_cl":
             return added(start, product(of["u"], of["middle"], of["v"]))
+        case "keep_lora":
+            return added(start, product(of["b"], of["a"]))
     return added(start, of["difference"])
 
 
-NAMES = ("dora", "vera", "codyra", "nusa_cl", "full")
+NAMES = ("dora", "vera", "codyra", "nusa_cl", "keep_lora", "full")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -99,7 +101,7 @@ def test_before_the_first_step_nothing_has_changed_and_something_learns(name: st
     assert sum(float(g.abs().sum()) for g in gradients if g is not None) > 0
 
 
-@pytest.mark.parametrize("name", ["vera", "codyra", "nusa_cl"])
+@pytest.mark.parametrize("name", ["vera", "codyra", "nusa_cl", "keep_lora"])
 @pytest.mark.parametrize("shape", [(5, 7), (6, 4, 1, 1)])
 def test_factors_are_the_difference(name: str, shape: tuple[int, ...]) -> None:
     start = weight(*shape)
@@ -149,6 +151,24 @@ def test_codyra_prunes_about_half_of_its_ranks_in_an_update_of_any_length(steps:
         for step in range(steps):
             layer.stepped(step, steps)
     assert 0.42 < float((layer.g == 0).float().mean()) < 0.52
+
+
+def test_keep_lora_learns_in_the_gradients_directions_outside_of_the_principal_ones() -> None:
+    start = weight(40, 30)
+    layer: Any = parametrization("keep_lora", start, rank=3, moved=False, energy=0.5)
+    gradient = weight(40, 3) @ weight(3, 30).cos()  # of rank 3
+    (layer(start) * gradient).sum().backward()
+    layer.stepped(0, 10)
+    outside = gradient - gradient @ layer.principal.T @ layer.principal
+    torch.testing.assert_close(outside @ layer.a.T @ layer.a, outside, rtol=1e-3, atol=1e-3)
+    assert float((layer.a @ layer.principal.T).abs().max()) < 1e-4
+    torch.testing.assert_close(layer.a @ layer.a.T, torch.eye(3), rtol=0, atol=1e-5)
+    assert torch.equal(layer(start), start) and not layer.a.requires_grad
+    other: Any = parametrization("keep_lora", start, rank=3, moved=False, energy=0.5)
+    assert not other.state()
+    other.load_state(layer.state())
+    other.stepped(0, 10)
+    assert not other.a.requires_grad and bool(other.b.any())
 
 
 def test_nusa_goes_on_with_the_directions_of_its_checkpoint() -> None:

@@ -85,7 +85,7 @@ def test_an_unknown_recipe_objective_or_option_is_refused() -> None:
             objectives.build(recipe.objectives, recipe.family)
 
 
-RESUMED = frozenset({"codyra", "default", "ewc", "finetuned-merge", "galore", "si"})
+RESUMED = frozenset({"c-clip", "codyra", "default", "ewc", "finetuned-merge", "galore", "keep-lora", "si"})
 """Also stopped and resumed: one recipe for each kind of state in a checkpoint."""
 OFTEN = {"codyra", "default", "finetuned-merge", "locked-image", "zscl"}
 """Those that each do something that no other of these does; the others take longer and run only in `make long`."""
