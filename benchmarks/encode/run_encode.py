@@ -99,10 +99,14 @@ def _model(settings: Settings, base: ClipBase, peers: Sequence[str], grid: Grid,
         raws = [RawSide(worker, ours.serve.max_batch)]
         about = raws[0].describe()
         if OPENVINO_RAW in peers:
-            with step("quantizing for OpenVINO" if about["precision"] == "int8" else "starting OpenVINO"):
+            try:
                 openvino = stack.enter_context(openvino_raw(base, about["precision"], cache, folder))
+            except BaseModelError as error:
+                unable[OPENVINO_RAW] = f"{error.message} {error.fix}"
+            else:
                 raws.append(RawSide(openvino, ours.serve.max_batch, OPENVINO_RAW))
-                about[OPENVINO_RAW] = raws[1].describe()
+                with step("starting OpenVINO"):
+                    about[OPENVINO_RAW] = raws[1].describe()
         server, others = ratchet_side(ours, generator), [_peer_side(peer, generator) for peer in started]
         with step("comparing vectors"):
             cosines = check(server, [*others, *raws[1:]], base, unable)
@@ -160,7 +164,7 @@ def _peer(
     try:
         peer = PEERS[name](base, cache, folder)
     except BaseModelError as error:
-        unable[name] = error.message
+        unable[name] = f"{error.message} {error.fix}"
         return None
     stack.callback(peer.process.stop)
     return peer
