@@ -1,13 +1,13 @@
-"""Intervals of differences by a paired bootstrap over the items of each suite.
+"""Intervals of differences by a paired bootstrap: over the items of each suite, or over suites and chains as well.
 
-All methods answer the same items, and each draw uses the same items for all methods, so a difference between two
-methods is known far better than either score.
+All methods answer the same items, and each draw uses the same items, suites and chains for all methods, so a difference
+between two methods is known far better than either score.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -46,20 +46,27 @@ class Draws:
     scores: Mapping[str, Floats]
     suites: Mapping[str, Sequence[str]]
     """By figure except ``gm``: the suites that it is the mean of."""
+    drawn: Mapping[str, Floats] = field(default_factory=dict)
+    """By suite, how often each draw has it, [draws + 1]; once where it is not here."""
 
-    def of(self, figure: str, without: str = "") -> Floats:
-        """``gm``, or a mean over suites, one of which may be left out."""
+    def of(self, figure: str, without: Collection[str] = ()) -> Floats:
+        """``gm``, or a mean over suites but those of ``without``."""
         if figure == "gm":
             return geometric_mean(self.of("a_ka", without), self.of("a_zs"))
-        chosen = [self.scores[suite] for suite in self.suites[figure] if suite != without]
-        return np.mean(chosen, axis=0) if chosen else np.zeros_like(next(iter(self.scores.values())))
+        chosen = [suite for suite in self.suites[figure] if suite not in without]
+        first = next(iter(self.scores.values()))
+        if not chosen:
+            return np.zeros_like(first)
+        times = np.stack([self.drawn.get(suite, np.ones(len(first))) for suite in chosen])
+        times[:, times.sum(axis=0) == 0] = 1  # a draw without any of these suites
+        return np.einsum("sd,sdm->dm", times / times.sum(axis=0), np.stack([self.scores[suite] for suite in chosen]))
 
-    def differences(self, figure: str, name: str, other: str, without: str = "") -> Floats:
+    def differences(self, figure: str, name: str, other: str, without: Collection[str] = ()) -> Floats:
         """Points that ``name`` scores above ``other``, [draws + 1]."""
         values = self.of(figure, without)
         return 100 * (values[:, self.names.index(name)] - values[:, self.names.index(other)])
 
-    def difference(self, figure: str, name: str, other: str, without: str = "") -> Interval:
+    def difference(self, figure: str, name: str, other: str, without: Collection[str] = ()) -> Interval:
         return interval(self.differences(figure, name, other, without))
 
     def largest(self, name: str, other: str) -> str:
@@ -76,15 +83,30 @@ def interval(differences: Floats) -> Interval:
     return Interval(float(differences[0]), float(low), float(high))
 
 
-def resampled(hits: Mapping[str, Hits], reference: Reference, draws: int = DRAWS, seed: int = 0) -> Draws:
-    """Resample the items of every suite, for all methods together. ``hits``: by method, then by suite."""
+def resampled(
+    hits: Mapping[str, Sequence[Hits]], reference: Reference, draws: int = DRAWS, seed: int = 0, wide: bool = False
+) -> Draws:
+    """Resample the items of every suite, for all methods together. ``hits``: by method, for each of its chains (as many
+    of all methods, in the same order), by suite. ``wide``: resample suites, within the adaptation and the held-out
+    ones, and chains (orders and seeds) as well: what other suites and other chains would have shown."""
     names, scores = tuple(hits), {}
-    rng = np.random.default_rng(seed)
+    rng, pick = np.random.default_rng(seed), np.random.default_rng(seed + 1)
+
+    def drawn(count: int) -> Floats:
+        """How often each draw has each of ``count`` things, [draws + 1, count]."""
+        once = np.ones((draws + 1, count))
+        if wide:
+            once[1:] = pick.multinomial(count, np.full(count, 1 / count), size=draws)
+        return once
+
+    chains = drawn(len(hits[names[0]]))
+    chains /= chains.sum(axis=1, keepdims=True)
     for suite in (*reference.adaptation, *reference.held_out):
-        table = np.stack([hits[name][suite] for name in names], axis=1)
-        items = len(table)
+        table = np.stack([[each[suite] for each in hits[name]] for name in names])  # [methods, chains, items]
+        items = table.shape[2]
         counts = np.vstack([np.ones(items), rng.multinomial(items, np.full(items, 1 / items), size=draws)])
-        scores[suite] = counts @ table / items
+        each_chain = np.einsum("mci,di->dmc", table, counts, optimize=True) / items
+        scores[suite] = np.einsum("dmc,dc->dm", each_chain, chains)
     suites = {
         "a_ka": reference.adaptation,
         "a_zs": reference.held_out,
@@ -92,4 +114,6 @@ def resampled(hits: Mapping[str, Hits], reference: Reference, draws: int = DRAWS
         "retrieval": tuple(name for name in reference.adaptation if name not in reference.classes),
         "classes": tuple(name for name in reference.adaptation if name in reference.classes),
     }
-    return Draws(names, scores, suites)
+    groups = (reference.adaptation, reference.held_out)
+    often = {name: column for group in groups for name, column in zip(group, drawn(len(group)).T, strict=True)}
+    return Draws(names, scores, suites, often if wide else {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import compress
 from typing import Any
 
@@ -49,12 +49,15 @@ def beside(ours: Sequence[Course], others: Sequence[Course], reference: Referenc
     return draws.difference("gm", "ours", "others") if draws else None
 
 
-def shared_draws(ours: Sequence[Course], others: Sequence[Course], reference: Reference) -> Draws | None:
-    """Scores of ``ours`` and ``others``, means over the chains that both have; None without any."""
-    shared = shared_places(ours, others)
+def shared_draws(
+    ours: Sequence[Course], others: Sequence[Course], reference: Reference, wide: bool = False
+) -> Draws | None:
+    """Scores of ``ours`` and ``others``, means over the chains that both have; None without any. ``wide``: see
+    :func:`benchmarks.continual.intervals.resampled`."""
+    shared = sorted(shared_places(ours, others))
     if not shared:
         return None
-    return resampled({"ours": _mean(ours, shared), "others": _mean(others, shared)}, reference)
+    return resampled({"ours": _ends(ours, shared), "others": _ends(others, shared)}, reference, wide=wide)
 
 
 def _forgotten(courses: Sequence[Course]) -> dict[str, float | None]:
@@ -91,6 +94,6 @@ def _place(course: Course) -> tuple[int, int]:
     return course.unit.order, course.unit.seed
 
 
-def _mean(courses: Sequence[Course], wanted: set[tuple[int, int]]) -> Hits:
-    ends: list[Mapping[str, Any]] = [course.hits[-1] for course in courses if _place(course) in wanted]
-    return {suite: np.mean([end[suite] for end in ends], axis=0) for suite in ends[0]}
+def _ends(courses: Sequence[Course], wanted: Sequence[tuple[int, int]]) -> list[Hits]:
+    by_place = {_place(course): course.hits[-1] for course in courses}
+    return [by_place[place] for place in wanted]

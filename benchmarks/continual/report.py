@@ -37,7 +37,8 @@ def figures(
     reference, chains = chains_read
     first = {name: courses[0] for name, courses in chains.items()}
     untrained = {BASE: reference.base} | ({NEAREST: reference.nearest} if reference.classes else {})
-    draws = resampled(untrained | {name: course.hits[-1] for name, course in first.items()}, reference)
+    last = untrained | {name: course.hits[-1] for name, course in first.items()}
+    draws = resampled({name: [hits] for name, hits in last.items()}, reference)
     zero = Course(Unit(BASE), (reference.base,), ()).trajectory(reference)
     by_method = {name: _method(name, course, reference, draws) for name, course in first.items()}
     standard = standard_of(chains)
@@ -82,7 +83,7 @@ def _quality(name: str, path: Trajectory, hits: Hits, draws: Draws) -> dict[str,
     keys = [key for key in FIGURES if key == "gm" or draws.suites[key]]
     intervals = {key: draws.difference(key, name, BASE) for key in keys}
     largest = draws.largest(name, BASE)
-    intervals["gm_without_largest"] = draws.difference("gm", name, BASE, largest)
+    intervals["gm_without_largest"] = draws.difference("gm", name, BASE, [largest])
     standard = standard_of(draws.names)
     against = draws.difference("gm", name, standard) if standard not in ("", name) else None
     return {

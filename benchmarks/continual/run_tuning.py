@@ -57,7 +57,8 @@ def _trials(runner: Runner, name: str) -> list[Trial]:
         course = read_course(runner.results, Unit(name, ORDER, trial=trial), UPDATES, reference)
         if course is None:
             return []
-        a_zs = resampled({"base": reference.base, name: course.hits[-1]}, reference).difference("a_zs", name, "base")
+        draws = resampled({"base": [reference.base], name: [course.hits[-1]]}, reference)
+        a_zs = draws.difference("a_zs", name, "base")
         gm = 100 * float(course.trajectory(reference).gm[-1])
         done.append(Trial(rate, weight, round(gm, 2), round(a_zs.value, 2), round(a_zs.high, 2)))
     return done

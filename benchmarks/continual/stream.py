@@ -82,6 +82,8 @@ HELD_OUT = (
     Source("flags", "flags", wider=1.0, named=True),
 )
 ALL = (*UPDATES, *HELD_OUT)
+SEEN_CLASSES = tuple(source.name for source in UPDATES if source.shared)
+"""Suites that ask for classes which their updates train on."""
 
 
 @dataclass(frozen=True)

@@ -59,12 +59,25 @@ def test_draws_take_the_same_items_for_all_methods() -> None:
     rng = np.random.default_rng(0)
     one = {"a": rng.random(20), "b": rng.random(10), "z": rng.random(15)}
     worse = {name: hits - 0.25 for name, hits in one.items()}
-    draws = resampled({"base": one, "worse": worse}, Reference(one, ("a", "b"), ("z",), one), draws=200)
+    draws = resampled({"base": [one], "worse": [worse]}, Reference(one, ("a", "b"), ("z",), one), draws=200)
     found = draws.difference("a_ka", "worse", "base")
     assert (found.value, found.low, found.high) == pytest.approx((-25, -25, -25)) and found.clear
     learned, kept = (one["a"].mean() + one["b"].mean()) / 2, one["z"].mean()
     plain = 100 * (math.sqrt((learned - 0.25) * (kept - 0.25)) - math.sqrt(learned * kept))
     assert draws.difference("gm", "worse", "base").value == pytest.approx(plain)
+
+
+def test_wide_draws_know_what_one_suite_or_one_chain_alone_shows() -> None:
+    rng = np.random.default_rng(0)
+    one = {name: (rng.random(400) < 0.5).astype(float) for name in "abcdz"}
+    gained = [{**one, "a": np.minimum(one["a"] + 0.4, 1.0)}, one]  # in one of four suites, and in one of two chains
+    reference = Reference(one, tuple("abcd"), ("z",), one)
+    items, wide = (resampled({"base": [one, one], "ours": gained}, reference, wide=wide) for wide in (False, True))
+    narrow, broad = (each.difference("a_ka", "ours", "base") for each in (items, wide))
+    assert narrow.value == pytest.approx(broad.value) and narrow.clear
+    assert broad.low == 0 and broad.high > 2 * narrow.high, "some draws lack the suite or the chain"
+    assert wide.difference("a_ka", "ours", "base", without=["a"]).high == 0
+    assert np.isfinite(wide.of("gm", without="abc")).all()
 
 
 RNG = np.random.default_rng(0)
