@@ -311,9 +311,10 @@ def import_open_clip(model_cfg: Mapping[str, Any]) -> None:
     build no other model."""
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     needed = {"timm": vision.get("timm_model_name"), "transformers": text.get("hf_model_name")}
-    missing = [name for name, model in needed.items() if not model]
-    # open_clip catches the ImportError; torchvision asks the compiler only for regions of interest, which no CLIP has.
-    with hidden(*missing), replaced("torch._dynamo.utils", is_compile_supported=lambda device: False):
+    # It asks the compiler only about regions of interest, which no CLIP has. Apart: timm needs the whole compiler.
+    with replaced("torch._dynamo.utils", is_compile_supported=lambda device: False):
+        import torchvision  # noqa: F401
+    with hidden(*(name for name, model in needed.items() if not model)):  # open_clip catches the ImportError
         import open_clip.model  # noqa: F401
 
 

@@ -25,6 +25,19 @@ def test_open_clip_comes_without_the_libraries_of_other_towers_and_torchs_compil
     assert done.stdout.splitlines() == ["", "2.0"], done.stderr
 
 
+WITH_TIMM = """
+from serving.engines.clip_base import import_open_clip
+import_open_clip({"vision_cfg": {"timm_model_name": "resnet18"}, "text_cfg": {}})
+from open_clip.timm_model import TimmModel
+print(TimmModel("resnet18", 64).trunk.__class__.__name__)
+"""
+
+
+def test_a_tower_of_timm_is_built_after_it() -> None:
+    done = subprocess.run([sys.executable, "-c", WITH_TIMM], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "ResNet\n", done.stderr
+
+
 def test_a_module_is_hidden_or_replaced_inside_the_block_alone() -> None:
     sys.modules.pop("this", None)
     with hidden("this"), pytest.raises(ImportError):
