@@ -59,7 +59,9 @@ class Draws:
             return np.zeros_like(first)
         times = np.stack([self.drawn.get(suite, np.ones(len(first))) for suite in chosen])
         times[:, times.sum(axis=0) == 0] = 1  # a draw without any of these suites
-        return np.einsum("sd,sdm->dm", times / times.sum(axis=0), np.stack([self.scores[suite] for suite in chosen]))
+        scores = np.stack([self.scores[suite] for suite in chosen])
+        mean: Floats = np.einsum("sd,sdm->dm", times / times.sum(axis=0), scores)
+        return mean
 
     def differences(self, figure: str, name: str, other: str, without: Collection[str] = ()) -> Floats:
         """Points that ``name`` scores above ``other``, [draws + 1]."""
