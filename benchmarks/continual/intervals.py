@@ -7,7 +7,7 @@ between two methods is known far better than either score.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,18 +46,17 @@ class Draws:
     scores: Mapping[str, Floats]
     suites: Mapping[str, Sequence[str]]
     """By figure except ``gm``: the suites that it is the mean of."""
-    drawn: Mapping[str, Floats] = field(default_factory=dict)
-    """By suite, how often each draw has it, [draws + 1]; once where it is not here."""
+    drawn: Mapping[str, Floats]
+    """By suite, how often each draw has it, [draws + 1]."""
 
     def of(self, figure: str, without: Collection[str] = ()) -> Floats:
         """``gm``, or a mean over suites but those of ``without``."""
         if figure == "gm":
             return geometric_mean(self.of("a_ka", without), self.of("a_zs"))
         chosen = [suite for suite in self.suites[figure] if suite not in without]
-        first = next(iter(self.scores.values()))
         if not chosen:
-            return np.zeros_like(first)
-        times = np.stack([self.drawn.get(suite, np.ones(len(first))) for suite in chosen])
+            return np.zeros_like(next(iter(self.scores.values())))
+        times = np.stack([self.drawn[suite] for suite in chosen])
         times[:, times.sum(axis=0) == 0] = 1  # a draw without any of these suites
         scores = np.stack([self.scores[suite] for suite in chosen])
         mean: Floats = np.einsum("sd,sdm->dm", times / times.sum(axis=0), scores)
@@ -95,7 +94,7 @@ def resampled(
     rng, pick = np.random.default_rng(seed), np.random.default_rng(seed + 1)
 
     def drawn(count: int) -> Floats:
-        """How often each draw has each of ``count`` things, [draws + 1, count]."""
+        """How often each draw has each of ``count`` chains or suites, [draws + 1, count]."""
         once = np.ones((draws + 1, count))
         if wide:
             once[1:] = pick.multinomial(count, np.full(count, 1 / count), size=draws)
@@ -118,4 +117,4 @@ def resampled(
     }
     groups = (reference.adaptation, reference.held_out)
     often = {name: column for group in groups for name, column in zip(group, drawn(len(group)).T, strict=True)}
-    return Draws(names, scores, suites, often if wide else {})
+    return Draws(names, scores, suites, often)

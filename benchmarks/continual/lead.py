@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks.continual.intervals import interval
+from benchmarks.continual.intervals import Draws, interval
 from benchmarks.continual.metrics import Floats
 from benchmarks.continual.orders import ORDERS
 from benchmarks.continual.outcomes import Course
@@ -30,41 +30,39 @@ def leads(bases: Mapping[str, Chains]) -> dict[str, Any]:
 
 
 def _lead(name: str, bases: Mapping[str, Chains]) -> dict[str, Any] | None:
-    parts: dict[bool, dict[str, list[Floats]]] = {False: {}, True: {}}
-    without, chains_run, orders = [], 0, set()
-    for reference, chains in bases.values():
-        ours, others = chains.get(standard_of(chains), []), chains.get(name, [])
-        if name == BASE:
-            others = [Course(course.unit, (reference.base,), ()) for course in ours]
-        shared = shared_places(ours, others)
-        if not shared:
-            continue
-        orders |= {order for order, _ in shared}
-        chains_run += len(shared)
-        for wide, found in parts.items():
-            draws = shared_draws(ours, others, reference, wide)
-            assert draws is not None
-            largest = draws.largest("ours", "others")
-            figures = {
-                key: draws.differences(key, "ours", "others") for key in SHOWN if key == "gm" or draws.suites[key]
-            }
-            figures["gm_without_largest"] = draws.differences("gm", "ours", "others", [largest])
-            figures["gm_without_seen"] = draws.differences("gm", "ours", "others", SEEN_CLASSES)
-            for key, values in figures.items():
-                found.setdefault(key, []).append(values)
-        without.append(largest)
-    if not chains_run:
+    pairs = [(*_courses(name, chains), reference) for reference, chains in bases.values()]
+    draws = [drawn for pair in pairs if (drawn := shared_draws(*pair))]
+    if not draws:
         return None
-    items, wide_too = (
-        {key: interval(np.mean(arrays, axis=0)).plain() for key, arrays in found.items()} for found in parts.values()
-    )
+    places = [place for ours, others, _ in pairs for place in shared_places(ours, others)]
     return {
-        **items,
-        "wide": wide_too,
-        "largest": sorted(set(without)),
-        "chains": chains_run,
-        "orders": [_order_name(number) for number in sorted(orders)],
+        **_intervals(draws),
+        "wide": _intervals([drawn for pair in pairs if (drawn := shared_draws(*pair, wide=True))]),
+        "largest": sorted({each.largest("ours", "others") for each in draws}),
+        "chains": len(places),
+        "orders": [_order_name(number) for number in sorted({order for order, _ in places})],
     }
+
+
+def _courses(name: str, chains: Mapping[str, list[Course]]) -> tuple[Sequence[Course], Sequence[Course]]:
+    """Chains of the default and of a method; those of the base are the default's without its updates."""
+    ours = chains.get(standard_of(chains), [])
+    if name == BASE:
+        return ours, [Course(course.unit, course.hits[:1], ()) for course in ours]
+    return ours, chains.get(name, [])
+
+
+def _intervals(draws: Sequence[Draws]) -> dict[str, Any]:
+    """By figure, the mean over bases."""
+    parts: dict[str, list[Floats]] = {}
+    for each in draws:
+        for key in SHOWN:
+            if key == "gm" or each.suites[key]:
+                parts.setdefault(key, []).append(each.differences(key, "ours", "others"))
+        left_out = {"largest": [each.largest("ours", "others")], "seen": SEEN_CLASSES}
+        for what, suites in left_out.items():
+            parts.setdefault(f"gm_without_{what}", []).append(each.differences("gm", "ours", "others", suites))
+    return {key: interval(np.mean(arrays, axis=0)).plain() for key, arrays in parts.items()}
 
 
 def _order_name(number: int) -> str:

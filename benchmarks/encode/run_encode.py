@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -87,8 +87,11 @@ def _model(settings: Settings, base: ClipBase, peers: Sequence[str], grid: Grid,
     config = write_settings(ours, folder / "ratchet.json")
     with ExitStack() as stack:
         unable: dict[str, str] = {}
-        cache, servers = cache_folder(settings), [name for name in peers if name in PEERS]
-        started = [peer for name in servers if (peer := _peer(name, base, cache, folder, unable, stack))]
+        cache, started = cache_folder(settings), list[Peer]()
+        for name in (each for each in peers if each in PEERS):
+            with _noting(unable, name):
+                started.append(PEERS[name](base, cache, folder))
+                stack.callback(started[-1].process.stop)
         with step(f"starting Ratchet and its peers with {base.name}"):
             _start_ratchet(ours, config, folder / "ratchet.log", stack)
             for peer in started:
@@ -97,16 +100,12 @@ def _model(settings: Settings, base: ClipBase, peers: Sequence[str], grid: Grid,
         generator = stack.enter_context(LineWorker("benchmarks.encode.generator"))
         worker = stack.enter_context(LineWorker("benchmarks.encode.raw", str(config)))
         raws = [RawSide(worker, ours.serve.max_batch)]
-        about = raws[0].describe()
+        about = dict(raws[0].about)
         if OPENVINO_RAW in peers:
-            try:
+            with _noting(unable, OPENVINO_RAW), step("starting OpenVINO"):
                 openvino = stack.enter_context(openvino_raw(base, about["precision"], cache, folder))
-            except BaseModelError as error:
-                unable[OPENVINO_RAW] = f"{error.message} {error.fix}"
-            else:
                 raws.append(RawSide(openvino, ours.serve.max_batch, OPENVINO_RAW))
-                with step("starting OpenVINO"):
-                    about[OPENVINO_RAW] = raws[1].describe()
+                about[OPENVINO_RAW] = raws[1].about
         server, others = ratchet_side(ours, generator), [_peer_side(peer, generator) for peer in started]
         with step("comparing vectors"):
             cosines = check(server, [*others, *raws[1:]], base, unable)
@@ -128,12 +127,12 @@ def measure(
     """
     by_name = {side.name: side for side in sides}
     for side in sides:
-        for kind in {cell.kind for cell in grid.cells} & set(side.kinds()):
+        for kind in {cell.kind for cell in grid.cells} & set(side.kinds):
             for cell in cells([kind], concurrencies=[WARM_CONCURRENCY]):
                 side.measure(cell, min(WARM_SECONDS, grid.seconds))
     turns: dict[tuple[Any, str], list[Turn]] = {}
     idle, idle_seconds = 0.0, 0.0
-    plan = [(cell, name) for cell, name in grid.turns(list(by_name)) if cell.kind in by_name[name].kinds()]
+    plan = [(cell, name) for cell, name in grid.turns(list(by_name)) if cell.kind in by_name[name].kinds]
     for cell, name in track(plan, f"asking {', '.join(by_name)} in turns"):
         before, began = cpu_seconds(pids()), time.monotonic()
         turns.setdefault((cell, name), []).append(by_name[name].measure(cell, grid.seconds))
@@ -158,16 +157,13 @@ def _start_ratchet(settings: Settings, config: Path, log: Path, stack: ExitStack
         part.wait_for(client.is_ready, "Ratchet was ready", START_SECONDS)
 
 
-def _peer(
-    name: str, base: ClipBase, cache: Path, folder: Path, unable: dict[str, str], stack: ExitStack
-) -> Peer | None:
+@contextmanager
+def _noting(unable: dict[str, str], name: str) -> Iterator[None]:
+    """Note why a peer cannot load the base, and go on without it."""
     try:
-        peer = PEERS[name](base, cache, folder)
+        yield
     except BaseModelError as error:
         unable[name] = f"{error.message} {error.fix}"
-        return None
-    stack.callback(peer.process.stop)
-    return peer
 
 
 def _peer_side(peer: Peer, generator: LineWorker) -> HttpSide:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import httpx
 import numpy as np
@@ -52,19 +52,24 @@ class Turn:
         return self.requests / self.seconds if self.seconds else 0.0
 
 
-class Side(Protocol):
+class Side(ABC):
     """A system that embeds."""
 
-    name: str
+    def __init__(self, name: str, kinds: Sequence[Modality] = ("image", "text")) -> None:
+        """``kinds``: of input that it supports."""
+        self.name = name
+        self.kinds = list(kinds)
 
-    def kinds(self) -> Sequence[Modality]:
-        """Kinds of input that it supports."""
-
+    @abstractmethod
     def measure(self, cell: Cell, seconds: float) -> Turn:
         """Run one turn of about this many seconds."""
 
+    @abstractmethod
+    def vectors(self, kind: Modality) -> np.ndarray:
+        """Vectors of the inputs of :func:`check`, float32 [n, dim]. Raises RatchetError."""
 
-class HttpSide:
+
+class HttpSide(Side):
     def __init__(
         self, name: str, url: Callable[[Modality], str], template: Callable[[Modality], BodyTemplate],
         generator: LineWorker,
@@ -72,20 +77,13 @@ class HttpSide:
         resume: Callable[[], None] = lambda: None, outside: Callable[[], list[int]] = list,
     ) -> None:  # fmt: skip
         """``pause`` and ``resume``: after and before each turn. ``outside``: the processes whose CPU time counts."""
-        self.name = name
+        super().__init__(name, kinds)
         self.url = url
         self.template = template
         self._generator = generator
-        self._kinds = kinds
         self._pause = pause
         self._resume = resume
         self._outside = outside
-
-    def kinds(self) -> Sequence[Modality]:
-        return self._kinds
-
-    def drop(self, kind: Modality) -> None:
-        self._kinds = [each for each in self._kinds if each != kind]
 
     def measure(self, cell: Cell, seconds: float) -> Turn:
         order = Order(self.url(cell.kind), self.template(cell.kind), cell.kind, cell.items, cell.concurrency, seconds)
@@ -106,7 +104,6 @@ class HttpSide:
         )  # fmt: skip
 
     def vectors(self, kind: Modality) -> np.ndarray:
-        """Vectors of the inputs of :func:`check`, float32 [n, dim]. Raises RatchetError."""
         inputs: list[tuple[bytes, ...]] = (
             [(text(number).encode(),) for number in range(CHECKED)]
             if kind == "text"
@@ -126,21 +123,15 @@ class HttpSide:
             self._pause()
 
 
-class RawSide:
+class RawSide(Side):
     """An engine without a server (:mod:`benchmarks.encode.raw`). A request is a batch; latency is meaningless here."""
 
     def __init__(self, worker: LineWorker, max_batch: int, name: str = "raw") -> None:
         """``max_batch``: images of the largest batch that the server makes."""
-        self.name = name
+        self.about = worker.ask({"describe": True})
+        super().__init__(name, self.about.get("kinds", ("image", "text")))
         self._worker = worker
         self._max_batch = max_batch
-
-    def kinds(self) -> Sequence[Modality]:
-        kinds: Sequence[Modality] = self.describe().get("kinds", ("image", "text"))
-        return kinds
-
-    def describe(self) -> dict[str, Any]:
-        return self._worker.ask({"describe": True})
 
     def measure(self, cell: Cell, seconds: float) -> Turn:
         batch = cell.batch(self._max_batch)
@@ -148,7 +139,6 @@ class RawSide:
         return Turn(answer["items"] // cell.items, 0, answer["seconds"], float("nan"), float("nan"))
 
     def vectors(self, kind: Modality) -> np.ndarray:
-        """Vectors of the inputs of :func:`check`, float32 [n, dim]."""
         return np.array(self._worker.ask({"kind": kind, "vectors": CHECKED})["vectors"], np.float32)
 
 
@@ -168,9 +158,7 @@ def ratchet_side(settings: Settings, generator: LineWorker) -> HttpSide:
     return HttpSide("ratchet", lambda _: url, ratchet_template, generator, outside=outside)
 
 
-def check(
-    ours: HttpSide, peers: Iterable[HttpSide | RawSide], base: ClipBase, unable: dict[str, str]
-) -> dict[str, float]:
+def check(ours: Side, peers: Iterable[Side], base: ClipBase, unable: dict[str, str]) -> dict[str, float]:
     """Each server's least cosine to the base's own vectors. ``unable``: gets the reason of each peer that does not
     embed a kind of input; it is not asked for that any more. Raises RatchetError if Ratchet does not answer; or a
     server does not have this model: a vector is below :data:`LEAST_COSINE`, or nearer to another input's.
@@ -180,14 +168,14 @@ def check(
     expected = {"image": engine.encode_images(pixels), "text": engine.encode_texts([text(n) for n in range(CHECKED)])}
     least: dict[str, float] = {}
     for side in (ours, *peers):
-        for kind in side.kinds():
+        for kind in tuple(side.kinds):
             try:
                 vectors = side.vectors(kind)
             except RatchetError as error:
-                if side is ours or isinstance(side, RawSide):
+                if side is ours:
                     raise
                 unable[f"{side.name}, {kind}"] = error.message
-                side.drop(kind)
+                side.kinds.remove(kind)
                 continue
             cosines = vectors @ expected[kind].T
             own = cosines.diagonal()

@@ -84,6 +84,18 @@ class Features(Batch):
     scale: float
     texts: Mapping[str, AuxiliaryTexts] = field(default_factory=dict)
 
+    @property
+    def same_caption(self) -> Tensor:
+        """bool [n, n]: rows that describe each other, each itself included."""
+        return self.caption[:, None] == self.caption[None, :]
+
+    @property
+    def caption_targets(self) -> Tensor:
+        """float32 [n, n]: of each row the distribution that is uniform over :attr:`same_caption`; symmetric, as equal
+        captions have equal counts."""
+        same = self.same_caption.float()
+        return same / same.sum(dim=1, keepdim=True)
+
     def teacher_features(self, teacher_of: Callable[[Part], str | None]) -> TeacherFeatures:
         names = [teacher_of(part) for part in self.part]
         image, text = self.image.detach(), self.text.detach()

@@ -109,8 +109,7 @@ class Contrastive(ClipObjective):
     def __call__(self, batch: Features) -> Tensor:
         """Mean over both directions, in nats."""
         logits = batch.scale * batch.image @ batch.text.T
-        target = (batch.caption[:, None] == batch.caption[None, :]).to(logits.dtype)
-        target = target / target.sum(dim=1, keepdim=True)  # symmetric: equal captions have equal counts
+        target = batch.caption_targets
         return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
 
 

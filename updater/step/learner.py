@@ -177,7 +177,8 @@ class Learner(ABC, Generic[E]):
             alone += [(t, r(self.parameters)) for t, r in self.regularizers if t.weight > 0]
         loss = _total(batch, alone)
         if self.recipe.gradients.harmonize and len(alone) > 1:
-            harmonized_backward([t.weight * value for t, value in alone], list(self.parameters.values()))
+            learning = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
+            harmonized_backward([t.weight * value for t, value in alone], learning)
         else:
             loss.backward()  # type: ignore[no-untyped-call]
             if self.team.rank:  # independent of the rows' outputs, so equal in all processes: added once

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
-from decoding import pixels  # beside this file
+from decoding import pixels  # in this folder
 from mosec import Runtime, Server, Worker
 from tokenizers import Tokenizer
 

@@ -24,7 +24,7 @@ import nncf
 import numpy as np
 import numpy.typing as npt
 import openvino
-from decoding import pixels  # beside this file
+from decoding import pixels  # in this folder
 from tokenizers import Tokenizer
 
 CALIBRATION = 64

@@ -26,7 +26,7 @@ class BackwardCompatible(ClipObjective):
     def __call__(self, batch: Features) -> Tensor:
         """Mean over both directions, in nats."""
         old = batch.teachers[self.teacher]
-        positive = batch.caption[:, None] == batch.caption[None, :]
+        positive = batch.same_caption
         new = batch.scale * batch.image @ batch.text.T
         image = _contrast(batch.scale * batch.image @ old.text.T, new, positive)
         text = _contrast(batch.scale * batch.text @ old.image.T, new.T, positive)

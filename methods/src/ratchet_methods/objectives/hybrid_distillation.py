@@ -30,8 +30,7 @@ class HybridDistillation(ClipObjective):
         teacher = batch.teachers[self.teacher]
         sharpness = batch.scale / self.temperature
         old, new = sharpness * teacher.image @ teacher.text.T, sharpness * batch.image @ batch.text.T
-        same = (batch.caption[:, None] == batch.caption[None, :]).to(new.dtype)
-        same = self.own * same / same.sum(dim=1, keepdim=True)  # symmetric: equal captions have equal counts
-        image = F.cross_entropy(new, same + (1 - self.own) * old.softmax(dim=1))
-        text = F.cross_entropy(new.T, same + (1 - self.own) * old.T.softmax(dim=1))
+        own = self.own * batch.caption_targets
+        image = F.cross_entropy(new, own + (1 - self.own) * old.softmax(dim=1))
+        text = F.cross_entropy(new.T, own + (1 - self.own) * old.T.softmax(dim=1))
         return self.temperature**2 * (image + text) / 2

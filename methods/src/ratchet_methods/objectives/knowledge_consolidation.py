@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from updater.methods.batches import Features
@@ -16,9 +17,10 @@ class KnowledgeConsolidation(ClipObjective):
     """Contrast of projected features with those of the model with which the update began, the contrastive knowledge
     consolidation of C-CLIP (Liu et al. 2025): the space may move as long as a linear map leads back.
 
-    One projection for both towers, at first the identity, learned beside the model with an AdamW of its own; a row's
-    positives are its own old features (of a text: those of equal captions), all others of its kind are negatives.
-    ``rate``: the projection's learning rate.
+    One projection for both towers, at first the identity. After each step of the student it takes a step of gradient
+    descent on this value, where the paper trains it together with the student. A row's positives are its own old
+    features (of a text: those of equal captions), all others of its kind are negatives. ``rate``: the projection's
+    learning rate.
     """
 
     teacher: str = "incumbent"
@@ -26,39 +28,34 @@ class KnowledgeConsolidation(ClipObjective):
     def __init__(self, rate: float = 1e-3) -> None:
         positive(rate=rate)
         self.rate = rate
-        self.projection: nn.Parameter | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
+        self.projection: Tensor | None = None
 
     def __call__(self, batch: Features) -> Tensor:
         """Mean over both towers and all rows, in nats."""
-        projection = self._made(batch.image)
+        return self._value(batch, self._projection(batch))
+
+    def _projection(self, batch: Features) -> Tensor:
+        """[dim, dim]."""
+        return torch.eye(batch.image.shape[1]).to(batch.image) if self.projection is None else self.projection
+
+    def _value(self, batch: Features, projection: Tensor) -> Tensor:
         teacher = batch.teachers[self.teacher]
-        same = (batch.caption[:, None] == batch.caption[None, :]).to(batch.text.dtype)
-        own = torch.eye(len(batch.part), device=same.device, dtype=same.dtype)
-        losses = [
-            F.cross_entropy(batch.scale * F.normalize(new @ projection, dim=1) @ old.T, target)
-            for new, old, target in (
-                (batch.image, teacher.image, own),
-                (batch.text, teacher.text, same / same.sum(dim=1, keepdim=True)),
-            )
-        ]
-        return sum(losses, batch.zero()) / 2
+        own = torch.eye(len(batch.part)).to(batch.image)
+        image = F.cross_entropy(batch.scale * F.normalize(batch.image @ projection, dim=1) @ teacher.image.T, own)
+        text = F.cross_entropy(
+            batch.scale * F.normalize(batch.text @ projection, dim=1) @ teacher.text.T, batch.caption_targets
+        )
+        return (image + text) / 2
 
-    def _made(self, like: Tensor) -> nn.Parameter:
-        if self.projection is None:
-            self.projection = nn.Parameter(torch.eye(like.shape[1], device=like.device, dtype=like.dtype))
-        if self._optimizer is None:
-            self._optimizer = torch.optim.AdamW([self.projection], lr=self.rate)
-        return self.projection
-
+    @torch.enable_grad()
     def stepped(self, batch: Features) -> None:
-        if self._optimizer is not None:
-            with torch.enable_grad():
-                self._optimizer.step()
-            self._optimizer.zero_grad()
+        still = replace(batch, image=batch.image.detach(), text=batch.text.detach())
+        projection = self._projection(batch).requires_grad_()
+        (gradient,) = torch.autograd.grad(self._value(still, projection), projection)
+        self.projection = (projection - self.rate * gradient).detach()
 
     def state(self) -> dict[str, Tensor]:
-        return {} if self.projection is None else {"projection": self.projection.detach()}
+        return {} if self.projection is None else {"projection": self.projection}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        self.projection, self._optimizer = nn.Parameter(tensors["projection"].clone()), None
+        self.projection = tensors["projection"]

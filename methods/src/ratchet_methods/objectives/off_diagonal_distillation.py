@@ -24,7 +24,7 @@ class OffDiagonalDistillation(ClipObjective):
     def __call__(self, batch: Features) -> Tensor:
         """Mean over both directions and all rows, excluded rows counting 0; in nats."""
         teacher = batch.teachers[self.teacher]
-        positive = batch.caption[:, None] == batch.caption[None, :]
+        positive = batch.same_caption
         old = teacher.image @ teacher.text.T
         new = batch.image @ batch.text.T
         return 0.5 * (_mean_divergence(old, new, positive) + _mean_divergence(old.T, new.T, positive))

@@ -27,7 +27,7 @@ class SwappedDistillation(ClipObjective):
         """Mean over both directions and over rows, in nats."""
         teacher = batch.teachers[self.teacher]
         sharpness = batch.scale / self.temperature
-        right = batch.caption[:, None] == batch.caption[None, :]
+        right = batch.same_caption
         old = sharpness * teacher.image @ teacher.text.T
         new = sharpness * batch.image @ batch.text.T
         return 0.5 * (_loss(old, new, right) + _loss(old.T, new.T, right))

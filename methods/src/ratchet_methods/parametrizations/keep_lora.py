@@ -31,8 +31,8 @@ class KeepLora(Parametrization):
         out, inner = matrix(weight).shape
         _, values, vt = torch.linalg.svd(matrix(weight).double(), full_matrices=False)
         shares = values.square().cumsum(0) / values.square().sum().clamp_min(1e-30)
-        kept = int((shares < energy).sum()) + 1
-        self.register_buffer("principal", vt[:kept].to(weight.dtype))
+        leading = int((shares < energy).sum()) + 1
+        self.register_buffer("principal", vt[:leading].to(weight.dtype))
         self.a = nn.Parameter(weight.new_zeros(min(rank, inner), inner))
         self.b = normal((out, min(rank, inner)), out**-0.5, generator, weight)
 
@@ -41,10 +41,10 @@ class KeepLora(Parametrization):
 
     @torch.no_grad()
     def stepped(self, step: int, steps: int) -> None:
-        if step > 0 or self.a.grad is None:
+        if self.a.grad is None:
             return
-        found = self.a.grad - self.a.grad @ self.principal.T @ self.principal
-        directions, size = torch.linalg.qr(found.double().T)
+        outside = self.a.grad - self.a.grad @ self.principal.T @ self.principal
+        directions, size = torch.linalg.qr(outside.double().T)
         rest = size.diagonal().abs() > 1e-12 * size.abs().max().clamp_min(1e-300)
         self.a.copy_((directions * rest).T.to(self.a.dtype))
         self.b.zero_()

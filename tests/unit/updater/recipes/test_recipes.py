@@ -116,6 +116,13 @@ def test_two_updates_in_a_row_change_what_may_change_and_are_served_as_trained(
     assert_served_as_trained(base, second)
 
 
+def test_gradients_are_harmonized_without_a_parameter_that_no_longer_learns(base: ClipBase, tmp_path: Path) -> None:
+    plan = recipe("keep-lora", max_steps=3, gradients={"harmonize": True}, objectives=[
+        {"name": "contrastive"}, {"name": "feature_distillation"},
+    ])  # fmt: skip
+    assert_served_as_trained(base, run(base, tmp_path, recipe=plan))
+
+
 def test_both_pages_have_a_row_for_each_recipe_as_it_is() -> None:
     assert not missing(), "add or replace these rows, and say when to use each:\n" + "\n".join(missing())
     methods = PAGE.parents[1].joinpath("methods.md").read_text()
