@@ -16,6 +16,7 @@ from benchmarks.encode.peers.hf_clip import write_tokenizer
 from core.errors import BaseModelError
 from core.progress import progress_log
 from serving.engines.clip_base import ClipBase
+from serving.engines.tokens import pad_rows
 
 OPSET: Final = 17
 ABOUT: Final = "model.json"
@@ -43,7 +44,9 @@ def export_onnx(base: ClipBase, folder: Path) -> Path:
     try:
         pixels = torch.zeros(2, size, size, 3, dtype=torch.uint8)
         _export(_ImageGraph(base, model), pixels, folder / "image.onnx", {0: "n"}, "pixels")
-        ids = base.tokenizer()(["a photo of a cat", "two red birds on a small boat"])
+        tokenizer = base.tokenizer()
+        rows = tokenizer.rows(["a photo of a cat", "two red birds on a small boat"])
+        ids = pad_rows(rows, base.context_length, tokenizer.pad_id)
         # At full length: torch's exporter writes the length of the example into the attention.
         _export(_TextGraph(model), ids, folder / "text.onnx", {0: "n"}, "ids")
     except Exception as error:  # of many kinds, by what a tower does
