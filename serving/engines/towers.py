@@ -50,7 +50,7 @@ def encode_text(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     projection = tower.text_projection
     if projection is None:
         return torch.as_tensor(pooled)
-    return torch.as_tensor(projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection)
+    return torch.as_tensor(projection(pooled) if isinstance(projection, nn.Module) else pooled @ projection)
 
 
 def _plain_tower(model: nn.Module) -> Any:

@@ -297,7 +297,12 @@ LENGTHS = ["a", "a photo of a cat", "seven words of a middling long text", "word
 
 @pytest.mark.parametrize(
     ("text", "trims"),
-    [({}, True), ({"no_causal_mask": True, "pool_type": "last"}, False), ({"no_causal_mask": True}, False)],
+    [
+        ({}, True),
+        ({"no_causal_mask": True, "pool_type": "last"}, False),
+        ({"no_causal_mask": True, "pool_type": "last", "proj_bias": True}, False),  # SigLIP2: its projection is packed
+        ({"no_causal_mask": True}, False),
+    ],
 )
 def test_a_tower_that_sees_its_padding_gets_full_length(tmp_path: Path, text: Changes, trims: bool) -> None:
     """A separate text tower, as SigLIP and CLIPA have it."""
