@@ -24,8 +24,6 @@ from core.tracing import record
 from serving.messages import EncodeRequest, EncodeResult, Modality, joined
 
 Group = tuple[Modality, str | None]
-WAIT_SECONDS = 0.005
-"""For a batch to fill."""
 TURN_SECONDS = 0.03
 """Of a batch, while several callers ask."""
 ASKS_SECONDS = 2.0
@@ -51,17 +49,15 @@ class FairBatches:
 
     def __init__(
         self, run: Callable[[Sequence[EncodeRequest]], Awaitable[Sequence[EncodeResult]]], max_cost: int,
-        wait_seconds: float = WAIT_SECONDS, turn_seconds: float = TURN_SECONDS, at_once: int = 1,
-        patience: float | None = None,
+        turn_seconds: float = TURN_SECONDS, at_once: int = 1, whole: int = 0, patience: float | None = None,
     ) -> None:  # fmt: skip
         """``run`` encodes a batch, and returns a result for each request or raises for all. ``max_cost``: of a batch; a
-        request that costs more runs alone. ``wait_seconds``: for a batch to fill, if the last one had several requests,
-        whose clients may all ask again soon. ``turn_seconds``: longest batch while several callers ask, unless one item
-        takes longer; infinite: nothing is split. ``at_once``: batches that run together, but for those that take longer
-        than ``patience``: an engine that hangs must not hold up others."""
+        request that costs more runs alone. ``turn_seconds``: longest batch while several callers ask, unless one item
+        takes longer; infinite: nothing is split. ``at_once``: batches that run together, and ``whole``: further ones
+        that do if nothing more fits into them; others fill meanwhile. A batch that takes longer than ``patience`` does
+        not count: an engine that hangs must not hold up others."""
         self._run = run
         self._max_cost = max_cost
-        self._wait_seconds = wait_seconds
         self._turn_seconds = turn_seconds
         first = 1.0 if math.isfinite(turn_seconds) else max_cost
         self.turns: dict[Modality, float] = {"image": first, "text": first}
@@ -71,11 +67,11 @@ class FairBatches:
         self._asked: dict[str, float] = {}
         """Time when each caller last asked or had its turn, in this order."""
         self._cost = 0
-        self._last = 0
-        self._arrived = asyncio.Event()
+        self._changed = asyncio.Event()
+        """Set when a request comes, and when a batch ends or no longer counts."""
         self._task: asyncio.Task[None] | None = None
-        self._patience = patience
-        self._free = asyncio.Semaphore(at_once)
+        self._at_once, self._whole, self._patience = at_once, whole, patience
+        self._counted = 0
         self._running: set[asyncio.Task[None]] = set()
 
     async def submit(self, request: EncodeRequest) -> EncodeResult:
@@ -87,7 +83,7 @@ class FairBatches:
         callers.setdefault(request.caller, deque()).append(waiting)
         self._note(request.caller)
         self._cost += request.cost
-        self._arrived.set()
+        self._changed.set()
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._work(), context=detached())
         value = await result
@@ -96,33 +92,23 @@ class FairBatches:
 
     async def _work(self) -> None:
         while self._groups:
-            await self._free.acquire()
-            await self._fill()
+            await self._wait_for_room()
             if batch := self._take():
+                self._counted += 1
                 running = asyncio.get_running_loop().create_task(self._run_batch(batch), context=batch[0][0].context)
-                for task in (running, asyncio.get_running_loop().create_task(self._hold(running))):
+                for task in (running, asyncio.get_running_loop().create_task(self._count(running))):
                     self._running.add(task)
                     task.add_done_callback(self._running.discard)
-            else:
-                self._free.release()
 
-    async def _hold(self, running: asyncio.Task[None]) -> None:
+    async def _wait_for_room(self) -> None:
+        while self._counted >= self._at_once + (self._whole if self._cost >= self._max_cost else 0):
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def _count(self, running: asyncio.Task[None]) -> None:
         await asyncio.wait([running], timeout=self._patience)
-        self._free.release()
-
-    async def _fill(self) -> None:
-        """Wait for a whole batch of work, or until the next request has waited long enough."""
-        if self._last <= 1:
-            return
-        callers = next(iter(self._groups.values()))
-        end = next(iter(callers.values()))[0].since + self._wait_seconds
-        while self._cost < self._max_cost and (left := end - time.monotonic()) > 0:
-            self._arrived.clear()
-            try:
-                async with asyncio.timeout(left):
-                    await self._arrived.wait()
-            except TimeoutError:
-                return
+        self._counted -= 1
+        self._changed.set()
 
     def _take(self) -> list[tuple[_Waiting, EncodeRequest]]:
         """The next batch, with the part of each request that it encodes; empty when no one waits for what was taken."""
@@ -167,7 +153,7 @@ class FairBatches:
         return len({*self._asked, *filter(None, waiting)}) > 1
 
     async def _run_batch(self, batch: list[tuple[_Waiting, EncodeRequest]]) -> None:
-        self._last, began = len(batch), time.monotonic()
+        began = time.monotonic()
         for waiting, _ in batch:
             waiting.began, waiting.together = waiting.began or began, len(batch)
         try:

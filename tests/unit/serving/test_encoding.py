@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 import tracemalloc
 from collections import Counter
@@ -199,7 +200,7 @@ class Engine:
         self.go = asyncio.Event()
         self.go.set()
         self.failure: Exception | None = None
-        self.queue = FairBatches(self.run, MAX_TEXTS, wait_seconds=0.0, turn_seconds=60.0)
+        self.queue = FairBatches(self.run, MAX_TEXTS, turn_seconds=60.0)
         self.queue.turns = dict.fromkeys(self.queue.turns, MAX_TEXTS)
 
     async def run(self, requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
@@ -300,7 +301,7 @@ async def test_while_others_ask_large_requests_are_encoded_in_parts_and_a_failur
     def parts() -> list[list[int]]:
         return [list(batch[0].payload) for batch in engine.batches]
 
-    queue = FairBatches(run, MAX_TEXTS, wait_seconds=0.0, turn_seconds=0.0)
+    queue = FairBatches(run, MAX_TEXTS, turn_seconds=0.0)
     await submit([0, 1, 2, 3])
     assert parts() == [[0, 1, 2, 3]], "it asks alone"
     await submit([9], "good")
@@ -315,7 +316,7 @@ async def test_while_others_ask_large_requests_are_encoded_in_parts_and_a_failur
 
 async def test_every_image_has_its_vector_whatever_a_turn_amounts_to(engine: Engine) -> None:
     """A turn of 1.5 images: a batch holds two parts of one request."""
-    engine.queue = FairBatches(engine.run, 16 * IMAGE_COST, wait_seconds=0.0, turn_seconds=0.0)
+    engine.queue = FairBatches(engine.run, 16 * IMAGE_COST, turn_seconds=0.0)
     await engine.submit(STABLE, caller="good")
     for turn in np.arange(1, 16 * IMAGE_COST, 0.7):
         engine.queue.turns["image"] = float(turn)
@@ -344,19 +345,25 @@ async def test_a_batch_that_fails_fails_its_own_requests_only(engine: Engine) ->
     assert (await engine.submit(CANARY)).code == ""
 
 
-async def test_requests_one_at_a_time_do_not_wait_and_after_a_batch_of_several_the_next_fills(engine: Engine) -> None:
-    engine.queue = FairBatches(engine.run, MAX_TEXTS, wait_seconds=60.0)
-    for _ in range(3):
-        await engine.submit(STABLE)
-    engine.batches = []
+async def test_beside_a_batch_only_a_whole_one_runs_and_beside_one_that_hangs_any(engine: Engine) -> None:
+    engine.queue = FairBatches(engine.run, MAX_TEXTS, turn_seconds=math.inf, whole=1)
     first = await engine.busy()
-    several = [engine.submit(STABLE) for _ in range(2)]
-    await asyncio.sleep(0)
-    engine.go.set()
-    await asyncio.gather(first, *several)
-    tasks = [engine.submit(STABLE) for _ in range(MAX_TEXTS - 1)]
-    for _ in range(2):  # also the queue's task has had its turn
+    tasks = [engine.submit() for _ in range(MAX_TEXTS - 1)]
+    for _ in range(5):  # the queue's task has had its turn
         await asyncio.sleep(0)
-    assert len(engine.batches) == 2
-    await asyncio.gather(*tasks, engine.submit(STABLE))  # full: no request waits any longer
-    assert len(engine.batches) == 3
+    assert len(engine.batches) == 1
+    tasks += [engine.submit() for _ in range(MAX_TEXTS)]
+    await until(lambda: len(engine.batches) == 2)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert len(engine.batches) == 2, "two at most, also of whole ones"
+    engine.go.set()
+    await asyncio.gather(first, *tasks)
+    assert [len(batch) for batch in engine.batches] == [1, MAX_TEXTS, MAX_TEXTS - 1]
+    engine.batches = []
+    engine.queue = FairBatches(engine.run, MAX_TEXTS, patience=0.01)
+    hangs = await engine.busy()
+    other = engine.submit()
+    await until(lambda: len(engine.batches) == 2)
+    engine.go.set()
+    await asyncio.gather(hangs, other)
