@@ -2,9 +2,9 @@
 
 A Ray cluster on this machine: a head with ingress, catalog and controller, and nodes with one encoder each, which join
 while the server runs. The engine sleeps instead of computing, so that nodes do not share its processors: the growth is
-what the server can carry, and a request's cost besides the encoders is that of the control plane. ``scale_2`` and
-``scale_3`` are requests a second over those of one node; ``planned_*`` is the prediction of the simulation of `ratchet
-bench plan` for the same load.
+what the server can carry, and a request's cost besides the encoders is that of the control plane, with what that takes
+without requests (``idle_cores``). ``scale_2`` and ``scale_3`` are requests a second over those of one node;
+``planned_*`` is the prediction of the simulation of `ratchet bench plan` for the same load.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.closed_loop import closed_loop
 from benchmarks.command import bench_parser, show_figures
 from benchmarks.encode.figures import rounded
 from benchmarks.encode.grid import Cell
-from benchmarks.encode.sides import HttpSide, ratchet_side
+from benchmarks.encode.sides import HttpSide, cpu_seconds, ratchet_side
 from benchmarks.line_worker import LineWorker
 from benchmarks.machine import machine
 from core.addresses import free_port
@@ -55,6 +55,7 @@ TEXTS_A_PASS: Final = IMAGE_COST // TEXT_COST
 CALLERS_A_NODE: Final = 16
 """Four passes: a queue is never empty, however a burst is spread."""
 WARM_SECONDS: Final = 3.0
+IDLE_SECONDS: Final = 5.0
 START_SECONDS: Final = 120.0
 A_NODE: Final = {"encoder": 1}
 """Ray's resources of a node."""
@@ -172,6 +173,7 @@ def _wait_for(settings: Settings, nodes: int) -> None:
 def _measure(side: HttpSide, nodes: int, seconds: float) -> dict[str, Any]:
     cell = Cell("text", 1, CALLERS_A_NODE * nodes)
     side.measure(cell, WARM_SECONDS)
+    idle = _idle_cores(side, IDLE_SECONDS)
     turn = side.measure(cell, seconds)
     times = ServiceTimes(first=PASS_SECONDS, each=0.0, request=0.0)
     planned = closed_loop(times, CALLERS_A_NODE * nodes, nodes, TEXTS_A_PASS)
@@ -179,8 +181,16 @@ def _measure(side: HttpSide, nodes: int, seconds: float) -> dict[str, Any]:
         "requests_per_second": round(turn.rate, 1),
         "planned_requests_per_second": round(planned.requests_per_second, 1), "planned_p99": round(planned.p99, 4),
         "failed": turn.failed, "p50": round(turn.p50, 4),
-        "p99": round(turn.p99, 4), "control_ms_per_request": rounded(turn.outside_ms, 2),
+        "p99": round(turn.p99, 4), "control_ms_per_request": rounded(turn.outside_ms, 2), "idle_cores": round(idle, 3),
     }  # fmt: skip
+
+
+def _idle_cores(side: HttpSide, seconds: float) -> float:
+    """Processor time of all processes but the encoders, each second without requests."""
+    pids = side.outside()
+    before = cpu_seconds(pids)
+    time.sleep(seconds)
+    return (cpu_seconds(pids) - before) / seconds
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:

@@ -83,12 +83,12 @@ class HttpSide(Side):
         self._generator = generator
         self._pause = pause
         self._resume = resume
-        self._outside = outside
+        self.outside = outside
 
     def measure(self, cell: Cell, seconds: float) -> Turn:
         order = Order(self.url(cell.kind), self.template(cell.kind), cell.kind, cell.items, cell.concurrency, seconds)
         self._resume()
-        outside = self._outside()
+        outside = self.outside()
         before = cpu_seconds(outside)
         try:
             result = LoadResult(**self._generator.ask(asdict(order)))

@@ -100,6 +100,8 @@ def prepare_environment(settings: Settings) -> Path:
             "RAY_JEMALLOC_PROFILE": "gcs_server",  # Ray's head alone
             "RAY_JEMALLOC_CONF": HEAD_ALLOCATOR,
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            # At 0.1 s Serve's controller takes 4% of a core when nothing happens; a start takes as long.
+            "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
             "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # 4 MiB is a picture of 1.4 megapixels
             # By default 5 s, after which Serve ends an ingress that still starts, and with it the whole start.
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
