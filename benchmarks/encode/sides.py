@@ -162,7 +162,8 @@ def ratchet_side(settings: Settings, generator: LineWorker) -> HttpSide:
 def check(ours: Side, peers: Iterable[Side], base: ClipBase, unable: dict[str, str]) -> dict[str, float]:
     """Each server's least cosine to the base's own vectors. ``unable``: gets the reason of each peer that does not
     embed a kind of input; it is not asked for that any more. Raises RatchetError if Ratchet does not answer; or a
-    server does not have this model: a vector is below :data:`LEAST_COSINE`, or nearer to another input's.
+    server does not have this model: a vector is below :data:`LEAST_COSINE`, or nearer to another input's,
+    unless the base itself, with random weights, cannot tell the inputs apart.
     """
     engine = ClipEngine(base)
     pixels = np.stack([base.preprocess.pixels(each) for each in jpegs(CHECKED)])
