@@ -18,7 +18,7 @@ from benchmarks.continual.exam import Exam
 from benchmarks.continual.plan import ExperimentPlan, Lessons, draw, plan
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.provenance import provenance
-from benchmarks.continual.tuning import recipe_of
+from benchmarks.continual.tuning import Place, recipe_of
 from core.digests import digest_json
 from core.progress import progress_log
 from updater.data.pools import mixed_seed
@@ -34,12 +34,12 @@ SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class Unit:
-    """A chain of updates."""
+    """A chain of updates of a recipe or a variant (:mod:`benchmarks.continual.variants`)."""
 
     method: str
     order: int = 0
     seed: int = 0
-    trial: int | None = None
+    trial: Place | None = None
     """Of :mod:`benchmarks.continual.tuning`; None: the chosen trial."""
 
     @property
@@ -47,7 +47,7 @@ class Unit:
         return recipe_of(self.method, self.trial)
 
     def folder(self, results: Path) -> Path:
-        trial = "" if self.trial is None else f"-trial{self.trial}"
+        trial = "" if self.trial is None else "-trial{}.{}".format(*self.trial)
         return results / "units" / self.method / f"order{self.order}-seed{self.seed}{trial}"
 
     def __str__(self) -> str:

@@ -206,7 +206,7 @@ def _texts(suite: Suite) -> list[str]:
 
 
 def _prompts(suite: Suite) -> dict[str, list[str]]:
-    classes = sorted({pair.label for pair in suite.items})
+    classes = suite.classes or sorted({pair.label for pair in suite.items})
     return {name: [template.replace("{}", name) for template in suite.templates] for name in classes}
 
 

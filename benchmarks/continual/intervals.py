@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -96,13 +97,14 @@ def resampled(
     def drawn(count: int) -> Floats:
         """How often each draw has each of ``count`` chains or suites, [draws + 1, count]."""
         once = np.ones((draws + 1, count))
-        if wide:
+        if wide and count:
             once[1:] = pick.multinomial(count, np.full(count, 1 / count), size=draws)
         return once
 
     chains = drawn(len(hits[names[0]]))
     chains /= chains.sum(axis=1, keepdims=True)
-    for suite in (*reference.adaptation, *reference.held_out):
+    groups = (reference.adaptation, reference.unseen, reference.held_out)
+    for suite in chain.from_iterable(groups):
         table = np.stack([[each[suite] for each in hits[name]] for name in names])  # [methods, chains, items]
         items = table.shape[2]
         counts = np.vstack([np.ones(items), rng.multinomial(items, np.full(items, 1 / items), size=draws)])
@@ -111,10 +113,10 @@ def resampled(
     suites = {
         "a_ka": reference.adaptation,
         "a_zs": reference.held_out,
+        "unseen": reference.unseen,
         "outside": reference.outside,
         "retrieval": tuple(name for name in reference.adaptation if name not in reference.classes),
         "classes": tuple(name for name in reference.adaptation if name in reference.classes),
     }
-    groups = (reference.adaptation, reference.held_out)
     often = {name: column for group in groups for name, column in zip(group, drawn(len(group)).T, strict=True)}
     return Draws(names, scores, suites, often)

@@ -16,7 +16,7 @@ from benchmarks.continual.repeated import shared_draws, shared_places
 from benchmarks.continual.report import BASE, Chains, standard_of
 from benchmarks.continual.stream import SEEN_CLASSES
 
-SHOWN = ("gm", "a_ka", "a_zs", "outside", "retrieval", "classes")
+SHOWN = ("gm", "a_ka", "a_zs", "outside", "retrieval", "classes", "unseen")
 
 
 def leads(bases: Mapping[str, Chains]) -> dict[str, Any]:

@@ -18,6 +18,9 @@ ORDERS = ("listed", "random", "similar", "unlike", "common")
 """By number. *similar*: each update is followed by the one most like it; *unlike*: by the one least like it; *common*:
 first those whose words are most frequent in the reference pool."""
 
+CHAINS = ((0, 0), (1, 1), (2, 2), (3, 0), (4, 1))
+"""Order and seed of each chain of a method: five orders and three seeds."""
+
 Means = Mapping[str, NDArray[np.float32]]
 """By update, the mean of unit features of its pictures by the base."""
 

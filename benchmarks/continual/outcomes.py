@@ -37,6 +37,8 @@ class Reference:
     """The base's answers to suites that are asked among the names of all domains."""
     alike: Mapping[str, int] = field(default_factory=dict)
     """By suite, pictures that were left out because they look like a training picture."""
+    unseen: tuple[str, ...] = ()
+    """Suites of classes that no update trains on, of domains that one does."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Course:
 
 
 def read_reference(results: Path) -> Reference:
-    """Read the reference; fields that the first protocol lacked are empty. Raises RatchetError when nothing was run
+    """Read the reference; fields that earlier protocols lacked are empty. Raises RatchetError when nothing was run
     yet.
     """
     zero_shot = read_json(results / ZERO_SHOT)
@@ -78,16 +80,17 @@ def read_reference(results: Path) -> Reference:
             "Run `ratchet bench continual` without --report, with more minutes, or unpack results there.",
         )
     roles: dict[str, str] = zero_shot["roles"]
-    base = _unpacked(zero_shot["hits"])
+    base = unpacked(zero_shot["hits"])
     return Reference(
         base,
         tuple(name for name, role in roles.items() if role == "adaptation"),
         tuple(name for name, role in roles.items() if role == "held-out"),
-        base | _unpacked(zero_shot[NEAREST]),
+        base | unpacked(zero_shot[NEAREST]),
         frozenset(name for name, task in zero_shot.get("tasks", {}).items() if task == "classification"),
         tuple(zero_shot.get("outside", ())),
-        _unpacked(zero_shot.get("named", {})),
+        unpacked(zero_shot.get("named", {})),
         zero_shot.get("alike", {}),
+        tuple(name for name, role in roles.items() if role == "unseen"),
     )
 
 
@@ -96,11 +99,11 @@ def read_course(results: Path, unit: Unit, updates: int, reference: Reference) -
     rows = updates_done(results, unit.recipe, unit)[:updates]
     if len(rows) < updates:
         return None
-    hits, named = (tuple(_unpacked(row.get(key, {})) for row in rows) for key in ("hits", "named"))
+    hits, named = (tuple(unpacked(row.get(key, {})) for row in rows) for key in ("hits", "named"))
     return Course(unit, (reference.base, *hits), tuple(rows), (reference.named, *named))
 
 
-def _unpacked(hits: dict[str, list[str]]) -> Hits:
+def unpacked(hits: dict[str, list[str]]) -> Hits:
     return {name: np.mean([_bits(view) for view in views], axis=0) for name, views in hits.items()}
 
 

@@ -14,7 +14,7 @@ from benchmarks.continual.protocol import Protocol
 from core.digests import digest12, digest_json
 from updater.budget.cost import Cost
 from updater.data.draw import draw_key, reservoir_order
-from updater.data.mixture import plan_batches
+from updater.data.mixture import BatchPlan, plan_batches
 from updater.data.pools import Example, Pools
 from updater.families import make_learner
 from updater.recipes import Recipe, Schedule, Term
@@ -74,6 +74,25 @@ def plan(base: Base, recipe: Recipe, lessons: Lessons, protocol: Protocol, folde
     The phases of a schedule are counted in steps, for an update of ``max_steps``; they keep their shares of the steps
     that the budget pays for. Raises BudgetError when it pays for none.
     """
+    sized, cost, batches = _sized_cost(base, recipe, lessons, protocol, folder)
+    steps = cost.steps_within(protocol.gflops, protocol.max_steps, batches)
+    factor = steps / recipe.max_steps
+    counted = {name: _scaled(getattr(recipe, name), factor) for name in COUNTED if hasattr(recipe, name)}
+    terms = tuple(_sized(term, factor) for term in recipe.regularizers)
+    fitted = {"schedule": _fitted(recipe.schedule, factor), "regularizers": terms, **counted}
+    return ExperimentPlan(sized.model_copy(update=fitted), steps)
+
+
+def budget_of(base: Base, recipe: Recipe, steps: int, lessons: Lessons, protocol: Protocol, folder: Path) -> float:
+    """Memory-adjusted GFLOPs of an update of this many steps. Arguments as in :func:`plan`."""
+    _, cost, batches = _sized_cost(base, recipe, lessons, protocol, folder)
+    return cost.planned(steps, batches)
+
+
+def _sized_cost(
+    base: Base, recipe: Recipe, lessons: Lessons, protocol: Protocol, folder: Path
+) -> tuple[Recipe, Cost, BatchPlan]:
+    """The recipe at the benchmark's batch size, the cost of its steps, and what its batches hold."""
     sized = recipe.model_copy(update={"batch_size": protocol.batch_size, "max_steps": protocol.max_steps})
     path = folder / f"{digest12(digest_json([base.digest, sized.digest]))}.json"
     measured = read_json(path)
@@ -81,12 +100,7 @@ def plan(base: Base, recipe: Recipe, lessons: Lessons, protocol: Protocol, folde
         measured = _measured(base, sized, lessons, protocol)
         write_json(path, measured)
     batches = plan_batches(recipe.mixture, protocol.batch_size, measured["sizes"], seed=0)
-    steps = Cost(**measured["cost"] | {"closing": 0}).steps_within(protocol.gflops, protocol.max_steps, batches)
-    factor = steps / recipe.max_steps
-    counted = {name: _scaled(getattr(recipe, name), factor) for name in COUNTED if hasattr(recipe, name)}
-    terms = tuple(_sized(term, factor) for term in recipe.regularizers)
-    fitted = {"schedule": _fitted(recipe.schedule, factor), "regularizers": terms, **counted}
-    return ExperimentPlan(sized.model_copy(update=fitted), steps)
+    return sized, Cost(**measured["cost"] | {"closing": 0}), batches
 
 
 def _measured(base: Base, recipe: Recipe, lessons: Lessons, protocol: Protocol) -> dict[str, Any]:

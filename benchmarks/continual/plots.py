@@ -1,4 +1,4 @@
-"""Three plots of the results, SVG for light and dark backgrounds, in the colours of the gate's report."""
+"""Plots of the results, SVG for light and dark backgrounds, in the colours of the gate's report."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ def all_plots(outcome: dict[str, Any]) -> dict[str, str]:
     methods = {name: m for name, m in everything.items() if name in STANDARDS or m["geometric_mean_delta"] > -FAR}
     far = [f"{name} ({m['geometric_mean_delta']:+.0f})" for name, m in everything.items() if name not in methods]
     below = f"far below, and not drawn: {', '.join(far)}" if far else ""
-    return {
+    plots = {
         "trajectories.svg": _trajectories(methods, outcome["updates"], below),
         "retention.svg": _retention(methods, below),
         "cost.svg": _cost(methods, below),
     }
+    budgets = outcome.get("budgets", {})
+    return plots | ({"budgets.svg": _budgets(budgets)} if len(budgets) > 1 else {})
 
 
 def _named(methods: dict[str, Any]) -> list[str]:
@@ -83,6 +85,28 @@ def _retention(methods: dict[str, Any], below: str) -> str:
     axes.set_xlabel("learned: adaptation suites − zero-shot, points", color=MUTED)
     axes.set_ylabel("kept: held-out suites − zero-shot, points", color=MUTED)
     return _finished(plot, axes, "What was kept against what was learned", "r", below)
+
+
+def _budgets(budgets: dict[str, dict[str, dict[str, float]]]) -> str:
+    """A line for each method that was run at every budget, from the smallest to the largest one, which is named."""
+    plot = figure(HEIGHT, WIDTH)
+    axes = plot.add_axes((0.09, 0.13, 0.88, 0.83))
+    everywhere = [name for name in list(budgets.values())[-1] if all(name in methods for methods in budgets.values())]
+    points = {}
+    for name in everywhere:
+        xs, ys = zip(*((methods[name]["a_ka"], methods[name]["a_zs"]) for methods in budgets.values()), strict=True)
+        colour = INK if name in STANDARDS else OPEN
+        axes.plot(xs, ys, color=colour, linewidth=1.8 if name in STANDARDS else 0.9)
+        for size, x, y in zip((3, 5, 7, 9), xs, ys, strict=False):
+            axes.plot(x, y, "o", color=colour, markersize=size)
+        points[name] = (xs[-1], ys[-1])
+    _name_points(axes, points)
+    axes.axhline(0, color=MUTED, linewidth=0.9)
+    axes.axvline(0, color=MUTED, linewidth=0.9)
+    axes.set_xlabel("learned: adaptation suites − zero-shot, points", color=MUTED)
+    axes.set_ylabel("kept: held-out suites − zero-shot, points", color=MUTED)
+    sizes = ", ".join(f"× {budget}" for budget in budgets)
+    return _finished(plot, axes, "Kept against learned by budget", "b", f"dots from small to large: budgets {sizes}")
 
 
 def _cost(methods: dict[str, Any], below: str) -> str:

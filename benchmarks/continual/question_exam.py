@@ -11,7 +11,7 @@ from benchmarks.continual.evaluation import Bools
 from benchmarks.continual.exam import ZERO_SHOT, packed
 from benchmarks.continual.nearest import NAME as NEAREST
 from benchmarks.continual.orders import Means, order_of
-from benchmarks.continual.questions import QuestionStream
+from benchmarks.continual.questions import Asked, QuestionStream
 from core.errors import ConfigError
 from core.settings.serving import Serve
 from ratchet_client.images import decode_image
@@ -24,6 +24,7 @@ from updater.training.checkpoint import write_json
 
 TOKENS = 12
 """No right answer is longer."""
+GREY = 128
 ORDERS = 2
 """As listed, and a random one: the others need features of pictures."""
 
@@ -42,8 +43,14 @@ class QuestionExam:
         path = results / ZERO_SHOT
         if not path.is_file():
             results.mkdir(parents=True, exist_ok=True)
-            roles = {suite.name: suite.role for suite in stream.suites}
-            write_json(path, {"roles": roles, "hits": packed(self._hits(None)), NEAREST: {}})
+            known = {
+                "roles": {suite.name: suite.role for suite in stream.suites},
+                "outside": [suite.name for suite in stream.suites if suite.outside],
+                "hits": packed(self._hits(None)),
+                "blind": packed(self._hits(None, blind=True)),
+                NEAREST: {},
+            }
+            write_json(path, known)
 
     def order(self, number: int) -> list[str]:
         """Raises ConfigError for an order by similarity of pictures, which questions do not have."""
@@ -52,25 +59,29 @@ class QuestionExam:
     def after(self, number: int, adapter: Path) -> dict[str, Any]:
         self.vlm.load(adapter.name, adapter)
         try:
-            return {"hits": packed(self._hits(adapter.name))}
+            hits, blind = (packed(self._hits(adapter.name, blind)) for blind in (False, True))
+            return {"hits": hits, "blind": blind}
         finally:
             self.vlm.unload(adapter.name)
 
     def kept(self, number: int) -> None:
         pass
 
-    def _hits(self, adapter: str | None) -> dict[str, Bools]:
-        """By suite: whether each question was answered correctly, [n, 1]."""
+    def _hits(self, adapter: str | None, blind: bool = False) -> dict[str, Bools]:
+        """By suite: whether each question was answered correctly, [n, 1]. ``blind``: with a grey picture for each."""
         hits = {}
         for suite in self.stream.suites:
-            asks = [
-                question(np.array(decode_image(each.question.read()).convert("RGB")), each.question.question, TOKENS)
-                for each in suite.items
-            ]
-            replies = self.vlm.replies(asks, adapter, label=f"{suite.name}, {adapter or 'base'}")
+            asks = [question(_picture(each, blind), each.question.question, TOKENS) for each in suite.items]
+            label = f"{suite.name}, {adapter or 'base'}{', blind' if blind else ''}"
+            replies = self.vlm.replies(asks, adapter, label=label)
             right = [grade(i.metric, r.text, i.answers) == 1 for r, i in zip(replies, suite.items, strict=True)]
             hits[suite.name] = np.array(right, bool)[:, None]
         return hits
+
+
+def _picture(asked: Asked, blind: bool) -> np.ndarray:
+    picture = np.array(decode_image(asked.question.read()).convert("RGB"))
+    return np.full_like(picture, GREY) if blind else picture
 
 
 def _no_means() -> Means:

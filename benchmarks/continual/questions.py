@@ -2,8 +2,10 @@
 
 Four updates over pictures that the shipped VLM has not seen: clothes, handwritten digits, tiles of a game, icons. Each
 asks what a picture shows, and whether it shows a thing, with the same words for two pictures, so that the words reveal
-nothing. The base's own questions are held out, by their kind. No picture of a suite looks like a training picture;
-suites of tiles and icons show other things than those.
+nothing. Three classes of clothes and of digits are in no update, and have suites of their own. Held out are the base's
+own questions, by their kind, and questions about drawings of domains that the base's questions, which an update may
+rehearse, do not have. No picture of a suite looks like a training picture; suites of tiles and icons show other things
+than those.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Final
 
 from benchmarks.continual.looks import left_out
 from benchmarks.continual.protocol import Protocol
-from benchmarks.continual.stream import Role, by_hash
+from benchmarks.continual.stream import Role, by_hash, unseen_classes
 from core.digests import digest_json, share_of
 from core.progress import step
 from demo.data import prepare_domain, prepare_questions
@@ -30,7 +32,6 @@ from updater.data.pools import Pair, Question
 PROTOCOL: Final = Protocol(gflops=480.0, batch_size=48, new=480, reference=480, replay=480, items=240)
 KINDS: Final = ("name", "category", "colour", "presence")
 """Of the base's questions; each is a suite."""
-ICONS: Final = "icons"
 
 
 @dataclass(frozen=True)
@@ -42,21 +43,30 @@ class Source:
     asks: tuple[str, ...]
     wider: float = 0.0
     """Share of its concepts that its suite asks about, in addition to those of its test split."""
+    titled: bool = False
+    """The answer is the beginning of a picture's text; else its label."""
+    shared: bool = False
+    """Its classes, but :data:`benchmarks.continual.stream.UNSEEN_CLASSES` of them, are in its update."""
 
     def answer(self, item: FolderItem) -> str:
         """Subject of a picture; empty if ambiguous."""
-        return basic_name(item.text, "") if self.name == ICONS else item.label
+        return basic_name(item.text, "") if self.titled else item.label
 
     def tests(self, item: FolderItem) -> bool:
         return item.split == "test" or share_of(f"suite:{item.concept}") < self.wider
 
 
 UPDATES: Final = (
-    Source("clothes", "fashion", ASK_GARMENT),
-    Source("digits", "digits", ("which digit is this?", "what number is written here?")),
+    Source("clothes", "fashion", ASK_GARMENT, shared=True),
+    Source("digits", "digits", ("which digit is this?", "what number is written here?"), shared=True),
     Source("tiles", "pixel_mshock", ASK_CATEGORY),
-    Source(ICONS, "game_icons", ASK_NAME, wider=0.2),
+    Source("icons", "game_icons", ASK_NAME, wider=0.2, titled=True),
 )
+OUTSIDE: Final = (
+    Source("emoji_3d", "fluent3d", ASK_NAME, titled=True),
+    Source("stamp_drawings", "stamp_draw", ASK_NAME, wider=1.0, titled=True),
+)
+"""Held-out domains that neither an update nor the base's questions have."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,8 @@ class QuestionSuite:
     name: str
     role: Role
     items: tuple[Asked, ...]
+    outside: bool = False
+    """Of a domain that the base's own questions do not have."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,7 @@ class QuestionStream:
 
 def prepare(home: Path) -> None:
     """Download and draw what is missing. Raises PackageError."""
-    for source in UPDATES:
+    for source in (*UPDATES, *OUTSIDE):
         with step(f"data: {source.domain}"):
             prepare_domain(source.domain, home)
     with step(f"data: {TRAINED_ON}"):
@@ -110,22 +122,32 @@ def prepare(home: Path) -> None:
 
 def load_questions(home: Path, protocol: Protocol) -> QuestionStream:
     """Read what :func:`prepare` made."""
-    drawn: dict[str, dict[str, list[Asked]]] = {"train": {}, "test": {}}
+    updates: dict[str, list[Asked]] = {}
+    suites: dict[str, tuple[Role, list[Asked]]] = {}
     for source in UPDATES:
         items = read_folder(home / "data" / source.domain)
-        drawn["train"][source.name] = about(source, [i for i in items if not source.tests(i)], protocol.new)
-        drawn["test"][source.name] = about(source, [i for i in items if source.tests(i)], protocol.items)
+        unseen = unseen_classes(items) if source.shared else frozenset()
+        plain = [item for item in items if item.label not in unseen]
+        updates[source.name] = about(source, [i for i in plain if not source.tests(i)], protocol.new)
+        suites[source.name] = "adaptation", about(source, [i for i in plain if source.tests(i)], protocol.items)
+        if unseen:
+            others = [item for item in items if item.label in unseen and source.tests(item)]
+            suites[f"{source.name}_unseen"] = "unseen", about(source, others, protocol.items)
+    for source in OUTSIDE:
+        items = [item for item in read_folder(home / "data" / source.domain) if source.tests(item)]
+        suites[source.name] = "held-out", about(source, items, protocol.items)
     base = read_folder(home / "data" / TRAINED_ON)
-    taught = [_picture(each) for questions in drawn["train"].values() for each in questions]
-    candidates = {name: [_picture(each) for each in questions] for name, questions in drawn["test"].items()}
+    taught = [_picture(each) for questions in updates.values() for each in questions]
+    candidates = {name: [_picture(each) for each in questions] for name, (_, questions) in suites.items()}
     alike = left_out(home / "bench" / "continual" / "looks", taught, candidates)
+    outside = {source.name for source in OUTSIDE}
     return QuestionStream(
-        {name: tuple(each.question for each in questions) for name, questions in drawn["train"].items()},
+        {name: tuple(each.question for each in questions) for name, questions in updates.items()},
         by_hash((_own(item).question for item in base if item.split == "train"), protocol.reference),
         (
             *(
-                QuestionSuite(name, "adaptation", tuple(each for each in questions if each.id not in alike[name]))
-                for name, questions in drawn["test"].items()
+                QuestionSuite(name, role, tuple(e for e in asked if e.id not in alike[name]), name in outside)
+                for name, (role, asked) in suites.items()
             ),
             *(QuestionSuite(kind, "held-out", by_hash(_tests(base, kind), protocol.items)) for kind in KINDS),
         ),

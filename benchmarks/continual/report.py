@@ -12,17 +12,20 @@ from benchmarks.continual.chain import Unit
 from benchmarks.continual.intervals import Draws, resampled
 from benchmarks.continual.metrics import Trajectory, mtil, tic
 from benchmarks.continual.nearest import NAME as NEAREST
-from benchmarks.continual.outcomes import Course, Hits, Reference, read_course, read_reference
+from benchmarks.continual.orders import CHAINS
+from benchmarks.continual.outcomes import Course, Hits, Reference, read_course, read_reference, unpacked
 from benchmarks.continual.protocol import STANDARDS, Protocol
 from benchmarks.continual.provenance import distinct_values
 from benchmarks.continual.repeated import repeated
 from benchmarks.continual.runner import failure
 from benchmarks.continual.tuning import plain_trials
-from updater.recipes import load_recipe
+from benchmarks.continual.variants import recipe_named
 
 Chains = tuple[Reference, Mapping[str, list[Course]]]
 BASE = "zero-shot"
-FIGURES = ("a_ka", "a_zs", "outside", "retrieval", "classes", "gm")
+LEAST_STEPS = 8
+"""Steps of an update on average, below which a method was not tried at this budget, and has no rank."""
+FIGURES = ("a_ka", "a_zs", "outside", "retrieval", "classes", "unseen", "gm")
 
 
 def standard_of(methods: Iterable[str]) -> str:
@@ -70,13 +73,26 @@ def figures(
     }
 
 
-def read_chains(results: Path, methods: Sequence[str], orders: int, seeds: int, updates: int) -> Chains:
-    """The base's answers, and by method its chains if its first one exists. Raises RatchetError when nothing was run
-    yet.
+def read_chains(results: Path, methods: Sequence[str], chains: int, updates: int) -> Chains:
+    """The base's answers, and by method its first ``chains`` chains if the first one exists. Raises RatchetError when
+    nothing was run yet.
     """
     reference = read_reference(results)
-    chains = {name: _courses(results, name, orders, seeds, updates, reference) for name in methods}
-    return reference, {name: courses for name, courses in chains.items() if courses and courses[0].unit == Unit(name)}
+    found = {name: _courses(results, name, chains, updates, reference) for name in methods}
+    return reference, {name: courses for name, courses in found.items() if courses and courses[0].unit == Unit(name)}
+
+
+def ends(chains_read: Chains) -> dict[str, dict[str, float]]:
+    """By method, points against zero-shot at the end of its first chain, and steps of an update."""
+    reference, chains = chains_read
+    found = {}
+    for name, (course, *_) in chains.items():
+        path = course.trajectory(reference)
+        found[name] = {
+            "a_ka": _deltas(path.a_ka)[-1], "a_zs": _deltas(path.a_zs)[-1], "gm": _deltas(path.gm)[-1],
+            "steps": round(course.total("steps") / len(course.rows), 1),
+        }  # fmt: skip
+    return found
 
 
 def _quality(name: str, path: Trajectory, hits: Hits, draws: Draws) -> dict[str, Any]:
@@ -107,18 +123,20 @@ def _untrained(name: str, hits: Hits, reference: Reference, draws: Draws) -> dic
 def _method(name: str, course: Course, reference: Reference, draws: Draws) -> dict[str, Any]:
     path = course.trajectory(reference)
     return {
-        "description": load_recipe(name).description,
+        "description": recipe_named(name).description,
         **_quality(name, path, course.hits[-1], draws),
         "trajectory": {
             "a_ka": _deltas(path.a_ka), "a_zs": _deltas(path.a_zs), "geometric_mean": _deltas(path.gm)
         },
         **_matrices(course),
         **_named(course),
+        **({"blind": _blind(course, reference)} if "blind" in course.rows[0] else {}),
         **({"cross_version": _cross(course)} if "cross" in course.rows[0] else {}),
         "maf": round(course.total("gflops_spent"), 1),
         # All passes before the first step, those of teachers among them.
         "maf_prepare": round(sum(r["cost"]["prepare_gflops"] * r["cost"]["memory_ratio"] for r in course.rows), 2),
         "steps": int(course.total("steps")),
+        "affordable": bool(course.total("steps") >= LEAST_STEPS * len(course.rows)),
         "seconds": round(course.total("seconds"), 1),
         "cpu_seconds": round(sum(row["cpu_seconds"]["training"] for row in course.rows), 1),
         "asking_seconds": round(sum(row["cpu_seconds"]["asking"] for row in course.rows), 1),
@@ -165,6 +183,17 @@ def _named(course: Course) -> dict[str, Any]:
     }
 
 
+def _blind(course: Course, reference: Reference) -> dict[str, float]:
+    """Points of the same questions with a grey picture for each, at the end, and with their own."""
+    hits = unpacked(course.rows[-1]["blind"])
+    groups = {"learned": reference.adaptation, "kept": reference.held_out}
+    return {
+        f"{name}{how}": _points(np.mean([scores[suite].mean() for suite in suites]))
+        for name, suites in groups.items()
+        for how, scores in (("", course.hits[-1]), ("_blind", hits))
+    }
+
+
 def _cross(course: Course) -> dict[str, float]:
     """Points that a search gains or loses when new queries meet an index that is not or only partly rebuilt.
 
@@ -179,8 +208,8 @@ def _cross(course: Course) -> dict[str, float]:
     }
 
 
-def _courses(results: Path, name: str, orders: int, seeds: int, updates: int, reference: Reference) -> list[Course]:
-    units = [Unit(name, order, seed) for order in range(orders) for seed in range(seeds)]
+def _courses(results: Path, name: str, chains: int, updates: int, reference: Reference) -> list[Course]:
+    units = [Unit(name, *place) for place in CHAINS[:chains]]
     return [course for unit in units if (course := read_course(results, unit, updates, reference))]
 
 

@@ -14,8 +14,17 @@ from benchmarks.continual.chain import Unit
 from benchmarks.continual.intervals import resampled
 from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.runner import Runner
-from benchmarks.continual.tuning import FILE, ORDER, UPDATES, Trial, choose, trials
-from core.errors import RatchetError
+from benchmarks.continual.tuning import (
+    FILE,
+    ORDER,
+    UPDATES,
+    Place,
+    Trial,
+    choose,
+    factor,
+    is_inside,
+    next_place,
+)
 from core.progress import progress_log
 from updater.recipes import load_recipe
 
@@ -24,20 +33,27 @@ NAIVE = "naive"
 
 
 def tune(runner: Runner, methods: Sequence[str], file: Path = FILE) -> dict[str, list[Trial]]:
-    """Run the missing trials, and record those of the methods whose trials are complete."""
-    methods = [name for name in methods if name != NAIVE]
+    """Run the missing trials, round by round, and record those of the methods whose trials are complete."""
+    recipes = {name: load_recipe(name) for name in methods if name != NAIVE}
     runner = replace(runner, results=runner.results / "tuning", updates=UPDATES)
-    units = [Unit(name, ORDER, trial=trial) for name in methods for trial in range(len(trials(load_recipe(name))))]
-    if not runner.run(units):
-        progress_log.info("the time is over; call again to go on")
-    complete = {name: done for name in methods if (done := _trials(runner, name))}
-    title = f"GM and A_ZS on the tuning suites after {UPDATES} updates"
-    table = Table("method", *("rate, weight" for _ in range(5)), title=title)
-    for name, done in complete.items():
-        chosen = choose(name, done)
-        cells = [f"{t.rate:g}, {t.weight:g}: {t.gm:.1f} ({t.a_zs:+.1f})" for t in done]
-        bold = [f"[bold]{cell}[/bold]" if t is chosen else cell for cell, t in zip(cells, done, strict=True)]
-        table.add_row(name, *bold)
+    done: dict[str, list[Trial]] = {name: [] for name in recipes}
+    while wanted := {name: place for name, recipe in recipes.items() if (place := next_place(recipe, done[name]))}:
+        if not runner.run([Unit(name, ORDER, trial=place) for name, place in wanted.items()]):
+            progress_log.info("the time is over; call again to go on")
+            break
+        for name, place in wanted.items():
+            trial = _trial(runner, name, place)
+            if trial is None:  # it failed: the runner has logged why
+                del recipes[name]
+            else:
+                done[name].append(trial)
+    complete = {name: done[name] for name, recipe in recipes.items() if not next_place(recipe, done[name])}
+    table = Table("method", "factors of rate and second knob: GM (A_ZS)", "inside")
+    for name, each in complete.items():
+        chosen = choose(name, each)
+        cells = [f"{factor(t.rate):g}, {factor(t.second):g}: {t.gm:.1f} ({t.a_zs:+.1f})" for t in each]
+        bold = [f"[bold]{cell}[/bold]" if t is chosen else cell for cell, t in zip(cells, each, strict=True)]
+        table.add_row(name, "; ".join(bold), "yes" if is_inside(recipes[name], each) else "no")
     Console().print(table)
     known = json.loads(file.read_text()) if file.is_file() else {}
     lines = [f' "{name}": {json.dumps(rows)}' for name, rows in sorted({**known, **complete}.items())]
@@ -46,19 +62,13 @@ def tune(runner: Runner, methods: Sequence[str], file: Path = FILE) -> dict[str,
     return complete
 
 
-def _trials(runner: Runner, name: str) -> list[Trial]:
-    """Results of the trials; empty if one is missing."""
-    try:
-        reference = read_reference(runner.results)
-    except RatchetError:  # nothing was run yet
-        return []
-    done: list[Trial] = []
-    for trial, (rate, weight) in enumerate(trials(load_recipe(name))):
-        course = read_course(runner.results, Unit(name, ORDER, trial=trial), UPDATES, reference)
-        if course is None:
-            return []
-        draws = resampled({"base": [reference.base], name: [course.hits[-1]]}, reference)
-        a_zs = draws.difference("a_zs", name, "base")
-        gm = 100 * float(course.trajectory(reference).gm[-1])
-        done.append(Trial(rate, weight, round(gm, 2), round(a_zs.value, 2), round(a_zs.high, 2)))
-    return done
+def _trial(runner: Runner, name: str, place: Place) -> Trial | None:
+    """The result of a trial; None if it is missing."""
+    reference = read_reference(runner.results)
+    course = read_course(runner.results, Unit(name, ORDER, trial=place), UPDATES, reference)
+    if course is None:
+        return None
+    draws = resampled({"base": [reference.base], name: [course.hits[-1]]}, reference)
+    a_zs = draws.difference("a_zs", name, "base")
+    gm = 100 * float(course.trajectory(reference).gm[-1])
+    return Trial(*place, round(gm, 2), round(a_zs.value, 2), round(a_zs.high, 2))

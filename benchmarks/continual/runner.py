@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol as Interface
 
 from benchmarks.continual.chain import Unit, updates_done
+from benchmarks.continual.own_data import OwnData
 from benchmarks.continual.protocol import Protocol
-from benchmarks.continual.worker import FAILED
+from benchmarks.continual.worker import ASSIGNMENTS, FAILED, Assignment
 from core.progress import progress_log
 from updater.service.process import ENVIRONMENT
 from updater.training.checkpoint import read_json, write_json
@@ -23,12 +23,35 @@ POLL_SECONDS = 2.0
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
+class Process(Interface):
+    """A worker, here or on another machine; as :class:`subprocess.Popen`."""
+
+    returncode: int
+
+    def poll(self) -> int | None: ...
+
+    def terminate(self) -> None: ...
+
+    def wait(self) -> int: ...
+
+
+Start = Callable[[Sequence[str], Mapping[str, str], Path], Process]
+"""Starts a command with these variables added to the environment, and its output appended to a file."""
+
+
+def here(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Process:
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+        )
+
+
 @dataclass
 class Job:
     """A unit in a process."""
 
     unit: Unit
-    process: subprocess.Popen[bytes]
+    process: Process
     seen: int
 
 
@@ -43,6 +66,8 @@ class Runner:
     updates: int
     jobs: int
     deadline: float = float("inf")
+    data: OwnData | None = None
+    start: Start = here
     _began: float = field(default_factory=time.monotonic)
     _finished: int = 0
 
@@ -78,17 +103,9 @@ class Runner:
     def _start(self, unit: Unit) -> Job:
         folder = unit.folder(self.results)
         folder.mkdir(parents=True, exist_ok=True)
-        values = (self.home, self.base, self.results, unit.method, unit.order, unit.seed, self.updates)
-        trial = "" if unit.trial is None else str(unit.trial)
-        command = [sys.executable, "-m", "benchmarks.continual.worker", *map(str, values), trial]
-        with (folder / "log.txt").open("ab") as log:
-            process = subprocess.Popen(
-                [*command, json.dumps(asdict(self.protocol))],
-                env={**os.environ, **ENVIRONMENT, **ONE_THREAD},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+        task = Assignment(self.home, self.base, self.results, unit, self.updates, self.protocol, self.data)
+        command = [sys.executable, "-m", "benchmarks.continual.worker", ASSIGNMENTS.dump_json(task).decode()]
+        process = self.start(command, {**ENVIRONMENT, **ONE_THREAD}, folder / "log.txt")
         return Job(unit, process, self.done(unit))
 
     def _look(self, job: Job, waiting: Sequence[Unit], running: Sequence[Job]) -> None:
@@ -114,7 +131,7 @@ class Runner:
     def _stop(self, running: Sequence[Job]) -> None:
         for job in running:
             if job.process.poll() is None:
-                job.process.send_signal(signal.SIGTERM)
+                job.process.terminate()
         for job in running:
             job.process.wait()
 

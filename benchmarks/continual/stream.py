@@ -1,24 +1,26 @@
 """Training data and suites of the CLIP stream.
 
-Eight updates over dissimilar domains, none of which the shipped base was trained on, each with its own suite. Domains
+Ten updates over dissimilar domains, none of which the shipped base was trained on, each with its own suite. Domains
 that are never trained on are held out: two of the reference pool's, and four that it does not contain.
 
 The concepts of a retrieval suite occur in no update and in no reference pair, whatever the style. Two classification
-suites (`fashion`, `digits`) ask for classes that their updates train on, in other pictures. No picture of a suite looks
-like a training picture (:mod:`streams.ingest.perceptual_hash`); those left out for that are counted.
+suites (`fashion`, `digits`) ask for classes that their updates train on, in other pictures; three classes of each are
+in no update, and have suites of their own. No picture of a suite looks like a training picture
+(:mod:`streams.ingest.perceptual_hash`); those left out for that are counted.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar
 from typing import Protocol as Interface
 
 from benchmarks.continual.looks import left_out
+from benchmarks.continual.noise import with_noise
 from benchmarks.continual.protocol import Protocol
 from core.digests import digest_json, share_of
 from core.progress import step
@@ -34,7 +36,8 @@ class HasId(Interface):
 
 
 Named = TypeVar("Named", bound=HasId)
-Role = Literal["adaptation", "held-out"]
+Role = Literal["adaptation", "unseen", "held-out"]
+"""*unseen*: of classes that no update trains on, of a domain that one does."""
 Task = Literal["retrieval", "classification"]
 REFERENCE = ("noto", "pixel_ultica")
 """Domains of the base that methods may rehearse: the default of an installation."""
@@ -45,6 +48,8 @@ TUNING, TUNING_SHARE = "tuning", 0.12
 """Share of what no suite asks for that rates and weights are chosen by, and that no update trains on."""
 LEAST_TUNING = 30
 """Items of a tuning suite; a domain with fewer has none."""
+UNSEEN_CLASSES = 3
+"""Classes of a domain with shared classes that are left out of its update, and asked for in a suite of their own."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Source:
     """Share of its concepts that its suite asks for, in addition to those of its test split, if that has few
     pictures."""
     shared: bool = False
-    """True if its classes are in training and in the suite."""
+    """True if its classes, but :data:`UNSEEN_CLASSES` of them, are in training and in the suite."""
     named: bool = False
     """True if its labels, or its texts if it has none, are in the label set of all domains."""
 
@@ -72,6 +77,8 @@ UPDATES = (
     Source("pixel_retro", "pixel_retro"),
     Source("fashion", "fashion", "classification", shared=True, named=True),
     Source("digits", "digits", "classification", shared=True, named=True),
+    Source("tabler", "tabler"),
+    Source("logos", "logos"),
 )
 HELD_OUT = (
     Source("noto", "noto"),
@@ -99,6 +106,8 @@ class Suite:
     """Of a domain that the reference pool does not contain."""
     named: bool = False
     """Its items are also asked for among the names of all domains."""
+    classes: tuple[str, ...] = ()
+    """All answers, in a classification; by default its items' labels."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +117,16 @@ class Stream:
     updates: dict[str, tuple[Pair, ...]]
     reference: tuple[Pair, ...]
     suites: tuple[Suite, ...]
+    tuning_updates: dict[str, tuple[Pair, ...]] = field(default_factory=dict)
+    """Other pairs of the same domains, on which methods are tuned; of a small domain, as many as there are."""
     tuning: tuple[Suite, ...] = ()
     """Items of concepts (of `fashion` and `digits`: of pictures) that are in no suite and no update, by which a
     method's rate and weight are chosen."""
     alike: dict[str, int] = field(default_factory=dict)
     """By suite: pictures that were left out because they look like a training picture."""
+
+    def for_tuning(self) -> Stream:
+        return replace(self, updates=self.tuning_updates, suites=self.tuning)
 
     @property
     def digest(self) -> str:
@@ -138,6 +152,7 @@ def load_stream(home: Path, protocol: Protocol) -> Stream:
 
     of_suite = {source.name: [item for item in rows(source.domain) if _in_suite(source, item)] for source in ALL}
     concepts = {item.concept for source in ALL if not source.shared for item in of_suite[source.name]}
+    unseen = {source.name: unseen_classes(of_suite[source.name]) if source.shared else frozenset() for source in ALL}
 
     def rest(source: Source, tuning: bool) -> list[FolderItem]:
         """Pictures that no suite asks for: the part for tuning, or the part for training."""
@@ -146,30 +161,52 @@ def load_stream(home: Path, protocol: Protocol) -> Stream:
             for item in rows(source.domain)
             if not _in_suite(source, item)
             and (source.shared or item.concept not in concepts)
+            and item.label not in unseen[source.name]
             and _tunes(source, item) == tuning
         ]
 
-    updates = {source.name: by_hash(map(_pair, rest(source, tuning=False)), protocol.new) for source in UPDATES}
+    drawn = {s.name: by_hash(map(_pair, rest(s, tuning=False)), 2 * protocol.new) for s in UPDATES}
+    clean = {name: pairs[: protocol.new] for name, pairs in drawn.items()}
+    updates = {name: with_noise(pairs, protocol.swapped, protocol.hostile) for name, pairs in clean.items()}
     reference = by_hash(
         (_pair(item) for source in HELD_OUT if source.domain in REFERENCE for item in rest(source, tuning=False)),
         protocol.reference,
     )
     candidates = {s.name: [_item(s, item) for item in of_suite[s.name]] for s in ALL}
     candidates |= {f"{TUNING} {s.name}": [_item(s, item) for item in rest(s, tuning=True)] for s in ALL}
-    taught = [pair for pairs in (*updates.values(), reference) for pair in pairs]
+    taught = [pair for pairs in (*drawn.values(), reference) for pair in pairs]
     alike = left_out(home / "bench" / "continual" / "looks", taught, candidates)
 
-    def suite(source: Source, prefix: str = "") -> Suite:
+    def suites(source: Source, prefix: str = "") -> list[Suite]:
         name = f"{prefix}{source.name}"
-        return _suite(source, [pair for pair in candidates[name] if pair.id not in alike[name]], protocol.items)
+        items = [pair for pair in candidates[name] if pair.id not in alike[name]]
+        plain = [pair for pair in items if pair.label not in unseen[source.name]]
+        others = [pair for pair in items if pair.label in unseen[source.name]]
+        made = [_suite(source, plain, protocol.items)]
+        if others:
+            made.append(replace(_suite(source, others, protocol.items), name=f"{source.name}_unseen", role="unseen"))
+        classes = tuple(sorted({pair.label for pair in items})) if source.task == "classification" else ()
+        return [replace(suite, classes=classes) for suite in made]
 
     return Stream(
         updates,
         reference,
-        suites=tuple(suite(source) for source in ALL),
-        tuning=tuple(suite(s, f"{TUNING} ") for s in ALL if len(candidates[f"{TUNING} {s.name}"]) >= LEAST_TUNING),
+        suites=tuple(suite for source in ALL for suite in suites(source)),
+        tuning_updates={name: pairs[protocol.new :] or pairs for name, pairs in drawn.items()},
+        tuning=tuple(
+            suite
+            for s in ALL
+            if len(candidates[f"{TUNING} {s.name}"]) >= LEAST_TUNING
+            for suite in suites(s, f"{TUNING} ")
+        ),
         alike={name: len(ids) for name, ids in alike.items() if ids},
     )
+
+
+def unseen_classes(items: Sequence[FolderItem]) -> frozenset[str]:
+    """The classes that are left out of training, by hash."""
+    labels = sorted({item.label for item in items}, key=lambda label: share_of(f"unseen:{label}"))
+    return frozenset(labels[:UNSEEN_CLASSES])
 
 
 def _in_suite(source: Source, item: FolderItem) -> bool:
@@ -195,11 +232,15 @@ def _suite(source: Source, items: Sequence[Pair], limit: int) -> Suite:
 
 
 def _pair(item: FolderItem) -> Pair:
-    """Captions are cut between words: whole descriptions of game tiles, four times as long as other captions, left
-    budget for only 13 steps of an update.
+    """Captions are cut: whole descriptions of game tiles, four times as long as other captions, left budget for only 13
+    steps of an update.
     """
-    text = item.text if len(item.text) <= CAPTION_CHARS else item.text[:CAPTION_CHARS].rpartition(" ")[0]
-    return Pair(f"{item.domain}/{item.path.name}", text, item.bytes, item.label)
+    return Pair(f"{item.domain}/{item.path.name}", shortened(item.text), item.bytes, item.label, item.domain)
+
+
+def shortened(text: str) -> str:
+    """A training caption: whole, or cut between words."""
+    return text if len(text) <= CAPTION_CHARS else text[:CAPTION_CHARS].rpartition(" ")[0]
 
 
 def _item(source: Source, item: FolderItem) -> Pair:

@@ -13,13 +13,20 @@ seed. A_KA: mean of the adaptation suites; A_ZS: of the held-out ones; GM: their
 nearest class mean on the base's features, and all others as the base does. GM without: of the adaptation suites but the
 one that the method gained most on."""
 KINDS = """\
-Points against zero-shot after the last update: of the adaptation suites by what they ask for, and of the held-out
-suites of domains that the reference pool does not contain."""
+Points against zero-shot after the last update: of the adaptation suites by what they ask for; of the classes of
+`fashion` and `digits` that no update has, among all classes; and of the held-out suites of domains that the reference
+pool does not contain."""
 TUNED = """\
-Geometric mean of each trial on the tuning suites, and A_ZS there against the base, in an order of its own that no other
-table reports. A trial is a factor on the rates of a method and one on the weights of its terms after the first. Bold:
-that with which the method runs above: the best one, and of the default the best one whose loss of A_ZS is not clear of
-zero. Methods that are not here run at the rates and weights of their papers."""
+Geometric mean of each trial on the tuning suites, and A_ZS there against the base, on a stream of other pairs of the
+same domains, in an order that no other table reports. A trial is a factor on the rates of a method and one on the
+weights of its terms after the first, or on the odds of its merge's weight. Bold: that with which the method runs above:
+the best one, and of the default the best one whose loss of A_ZS is not clear of zero. Methods that are not here run at
+the rates and weights of their papers."""
+COSTLY = """\
+Steps of an update: too few at this budget to say anything of the method, so it has no rank."""
+BUDGETS = """\
+After the last update of one chain, against zero-shot: learned (A_KA), kept (A_ZS) and, in brackets, steps of an update,
+by multiples of the budget."""
 LEAD = """\
 Points by which the default leads in GM, a mean over bases of the mean over all chains that both have (orders, seeds),
 with 95% intervals over items; without the suite by which it leads most; and without the suites whose classes were
@@ -31,6 +38,8 @@ On this base alone, with {gflops:g} MAF an update. Zero-shot it scores {a_ka:.1f
 NAMED = """\
 X-TAIL-mini: suites with names are asked for theirs among the names of all of them at once. Transfer: before a suite's
 own update, held-out suites always; Average: after all updates; Last: at the end. Zero-shot the base has {zero:.1f}."""
+BLIND = """\
+Score at the end on the adaptation and the held-out suites, and of the same questions with a grey picture for each."""
 STREAM = """\
 MTIL: score before a suite's own update (Transfer), over all updates (Avg), at the end (Last). TiC: on the update just
 learned, on earlier ones, on later ones."""
@@ -51,6 +60,8 @@ def markdown(outcome: dict[str, Any]) -> str:
     """The report: the setup, three tables, and how to read them."""
     zero, methods = outcome["zero_shot"], outcome["methods"]
     where = {name: ", ".join(values) or "unknown" for name, values in outcome["origin"].items()}
+    ranked = {name: m for name, m in methods.items() if m.get("affordable", True)}
+    costly = {name: m for name, m in methods.items() if name not in ranked}
     several = [(name, m) for name, m in methods.items() if m["all"]["chains"] > 1]
     repeated = dict(sorted(several, key=lambda each: -each[1]["all"]["gm_delta"]))
     parts = [
@@ -62,12 +73,15 @@ def markdown(outcome: dict[str, Any]) -> str:
         f"included. Zero-shot, the base scores {zero['a_ka']:.1f} on the adaptation suites "
         f"({', '.join(outcome['adaptation'])}) and {zero['a_zs']:.1f} on the held-out ones "
         f"({', '.join(outcome['held_out'])}); geometric mean {zero['geometric_mean']:.1f}.",
-        *("## Learned and kept", QUALITY, _table(methods | outcome["untrained"], _QUALITY)),
+        *("## Learned and kept", QUALITY, _table(ranked | outcome["untrained"], _QUALITY)),
+        *(("## Not affordable", COSTLY, _table(costly, _FEW)) if costly else ()),
+        *_budgets_part(outcome.get("budgets", {})),
         *_kinds_part(outcome, methods),
         *_lead_part(outcome.get("lead", {})),
         *_bases_part(outcome.get("bases", {})),
         *_tuned_part(outcome.get("tuned", {})),
         *_named_part(methods),
+        *_blind_part(methods),
         *("## Along the stream", STREAM, _table(methods, _STREAM)),
         *_crossing_part(methods),
         *("## Cost", COST, _table(methods, _COST)),
@@ -93,6 +107,19 @@ def _bases_part(bases: dict[str, Method]) -> list[str]:
     return parts
 
 
+def _budgets_part(budgets: dict[str, Method]) -> list[str]:
+    if len(budgets) < 2:
+        return []
+    several = sorted({name for methods in list(budgets.values())[1:] for name in methods})
+    rows = {name: {budget: methods.get(name) for budget, methods in budgets.items()} for name in several}
+    return ["## Larger budgets", BUDGETS, _table(rows, [(f"× {budget}", _end(budget)) for budget in budgets])]
+
+
+def _end(budget: str) -> Callable[[Method], str]:
+    shown = "{a_ka:+.1f}, {a_zs:+.1f} ({steps:g})"
+    return lambda row: shown.format(**row[budget]) if row[budget] else "–"
+
+
 def _tuned_part(tuned: dict[str, list[dict[str, Any]]]) -> list[str]:
     if not tuned:
         return []
@@ -104,13 +131,18 @@ def _tuned_part(tuned: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def _trial(trial: dict[str, Any]) -> str:
-    return "× {rate:g}, × {weight:g}: {gm:.1f} ({a_zs:+.1f})".format(**trial)
+    return "× {rate:g}, × {second:g}: {gm:.1f} ({a_zs:+.1f})".format(**trial)
 
 
 def _kinds_part(outcome: dict[str, Any], methods: dict[str, Method]) -> list[str]:
     if not outcome["classes"]:
         return []
     return ["## Retrieval, classes, and what the reference does not contain", KINDS, _table(methods, _KINDS)]
+
+
+def _blind_part(methods: dict[str, Method]) -> list[str]:
+    with_blind = {name: method for name, method in methods.items() if "blind" in method}
+    return ["## Without the pictures", BLIND, _table(with_blind, _BLIND)] if with_blind else []
 
 
 def _crossing_part(methods: dict[str, Method]) -> list[str]:
@@ -192,9 +224,11 @@ _QUALITY = (
     ("GM without", _interval("gm_without_largest")),
     ("GM − default", _like_default),
 )
+_FEW = (("steps", lambda m: f"{m['steps']}"), ("GM", _interval("gm")))
 _KINDS = (
     ("retrieval", _interval("retrieval")),
     ("classes", _interval("classes")),
+    ("classes that no update has", _interval("unseen")),
     ("outside of the reference", _interval("outside")),
 )
 _LEAD = (
@@ -212,6 +246,12 @@ _NAMED = (
     ("Transfer", _within("xtail", "transfer")),
     ("Average", _within("xtail", "average")),
     ("Last", _within("xtail", "last")),
+)
+_BLIND = (
+    ("learned", _within("blind", "learned")),
+    ("blind", _within("blind", "learned_blind")),
+    ("kept", _within("blind", "kept")),
+    ("blind", _within("blind", "kept_blind")),
 )
 _STREAM = (
     ("Transfer", _within("mtil", "transfer")),

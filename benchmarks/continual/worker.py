@@ -1,20 +1,23 @@
-"""``python -m benchmarks.continual.worker HOME BASE RESULTS METHOD ORDER SEED UPDATES TRIAL``: run one unit.
+"""``python -m benchmarks.continual.worker ASSIGNMENT``: run one unit.
 
 Exits with 0 when it is done or was stopped, and with 1 and the reason in ``failed.json`` when it failed.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
+
+from pydantic import TypeAdapter
 
 from benchmarks.continual.chain import Chain, Unit
 from benchmarks.continual.evaluation import Evaluator
 from benchmarks.continual.exam import CACHE, ClipExam
+from benchmarks.continual.own_data import OwnData, own_stream
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.question_exam import QuestionExam, asking
 from benchmarks.continual.questions import QuestionStream, load_questions
@@ -30,23 +33,46 @@ from updater.training.workers import Stopped
 FAILED = "failed.json"
 
 
-def work(home: Path, base: str, results: Path, unit: Unit, updates: int, protocol: Protocol, stop: StopSignal) -> int:
+@dataclass(frozen=True)
+class Assignment:
+    """A unit, and everything that its process needs."""
+
+    home: Path
+    base: str
+    results: Path
+    unit: Unit
+    updates: int
+    protocol: Protocol
+    data: OwnData | None = None
+    """In place of the benchmark's own stream of a CLIP."""
+
+
+ASSIGNMENTS: Final = TypeAdapter(Assignment)
+
+
+def work(task: Assignment, stop: StopSignal) -> int:
     """Run the unit and return the exit status. A trial is scored on the tuning suites."""
+    unit, results = task.unit, task.results
     failed = unit.folder(results) / FAILED
     failed.unlink(missing_ok=True)
     try:
         with ExitStack() as stack:
             if unit.recipe.family == "vlm":
-                vlm_base = load_vlm_base(home, base)
+                vlm_base = load_vlm_base(task.home, task.base)
                 vlm = stack.enter_context(asking(vlm_base))
-                chain = question_chain(vlm_base, load_questions(home, protocol), protocol, unit, results, vlm)
+                questions = load_questions(task.home, task.protocol)
+                chain = question_chain(vlm_base, questions, task.protocol, unit, results, vlm)
             else:
-                stream = load_stream(home, protocol)
+                stream = (
+                    load_stream(task.home, task.protocol)
+                    if task.data is None
+                    else own_stream(task.home, task.data, task.protocol)
+                )
                 if unit.trial is not None:
-                    stream = replace(stream, suites=stream.tuning)
-                chain = clip_chain(load_base(home, base), stream, protocol, unit, results)
+                    stream = stream.for_tuning()
+                chain = clip_chain(load_base(task.home, task.base), stream, task.protocol, unit, results)
             with stop.training():
-                chain.run(updates, stop)
+                chain.run(task.updates, stop)
     except Stopped:
         return 0
     except Exception as error:
@@ -73,11 +99,9 @@ def main(arguments: list[str]) -> int:
     import torch
 
     torch.set_num_threads(1)
-    home, base, results, method, order, seed, updates, trial, protocol = arguments
     stop = StopSignal()
     stop.install()
-    unit = Unit(method, int(order), int(seed), int(trial) if trial else None)
-    return work(Path(home), base, Path(results), unit, int(updates), Protocol(**json.loads(protocol)), stop)
+    return work(ASSIGNMENTS.validate_json(arguments[0]), stop)
 
 
 if __name__ == "__main__":

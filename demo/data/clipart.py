@@ -121,8 +121,9 @@ def _words(head: bytes) -> list[str]:
     return sorted({_PLAIN_WORDS.get(word, word.replace("_", " ")) for word in subjects})
 
 
-def game_icons(archive: Path) -> Iterator[Draft]:
-    """Builder for black-on-white icons, without those that depict nothing, such as `abstract-001`."""
+def icons(archive: Path) -> Iterator[Draft]:
+    """Builder for sets of Iconify, without icons that depict nothing, such as `abstract-001`. A thing's `icon` and its
+    `filled` drawing have the same concept."""
     for _, content in read_members(archive, "package/icons.json".__eq__):
         icons = json.loads(content)
         for name, icon in sorted(icons["icons"].items()):
@@ -134,6 +135,7 @@ def game_icons(archive: Path) -> Iterator[Draft]:
                 f'width="{width}" height="{height}">{icon["body"]}</svg>'
             )
             text = name.replace("-", " ")
-            yield Draft(name=name, text=text, concept=concept_of(text), picture=partial(draw_svg, svg.encode()))
+            concept = concept_of(text.removesuffix(" icon").removesuffix(" filled"))
+            yield Draft(name=name, text=text, concept=concept, picture=partial(draw_svg, svg.encode()))
         return
     raise PackageError(f"{archive} has no icons.json.", "Delete it and run again to download it.")

@@ -80,7 +80,21 @@ _ALL: Final = (
         packages=(Package("npm", "@iconify-json/game-icons", "1.2.4"),),
         licence="CC-BY-3.0",
         attribution="Game-icons.net: Lorc, Delapouite and contributors; packaged by Iconify",
-        builder=clipart.game_icons,
+        builder=clipart.icons,
+    ),
+    DomainInfo(
+        name="tabler",
+        packages=(Package("npm", "@iconify-json/tabler", "1.2.41"),),
+        licence="MIT",
+        attribution="Tabler Icons, Pawel Kuna and contributors; packaged by Iconify",
+        builder=clipart.icons,
+    ),
+    DomainInfo(
+        name="logos",
+        packages=(Package("npm", "@iconify-json/logos", "1.2.19"),),
+        licence="CC0-1.0",
+        attribution="SVG Logos, Gil Barbara; packaged by Iconify; the logos are trademarks of their owners",
+        builder=clipart.icons,
     ),
     DomainInfo(
         name="openclipart",

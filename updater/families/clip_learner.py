@@ -87,6 +87,8 @@ class ClipLearner(Learner[Pair]):
         known = sorted({pair.label for pair in self.examples if pair.label})
         place = {label: number for number, label in enumerate(known)}
         self.labels = torch.tensor([place.get(pair.label, -1) for pair in self.examples])
+        domains = {name: number for number, name in enumerate(dict.fromkeys(pair.domain for pair in self.examples))}
+        self.domains = torch.tensor([domains[pair.domain] for pair in self.examples])
         self.objective_texts: dict[str, ObjectiveTexts] = {}
         for term, objective in self.objectives:
             objective.begin(self.texts, known)
@@ -219,6 +221,7 @@ class ClipLearner(Learner[Pair]):
             label=self.labels[index].to(device),
             scale=self.scale,
             texts={name: self._auxiliary_texts(extra, rows) for name, extra in self.objective_texts.items()},
+            domain=self.domains[index].to(device),
         )
 
     def _teacher(self, name: str, rows: Sequence[int]) -> TeacherFeatures:

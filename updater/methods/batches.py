@@ -83,6 +83,8 @@ class Features(Batch):
     label: Tensor
     scale: float
     texts: Mapping[str, AuxiliaryTexts] = field(default_factory=dict)
+    domain: Tensor | None = None
+    """int [n], one number per domain; None: all are of one."""
 
     @property
     def same_caption(self) -> Tensor:
@@ -120,6 +122,7 @@ class Features(Batch):
             label=self.label[index],
             scale=self.scale,
             texts={name: texts.select(rows, len(self.part)) for name, texts in self.texts.items()},
+            domain=None if self.domain is None else self.domain[index],
         )
 
 

@@ -182,7 +182,7 @@ def test_figures_are_those_of_the_finished_chains_and_say_why_one_failed(results
     failed.mkdir(parents=True, exist_ok=True)
     (failed / "failed.json").write_text(json.dumps({"reason": "the budget does not pay"}))
     methods = [*METHODS, "full"]
-    outcome = figures(results, read_chains(results, methods, 1, 1, 2), methods, 2, PROTOCOL)
+    outcome = figures(results, read_chains(results, methods, 1, 2), methods, 2, PROTOCOL)
     assert set(outcome["methods"]) == set(METHODS)
     own, gm = outcome["methods"]["default"], course.trajectory(asked).gm
     assert own["geometric_mean_delta"] == pytest.approx(100 * (gm[-1] - gm[0]), abs=0.01)

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from core.errors import ConfigError
+from ratchet_methods.objectives.agreement import AgreementContrast
 from ratchet_methods.objectives.hybrid_distillation import HybridDistillation
 from ratchet_methods.objectives.knowledge_consolidation import KnowledgeConsolidation
 from ratchet_methods.objectives.neighbour_alignment import NeighbourAlignment
@@ -19,7 +20,7 @@ from tests.unit.updater.plain_rows import Rows, columns, dots, softmax
 from updater.methods import objectives
 from updater.methods.batches import Features, TeacherFeatures
 from updater.methods.objectives import Contrastive
-from updater.recipes import Term
+from updater.recipes import Part, Term
 
 
 def mixed_cross_entropy(old: Rows, new: Rows, captions: list[int], own: float) -> float:
@@ -109,9 +110,72 @@ def test_consolidation_begins_as_a_contrast_with_the_old_features_and_its_projec
     torch.testing.assert_close(again(moved), term(moved))
 
 
+def _plain_agreement(made: Features, doubtful: float, domains: list[int]) -> float:
+    """Row by row, in plain numbers; captions differ."""
+    size = len(domains)
+    rows = [row for row, part in enumerate(made.part) if part == "new"]
+    believed: dict[str, list[list[list[float]]]] = {}
+    for name in ("base", "incumbent"):
+        teacher = made.teachers[name]
+        scores = dots(teacher.image, teacher.text)
+        believed[name] = [
+            [softmax([made.scale * scores[i][j] for j in rows]) for i in rows],
+            [softmax([made.scale * scores[j][i] for j in rows]) for i in rows],
+        ]
+    likely = {
+        name: [(math.log(both[0][n][n]) + math.log(both[1][n][n])) / 2 for n in range(len(rows))]
+        for name, both in believed.items()
+    }
+    better = [max(believed, key=lambda name, n=n: likely[name][n]) for n in range(len(rows))]
+    most = [likely[name][n] for n, name in enumerate(better)]
+    total = 0.0
+    new = dots(made.image, made.text)
+    for direction in range(2):
+        for i in range(size):
+            logits = [made.scale * (new[i][j] if direction == 0 else new[j][i]) for j in range(size)]
+            target = [float(i == j) for j in range(size)]
+            if i in rows:
+                n = rows.index(i)
+                group = [m for m in range(len(rows)) if domains[rows[m]] == domains[i]]
+                rank = sum(most[m] < most[n] for m in group) + sum(most[m] == most[n] for m in group) / 2
+                trust = min(1.0, rank / len(group) / doubtful)
+                soft = dict(zip(rows, believed[better[n]][direction][n], strict=True))
+                target = [trust * t + (1 - trust) * soft.get(j, 0.0) for j, t in enumerate(target)]
+            total -= sum(t * math.log(p) for t, p in zip(target, softmax(logits), strict=True)) / size / 2
+    return total
+
+
+def test_contrast_by_agreement_equals_the_plain_loop() -> None:
+    parts: list[Part] = ["new", "reference", "new", "new", "replay", "new", "new"]
+    domains = [0, 1, 0, 0, 2, 3, 3]
+    made = replace(batch(list(range(7)), parts), domain=torch.tensor(domains))
+    hidden = torch.tensor([part != "new" for part in parts])[:, None]
+    blank = {  # as the learner gives rows that this term does not compare
+        name: TeacherFeatures(*(torch.where(hidden, torch.nan, side) for side in (each.image, each.text)))
+        for name, each in made.teachers.items()
+    }
+    found = AgreementContrast(doubtful=0.6)(replace(made, teachers=blank))
+    assert found.item() == pytest.approx(_plain_agreement(made, 0.6, domains), rel=1e-5)
+    found.backward()
+    assert made.image.grad is not None and torch.isfinite(made.image.grad).all()
+
+
+def test_a_swapped_caption_teaches_less_than_one_that_the_model_agrees_with() -> None:
+    """A student that matches pictures and captions as its teachers do."""
+    right = still(batch(list(range(8)), dim=16, seed=3))
+    places = [1, 0, *range(2, 8)]
+    known = {n: TeacherFeatures(t.image, t.image[places]) for n, t in right.teachers.items()}
+    student = known["base"]
+    wrong = replace(right, image=student.image.clone(), text=student.text.clone(), teachers=known)
+    assert AgreementContrast(doubtful=0.5)(wrong) < Contrastive()(wrong)
+    only_old = replace(wrong, part=("reference",) * 8)
+    torch.testing.assert_close(AgreementContrast()(only_old), Contrastive()(only_old))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
+        ("agreement_contrast", {"doubtful": 0.0}, "above 0"),
         ("hybrid_distillation", {"own": 1.5}, "between 0 and 1"),
         ("hybrid_distillation", {"temperature": 0}, "above 0"),
         ("neighbour_alignment", {"neighbours": 0}, "above 0"),
