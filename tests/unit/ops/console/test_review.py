@@ -20,6 +20,7 @@ from tests.support.story import EVIL
 from tests.unit.ops.console.conftest import signed_in, text
 
 PART = {"hx-request": "true", "hx-target": "review"}
+YESTERDAY = utc_now() - timedelta(days=1)
 
 
 def wait(ledger: Ledger, number: int, **fields: Any) -> str:
@@ -27,7 +28,7 @@ def wait(ledger: Ledger, number: int, **fields: Any) -> str:
     own = {"caller": "app", "verdict": "correct", "detail": {"label": f"label {number}"}, "image": pictures(1)[0]}
     made = FeedbackRow(
         id=f"{number:064x}", input="0" * 32, release=3, route="classify", answered_at=utc_now(), state="waiting",
-        created_at=utc_now() - timedelta(days=1, seconds=-number), **own | fields,
+        created_at=YESTERDAY + timedelta(seconds=number), **own | fields,
     )  # fmt: skip
     ledger.record_feedback(made)
     return made.id
