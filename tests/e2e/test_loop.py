@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,13 +182,13 @@ def test_an_update_goes_from_the_stream_into_service_and_back_under_load(install
         wait(lambda: installation.client.status()["catalog"]["coverage"] == 1.0)
         hits = installation.client.search(text="a red circle", k=5)
         assert sum("red" in hit["text"] for hit in hits) >= 4
+        wait(lambda: 2 in traffic.releases())
 
         out = installation.ratchet("releases", "rollback", "--reason", "to see the old one")
         assert "release 3 is live everywhere: clip base" in out
         assert len(installation.client.search(text="a red circle", k=5)) == 5
         installation.ratchet("releases", "create", "--clip", verdict.adapter, "--reason", "better")
-        wait(lambda: installation.client.live() == 4)
-        time.sleep(1.0)
+        wait(lambda: 4 in traffic.releases())
     report = traffic.report()
     assert (report.failed, report.mixed) == (0, 0), report.problems
     assert {1, 2, 4} <= set(report.releases)
