@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from typing import Any, Final
 
@@ -89,7 +90,7 @@ class QuantizedWeight:
     packed: Tensor
     """Opaque, in oneDNN's layout."""
     scales: Tensor
-    """float32 [out]: each row's largest magnitude over 127."""
+    """float32 [out]: each row's largest magnitude over the largest integer."""
     zeros: Tensor
     dtype: torch.dtype = torch.float32
     """Of inputs and outputs; open_clip asks a layer's weight for it."""
@@ -104,16 +105,28 @@ def pack(weight: torch.Tensor, quantized: bool = False) -> PackedWeight:
     if not quantized:
         packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(plain)
         return packed
-    scales = _scales(plain)
+    return _quantized(plain, largest_integer())
+
+
+@cache
+def largest_integer() -> int:
+    """Of weights. A processor without VNNI and AMX adds pairs of products in 16 bits, which overflow unless weights
+    have seven bits: oneDNN's guide, "Nuances of int8 computations"."""
+    saturated = QuantizedLinear(_quantized(torch.ones(16, 16), 127), None)(torch.ones(1, 16))
+    return 127 if torch.allclose(saturated, torch.tensor(16.0), rtol=0.01) else 64
+
+
+def _quantized(plain: Tensor, largest: int) -> QuantizedWeight:
+    scales = _scales(plain, largest)
     integers = (plain / scales).round_().to(torch.int8)
     zeros = torch.zeros(len(plain), dtype=torch.int32)
     return QuantizedWeight(torch.ops.onednn.qlinear_prepack(integers, None), scales.flatten(), zeros)
 
 
-def _scales(rows: Tensor) -> Tensor:
-    """The largest magnitude of each row over 127: [rows, 1]."""
-    largest: Tensor = torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True)
-    return largest.clamp_min_(TINY).div_(127)
+def _scales(rows: Tensor, largest: int = 127) -> Tensor:
+    """The largest magnitude of each row over the largest integer: [rows, 1]."""
+    magnitudes: Tensor = torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True)
+    return magnitudes.clamp_min_(TINY).div_(largest)
 
 
 def packed_linear(weight: PackedWeight, bias: Tensor | None, gelu: nn.GELU | None = None) -> nn.Module:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,6 +108,23 @@ def test_candidates_are_measured_against_float32_and_one_that_fails_is_reported(
         assert 0.999 < other.cosine < 1
         assert len(other.seconds) == 4 and all(0 < seconds < 10 for seconds in other.seconds)
     assert not failed.usable and "KeyError" in failed.error
+
+
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE"])
+def test_integers_do_not_overflow_on_a_processor_without_vnni(instructions: str) -> None:
+    code = """
+import torch
+from serving.engines.layers import pack, packed_linear
+torch.manual_seed(0)
+for size in (16, 512):
+    weight, inputs = torch.rand(size, size), torch.rand(8, size)
+    exact = inputs @ weight.T
+    print(((packed_linear(pack(weight, quantized=True), None)(inputs) - exact).abs() / exact).max().item())
+"""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions}
+    errors = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert all(float(error) < 0.02 for error in errors.stdout.split()), errors.stdout
+    assert len(errors.stdout.split()) == 2
 
 
 def test_integers_are_for_processors_only(base: ClipBase) -> None:
