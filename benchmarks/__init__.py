@@ -26,6 +26,7 @@ BENCHMARKS = {
     "ingest": "benchmarks.stream.ingest",
     "lifetime": "benchmarks.lifetime",
     "plan": "benchmarks.plan",
+    "precision": "benchmarks.precision",
     "rerank": "benchmarks.rerank",
     "scale": "benchmarks.scale",
     "search": "benchmarks.search.run_search",
