@@ -6,11 +6,9 @@ linear layers and attention keep weights packed once in oneDNN's layout, which a
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
 from typing import Any, Final
 
 import torch
@@ -36,12 +34,21 @@ RANDOM: Final[dict[Callable[..., Any], Callable[..., Any]]] = {torch.randn: torc
 
 def shell_of(model: nn.Module, changed: Mapping[str, torch.Tensor]) -> nn.Module:
     """A model that shares all parameters and buffers with ``model`` except ``changed`` (by parameter name)."""
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    shell = copy.deepcopy(model, dict(shared))
+    shell = _shell(model, {})
     for name, tensor in changed.items():
         owner, _, leaf = name.rpartition(".")
         shell.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     return shell
+
+
+def _shell(module: nn.Module, shells: dict[nn.Module, nn.Module]) -> nn.Module:
+    # copy.deepcopy also copies thousands of empty dictionaries of hooks, a quarter of a small adapter's load.
+    if module not in shells:
+        shells[module] = shell = module.__class__.__new__(module.__class__)
+        own = {name: dict(vars(module)[name]) for name in ("_parameters", "_buffers")}
+        children = {name: child and _shell(child, shells) for name, child in module._modules.items()}
+        vars(shell).update(vars(module), **own, _modules=children)
+    return shells[module]
 
 
 class SkipInit(TorchFunctionMode):
