@@ -88,6 +88,19 @@ class ClipExam:
         return {name: images_of(suites[name], self.base_vectors).mean(axis=0) for name in self.stream.updates}
 
 
+class TrialExam(ClipExam):
+    """Only the suites' answers after the last update, by which a trial is judged."""
+
+    def __init__(self, evaluator: Evaluator, stream: Stream, results: Path, folder: Path, updates: int) -> None:
+        super().__init__(evaluator, stream, results, folder)
+        self.updates = updates
+
+    def after(self, number: int, adapter: Path) -> dict[str, Any]:
+        if number + 1 < self.updates:
+            return {"hits": {}}
+        return {"hits": packed(self.evaluator.outcomes(self.evaluator.encode(adapter)))}
+
+
 def packed(outcomes: Mapping[str, Bools]) -> dict[str, list[str]]:
     """One string of 0 and 1 for each view of a suite, so that intervals can be computed later."""
     return {name: ["".join("01"[int(hit)] for hit in view) for view in hits.T] for name, hits in outcomes.items()}

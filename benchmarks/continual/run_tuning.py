@@ -70,5 +70,5 @@ def _trial(runner: Runner, name: str, place: Place) -> Trial | None:
         return None
     draws = resampled({"base": [reference.base], name: [course.hits[-1]]}, reference)
     a_zs = draws.difference("a_zs", name, "base")
-    gm = 100 * float(course.trajectory(reference).gm[-1])
+    gm = 100 * float(draws.of("gm")[0, draws.names.index(name)])
     return Trial(*place, round(gm, 2), round(a_zs.value, 2), round(a_zs.high, 2))

@@ -9,6 +9,7 @@ import sys
 import traceback
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +17,7 @@ from pydantic import TypeAdapter
 
 from benchmarks.continual.chain import Chain, Unit
 from benchmarks.continual.evaluation import Evaluator
-from benchmarks.continual.exam import CACHE, ClipExam
+from benchmarks.continual.exam import CACHE, ClipExam, TrialExam
 from benchmarks.continual.own_data import OwnData, own_stream
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.question_exam import QuestionExam, asking
@@ -51,7 +52,7 @@ ASSIGNMENTS: Final = TypeAdapter(Assignment)
 
 
 def work(task: Assignment, stop: StopSignal) -> int:
-    """Run the unit and return the exit status. A trial is scored on the tuning suites."""
+    """Run the unit and return the exit status."""
     unit, results = task.unit, task.results
     failed = unit.folder(results) / FAILED
     failed.unlink(missing_ok=True)
@@ -68,9 +69,9 @@ def work(task: Assignment, stop: StopSignal) -> int:
                     if task.data is None
                     else own_stream(task.home, task.data, task.protocol)
                 )
-                if unit.trial is not None:
-                    stream = stream.for_tuning()
-                chain = clip_chain(load_base(task.home, task.base), stream, task.protocol, unit, results)
+                base = load_base(task.home, task.base)
+                make = clip_chain if unit.trial is None else partial(trial_chain, updates=task.updates)
+                chain = make(base, stream, task.protocol, unit, results)
             with stop.training():
                 chain.run(task.updates, stop)
     except Stopped:
@@ -85,6 +86,14 @@ def work(task: Assignment, stop: StopSignal) -> int:
 def clip_chain(base: ClipBase, stream: Stream, protocol: Protocol, unit: Unit, results: Path) -> Chain:
     """A chain of a CLIP. Raises BudgetError."""
     exam = ClipExam(Evaluator(base, stream.suites, results / CACHE), stream, results, unit.folder(results))
+    return Chain(base, stream, protocol, unit.recipe, unit, results, exam)
+
+
+def trial_chain(base: ClipBase, stream: Stream, protocol: Protocol, unit: Unit, results: Path, updates: int) -> Chain:
+    """A chain on the tuning pairs, which is scored after its last update alone. Raises BudgetError."""
+    stream = stream.for_tuning()
+    evaluator = Evaluator(base, stream.suites, results / CACHE)
+    exam = TrialExam(evaluator, stream, results, unit.folder(results), updates)
     return Chain(base, stream, protocol, unit.recipe, unit, results, exam)
 
 

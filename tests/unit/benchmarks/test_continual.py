@@ -20,7 +20,7 @@ from benchmarks.continual.plots import all_plots
 from benchmarks.continual.protocol import BUDGETS, Protocol
 from benchmarks.continual.report import figures, read_chains
 from benchmarks.continual.table import markdown
-from benchmarks.continual.worker import clip_chain
+from benchmarks.continual.worker import clip_chain, trial_chain
 from core.settings import Settings
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
@@ -107,6 +107,14 @@ def test_a_stopped_chain_and_a_lost_update_end_alike(base: ClipBase, results: Pa
     assert _rows(tmp_path) == []
     _chain(base, tmp_path).run(1)
     assert _rows(tmp_path)[0]["adapter"] == whole[0]["adapter"]
+
+
+def test_a_trial_is_scored_after_its_last_update_alone(base: ClipBase, tmp_path: Path) -> None:
+    plain, unit = stream(), Unit("default", trial=(0, 0))
+    tuned = replace(plain, tuning_updates=plain.updates, tuning=plain.suites[:2])
+    trial_chain(base, tuned, PROTOCOL, unit, tmp_path, updates=2).run(2)
+    rows = updates_done(tmp_path, unit.recipe, unit)
+    assert [set(row["hits"]) for row in rows] == [set(), {suite.name for suite in tuned.tuning}]
 
 
 def test_an_encoding_from_the_boundary_is_the_serving_engines(base: ClipBase, results: Path, tmp_path: Path) -> None:
