@@ -37,6 +37,8 @@ DESCRIPTION = "base.json"
 TEXT_FILES = "text"
 """Folder in a base directory with Hugging Face files of the tokenizer and the text tower."""
 Tower = Literal["image", "text"]
+MERGED = "branches_merged"
+"""Key of a vision configuration, true after :func:`merge_branches`."""
 _OUTSIDE = ("logit_scale", "logit_bias")
 """Parameters that only scale logits and change no vector."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -327,7 +329,7 @@ def construct(model_cfg: dict[str, Any], directory: Path) -> nn.Module:
         raise BaseModelError("CoCa models have a decoder and are not served.", "Use a CLIP or SigLIP model.")
     cfg["vision_cfg"]["timm_model_pretrained"] = False
     text_cfg = cfg["text_cfg"]
-    custom = bool(cfg.pop("custom_text", False))
+    custom, merged = bool(cfg.pop("custom_text", False)), bool(cfg["vision_cfg"].pop(MERGED, False))
     if text_cfg.get("hf_model_name"):
         custom = True
         text_cfg["hf_model_name"] = str(directory / text_cfg["hf_model_name"])
@@ -339,7 +341,20 @@ def construct(model_cfg: dict[str, Any], directory: Path) -> nn.Module:
         raise BaseModelError(
             f"open_clip cannot build this configuration: {error}", "Check model_cfg in base.json."
         ) from error
+    if merged:
+        merge_branches(model)
     return model
+
+
+def merge_branches(model: nn.Module) -> bool:
+    """Merge, in place, the parallel convolutions and batch norms that an image tower of timm has for training alone
+    into one convolution each, as its authors do to serve it (RepVGG, CVPR 2021; MobileOne, CVPR 2023): vectors differ
+    by rounding only. True if there were any; the configuration then needs :data:`MERGED`."""
+    from timm.utils.model import reparameterize_model
+
+    before = list(model.state_dict())
+    reparameterize_model(model.get_submodule("visual"), inplace=True)
+    return list(model.state_dict()) != before
 
 
 def find_lora_targets(model: nn.Module) -> dict[str, str]:

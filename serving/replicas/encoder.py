@@ -57,7 +57,7 @@ EncodeCall = tuple[Modality, Any, str | None, str, float]
 
 LOADING_NICE = 19
 """Of threads that load adapters and run golden inputs."""
-LOADING_SHARE = 0.025
+LOADING_SHARE = 0.05
 """Share of the cores for such a thread while requests come. Even at low priority it slows down passes on other cores:
 two replicas that load at a fortieth of two cores make passes of a ViT-B/32 4% longer, at a quarter a sixth."""
 PACED_SECONDS = 120.0

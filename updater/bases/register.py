@@ -22,7 +22,16 @@ from torch import nn
 from core.artifacts import Artifacts, directory_digest
 from core.errors import BaseModelError
 from core.progress import progress_log, step
-from serving.engines.clip_base import TEXT_FILES, ClipBase, base_directory, construct, list_bases, save_base
+from serving.engines.clip_base import (
+    MERGED,
+    TEXT_FILES,
+    ClipBase,
+    base_directory,
+    construct,
+    list_bases,
+    merge_branches,
+    save_base,
+)
 from serving.engines.preprocess import Preprocess
 from serving.engines.vlm.vlm_base import VlmBase, save_vlm_base
 
@@ -54,11 +63,13 @@ def add_base(home: Path | str, name: str, model: str, weights: Path | None = Non
         with step(f"loading {weights_file.name}"):
             built = construct(model_cfg, work)
             _load(built, weights_file, model)
+            if merge_branches(built.eval()):
+                model_cfg["vision_cfg"][MERGED] = True
         with step(f"writing base {name}"):
             return save_base(
                 home,
                 name,
-                built.eval(),
+                built,
                 model_cfg,
                 Preprocess.from_json(prepared),
                 tokenizer,

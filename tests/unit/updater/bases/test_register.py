@@ -15,6 +15,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from core.errors import BaseModelError
 from serving.engines.clip import ClipEngine
@@ -66,6 +67,26 @@ def test_a_built_in_architecture_answers_as_in_open_clip(tmp_path: Path, weights
     assert engine.golden(name)["adapter"] == name
     half = add_base(tmp_path, "half", NAME, _save(tmp_path / "half.safetensors", CONFIG, half=True))
     assert {p.dtype for p in half.build_model().parameters()} == {torch.float32}, "half precision is widened"
+
+
+@pytest.mark.parametrize("tower", ["fastvit_t8", "repvit_m0_9", "mobileone_s0", "resnet18"])
+def test_branches_for_training_alone_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: str) -> None:
+    vision = {"timm_model_name": tower, "timm_pool": "", "timm_proj": "linear", "image_size": 64}
+    config = CONFIG | {"vision_cfg": vision, "custom_text": True}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, NAME, config)
+    torch.manual_seed(3)
+    theirs = open_clip.create_model(NAME)
+    pixels = torch.rand(4, 3, 64, 64)
+    theirs.train().encode_image(pixels)  # its batch norms have seen something
+    save_file({key: value.contiguous() for key, value in theirs.state_dict().items()}, tmp_path / "w.safetensors")
+    base = add_base(tmp_path, "mine", NAME, tmp_path / "w.safetensors")
+    with torch.inference_mode():
+        expected = theirs.eval().encode_image(pixels, normalize=True)
+        np.testing.assert_allclose(base.build_model().encode_image(pixels, normalize=True), expected, atol=1e-5)
+    norms = [sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) for model in (base.build_model(), theirs)]
+    assert (norms[0] < norms[1]) == (tower != "resnet18")
+    name = tiny_adapter(base, tmp_path / "adapter", seed=1)
+    assert ClipEngine(base, device="cpu").load(name, tmp_path / "adapter") != base.spaces
 
 
 def test_a_folder_with_its_own_tokenizer_needs_no_network(tmp_path: Path) -> None:
