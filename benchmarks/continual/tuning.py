@@ -25,7 +25,7 @@ Place = tuple[int, int]
 AS_IT_IS: Place = (0, 0)
 TRIALS = 8
 FILE = Path(__file__).with_name("tuned.json")
-UPDATES = 4
+UPDATES = 3
 """Updates of the tuning stream that each trial learns."""
 ORDER = 11
 """A random order that no table reports."""
