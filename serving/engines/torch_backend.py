@@ -1,6 +1,6 @@
 """Towers run by torch, in float32, half precision or 8-bit integers. The float32 model stays memory-mapped and adapters
 are merged into it. Base weights are converted once; adapters share those they do not change. On a CPU linear layers are
-packed for oneDNN (:mod:`layers`); convolutions stay float32. On a GPU, CUDA graphs run batches of fixed sizes."""
+packed for oneDNN (:mod:`layers`). On a GPU, CUDA graphs run batches of fixed sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from serving.engines.layers import (
     PackedAttention,
     can_pack,
     images_per_pass,
-    is_convolutional,
     is_self_attention,
     pack,
     packed_linear,
@@ -57,7 +56,7 @@ class TorchBackend:
         self.channels_last = set_conv_layout(visual) or device.type == "cuda"
         wanted, cpu, quantized = DTYPES[precision], device.type == "cpu", precision == "int8"
         self.images_per_pass = images_per_pass(visual, device)
-        self.image_dtype = torch.float32 if cpu and is_convolutional(visual) else wanted
+        self.dtype = wanted
         self._packs = cpu and can_pack(wanted, quantized)
         self._model = model
         self._parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
@@ -83,9 +82,8 @@ class TorchBackend:
 
     def _convert(self, shell: nn.Module, weights: ConvertedWeights) -> None:
         """Replace tensors shared with the base by those of the wanted precision and layout."""
-        for name, child in shell.named_children():
-            if name != "visual" or self.image_dtype is weights.dtype:
-                _convert(child, weights, self._packs)
+        for child in shell.children():
+            _convert(child, weights, self._packs)
         _convert_own(shell, weights)
 
 
@@ -125,7 +123,7 @@ class _Passes:
     module: nn.Module
 
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
-        batch = self.backend.preprocess.normalise_tensor(pixels.to(self.backend.device)).to(self.backend.image_dtype)
+        batch = self.backend.preprocess.normalise_tensor(pixels.to(self.backend.device)).to(self.backend.dtype)
         if self.backend.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last)
         return encode_image(self.module, batch).float()

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import ray
 
 from benchmarks.continual import run_continual
-from benchmarks.continual.own_data import OwnData, own_stream
+from benchmarks.continual.own_data import STEPS, OwnData, own_stream
+from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.ray_tasks import ray_tasks
+from benchmarks.random_base import random_base
 from core.errors import ConfigError
 from core.settings import Settings
 from core.settings.serving import BaseModels
@@ -60,6 +64,15 @@ def _data(home: Path, **changes: Any) -> OwnData:
     return replace(OwnData((home / "car", home / "boat"), suites, (home / "tree-train",)), **changes)
 
 
+def _small_b16() -> dict[str, Any]:
+    """ViT-B/16 with two narrow layers: its image size, patches, tokens and vocabulary."""
+    config = copy.deepcopy(open_clip.get_model_config("ViT-B-16"))
+    config["embed_dim"] = 32
+    config["vision_cfg"] |= {"width": 64, "layers": 2}
+    config["text_cfg"] |= {"width": 32, "heads": 2, "layers": 2}
+    return config
+
+
 def test_each_data_set_is_an_update_and_its_namesake_asks_for_it(home: Path) -> None:
     stream = own_stream(home, _data(home), PROTOCOL)
     assert {name: len(pairs) for name, pairs in stream.updates.items()} == {"car": 12, "boat": 12}
@@ -95,10 +108,13 @@ def test_a_suite_of_training_pictures_is_refused(home: Path, tmp_path: Path) -> 
 def test_one_command_runs_it_and_goes_on_where_it_was_stopped(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(run_continual.FAMILIES, "clip", replace(run_continual.FAMILIES["clip"], protocol=PROTOCOL))
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "b16", _small_b16())
+    random_base(home, "b16")
+    protocol = replace(PROTOCOL, gflops=Protocol.gflops)
+    monkeypatch.setitem(run_continual.FAMILIES, "clip", replace(run_continual.FAMILIES["clip"], protocol=protocol))
     command = [
-        "--base", "tiny", "--stream", str(home / "car"), str(home / "boat"), "--suite", str(home / "suites"),
-        "--only", "default,lora", "--chains", "1", "--gflops", "0.15", "--out", str(tmp_path),
+        "--base", "b16", "--stream", str(home / "car"), str(home / "boat"), "--suite", str(home / "suites"),
+        "--only", "default,lora", "--chains", "1", "--out", str(tmp_path),
     ]  # fmt: skip
     settings = Settings(home=home, base=BaseModels(clip="tiny"))
     run_continual.main(settings, command)
@@ -106,6 +122,8 @@ def test_one_command_runs_it_and_goes_on_where_it_was_stopped(
     assert set(line["methods"]) >= {"default", "lora"} and line["failed"] == {}
     assert {"gm", "a_ka", "a_zs", "wide"} <= set(line["lead"]["lora"])
     assert "mtil" in line["methods"]["default"]
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["methods"]["default"]["steps"] == STEPS * 2
     table = (tmp_path / "README.md").read_text()
     run_continual.main(settings, [*command, "--report"])
     assert (tmp_path / "README.md").read_text() == table
