@@ -63,12 +63,13 @@ def tune(runner: Runner, methods: Sequence[str], file: Path = FILE) -> dict[str,
 
 
 def _trial(runner: Runner, name: str, place: Place) -> Trial | None:
-    """The result of a trial; None if it is missing."""
+    """The result of a trial on the suites that its updates teach and on those of no update; None if it is missing."""
     reference = read_reference(runner.results)
     course = read_course(runner.results, Unit(name, ORDER, trial=place), UPDATES, reference)
     if course is None:
         return None
-    draws = resampled({"base": [reference.base], name: [course.hits[-1]]}, reference)
+    taught = replace(reference, adaptation=tuple(each for each in reference.adaptation if each in course.order))
+    draws = resampled({"base": [reference.base], name: [course.hits[-1]]}, taught)
     a_zs = draws.difference("a_zs", name, "base")
     gm = 100 * float(draws.of("gm")[0, draws.names.index(name)])
     return Trial(*place, round(gm, 2), round(a_zs.value, 2), round(a_zs.high, 2))

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from benchmarks.continual import run_continual, tuning
-from benchmarks.continual.chain import Unit
+from benchmarks.continual import run_continual, run_tuning, tuning
+from benchmarks.continual.chain import Unit, chain_name, update_path
+from benchmarks.continual.nearest import NAME as NEAREST
 from benchmarks.continual.noise import with_noise
 from benchmarks.continual.tuning import (
+    ORDER,
     TRIALS,
+    UPDATES,
     Trial,
     chosen_trial,
     factor,
@@ -100,3 +105,19 @@ def test_noise_swaps_captions_within_an_update_and_more_of_it_holds_the_less() -
     assert few < many and 20 < len(few) < 60 and 90 < len(many) < 150
     lies = [pair for pair in with_noise(pairs, 0.0, 0.2) if pair.text == pairs[0].text]
     assert 50 < len(lies) < 110 and len(changed(0.3, 0.2)) > len(many)
+
+
+def test_a_trial_is_scored_by_what_its_updates_teach(tmp_path: Path) -> None:
+    """Before, suites of updates that it had not reached hid what it learned, and the best trial learned nothing."""
+    roles = {"boat": "adaptation", "car": "adaptation", "house": "held-out"}
+    unit = Unit("lora", ORDER, trial=(0, 0))
+    before = {name: ["0101"] for name in roles}
+    zero_shot = {"roles": roles, "hits": before, NEAREST: {}}
+    (tmp_path / "zero-shot.json").write_text(json.dumps(zero_shot))
+    unit.folder(tmp_path).mkdir(parents=True)
+    for number in range(1, UPDATES + 1):
+        row = {"chain": chain_name(unit.recipe, unit), "update": "car", "hits": before | {"car": ["1111"]}, "cost": {}}
+        update_path(unit.folder(tmp_path), number).write_text(json.dumps(row))
+    runner: Any = SimpleNamespace(results=tmp_path)
+    trial = run_tuning._trial(runner, "lora", (0, 0))
+    assert trial is not None and (trial.gm, trial.a_zs) == (round(100 * 0.5**0.5, 2), 0.0)
