@@ -54,14 +54,14 @@ class TorchBackend:
         self.precision = precision
         visual = model.get_submodule("visual")
         self.channels_last = set_conv_layout(visual) or device.type == "cuda"
-        wanted, cpu, quantized = DTYPES[precision], device.type == "cpu", precision == "int8"
+        cpu, quantized = device.type == "cpu", precision == "int8"
         self.images_per_pass = images_per_pass(visual, device)
-        self.dtype = wanted
-        self._packs = cpu and can_pack(wanted, quantized)
+        self.dtype = DTYPES[precision]
+        self._packs = cpu and can_pack(self.dtype, quantized)
         self._model = model
         self._parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
         converts = self._packs or precision != "float32"
-        self._weights = ConvertedWeights(wanted, device, quantized) if converts else None
+        self._weights = ConvertedWeights(self.dtype, device, quantized) if converts else None
         if self._weights is not None:
             self._convert(shell_of(model, {}), self._weights)
 
