@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gzip
 import socket
 import ssl
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -39,18 +41,31 @@ class Names:
 
 
 @pytest.fixture
-def web() -> Iterator[WebServer]:
-    with web_server() as made:
-        made.pages["/a.png"] = reply(PICTURE)
-        yield made
+def sites() -> Iterator[tuple[WebServer, WebServer]]:
+    """Two servers on one port, of an address that is allowed and of one that is not."""
+    with ExitStack() as stack:
+        while True:  # a port that is free at one address may be in use at the other: the next one is another
+            allowed = stack.enter_context(web_server())
+            try:
+                other = stack.enter_context(web_server("127.0.0.2", allowed.port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                break
+        allowed.pages["/a.png"] = reply(PICTURE)
+        other.pages["/a.png"] = other.pages["/secret"] = reply(b"secret")
+        yield allowed, other
 
 
 @pytest.fixture
-def inside(web: WebServer) -> Iterator[WebServer]:
-    """A server on the same port of an address that is not allowed."""
-    with web_server("127.0.0.2", web.port) as made:
-        made.pages["/a.png"] = made.pages["/secret"] = reply(b"secret")
-        yield made
+def web(sites: tuple[WebServer, WebServer]) -> WebServer:
+    return sites[0]
+
+
+@pytest.fixture
+def inside(sites: tuple[WebServer, WebServer]) -> WebServer:
+    return sites[1]
 
 
 def fetcher(web: WebServer, names: Names | None = None, places: Sequence[str] = (), **options: Any) -> Fetcher:
