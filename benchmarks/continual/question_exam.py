@@ -37,9 +37,10 @@ def asking(base: VlmBase) -> SyncVlm:
 class QuestionExam:
     """Implements :class:`benchmarks.continual.exam.Exam`."""
 
-    def __init__(self, vlm: SyncVlm, stream: QuestionStream, results: Path) -> None:
-        """``vlm``: of :func:`asking`, entered. ``results``: of all chains of a base."""
-        self.vlm, self.stream = vlm, stream
+    def __init__(self, vlm: SyncVlm, stream: QuestionStream, results: Path, trial_updates: int = 0) -> None:
+        """``vlm``: of :func:`asking`, entered. ``results``: of all chains of a base. ``trial_updates``: of a trial of
+        the tuning search, which is asked after the last of them alone, and not blind."""
+        self.vlm, self.stream, self.trial_updates = vlm, stream, trial_updates
         path = results / ZERO_SHOT
         if not path.is_file():
             results.mkdir(parents=True, exist_ok=True)
@@ -57,10 +58,12 @@ class QuestionExam:
         return order_of(self.stream, number, _no_means)
 
     def after(self, number: int, adapter: Path) -> dict[str, Any]:
+        if number + 1 < self.trial_updates:
+            return {"hits": {}}
         self.vlm.load(adapter.name, adapter)
         try:
-            hits, blind = (packed(self._hits(adapter.name, blind)) for blind in (False, True))
-            return {"hits": hits, "blind": blind}
+            answers = {"hits": packed(self._hits(adapter.name))}
+            return answers if self.trial_updates else answers | {"blind": packed(self._hits(adapter.name, blind=True))}
         finally:
             self.vlm.unload(adapter.name)
 

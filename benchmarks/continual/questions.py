@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from benchmarks.continual.looks import left_out
 from benchmarks.continual.protocol import Protocol
-from benchmarks.continual.stream import Role, by_hash, unseen_classes
+from benchmarks.continual.stream import LEAST_TUNING, TUNING, TUNING_SHARE, Role, by_hash, unseen_classes
 from core.digests import digest_json, share_of
 from core.progress import step
 from demo.data import prepare_domain, prepare_questions
@@ -54,6 +54,10 @@ class Source:
 
     def tests(self, item: FolderItem) -> bool:
         return item.split == "test" or share_of(f"suite:{item.concept}") < self.wider
+
+    def tunes(self, item: FolderItem) -> bool:
+        """True if a suite for tuning may ask about it, where no other one does."""
+        return share_of(f"{TUNING}:{item.path.name if self.shared else item.concept}") < TUNING_SHARE
 
 
 UPDATES: Final = (
@@ -102,6 +106,13 @@ class QuestionStream:
     updates: Mapping[str, tuple[Question, ...]]
     reference: tuple[Question, ...]
     suites: tuple[QuestionSuite, ...]
+    tuning_updates: Mapping[str, tuple[Question, ...]] = field(default_factory=dict)
+    """About other pictures of the same domains; of a domain that has few others, its update's."""
+    tuning: tuple[QuestionSuite, ...] = ()
+    """Questions that are in no suite and in no update, by which a method's rate and weight are chosen."""
+
+    def for_tuning(self) -> QuestionStream:
+        return replace(self, updates=self.tuning_updates, suites=self.tuning)
 
     @property
     def digest(self) -> str:
@@ -123,34 +134,54 @@ def prepare(home: Path) -> None:
 def load_questions(home: Path, protocol: Protocol) -> QuestionStream:
     """Read what :func:`prepare` made."""
     updates: dict[str, list[Asked]] = {}
+    tuning_updates: dict[str, list[Asked]] = {}
     suites: dict[str, tuple[Role, list[Asked]]] = {}
     for source in UPDATES:
         items = read_folder(home / "data" / source.domain)
         unseen = unseen_classes(items) if source.shared else frozenset()
         plain = [item for item in items if item.label not in unseen]
-        updates[source.name] = about(source, [i for i in plain if not source.tests(i)], protocol.new)
+        rest = [item for item in plain if not source.tests(item)]
+        training = [item for item in rest if not source.tunes(item)]
+        updates[source.name] = about(source, training, protocol.new)
+        learned = {each.id for each in updates[source.name]}
+        others = about(source, [item for item in training if _name(item) not in learned], protocol.new)
+        tuning_updates[source.name] = others if len(others) >= LEAST_TUNING else updates[source.name]
         suites[source.name] = "adaptation", about(source, [i for i in plain if source.tests(i)], protocol.items)
+        suites[f"{TUNING} {source.name}"] = (
+            "adaptation", about(source, [i for i in rest if source.tunes(i)], protocol.items)
+        )  # fmt: skip
         if unseen:
-            others = [item for item in items if item.label in unseen and source.tests(item)]
-            suites[f"{source.name}_unseen"] = "unseen", about(source, others, protocol.items)
+            strangers = [item for item in items if item.label in unseen and source.tests(item)]
+            suites[f"{source.name}_unseen"] = "unseen", about(source, strangers, protocol.items)
     for source in OUTSIDE:
         items = [item for item in read_folder(home / "data" / source.domain) if source.tests(item)]
         suites[source.name] = "held-out", about(source, items, protocol.items)
     base = read_folder(home / "data" / TRAINED_ON)
-    taught = [_picture(each) for questions in updates.values() for each in questions]
+    taught = [_picture(each) for part in (updates, tuning_updates) for own in part.values() for each in own]
     candidates = {name: [_picture(each) for each in questions] for name, (_, questions) in suites.items()}
     alike = left_out(home / "bench" / "continual" / "looks", taught, candidates)
-    outside = {source.name for source in OUTSIDE}
-    return QuestionStream(
-        {name: tuple(each.question for each in questions) for name, questions in updates.items()},
-        by_hash((_own(item).question for item in base if item.split == "train"), protocol.reference),
-        (
+    own = {kind: by_hash(_tests(base, kind), 2 * protocol.items) for kind in KINDS}
+
+    def of(tuning: bool) -> tuple[QuestionSuite, ...]:
+        prefix, outside = f"{TUNING} ", {source.name for source in OUTSIDE}
+        part = slice(protocol.items, None) if tuning else slice(protocol.items)
+        return (
             *(
-                QuestionSuite(name, role, tuple(e for e in asked if e.id not in alike[name]), name in outside)
+                QuestionSuite(
+                    name.removeprefix(prefix), role, tuple(e for e in asked if e.id not in alike[name]), name in outside
+                )
                 for name, (role, asked) in suites.items()
+                if name.startswith(prefix) == tuning
             ),
-            *(QuestionSuite(kind, "held-out", by_hash(_tests(base, kind), protocol.items)) for kind in KINDS),
-        ),
+            *(QuestionSuite(kind, "held-out", questions[part]) for kind, questions in own.items()),
+        )
+
+    return QuestionStream(
+        {name: tuple(each.question for each in own) for name, own in updates.items()},
+        by_hash((_own(item).question for item in base if item.split == "train"), protocol.reference),
+        of(tuning=False),
+        {name: tuple(each.question for each in own) for name, own in tuning_updates.items()},
+        tuple(suite for suite in of(tuning=True) if len(suite.items) >= LEAST_TUNING),
     )
 
 
@@ -182,8 +213,7 @@ def _others(answer: str) -> tuple[str, ...]:
 
 
 def _asked(source: Source, item: FolderItem, text: str, answers: tuple[str, ...]) -> Asked:
-    name = f"{item.domain}/{item.path.name}"
-    return Asked(Question(name, text, answers[0], item.bytes, source.answer(item), source.name), answers)
+    return Asked(Question(_name(item), text, answers[0], item.bytes, source.answer(item), source.name), answers)
 
 
 def _tests(base: Sequence[FolderItem], kind: str) -> list[Asked]:
@@ -191,8 +221,12 @@ def _tests(base: Sequence[FolderItem], kind: str) -> list[Asked]:
 
 
 def _own(item: FolderItem) -> Asked:
-    name = f"{item.domain}/{item.path.name} {item.question}"
+    name = f"{_name(item)} {item.question}"
     return Asked(Question(name, item.question, item.answer, item.bytes, item.label), item.answers or (item.answer,))
+
+
+def _name(item: FolderItem) -> str:
+    return f"{item.domain}/{item.path.name}"
 
 
 def _picture(asked: Asked) -> Pair:

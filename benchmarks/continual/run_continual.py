@@ -150,8 +150,6 @@ def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) ->
         )
     if wanted.tune and wanted.data is not None:
         raise ConfigError("own data have no part to tune by.", "Leave out --tune: rates and weights are those chosen.")
-    if wanted.tune and wanted.family != "clip":
-        raise ConfigError("there are no questions to tune a VLM's recipes by.", "Leave out --tune.")
     stream: Stream | questions.QuestionStream
     if wanted.data is not None:
         base = load_base(settings.home, (list(wanted.bases) or [settings.base.clip])[0])

@@ -29,12 +29,12 @@ from core.progress import progress_log
 from updater.recipes import load_recipe
 
 NAIVE = "naive"
-"""Remains a deliberately bad example."""
+"""End of the names of the deliberately bad examples."""
 
 
 def tune(runner: Runner, methods: Sequence[str], file: Path = FILE) -> dict[str, list[Trial]]:
     """Run the missing trials, round by round, and record those of the methods whose trials are complete."""
-    recipes = {name: load_recipe(name) for name in methods if name != NAIVE}
+    recipes = {name: load_recipe(name) for name in methods if not name.endswith(NAIVE)}
     runner = replace(runner, results=runner.results / "tuning", updates=UPDATES)
     done: dict[str, list[Trial]] = {name: [] for name in recipes}
     while wanted := {name: place for name, recipe in recipes.items() if (place := next_place(recipe, done[name]))}:

@@ -21,12 +21,11 @@ from benchmarks.continual.exam import CACHE, ClipExam, TrialExam
 from benchmarks.continual.own_data import OwnData, own_stream
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.question_exam import QuestionExam, asking
-from benchmarks.continual.questions import QuestionStream, load_questions
+from benchmarks.continual.questions import load_questions
 from benchmarks.continual.stream import Stream, load_stream
 from core.errors import RatchetError
 from serving.engines.clip_base import ClipBase, load_base
-from serving.engines.vlm.open import SyncVlm
-from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
+from serving.engines.vlm.vlm_base import load_vlm_base
 from updater.service.process import StopSignal
 from updater.training.checkpoint import write_json
 from updater.training.workers import Stopped
@@ -62,7 +61,10 @@ def work(task: Assignment, stop: StopSignal) -> int:
                 vlm_base = load_vlm_base(task.home, task.base)
                 vlm = stack.enter_context(asking(vlm_base))
                 questions = load_questions(task.home, task.protocol)
-                chain = question_chain(vlm_base, questions, task.protocol, unit, results, vlm)
+                if unit.trial is not None:
+                    questions = questions.for_tuning()
+                exam = QuestionExam(vlm, questions, results, 0 if unit.trial is None else task.updates)
+                chain = Chain(vlm_base, questions, task.protocol, unit.recipe, unit, results, exam)
             else:
                 stream = (
                     load_stream(task.home, task.protocol)
@@ -95,13 +97,6 @@ def trial_chain(base: ClipBase, stream: Stream, protocol: Protocol, unit: Unit, 
     evaluator = Evaluator(base, stream.suites, results / CACHE)
     exam = TrialExam(evaluator, stream, results, unit.folder(results), updates)
     return Chain(base, stream, protocol, unit.recipe, unit, results, exam)
-
-
-def question_chain(
-    base: VlmBase, stream: QuestionStream, protocol: Protocol, unit: Unit, results: Path, vlm: SyncVlm
-) -> Chain:
-    """A chain of a VLM, which answers through ``vlm``. Raises BudgetError, ConfigError."""
-    return Chain(base, stream, protocol, unit.recipe, unit, results, QuestionExam(vlm, stream, results))
 
 
 def main(arguments: list[str]) -> int:

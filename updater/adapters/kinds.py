@@ -11,7 +11,7 @@ from torch import nn
 from serving.engines.clip_base import ClipBase
 from updater.adapters.lora import LoraModel
 from updater.adapters.model import AdapterModel
-from updater.adapters.trained_layers import clip_layers
+from updater.adapters.trained_layers import clip_layers, low_rank_layers
 from updater.adapters.weight_deltas import WeightDelta
 from updater.recipes import Recipe
 from updater.recipes.plugin_registry import Methods
@@ -35,7 +35,7 @@ class Lora(AdapterKind):
     def build(
         cls, base: ClipBase, plain: nn.Module, recipe: Recipe, start: WeightDelta, seed: int, device: str
     ) -> tuple[list[str], AdapterModel]:
-        layers = clip_layers(base, plain, recipe)
+        layers = low_rank_layers(clip_layers(base, plain, recipe), recipe, base.name)
         return layers, LoraModel(base, layers, recipe.rank, recipe.alpha, start, seed, device)
 
 

@@ -20,6 +20,8 @@ EYES = ("image", "connector")
 """Parts that see images only: their output is the same for every question."""
 _BLOCK = re.compile(rf"(.*?\.(?:{'|'.join(BLOCK_LISTS)}))\.(\d+)\.")
 Which = Literal["image", "text"]
+LAYERS = {"all": re.compile(""), "attention": re.compile(r"(?:^|[._])attn\b|attention\b")}
+"""Values of LoRA's option ``layers``, and what is in the names of such layers in timm, open_clip and transformers."""
 
 
 def tower_blocks(model: nn.Module, which: Which) -> tuple[str, int]:
@@ -100,8 +102,22 @@ def late_layers(names: Sequence[str], part: str, tower: Tower, blocks: str, coun
     return [name for name, number in numbers.items() if number is None or number >= first]
 
 
+def low_rank_layers(chosen: Sequence[str], recipe: Recipe, base: str) -> list[str]:
+    """Those of the chosen layers that LoRA's option ``layers`` allows. Raises ConfigError: it is not known, or allows
+    none of them."""
+    options = dict(recipe.adapter.options)
+    kind = options.pop("layers", "all")
+    if options or kind not in LAYERS:
+        name, allowed = (next(iter(options)), "layers") if options else (kind, " or ".join(LAYERS))
+        raise ConfigError(f"recipe {recipe.name}: adapter.options: {name!r} is not known.", f"Use {allowed}.")
+    return chosen_names([name for name in chosen if LAYERS[str(kind)].search(name)], recipe, base)
+
+
 def chosen_names(chosen: Sequence[str], recipe: Recipe, base: str) -> list[str]:
     """Raises ConfigError if no layer would learn."""
     if not chosen:
-        raise ConfigError(f"recipe {recipe.name}: no layer of base {base!r} would learn.", "Raise `blocks`.")
+        raise ConfigError(
+            f"recipe {recipe.name}: no layer of base {base!r} would learn.",
+            "Raise `blocks`, or leave out LoRA's option `layers`.",
+        )
     return sorted(set(chosen))

@@ -21,7 +21,7 @@ from ratchet_client.images import open_accepted
 from serving.engines.vlm.prompts import end_token
 from serving.engines.vlm.vlm_base import VlmBase
 from updater.adapters import LoraModel, WeightDelta
-from updater.adapters.trained_layers import sees, vlm_layers
+from updater.adapters.trained_layers import low_rank_layers, sees, vlm_layers
 from updater.budget.bound import Size
 from updater.data.pools import Question
 from updater.families.vlm_reader import LONGEST, Read, Reader, Tokens, answered, pad, shown
@@ -58,7 +58,7 @@ class VlmLearner(Learner[Question]):
 
     def __init__(self, base: VlmBase, recipe: Recipe, start: WeightDelta, seed: int, device: str = "cpu") -> None:
         plain = base.build_model()
-        trained = vlm_layers(base, plain, recipe)
+        trained = low_rank_layers(vlm_layers(base, plain, recipe), recipe, base.name)
         super().__init__(base, recipe, LoraModel(base, trained, recipe.rank, recipe.alpha, start, seed, device))
         self.reader = Reader(base)
         self.adapted_eyes = sees(base, self.model.base_names)

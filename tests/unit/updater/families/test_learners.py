@@ -20,7 +20,14 @@ from tests.support.tiny_vlm import tiny_vlm_adapter
 from tests.support.vlm_families import write_family
 from tests.unit.updater.builders import learner_of, picture, png, question_pools, questions, recipe, run
 from updater.adapters import read_delta
-from updater.adapters.trained_layers import Which, clip_layers, first_touched, tower_blocks, vlm_layers
+from updater.adapters.trained_layers import (
+    Which,
+    clip_layers,
+    first_touched,
+    low_rank_layers,
+    tower_blocks,
+    vlm_layers,
+)
 from updater.bases.register import add_vlm
 from updater.data.pools import Pools, Question
 from updater.families.clip_towers import SplitTower, stack_boundaries
@@ -144,6 +151,25 @@ def test_only_the_last_blocks_of_the_chosen_parts_learn(vlm: VlmBase) -> None:
     for part, message in (("text", "no layer"), ("connector", "no list of blocks")):
         with pytest.raises(ConfigError, match=message):
             vlm_layers(vlm, model, recipe("vlm-default", **{part: {"blocks": part == "connector"}}))
+
+
+def test_lora_learns_in_attention_alone_where_its_option_says_so(base: ClipBase, vlm: VlmBase) -> None:
+    def layers(name: str, chosen: list[str], options: dict[str, Any]) -> list[str]:
+        return low_rank_layers(chosen, recipe(name, adapter={"kind": "lora", "options": options}), "a base")
+
+    for name, chosen in (
+        ("default", clip_layers(base, base.build_model(), recipe(image={"blocks": 1}, text={"blocks": 1}))),
+        ("vlm-attention", vlm_layers(vlm, vlm.build_model(), recipe("vlm-attention"))),
+    ):
+        attention = layers(name, chosen, {"layers": "attention"})
+        assert attention and set(attention) < set(chosen) == set(layers(name, chosen, {}))
+        assert not any("mlp" in each for each in attention) and any("mlp" in each for each in chosen)
+    assert len(attention) == 4 * 2  # query, key, value and output of each block
+    for options in ({"layers": "mlp"}, {"layres": "attention"}):
+        with pytest.raises(ConfigError, match="not known"):
+            layers("default", chosen, options)
+    with pytest.raises(ConfigError, match="no layer"):
+        layers("default", ["model.mlp"], {"layers": "attention"})
 
 
 def test_a_model_that_distils_itself_answers_and_its_teacher_has_read_the_answer(vlm: VlmBase) -> None:
