@@ -1,5 +1,6 @@
 """Recipes that are made of others, by name: ``zscl.framed`` is ZSCL in the default's frame, ``default.unmerged`` the
-default without its merge, ``wise-ft.25`` another point of WiSE-FT's curve.
+default without its merge, ``wise-ft.25`` another point of WiSE-FT's curve, ``two-teachers.stages`` MulKI's
+stages.
 """
 
 from __future__ import annotations
@@ -65,4 +66,17 @@ ABLATIONS: Final[Mapping[str, Callable[[Recipe], dict[str, Any]]]] = {
 CURVE: Final[Mapping[str, Callable[[Recipe], dict[str, Any]]]] = {
     f"wise-ft.{percent}": _merge_weight(percent) for percent in ALPHAS
 }
-VARIANTS: Final = {**ABLATIONS, **CURVE}
+STAGES: Final[Mapping[str, Callable[[Recipe], dict[str, Any]]]] = {
+    "two-teachers.stages": lambda recipe: {
+        "objectives": tuple(
+            term.model_copy(update={"options": {"align": 1.0}}) if term.name == "two_teacher_relations" else term
+            for term in recipe.objectives
+        ),
+        "average_every": 10,
+        "merge": Merge(rule="linear", weight=0.5),
+    }
+}
+"""Two teachers with the other stages that MulKI's abstract names: sides aligned by prototypes before, and models of the
+update and of updates connected after, by the mean of the parameters along the steps and with what is served.
+"""
+VARIANTS: Final = {**ABLATIONS, **CURVE, **STAGES}

@@ -23,9 +23,7 @@ def _domain(path: Path) -> list[FolderItem]:
     items = []
     for number in range(EACH):
         split, noun = "test" if number % 5 == 0 else "train", NOUNS[number % len(NOUNS)]
-        base = (
-            {"question": "what is it?", "answer": noun, "label": KINDS[number % 4]} if name == TRAINED_ON else {}
-        )
+        base = {"question": "what is it?", "answer": noun, "label": KINDS[number % 4]} if name == TRAINED_ON else {}
         items.append(
             FolderItem(
                 path / f"{number}.png",

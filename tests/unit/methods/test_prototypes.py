@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -95,6 +96,22 @@ def test_two_teachers_relations_equal_the_plain_sum() -> None:
                 rows = zip(weights, dots(old, anchors, made.scale), dots(new, anchors, made.scale), strict=True)
                 total += sum(weight * kl(before, after) for weight, before, after in rows) / 4 / 3
     assert float(objective(made)) == pytest.approx(total, rel=1e-4)
+
+
+def test_two_teachers_draw_a_feature_to_its_concept_on_the_other_side() -> None:
+    earlier, made = taught([0, 1, 0, 1]), taught([1, 0, 2], seed=1)
+    plain, aligned = TwoTeacherRelations(), TwoTeacherRelations(align=0.5)
+    for objective in (plain, aligned):
+        objective.begin(CAPTIONS, ["car", "tree", "a label of no earlier row"])
+        objective.stepped(earlier)
+    seen, drawn = earlier.teachers["incumbent"], 0.0
+    for new, side in ((made.image, seen.text), (made.text, seen.image)):
+        anchors = torch.stack([unit_mean(side[rows]) for rows in ([0, 2], [1, 3])])
+        for row, concept in ((0, 1), (1, 0)):
+            drawn -= math.log(softmax(dots(new, anchors, made.scale)[row])[concept]) / 2 / 2
+    assert float(aligned(made)) == pytest.approx(float(plain(made)) + 0.5 * drawn, rel=1e-4)
+    strangers = replace(made, label=torch.full_like(made.label, 2))
+    assert float(aligned(strangers)) == pytest.approx(float(plain(strangers)))
 
 
 def second_update(earlier: Features, captions: list[str], labels: list[str]) -> PrototypeRelation:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ratchet_methods.objectives.prototypes import Prototypes
 from updater.methods.batches import Features
@@ -28,12 +29,18 @@ class TwoTeacherRelations(ClipObjective):
     has forgotten, the incumbent where it has learned. All similarities are divided by the model's temperature. Before
     the first step of a first update there are no prototypes, and the value is 0.
 
+    With ``align``, features are also drawn to the prototypes of their own concept on the other side, as the incumbent
+    has them: ``align`` times the cross-entropy of that concept among all, over rows whose concept has prototypes. The
+    paper aligns sides by prototypes first; this form of it is ours.
+
     Args:
+        align: weight of the alignment.
         most: concepts to keep, those seen last.
         window: samples that a mean covers.
     """
 
-    def __init__(self, most: int = 512, window: int = 100) -> None:
+    def __init__(self, most: int = 512, window: int = 100, align: float = 0.0) -> None:
+        self.align = align
         self.prototypes = Prototypes([f"{name}.{side}" for name in TEACHERS for side in SIDES], most, window, True)
 
     @property
@@ -57,7 +64,18 @@ class TwoTeacherRelations(ClipObjective):
                 for anchor in anchors
             ]
             rows = rows + weight * torch.stack(divergences).mean(dim=0)
-        return rows.mean()
+        return rows.mean() + (self.align * self._misalignment(batch) if self.align else 0)
+
+    def _misalignment(self, batch: Features) -> Tensor:
+        """Cross-entropy of each row's own concept among the incumbent's prototypes of the other side, in nats."""
+        place = {concept: number for number, concept in enumerate(self.prototypes.means)}
+        own = [(row, place[c]) for row, c in enumerate(self.prototypes.concepts(batch)) if c in place]
+        if not own:
+            return batch.zero()
+        rows, concepts = torch.tensor(own, device=batch.image.device).T
+        sides = (batch.image, "text"), (batch.text, "image")
+        logits = [batch.scale * new[rows] @ self.prototypes.of(f"incumbent.{other}").T for new, other in sides]
+        return torch.stack([functional.cross_entropy(each, concepts) for each in logits]).mean()
 
     def stepped(self, batch: Features) -> None:
         features = {f"{name}.{side}": getattr(batch.teachers[name], side) for name in TEACHERS for side in SIDES}
