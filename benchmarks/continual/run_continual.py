@@ -78,13 +78,16 @@ IN_FRAME = 16
 """Methods that are run in the default's frame, too."""
 COSTLY = ("full", "ln-fit", "codyra", "nusa-cl")
 """Methods that take few steps at the plain budget, or many in their papers."""
+NOISY = 3
+"""Methods that are run under noise, besides the default and :data:`WEIGHTING`."""
+WEIGHTING = "agreement"
+"""The recipe against wrong captions."""
+CLEAN = "clean"
 SIZES = {
     "gflops": "memory-adjusted GFLOPs of an update, teacher passes included",
     "replay": "pairs of earlier updates that an update may use",
     "reference": "pairs of the base's own domains that every update of a chain may use",
     "items": "items of a suite",
-    "swapped": "share of an update's pairs that have another one's caption",
-    "hostile": "share of an update's pairs of a source that writes one caption under all its pictures",
 }
 """Fields of the protocol with flags on the command line."""
 
@@ -101,6 +104,8 @@ class Wanted:
     """Of the best methods; 0: all that the family has."""
     budgets: Sequence[float] = ()
     """Larger ones, as multiples, that the best methods of the first base run at as well."""
+    noise: Sequence[tuple[str, float]] = ()
+    """Fields of the protocol, and shares, that a few methods of the first base run with as well."""
     updates: int = 0
     """0: the whole stream."""
     minutes: float = float("inf")
@@ -165,9 +170,14 @@ def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) ->
         stream = family.load(settings.home, protocol)
     start, processors = ray_tasks(wanted.ray) if wanted.ray else (here, len(os.sched_getaffinity(0)))
 
-    def runner_of(base: str, budget: float = 1.0) -> Runner:
+    def runner_of(base: str, budget: float = 1.0, noise: tuple[str, float] | None = None) -> Runner:
         own = protocol.on(base, budget)
-        key = digest12(digest_json([family.base(settings.home, base).digest, own.digest, stream.digest]))
+        shown = stream
+        if noise:
+            field, share = noise
+            own = replace(own, swapped=share) if field == "swapped" else replace(own, hostile=share)
+            shown = family.load(settings.home, own)
+        key = digest12(digest_json([family.base(settings.home, base).digest, own.digest, shown.digest]))
         return Runner(
             settings.home, base, settings.home / "bench" / "continual" / key, own, wanted.updates,
             wanted.jobs or processors, began + 60 * wanted.minutes, wanted.data, start,
@@ -179,14 +189,15 @@ def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) ->
         second_base(settings.home)
     runners = {base: runner_of(base) for base in bases}
     larger = {budget: runner_of(bases[0], budget) for budget in wanted.budgets}
+    noisy = {f"{share:.0%} {field}": runner_of(bases[0], noise=(field, share)) for field, share in wanted.noise}
     if wanted.tune:
         tune(runners[bases[0]], wanted.methods or methods_of(wanted.family))
         return {}
     if not wanted.report_only:
-        for runner in (*runners.values(), *larger.values()) if wanted.again else ():
+        for runner in (*runners.values(), *larger.values(), *noisy.values()) if wanted.again else ():
             for name in shown:
                 shutil.rmtree(runner.results / "units" / name, ignore_errors=True)
-        if not _run(list(runners.values()), list(larger.values()), wanted):
+        if not _run(list(runners.values()), list(larger.values()), list(noisy.values()), wanted):
             progress_log.info("the time is over; call again to go on")
     chains = {base: read_chains(each.results, shown, wanted.chains, wanted.updates) for base, each in runners.items()}
     outcomes = {
@@ -209,15 +220,21 @@ def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) ->
             for budget, each in {1.0: runners[bases[0]], **larger}.items()
             if each.results.is_dir()
         },
+        "noise": {
+            label: {"ends": ends(read), "lead": leads({bases[0]: read})}
+            for label, each in {CLEAN: runners[bases[0]], **noisy}.items()
+            if noisy and each.results.is_dir()
+            for read in [read_chains(each.results, shown, 1, wanted.updates)]
+        },
     }  # fmt: skip
     _write(outcome, wanted.out or settings.home / "bench" / "continual" / family.tables)
     return outcome
 
 
-def _run(bases: Sequence[Runner], larger: Sequence[Runner], wanted: Wanted) -> bool:
+def _run(bases: Sequence[Runner], larger: Sequence[Runner], noisy: Sequence[Runner], wanted: Wanted) -> bool:
     """On the first base, run every method once, then the best ones in the default's frame, the ablations and the curve;
-    then, on all bases, all chains of the best and of the ablations; then the best at larger budgets. Returns False when
-    the time is over.
+    then, on all bases, all chains of the best and of the ablations; then the best at larger budgets, and some under
+    noise. Returns False when the time is over.
     """
     first, clip = bases[0], wanted.family == "clip"
     methods = list(wanted.methods) or methods_of(wanted.family)
@@ -239,8 +256,13 @@ def _run(bases: Sequence[Runner], larger: Sequence[Runner], wanted: Wanted) -> b
     # All methods of a chain first: a run that is stopped early then has whole chains.
     units = [Unit(name, *place) for place in CHAINS[: wanted.chains] for name in chosen]
     costly = [name for name in methods if name in COSTLY]
-    return all(each.run(units) for each in bases) and all(
-        each.run([Unit(name) for name in dict.fromkeys([*chosen, *costly]) if name not in ABLATIONS]) for each in larger
+    afforded = [name for name in dict.fromkeys([*chosen, *costly]) if name not in ABLATIONS]
+    plain = [name for name in methods if "." not in name]
+    weighed = list(dict.fromkeys([*(n for n in plain if n in (*STANDARDS, WEIGHTING)), *best(score, plain, NOISY)]))
+    return (
+        all(each.run(units) for each in bases)
+        and all(each.run([Unit(name) for name in afforded]) for each in larger)
+        and all(each.run([Unit(name) for name in weighed]) for each in noisy)
     )
 
 
@@ -295,6 +317,14 @@ def _means(method: dict[str, Any]) -> dict[str, Any]:
     return {key: method[key] for key in ("mtil", "xtail") if key in method}
 
 
+def _noise(text: str) -> list[tuple[str, float]]:
+    """Of the command line. Raises ValueError."""
+    noise = [(field, float(share)) for field, _, share in (part.partition("=") for part in text.split(","))]
+    if any(field not in ("swapped", "hostile") or not 0 < share <= 1 for field, share in noise):
+        raise ValueError(text)
+    return noise
+
+
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="ratchet bench continual", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -310,6 +340,11 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--budgets", type=lambda text: [float(part) for part in text.split(",")], default=[],
         help=f"larger budgets for the best methods, as multiples, e.g. {','.join(f'{each:g}' for each in LARGER)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--noise", type=_noise, default=[],
+        help="shares of wrong captions in every update, e.g. swapped=0.1,swapped=0.3,hostile=0.2: some pairs have "
+        "another one's caption, or are of a source that writes one caption under all its pictures",
     )  # fmt: skip
     own = parser.add_argument_group("your own base and data, in place of the benchmark's")
     own.add_argument("--base", help="a registered base, as of `ratchet base add`")
@@ -335,6 +370,8 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.fast and options.family != "clip":
         parser.error("--fast is of CLIP recipes")
+    if options.noise and (options.stream or options.family != "clip"):
+        parser.error("--noise is of the benchmark's own pairs")
     if bool(options.stream) != bool(options.suite):
         parser.error("--stream and --suite go together: name suites for what is learned, and for what is kept")
     data = (
@@ -350,6 +387,7 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
         ray=options.ray,
         chains=1 if options.fast else options.chains,
         budgets=options.budgets,
+        noise=options.noise,
         updates=FAST_UPDATES if options.fast else 0,
         minutes=options.minutes,
         jobs=options.jobs,

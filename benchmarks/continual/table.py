@@ -27,6 +27,9 @@ Steps of an update: too few at this budget to say anything of the method, so it 
 BUDGETS = """\
 After the last update of one chain, against zero-shot: learned (A_KA), kept (A_ZS) and, in brackets, steps of an update,
 by multiples of the budget."""
+NOISE = """\
+After the last update of one chain, against zero-shot, with wrong captions in every update: learned (A_KA), kept (A_ZS),
+and the default's lead in GM with its 95% interval over items, bold if it is clear of zero."""
 LEAD = """\
 Points by which the default leads in GM, a mean over bases of the mean over all chains that both have (orders, seeds),
 with 95% intervals over items; without the suite by which it leads most; and without the suites whose classes were
@@ -76,6 +79,7 @@ def markdown(outcome: dict[str, Any]) -> str:
         *("## Learned and kept", QUALITY, _table(ranked | outcome["untrained"], _QUALITY)),
         *(("## Not affordable", COSTLY, _table(costly, _FEW)) if costly else ()),
         *_budgets_part(outcome.get("budgets", {})),
+        *_noise_part(outcome.get("noise", {})),
         *_kinds_part(outcome, methods),
         *_lead_part(outcome.get("lead", {})),
         *_bases_part(outcome.get("bases", {})),
@@ -118,6 +122,26 @@ def _budgets_part(budgets: dict[str, Method]) -> list[str]:
 def _end(budget: str) -> Callable[[Method], str]:
     shown = "{a_ka:+.1f}, {a_zs:+.1f} ({steps:g})"
     return lambda row: shown.format(**row[budget]) if row[budget] else "–"
+
+
+def _noise_part(noise: dict[str, dict[str, Any]]) -> list[str]:
+    if not noise:
+        return []
+    under_noise = {name for each in list(noise.values())[1:] for name in each["ends"]}
+    rows = {
+        name: {label: (each["ends"].get(name), each["lead"].get(name)) for label, each in noise.items()}
+        for name in sorted(under_noise)
+    }
+    return ["## Wrong captions", NOISE, _table(rows, [(label, _under(label)) for label in noise])]
+
+
+def _under(label: str) -> Callable[[Method], str]:
+    def cell(row: Method) -> str:
+        end, lead = row[label]
+        shown = "{a_ka:+.1f}, {a_zs:+.1f}".format(**end) if end else "–"
+        return f"{shown}; {_shown(lead['gm'])}" if lead else shown
+
+    return cell
 
 
 def _tuned_part(tuned: dict[str, list[dict[str, Any]]]) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,14 @@ import pytest
 from benchmarks.continual import run_continual, tuning
 from benchmarks.continual.chain import Chain, Unit, update_path, updates_done
 from benchmarks.continual.evaluation import Encoded, Evaluator, Vectors
+from benchmarks.continual.lead import leads
 from benchmarks.continual.looks import left_out
 from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.plan import plan
 from benchmarks.continual.plots import all_plots
 from benchmarks.continual.protocol import BUDGETS, Protocol
-from benchmarks.continual.report import figures, read_chains
+from benchmarks.continual.report import ends, figures, read_chains
+from benchmarks.continual.run_continual import Wanted
 from benchmarks.continual.table import markdown
 from benchmarks.continual.worker import clip_chain, trial_chain
 from core.settings import Settings
@@ -182,6 +185,36 @@ def test_a_protocol_has_the_wanted_sizes_and_its_bases_budget(monkeypatch: pytes
     assert Protocol(gflops=100.0).on("vit") == Protocol(gflops=100.0)
 
 
+def test_a_few_methods_run_under_noise_after_all_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran: list[tuple[str, str]] = []
+
+    def runner(name: str) -> Any:
+        folder = tmp_path / name
+        return SimpleNamespace(
+            results=folder, updates=1, run=lambda units: not ran.extend((name, u.method) for u in units)
+        )
+
+    monkeypatch.setattr(run_continual, "read_reference", lambda results: None)
+    monkeypatch.setattr(run_continual, "read_course", lambda folder, unit, *rest: _course(methods.index(unit.method)))
+    methods = ["lora", "default", "agreement", "ewc", "lwf", "replay"]  # the later, the better
+    wanted = Wanted(methods=methods, chains=1)
+    clean, noisy = runner("clean"), runner("noisy")
+    assert run_continual._run([clean], [], [noisy], wanted)
+    assert [name for place, name in ran if place == "noisy"] == ["default", "agreement", "replay", "lwf", "ewc"]
+    assert ran.index(("noisy", "default")) > max(number for number, each in enumerate(ran) if each[0] == "clean")
+
+
+def _course(score: int) -> Any:
+    return SimpleNamespace(trajectory=lambda reference: SimpleNamespace(gm=[score]))
+
+
+@pytest.mark.parametrize("noise", ["swapped", "swapped=no", "swapped=0", "hostile=2", "other=0.1"])
+def test_noise_that_cannot_be_is_refused(noise: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_continual.main(Settings(home=tmp_path), ["--noise", noise])
+    assert "argument --noise: invalid" in capsys.readouterr().err
+
+
 def test_figures_are_those_of_the_finished_chains_and_say_why_one_failed(results: Path) -> None:
     asked = read_reference(results)
     course = read_course(results, Unit("default"), 2, asked)
@@ -190,7 +223,8 @@ def test_figures_are_those_of_the_finished_chains_and_say_why_one_failed(results
     failed.mkdir(parents=True, exist_ok=True)
     (failed / "failed.json").write_text(json.dumps({"reason": "the budget does not pay"}))
     methods = [*METHODS, "full"]
-    outcome = figures(results, read_chains(results, methods, 1, 2), methods, 2, PROTOCOL)
+    read = read_chains(results, methods, 1, 2)
+    outcome = figures(results, read, methods, 2, PROTOCOL)
     assert set(outcome["methods"]) == set(METHODS)
     own, gm = outcome["methods"]["default"], course.trajectory(asked).gm
     assert own["geometric_mean_delta"] == pytest.approx(100 * (gm[-1] - gm[0]), abs=0.01)
@@ -200,4 +234,9 @@ def test_figures_are_those_of_the_finished_chains_and_say_why_one_failed(results
     assert outcome["untrained"]["zero-shot"]["geometric_mean_delta"] == 0.0
     text = markdown(outcome)
     assert "the budget does not pay" in text and all(f"| `{name}` |" in text for name in METHODS)
+    noise = {label: {"ends": ends(read), "lead": leads({"shipped": read})} for label in ("clean", "10% swapped")}
+    noisy = markdown(outcome | {"noise": noise}).partition("## Wrong captions")[2].partition("##")[0]
+    shown = f"{own['a_ka_delta']:+.1f}, {own['a_zs_delta']:+.1f}"
+    assert "| method | clean | 10% swapped |" in noisy and f"| `default` | {shown} | {shown} |" in noisy
+    assert noisy.count(" to ") == 2, "the lead over the other method, in both columns"
     assert all(drawing.startswith("<svg") and ">default<" in drawing for drawing in all_plots(outcome).values())
