@@ -72,6 +72,7 @@ FAMILIES: Mapping[Family, Stage] = {
 }  # fmt: skip
 FAST = ("naive", "replay", "default")
 FAST_UPDATES = 4
+FAST_ITEMS = 120
 BEST = 10
 """Methods that all chains are run of, besides the default and its ablations."""
 IN_FRAME = 16
@@ -366,7 +367,11 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser.add_argument("--report", action="store_true", help="only tables and plots of what is there")
     parser.add_argument("--again", action="store_true", help="throw away what is there of these methods first")
     parser.add_argument("--out", type=Path, help="folder for tables and plots (default: that of the results)")
-    parser.add_argument("--fast", action="store_true", help=f"{', '.join(FAST)} over {FAST_UPDATES} updates: 6 minutes")
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help=f"{', '.join(FAST)} over {FAST_UPDATES} updates, with suites of {FAST_ITEMS} items: 6 minutes",
+    )
     options = parser.parse_args(arguments)
     if options.fast and options.family != "clip":
         parser.error("--fast is of CLIP recipes")
@@ -397,6 +402,8 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
         out=options.out,
     )
     sizes = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
+    if options.fast:
+        sizes.setdefault("items", FAST_ITEMS)
     outcome = run(settings, wanted, replace(FAMILIES[options.family].protocol, **sizes))
     if outcome:
         show(outcome)
